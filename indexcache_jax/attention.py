@@ -1,0 +1,90 @@
+"""Multi-head latent attention over selected positions, absorbed and expanded (SPEC.md 2.2).
+
+A token is remembered as one latent of width C + dr: its normalised compression c and one rotated key part shared by all
+heads. The absorbed form moves the up-projections to the query and output side, so that the latent itself is key and
+value of every head: what inference uses, since it reads 576 numbers a token instead of H (dn + dr + dv). The expanded
+form builds every head's keys and values from the latents: fewer operations where most tokens are attended, and the form
+whose attention probabilities training needs.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from indexcache_jax.config import Config
+from indexcache_jax.norm import rms_norm
+from indexcache_jax.params import Attention
+from indexcache_jax.rope import rotate
+
+Angles = tuple[jax.Array, jax.Array]
+
+
+def query_latents(p: Attention, x: jax.Array, config: Config) -> jax.Array:
+    """[B, S, D] normalised layer input -> [B, S, R], normalised; the indexer reads them too."""
+    down = x @ p.q_down
+    if p.q_down_bias is not None:
+        down = down + p.q_down_bias
+    return rms_norm(down, p.q_norm, config.latent_norm_eps)
+
+
+def queries(p: Attention, q_latent: jax.Array, angles: Angles, config: Config) -> tuple[jax.Array, jax.Array]:
+    """[B, S, R] -> the no-position part [B, S, H, dn] and the rotated part [B, S, H, dr] of every head's query."""
+    q = jnp.einsum("bsr,rhd->bshd", q_latent, p.q_up)
+    nope, rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
+    return nope, rotate(rope, *angles, interleaved=True)
+
+
+def latents(p: Attention, x: jax.Array, angles: Angles, config: Config) -> jax.Array:
+    """[B, S, D] normalised layer input -> [B, S, C+dr]: what the cache holds."""
+    down = x @ p.kv_down
+    if p.kv_down_bias is not None:
+        down = down + p.kv_down_bias
+    compressed, rope = down[..., : config.kv_lora_rank], down[..., config.kv_lora_rank :]
+    compressed = rms_norm(compressed, p.kv_norm, config.latent_norm_eps)
+    return jnp.concatenate([compressed, rotate(rope, *angles, interleaved=True)], axis=-1)
+
+
+def attend(
+    p: Attention, q_latent: jax.Array, latents: jax.Array, indices: jax.Array, angles: Angles, config: Config
+) -> jax.Array:
+    """The absorbed form over selected latents: q_latent [B, S, R], latents [B, T, C+dr], indices [B, S, k] -> [B, S, D]."""
+    nope, rope = queries(p, q_latent, angles, config)
+    absorbed = jnp.concatenate([jnp.einsum("bshn,hnc->bshc", nope, p.k_up), rope], axis=-1)
+    context = pallas_kernels.sparse_mla(
+        absorbed, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank
+    )
+    return output(p, jnp.einsum("bshc,hcv->bshv", context, p.v_up))
+
+
+def output(p: Attention, heads: jax.Array) -> jax.Array:
+    """[B, S, H, dv] -> [B, S, D]."""
+    out = jnp.einsum("bshv,hvd->bsd", heads, p.out)
+    return out if p.out_bias is None else out + p.out_bias
+
+
+def expand(p: Attention, latents: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Every head's keys [B, T, H, dn+dr] and values [B, T, H, dv] from latents [B, T, C+dr]."""
+    compressed, rope = latents[..., : config.kv_lora_rank], latents[..., config.kv_lora_rank :]
+    nope = jnp.einsum("btc,hnc->bthn", compressed, p.k_up)
+    rope = jnp.broadcast_to(rope[:, :, None], (*nope.shape[:3], rope.shape[-1]))
+    return jnp.concatenate([nope, rope], axis=-1), jnp.einsum("btc,hcv->bthv", compressed, p.v_up)
+
+
+def attend_expanded(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Masked multi-head attention of a block of queries, and its probabilities averaged over the heads.
+
+    queries [B, Q, H, dn+dr], keys [B, T, H, dn+dr], values [B, T, H, dv], mask [B, Q, T] (True: attended) ->
+    [B, Q, H, dv] in the dtype of `values` and [B, Q, T] float32; a row that attends to nothing gives zeros.
+    """
+    logits = jnp.einsum("bqhd,bthd->bhqt", queries, keys, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(mask[:, None], logits, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    probabilities = weights / jnp.where(total == 0, 1.0, total)
+    out = jnp.einsum("bhqt,bthv->bqhv", probabilities.astype(values.dtype), values)
+    return out, jnp.mean(probabilities, axis=1)

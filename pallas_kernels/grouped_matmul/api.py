@@ -1,0 +1,36 @@
+"""grouped_matmul: rows sorted by expert, each group times its own matrix; a thin choice among what there is."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import reference
+
+
+def ragged_dot(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(rows, matrices, group_sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
+
+
+def _prefers_blocks(*_: jax.Array) -> str | None:
+    # On a CPU lax.ragged_dot multiplies every row by every matrix: 21 ms against 3 ms for 4096 rows in 8 groups.
+    return "XLA's CPU backend expands it to every row times every matrix" if jax.default_backend() == "cpu" else None
+
+
+BACKENDS = {"ragged_dot": dispatch.Backend(ragged_dot, _prefers_blocks), "xla": dispatch.Backend(reference.grouped_matmul)}
+
+
+def grouped_matmul(
+    rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """rows [M, K] in groups of group_sizes [E] times matrices [E, K, N] -> [M, N] in the dtype of `rows`.
+
+    The sizes sum to M; products are accumulated in float32. Raises ValueError for shapes that do not fit.
+    """
+    if rows.ndim != 2 or matrices.ndim != 3 or rows.shape[1] != matrices.shape[1] or group_sizes.shape != matrices.shape[:1]:
+        raise ValueError(
+            "grouped_matmul: expected rows [M, K], matrices [E, K, N] and group_sizes [E], "
+            f"got {rows.shape}, {matrices.shape} and {group_sizes.shape}"
+        )
+    return dispatch.call("grouped_matmul", BACKENDS, implementation, rows, matrices, group_sizes.astype(jnp.int32))

@@ -1,0 +1,71 @@
+"""The reference indexer_topk in plain XLA.
+
+A block of queries at a time: score the block against the keys head by head (the sum's order is part of the definition),
+hide what a query may not see, take the k largest (lax.top_k prefers the lowest position among equals) and sort their
+positions. Scores exist for one block only, at most SCORE_BYTES of them. Queries at the front of a causal prompt see few
+keys, so each block is scored against the shortest of four prefixes of the keys that covers what it sees.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import map_queries
+
+SCORE_BYTES = 32 * 2**20  # of float32 scores per batch row; independent of B, so that B cannot change a result
+
+
+def scores(queries: jax.Array, keys: jax.Array, head_weights: jax.Array) -> jax.Array:
+    """I = sum_h w_h relu(q_h . k_t): queries [S, Hi, Di], keys [T, Di], head_weights [S, Hi] -> [S, T] float32."""
+
+    def add_head(total: jax.Array, head: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        query, weight = head
+        dots = jax.lax.dot_general(
+            query, keys, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+        return total + weight[:, None] * jax.nn.relu(dots), None
+
+    start = jnp.zeros((queries.shape[0], keys.shape[0]), jnp.float32)
+    return jax.lax.scan(add_head, start, (queries.transpose(1, 0, 2), head_weights.T))[0]
+
+
+def select(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
+    """Positions of the k best of scores [S, T], of which row i sees the first visible[i]: [S, k] ascending, then -1."""
+    t = scores.shape[1]
+    # Equal floats must compare equal and NaN must lose: what is not visible sits behind all of these, so the order of
+    # -inf among them never lets a hidden key in.
+    scores = jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+    scores = jnp.where(jnp.arange(t) < visible[:, None], scores, -jnp.inf)
+    positions = jax.lax.top_k(scores, min(k, t))[1].astype(jnp.int32)
+    positions = jnp.sort(jnp.where(positions < visible[:, None], positions, t), axis=1)
+    positions = jnp.where(positions < t, positions, -1)
+    return jnp.pad(positions, ((0, 0), (0, k - positions.shape[1])), constant_values=-1)
+
+
+def indexer_topk(
+    queries: jax.Array,
+    keys: jax.Array,
+    head_weights: jax.Array,
+    *,
+    k_select: int,
+    q_positions: jax.Array,
+    kv_lengths: jax.Array,
+) -> jax.Array:
+    b, s, _, _ = queries.shape
+    t = keys.shape[1]
+    visible = jnp.clip(jnp.minimum(q_positions + 1, kv_lengths[:, None]), 0, t)
+    prefixes = sorted({max(-(-t * part // 4), min(k_select, t)) for part in (1, 2, 3, 4)})
+
+    def block(q: jax.Array, w: jax.Array, seen: jax.Array) -> jax.Array:  # [B, n, Hi, Di], [B, n, Hi], [B, n]
+        def against(prefix: int) -> jax.Array:
+            return jax.vmap(lambda q, k, w, v: select(scores(q, k, w), v, k_select))(q, keys[:, :prefix], w, seen)
+
+        shortest = jnp.searchsorted(jnp.array(prefixes), jnp.max(seen))
+        return jax.lax.switch(shortest, [functools.partial(against, prefix) for prefix in prefixes])
+
+    rows = max(1, min(s, SCORE_BYTES // (4 * max(t, 1))))
+    return map_queries(block, (queries, head_weights, visible), rows)
+

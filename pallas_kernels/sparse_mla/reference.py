@@ -1,0 +1,49 @@
+"""The reference sparse_mla in plain XLA.
+
+A block of queries at a time: gather the selected latents of the block, then two small batched products with a softmax
+between. A masked product with all T latents would cost T / k times the arithmetic, so the gather pays already at a few
+hundred keys. The block is sized so that its gathered latents stay in a CPU's cache (12 ms against 56 ms for 2048 queries
+of 128 selected latents when they do not); an accelerator wants more work per step than that.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import map_queries
+
+GATHER_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
+
+
+def attend(queries: jax.Array, selected: jax.Array, valid: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
+    """queries [S, H, C+R] over their own selected latents [S, k, C+R], of which valid [S, k] count: [S, H, C] float32."""
+    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
+    logits = jnp.einsum("shd,skd->shk", queries, selected, preferred_element_type=jnp.float32, precision=precision) * scale
+    logits = jnp.where(valid[:, None], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    values = selected[..., :value_dim]
+    out = jnp.einsum(
+        "shk,skc->shc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32, precision=precision
+    )
+    return out / jnp.where(total == 0, 1.0, total)
+
+
+def sparse_mla(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
+    b, s, _, width = queries.shape
+    k = indices.shape[2]
+
+    def block(q: jax.Array, idx: jax.Array) -> jax.Array:
+        def row(q: jax.Array, kv: jax.Array, idx: jax.Array) -> jax.Array:
+            valid = idx >= 0
+            # An empty place reads row 0, whose content may be anything, NaN included: zero it.
+            selected = jnp.where(valid[..., None], kv[jnp.where(valid, idx, 0)], 0)
+            return attend(q, selected, valid, scale=scale, value_dim=value_dim)
+
+        return jax.vmap(row)(q, latents, idx).astype(queries.dtype)
+
+    budget = GATHER_BYTES.get(jax.default_backend(), GATHER_BYTES["other"])
+    rows = max(1, min(s, budget // (b * k * width * latents.dtype.itemsize)))
+    return map_queries(block, (queries, indices), rows)
