@@ -361,11 +361,12 @@ def _rope(fields: Mapping[str, Any]) -> Rope:
     if rope_type != "yarn":
         return Rope(theta=theta, type=rope_type)
     longest = fields.get("max_position_embeddings")
-    original = number("original_max_position_embeddings", 4096.0 if longest is None else longest)
+    longest = None if longest is None else _number("max_position_embeddings", longest)
+    original = number("original_max_position_embeddings", longest or 4096.0)
     return Rope(
         theta=theta,
         type=rope_type,
-        factor=number("factor", 1.0 if longest is None else longest / original),
+        factor=number("factor", longest / original if longest else 1.0),
         beta_fast=number("beta_fast", 0.0) or 32.0,
         beta_slow=number("beta_slow", 0.0) or 1.0,
         mscale=optional("mscale"),

@@ -9,6 +9,7 @@ Rows are right-padded: position -1 marks a padded token, which sees nothing and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -82,14 +83,14 @@ def attention_block(
     latents, keys = remember(attention.latents(p.attention, h, positions.angles, config), keys)
 
     def select() -> jax.Array:
-        return indexer.select(
-            p.indexer, h, q_latent, keys, positions.angles, positions.queries, positions.kv_lengths, config
-        )
+        assert p.indexer is not None and keys is not None  # an F layer has both
+        return indexer.select(p.indexer, h, q_latent, keys, positions.angles, positions.queries, positions.kv_lengths, config)
 
     if not isinstance(full, bool):
         indices = jax.lax.cond(full, select, lambda: indices)
     elif full:
         indices = select()
+    assert indices is not None  # the first layer is F
     return x + attention.attend(p.attention, q_latent, latents, indices, positions.angles, config), indices
 
 
@@ -176,7 +177,7 @@ def token_losses(params: Params, x: jax.Array, targets: jax.Array, config: Confi
 
     def block(x: jax.Array, targets: jax.Array) -> jax.Array:
         logits = unembed(params, x, config)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        picked = jnp.sum(jnp.where(jnp.arange(config.vocab_size) == targets[..., None], logits, 0.0), axis=-1)
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
     rows = max(1, LOGITS_BYTES // (4 * config.vocab_size * x.shape[0]))
@@ -199,23 +200,21 @@ def prefill(
     def remember(layer: int) -> Remember:
         def store(latents: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             nonlocal cache
-            cache = cache.replace(latents=write(cache.latents, layer, latents, positions.queries))
+            cache = dataclasses.replace(cache, latents=write(cache.latents, layer, latents, positions.queries))
             if keys is None:
                 return cache.latents[layer], None
             slot = full_slots[layer]
-            cache = cache.replace(index_keys=write(cache.index_keys, slot, keys, positions.queries))
+            cache = dataclasses.replace(cache, index_keys=write(cache.index_keys, slot, keys, positions.queries))
             return cache.latents[layer], cache.index_keys[slot]
 
         return store
 
     x, _ = walk(params, embed(params, tokens), positions, config, schedule, remember)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return unembed(params, last, config), cache.replace(lengths=positions.kv_lengths)
+    return unembed(params, last, config), dataclasses.replace(cache, lengths=positions.kv_lengths)
 
 
 @jax.jit
-def decode_step(
-    params: Params, token: jax.Array, cache: Cache, config: Config, schedule: Schedule
-) -> tuple[jax.Array, Cache]:
+def decode_step(params: Params, token: jax.Array, cache: Cache, config: Config, schedule: Schedule) -> tuple[jax.Array, Cache]:
     """Appends one token [B] a row: logits [B, V] float32 of the next, and the cache."""
     return prefill(params, token[:, None], jnp.ones_like(cache.lengths), cache, config, schedule)

@@ -32,24 +32,47 @@ def route(p: MoE, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
         kept = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=1)
         choice = jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice.shape)
     experts = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    weights = jnp.sum(jax.nn.one_hot(experts, config.n_routed_experts) * scores[:, None], axis=-1)
     if config.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return experts, weights * config.routed_scaling_factor
 
 
+def loads(experts: jax.Array, num_experts: int) -> jax.Array:
+    """How many tokens each expert got, [E] int32; a sum, since a histogram by scatter serialises on a GPU."""
+    return jnp.sum(jax.nn.one_hot(experts.reshape(-1), num_experts, dtype=jnp.int32), axis=0)
+
+
 def moe(p: MoE, x: jax.Array, config: Config) -> jax.Array:
-    """Routed and shared experts of x [B, S, D]: tokens sorted by expert, two grouped products, summed in float32."""
+    """Routed and shared experts of x [B, S, D], summed in float32."""
     tokens = x.reshape(-1, x.shape[-1])
-    experts, weights = route(p, tokens, config)
-    k = config.num_experts_per_tok
+    routed = _every_expert if _few_experts(config) else _sorted_by_expert
+    out = routed(p, tokens, *route(p, tokens, config)).astype(x.dtype).reshape(x.shape)
+    return out if p.shared is None else out + mlp(p.shared, x)
+
+
+def _few_experts(config: Config) -> bool:
+    # An accelerator multiplies a small model's tokens by every expert faster than it sorts them.
+    return jax.default_backend() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
+
+
+def _every_expert(p: MoE, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+    """All experts of tokens [N, D], those not chosen with weight 0 -> [N, D] float32."""
+    gates = jnp.sum(jax.nn.one_hot(experts, p.router.shape[-1]) * weights[..., None], axis=1)
+    gate_up = jnp.einsum("nd,edgi->negi", tokens, p.gate_up)
+    hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+    hidden = (hidden.astype(jnp.float32) * gates[..., None]).astype(tokens.dtype)
+    return jnp.einsum("nei,eid->nd", hidden, p.down, preferred_element_type=jnp.float32)
+
+
+def _sorted_by_expert(p: MoE, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+    """The chosen experts of tokens [N, D]: rows sorted by expert, two grouped products -> [N, D] float32."""
+    k, groups, width = experts.shape[1], p.gate_up.shape[0], p.gate_up.shape[-1]
     order = jnp.argsort(experts.reshape(-1), stable=True)
-    sizes = jnp.bincount(experts.reshape(-1), length=config.n_routed_experts)
-    width = p.gate_up.shape[-1]
-    gate_up = pallas_kernels.grouped_matmul(tokens[order // k], p.gate_up.reshape(*p.gate_up.shape[:2], 2 * width), sizes)
+    sizes = loads(experts, groups)
+    gate_up = pallas_kernels.grouped_matmul(tokens[order // k], p.gate_up.reshape(groups, -1, 2 * width), sizes)
     hidden = jax.nn.silu(gate_up[:, :width]) * gate_up[:, width:]
     routed = pallas_kernels.grouped_matmul(hidden, p.down, sizes)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     routed = routed[back].reshape(-1, k, tokens.shape[-1]).astype(jnp.float32)
-    out = jnp.sum(routed * weights[..., None], axis=1).astype(x.dtype).reshape(x.shape)
-    return out if p.shared is None else out + mlp(p.shared, x)
+    return jnp.sum(routed * weights[..., None], axis=1)

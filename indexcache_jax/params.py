@@ -81,7 +81,7 @@ class Source:
     """One checkpoint tensor, and which part of one layer's tensor it fills.
 
     The checkpoint tensor, of `shape`, is viewed as `view`, cut to `take` and transposed by `perm`; that is
-    `tensor[at]`.
+    `tensor[at]`. `take` leaves the first axis of `view` whole, so a checkpoint tensor also travels in slabs along it.
     """
 
     name: str  # with {layer}
@@ -91,12 +91,17 @@ class Source:
     take: tuple[slice, ...] = ()
     at: tuple[int | slice, ...] = ()
 
-    def read(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape(self.view)[self.take].transpose(self.perm)
+    def part(self, tensor: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """The view of `tensor[at]` that entries start to stop of the first axis of `view` fill."""
+        return tensor[self.at][(slice(None),) * self.perm.index(0) + (slice(start, stop),)]
 
-    def write(self, target: np.ndarray, tensor: np.ndarray) -> None:
-        """The inverse of `read`: puts `tensor[at]` into `target`, an array of `shape`."""
-        target.reshape(self.view)[self.take] = tensor[self.at].transpose(np.argsort(self.perm))
+    def read(self, slab: np.ndarray) -> np.ndarray:
+        """What `slab`, the checkpoint tensor or whole entries of its first view axis, puts into `part`."""
+        return slab.reshape(-1, *self.view[1:])[self.take].transpose(self.perm)
+
+    def write(self, slab: np.ndarray, part: np.ndarray) -> None:
+        """The inverse of `read`: puts `part` into `slab`."""
+        slab.reshape(-1, *self.view[1:])[self.take] = part.transpose(np.argsort(self.perm))
 
 
 @dataclasses.dataclass(frozen=True)

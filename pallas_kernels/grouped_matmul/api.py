@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, per_row, reference
 
 
 def ragged_dot(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -18,7 +18,13 @@ def _prefers_blocks(*_: jax.Array) -> str | None:
     return "XLA's CPU backend expands it to every row times every matrix" if jax.default_backend() == "cpu" else None
 
 
-BACKENDS = {"ragged_dot": dispatch.Backend(ragged_dot, _prefers_blocks), "xla": dispatch.Backend(reference.grouped_matmul)}
+BACKENDS = {
+    "per_row": dispatch.Backend(per_row.grouped_matmul, per_row.why_not),
+    "mosaic_gpu": dispatch.Backend(mosaic_gpu.grouped_matmul, mosaic_gpu.why_not),
+    "mosaic_tpu": dispatch.Backend(mosaic_tpu.grouped_matmul, mosaic_tpu.why_not),
+    "ragged_dot": dispatch.Backend(ragged_dot, _prefers_blocks),
+    "xla": dispatch.Backend(reference.grouped_matmul),
+}
 
 
 def grouped_matmul(
@@ -26,7 +32,10 @@ def grouped_matmul(
 ) -> jax.Array:
     """rows [M, K] in groups of group_sizes [E] times matrices [E, K, N] -> [M, N] in the dtype of `rows`.
 
-    The sizes sum to M; products are accumulated in float32. Raises ValueError for shapes that do not fit.
+    The sizes sum to M; products are accumulated in float32. `implementation` None picks the best for the backend:
+    "per_row" for many more groups than rows (decode), else "mosaic_gpu" on Hopper, "mosaic_tpu" on TPU, XLA's "ragged_dot"
+    on other accelerators and "xla", the reference, on a CPU. Raises ValueError for shapes that do not fit,
+    NotImplementedError where a named implementation cannot serve.
     """
     if rows.ndim != 2 or matrices.ndim != 3 or rows.shape[1] != matrices.shape[1] or group_sizes.shape != matrices.shape[:1]:
         raise ValueError(

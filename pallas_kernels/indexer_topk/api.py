@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.indexer_topk import reference
 
-BACKENDS = {"xla": dispatch.Backend(reference.indexer_topk)}
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """`name` of a sibling module, imported when first called: kernels import backends that not every JAX has."""
+
+    @functools.wraps(reference.indexer_topk)
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f"pallas_kernels.indexer_topk.{module}"), name)(*args, **options)
+
+    return call
+
+
+BACKENDS = {
+    "mosaic_gpu": dispatch.Backend(_later("mosaic_gpu", "indexer_topk"), _later("mosaic_gpu", "why_not")),
+    "triton": dispatch.Backend(_later("triton", "indexer_topk"), _later("triton", "why_not")),
+    "xla": dispatch.Backend(reference.indexer_topk),
+}
 
 
 def indexer_topk(
@@ -20,12 +40,12 @@ def indexer_topk(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     implementation: str | None = None,
+    key_scales: jax.Array | None = None,
 ) -> jax.Array:
     """For every query the positions of its `k_select` best keys.
 
-    The score of key t is I = sum_h w_h relu(q_h . k_t), accumulated in float32, one head after the other; any scaling
-    is folded into w by the caller. A key at position t is visible to a query at position p when t <= p and
-    t < kv_length.
+    The score of key t is I = sum_h w_h relu(q_h . k_t), accumulated in float32; any scaling is folded into w by the
+    caller. A key at position t is visible to a query at position p when t <= p and t < kv_length.
 
     Args:
       queries: [B, S, Hi, Di].
@@ -34,7 +54,10 @@ def indexer_topk(
       k_select: k, at least 1.
       q_positions: [B, S] integers; a negative one (a padded query) sees no key.
       kv_lengths: [B] integers; how many of the T keys exist.
-      implementation: None picks the best for the backend; "xla" runs anywhere and is the reference.
+      implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "triton" for older GPUs, "xla" runs
+        anywhere and is the reference.
+      key_scales: [B, T] float32, for queries and keys in float8_e4m3fn (`fp8.quantise`): the score of key t is
+        multiplied by its scale. The scales of the queries are folded into head_weights by the caller.
 
     Returns:
       [B, S, k_select] int32 positions, ascending, -1 in the tail where fewer are visible. Ties are cut lowest position
@@ -52,6 +75,14 @@ def indexer_topk(
         raise ValueError(f"indexer_topk: B, S, Hi or Di differ between {shapes}")
     if q_positions.shape != (b, s) or kv_lengths.shape != (b,):
         raise ValueError(f"indexer_topk: expected q_positions [B, S] and kv_lengths [B], got {shapes}")
+    if (key_scales is not None) != (keys.dtype == jnp.float8_e4m3fn) or (
+        key_scales is not None and queries.dtype != keys.dtype
+    ):
+        given = "given" if key_scales is not None else "missing"
+        kinds = f"queries {queries.dtype}, keys {keys.dtype}, key_scales {given}"
+        raise ValueError(f"indexer_topk: key_scales go with float8_e4m3fn queries and keys: {kinds}")
+    if key_scales is not None and key_scales.shape != keys.shape[:2]:
+        raise ValueError(f"indexer_topk: key_scales must be {keys.shape[:2]}, one a key, got {key_scales.shape}")
     if k_select < 1:
         raise ValueError(f"indexer_topk: k_select {k_select} is below 1")
     return dispatch.call(
@@ -64,4 +95,5 @@ def indexer_topk(
         k_select=k_select,
         q_positions=q_positions.astype(jnp.int32),
         kv_lengths=kv_lengths.astype(jnp.int32),
+        key_scales=key_scales,
     )

@@ -18,8 +18,13 @@ from pallas_kernels.blocks import map_queries
 SCORE_BYTES = 32 * 2**20  # of float32 scores per batch row; independent of B, so that B cannot change a result
 
 
-def scores(queries: jax.Array, keys: jax.Array, head_weights: jax.Array) -> jax.Array:
-    """I = sum_h w_h relu(q_h . k_t): queries [S, Hi, Di], keys [T, Di], head_weights [S, Hi] -> [S, T] float32."""
+def scores(queries: jax.Array, keys: jax.Array, head_weights: jax.Array, key_scales: jax.Array | None = None) -> jax.Array:
+    """I = scale_t * sum_h w_h relu(q_h . k_t): queries [S, Hi, Di], keys [T, Di], head_weights [S, Hi] -> [S, T] float32.
+
+    key_scales [T] go with 8-bit queries and keys, whose products are exact in float32.
+    """
+    if key_scales is not None:
+        queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
 
     def add_head(total: jax.Array, head: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         query, weight = head
@@ -29,7 +34,8 @@ def scores(queries: jax.Array, keys: jax.Array, head_weights: jax.Array) -> jax.
         return total + weight[:, None] * jax.nn.relu(dots), None
 
     start = jnp.zeros((queries.shape[0], keys.shape[0]), jnp.float32)
-    return jax.lax.scan(add_head, start, (queries.transpose(1, 0, 2), head_weights.T))[0]
+    total = jax.lax.scan(add_head, start, (queries.transpose(1, 0, 2), head_weights.T))[0]
+    return total if key_scales is None else total * key_scales
 
 
 def select(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
@@ -53,6 +59,7 @@ def indexer_topk(
     k_select: int,
     q_positions: jax.Array,
     kv_lengths: jax.Array,
+    key_scales: jax.Array | None = None,
 ) -> jax.Array:
     b, s, _, _ = queries.shape
     t = keys.shape[1]
@@ -61,11 +68,12 @@ def indexer_topk(
 
     def block(q: jax.Array, w: jax.Array, seen: jax.Array) -> jax.Array:  # [B, n, Hi, Di], [B, n, Hi], [B, n]
         def against(prefix: int) -> jax.Array:
-            return jax.vmap(lambda q, k, w, v: select(scores(q, k, w), v, k_select))(q, keys[:, :prefix], w, seen)
+            scales = None if key_scales is None else key_scales[:, :prefix]
+            one = jax.vmap(lambda q, k, w, c, v: select(scores(q, k, w, c), v, k_select))
+            return one(q, keys[:, :prefix], w, scales, seen)
 
         shortest = jnp.searchsorted(jnp.array(prefixes), jnp.max(seen))
         return jax.lax.switch(shortest, [functools.partial(against, prefix) for prefix in prefixes])
 
     rows = max(1, min(s, SCORE_BYTES // (4 * max(t, 1))))
     return map_queries(block, (queries, head_weights, visible), rows)
-

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import reference
 
-BACKENDS = {"xla": dispatch.Backend(reference.sparse_mla)}
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """`name` of a sibling module, imported when first called: kernels import backends that not every JAX has."""
+
+    @functools.wraps(reference.sparse_mla)
+    def call(*args: Any, **options: Any) -> Any:
+        from importlib import import_module
+
+        return getattr(import_module(f"pallas_kernels.sparse_mla.{module}"), name)(*args, **options)
+
+    return call
+
+
+BACKENDS = {
+    "mosaic_gpu": dispatch.Backend(_later("mosaic_gpu", "sparse_mla"), _later("mosaic_gpu", "why_not")),
+    "triton": dispatch.Backend(_later("triton", "sparse_mla"), _later("triton", "why_not")),
+    "xla": dispatch.Backend(reference.sparse_mla),
+}
 
 
 def sparse_mla(
@@ -19,6 +40,7 @@ def sparse_mla(
     scale: float,
     value_dim: int,
     implementation: str | None = None,
+    latent_scales: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale * q . kv[indices]) @ kv[indices, :value_dim], float32 inside, for every query and head.
 
@@ -28,13 +50,16 @@ def sparse_mla(
       indices: [B, S, k] int32 positions in T; -1 marks an empty place. They already are causal.
       scale: of the logits.
       value_dim: C.
-      implementation: None picks the best for the backend; "xla" runs anywhere and is the reference.
+      implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "triton" for older GPUs, "xla" runs
+        anywhere and is the reference.
+      latent_scales: [B, T] float32, for latents kept as float8_e4m3fn (`fp8.quantise`): a latent then is the product,
+        rounded to the dtype of `queries`. For inference: no gradient reaches such latents.
 
     Returns:
       [B, S, H, C] in the dtype of `queries`; zeros where all indices of a query are -1.
 
     Raises:
-      ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
+      ValueError for shapes and dtypes that do not fit; NotImplementedError where a named implementation cannot serve.
     """
     shapes = f"queries {queries.shape}, latents {latents.shape}, indices {indices.shape}"
     if queries.ndim != 4 or latents.ndim != 3 or indices.ndim != 3:
@@ -43,6 +68,19 @@ def sparse_mla(
         raise ValueError(f"sparse_mla: B, S or C+R differ between {shapes}")
     if not 1 <= value_dim <= latents.shape[2]:
         raise ValueError(f"sparse_mla: value_dim {value_dim} is not between 1 and the latents' width {latents.shape[2]}")
+    if (latent_scales is not None) != (latents.dtype == jnp.float8_e4m3fn):
+        given = "given" if latent_scales is not None else "missing"
+        raise ValueError(f"sparse_mla: latent_scales go with float8_e4m3fn latents: {latents.dtype}, scales {given}")
+    if latent_scales is not None and latent_scales.shape != latents.shape[:2]:
+        raise ValueError(f"sparse_mla: latent_scales must be {latents.shape[:2]}, one a token, got {latent_scales.shape}")
     return dispatch.call(
-        "sparse_mla", BACKENDS, implementation, queries, latents, indices.astype(jnp.int32), scale=scale, value_dim=value_dim
+        "sparse_mla",
+        BACKENDS,
+        implementation,
+        queries,
+        latents,
+        indices.astype(jnp.int32),
+        scale=scale,
+        value_dim=value_dim,
+        latent_scales=latent_scales,
     )

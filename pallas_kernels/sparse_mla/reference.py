@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import map_queries
+from pallas_kernels.sparse_mla import fp8
 
 GATHER_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
 
@@ -31,8 +32,18 @@ def attend(queries: jax.Array, selected: jax.Array, valid: jax.Array, *, scale: 
     return out / jnp.where(total == 0, 1.0, total)
 
 
-def sparse_mla(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
+def sparse_mla(
+    queries: jax.Array,
+    latents: jax.Array,
+    indices: jax.Array,
+    *,
+    scale: float,
+    value_dim: int,
+    latent_scales: jax.Array | None = None,
+) -> jax.Array:
     b, s, _, width = queries.shape
+    if latent_scales is not None:
+        latents, indices = fp8.dequantise_selected(latents, latent_scales, indices, queries.dtype)
     k = indices.shape[2]
 
     def block(q: jax.Array, idx: jax.Array) -> jax.Array:

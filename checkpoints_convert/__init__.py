@@ -1,0 +1,14 @@
+"""Checkpoints in and out: Hugging Face safetensors (bfloat16, float32, FP8) and orbax, streamed layer by layer.
+
+    config, schedule, params = load(directory)
+    save(directory, params, config, schedule, format="safetensors")
+    convert(source, directory)     as a command: python -m checkpoints_convert SRC DST
+
+No torch, no pickle. Headers are checked before memory is allocated for what they claim, and names in a checkpoint
+never become paths outside it.
+"""
+
+from checkpoints_convert.load import load
+from checkpoints_convert.save import convert, save
+
+__all__ = ["convert", "load", "save"]

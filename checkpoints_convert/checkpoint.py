@@ -1,0 +1,72 @@
+"""What load, save and convert read from: a directory of either format, or params in memory."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_convert import orbax_io
+from checkpoints_convert.huggingface import HuggingFaceCheckpoint
+from checkpoints_convert.safetensors_io import INDEX, SINGLE
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params, Tensor
+from indexcache_jax.schedule import Schedule
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+class Checkpoint(Protocol):
+    """A source of weights, one layer of one leaf at a time."""
+
+    config: Config
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule stored with the weights."""
+
+    def check(self, tree: Params) -> None:
+        """ValueError where it cannot give every leaf of the abstract tree."""
+
+    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
+        """The dtype it would give a leaf without loss."""
+
+    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
+        """Writes one layer of a leaf (layer None: the leaf) into `out`, of tensor.layer_shape and any float dtype."""
+
+
+def open_checkpoint(directory: str | pathlib.Path) -> HuggingFaceCheckpoint | orbax_io.OrbaxCheckpoint:
+    """The checkpoint in a directory, its format detected. ValueError where there is none."""
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory")
+    if orbax_io.is_orbax(directory):
+        return orbax_io.OrbaxCheckpoint(directory)
+    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+        return HuggingFaceCheckpoint(directory)
+    raise ValueError(f"{directory}: holds neither {SINGLE} nor {INDEX} nor an orbax checkpoint")
+
+
+def resolve_schedule(checkpoint: Checkpoint, schedule: Schedule | str | None) -> Schedule:
+    if schedule is None:
+        return checkpoint.schedule
+    return schedule if isinstance(schedule, Schedule) else Schedule.parse(schedule, checkpoint.config.num_layers)
+
+
+def leaf_dtype(checkpoint: Checkpoint, path: str, tensor: Tensor, dtype: Any) -> np.dtype:
+    """What a leaf is loaded or written as: its own fixed dtype, else the one asked for, else as stored."""
+    if dtype is None:
+        return checkpoint.dtype_of(path, tensor)
+    return np.dtype(jnp.dtype(tensor.dtype or dtype))
+
+
+def check_dtype(dtype: Any) -> None:
+    """ValueError unless weights can have this dtype."""
+    try:
+        known = dtype is None or jnp.dtype(dtype).name in DTYPES
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")

@@ -1,0 +1,48 @@
+"""FP8 weights: e4m3 codes with one scale for every block of a matrix.
+
+W[r, c] = float32(code[r, c]) * scale[r // height, c // width]. The scale is a multiplier, although checkpoints call
+it `weight_scale_inv`. Blocks are cut from the top left, so the last ones may be ragged: 576 rows make five blocks of
+128, the last one 64 high. Nothing is derived by dividing rows by scales; that reading takes 576 / 5 for the height.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+SUFFIX = "_scale_inv"
+DEFAULT_BLOCK = (128, 128)
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # a table is five times faster
+
+
+def block_size(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of a block from config.json's quantization_config. ValueError names the field."""
+    quantization = fields.get("quantization_config")
+    value = quantization.get("weight_block_size") if isinstance(quantization, Mapping) else None
+    if value is None:
+        return DEFAULT_BLOCK
+    if not isinstance(value, list) or len(value) != 2 or any(type(n) is not int or n < 1 for n in value):
+        raise ValueError(f"quantization_config.weight_block_size: {value!r} is not two positive integers")
+    return value[0], value[1]
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    return tuple(math.ceil(size / side) for size, side in zip(shape, block, strict=True))
+
+
+def decode_scale(stored: np.ndarray) -> np.ndarray:
+    """float32 scales from float32, bfloat16, e8m0, or e8m0's exponents kept as uint8 (2^(b - 127))."""
+    return (stored.view(ml_dtypes.float8_e8m0fnu) if stored.dtype == np.uint8 else stored).astype(np.float32)
+
+
+def dequantise(codes: np.ndarray, scale: np.ndarray, first_row: int, block: tuple[int, int]) -> np.ndarray:
+    """float32 rows [n, in] from codes [n, in], which are rows first_row on of a matrix with scales [out/h, in/w]."""
+    rows = (first_row + np.arange(codes.shape[0])) // block[0]
+    columns = np.arange(codes.shape[1]) // block[1]
+    values = _E4M3[codes.view(np.uint8)]
+    values *= scale[rows][:, columns]
+    return values

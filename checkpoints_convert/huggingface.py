@@ -1,0 +1,226 @@
+"""A Hugging Face directory as a source of one layer's tensors at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from checkpoints_convert import fp8
+from checkpoints_convert.safetensors_io import INDEX, NAMES, SINGLE, Entry, Spec, read_directory
+from indexcache_jax.config import Config, read_config_json
+from indexcache_jax.params import Params, Source, Tensor, abstract, leaves
+from indexcache_jax.schedule import Schedule
+
+SLAB_BYTES = 2**20  # read, decoded and transposed at once: what passes through host memory beyond the result
+_WEIGHTS = ("BF16", "F32", "F16", "F8_E4M3")
+_SCALES = ("F32", "BF16", "F8_E8M0", "U8")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_IGNORED = re.compile(r".*(\.rotary_emb\.inv_freq|\.input_scale|\.input_scale_inv|\.activation_scale|\.k_scale|\.v_scale)")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(self_attn\.indexer\.)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """The stored tensors that a schedule has no place for."""
+
+    mtp: tuple[str, ...]  # of layers from num_hidden_layers on
+    shared_indexers: tuple[str, ...]  # indexer weights of S layers
+    unknown: tuple[str, ...]
+
+
+class HuggingFaceCheckpoint:
+    """The tensors of a safetensors directory, under the names and shapes that indexcache_jax.params gives.
+
+    ValueError, naming file and field or tensor, for a config.json or headers that cannot be read.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        fields = read_config_json(directory)
+        self.config = Config.from_hf(fields)
+        self._fields = fields
+        self.entries = read_directory(directory)
+        self.list_file = directory / (SINGLE if (directory / SINGLE).exists() else INDEX)
+        self._block = fp8.block_size(fields)
+        self._dtype = self._model_dtype(fields.get("dtype") or fields.get("torch_dtype"))
+        c = self.config
+        stored, experts = sum(e.nbytes for e in self.entries.values()), c.n_routed_experts * sum(c.moe_layers)
+        if 3 * experts * c.hidden_size * c.moe_intermediate_size > stored:  # before a list as long as the experts is made
+            raise ValueError(
+                f"{directory / 'config.json'}: n_routed_experts: {c.n_routed_experts} cannot fit in the {stored} bytes stored"
+            )
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """What config.json asks for; read only where nobody overrides it."""
+        return Schedule.from_hf(self._fields)
+
+    def _model_dtype(self, declared: str | None) -> np.dtype:
+        """What the config says, else bfloat16 where the embedding is or a layer is FP8; float16 widens to float32."""
+        if declared in ("bfloat16", "float32", "float16"):
+            is_bfloat16 = declared == "bfloat16"
+        else:
+            is_bfloat16 = any(
+                entry.dtype == ("BF16" if name == "model.embed_tokens.weight" else "F8_E4M3")
+                for name, entry in self.entries.items()
+                if not self._is_mtp(name)
+            )
+        return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else np.float32)
+
+    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
+        """The dtype a leaf has where the caller asks for none."""
+        return np.dtype(tensor.dtype) if tensor.dtype else self._dtype
+
+    def check(self, tree: Params) -> None:
+        """ValueError where a tensor that `tree` needs is missing, misshapen or of a dtype that cannot be read."""
+        missing: dict[str, bool] = {}  # by name: whether an indexer's
+        for path, tensor in leaves(tree):
+            for layer in tensor.layers or (None,):
+                for source in tensor.sources:
+                    name = source.name.format(layer=layer)
+                    entry = self._find(name)
+                    if entry is None:
+                        missing[name] = path.startswith("indexer.")
+                    else:
+                        self._check(entry, source.shape)
+        if missing:
+            name, is_indexer = next(iter(missing.items()))
+            why = ", which the schedule needs because it makes that layer F" if is_indexer else ""
+            more = f" (and {len(missing) - 1} other tensors)" if len(missing) > 1 else ""
+            raise ValueError(f"{self.list_file}: tensor {name} is missing{why}{more}")
+
+    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
+        """Writes one layer of a leaf (layer None: the leaf) into `out`, of tensor.layer_shape and the wanted dtype."""
+        for source in tensor.sources:
+            entry = self._find(source.name.format(layer=layer))
+            assert entry is not None, "check() comes first"
+            for start, stop, slab in self._slabs(entry, source, out.dtype):
+                source.part(out, start, stop)[...] = source.read(slab)
+
+    def copies(self, names: Iterable[str], dtype: Any) -> list[tuple[Spec, Iterator[np.ndarray]]]:
+        """What to write for a copy of stored tensors: as they are, but FP8 with its scale in `dtype` (None: the model's).
+
+        A copy in FP8 would stand in a checkpoint whose config no longer says that it is quantised.
+        """
+        wanted = self._dtype if dtype is None else np.dtype(jnp.dtype(dtype))
+        found: list[tuple[Spec, Iterator[np.ndarray]]] = []
+        for name in names:
+            entry = self.entries[name]
+            if entry.dtype == "F8_E4M3" and entry.nbytes:
+                self._check(entry, entry.shape)
+                whole = Source(name, entry.shape, entry.shape, (0, 1))
+                found.append(
+                    (Spec(name, NAMES[wanted], entry.shape), (slab for _, _, slab in self._slabs(entry, whole, wanted)))
+                )
+            elif not name.endswith(fp8.SUFFIX):
+                found.append((Spec(name, entry.dtype, entry.shape), entry.slabs(SLAB_BYTES)))
+        return found
+
+    def unused(self, schedule: Schedule) -> Unused:
+        """What is stored beyond the model under `schedule`, by what it is. Each list is in the order stored."""
+        needed = self._names(schedule)
+        found: dict[str, list[str]] = {"mtp": [], "shared_indexers": [], "unknown": []}
+        for name in self.entries:
+            if name in needed or name.removesuffix(fp8.SUFFIX) in needed or _IGNORED.fullmatch(name):
+                continue
+            match = _LAYER.match(name)
+            if self._is_mtp(name):
+                found["mtp"].append(name)
+            elif match and match[2] and not schedule.is_full[int(match[1])]:
+                found["shared_indexers"].append(name)
+            elif name != "lm_head.weight":  # tied embeddings: a copy
+                found["unknown"].append(name)
+        return Unused(**{kind: tuple(names) for kind, names in found.items()})
+
+    def left_out(self, schedule: Schedule, kept: Collection[str] = ()) -> list[str]:
+        """One line for each kind of stored tensor without a use under `schedule`, those of `kept` apart."""
+        unused, lines = self.unused(schedule), []
+        for names, what in (
+            (unused.mtp, f"of multi-token prediction (layers from {self.config.num_layers} on)"),
+            (unused.shared_indexers, "of indexers in S layers"),
+            (unused.unknown, "that the model does not have"),
+        ):
+            if left := [name for name in names if name not in kept]:
+                lines.append(f"left out {len(left)} tensors {what}: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}")
+        return lines
+
+    def _names(self, schedule: Schedule) -> set[str]:
+        names = set()
+        for _, tensor in leaves(abstract(self.config, schedule)):
+            for layer in tensor.layers or (None,):
+                for source in tensor.sources:
+                    entry = self._find(source.name.format(layer=layer))
+                    names |= {entry.name} if entry else set()
+        return names
+
+    def _is_mtp(self, name: str) -> bool:
+        match = _LAYER.match(name)
+        return match is not None and int(match[1]) >= self.config.num_layers
+
+    def _find(self, name: str) -> Entry | None:
+        """The tensor's place; a routed expert's may be its rows of a tensor that holds all experts of a layer."""
+        if name in self.entries or not (match := _EXPERT.fullmatch(name)):
+            return self.entries.get(name)
+        experts, number, kind = match[1], int(match[2]), match[3]
+        entry = self.entries.get(f"{experts}.{'down' if kind == 'down' else 'gate_up'}_proj")
+        if entry is None:
+            return None
+        c = self.config
+        if kind == "down":
+            shape, at, parts = (c.hidden_size, c.moe_intermediate_size), number, 1
+        else:  # an expert's gate rows, then its up rows
+            shape, at, parts = (c.moe_intermediate_size, c.hidden_size), 2 * number + (kind == "up"), 2
+        expected = (c.n_routed_experts, parts * shape[0], shape[1])
+        if entry.shape != expected:
+            raise ValueError(self._misshapen(entry, expected))
+        return dataclasses.replace(entry, shape=shape, offset=entry.offset + at * (entry.nbytes // (parts * expected[0])))
+
+    def _misshapen(self, entry: Entry, shape: tuple[int, ...]) -> str:
+        return f"{entry.file}: tensor {entry.name} has shape {list(entry.shape)}, but config.json makes it {list(shape)}"
+
+    def _check(self, entry: Entry, shape: tuple[int, ...]) -> None:
+        where = f"{entry.file}: tensor {entry.name}"
+        if entry.shape != shape:
+            raise ValueError(self._misshapen(entry, shape))
+        if entry.dtype not in _WEIGHTS:
+            raise ValueError(f"{where} has dtype {entry.dtype}, not one of {', '.join(_WEIGHTS)}")
+        scale = self.entries.get(entry.name + fp8.SUFFIX)
+        if entry.dtype != "F8_E4M3":
+            if scale is not None:
+                raise ValueError(f"{where} is {entry.dtype}, yet {scale.file} holds a scale for it, {scale.name}")
+            return
+        if scale is None:
+            raise ValueError(f"{where} is FP8, but its scale {entry.name}{fp8.SUFFIX} is missing")
+        if len(shape) != 2:
+            raise ValueError(f"{where} is FP8 with shape {list(shape)}; only matrices are scaled by blocks")
+        expected = fp8.scale_shape(shape, self._block)
+        if scale.shape != expected:
+            raise ValueError(
+                f"{scale.file}: tensor {scale.name} has shape {list(scale.shape)}, but {entry.name} of shape {list(shape)} "
+                f"in blocks of {list(self._block)} needs {list(expected)}"
+            )
+        if scale.dtype not in _SCALES:
+            raise ValueError(f"{scale.file}: tensor {scale.name} has dtype {scale.dtype}, not one of {', '.join(_SCALES)}")
+
+    def _slabs(self, entry: Entry, source: Source, dtype: np.dtype) -> Iterator[tuple[int, int, np.ndarray]]:
+        """(start, stop, rows in dtype): the tensor in slabs of whole entries of the first axis of source.view."""
+        scale = None
+        if entry.dtype == "F8_E4M3":
+            stored = self.entries[entry.name + fp8.SUFFIX]
+            scale = fp8.decode_scale(stored.rows(0, stored.shape[0]))
+        count = source.view[0]
+        unit = source.shape[0] // count  # rows to an entry of the view
+        step = max(1, SLAB_BYTES * count // entry.nbytes)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            rows = entry.rows(start * unit, stop * unit)
+            if scale is not None:
+                rows = fp8.dequantise(rows, scale, start * unit, self._block)
+            yield start, stop, rows.astype(dtype, copy=False)

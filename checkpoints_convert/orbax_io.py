@@ -1,0 +1,180 @@
+"""Orbax checkpoints of params: written and read one layer of one leaf at a time.
+
+On disk there is config.json (the model's fields, the schedule and the dtype) and params/, an orbax checkpoint of the
+params tree with its stacked leaves. Any orbax program restores it into
+`indexcache_jax.params.shape_structs(config, schedule, dtype, shardings)`. Orbax itself saves whole leaves, which for a
+stack of experts is the model; so the leaves handed to it are promises, kept layer by layer by a type handler that
+writes zarr chunks of at most one layer. Checkpoints that orbax wrote from arrays, packed by OCDBT, are read too.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from indexcache_jax.config import Config, read_config_json
+from indexcache_jax.params import Params, Tensor, abstract, leaves
+from indexcache_jax.schedule import Schedule
+
+PARAMS = "params"
+MIN_CHUNK, MAX_CHUNK = 2**20, 64 * 2**20  # bytes; between them, a sixteenth of a layer
+PENDING_CHUNKS = 2  # being compressed and written; each takes about three times its size
+
+
+def is_orbax(directory: pathlib.Path) -> bool:
+    return (directory / PARAMS / "_METADATA").exists()
+
+
+class OrbaxCheckpoint:
+    """The leaves of an orbax checkpoint. ValueError, naming the directory and the leaf, for what cannot be read."""
+
+    def __init__(self, directory: pathlib.Path):
+        fields = read_config_json(directory)
+        self.config = Config.from_hf(fields)
+        self.schedule = Schedule.from_hf(fields)
+        self._directory = (directory / PARAMS).absolute()
+        self._saved = dict(leaves(abstract(self.config, self.schedule)))
+        self._stores: dict[str, ts.TensorStore] = {}
+
+    def check(self, tree: Params) -> None:
+        """ValueError where a leaf of `tree` is missing or misshapen, or a layer of it was not saved."""
+        for path, tensor in leaves(tree):
+            saved = self._saved[path]
+            for layer in tensor.layers or ():
+                if layer not in (saved.layers or ()):
+                    raise ValueError(
+                        f"{self._directory}: {path} of layer {layer} is missing, which the schedule needs because it "
+                        f"makes that layer F; the checkpoint was saved with {self.schedule}"
+                    )
+            store = self._stores[path] = self._open(path)
+            if store.shape != saved.shape:
+                raise ValueError(
+                    f"{self._directory}: {path} has shape {list(store.shape)}, but config.json makes it {list(saved.shape)}"
+                )
+            if any(chunk > max(size, 1) for chunk, size in zip(_chunk(store), store.shape, strict=True)):
+                raise ValueError(f"{self._directory}: {path} has chunks larger than itself")
+            if store.dtype.name not in ("bfloat16", "float32", "float16"):
+                raise ValueError(f"{self._directory}: {path} has dtype {store.dtype.name}, which no weight has")
+
+    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
+        return self._stores[path].dtype.numpy_dtype
+
+    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
+        """Writes one layer of a leaf (layer None: the leaf) into `out`, chunk by chunk."""
+        store, step = self._stores[path], _chunk(self._stores[path])[-out.ndim]
+        if layer is not None:
+            store = store[(self._saved[path].layers or ()).index(layer)]
+        for start in range(0, len(out), step):
+            part = slice(start, min(start + step, len(out)))
+            try:
+                out[part] = store[part].read().result()
+            except ValueError as error:
+                raise ValueError(f"{self._directory}: {path} cannot be read: {_first_line(error)}") from None
+
+    def _open(self, path: str) -> ts.TensorStore:
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._directory}/{path}/"}
+        if (self._directory / "manifest.ocdbt").exists():
+            kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{self._directory}/"}, "path": f"{path}/"}
+        driver = "zarr3" if read_config_json(self._directory / "_METADATA").get("use_zarr3") else "zarr"
+        try:
+            # A chunk that is not there is an error, not zeros.
+            return ts.open(
+                {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}, open=True, read=True
+            ).result()
+        except ValueError as error:
+            raise ValueError(f"{self._directory}: {path} is missing or cannot be opened: {_first_line(error)}") from None
+
+
+def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
+    return tuple(size or 1 for size in store.chunk_layout.read_chunk.shape or ())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """A leaf to be saved: fill(layer, out) gives it layer by layer."""
+
+    tensor: Tensor
+    dtype: np.dtype
+    fill: Callable[[int | None, np.ndarray], None]
+
+
+def write(directory: pathlib.Path, promises: Params) -> None:
+    """Saves a params tree of Promises as directory/params. Host memory: one layer of one leaf, and a few chunks."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # orbax warns that there are no arrays and nothing to merge, as it should be
+    try:
+        _save(directory / PARAMS, promises)
+    finally:
+        logger.setLevel(level)
+
+
+def _save(path: pathlib.Path, promises: Params) -> None:
+    registry = ocp.type_handlers.create_type_handler_registry((Promise, _PromiseHandler()))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.absolute(), promises)
+
+
+class _PromiseHandler(ocp.type_handlers.NumpyHandler):
+    """Saves Promises so that they read as NumPy arrays."""
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        for promise, info in zip(values, infos, strict=True):
+            _write_leaf(promise, pathlib.Path(info.parent_dir) / info.name)
+        return []
+
+
+def _write_leaf(promise: Promise, path: pathlib.Path) -> None:
+    tensor = promise.tensor
+    chunk = _chunk_shape(tensor, promise.dtype)
+    store = ts.open(
+        {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{path}/"},
+            "metadata": {"chunks": chunk, "compressor": {"id": "zstd", "level": 1}},
+            "store_data_equal_to_fill_value": True,
+        },
+        create=True,
+        dtype=promise.dtype,
+        shape=tensor.shape,
+    ).result()
+    stage = np.empty(tensor.layer_shape, promise.dtype)
+    step = chunk[-stage.ndim]
+    for slot, layer in enumerate(tensor.layers or (None,)):
+        promise.fill(layer, stage)
+        target = store if layer is None else store[slot]
+        pending: collections.deque[ts.Future] = collections.deque()
+        for start in range(0, len(stage), step):
+            part = slice(start, min(start + step, len(stage)))
+            pending.append(target[part].write(stage[part], can_reference_source_data_indefinitely=True).commit)
+            if len(pending) == PENDING_CHUNKS:
+                pending.popleft().result()
+        for future in pending:
+            future.result()
+
+
+def _chunk_shape(tensor: Tensor, dtype: np.dtype) -> list[int]:
+    """One layer, cut along its leading axes: files stay few, and what is written at once small beside the layer."""
+    chunk = list(tensor.shape)
+    limit = min(max(math.prod(tensor.layer_shape) * dtype.itemsize // 16, MIN_CHUNK), MAX_CHUNK)
+    if tensor.layers is not None:
+        chunk[0] = 1
+    for axis in range(len(chunk)):
+        size = math.prod(chunk) * dtype.itemsize
+        if size > limit:
+            chunk[axis] = max(1, chunk[axis] * limit // size)
+    return chunk

@@ -1,0 +1,226 @@
+"""Safetensors files: headers checked against the file before anything is allocated, reads by bytes, streaming writes.
+
+A file is a little-endian uint64, a JSON header of that many bytes, and the tensors' bytes without gaps. Data is read
+into buffers of our own instead of mapped, so that memory is what we ask for and a file cut short while it is read is
+an error, not a signal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON = 100_000_000  # bytes, of a header or an index; the format's own limit for headers
+MAX_DIMENSIONS = 16  # beyond any tensor's, so that a shape's product stays cheap
+
+_BITS = (
+    {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8}
+    | dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64}
+)
+NUMPY = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "U8": np.dtype(np.uint8),
+}
+NAMES = {dtype: name for name, dtype in NUMPY.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One stored tensor: `shape` elements of `dtype` (a safetensors name) from byte `offset` of `file`."""
+
+    name: str
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Its bytes [start, stop) as uint8. ValueError where the file has become shorter than its header said."""
+        out = np.empty(stop - start, np.uint8)
+        done = 0
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset + start)
+            while done < len(out):
+                count = file.readinto(out.data[done:])
+                if not count:
+                    raise ValueError(f"{self.file}: ends inside tensor {self.name}")
+                done += count
+        return out
+
+    def slabs(self, size: int) -> Iterator[np.ndarray]:
+        """All its bytes, `size` at a time."""
+        for start in range(0, self.nbytes, size):
+            yield self.read(start, min(start + size, self.nbytes))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Entries [start, stop) of its first axis, in its own dtype."""
+        width = self.nbytes // self.shape[0]
+        return self.read(start * width, stop * width).view(NUMPY[self.dtype]).reshape(-1, *self.shape[1:])
+
+
+def read_directory(directory: pathlib.Path) -> dict[str, Entry]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists, by name.
+
+    Reads headers only. ValueError names the file, and the tensor where there is one, for whatever does not add up.
+    """
+    if (directory / SINGLE).exists():
+        return read_header(directory / SINGLE)
+    index = directory / INDEX
+    with open(index, "rb") as file:
+        weight_map = _json_object(file.read(MAX_JSON + 1), index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is not an object with entries")
+    for name, shard in weight_map.items():
+        # A name, never a path: nothing outside the directory is opened.
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", shard):
+            raise ValueError(f"{index}: weight_map gives {shard!r} for {name}, which is not the name of a .safetensors file")
+    entries: dict[str, Entry] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (directory / shard).exists():
+            raise ValueError(f"{index}: names {shard}, but {directory} has no such file")
+        for name, entry in read_header(directory / shard).items():
+            if name in entries:
+                raise ValueError(f"{entry.file}: tensor {name} is also in {entries[name].file}")
+            entries[name] = entry
+    for name, shard in weight_map.items():
+        if name not in entries or entries[name].file.name != shard:
+            raise ValueError(f"{index}: places tensor {name} in {shard}, which does not hold it")
+    return entries
+
+
+def read_header(path: pathlib.Path) -> dict[str, Entry]:
+    """The tensors of one file by name. ValueError names the file and, where there is one, the tensor at fault."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_JSON):
+            raise ValueError(f"{path}: a header of {length} bytes does not fit in a file of {size} (limit {MAX_JSON})")
+        header = _json_object(file.read(length), path)
+    header.pop("__metadata__", None)
+    entries, end, last = {}, 0, "the header"
+    parsed = [(name, *_fields(path, name, info)) for name, info in header.items()]
+    for name, dtype, shape, begin, stop in sorted(parsed, key=lambda tensor: tensor[3:]):
+        if begin != end:
+            raise ValueError(f"{path}: tensor {name} begins at byte {begin}, but {last} ends at byte {end}")
+        entries[name] = Entry(name, path, dtype, shape, 8 + length + begin)
+        end, last = stop, name
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{path}: truncated or padded: its header describes {8 + length + end} bytes, it has {size} (last tensor {last})"
+        )
+    return entries
+
+
+def _fields(path: pathlib.Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape and first and last offset of a header's entry, once they are seen to agree."""
+
+    def sizes(field: str, what: str) -> list[int]:
+        values = info.get(field)
+        is_sizes = isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+        if not is_sizes or len(values) > MAX_DIMENSIONS:
+            raise ValueError(f"{path}: tensor {name} has {field} {str(values)[:200]}, not {what}")
+        return values
+
+    if not isinstance(info, dict) or str(info.get("dtype")) not in _BITS:
+        raise ValueError(f"{path}: tensor {name} has no dtype that safetensors knows: {str(info)[:200]}")
+    dtype, shape, offsets = info["dtype"], sizes("shape", "a short list of sizes"), sizes("data_offsets", "two positions")
+    bits = math.prod(shape) * _BITS[dtype]
+    if len(offsets) != 2 or bits != 8 * (offsets[1] - offsets[0]):
+        raise ValueError(
+            f"{path}: tensor {name} of shape {shape} and dtype {dtype} takes {bits // 8} bytes, but has data_offsets {offsets}"
+        )
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _json_object(text: bytes, path: pathlib.Path) -> dict[str, Any]:
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    if len(text) > MAX_JSON:
+        raise ValueError(f"{path}: larger than {MAX_JSON} bytes")
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its JSON cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: its JSON is not an object")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A tensor to be written. `dtype` is a safetensors name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+
+def plan_shards(specs: Iterable[Spec], max_bytes: int) -> dict[str, list[Spec]]:
+    """File name -> tensors in order, no file's tensors above max_bytes unless one alone is."""
+    shards: list[list[Spec]] = [[]]
+    room = max_bytes
+    for spec in specs:
+        if spec.nbytes > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_shard(path: pathlib.Path, specs: Sequence[Spec], slabs: Iterable[np.ndarray]) -> None:
+    """One file of `specs`, whose bytes in order are those of `slabs`; on disk when it returns."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for slab in slabs:
+            file.write(np.ascontiguousarray(slab).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_index(directory: pathlib.Path, shards: Mapping[str, Sequence[Spec]]) -> None:
+    """The index of a directory of several shards; a single file needs none."""
+    if len(shards) > 1:
+        weight_map = {spec.name: file for file, specs in shards.items() for spec in specs}
+        total = sum(spec.nbytes for specs in shards.values() for spec in specs)
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (directory / INDEX).write_text(text + "\n", encoding="utf-8")

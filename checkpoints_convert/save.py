@@ -1,0 +1,321 @@
+"""From params, or another checkpoint, to a new checkpoint directory that is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from checkpoints_convert import orbax_io
+from checkpoints_convert.checkpoint import Checkpoint, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
+from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint
+from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_index, write_shard
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params, Source, Tensor, abstract, leaves
+from indexcache_jax.schedule import Schedule
+
+FORMATS = ("safetensors", "orbax")
+# What a conversion copies beside the weights: these names and no others.
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class ParamsCheckpoint:
+    """Params in memory as a source of layers. They may lie on any device of this process."""
+
+    def __init__(self, params: Params, config: Config, schedule: Schedule):
+        self.config, self.schedule = config, schedule
+        self._leaves = {path: _host_view(leaf) for path, leaf in leaves(params)}
+
+    def check(self, tree: Params) -> None:
+        expected = dict(leaves(tree))
+        if differ := sorted(expected.keys() ^ self._leaves.keys()):
+            raise ValueError(f"params: {differ[0]} is {'missing' if differ[0] in expected else 'not part of this config'}")
+        for path, tensor in expected.items():
+            leaf = self._leaves[path]
+            if leaf.shape != tensor.shape:
+                raise ValueError(
+                    f"params: {path} has shape {list(leaf.shape)}, but config and schedule {self.schedule} make it "
+                    f"{list(tensor.shape)}"
+                )
+            if np.dtype(leaf.dtype) not in (ml_dtypes.bfloat16, np.float32, np.float16):
+                raise ValueError(f"params: {path} has dtype {leaf.dtype}, which no checkpoint tensor has")
+
+    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
+        return np.dtype(self._leaves[path].dtype)
+
+    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
+        leaf = self._leaves[path]
+        out[...] = np.asarray(leaf if layer is None else leaf[(tensor.layers or ()).index(layer)])
+
+
+def _host_view(leaf: Any) -> Any:
+    """A NumPy view of an array in host memory; an array on other or several devices as it is."""
+    on_host = not isinstance(leaf, jax.Array) or [device.platform for device in leaf.devices()] == ["cpu"]
+    return np.asarray(leaf) if on_host else leaf
+
+
+def save(
+    directory: str | pathlib.Path,
+    params: Params,
+    config: Config,
+    schedule: Schedule,
+    format: str = "safetensors",
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes params to a new directory: for transformers, vLLM and SGLang ("safetensors"), or an orbax checkpoint.
+
+    Leaves keep their dtypes. safetensors: Hugging Face names and shapes, shards of at most max_shard_size ("5GB",
+    "200KB", bytes; one tensor alone may be larger) and their index, config.json with the schedule. orbax:
+    config.json and params/. Host memory beyond the params: one layer of one leaf and a few MiB.
+
+    The directory appears whole, by a rename, or not at all. ValueError where it exists and is not empty, and, before
+    anything is written, where params do not fit config and schedule.
+    """
+    checkpoint = ParamsCheckpoint(params, config, schedule)
+    _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size)
+
+
+def convert(
+    source: str | pathlib.Path,
+    directory: str | pathlib.Path,
+    format: str | None = None,
+    schedule: Schedule | str | None = None,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    keep_mtp: bool = False,
+    keep_shared_indexers: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Converts one checkpoint directory into another, without ever holding the model. Returns what was left out.
+
+    format: None takes the one that `source` is not. schedule and dtype are as in `load`, the rest as in `save`.
+    keep_mtp, keep_shared_indexers: copy these tensors as they are stored (FP8 ones as dtype) into a safetensors
+    directory; they have no place in params. Tokenizer, chat template and generation config go along. `progress` is
+    told the bytes written and their total. Host memory: one layer of one leaf.
+
+    ValueError as for `load` and `save`, before anything is written.
+    """
+    check_dtype(dtype)
+    source = pathlib.Path(source)
+    checkpoint = open_checkpoint(source)
+    schedule = resolve_schedule(checkpoint, schedule)
+    config, copies, report = checkpoint.config, [], []
+    if isinstance(checkpoint, HuggingFaceCheckpoint):
+        format = format or "orbax"
+        unused = checkpoint.unused(schedule)
+        kept = (unused.mtp if keep_mtp else ()) + (unused.shared_indexers if keep_shared_indexers else ())
+        copies = checkpoint.copies(kept, dtype)
+        report = checkpoint.left_out(schedule, frozenset(kept))
+    format = format or "safetensors"
+    if (keep_mtp or keep_shared_indexers) and (format == "orbax" or not isinstance(checkpoint, HuggingFaceCheckpoint)):
+        raise ValueError("keep_mtp and keep_shared_indexers: only from safetensors to safetensors")
+    if not keep_mtp:  # so that no engine looks for layers that are not there
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    companions = [source / name for name in COMPANIONS if (source / name).is_file()]
+    _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, dtype, copies, companions, progress)
+    return report
+
+
+def _write(
+    directory: pathlib.Path,
+    checkpoint: Checkpoint,
+    config: Config,
+    schedule: Schedule,
+    format: str,
+    max_shard_size: int | str,
+    dtype: Any = None,
+    copies: Sequence[tuple[Spec, Iterator[np.ndarray]]] = (),
+    companions: Iterable[pathlib.Path] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
+    max_bytes = parse_size(max_shard_size)
+    tree = abstract(config, schedule)
+    checkpoint.check(tree)
+    dtypes = {path: leaf_dtype(checkpoint, path, tensor, dtype) for path, tensor in leaves(tree)}
+    fields = config.to_hf() | schedule.to_hf() | {"dtype": dtypes["embedding"].name}
+    with new_directory(directory.absolute()) as partial:
+        if format == "orbax":
+            _write_orbax(partial, checkpoint, tree, dtypes, progress)
+        else:
+            _write_safetensors(partial, checkpoint, tree, dtypes, max_bytes, copies, progress)
+        for companion in companions:
+            shutil.copyfile(companion, partial / companion.name)
+        # Last, so that not even the unfinished directory loads before it is whole.
+        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_orbax(
+    directory: pathlib.Path,
+    checkpoint: Checkpoint,
+    tree: Params,
+    dtypes: dict[str, np.dtype],
+    progress: Callable[[int, int], None],
+) -> None:
+    total = sum(int(np.prod(tensor.shape)) * dtypes[path].itemsize for path, tensor in leaves(tree))
+    done = 0
+
+    def promise(path: str, tensor: Tensor) -> orbax_io.Promise:
+        def fill(layer: int | None, out: np.ndarray) -> None:
+            nonlocal done
+            checkpoint.fill(path, tensor, layer, out)
+            done += out.nbytes
+            progress(done, total)
+
+        return orbax_io.Promise(tensor, dtypes[path], fill)
+
+    promises = [promise(path, tensor) for path, tensor in leaves(tree)]
+    orbax_io.write(directory, jax.tree.unflatten(jax.tree.structure(tree), promises))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """The stored tensors that are made of the same leaves in one layer (None: leaves without layers)."""
+
+    layer: int | None
+    leaves: dict[str, Tensor]
+
+    def parts(self) -> dict[str, list[tuple[str, Source]]]:
+        """Stored name -> the leaves, by path, that it is put together from, and how."""
+        parts: dict[str, list[tuple[str, Source]]] = {}
+        for path, tensor in self.leaves.items():
+            for source in tensor.sources:
+                parts.setdefault(source.name.format(layer=self.layer), []).append((path, source))
+        return parts
+
+    def specs(self, dtypes: dict[str, np.dtype]) -> Iterator[Spec]:
+        for name, parts in self.parts().items():
+            path, source = parts[0]
+            yield Spec(name, NAMES[dtypes[path]], source.shape)
+
+    def streams(self, checkpoint: Checkpoint, dtypes: dict[str, np.dtype]) -> Iterator[Iterator[np.ndarray]]:
+        """For every one of `specs`, its data in slabs."""
+        arrays = {}
+        for path, tensor in self.leaves.items():
+            arrays[path] = np.empty(tensor.layer_shape, dtypes[path])
+            checkpoint.fill(path, tensor, self.layer, arrays[path])
+        for parts in self.parts().values():
+            yield self._slabs(arrays, parts)
+
+    def _slabs(self, arrays: dict[str, np.ndarray], parts: list[tuple[str, Source]]) -> Iterator[np.ndarray]:
+        path, source = parts[0]
+        count, dtype = source.view[0], arrays[path].dtype
+        unit = source.shape[0] // count  # rows to an entry of the view
+        step = max(1, SLAB_BYTES * count // (math.prod(source.shape) * dtype.itemsize))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            slab = np.empty(((stop - start) * unit, *source.shape[1:]), dtype)
+            for path, source in parts:
+                source.write(slab, source.part(arrays[path], start, stop))
+            yield slab
+
+
+def _units(tree: Params) -> list[_Unit]:
+    """All of a model's stored tensors, in the order of its layers."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in leaves(tree):  # leaves that share a stored tensor share their first source's name
+        groups.setdefault(tensor.sources[0].name, {})[path] = tensor
+    units = [_Unit(layer, group) for group in groups.values() for layer in next(iter(group.values())).layers or (None,)]
+
+    def order(unit: _Unit) -> float:
+        if unit.layer is not None:
+            return unit.layer
+        return -1 if "embedding" in unit.leaves else math.inf
+
+    return sorted(units, key=order)
+
+
+def _write_safetensors(
+    directory: pathlib.Path,
+    checkpoint: Checkpoint,
+    tree: Params,
+    dtypes: dict[str, np.dtype],
+    max_bytes: int,
+    copies: Sequence[tuple[Spec, Iterator[np.ndarray]]],
+    progress: Callable[[int, int], None],
+) -> None:
+    units = _units(tree)
+    specs = [spec for unit in units for spec in unit.specs(dtypes)] + [spec for spec, _ in copies]
+    streams = itertools.chain(
+        (stream for unit in units for stream in unit.streams(checkpoint, dtypes)), (stream for _, stream in copies)
+    )
+    total, done = sum(spec.nbytes for spec in specs), 0
+
+    def counted(count: int) -> Iterator[np.ndarray]:
+        nonlocal done
+        for stream in itertools.islice(streams, count):
+            for slab in stream:
+                yield slab
+                done += slab.nbytes
+                progress(done, total)
+
+    shards = plan_shards(specs, max_bytes)
+    for file, shard in shards.items():
+        write_shard(directory / file, shard, counted(len(shard)))
+    write_index(directory, shards)
+
+
+@contextlib.contextmanager
+def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory beside `path` to write into, which takes its name once all is written and on disk.
+
+    ValueError where `path` is there and is not an empty directory. What is left of it after an error is removed; a
+    killed process leaves `.NAME.*.partial`.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is not an empty directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        for directory, _, files in os.walk(partial):
+            for name in (*files, "."):
+                _sync(pathlib.Path(directory) / name)
+        partial.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "200KB", "1GiB" or a number. ValueError unless positive."""
+    match = re.fullmatch(r"(\d{1,18})\s*([KMG]I?B)?", str(size).strip().upper())
+    if not match or not int(match[1]):
+        raise ValueError(f"max_shard_size: {size!r} is not a size such as 5GB, 200KB or 1GiB")
+    return int(match[1]) * _UNITS[match[2] or ""]

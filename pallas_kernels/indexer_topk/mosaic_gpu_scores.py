@@ -1,0 +1,479 @@
+"""Index scores on Hopper: I = key_scale_t * sum_h w_h relu(q_h . k_t), and the maxima of every 16 of them.
+
+One block of threads per multiprocessor stays for the whole launch: `math` warpgroups and one that copies. The keys are the
+rows of the matrix product (64 a warpgroup), queries x heads its columns (128: 4 queries of 32 heads, 2 of 64), so the
+sum over heads runs along a row of the accumulator: first within a thread, then over the 4 lanes that share a row. That
+order is the same for every shape of launch, so a score depends on its query and key alone.
+
+A unit of work is a tile of queries and a run of key tiles: the queries and their weights stay (shared memory and
+registers) while keys stream past. Units run through all queries of a batch row before the next run of keys, so that
+all multiprocessors read the same keys at the same time, from L2. Key tiles that no query of the tile sees are skipped;
+their scores stay unwritten. Where a tile is cut by what a query sees, the hidden scores are -inf, and NaN becomes -inf
+too, so that the maxima are those of the visible scores.
+
+Why these blocks: 4 x 64 keys and 128 columns give 4 math warpgroups 112 registers each (64 of them accumulators), which
+keeps the tensor cores busy while other warpgroups are in the epilogue; the epilogue is what limits 8-bit inputs (its
+432 clocks a 64 x 128 tile stand against 256 of the product). relu (a maximum) uses the integer pipe at half rate, so
+for 8-bit inputs half of the relus are saturating multiplications on the other pipe: exact, because |q . k| is below 2^25.
+Both operands arrive by TMA and are only read by wgmma, so no fence stands between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, vector
+
+from pallas_kernels import hopper
+from pallas_kernels.indexer_topk.mosaic_gpu_select import BLOCK
+
+WIDTH = 128  # Di of the kernel
+HEADS = (8, 16, 32, 64)  # Hi of the kernel
+KEYS = 64  # of a warpgroup
+COLUMNS = 128  # queries x heads of a full tile
+MAX_RUN = 96
+_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}  # of a math and of the copying thread; their sum fills the file
+_ACC = plgpu.Layout.WGMMA
+_LOW = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresConfig:
+    """math: warpgroups that multiply; queries: of a tile; stages: key tiles in flight; query_slots: query tiles in
+    flight; run: most key tiles of a unit; saturate: half of the relus by saturation (8-bit inputs only)."""
+
+    queries: int
+    math: int = 4
+    stages: int = 4
+    query_slots: int = 2
+    run: int = 24
+    saturate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.queries not in (1, 2, 4):
+            raise ValueError(f"ScoresConfig: queries {self.queries} is not 1, 2 or 4")
+        if self.math not in _REGISTERS:
+            raise ValueError(f"ScoresConfig: math {self.math} is not one of {sorted(_REGISTERS)}")
+        if min(self.stages, self.query_slots, self.run) < 1:
+            raise ValueError(f"ScoresConfig: stages, query_slots and run must be positive: {self}")
+
+    @property
+    def keys(self) -> int:
+        return KEYS * self.math
+
+
+def best_run(key_tiles: int, other_units: int) -> int:
+    """Key tiles of a unit such that the multiprocessor with most units ends first; a unit costs about half a tile extra."""
+
+    def last_to_end(run: int) -> float:
+        units = other_units * -(-key_tiles // run)
+        return -(-units // hopper.MULTIPROCESSORS) * (run + 0.5)
+
+    return min(range(1, min(key_tiles, MAX_RUN) + 1), key=last_to_end)
+
+
+def default_config(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype) -> ScoresConfig:
+    """Tiles of up to 128 columns, and what of keys in flight shared memory holds."""
+    eight_bit = jnp.dtype(dtype).itemsize == 1
+    tile = max(n for n in (1, 2, 4) if n <= queries and n * heads <= COLUMNS)
+    return ScoresConfig(
+        queries=tile,
+        stages=4 if eight_bit else 3,
+        query_slots=2 if eight_bit else 1,
+        run=best_run(-(-keys // (4 * KEYS)), batch * -(-queries // tile)),
+        saturate=eight_bit and queries >= 4,
+    )
+
+
+# ---- the epilogue, on the registers of one thread
+
+
+def _i32(x: int) -> Any:
+    kind = ir.IntegerType.get_signless(32)
+    return arith.constant(kind, ir.IntegerAttr.get(kind, x))
+
+
+def _f32(x: float) -> Any:
+    kind = ir.F32Type.get()
+    return arith.constant(kind, ir.FloatAttr.get(kind, x))
+
+
+def _element(x: Any, i: int) -> Any:
+    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
+def _lane_bit(lane: Any, bit: int) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, _i32(bit)), _i32(0))
+
+
+def _lane_and_warp() -> tuple[Any, Any]:
+    thread = utils.thread_idx()
+    return arith.andi(thread, _i32(31)), arith.andi(arith.shrui(thread, _i32(5)), _i32(3))
+
+
+def _saturates(column_tile: int) -> bool:
+    return column_tile % 4 < 2
+
+
+def _scaled_for_saturation(weights: Any) -> Any:
+    """relu(x) = 2^25 saturate(2^-25 x): the weights of the columns treated so carry the 2^25."""
+    kind = ir.VectorType.get((2,), ir.F32Type.get())
+    scale = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(ir.F32Type.get(), 2.0**25)))
+    registers = weights.registers.copy().reshape(-1)
+    for tile in range(registers.shape[0]):
+        if _saturates(tile):
+            registers[tile] = arith.mulf(registers[tile], scale)
+    return fragmented_array.FragmentedArray(
+        _registers=registers.reshape(weights.registers.shape), _layout=weights.layout, _is_signed=weights.is_signed
+    )
+
+
+def _relu(x: Any, saturate: bool) -> Any:
+    if saturate:
+        return utils.inline_ptx("mul.rn.sat.f32 $0, $1, 0f33000000;", x, result_types=x.type)  # 2^-25
+    return arith.maximumf(x, _f32(0.0))  # NaN stays
+
+
+def _sums_of_thread(acc: Any, weights: Any, queries: int, saturate: bool) -> list[Any]:
+    """The thread's part of the head sum: of each query the two rows 8 apart that it holds."""
+    tiles = acc.shape[1] // 8
+    products = acc.registers.reshape(tiles, 2)
+    columns = [[_element(w, e) for e in range(2)] for w in weights.registers.reshape(tiles)]
+    sums = []
+    for query in range(queries):
+        for half in range(2):
+            total = None
+            for tile in range(query * tiles // queries, (query + 1) * tiles // queries):
+                for e in range(2):
+                    x = _relu(_element(products[tile, half], e), saturate and _saturates(tile))
+                    x = fragmented_array.mulf(x, columns[tile][e])
+                    total = x if total is None else fragmented_array.addf(total, x)
+            sums.append(total)
+    return sums
+
+
+def _sum_over_lanes(parts: list[Any], lane: Any) -> list[Any]:
+    """Adds the 4 lanes of a row; while there are several sums, each step halves them between the two lanes.
+
+    8 parts leave a lane 2 sums, 4 parts one; of 2 parts two lanes have the same.
+    """
+    for step in (2, 1):
+        if len(parts) == 1:
+            parts = [fragmented_array.addf(parts[0], utils.shfl_bfly(parts[0], step))]
+            continue
+        upper, n = _lane_bit(lane, step), len(parts) // 2
+        parts = [
+            fragmented_array.addf(
+                arith.select(upper, parts[n + i], parts[i]), utils.shfl_bfly(arith.select(upper, parts[i], parts[n + i]), step)
+            )
+            for i in range(n)
+        ]
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Which query and row half a lane's sums belong to after `_sum_over_lanes`."""
+
+    queries: int
+
+    def query(self, lane: Any) -> Any:
+        shift = {4: 0, 2: 1, 1: 2}[self.queries]
+        return arith.shrui(arith.andi(lane, _i32(3)), _i32(shift))
+
+    def half(self, lane: Any) -> Any:
+        """Of the lane's first sum; with 4 queries there are two sums, of halves 0 and 1."""
+        if self.queries == 4:
+            return _i32(0)
+        return arith.andi(arith.shrui(lane, _i32(self.queries == 1)), _i32(1))
+
+    @property
+    def lanes_of_block(self) -> list[int]:
+        """The lane distances over which the scores of a query's 16 keys lie."""
+        return {4: [], 2: [1], 1: [2]}[self.queries] + [4, 8, 16]
+
+    def is_first(self, lane: Any) -> Any:
+        """Whether the lane comes first among those that hold the same query's keys."""
+        others = sum(self.lanes_of_block) | (self.queries == 1)
+        return arith.cmpi(arith.CmpIPredicate.eq, arith.andi(lane, _i32(others)), _i32(0))
+
+
+def _limit_of_lane(place: _Place, limits: list[Any]) -> Any:
+    """How many keys the lane's query sees, of the tile's queries' numbers."""
+    lane, _ = _lane_and_warp()
+    query = place.query(lane)
+    limit = limits[0]
+    for i in range(1, len(limits)):
+        limit = arith.select(arith.cmpi(arith.CmpIPredicate.eq, query, _i32(i)), limits[i], limit)
+    return limit
+
+
+def _finish(
+    acc: Any, weights: Any, key_scales: Any, limit: Any, first: Any, scores: Any, maxima: Any, config: ScoresConfig
+) -> None:
+    """acc [64, queries * heads] of keys `first` on -> scores [queries, 64], maxima [queries, 4]."""
+    place = _Place(config.queries)
+    lane, warp = _lane_and_warp()
+    sums = _sum_over_lanes(_sums_of_thread(acc, weights, config.queries, config.saturate), lane)
+    query, half = place.query(lane), place.half(lane)
+    row = arith.addi(arith.addi(arith.shli(warp, _i32(4)), arith.shrui(lane, _i32(2))), arith.shli(half, _i32(3)))
+    seen = arith.subi(limit, arith.addi(first, row))  # keys from this one on that the query sees
+    index = ir.IndexType.get()
+    best = None
+    for i, score in enumerate(sums):
+        if key_scales is not None:
+            low, high = (_element(x, 0) for x in key_scales.registers.reshape(2))
+            scale = (low, high)[i] if len(sums) == 2 else arith.select(_lane_bit(half, 1), high, low)
+            score = fragmented_array.mulf(score, scale)
+        score = arith.maxnumf(score, _f32(_LOW))
+        score = arith.select(arith.cmpi(arith.CmpIPredicate.sgt, seen, _i32(8 * i)), score, _f32(_LOW))
+        column = arith.addi(row, _i32(8 * i))
+        memref.store(score, scores, [arith.index_castui(index, query), arith.index_castui(index, column)])
+        best = score if best is None else arith.maxnumf(best, score)
+    for distance in place.lanes_of_block:
+        best = arith.maxnumf(best, utils.shfl_bfly(best, distance))
+    with utils.when(place.is_first(lane)):
+        memref.store(best, maxima, [arith.index_castui(index, query), arith.index_castui(index, warp)])
+
+
+# ---- the kernel
+
+
+def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, take_all: int, config: ScoresConfig) -> Any:
+    """f(queries [B, S * Hi, Di], keys [B, T, Di], weights [B, S * Hi], positions [B, S], lengths [B], key scales [B, T])."""
+    itemsize = jnp.dtype(dtype).itemsize
+    scaled = itemsize == 1
+    columns, tile_keys = config.queries * heads, config.keys
+    query_tiles, key_tiles = -(-queries // config.queries), -(-keys // tile_keys)
+    runs = -(-key_tiles // config.run)
+    units = batch * runs * query_tiles
+    blocks = min(hopper.MULTIPROCESSORS, units)
+    transforms = (plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128))
+    place = _Place(config.queries)
+    per_thread = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
+    scalar = plgpu.Layout.WG_SPLAT(())
+    math_registers, copy_registers = _REGISTERS[config.math]
+
+    def indexer_scores(*refs: Any) -> None:
+        q_gm, k_gm, w_gm, positions_gm, lengths_gm = refs[:5]
+        scales_gm: Any = None
+        scales_gm, refs = (refs[5], refs[6:]) if scaled else (None, refs[5:])
+        scores_gm, maxima_gm, q_sm, k_sm, w_sm, scales_sm, q_full, q_empty, k_full, k_empty = refs
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+
+        def slot_of(tiles: Any) -> Any:
+            power = config.stages & (config.stages - 1) == 0
+            return tiles & (config.stages - 1) if power else lax.rem(tiles, config.stages)
+
+        def for_units(start: Any, work: Any) -> None:
+            """carry = work(batch row, first query, first key tile, key tiles, limits, carry) for units that see keys."""
+
+            def unit(u: Any, carry: Any) -> Any:
+                number = block + u * blocks
+                tile, rest = lax.rem(number, query_tiles), lax.div(number, query_tiles)
+                run, b = lax.rem(rest, runs), lax.div(rest, runs)
+                length = jnp.minimum(lengths_gm[b], keys)
+                limits = []
+                for i in range(config.queries):
+                    position = positions_gm[b, jnp.minimum(tile * config.queries + i, queries - 1)]
+                    limits.append(jnp.minimum(position + 1, length))
+                furthest = limits[0]
+                for limit in limits[1:]:
+                    furthest = jnp.maximum(furthest, limit)
+                first = run * config.run
+                seen = lax.div(furthest + (tile_keys - 1), tile_keys)
+                count = jnp.minimum(seen - first, config.run)
+                # A query that sees no more keys than it may take needs no scores.
+                needed = jnp.logical_and(furthest > take_all, count > 0)
+                return lax.cond(
+                    needed,
+                    lambda carry: work(b, tile * config.queries, first, count, limits, carry),
+                    lambda carry: carry,
+                    carry,
+                )
+
+            lax.fori_loop(0, lax.div(units - 1 - block, blocks) + 1, unit, start)
+
+        def limit_of_thread(limits: list[Any]) -> Any:
+            @plgpu.inline_mgpu(
+                arg_types=(scalar,) * len(limits), return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=per_thread)
+            )
+            def run(ctx: Any, *limits: Any) -> Any:
+                limit = _limit_of_lane(place, [x.registers.item() for x in limits])
+                one = vector.broadcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), limit)
+                registers = np.empty((1,), dtype=object)
+                registers[0] = one
+                return fragmented_array.FragmentedArray(_registers=registers, _layout=per_thread.to_mgpu(), _is_signed=True)
+
+            return run(*limits)
+
+        def weights_for_epilogue(weights: Any) -> Any:
+            if not config.saturate:
+                return weights
+
+            @plgpu.inline_mgpu(
+                arg_types=(_ACC.reduce(0),),
+                return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=_ACC.reduce(0)),
+            )
+            def run(ctx: Any, weights: Any) -> Any:
+                return _scaled_for_saturation(weights)
+
+            return run(weights)
+
+        def epilogue(acc: Any, weights: Any, scales: Any, limit: Any, b: Any, query: Any, key: Any) -> None:
+            scores = scores_gm.at[b, pl.ds(query, config.queries), pl.ds(key, KEYS)]
+            maxima = maxima_gm.at[b, pl.ds(query, config.queries), pl.ds(lax.div(key, BLOCK), KEYS // BLOCK)]
+            ref = plgpu.RefType()
+            kinds = (_ACC, _ACC.reduce(0), *((_ACC.reduce(1),) if scaled else ()), per_thread, scalar, ref, ref)
+
+            @plgpu.inline_mgpu(arg_types=kinds)
+            def run(ctx: Any, acc: Any, weights: Any, *rest: Any) -> None:
+                scales = rest[0] if scaled else None
+                limit, first, scores, maxima = rest[-4:]
+                limit = _element(limit.registers.reshape(-1)[0], 0)
+                _finish(acc, weights, scales, limit, first.registers.item(), scores, maxima, config)
+
+            run(acc, weights, *((scales,) if scaled else ()), limit, key, scores, maxima)
+
+        @pl.when(warpgroup < config.math)
+        def _multiply() -> None:
+            plgpu.set_max_registers(math_registers, action="increase")
+            rows = pl.ds(warpgroup * KEYS, KEYS)
+
+            def work(b: Any, query: Any, first: Any, count: Any, limits: list[Any], carry: Any) -> Any:
+                done, tiles = carry
+                q_slot = lax.rem(done, config.query_slots)
+                plgpu.barrier_wait(q_full.at[q_slot])
+                weights = weights_for_epilogue(plgpu.load(w_sm.at[q_slot], layout=_ACC.reduce(0), optimized=False))
+                limit = limit_of_thread(limits)
+
+                def step(t: Any, tiles: Any) -> Any:
+                    slot = slot_of(tiles)
+                    plgpu.barrier_wait(k_full.at[slot])
+                    scales = plgpu.load(scales_sm.at[slot, rows], layout=_ACC.reduce(1), optimized=False) if scaled else None
+
+                    # With nothing between the fresh accumulator and wgmma the compiler drops its zeroing.
+                    def product(acc: Any) -> Any:
+                        plgpu.wgmma(acc, k_sm.at[slot, rows], q_sm.at[q_slot].transpose((1, 0)))
+                        return acc[...]
+
+                    acc = pl.run_scoped(product, plgpu.ACC((KEYS, columns), jnp.float32))
+                    plgpu.barrier_arrive(k_empty.at[slot])
+                    epilogue(acc, weights, scales, limit, b, query, (first + t) * tile_keys + warpgroup * KEYS)
+                    return tiles + 1
+
+                tiles = lax.fori_loop(0, count, step, tiles)
+                plgpu.barrier_arrive(q_empty.at[q_slot])
+                return done + 1, tiles
+
+            for_units((jnp.int32(0), jnp.int32(0)), work)
+
+        @pl.when(warpgroup == config.math)
+        def _copy() -> None:
+            plgpu.set_max_registers(copy_registers, action="decrease")
+
+            def work(b: Any, query: Any, first: Any, count: Any, limits: list[Any], carry: Any) -> Any:
+                done, tiles = carry
+                q_slot = lax.rem(done, config.query_slots)
+
+                @pl.when(done >= config.query_slots)
+                def _() -> None:
+                    plgpu.barrier_wait(q_empty.at[q_slot])
+
+                rows = pl.ds(query * heads, columns)
+                plgpu.copy_gmem_to_smem(q_gm.at[b, rows], q_sm.at[q_slot], q_full.at[q_slot])
+                plgpu.copy_gmem_to_smem(w_gm.at[b, rows], w_sm.at[q_slot], q_full.at[q_slot])
+
+                def step(t: Any, tiles: Any) -> Any:
+                    slot = slot_of(tiles)
+
+                    @pl.when(tiles >= config.stages)
+                    def _() -> None:
+                        plgpu.barrier_wait(k_empty.at[slot])
+
+                    rows = pl.ds((first + t) * tile_keys, tile_keys)
+                    plgpu.copy_gmem_to_smem(k_gm.at[b, rows], k_sm.at[slot], k_full.at[slot])
+                    if scaled:
+                        plgpu.copy_gmem_to_smem(scales_gm.at[b, rows], scales_sm.at[slot], k_full.at[slot])
+                    return tiles + 1
+
+                return done + 1, lax.fori_loop(0, count, step, tiles)
+
+            for_units((jnp.int32(0), jnp.int32(0)), work)
+
+    rows, width = query_tiles * config.queries, key_tiles * tile_keys
+    return plgpu.kernel(
+        indexer_scores,
+        out_type=[
+            jax.ShapeDtypeStruct((batch, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, rows, width // BLOCK), jnp.float32),
+        ],
+        scratch_types=[
+            plgpu.SMEM((config.query_slots, columns, WIDTH), dtype, transforms=transforms),
+            plgpu.SMEM((config.stages, tile_keys, WIDTH), dtype, transforms=transforms),
+            plgpu.SMEM((config.query_slots, columns), jnp.float32),
+            plgpu.SMEM((config.stages, tile_keys), jnp.float32) if scaled else None,
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.query_slots),
+            plgpu.Barrier(num_arrivals=config.math, num_barriers=config.query_slots),
+            plgpu.Barrier(num_arrivals=1 + scaled, num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=config.math, num_barriers=config.stages),
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=config.math + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512),
+    )
+
+
+def scores(
+    queries: jax.Array,
+    keys: jax.Array,
+    head_weights: jax.Array,
+    key_scales: jax.Array | None,
+    q_positions: jax.Array,
+    kv_lengths: jax.Array,
+    *,
+    take_all: int = 0,
+    config: ScoresConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The scores of all visible keys and the maxima of every 16.
+
+    Args:
+      queries: [B, S, Hi, 128] bfloat16 or float8_e4m3fn, Hi one of HEADS.
+      keys: [B, T, 128] of the same dtype, T a multiple of 8 and at least 256.
+      head_weights: [B, S, Hi] float32.
+      key_scales: [B, T] float32 for 8-bit keys, else None.
+      q_positions: [B, S] int32 and kv_lengths [B] int32: a query sees keys t <= position and t < length.
+      take_all: queries that see at most so many keys may be left out.
+      config: None for the default.
+
+    Returns:
+      [B, S', T'] float32 and [B, S', T' / 16] float32, S' >= S and T' >= T rounded up to whole tiles. In the 256 keys where
+      a tile's last visible key lies, hidden ones are -inf; beyond, and in rows from S on, nothing is written. NaN is -inf.
+    """
+    b, s, heads, width = queries.shape
+    t = keys.shape[1]
+    config = config or default_config(b, s, heads, t, queries.dtype)
+    if config.saturate:  # saturation makes 0 of a NaN
+        is_nan = jnp.any(lax.bitcast_convert_type(queries, jnp.uint8) & 0x7F == 0x7F, axis=-1)
+        head_weights = jnp.where(is_nan, jnp.nan, head_weights)
+    kernel = _build(b, s, heads, t, queries.dtype, take_all, config)
+    arguments = (
+        queries.reshape(b, s * heads, width),
+        keys,
+        head_weights.reshape(b, s * heads),
+        q_positions,
+        kv_lengths,
+        *((key_scales,) if key_scales is not None else ()),
+    )
+    return kernel(*arguments)

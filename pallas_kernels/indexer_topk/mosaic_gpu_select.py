@@ -1,0 +1,624 @@
+"""Exact top-k of score rows on Hopper: no sort, one read of the part of a row that can matter.
+
+A group of threads owns a row and keeps the row's best candidates, (score, position) in position order, in shared memory:
+
+1. Threshold. With block maxima (of every 16 scores) it is a value that at least k maxima reach, hence at least k scores;
+   it comes from a histogram over the maxima. Without them, or where the row is too short for that to cut much, it is
+   a guess from 4096 sampled scores, low enough to let about 2 k of them pass.
+2. List. The blocks whose maximum reaches the threshold, in order: only they are read. At 120K keys that is a quarter of the
+   row, so the whole selection costs less than one read of it.
+3. Stream. 16-byte loads, the next chunk's in flight; one packed scan per warp and one barrier per chunk give every score
+   that reaches the threshold its place in the buffer. Before the buffer would overflow it is squeezed to its best k and
+   the threshold rises to the worst of them: nothing is lost, however the scores lie. Should fewer than k scores have passed
+   (the sample misled), the row is streamed once more with no threshold.
+4. The k-th best is found by histograms over what remains of the range, 11 bits of the ordered integer image of the
+   floats a pass, until a whole bin is needed or the range is one value; ties are cut lowest position first.
+5. One ordered pass writes the chosen positions.
+
+Atomics only count, so the result does not depend on timing. NaN counts as -inf and -0 as 0. A row that sees at most
+k keys takes them all.
+
+Two rows of 512 threads share a thread block because the compiler then keeps to 64 registers and all 1024 fit on a
+multiprocessor; the loop is bound by the instructions it issues, so resident warps are what counts. Few rows (decoding)
+get 1024 threads each, which shortens the chain of dependent loads that bounds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.indexer_topk import mosaic_gpu_words
+
+BLOCK = 16  # scores per block maximum
+MAX_K = 4096
+MAX_KEYS = 2**20  # block numbers are 16 bits
+KEY_OF_INFINITY = 0xFF800000
+KEY_OF_LOWEST = 0x007FFFFF  # of -inf
+NO_VALUE = 0x7FFFFFFF  # a NaN: it reaches no threshold
+KEY_OF_NONE = 0xFFFFFFFF  # its key, above every range
+_LOG_BINS = 11
+_BINS = 1 << _LOG_BINS
+_SAMPLE = 4096  # scores the threshold is guessed from, in lines of 32
+_SLACK = 256  # blocks too many that end the search for the threshold
+SHARED_BYTES = 228_000  # of 232448, less what Mosaic reserves
+_WARP_SUMS = 32  # words: one for each warp
+
+Pair = tuple[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """threads: of one row; rows: of one thread block; loads: 16-byte loads of a thread in one chunk."""
+
+    threads: int = 512
+    rows: int = 2
+    loads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.threads not in (128, 256, 512, 1024):
+            raise ValueError(f"SelectConfig: threads {self.threads} is not one of 128, 256, 512, 1024")
+        if not 1 <= self.rows * self.threads <= 1024:
+            raise ValueError(f"SelectConfig: {self.rows} rows of {self.threads} threads exceed a thread block of 1024")
+        if self.loads not in (1, 2, 3, 4):
+            raise ValueError(f"SelectConfig: loads {self.loads} is not within 1 to 4")
+
+
+def default_config(rows: int) -> SelectConfig:
+    """Few rows leave multiprocessors idle either way, so each gets as many threads as there can be."""
+    return SelectConfig() if rows > 132 else SelectConfig(threads=1024, rows=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static facts of a launch, and where a row's shared memory holds what (in bytes from the row's start).
+
+    rows of `batch_rows` queries each share a length; `pitch` rows of scores lie between two batches.
+    width: scores in a row of the buffer, of which `keys` are some key's.
+    clean: no score is NaN, and hidden ones in a row's last block are -inf.
+    """
+
+    rows: int
+    batch_rows: int
+    pitch: int
+    width: int
+    keys: int
+    k: int
+    has_maxima: bool
+    clean: bool
+    config: SelectConfig
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= MAX_K:
+            raise ValueError(f"top-k: k {self.k} is not within 1 to {MAX_K}")
+        if self.width % (4 * BLOCK) or not 0 < self.width <= MAX_KEYS:
+            raise ValueError(f"top-k: row width {self.width} is not a multiple of {4 * BLOCK} up to {MAX_KEYS}")
+
+        if not 1 <= self.keys <= self.width:
+            raise ValueError(f"top-k: {self.keys} keys are not within a row of {self.width}")
+
+    @property
+    def chunk(self) -> int:
+        """Scores read between two barriers."""
+        return self.config.threads * 4 * self.config.loads
+
+    @property
+    def capacity(self) -> int:
+        """Candidates the buffer holds: k and one chunk, and enough for what a sampled threshold lets pass."""
+        return -(-max(self.k + self.chunk, 2 * self.k, _SAMPLE) // self.config.threads) * self.config.threads
+
+    @property
+    def list_capacity(self) -> int:
+        return 2 * self.k + 2 * _SLACK
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the block maxima of a row fit where the candidates go later; else each pass reads them again."""
+        room = SHARED_BYTES // self.config.rows - self._fixed_bytes - 16 * self.config.threads
+        return 4 * self.width // BLOCK <= room
+
+    @property
+    def _fixed_bytes(self) -> int:
+        return 4 * _BINS + 2 * self.list_capacity + 4 * 8 * _WARP_SUMS
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Candidates of 8 bytes; before there are any, the values the threshold is found from."""
+        values = max(_SAMPLE, self.width // BLOCK) if self.keeps_values else 0
+        round = 4 * self.config.threads  # all threads read whole rounds
+        return max(8 * self.capacity, 4 * -(-values // round) * round)
+
+    @property
+    def histogram(self) -> int:
+        return self.buffer_bytes
+
+    @property
+    def block_list(self) -> int:
+        return self.histogram + 4 * _BINS
+
+    @property
+    def sums(self) -> int:
+        """Eight lines of one word per warp: 0 and 1 alternate in ordered passes, the others serve searches."""
+        return self.block_list + 2 * self.list_capacity
+
+    @property
+    def row_bytes(self) -> int:
+        return self.sums + 4 * 8 * _WARP_SUMS
+
+
+class _Row:
+    """One row's program. `m` is the machine: `mosaic_gpu_words`, or what a test puts in its place."""
+
+    def __init__(self, m: ModuleType, p: Problem, shared: Any, thread: Any):
+        self.m, self.p, self.threads = m, p, p.config.threads
+        self.log_threads = self.threads.bit_length() - 1
+        self.warps = self.threads // 32
+        group = thread >> self.log_threads
+        self.group = group
+        self.number = group + 1  # of the row's barrier; barrier 0 is the whole block's
+        self.thread = thread & (self.threads - 1)
+        self.lane, self.warp = self.thread & 31, self.thread >> 5
+        self.earlier_lanes = (m.word(1) << self.lane) - 1
+        shared = shared + group * p.row_bytes
+        self.buffer, self.histogram = shared, shared + p.histogram
+        self.list, self.sums = shared + p.block_list, shared + p.sums
+
+    # -- small parts
+
+    def barrier(self) -> None:
+        self.m.barrier(self.number, self.threads)
+
+    def line(self, number: int) -> Any:
+        return self.sums + 4 * _WARP_SUMS * number
+
+    def rounds(self, count: Any) -> Any:
+        """How many times all threads together go over `count` items."""
+        return (count + (self.threads - 1)) >> self.log_threads
+
+    def warp_sums(self, line: Any) -> Any:
+        """Lane i gets what warp i stored, 0 where there is none."""
+        m = self.m
+        stored = m.load_shared(line + ((self.lane & (self.warps - 1)) << 2))
+        return m.select(self.lane < self.warps, stored, 0)
+
+    def before_and_total(self, line: Any, mine: Any) -> Pair:
+        """Each warp brings a number: the sum of the earlier warps', and of all. One barrier."""
+        m = self.m
+        with m.when(self.lane.equals(0)):
+            m.store_shared(line + (self.warp << 2), mine)
+        self.barrier()
+        sums = self.warp_sums(line)
+        return m.reduce_lanes("add", m.select(self.lane < self.warp, sums, 0)), m.reduce_lanes("add", sums)
+
+    def key(self, bits: Any) -> Any:
+        """float32 bits -> unsigned integers in the same order; -0 and 0 are equal."""
+        bits = self.m.select(bits.equals(0x80000000), 0, bits)
+        return bits ^ (self.m.sign_mask(bits) | 0x80000000)
+
+    def number_of_key(self, key: Any) -> Any:
+        return self.m.float_of(key ^ ((self.m.sign_mask(key) ^ 0xFFFFFFFF) | 0x80000000))
+
+    # -- the search for the value of a rank
+
+    def narrow(self, visit_keys: Callable[[Callable[..., None]], None], lo: Any, hi: Any, rank: Any, slack: int) -> list[Any]:
+        """Narrows keys [lo, hi] to a range whose members, taken in whole, are at most `slack` more than are needed.
+
+        `visit_keys(add)` calls add(key, valid) for every key. Returns lo, hi and how many of the range's members the
+        `rank` largest keys take, given that all keys above it are taken.
+        """
+        m, per_thread = self.m, _BINS // self.threads
+
+        def one(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
+            lo, hi, need = carry
+            width = hi - lo
+            used = m.word(32) - m.leading_zeros(width)
+            shift = m.select(used > _LOG_BINS, used - _LOG_BINS, 0)
+            for j in range(per_thread):
+                m.store_shared(self.histogram + ((self.thread + j * self.threads) << 2), 0)
+            self.barrier()
+
+            def add(key: Any, valid: Any = None) -> None:
+                below = hi - key  # wraps for keys above the range, so one comparison sees both ends
+                inside = below <= width
+                inside = inside if valid is None else valid & inside
+                m.increment_shared_if(inside, self.histogram + ((below >> shift) << 2))
+
+            visit_keys(add)
+            self.barrier()
+            mine = self.histogram + self.thread * (4 * per_thread)
+            counts = [m.load_shared(mine + 4 * j) for j in range(per_thread)]
+            total = functools.reduce(lambda a, b: a + b, counts)
+            scanned = m.scan_lanes(total)
+            with m.when(self.lane.equals(31)):
+                m.store_shared(self.line(2) + (self.warp << 2), scanned)
+            self.barrier()
+            sums = self.warp_sums(self.line(2))
+            before = m.reduce_lanes("add", m.select(self.lane < self.warp, sums, 0)) + scanned - total
+            for j, count in enumerate(counts):
+                hit = (before < need) & (before + count >= need)
+                m.store_shared_if(hit, self.line(3), self.thread * per_thread + j)
+                m.store_shared_if(hit, self.line(3) + 4, before)
+                m.store_shared_if(hit, self.line(3) + 8, count)
+                before = before + count
+            self.barrier()
+            number, above, members = (m.load_shared(self.line(3) + 4 * i) for i in range(3))
+            new_hi = hi - (number << shift)
+            bin_width = m.word(1) << shift
+            new_lo = m.select(new_hi - lo < bin_width, lo, new_hi - (bin_width - 1))
+            need = need - above
+            more = (shift > 0) & (members - need > slack)
+            return [new_lo, new_hi, need], [], more
+
+        return m.repeat([lo, hi, rank], one, 0)
+
+    # -- 1. threshold
+
+    def load_values(self, index: Any, count: Any, address: Any) -> list[Any]:
+        """Four values of the sample or the maxima, NO_VALUE from `count` on."""
+        m = self.m
+        xs = m.load_global_floats_if(index < count, address)
+        if not self.p.clean:
+            xs = [m.number_or_lowest(x) for x in xs]
+        return [m.float_of(m.select(index + e < count, m.bits(x), NO_VALUE)) for e, x in enumerate(xs)]
+
+    def fold_values(
+        self,
+        count: Any,
+        address: Callable[[Any], Any],
+        carry: list[Any],
+        visit: Callable[[Any, list[Any], list[Any]], list[Any]],
+    ) -> list[Any]:
+        """carry = visit(index, four values, carry) over all values, a thread's in the same order each time."""
+        m = self.m
+
+        def step(i: Any, carry: list[Any]) -> list[Any]:
+            index = (i * self.threads + self.thread) << 2
+            if self.p.keeps_values:
+                return visit(index, m.load_shared_floats(self.buffer + (index << 2)), carry)
+            return visit(index, self.load_values(index, count, address(index)), carry)
+
+        return m.loop(self.rounds((count + 3) >> 2), carry, step)
+
+    def keep_values(self, count: Any, address: Callable[[Any], Any]) -> None:
+        """Copies the values into the buffer. A thread reads back what it wrote itself, so there is no barrier."""
+        m = self.m
+
+        def step(i: Any, carry: list[Any]) -> list[Any]:
+            index = (i * self.threads + self.thread) << 2
+            m.store_shared_floats(self.buffer + (index << 2), self.load_values(index, count, address(index)))
+            return carry
+
+        if self.p.keeps_values:
+            m.loop(self.rounds((count + 3) >> 2), [], step)
+
+    def range_of_values(self, count: Any, address: Callable[[Any], Any]) -> Pair:
+        m = self.m
+
+        def visit(index: Any, xs: list[Any], carry: list[Any]) -> list[Any]:
+            least, most = carry
+            for x in xs:
+                key = self.key(m.bits(x))
+                least, most = m.smaller(least, key), m.larger(most, m.select(key.equals(KEY_OF_NONE), 0, key))
+            return [least, most]
+
+        least, most = self.fold_values(count, address, [m.word(KEY_OF_NONE), m.word(0)], visit)
+        least, most = m.reduce_lanes("min", least), m.reduce_lanes("max", most)
+        with m.when(self.lane.equals(0)):
+            m.store_shared(self.line(4) + (self.warp << 2), least)
+            m.store_shared(self.line(5) + (self.warp << 2), most)
+        self.barrier()
+        there = (self.lane & (self.warps - 1)) << 2
+        least, most = m.load_shared(self.line(4) + there), m.load_shared(self.line(5) + there)
+        return m.reduce_lanes("min", least), m.reduce_lanes("max", most)
+
+    def threshold(self, count: Any, rank: Any, address: Callable[[Any], Any]) -> list[Any]:
+        """A key that at least `rank` of the values reach, few of them more than needed, and the largest value's key."""
+        m = self.m
+        self.keep_values(count, address)
+        least, most = self.range_of_values(count, address)
+
+        def visit_keys(add: Callable[..., None]) -> None:
+            def visit(index: Any, xs: list[Any], carry: list[Any]) -> list[Any]:
+                for x in xs:
+                    add(self.key(m.bits(x)))
+                return carry
+
+            self.fold_values(count, address, [], visit)
+
+        return [self.narrow(visit_keys, least, most, rank, _SLACK)[0], most]
+
+    # -- 2. list
+
+    def list_blocks(self, count: Any, threshold: Any, address: Callable[[Any], Any]) -> Any:
+        """Lists, in order, the blocks whose maximum reaches the threshold, as far as the list goes; returns how many."""
+        m = self.m
+        limit = self.number_of_key(threshold)
+
+        def visit(index: Any, xs: list[Any], carry: list[Any]) -> list[Any]:
+            listed, line = carry
+            hits = [m.float_at_least(x, limit) for x in xs]
+            mine = functools.reduce(lambda a, b: a + b, [m.as_number(hit) for hit in hits])
+            scanned = m.scan_lanes(mine)
+            before, total = self.before_and_total(self.sums + (line << 7), m.from_lane(scanned, 31))
+            place = listed + before + scanned - mine
+            for e, hit in enumerate(hits):
+                fits = hit & (place < self.p.list_capacity)
+                m.store_shared_short_if(fits, self.list + (place << 1), index + e)
+                place = place + m.as_number(hit)
+            return [listed + total, line ^ 1]
+
+        return self.fold_values(count, address, [m.word(0), m.word(0)], visit)[0]
+
+    # -- 3. stream
+
+    def visit_buffer(self, count: Any) -> Callable[[Callable[..., None]], None]:
+        m = self.m
+
+        def visit_keys(add: Callable[..., None]) -> None:
+            def step(i: Any, carry: list[Any]) -> list[Any]:
+                place = i * self.threads + self.thread
+                add(self.key(m.load_shared(self.buffer + (place << 3))), place < count)
+                return carry
+
+            m.loop(self.rounds(count), [], step)
+
+        return visit_keys
+
+    def in_order(self, count: Any, lo: Any, hi: Any, room: Any, sink: Callable[[Any, Any, Any, Any], None]) -> None:
+        """sink(chosen, rank, score bits, position) over the buffer: chosen are the candidates above `hi` and the first
+        `room` within [lo, hi], ranks count them in order."""
+        m = self.m
+
+        def step(i: Any, carry: list[Any]) -> list[Any]:
+            above_before, within_before, line = carry
+            place = i * self.threads + self.thread
+            score, position = m.load_shared_pair(self.buffer + (place << 3))
+            key = self.key(score)
+            real = place < count
+            above, within = real & (key > hi), real & (key >= lo) & (key <= hi)
+            lanes_above, lanes_within = m.ballot(above), m.ballot(within)
+            mine = m.count_bits(lanes_above) | (m.count_bits(lanes_within) << 16)
+            before, total = self.before_and_total(self.sums + (line << 7), mine)
+            rank_above = above_before + (before & 0xFFFF) + m.count_bits(lanes_above & self.earlier_lanes)
+            rank_within = within_before + (before >> 16) + m.count_bits(lanes_within & self.earlier_lanes)
+            chosen = above | (within & (rank_within < room))
+            sink(chosen, rank_above + m.smaller(rank_within, room), score, position)
+            return [above_before + (total & 0xFFFF), within_before + (total >> 16), line ^ 1]
+
+        m.loop(self.rounds(count), [m.word(0), m.word(0), m.word(0)], step)
+
+    def squeeze(self, count: Any, threshold: Any, top: Any) -> list[Any]:
+        """Keeps the best k of a full buffer. Returns how many are in it and the threshold a score now has to reach."""
+        m = self.m
+        self.barrier()
+        lo, hi, room = self.narrow(self.visit_buffer(count), self.below(threshold), top, m.word(self.p.k), 0)
+
+        def sink(chosen: Any, rank: Any, score: Any, position: Any) -> None:
+            # Ranks are at most the place read, and in_order's barrier stands between this round's reads and the writes.
+            m.store_shared_pair_if(chosen, self.buffer + (rank << 3), score, position)
+
+        self.in_order(count, lo, hi, room, sink)
+        self.barrier()
+        # Of a single value the first ones were kept, and later ones cannot replace them.
+        return [m.word(self.p.k), m.select(lo.equals(hi), lo + 1, lo)]
+
+    def below(self, threshold: Any) -> Any:
+        """A bound of the keys in the buffer: after a squeeze its worst may sit one below the threshold."""
+        return threshold - self.m.as_number(threshold > 0)
+
+    def stream(self, scores: Any, visible: Any, listed: Any, blocks: Any, threshold: Any, top: Any) -> list[Any]:
+        """Fills the buffer with the scores of `blocks` blocks that reach the threshold: how many, and the new threshold.
+
+        The blocks are the listed ones, or without `listed` all of the row. `top`: no key is above it.
+        """
+        m, loads = self.m, self.p.config.loads
+        blocks_per_load = 128 // BLOCK  # of a warp: 32 lanes, 4 scores each
+        blocks_per_chunk = self.p.chunk // BLOCK
+        lanes_per_block = BLOCK // 4
+
+        def fetch(chunk: Any) -> tuple[list[Any], list[Any]]:
+            """First positions and values of this thread's loads in a chunk."""
+            positions, values = [], []
+            for load in range(loads):
+                slot = chunk * blocks_per_chunk + self.warp * (loads * blocks_per_load) + load * blocks_per_load
+                slot = slot + (self.lane >> (lanes_per_block.bit_length() - 1))
+                real = slot < blocks
+                block = m.select(listed, m.load_shared_short_if(real & listed, self.list + (slot << 1)), slot)
+                position = block * BLOCK + ((self.lane & (lanes_per_block - 1)) << 2)
+                xs = m.load_global_floats_if(real, m.global_address(scores, position))
+                if not self.p.clean:
+                    seen = [real & (position + e < visible) for e in range(4)]
+                    xs = [m.bits(m.number_or_lowest(x)) for x in xs]
+                    xs = [m.float_of(m.select(s, x, NO_VALUE)) for s, x in zip(seen, xs, strict=True)]
+                positions.append(position)
+                values.extend(xs)
+            return positions, values
+
+        def step(chunk: Any, carry: list[Any]) -> list[Any]:
+            count, threshold, line = carry[:3]
+            positions, values = carry[3 : 3 + loads], [m.uncarried(x) for x in carry[3 + loads :]]
+            next_positions, next_values = fetch(chunk + 1)
+            limit = self.number_of_key(threshold)
+            packed = m.word(0)  # a byte per load, at most 4 x 32 lanes each
+            for load in range(loads):
+                packed = m.count_at_least(values[4 * load : 4 * load + 4], limit, packed, 1 << (8 * load))
+            scanned = m.scan_lanes(packed)
+            of_warp, before_lane = m.from_lane(scanned, 31), scanned - packed
+            parts = [(of_warp >> (8 * load)) & 255 for load in range(loads)]
+            mine = functools.reduce(lambda a, b: a + b, parts)
+            before, total = self.before_and_total(self.sums + (line << 7), mine)
+            count, threshold = m.otherwise_keep(
+                count + total > self.p.capacity, [count, threshold], lambda: self.squeeze(count, threshold, top)
+            )
+            place = count + before
+            for load in range(loads):
+                address = self.buffer + ((place + ((before_lane >> (8 * load)) & 255)) << 3)
+                m.append_at_least(values[4 * load : 4 * load + 4], limit, address, positions[load])
+                place = place + parts[load]
+            return [count + total, threshold, line ^ 1, *next_positions, *(m.carried(x) for x in next_values)]
+
+        positions, values = fetch(m.word(0))
+        carry = [m.word(0), threshold, m.word(0), *positions, *(m.carried(x) for x in values)]
+        chunks = (blocks + (blocks_per_chunk - 1)) // blocks_per_chunk
+        count, threshold = m.loop(chunks, carry, step)[:2]
+        self.barrier()
+        return [count, threshold]
+
+    # -- the whole
+
+    def take_all(self, visible: Any, out: Any) -> None:
+        """Writes 0, 1, ... visible - 1, then -1."""
+        m = self.m
+
+        def step(i: Any, carry: list[Any]) -> list[Any]:
+            place = i * self.threads + self.thread
+            value = m.select(place < visible, place, 0xFFFFFFFF)
+            m.store_global_if(place < self.p.k, m.global_address(out, place), value)
+            return carry
+
+        m.loop(self.rounds(m.word(self.p.k)), [], step)
+
+    def choose(self, visible: Any, scores: Any, maxima: Any, out: Any) -> None:
+        """Steps 1 to 5 of a row that sees more than k keys."""
+        m, p = self.m, self.p
+        blocks = (visible + (BLOCK - 1)) >> (BLOCK.bit_length() - 1)
+        # With fewer maxima the k-th largest would let most of the row pass.
+        by_maxima = blocks > p.k + p.k // 4 if p.has_maxima else visible < 0
+        stride = (visible >> 7) & 0xFFFFFFF8  # between the sample's lines of 32 scores
+
+        def address(index: Any) -> Any:
+            of_sample = m.global_address(scores, (index >> 5) * stride + (index & 31))
+            if not p.has_maxima:
+                return of_sample
+            return m.choose_address(by_maxima, m.global_address(maxima, index), of_sample)
+
+        # The whole row fits into the buffer, or a threshold is needed.
+        count = m.select(by_maxima, blocks, _SAMPLE)
+        guess = (((visible - 1) + _SAMPLE * p.k) // visible) * 2
+        rank = m.select(by_maxima, p.k, guess)
+        needed = by_maxima | (visible > p.capacity)
+        start = [m.word(KEY_OF_LOWEST), m.word(KEY_OF_INFINITY)]
+        threshold, most = m.otherwise_keep(needed, start, lambda: self.threshold(count, rank, address))
+        top = m.select(by_maxima, most, KEY_OF_INFINITY)
+
+        listed, to_read = by_maxima, blocks
+        if p.has_maxima:
+            found = m.otherwise_keep(by_maxima, [blocks], lambda: [self.list_blocks(count, threshold, address)])[0]
+            listed = by_maxima & (found <= p.list_capacity)  # a plateau may exceed the list: the whole row is read then
+            to_read = m.select(listed, found, blocks)
+        self.barrier()  # the values make way for candidates, and the list is complete
+
+        def attempt(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
+            limit, first = carry
+            count, reached = self.stream(scores, visible, listed, to_read, limit, top)
+            again = (count < p.k) & (first > 0)
+            return [m.word(KEY_OF_LOWEST), m.word(0)], [count, reached], again
+
+        count, threshold = m.repeat([threshold, m.word(1)], attempt, 2)[2:]
+        lo, hi, room = self.narrow(self.visit_buffer(count), self.below(threshold), top, m.word(p.k), 0)
+
+        def sink(chosen: Any, rank: Any, score: Any, position: Any) -> None:
+            m.store_global_if(chosen, m.global_address(out, rank), position)
+
+        self.in_order(count, lo, hi, room, sink)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Global addresses of the arrays of `select`; maxima may be None."""
+
+    scores: Any
+    maxima: Any
+    positions: Any
+    lengths: Any
+    out: Any
+
+
+def select_rows(m: ModuleType, p: Problem, block: Any, arrays: Arrays, shared: Any) -> None:
+    """The program of one thread block: its number and the address of its shared memory are words of machine `m`."""
+    row_program = _Row(m, p, shared, m.thread())
+    row = block * p.config.rows + row_program.group
+
+    def program() -> None:
+        batch = row // p.batch_rows
+        last = m.load_global(m.global_address(arrays.positions, row)) + 1
+        length = m.load_global(m.global_address(arrays.lengths, batch))
+        visible = m.smaller(m.signed_larger(m.signed_smaller(last, length), 0), p.keys)
+        score_row = batch * p.pitch + (row - batch * p.batch_rows)
+        scores = m.global_address(arrays.scores, score_row, 4 * p.width)
+        maxima = m.global_address(arrays.maxima, score_row, 4 * p.width // BLOCK) if p.has_maxima else None
+        out = m.global_address(arrays.out, row, 4 * p.k)
+        m.branch(visible <= p.k, lambda: row_program.take_all(visible, out))
+        m.branch(visible > p.k, lambda: row_program.choose(visible, scores, maxima, out))
+
+    m.branch(row < p.rows, program)
+
+
+def select(
+    scores: jax.Array,
+    maxima: jax.Array | None,
+    q_positions: jax.Array,
+    kv_lengths: jax.Array,
+    k: int,
+    *,
+    clean: bool,
+    keys: int | None = None,
+    config: SelectConfig | None = None,
+) -> jax.Array:
+    """The k best positions of each row among those it sees, ascending, then -1.
+
+    Args:
+      scores: [B, S', T'] float32, of which the first S rows count; T' is a multiple of 64.
+      maxima: [B, S', T' / 16] float32, of the visible scores of each block of 16, or None.
+      q_positions: [B, S] int32 and kv_lengths [B] int32: the row sees keys t <= position and t < length.
+      clean: no visible score is NaN, and the others in the last visible block of a row are -inf.
+      keys: T, how many of a row's scores are of keys; None for T'.
+
+    Returns:
+      [B, S, k] int32.
+    """
+    b, s = q_positions.shape
+    problem = Problem(
+        rows=b * s,
+        batch_rows=s,
+        pitch=scores.shape[1],
+        width=scores.shape[2],
+        keys=scores.shape[2] if keys is None else keys,
+        k=k,
+        has_maxima=maxima is not None,
+        clean=clean,
+        config=config or default_config(b * s),
+    )
+    config = problem.config
+
+    def indexer_select(*refs: Any) -> None:
+        ref, scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+
+        @plgpu.inline_mgpu(arg_types=(ref,) * len(refs) + (scalar,))
+        def program(ctx: Any, *values: Any) -> None:
+            m = mosaic_gpu_words
+            *inputs, out, shared, block = values
+            scores, *given, positions, lengths = (m.base_of_global(x) for x in inputs)
+            arrays = Arrays(scores, given[0] if given else None, positions, lengths, m.base_of_global(out))
+            select_rows(m, problem, m.Word(block.registers.item()), arrays, m.base_of_shared(shared))
+
+        program(*refs, jax.lax.axis_index("block"))
+
+    kernel = plgpu.kernel(
+        indexer_select,
+        out_type=jax.ShapeDtypeStruct((b, s, k), jnp.int32),
+        scratch_types=[plgpu.SMEM((config.rows * problem.row_bytes // 4,), jnp.int32)],
+        grid=(-(-problem.rows // config.rows),),
+        grid_names=("block",),
+        num_threads=config.rows * config.threads // 128,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )
+    return kernel(*(x for x in (scores, maxima, q_positions, kv_lengths) if x is not None))

@@ -1,0 +1,304 @@
+"""Words for the parts of a Mosaic GPU kernel that Pallas has no operation for, to be used inside `inline_mgpu`.
+
+Integers are MLIR values of 32 bits (shared addresses, indices) or 64 (global addresses). Python integers are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+Value = ir.Value
+
+
+def i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def constant(value: int) -> Value:
+    return arith.constant(i32(), value)
+
+
+def _as_value(x: Value | int) -> Value:
+    return constant(x) if isinstance(x, int) else x
+
+
+def add(a: Value, *others: Value | int) -> Value:
+    for other in others:
+        a = arith.addi(a, _as_value(other))
+    return a
+
+
+def sub(a: Value | int, b: Value | int) -> Value:
+    return arith.subi(_as_value(a), _as_value(b))
+
+
+def mul(a: Value, b: Value | int) -> Value:
+    return arith.muli(a, _as_value(b))
+
+
+def div(a: Value, b: Value | int) -> Value:
+    return arith.divui(a, _as_value(b))
+
+
+def rem(a: Value, b: Value | int) -> Value:
+    return arith.remui(a, _as_value(b))
+
+
+def minimum(a: Value, b: Value | int) -> Value:
+    return arith.minsi(a, _as_value(b))
+
+
+def maximum(a: Value, b: Value | int) -> Value:
+    return arith.maxsi(a, _as_value(b))
+
+
+def shift_left(a: Value | int, bits: Value | int) -> Value:
+    return arith.shli(_as_value(a), _as_value(bits))
+
+
+def shift_right(a: Value, bits: Value | int) -> Value:
+    return arith.shrui(a, _as_value(bits))
+
+
+def bit_and(a: Value, b: Value | int) -> Value:
+    return arith.andi(a, _as_value(b))
+
+
+def bit_or(a: Value, b: Value | int) -> Value:
+    return arith.ori(a, _as_value(b))
+
+
+def bit_xor(a: Value, b: Value | int) -> Value:
+    return arith.xori(a, _as_value(b))
+
+
+def compare(relation: str, a: Value, b: Value | int) -> Value:
+    """`relation` is one of eq, ne, slt, sle, sgt, sge, ult."""
+    return arith.cmpi(getattr(arith.CmpIPredicate, relation), a, _as_value(b))
+
+
+def select(condition: Value, a: Value | int, b: Value | int) -> Value:
+    return arith.select(condition, _as_value(a), _as_value(b))
+
+
+def offset(base: Value, index: Value, scale: int) -> Value:
+    """The 64-bit address `base` + `index` (32 bits, not negative) * `scale` bytes."""
+    wide = arith.extui(i64(), index)
+    return arith.addi(base, arith.muli(wide, arith.constant(i64(), scale)))
+
+
+def shared_address(ref: Value) -> Value:
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+
+
+def global_address(ref: Value) -> Value:
+    return llvm.ptrtoint(i64(), utils.memref_ptr(ref))
+
+
+def scalar(array) -> Value:
+    """The register of a scalar argument of an inline function."""
+    return array.registers.item()
+
+
+def thread() -> Value:
+    return utils.thread_idx()
+
+
+when = utils.when
+
+
+def loop(count: Value, carry: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]) -> list[Value]:
+    """for i in range(count): carry = body(i, carry)."""
+    op = scf.ForOp(constant(0), count, constant(1), list(carry))
+    with ir.InsertionPoint(op.body):
+        scf.YieldOp(list(body(op.induction_variable, list(op.inner_iter_args))))
+    return list(op.results)
+
+
+def asm(ptx: str, arguments: Sequence[Value] = (), constraints: str = "", result: ir.Type | None = None) -> Value:
+    void = ir.Type.parse("!llvm.void")
+    return llvm.inline_asm(result or void, list(arguments), ptx, constraints, has_side_effects=True)
+
+
+def block_barrier() -> None:
+    """All threads of the block meet."""
+    asm("bar.sync 0;")
+
+
+def barrier_init(address: Value, arrivals: int) -> None:
+    asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [address], "r")
+
+
+def barrier_init_done() -> None:
+    asm("fence.mbarrier_init.release.cluster;")
+
+
+def barrier_arrive(address: Value, predicate: Value) -> None:
+    asm("@$1 mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];", [address, predicate], "r,b")
+
+
+def barrier_arrive_after_copies(address: Value) -> None:
+    """This thread arrives once all its cp.async so far have landed."""
+    asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [address], "r")
+
+
+def barrier_wait(address: Value, parity: Value) -> None:
+    asm(
+        "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1, 0x989680;\n"
+        "@done bra DONE;\nbra WAIT;\nDONE:\n}",
+        [address, parity],
+        "r,r",
+    )
+
+
+def proxy_fence() -> None:
+    """What ordinary instructions and cp.async wrote to shared memory so far is seen by wgmma and TMA from here on."""
+    asm("fence.proxy.async.shared::cta;")
+
+
+def copy_async(target: Value, source: Value, size: Value, pieces: int, target_step: int, source_step: int) -> None:
+    """`pieces` cp.async of 16 bytes each; of every source only `size` bytes (16 or 0) are read, the rest becomes zero."""
+    lines = [
+        f"cp.async.cg.shared.global.L2::128B [$0+{i * target_step}], [$1+{i * source_step}], 16, $2;" for i in range(pieces)
+    ]
+    asm("\n".join(lines), [target, source, size], "r,l,r")
+
+
+def copies_done() -> None:
+    asm("cp.async.wait_all;")
+
+
+def load_global(address: Value) -> Value:
+    """A 32-bit load of what no one writes during the kernel."""
+    return asm("ld.global.nc.b32 $0, [$1];", [address], "=r,l", i32())
+
+
+def store_global(address: Value, value: Value, predicate: Value) -> None:
+    asm("@$2 st.global.b32 [$0], $1;", [address, value, predicate], "l,r,b")
+
+
+def load_shared(address: Value) -> Value:
+    return asm("ld.shared.b32 $0, [$1];", [address], "=r,r", i32())
+
+
+def store_shared(address: Value, value: Value) -> None:
+    asm("st.shared.b32 [$0], $1;", [address, value], "r,r")
+
+
+def copy_shared_to_global(target: Value, source: Value, predicate: Value) -> None:
+    """Copies 16 bytes."""
+    asm(
+        "{\n.reg .b32 a, b, c, d;\nld.shared.v4.b32 {a, b, c, d}, [$1];\n@$2 st.global.v4.b32 [$0], {a, b, c, d};\n}",
+        [target, source, predicate],
+        "l,r,b",
+    )
+
+
+def store_shared_zeros(address: Value) -> None:
+    """Writes 16 bytes."""
+    asm("{\n.reg .b32 z;\nmov.b32 z, 0;\nst.shared.v4.b32 [$0], {z, z, z, z};\n}", [address], "r")
+
+
+def or_shared(address: Value, bits: Value) -> Value:
+    """Sets bits of a shared word atomically and returns the word as it was."""
+    return asm("atom.shared.or.b32 $0, [$1], $2;", [address, bits], "=r,r,r", i32())
+
+
+def population(bits: Value) -> Value:
+    return asm("popc.b32 $0, $1;", [bits], "=r,r", i32())
+
+
+def lowest_bit(bits: Value) -> Value:
+    """The position of the lowest set bit."""
+    return asm("{\n.reg .b32 r;\nbrev.b32 r, $1;\nclz.b32 $0, r;\n}", [bits], "=r,r", i32())
+
+
+def sum_of_warp(x: Value) -> Value:
+    return asm("redux.sync.add.s32 $0, $1, 0xffffffff;", [x], "=r,r", i32())
+
+
+def sum_of_lanes_below(x: Value) -> Value:
+    """The sum of x over the lanes of the warp before this one."""
+    steps = "".join(
+        f"shfl.sync.up.b32 t|p, s, {distance}, 0, 0xffffffff;\n@p add.s32 s, s, t;\n" for distance in (1, 2, 4, 8, 16)
+    )
+    ptx = "{\n.reg .pred p;\n.reg .b32 s, t;\nmov.b32 s, $1;\n" + steps + "sub.s32 $0, s, $1;\n}"
+    return asm(ptx, [x], "=&r,r", i32())
+
+
+def cluster_barrier() -> None:
+    """All threads of all blocks of the cluster meet; what they wrote to shared memory before is seen by all after."""
+    asm("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;")
+
+
+def peer_address(address: Value, rank: Value | int) -> Value:
+    """Where block `rank` of the cluster has what this one has at a shared address."""
+    return asm("mapa.shared::cluster.u32 $0, $1, $2;", [address, _as_value(rank)], "=r,r,r", i32())
+
+
+def load_peer_float(address: Value) -> Value:
+    return asm("ld.shared::cluster.f32 $0, [$1];", [address], "=f,r", ir.F32Type.get())
+
+
+def load_peer_words(address: Value) -> list[Value]:
+    """16 bytes as four words."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    loaded = asm("ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+
+
+def store_global_words(address: Value, words: Sequence[Value], predicate: Value) -> None:
+    """16 bytes."""
+    asm("@$5 st.global.v4.b32 [$0], {$1, $2, $3, $4};", [address, *words, predicate], "l,r,r,r,r,b")
+
+
+def exp2(x: Value) -> Value:
+    return asm("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", ir.F32Type.get())
+
+
+def from_bfloat16_pair(word: Value) -> tuple[Value, Value]:
+    """The low and the high half of a word as float32."""
+    f32 = ir.F32Type.get()
+    return arith.bitcast(f32, shift_left(word, 16)), arith.bitcast(f32, bit_and(word, -0x10000))
+
+
+def to_bfloat16_pair(low: Value, high: Value) -> Value:
+    return asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
+
+
+def load_words_or_zeros(address: Value, predicate: Value, count: int) -> list[Value]:
+    """4 or 2 words of what no one writes during the kernel, zeros where the predicate (0 or not) says so."""
+    outputs = ", ".join(f"${i}" for i in range(count))
+    zeros = "\n".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    ptx = (
+        f"{{\n.reg .pred p;\nsetp.ne.b32 p, ${count + 1}, 0;\n{zeros}\n"
+        f"@p ld.global.nc.L2::128B.v{count}.b32 {{{outputs}}}, [${count}];\n}}"
+    )
+    words = ir.Type.parse("!llvm.struct<(" + ", ".join(["i32"] * count) + ")>")
+    loaded = asm(ptx, [address, predicate], ",".join(["=&r"] * count + ["l", "r"]), words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(count)]
+
+
+def load_float_or_zero(address: Value, predicate: Value) -> Value:
+    ptx = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0f00000000;\n@p ld.global.nc.f32 $0, [$1];\n}"
+    return asm(ptx, [address, predicate], "=&f,l,r", ir.F32Type.get())
+
+
+def store_shared_products(address: Value, pair: Sequence[Value], scale: Value) -> None:
+    """8 e4m3 numbers (two words) times a float32 scale, as 8 bfloat16 (16 bytes) to a shared address."""
+    lines = [".reg .b16 a<4>;", ".reg .b16 h<8>;", ".reg .b32 w<4>;", ".reg .f32 f<8>;", ".reg .b32 r<4>;"]
+    lines += ["mov.b32 {a0, a1}, $1;", "mov.b32 {a2, a3}, $2;"]
+    lines += [f"cvt.rn.f16x2.e4m3x2 w{i}, a{i};" for i in range(4)]
+    lines += [f"mov.b32 {{h{2 * i}, h{2 * i + 1}}}, w{i};" for i in range(4)]
+    lines += [f"cvt.f32.f16 f{i}, h{i};\nmul.f32 f{i}, f{i}, $3;" for i in range(8)]
+    lines += [f"cvt.rn.bf16x2.f32 r{i}, f{2 * i + 1}, f{2 * i};" for i in range(4)]
+    lines += ["st.shared.v4.b32 [$0], {r0, r1, r2, r3};"]
+    asm("{\n" + "\n".join(lines) + "\n}", [address, *pair, scale], "r,r,r,f")

@@ -1,0 +1,756 @@
+"""The attention kernel of sparse_mla for Hopper: tiles of 64 query rows over lists of selected latents.
+
+A task is one tile of 64 rows [64, 576] (the heads of one query, or of several) and one list of key entries, visited in
+blocks of 64 keys. A block of the grid is persistent, one for each multiprocessor, and has three warpgroups. The third one
+gathers: 8 lanes copy 128 bytes of a row with cp.async straight into the tiled and swizzled layout that wgmma reads, so
+that no instruction touches the latents in between. The two others compute. Key block b sits in slot b % 2, and warpgroup
+b % 2 makes its logits and its softmax weights P; every warpgroup owns 256 of the 512 value columns of all blocks, so P
+goes to the other one through shared memory, over the 64 rotary columns of its own block, which nobody needs any more.
+While one warpgroup is in its softmax the other one multiplies. Slots are freed and refilled by halves of 256 columns.
+
+The running maximum is exact up to LAZY powers of two: weights grow to at most 2**LAZY before the accumulator, 64 x 256
+float32 in the registers of a warpgroup, is rescaled, and a warp whose rows all kept their maximum skips the rescaling.
+
+Why these blocks: wgmma takes 64 rows; two slots of 64 keys (147 KB) and one query tile (74 KB) fill shared memory; the
+accumulators take 128 of 216 registers. No unit is full then: what limits is the latency of two key blocks in flight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf, vector
+
+from pallas_kernels import hopper, ptx
+
+WIDTH, VALUE_DIM, ROTARY = 576, 512, 64
+ROW_BYTES = 2 * WIDTH
+TILE = 64  # query rows of a tile, keys of a block
+PAIR = 2 * TILE  # keys per step: one block for each computing warpgroup
+LAZY = 8.0
+START, MASKED = -1e30, -2e30  # running maximum before any key; logit of an entry that does not count
+OWNER_SHIFT = 24  # a packed entry is key | owners << OWNER_SHIFT
+MAX_PACKED = 8 - 1  # owners fit the bits above the key, without the sign
+MAX_SPLITS = 8  # blocks of a cluster
+LOG2E = math.log2(math.e)
+
+EARLY = True
+# Registers of a computing and of the gathering warpgroup, for bfloat16 and for 8-bit latents, which pass through them:
+# two of the first and one of the second make the 504 to 512 there are.
+REGISTERS, REGISTERS_SCALED = (216, 72), (208, 96)
+
+# The kernel's own barriers, 8 bytes each: full[slot][half], empty[slot][half], marked[slot], queries.
+FULL, EMPTY, MARKED, QUERIES, BARRIER_WORDS = 0, 32, 64, 80, 32
+
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+_REF = plgpu.RefType()
+_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_TILED_REF = plgpu.RefType(_TRANSFORMS)
+_BY_ROW, _BY_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """How B x S queries of H heads become tiles, and tiles tasks.
+
+    packed queries share a tile and one list of entries key | owners << 24 (bit p: query p of the tile selected the key);
+    with packed 1 a list holds one query's keys, -1 where empty. A list's `pairs` blocks of 128 entries are divided evenly
+    among `splits` tasks, which the blocks of a cluster do at the same time and combine.
+    """
+
+    batch: int
+    queries: int
+    heads: int
+    keys: int
+    pairs: int
+    packed: int = 1
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        if self.heads > TILE and self.heads % TILE:
+            raise ValueError(f"more than {TILE} heads must be a multiple of {TILE}, not {self.heads}")
+        if not 1 <= self.packed <= MAX_PACKED or (self.packed > 1 and self.packed * self.heads > TILE):
+            raise ValueError(f"{self.packed} queries of {self.heads} heads do not fit a tile of {TILE} rows")
+        if self.packed > 1 and self.keys > 1 << OWNER_SHIFT:
+            raise ValueError(f"{self.keys} keys do not fit the {OWNER_SHIFT} bits of a packed entry")
+        if not 1 <= self.splits <= MAX_SPLITS or self.pairs < 1 or self.pairs % self.splits:
+            raise ValueError(
+                f"{self.pairs} pairs of key blocks do not divide into {self.splits} of at most {MAX_SPLITS} splits"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Query rows, B * S * H."""
+        return self.batch * self.queries * self.heads
+
+    @property
+    def rows_per_tile(self) -> int:
+        return min(TILE, self.packed * self.heads)
+
+    @property
+    def tiles_per_list(self) -> int:
+        return max(1, self.heads // TILE)
+
+    @property
+    def tiles_per_batch(self) -> int:
+        return -(-self.queries * self.heads // self.rows_per_tile)
+
+    @property
+    def lists(self) -> int:
+        return self.batch * self.tiles_per_batch // self.tiles_per_list
+
+    @property
+    def count(self) -> int:
+        return self.batch * self.tiles_per_batch * self.splits
+
+    @property
+    def blocks(self) -> int:
+        """Of the grid: persistent ones, or one for each task of a cluster."""
+        return self.count if self.splits > 1 else min(hopper.MULTIPROCESSORS, self.count)
+
+
+def _per_row(values: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.lax.broadcast_in_dim(values, like.shape, [0])
+
+
+def _per_column(values: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.lax.broadcast_in_dim(values, like.shape, [1])
+
+
+def _row_vector(value: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), _BY_ROW)
+
+
+def _opaque(x: jax.Array) -> jax.Array:
+    """x, hidden from loop-invariant code motion: else 72 wgmma descriptors leave the loop and are spilled."""
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
+    def move(ctx, x):
+        moved = ptx.asm("mov.b32 $0, $1;", [ptx.scalar(x)], "=r,r", ptx.i32())
+        return mgpu.FragmentedArray.splat(moved, (), is_signed=True)
+
+    return move(x)
+
+
+def _rescale(x: jax.Array, factors: jax.Array) -> jax.Array:
+    """x [64, n] * factors [64], skipped by a warp whose factors are all 1."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, _BY_ROW),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def rescale(ctx, x, factors):
+        one = arith.constant(ir.F32Type.get(), 1.0)
+        lanes = []
+        for register in factors.registers.flat:
+            if isinstance(register.type, ir.VectorType):
+                lanes += [vector.extract(register, [], [i]) for i in range(ir.VectorType(register.type).shape[0])]
+            else:
+                lanes.append(register)
+        changed = functools.reduce(arith.ori, [arith.cmpf(arith.CmpFPredicate.UNE, lane, one) for lane in lanes])
+        voted = ptx.asm(
+            "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\nvote.sync.any.pred p, p, 0xffffffff;\nselp.b32 $0, 1, 0, p;\n}",
+            [arith.extui(ptx.i32(), changed)],
+            "=r,r",
+            ptx.i32(),
+        )
+        registers = list(x.registers.flat)
+        branch = scf.IfOp(ptx.compare("ne", voted, 0), [r.type for r in registers], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.YieldOp(list((x * factors.broadcast_in_dim(x.shape, (0,), x.layout)).registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.YieldOp(registers)
+        results = np.array(list(branch.results), dtype=object).reshape(x.registers.shape)
+        return mgpu.FragmentedArray(_registers=results, _layout=x.layout, _is_signed=None)
+
+    return rescale(x, factors)
+
+
+def _init_barriers(barriers) -> None:
+    @plgpu.inline_mgpu(arg_types=(_REF,))
+    def init(ctx, barriers):
+        base = ptx.shared_address(barriers)
+        with ptx.when(ptx.compare("eq", ptx.thread(), 0)):
+            for i in range(4):
+                ptx.barrier_init(ptx.add(base, FULL + 8 * i), 128)  # every gathering thread
+                ptx.barrier_init(ptx.add(base, EMPTY + 8 * i), 4)  # every warp of the half's warpgroup
+            for slot in range(2):
+                ptx.barrier_init(ptx.add(base, MARKED + 8 * slot), 16)  # the gathering threads that hold entries
+            ptx.barrier_init(ptx.add(base, QUERIES), 256)  # every computing thread
+            ptx.barrier_init_done()
+        ptx.block_barrier()
+
+    init(barriers)
+
+
+def _wait(barriers, kind: int, slot, half, parity, *, fence: bool) -> None:
+    """A computing warpgroup waits for full[slot][half], marked[slot] or queries.
+
+    What cp.async wrote reaches wgmma, which reads through another proxy, after a fence.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR, _SCALAR))
+    def wait(ctx, barriers, slot, half, parity):
+        base = ptx.add(ptx.shared_address(barriers), kind)
+        if kind == FULL:
+            base = ptx.add(base, ptx.shift_left(ptx.scalar(slot), 4), ptx.shift_left(ptx.scalar(half), 3))
+        elif kind == MARKED:
+            base = ptx.add(base, ptx.shift_left(ptx.scalar(slot), 3))
+        ptx.barrier_wait(base, ptx.scalar(parity))
+        if fence:
+            ptx.proxy_fence()
+
+    wait(barriers, slot, half, parity)
+
+
+def _is_full(barriers, slot, parity) -> jax.Array:
+    """Whether both halves of a slot are, the same answer for the whole warpgroup."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
+    def test(ctx, barriers, slot, parity):
+        base = ptx.add(ptx.shared_address(barriers), FULL, ptx.shift_left(ptx.scalar(slot), 4))
+        full = ptx.asm(
+            "{\n.reg .pred p, q;\n.reg .b32 id;\nmbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2;\n"
+            "mbarrier.test_wait.parity.shared::cta.b64 q, [$1+8], $2;\nand.pred p, p, q;\nadd.u32 id, $3, 10;\n"
+            "barrier.cta.red.and.pred q, id, 128, p;\nselp.b32 $0, 1, 0, q;\n}",
+            [base, ptx.scalar(parity), ptx.scalar(slot)],
+            "=r,r,r,r",
+            ptx.i32(),
+        )
+        return mgpu.FragmentedArray.splat(full, (), is_signed=True)
+
+    return test(barriers, slot, parity)
+
+
+def _free(barriers, slot, half) -> None:
+    """Half of a slot may be overwritten: one arrival of every warp, after its wgmma has read it."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR))
+    def free(ctx, barriers, slot, half):
+        base = ptx.add(ptx.shared_address(barriers), EMPTY)
+        address = ptx.add(base, ptx.shift_left(ptx.scalar(slot), 4), ptx.shift_left(ptx.scalar(half), 3))
+        ptx.barrier_arrive(address, ptx.compare("eq", ptx.bit_and(ptx.thread(), 31), 0))
+
+    free(barriers, slot, half)
+
+
+def _line(thread):
+    """(16-byte chunk of a 128-byte line, row, row & 7) of a thread of a warpgroup whose 8 lanes take a row, 16 rows at once."""
+    chunk, row = ptx.bit_and(thread, 7), ptx.shift_right(thread, 3)
+    return chunk, row, ptx.bit_and(row, 7)
+
+
+def _in_line(row_in_tile, chunk):
+    """Where a chunk of a row is in its tile of 8 rows of 128 bytes, which wgmma reads swizzled."""
+    return ptx.add(ptx.shift_left(row_in_tile, 7), ptx.shift_left(ptx.bit_xor(chunk, row_in_tile), 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CopiedRows:
+    """How the gathering warpgroup moves bfloat16 latents: cp.async, so that nothing waits for them in registers."""
+
+    source: ptx.Value  # of the batch row, at this thread's chunk
+    to_columns: ptx.Value
+    to_rotary: ptx.Value
+
+    @staticmethod
+    def place(latents, scales, columns, rotary, batch, keys: int) -> _CopiedRows:
+        chunk, row, in_tile = _line(ptx.bit_and(ptx.thread(), 127))
+        tile, swizzled = ptx.shift_right(row, 3), _in_line(in_tile, chunk)
+        return _CopiedRows(
+            ptx.offset(ptx.offset(ptx.global_address(latents), chunk, 16), batch, keys * ROW_BYTES),
+            ptx.add(ptx.shared_address(columns), ptx.shift_left(tile, 12), swizzled),  # 8 rows of a half: 4 KB
+            ptx.add(ptx.shared_address(rotary), ptx.shift_left(tile, 10), swizzled),
+        )
+
+    def begin(self, rows, half: int, with_rotary: bool):
+        return rows
+
+    def finish(self, rows, slot: int, half: int, with_rotary: bool, full) -> None:
+        for i, (key, used) in enumerate(rows):
+            source, size = ptx.offset(self.source, key, ROW_BYTES), ptx.shift_left(used, 4)
+            target = ptx.add(self.to_columns, (slot * 2 + half) * 32768 + i * 8192)
+            ptx.copy_async(target, ptx.offset(source, ptx.constant(half), 512), size, 4, 1024, 128)
+            if with_rotary:
+                target = ptx.add(self.to_rotary, slot * 8192 + i * 2048)
+                ptx.copy_async(target, ptx.offset(source, ptx.constant(1), 2 * VALUE_DIM), size, 1, 0, 0)
+        ptx.barrier_arrive_after_copies(full)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScaledRows:
+    """How it moves 8-bit latents: loaded while their slot is still in use, multiplied by their scales and stored after."""
+
+    source: ptx.Value  # of the batch row, at this thread's chunk
+    rotary_source: ptx.Value
+    scales: ptx.Value
+    to_columns: tuple[ptx.Value, ptx.Value]  # of the two halves of 16 numbers, in the order that avoids bank conflicts
+    first_half: ptx.Value  # which of them comes first
+    to_rotary: ptx.Value
+
+    @staticmethod
+    def place(latents, scales, columns, rotary, batch, keys: int) -> _ScaledRows:
+        chunk, row, in_tile = _line(ptx.bit_and(ptx.thread(), 127))
+        tile = ptx.shift_right(row, 3)
+        latents = ptx.offset(ptx.global_address(latents), batch, keys * WIDTH)
+        # 16 numbers of a thread are two chunks of a line of 64 columns; lanes 0 to 3 have one line, 4 to 7 the next.
+        line, pair = ptx.shift_right(chunk, 2), ptx.shift_left(ptx.bit_and(chunk, 3), 1)
+        base = ptx.add(ptx.shared_address(columns), ptx.shift_left(tile, 12), ptx.shift_left(line, 10))
+        return _ScaledRows(
+            ptx.offset(latents, chunk, 16),
+            ptx.offset(ptx.offset(latents, chunk, 8), ptx.constant(1), VALUE_DIM),
+            ptx.offset(ptx.global_address(scales), batch, 4 * keys),
+            tuple(ptx.add(base, _in_line(in_tile, ptx.add(pair, ptx.bit_xor(line, second)))) for second in range(2)),
+            line,
+            ptx.add(ptx.shared_address(rotary), ptx.shift_left(tile, 10), _in_line(in_tile, chunk)),
+        )
+
+    def begin(self, rows, half: int, with_rotary: bool):
+        loaded = []
+        for key, used in rows:
+            at = ptx.offset(ptx.offset(self.source, key, WIDTH), ptx.constant(half), 256)
+            values = [ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), used, 4) for i in range(2)]
+            rotary = ptx.load_words_or_zeros(ptx.offset(self.rotary_source, key, WIDTH), used, 2) if with_rotary else None
+            loaded.append((values, rotary, ptx.load_float_or_zero(ptx.offset(self.scales, key, 4), used)))
+        return loaded
+
+    def finish(self, loaded, slot: int, half: int, with_rotary: bool, full) -> None:
+        swapped = ptx.compare("ne", self.first_half, 0)
+        for i, (values, rotary, scale) in enumerate(loaded):
+            for j, words in enumerate(values):
+                at = (slot * 2 + half) * 32768 + i * 8192 + j * 2048  # 128 columns further on: two lines
+                first = [ptx.select(swapped, words[2 + w], words[w]) for w in range(2)]
+                second = [ptx.select(swapped, words[w], words[2 + w]) for w in range(2)]
+                ptx.store_shared_products(ptx.add(self.to_columns[0], at), first, scale)
+                ptx.store_shared_products(ptx.add(self.to_columns[1], at), second, scale)
+            if with_rotary:
+                ptx.store_shared_products(ptx.add(self.to_rotary, slot * 8192 + i * 2048), rotary, scale)
+        ptx.proxy_fence()
+        ptx.barrier_arrive(full, ptx.compare("eq", ptx.constant(0), 0))
+
+
+def _gather(tasks: Tasks, latents, scales, lists, counts, columns, rotary, marks, barriers, block, num_tasks) -> None:
+    """The gathering warpgroup: every listed latent of every task into its slot, and what the entries say into `marks`."""
+    share = tasks.pairs // tasks.splits
+    mover = _CopiedRows if scales is None else _ScaledRows
+    given = {"scales": scales, "counts": counts}
+    given = {name: ref for name, ref in given.items() if ref is not None}
+    types = (_REF, _REF, _TILED_REF, _TILED_REF, _REF, _REF, *(_REF for _ in given))
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, *types))
+    def gather(ctx, block, num_tasks, latents, lists, columns, rotary, marks, barriers, *optional):
+        optional = dict(zip(given, optional, strict=True))
+        base = ptx.shared_address(barriers)
+        chunk, row, _ = _line(ptx.bit_and(ptx.thread(), 127))
+        to_marks = ptx.add(ptx.shared_address(marks), ptx.shift_left(row, 2))
+        holds_entries = ptx.compare("eq", chunk, 0)
+        from_lists = ptx.offset(ptx.global_address(lists), row, 4)
+
+        def read(entry):
+            """((latent row, 1 if it counts else 0), mark) of an entry."""
+            if tasks.packed > 1:
+                used = ptx.compare("ne", ptx.shift_right(entry, OWNER_SHIFT), 0)
+                key, mark = ptx.bit_and(entry, (1 << OWNER_SHIFT) - 1), entry
+            else:
+                used = ptx.compare("sge", entry, 0)
+                key = ptx.minimum(ptx.maximum(entry, 0), tasks.keys - 1)
+                mark = ptx.select(used, 0, int(np.float32(MASKED).view(np.int32)))
+            return (key, ptx.select(used, 1, 0)), mark
+
+        def one_task(i, carry):
+            task = ptx.add(ptx.scalar(block), ptx.mul(i, tasks.blocks))
+            tile, split = ptx.div(task, tasks.splits), ptx.rem(task, tasks.splits)
+            which = ptx.div(tile, tasks.tiles_per_list)
+            batch = ptx.div(tile, tasks.tiles_per_batch)
+            rows = mover.place(latents, optional.get("scales"), columns, rotary, batch, tasks.keys)
+            entries_at = ptx.offset(ptx.offset(from_lists, which, 4 * PAIR * tasks.pairs), split, 4 * PAIR * share)
+            pairs = ptx.constant(share)
+            if "counts" in optional:
+                pairs = ptx.load_global(ptx.offset(ptx.global_address(optional["counts"]), which, 4))
+
+            def entries(pair):
+                at = ptx.offset(entries_at, pair, 4 * PAIR)
+                return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(8)]
+
+            def step(pair, carry):
+                done, *current = carry
+                following = entries(ptx.minimum(ptx.add(pair, 1), ptx.sub(pairs, 1)))
+                parity = ptx.bit_xor(ptx.bit_and(done, 1), 1)
+                where, labels = zip(*map(read, current), strict=True)
+                # The order in which the computing warpgroups need the halves. With the first half of a slot to become
+                # free, its warpgroup has also read the marks and the rotary part.
+                for slot, half in ((0, 0), (0, 1), (1, 1), (1, 0)):
+                    begun = rows.begin(where[4 * slot : 4 * slot + 4], half, slot != half)
+                    ptx.barrier_wait(ptx.add(base, EMPTY + 16 * slot + 8 * half), parity)
+                    if slot == half:
+                        with ptx.when(holds_entries):
+                            for i in range(4):
+                                ptx.store_shared(ptx.add(to_marks, 256 * slot + 64 * i), labels[4 * slot + i])
+                        ptx.barrier_arrive(ptx.add(base, MARKED + 8 * slot), holds_entries)
+                    rows.finish(begun, slot, half, slot != half, ptx.add(base, FULL + 16 * slot + 8 * half))
+                return [ptx.add(done, 1), *following]
+
+            return ptx.loop(pairs, [carry[0], *entries(ptx.constant(0))], step)[:1]
+
+        ptx.loop(ptx.scalar(num_tasks), [ptx.constant(0)], one_task)
+        ptx.copies_done()
+        if tasks.splits > 1:  # takes part in the two barriers of _combine
+            ptx.cluster_barrier()
+            ptx.cluster_barrier()
+
+    gather(block, num_tasks, latents, lists, columns, rotary, marks, barriers, *given.values())
+
+
+def _load_queries(queries, columns, rotary, barriers, row, rows, warpgroup) -> None:
+    """`rows` query rows from `row` on into the query tile, the rest of it zero: half of it by each computing warpgroup.
+
+    By cp.async, because a TMA copy into tiles of 8 rows would have to start at a multiple of 8.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _TILED_REF, _TILED_REF, _REF, _SCALAR, _SCALAR, _SCALAR))
+    def load(ctx, queries, columns, rotary, barriers, row, rows, warpgroup):
+        thread, half = ptx.bit_and(ptx.thread(), 127), ptx.scalar(warpgroup)
+        chunk, line, in_tile = _line(thread)
+        tile, swizzled = ptx.shift_right(line, 3), _in_line(in_tile, chunk)
+        source = ptx.offset(ptx.offset(ptx.global_address(queries), ptx.scalar(row), ROW_BYTES), chunk, 16)
+        to_columns = ptx.add(ptx.shared_address(columns), ptx.shift_left(half, 15), ptx.shift_left(tile, 12), swizzled)
+        for i in range(4):
+            here = ptx.add(line, 16 * i)
+            size = ptx.select(ptx.compare("slt", here, ptx.scalar(rows)), 16, 0)
+            # A row that does not count is not read, but its address has to be one of the array.
+            at = ptx.offset(ptx.offset(source, ptx.select(ptx.compare("ne", size, 0), here, 0), ROW_BYTES), half, 512)
+            ptx.copy_async(ptx.add(to_columns, 8192 * i), at, size, 4, 1024, 128)
+        to_rotary = ptx.add(ptx.shared_address(rotary), ptx.shift_left(half, 12), ptx.shift_left(tile, 10), swizzled)
+        for i in range(2):
+            here = ptx.add(line, ptx.shift_left(half, 5), 16 * i)
+            size = ptx.select(ptx.compare("slt", here, ptx.scalar(rows)), 16, 0)
+            at = ptx.offset(source, ptx.select(ptx.compare("ne", size, 0), here, 0), ROW_BYTES)
+            ptx.copy_async(ptx.add(to_rotary, 2048 * i), ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM), size, 1, 0, 0)
+        ptx.barrier_arrive_after_copies(ptx.add(ptx.shared_address(barriers), QUERIES))
+
+    load(queries, columns, rotary, barriers, row, rows, warpgroup)
+
+
+def _store_rows(staged, out, row, rows, column: int) -> None:
+    """Rows below `rows` of a staged [64, 256] half into out [.., 512] from `row` and `column` * 256 on, by a warpgroup."""
+
+    @plgpu.inline_mgpu(arg_types=(_TILED_REF, _REF, _SCALAR, _SCALAR, _SCALAR))
+    def store(ctx, staged, out, row, rows, column):
+        thread = ptx.bit_and(ptx.thread(), 127)
+        chunk, first = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)  # 16 of 512 bytes; rows first + 4 i
+        base = ptx.add(ptx.shared_address(staged), ptx.shift_left(ptx.shift_right(chunk, 3), 10))
+        to = ptx.offset(ptx.global_address(out), ptx.scalar(row), 2 * VALUE_DIM)
+        to = ptx.offset(ptx.offset(to, ptx.scalar(column), 512), chunk, 16)
+        for i in range(TILE // 4):
+            here = ptx.add(first, 4 * i)
+            line = ptx.bit_and(here, 7)
+            piece = ptx.bit_xor(ptx.bit_and(chunk, 7), line)
+            source = ptx.add(
+                base,
+                ptx.shift_left(ptx.shift_right(here, 3), 12),
+                ptx.shift_left(line, 7),
+                ptx.shift_left(piece, 4),
+            )
+            inside = ptx.compare("slt", here, ptx.scalar(rows))
+            ptx.copy_shared_to_global(ptx.offset(to, here, 2 * VALUE_DIM), source, inside)
+        utils.warpgroup_barrier()  # the next query tile comes into the same place
+
+    store(staged, out, row, rows, column)
+
+
+def _combine(staged, sums, out, tasks: Tasks, row, rows, split, warpgroup) -> None:
+    """The blocks of a cluster combine their parts: each writes an even share of the rows, from all blocks' shared memory.
+
+    staged [2, 64, 256] is a block's normalised result, sums [64] the base-2 logarithm of its sum of weights.
+    """
+    share = -(-TILE // tasks.splits)  # rows a block
+
+    @plgpu.inline_mgpu(arg_types=(_TILED_REF, _REF, _REF, _SCALAR, _SCALAR, _SCALAR, _SCALAR))
+    def combine(ctx, staged, sums, out, row, rows, split, warpgroup):
+        ptx.cluster_barrier()
+        thread = ptx.add(ptx.bit_and(ptx.thread(), 127), ptx.shift_left(ptx.scalar(warpgroup), 7))
+        parts_at, sums_at = ptx.shared_address(staged), ptx.shared_address(sums)
+        to = ptx.offset(ptx.global_address(out), ptx.scalar(row), 2 * VALUE_DIM)
+        for i in range(-(-share // 4)):  # 256 threads take 4 rows of 64 chunks of 16 bytes at a time
+            within = ptx.add(ptx.shift_right(thread, 6), 4 * i)
+            chunk = ptx.bit_and(thread, 63)
+            here = ptx.minimum(ptx.add(ptx.mul(ptx.scalar(split), share), within), TILE - 1)
+            line, column_tile = ptx.bit_and(here, 7), ptx.shift_right(chunk, 3)
+            part_at = ptx.add(
+                parts_at,
+                ptx.shift_left(ptx.shift_right(column_tile, 2), 15),
+                ptx.shift_left(ptx.shift_right(here, 3), 12),
+                ptx.shift_left(ptx.bit_and(column_tile, 3), 10),
+                ptx.shift_left(line, 7),
+                ptx.shift_left(ptx.bit_xor(ptx.bit_and(chunk, 7), line), 4),
+            )
+            sum_at = ptx.add(sums_at, ptx.shift_left(here, 2))
+            logs = [ptx.load_peer_float(ptx.peer_address(sum_at, peer)) for peer in range(tasks.splits)]
+            parts = [ptx.load_peer_words(ptx.peer_address(part_at, peer)) for peer in range(tasks.splits)]
+            top = functools.reduce(arith.maximumf, logs)
+            weights = [ptx.exp2(arith.subf(log, top)) for log in logs]
+            total = functools.reduce(arith.addf, weights)
+            words = []
+            for word in range(4):
+                low, high = zip(*(ptx.from_bfloat16_pair(part[word]) for part in parts), strict=True)
+                halves = [
+                    arith.divf(functools.reduce(arith.addf, map(arith.mulf, values, weights)), total) for values in (low, high)
+                ]
+                words.append(ptx.to_bfloat16_pair(*halves))
+            counts = ptx.bit_and(
+                ptx.select(ptx.compare("slt", within, share), 1, 0),
+                ptx.select(ptx.compare("slt", ptx.add(ptx.mul(ptx.scalar(split), share), within), ptx.scalar(rows)), 1, 0),
+            )
+            target = ptx.offset(ptx.offset(to, here, 2 * VALUE_DIM), chunk, 16)
+            ptx.store_global_words(target, words, ptx.compare("ne", counts, 0))
+        ptx.cluster_barrier()  # no block leaves while others read its memory
+
+    combine(staged, sums, out, row, rows, split, warpgroup)
+
+
+def attend(
+    queries: jax.Array,
+    latents: jax.Array,
+    scales: jax.Array | None,
+    lists: jax.Array,
+    counts: jax.Array | None,
+    tasks: Tasks,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Attention of every task.
+
+    Args:
+      queries: [rows, 576] bfloat16.
+      latents: [B * T, 576] bfloat16, or float8_e4m3fn with scales.
+      scales: [B * T] float32, one a latent, or None.
+      lists: [tasks.lists, tasks.pairs * 128] int32.
+      counts: [tasks.lists] int32, how many pairs of key blocks to visit, at least 1; None: all. Not with splits.
+
+    Returns:
+      [rows, 512] bfloat16; zeros where no key counts.
+    """
+    if counts is not None and tasks.splits > 1:
+        raise ValueError("counts and splits exclude each other")
+    packed, splits, blocks = tasks.packed, tasks.splits, tasks.blocks
+    share = tasks.pairs // splits
+    compute_registers, gather_registers = REGISTERS if scales is None else REGISTERS_SCALED
+    f32, bf16 = jnp.float32, jnp.bfloat16
+
+    def body(*refs):
+        refs = list(refs)
+        scale_ref = refs.pop(2) if scales is not None else None
+        count_ref = refs.pop(3) if counts is not None else None
+        q_gmem, kv_gmem, list_gmem, out, q_columns, q_rotary, columns, rotary, stats, marks, barriers = refs[:11]
+        p_ready, sums_ready = refs[11:]
+        block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
+        if splits > 1:
+            block = block * splits + jax.lax.axis_index("split")
+        num_tasks = (tasks.count - block + blocks - 1) // blocks
+        _init_barriers(barriers)
+
+        @pl.when(warpgroup == 2)
+        def _():
+            plgpu.set_max_registers(gather_registers, action="decrease")
+            slots = (columns, rotary, marks, barriers)
+            _gather(tasks, kv_gmem, scale_ref, list_gmem, count_ref, *slots, block, jnp.int32(num_tasks))
+
+        def place(task):
+            """(first row, rows that count, list) of a task."""
+            tile = task // splits
+            batch, local = tile // tasks.tiles_per_batch, tile % tasks.tiles_per_batch
+            batch_rows = tasks.queries * tasks.heads
+            row = batch * batch_rows + local * tasks.rows_per_tile
+            rows = jnp.minimum(tasks.rows_per_tile, batch_rows - local * tasks.rows_per_tile)
+            return row, rows, tile // tasks.tiles_per_list
+
+        def load_queries(task):
+            row, rows, _ = place(task)
+            _load_queries(q_gmem, q_columns, q_rotary, barriers, row, rows, warpgroup)
+
+        def issue_logits(s_ref, slot, zero, parity):
+            """Starts queries times keys of the block in `slot`."""
+            _wait(barriers, FULL, slot, zero, parity, fence=scales is None)
+            plgpu.wgmma(s_ref, q_columns.at[zero], columns.at[slot, zero].transpose((1, 0)))
+            _wait(barriers, FULL, slot, zero + 1, parity, fence=scales is None)
+            plgpu.wgmma(s_ref, q_columns.at[zero + 1], columns.at[slot, zero + 1].transpose((1, 0)))
+            plgpu.wgmma(s_ref, q_rotary.at[zero], rotary.at[slot].transpose((1, 0)))
+
+        def masked_logits(s_ref, slot, zero, parity, pending):
+            """Base-2 logits [64, 64] of the block in `slot`, once at most `pending` later products are under way."""
+            _wait(barriers, MARKED, slot, zero, parity, fence=False)
+            mark = plgpu.load(marks.at[slot], layout=_BY_COLUMN)
+            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=pending) * (scale * LOG2E)
+            if packed == 1:
+                return s + _per_column(mark, s)
+            query = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA) // tasks.heads
+            owner = jnp.minimum(query, packed - 1)
+            return jnp.where((_per_column(mark, s) >> (owner + OWNER_SHIFT)) & 1 == 1, s, MASKED)
+
+        def publish_weights(s, top, total, slot):
+            """The weights of a block, for the other warpgroup too, and how they change the running maximum and sum."""
+            block_top = s.max(axis=1)
+            new_top = jnp.where(block_top > top + LAZY, block_top, top)
+            p = jnp.exp2(s - _per_row(new_top, s))
+            factors = jnp.exp2(top - new_top)
+            p16 = p.astype(bf16)
+            stats[0, slot] = new_top
+            rotary[slot] = p16
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(p_ready.at[slot])
+            return p16, factors, new_top, total * factors + p.sum(axis=1)
+
+        def own_values(o, p16, factors, o_ref, slot):
+            """This warpgroup's value columns of the block in its own slot."""
+            o_ref[...] = _rescale(o, factors)
+            plgpu.wgmma(o_ref, p16, columns.at[slot, slot])
+            o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
+            _free(barriers, slot, slot)
+            return o
+
+        def issue_other_values(carry, o_ref, own, other):
+            """Starts this warpgroup's value columns of the block in the other one's slot."""
+            o, top, total = carry
+            plgpu.barrier_wait(p_ready.at[other])
+            new_top = plgpu.load(stats.at[0, other], layout=_BY_ROW)
+            factors = jnp.exp2(top - new_top)
+            o_ref[...] = _rescale(o, factors)
+            plgpu.wgmma(o_ref, rotary.at[other], columns.at[other, own])
+            return new_top, total * factors
+
+        def other_values(o_ref, own, other):
+            o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
+            _free(barriers, other, own)
+            return o
+
+        s_type, o_type = plgpu.ACC((TILE, TILE), f32), plgpu.ACC((TILE, VALUE_DIM // 2), f32)
+
+        def all_blocks(pairs, visited):
+            """The carry after all blocks of a list; `visited` pairs went before, which says the barriers' parity."""
+
+            def first(carry):
+                def scope(s_ref, o_ref):
+                    zero = _opaque(jnp.int32(0))
+                    o, top, total = carry
+                    issue_logits(s_ref, zero, zero, visited & 1)
+                    s = masked_logits(s_ref, zero, zero, visited & 1, pending=0)
+                    p16, factors, top, total = publish_weights(s, top, total, zero)
+                    return own_values(o, p16, factors, o_ref, zero), top, total
+
+                return pl.run_scoped(scope, s_type, o_type)
+
+            def step(i, carry):
+                parity = (visited + i + 1 - warpgroup) & 1
+
+                def early(carry):
+                    def scope(s_ref, o_ref):
+                        zero, own = _opaque(jnp.int32(0)), _opaque(warpgroup)
+                        other = 1 - own
+                        issue_logits(s_ref, own, zero, parity)
+                        top, total = issue_other_values(carry, o_ref, own, other)
+                        s = masked_logits(s_ref, own, zero, parity, pending=1)
+                        p16, factors, top, total = publish_weights(s, top, total, own)
+                        o = other_values(o_ref, own, other)
+                        return own_values(o, p16, factors, o_ref, own), top, total
+
+                    return pl.run_scoped(scope, s_type, o_type)
+
+                def late(carry):
+                    def scope(s_ref, o_ref):
+                        zero, own = _opaque(jnp.int32(0)), _opaque(warpgroup)
+                        other = 1 - own
+                        top, total = issue_other_values(carry, o_ref, own, other)
+                        o = other_values(o_ref, own, other)
+                        issue_logits(s_ref, own, zero, parity)
+                        s = masked_logits(s_ref, own, zero, parity, pending=0)
+                        p16, factors, top, total = publish_weights(s, top, total, own)
+                        return own_values(o, p16, factors, o_ref, own), top, total
+
+                    return pl.run_scoped(scope, s_type, o_type)
+
+                if EARLY == "adaptive":
+                    return jax.lax.cond(_is_full(barriers, warpgroup, parity) != 0, early, late, carry)
+                return early(carry) if EARLY else late(carry)
+
+            def last(carry):
+                def scope(o_ref):
+                    zero = _opaque(jnp.int32(0))
+                    top, total = issue_other_values(carry, o_ref, zero, zero + 1)
+                    return other_values(o_ref, zero, zero + 1), top, total
+
+                return pl.run_scoped(scope, o_type)
+
+            nothing = plgpu.layout_cast(jnp.zeros((TILE, VALUE_DIM // 2), f32), plgpu.Layout.WGMMA)
+            carry = (nothing, _row_vector(START), _row_vector(0.0))
+            carry = jax.lax.cond(warpgroup == 0, first, lambda carry: carry, carry)
+            carry = jax.lax.fori_loop(0, pairs - 1 + warpgroup, step, carry)
+            return jax.lax.cond(warpgroup == 0, last, lambda carry: carry, carry)
+
+        def one_task(i, visited):
+            task = block + i * blocks
+            row, rows, which = place(task)
+            pairs = count_ref[which] if count_ref is not None else share
+            _wait(barriers, QUERIES, warpgroup, warpgroup, i & 1, fence=True)
+            o, top, total = all_blocks(pairs, visited)
+
+            stats[1, warpgroup] = total
+            plgpu.barrier_arrive(sums_ready.at[warpgroup])
+            plgpu.barrier_wait(sums_ready.at[1 - warpgroup])
+            # Both are done with the queries now: the result takes their place on its way out.
+            total = total + plgpu.load(stats.at[1, 1 - warpgroup], layout=_BY_ROW)
+            o = o * _per_row(jnp.where(total > 0, 1.0 / total, 0.0), o)
+            q_columns[warpgroup] = o.astype(bf16)
+            if splits > 1:
+                stats[2, warpgroup] = jnp.where(total > 0, top + jnp.log2(total), START)
+            plgpu.commit_smem()
+            if splits == 1:
+                _store_rows(q_columns.at[warpgroup], out, row, rows, warpgroup)
+            else:
+                _combine(q_columns, stats.at[2, warpgroup], out, tasks, row, rows, task % splits, warpgroup)
+
+            @pl.when(i + 1 < num_tasks)
+            def _():
+                load_queries(task + blocks)
+
+            return visited + pairs
+
+        @pl.when(warpgroup < 2)
+        def _():
+            plgpu.set_max_registers(compute_registers, action="increase")
+            load_queries(block)
+            jax.lax.fori_loop(0, num_tasks, one_task, jnp.int32(0))
+
+    two = plgpu.Barrier(num_barriers=2)
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((tasks.rows, VALUE_DIM), bf16),
+        scratch_types=(
+            plgpu.SMEM((2, TILE, 256), bf16, transforms=_TRANSFORMS),
+            plgpu.SMEM((1, TILE, ROTARY), bf16, transforms=_TRANSFORMS),
+            plgpu.SMEM((2, 2, TILE, 256), bf16, transforms=_TRANSFORMS),
+            plgpu.SMEM((2, TILE, ROTARY), bf16, transforms=_TRANSFORMS),
+            plgpu.SMEM((3, 2, TILE), f32),
+            plgpu.SMEM((2, TILE), f32 if packed == 1 else jnp.int32),
+            plgpu.SMEM((BARRIER_WORDS,), jnp.uint32),
+            two,
+            two,
+        ),
+        grid=(blocks // splits,),
+        grid_names=("block",),
+        cluster=(splits,) if splits > 1 else (),
+        cluster_names=("split",) if splits > 1 else (),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=1024),
+    )
+    return kernel(*(x for x in (queries, latents, scales, lists, counts) if x is not None))

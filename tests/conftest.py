@@ -1,0 +1,28 @@
+"""What every test runs under: full float32 products, and no look-ups on a model hub."""
+
+import functools
+import os
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from tests import numpy_reference
+from tests.tiny_models import CASES
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The oracle multiplies in float32; accelerators and some CPU builds would otherwise multiply in less.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[str], numpy_reference.Trace]:
+    """The float64 forward of a case by name, computed once."""
+
+    @functools.cache
+    def trace(name: str) -> numpy_reference.Trace:
+        case = CASES[name]
+        return numpy_reference.forward(case.state, case.fields, case.schedule.is_full, case.tokens, case.lengths)
+
+    return trace

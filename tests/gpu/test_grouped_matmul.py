@@ -1,0 +1,44 @@
+"""Every implementation of grouped_matmul that can serve, on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import grouped_matmul, hopper
+from tests.pallas_kernels.attention_cases import relative_error
+from tests.pallas_kernels.grouped_cases import SIZES, inputs, numpy_products
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+needs_hopper = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
+implementations = pytest.mark.parametrize(
+    "implementation", [pytest.param("mosaic_gpu", marks=needs_hopper), "ragged_dot", "xla", None]
+)
+
+
+@implementations
+@pytest.mark.parametrize("sizes", [*SIZES.values(), [500, 3, 0, 260]], ids=[*SIZES, "long"])
+@pytest.mark.parametrize("k, n", [(128, 192), (64, 320)])
+def test_equals_numpy(implementation, sizes, k, n):
+    rows, matrices, group_sizes = inputs(sizes, k, n)
+    out = jax.jit(grouped_matmul, static_argnames="implementation")(rows, matrices, group_sizes, implementation=implementation)
+    assert relative_error(out, numpy_products(rows, matrices, sizes)) < 4e-3
+
+
+@needs_hopper
+def test_sizes_that_the_kernel_does_not_take_are_named():
+    with pytest.raises(NotImplementedError, match="multiples of 64"):
+        grouped_matmul(*inputs([4, 4], 32, 64), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="float32"):
+        grouped_matmul(*inputs([4, 4], 64, 64, jnp.float32), implementation="mosaic_gpu")
+
+
+@implementations
+def test_has_a_gradient(implementation):
+    rows, matrices, group_sizes = inputs(SIZES["ragged"], 64, 64)
+
+    def loss(r, m):
+        return jnp.sum(grouped_matmul(r, m, group_sizes, implementation=implementation).astype(jnp.float32))
+
+    expected = jax.grad(lambda r, m: jnp.sum(jax.lax.ragged_dot(r, m, group_sizes).astype(jnp.float32)), (0, 1))(rows, matrices)
+    for one, other in zip(jax.grad(loss, (0, 1))(rows, matrices), expected, strict=True):
+        assert relative_error(one, other) < 1e-2

@@ -1,0 +1,154 @@
+"""The Hopper and Triton kernels of sparse_mla against the reference, on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper, sparse_mla
+from pallas_kernels.sparse_mla import fp8, mosaic_gpu, reference
+from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+needs_hopper = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
+
+SCALE = 0.04
+KINDS = ["ascending", "overlapping", "causal", "scattered", "nothing", "mixed"]
+CASES = [
+    Case(1, 7, 64, 300, 130),  # one query a tile, a tail in the list
+    Case(2, 5, 128, 200, 128),  # two tiles a query
+    Case(1, 3, 48, 500, 96),  # rows of a tile left over
+    Case(1, 3, 70, 500, 96),  # heads padded to two tiles
+    Case(1, 301, 20, 2000, 256),  # three queries a tile, one over
+    Case(2, 133, 32, 900, 100),  # two queries a tile, tiles do not cross from row to row of the batch
+    Case(3, 101, 16, 700, 64),
+    Case(1, 270, 4, 300, 40),  # seven queries a tile
+    Case(1, 1, 64, 4096, 2048),  # decode, lists split over a cluster
+    Case(5, 1, 64, 1000, 600),
+    Case(3, 1, 20, 4096, 2048),
+    Case(1, 2, 128, 4096, 1024),
+    Case(140, 1, 64, 300, 200),  # decode without splits, several tasks a block
+]
+kernels = pytest.mark.parametrize("implementation", [pytest.param("mosaic_gpu", marks=needs_hopper), "triton"])
+
+
+@functools.cache
+def _compiled(implementation, value_dim):
+    return jax.jit(functools.partial(sparse_mla, scale=SCALE, value_dim=value_dim, implementation=implementation))
+
+
+@functools.cache
+def _reference(value_dim):
+    """In float32, so that what is measured is the kernel's rounding alone."""
+    run = functools.partial(reference.sparse_mla, scale=SCALE, value_dim=value_dim)
+    return jax.jit(lambda q, kv, indices: run(q.astype(jnp.float32), kv.astype(jnp.float32), indices))
+
+
+@kernels
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference_and_repeats_itself(implementation, case):
+    queries, latents = inputs(case)
+    for kind in KINDS:
+        indices = jnp.asarray(selections(case, kind))
+        out = _compiled(implementation, case.c)(queries, latents, indices)
+        again = _compiled(implementation, case.c)(queries, latents, indices)
+        expected = np.asarray(_reference(case.c)(queries, latents, indices))
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(again), err_msg=kind)
+        if expected.any():
+            assert relative_error(out, expected) < 5e-3, kind
+        empty = (np.asarray(indices) < 0).all(-1)
+        assert not np.asarray(out, np.float32)[empty].any(), kind
+
+
+@kernels
+def test_equals_numpy(implementation):
+    case = CASES[0]
+    queries, latents = inputs(case)
+    indices = selections(case, "ascending")
+    out = _compiled(implementation, case.c)(queries, latents, jnp.asarray(indices))
+    assert relative_error(out, numpy_attention(queries, latents, indices, SCALE, case.c)) < 5e-3
+
+
+@kernels
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8]], ids=str)
+def test_what_is_not_selected_may_be_anything(implementation, case):
+    queries, latents = inputs(case)
+    indices = selections(case, "ascending")
+    indices = jnp.asarray(np.where(indices == 0, 1, indices))
+    out = _compiled(implementation, case.c)(queries, latents, indices)
+    poisoned = _compiled(implementation, case.c)(queries, latents.at[:, 0].set(jnp.nan), indices)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(poisoned))
+
+
+@kernels
+def test_logits_may_grow_along_the_list(implementation):
+    """Every later key beats all before it by far: the running maximum has to follow."""
+    case = Case(1, 4, 64, 512, 512)
+    queries = jnp.ones((case.b, case.s, case.h, case.c + case.r), jnp.bfloat16)
+    growing = jnp.linspace(-40, 40, case.t)[None, :, None] + jnp.zeros((1, 1, case.c + case.r))
+    indices = jnp.broadcast_to(jnp.arange(case.k, dtype=jnp.int32), (1, case.s, case.k))
+    for latents in (growing, growing[:, ::-1]):
+        latents = latents.astype(jnp.bfloat16)
+        out = _compiled(implementation, case.c)(queries, latents, indices)
+        assert relative_error(out, _reference(case.c)(queries, latents, indices)) < 5e-3
+
+
+@needs_hopper
+@pytest.mark.parametrize("packed", [1, 2, 3])
+def test_the_number_of_queries_a_tile_does_not_change_the_result(packed):
+    case = Case(2, 50, 20, 600, 150)
+    queries, latents = inputs(case)
+    indices = jnp.asarray(selections(case, "overlapping"))
+    out = mosaic_gpu.forward(queries, latents, indices, scale=SCALE, value_dim=case.c, packed=packed)
+    assert relative_error(out, _reference(case.c)(queries, latents, indices)) < 5e-3
+
+
+@needs_hopper
+@pytest.mark.parametrize("kind", KINDS)
+def test_unions_hold_every_key_once_with_its_owners(kind):
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
+
+    case = Case(2, 50, 20, 70_000, 150)
+    indices = selections(case, kind)
+    tasks = mosaic_gpu_attention.Tasks(case.b, case.s, case.h, case.t, pairs=4, packed=3)
+    lists, counts = map(np.asarray, mosaic_gpu_union.unite(jnp.asarray(indices.reshape(-1, case.k)), tasks))
+    assert_unions(lists, counts, indices, 3, ascending=kind != "scattered")
+
+
+@kernels
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8]], ids=str)
+def test_8_bit_latents(implementation, case):
+    queries, latents = inputs(case)
+    small, scales = fp8.quantise(latents)
+    indices = jnp.asarray(selections(case, "ascending"))
+    out = _compiled(implementation, case.c)(queries, small, indices, latent_scales=scales)
+    products = fp8.dequantise(small, scales, jnp.float32)
+    assert relative_error(out, _reference(case.c)(queries, products, indices)) < 6e-3
+
+
+@kernels
+def test_has_the_gradient_of_the_reference(implementation):
+    case = CASES[0]
+    queries, latents = inputs(case)
+    indices = jnp.asarray(selections(case, "ascending"))
+
+    def loss(q, kv, implementation):
+        out = sparse_mla(q, kv, indices, scale=SCALE, value_dim=case.c, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32))
+
+    found, expected = (jax.grad(loss, (0, 1))(queries, latents, name) for name in (implementation, "xla"))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@needs_hopper
+def test_other_widths_and_dtypes_are_left_to_others():
+    case = Case(1, 3, 4, 100, 30, 64, 16)
+    queries, latents = inputs(case)
+    indices = jnp.asarray(selections(case, "ascending"))
+    with pytest.raises(NotImplementedError, match=r"512\+64"):
+        _compiled("mosaic_gpu", case.c)(queries, latents, indices)
+    out = _compiled(None, case.c)(queries, latents, indices)
+    assert relative_error(out, _reference(case.c)(queries, latents, indices)) < 5e-3

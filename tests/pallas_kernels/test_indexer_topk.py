@@ -1,0 +1,263 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import indexer_topk
+from pallas_kernels.indexer_topk import fp8, mosaic_gpu, mosaic_gpu_select, reference, triton
+from tests.pallas_kernels import indexer_topk_properties as properties
+from tests.pallas_kernels.emulated_words import Machine
+
+FORMATS = list(properties.FORMATS)
+
+# ---- the reference against NumPy
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("shape, k", [((2, 5, 4, 16, 50), 8), ((1, 3, 32, 128, 300), 64), ((3, 1, 1, 1, 7), 20)])
+def test_reference_on_integers(number_format, shape, k):
+    properties.check_integers("xla", number_format, shape=shape, k=k)
+
+
+@pytest.mark.parametrize("name", properties.PATTERNS)
+def test_reference_on_patterns(name):
+    for k in (1, 64, 1000):
+        properties.check_pattern("xla", "bfloat16", name, k)
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("name", properties.PROPERTIES)
+def test_reference_properties(name, number_format):
+    properties.PROPERTIES[name]("xla", number_format)
+
+
+def test_reference_infinite_scores():
+    properties.check_infinite_scores("xla")
+
+
+# ---- the interface
+
+
+def _arguments(b=1, s=2, heads=2, width=4, t=6, kind=jnp.float32):
+    arrays = jnp.ones((b, s, heads, width), kind), jnp.ones((b, t, width), kind), jnp.ones((b, s, heads))
+    return arrays, dict(k_select=3, q_positions=jnp.full((b, s), t - 1), kv_lengths=jnp.full((b,), t))
+
+
+def test_named_implementations_say_why_they_cannot_serve():
+    arrays, options = _arguments()
+    for name in ("mosaic_gpu", "triton"):
+        if jax.default_backend() == "cpu":
+            with pytest.raises(NotImplementedError, match="'cpu'"):
+                indexer_topk(*arrays, **options, implementation=name)
+    with pytest.raises(ValueError, match="cuda"):
+        indexer_topk(*arrays, **options, implementation="cuda")
+
+
+def test_without_a_name_the_result_is_the_reference_s():
+    arrays, options = _arguments()
+    np.testing.assert_array_equal(indexer_topk(*arrays, **options), indexer_topk(*arrays, **options, implementation="xla"))
+
+
+def test_key_scales_go_with_eight_bits():
+    arrays, options = _arguments()
+    with pytest.raises(ValueError, match="key_scales given"):
+        indexer_topk(*arrays, **options, key_scales=jnp.ones((1, 6)))
+    arrays, options = _arguments(kind=jnp.float8_e4m3fn)
+    with pytest.raises(ValueError, match="key_scales missing"):
+        indexer_topk(*arrays, **options)
+    with pytest.raises(ValueError, match=r"key_scales must be \(1, 6\)"):
+        indexer_topk(*arrays, **options, key_scales=jnp.ones((6,)))
+
+
+def test_wrong_shapes_are_refused():
+    arrays, options = _arguments()
+    with pytest.raises(ValueError, match="differ"):
+        indexer_topk(arrays[0], arrays[1][..., :3], arrays[2], **options)
+    with pytest.raises(ValueError, match="k_select 0"):
+        indexer_topk(*arrays, **{**options, "k_select": 0})
+    with pytest.raises(ValueError, match="q_positions"):
+        indexer_topk(*arrays, **{**options, "q_positions": jnp.zeros((2,), int)})
+
+
+@pytest.mark.parametrize(
+    "batch, queries, keys", [(1, 4096, 122_880), (1, 5000, 4096), (8, 1, 10**6), (64, 3, 10**6), (2, 7, 300)]
+)
+def test_score_blocks_cover_the_queries_within_the_documented_size(batch, queries, keys):
+    rows = mosaic_gpu.block_rows(batch, queries, keys)
+    blocks = -(-queries // rows)
+    assert (blocks - 1) * rows < queries <= blocks * rows
+    smallest = rows <= 4
+    assert smallest or (batch * rows <= mosaic_gpu.BLOCK_ROWS and 4 * batch * rows * keys <= mosaic_gpu.SCORE_BYTES)
+    assert rows == queries or rows % 4 == 0
+
+
+# ---- 8 bits
+
+
+def test_quantised_vectors_have_power_of_two_scales_and_small_errors():
+    x = jax.random.normal(jax.random.key(0), (50, 128)) * jnp.logspace(-6, 4, 50)[:, None]
+    values, scales = fp8.quantise(x)
+    assert values.dtype == jnp.float8_e4m3fn and scales.dtype == jnp.float32
+    assert np.all(np.log2(scales) % 1 == 0)
+    largest = np.maximum(np.abs(x).max(-1), 1e-4)
+    assert np.all(scales * 448 >= largest) and np.all(scales * 224 < largest)
+    restored = values.astype(jnp.float32) * scales[:, None]
+    assert np.all(np.abs(restored - x) <= np.maximum(np.abs(x) / 16, scales[:, None] * 2.0**-10))
+
+
+def test_quantised_powers_of_two_are_exact():
+    values, scales = fp8.quantise(jnp.array([[448.0, 7.0], [0.0, 0.0], [3.5, -1.75]]))
+    np.testing.assert_array_equal(scales, [1, 2.0**-22, 2.0**-7])
+    np.testing.assert_array_equal(values.astype(jnp.float32), [[448, 7], [0, 0], [448, -224]])
+
+
+def test_what_is_not_finite_gets_no_scale():
+    _, scales = fp8.quantise(jnp.array([[1.0, jnp.nan], [jnp.inf, 1.0], [1.0, 1.0]]))
+    assert np.isnan(scales).tolist() == [True, True, False]
+
+
+def test_rotation_keeps_products_and_spreads_outliers():
+    q, k = jax.random.normal(jax.random.key(1), (2, 64))
+    matrix = fp8.hadamard(64)
+    np.testing.assert_allclose((q @ matrix) @ (k @ matrix), q @ k, rtol=1e-4)
+    outlier = jnp.zeros((64,)).at[5].set(10.0)
+    values, scale = fp8.quantise(outlier, rotate=True)
+    np.testing.assert_allclose(np.abs(values.astype(jnp.float32) * scale), 1.25, rtol=0.07)
+
+
+def test_widths_that_cannot_be_quantised():
+    with pytest.raises(ValueError, match="129"):
+        fp8.quantise(jnp.ones((129,)))
+    with pytest.raises(ValueError, match="96"):
+        fp8.quantise(jnp.ones((96,)), rotate=True)
+
+
+# ---- the Hopper selection, its program run on NumPy
+
+
+def _emulate(scores, maxima, visible, k, config, machine=Machine):
+    """scores [rows, T'], maxima [rows, T' / 16] or None, visible [rows] -> positions [rows, k] and races seen."""
+    rows, width = scores.shape
+    problem = mosaic_gpu_select.Problem(
+        rows=rows,
+        batch_rows=1,
+        pitch=1,
+        width=width,
+        keys=width,
+        k=k,
+        has_maxima=maxima is not None,
+        clean=maxima is not None,
+        config=config,
+    )
+    out = np.full((rows, k), -7, np.int32)
+    arrays = [scores, visible - 1, np.full(rows, width, np.int32), out, scores if maxima is None else maxima]
+    races = 0
+    for row in range(rows):
+        m = machine(config.threads, problem.row_bytes, arrays)
+        scores_at, positions_at, lengths_at, out_at, maxima_at = m.addresses()
+        addresses = mosaic_gpu_select.Arrays(scores_at, maxima_at, positions_at, lengths_at, out_at)
+        mosaic_gpu_select.select_rows(m, problem, m.word(row), addresses, m.word(0))
+        races += m.races
+    return out, races
+
+
+def _as_the_scores_kernel_leaves_them(scores, visible):
+    """NaN and what is hidden in a last block are -inf; beyond it nothing was written, so anything may stand there."""
+    scores = np.where(np.isnan(scores), -np.inf, scores).astype(np.float32)
+    for row, seen in zip(scores, visible, strict=True):
+        end = -(-seen // 16) * 16
+        row[seen:end], row[end:] = -np.inf, 1e30
+    return scores, np.ascontiguousarray(scores.reshape(len(visible), -1, 16).max(-1))
+
+
+def _rows(width):
+    normal = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+    place, inf = np.arange(width), np.float32(np.inf)
+    return {
+        "random": normal,
+        "tied": np.round(normal * 8) / 8,
+        "constant": np.full_like(normal, -1.5),
+        "rising": np.sort(normal),
+        "falling": np.sort(normal)[::-1],
+        "best in one place": normal + 5 * (abs(place - width // 3) < width // 13),
+        "zeros of both signs": np.where(normal > 2.2, normal, np.where(normal > 0, 0.0, -0.0)),
+        "all -inf": np.full_like(normal, -inf),
+        "mostly -inf": np.where(place % 97 == 0, normal, -inf),
+        "a third NaN": np.where(place % 3 == 0, np.nan, normal),
+        "some +inf": np.where(normal > 2, inf, normal),
+        "denormal": normal * np.float32(1e-41),
+        "a sample that misleads": np.where(place % (width // 128) < 32, normal + 20, normal - 50 * (place > width // 2)),
+    }
+
+
+# Widths and k such that a row fits the buffer, needs a sampled threshold, and is long enough for the block maxima.
+SELECTIONS = [
+    (256, 30, mosaic_gpu_select.SelectConfig(threads=128, rows=1, loads=1)),
+    (8192, 700, mosaic_gpu_select.SelectConfig(threads=256, rows=1, loads=2)),
+    (8192, 300, mosaic_gpu_select.SelectConfig(threads=128, rows=1, loads=4)),
+    (16384, 64, mosaic_gpu_select.SelectConfig(threads=1024, rows=1, loads=1)),
+]
+
+
+@pytest.mark.parametrize("with_maxima", [True, False])
+@pytest.mark.parametrize("width, k, config", SELECTIONS)
+def test_emulated_selection(width, k, config, with_maxima):
+    rows = _rows(width)
+    scores = np.stack(list(rows.values())).astype(np.float32)
+    visible = np.full(len(rows), width, np.int32) - np.arange(len(rows), dtype=np.int32)
+    want = properties.numpy_select(scores, visible, k)
+    maxima = None
+    if with_maxima:
+        scores, maxima = _as_the_scores_kernel_leaves_them(scores, visible)
+    out, races = _emulate(scores, maxima, visible, k, config)
+    wrong = [name for name, a, b in zip(rows, out, want, strict=True) if not np.array_equal(a, b)]
+    assert (wrong, races) == ([], 0)
+
+
+def test_emulated_selection_of_short_rows():
+    visible = np.array([0, 1, 15, 16, 17, 63, 64, 65, 200], np.int32)
+    scores = np.random.default_rng(1).standard_normal((len(visible), 256)).astype(np.float32)
+    want = properties.numpy_select(scores, visible, 64)
+    scores, maxima = _as_the_scores_kernel_leaves_them(scores, visible)
+    out, races = _emulate(scores, maxima, visible, 64, SELECTIONS[0][2])
+    np.testing.assert_array_equal(out, want)
+    assert races == 0
+
+
+def test_the_emulator_sees_a_missing_barrier():
+    class WithoutBarriers(Machine):
+        def barrier(self, number, threads):
+            pass
+
+    scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)
+    assert _emulate(scores, None, np.array([1024], np.int32), 64, SELECTIONS[0][2], WithoutBarriers)[1] > 0
+
+
+def test_configurations_that_cannot_be_launched():
+    with pytest.raises(ValueError, match="threads 100"):
+        mosaic_gpu_select.SelectConfig(threads=100)
+    with pytest.raises(ValueError, match="3 rows of 512"):
+        mosaic_gpu_select.SelectConfig(threads=512, rows=3)
+    with pytest.raises(ValueError, match="loads 5"):
+        mosaic_gpu_select.SelectConfig(loads=5)
+
+
+@pytest.mark.parametrize("rows", [1, 1024])
+@pytest.mark.parametrize("k", [1, 2048, 4096])
+@pytest.mark.parametrize("width", [256, 122_880, 2**20])
+def test_default_configurations_fit_a_multiprocessor(rows, k, width):
+    config = mosaic_gpu_select.default_config(rows)
+    problem = mosaic_gpu_select.Problem(rows, 1, 1, width, width, k, True, True, config)
+    assert config.rows * problem.row_bytes <= mosaic_gpu_select.SHARED_BYTES
+
+
+# ---- the Triton selection, interpreted
+
+
+def test_interpreted_triton_selection():
+    rows = _rows(2048)
+    scores = jnp.asarray(np.stack(list(rows.values())), jnp.float32)
+    for k, visible in ((64, [2048, 2047, 64, 65, 0, 1, 63, 2048, 2000, 1999, 1025, 1024, 1023]), (1100, [2040] * len(rows))):
+        visible = jnp.asarray(visible, jnp.int32)
+        out = triton.select(scores, visible, k, interpret=True)
+        np.testing.assert_array_equal(out, reference.select(scores, visible, k))

@@ -1,0 +1,217 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import sparse_mla
+from pallas_kernels.sparse_mla import fp8, mosaic_gpu, reference, triton
+from tests.pallas_kernels import ptx_emulator
+from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
+
+SCALE = 0.11
+CASES = [Case(1, 5, 4, 40, 16, 64, 16), Case(2, 3, 20, 50, 33, 32, 16), Case(1, 2, 40, 64, 64, 16, 16)]
+KINDS = ["ascending", "overlapping", "causal", "scattered", "nothing", "mixed"]
+
+# What runs on a CPU: the reference, and the Triton kernel interpreted.
+IMPLEMENTATIONS = {"xla": reference.sparse_mla, "triton": functools.partial(triton.forward, interpret=True)}
+implementations = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+
+
+@functools.cache
+def _compiled(name, value_dim):
+    return jax.jit(functools.partial(IMPLEMENTATIONS[name], scale=SCALE, value_dim=value_dim))
+
+
+@implementations
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_numpy(name, case, kind):
+    queries, latents = inputs(case)
+    indices = selections(case, kind)
+    out = _compiled(name, case.c)(queries, latents, jnp.asarray(indices))
+    expected = numpy_attention(queries, latents, indices, SCALE, case.c)
+    assert out.shape == expected.shape and out.dtype == queries.dtype
+    if expected.any():
+        assert relative_error(out, expected) < 5e-3
+    empty = (indices < 0).all(-1)
+    assert not np.asarray(out, np.float32)[empty].any()
+
+
+def test_the_reference_is_exact_in_float32():
+    case = CASES[0]
+    queries, latents = inputs(case, jnp.float32)
+    indices = selections(case, "ascending")
+    out = sparse_mla(queries, latents, jnp.asarray(indices), scale=SCALE, value_dim=case.c, implementation="xla")
+    assert relative_error(out, numpy_attention(queries, latents, indices, SCALE, case.c)) < 1e-6
+
+
+@implementations
+def test_what_is_not_selected_may_be_anything(name):
+    case = CASES[0]
+    queries, latents = inputs(case)
+    indices = np.where((found := selections(case, "ascending")) == 0, 1, found)
+    out = _compiled(name, case.c)(queries, latents, jnp.asarray(indices))
+    poisoned = _compiled(name, case.c)(queries, latents.at[:, 0].set(jnp.nan), jnp.asarray(indices))
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(poisoned))
+
+
+@implementations
+def test_order_and_place_of_the_indices_do_not_matter(name):
+    case = CASES[1]
+    queries, latents = inputs(case)
+    indices = selections(case, "ascending")
+    shuffled = np.random.default_rng(3).permuted(indices, axis=-1)
+    one, other = (_compiled(name, case.c)(queries, latents, jnp.asarray(i)) for i in (indices, shuffled))
+    assert relative_error(one, other) < 5e-3
+
+
+@implementations
+def test_a_row_of_a_batch_is_as_it_is_alone(name):
+    case = CASES[1]
+    queries, latents = inputs(case)
+    indices = jnp.asarray(selections(case, "ascending"))
+    together = _compiled(name, case.c)(queries, latents, indices)
+    alone = _compiled(name, case.c)(queries[1:], latents[1:], indices[1:])
+    np.testing.assert_allclose(np.float32(together[1:]), np.float32(alone), rtol=1e-2, atol=1e-3)
+
+
+def test_8_bit_latents_are_their_products():
+    case = CASES[1]
+    queries, latents = inputs(case)
+    small, scales = fp8.quantise(latents)
+    assert small.dtype == jnp.float8_e4m3fn and scales.shape == latents.shape[:2]
+    products = np.asarray(small, np.float64) * np.asarray(scales, np.float64)[..., None]
+    np.testing.assert_allclose(products, np.asarray(latents, np.float64), rtol=1 / 16, atol=1e-2)
+    for kind in ("ascending", "scattered"):
+        for s in (1, case.s):  # fewer selected rows than latents, and more
+            indices = selections(case, kind)[:, :s]
+            out = sparse_mla(queries[:, :s], small, jnp.asarray(indices), scale=SCALE, value_dim=case.c, latent_scales=scales)
+            assert relative_error(out, numpy_attention(queries[:, :s], products, indices, SCALE, case.c)) < 6e-3
+
+
+def test_zeros_have_a_scale():
+    small, scales = fp8.quantise(jnp.zeros((1, 2, 16)))
+    assert np.all(np.asarray(scales) > 0) and not np.asarray(small, np.float32).any()
+
+
+def test_the_triton_kernel_has_the_gradient_of_the_reference():
+    case = CASES[0]
+    queries, latents = inputs(case, jnp.float32)
+    indices = jnp.asarray(selections(case, "ascending"))
+    run = triton.gradient.of_reference(functools.partial(triton.forward, interpret=True))
+
+    def loss(f, q, kv):
+        return jnp.sum(f(q, kv) ** 2)
+
+    expected = jax.grad(
+        lambda q, kv: loss(lambda q, kv: reference.sparse_mla(q, kv, indices, scale=SCALE, value_dim=case.c), q, kv), (0, 1)
+    )(queries, latents)
+    found = jax.grad(lambda q, kv: loss(lambda q, kv: run(q, kv, indices, SCALE, case.c), q, kv), (0, 1))(queries, latents)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(queries=jnp.zeros((1, 2, 3))), "expected queries"),
+        (dict(latents=jnp.zeros((2, 8, 24))), "differ"),
+        (dict(indices=jnp.zeros((1, 3, 4), jnp.int32)), "differ"),
+        (dict(value_dim=25), "value_dim 25"),
+        (dict(latents=jnp.zeros((1, 8, 24), jnp.float8_e4m3fn)), "latent_scales"),
+        (dict(latent_scales=jnp.zeros((1, 8))), "latent_scales"),
+        (dict(latents=jnp.zeros((1, 8, 24), jnp.float8_e4m3fn), latent_scales=jnp.zeros((1, 9))), "one a token"),
+        (dict(implementation="cuda"), "'cuda'"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    good = dict(
+        queries=jnp.zeros((1, 2, 3, 24)),
+        latents=jnp.zeros((1, 8, 24)),
+        indices=jnp.zeros((1, 2, 4), jnp.int32),
+        scale=1.0,
+        value_dim=16,
+    )
+    with pytest.raises(ValueError, match=message):
+        sparse_mla(**(good | change))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="they may serve there")
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_a_kernel_that_cannot_serve_says_why_and_none_falls_back(implementation):
+    case = CASES[0]
+    queries, latents = inputs(case)
+    run = functools.partial(sparse_mla, queries, latents, jnp.asarray(selections(case, "ascending")), scale=1, value_dim=case.c)
+    with pytest.raises(NotImplementedError, match="needs a"):
+        run(implementation=implementation)
+    assert run().shape == (case.b, case.s, case.h, case.c)
+
+
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((1, 4096, 64, 122880), 1),  # a tile of its own
+        ((1, 4096, 128, 122880), 1),
+        ((1, 4096, 33, 122880), 1),
+        ((1, 4096, 32, 122880), 2),
+        ((1, 4096, 20, 122880), 3),
+        ((1, 4096, 16, 122880), 4),
+        ((1, 4096, 4, 122880), 7),  # the owners' bits
+        ((1, 4096, 20, 2**20), 1),  # two bitmaps of a million keys do not fit
+        ((1, 4096, 20, 2**25), 1),  # keys do not fit beside the owners
+        ((8, 1, 20, 122880), 1),  # decode
+        ((300, 1, 20, 122880), 1),
+    ],
+)
+def test_how_many_queries_share_a_tile(shape, expected):
+    pytest.importorskip("jax", minversion="0.11")
+    assert mosaic_gpu.queries_per_tile(*shape) == expected
+
+
+@pytest.mark.parametrize("tiles, pairs, expected", [(1, 16, 8), (8, 16, 8), (32, 16, 4), (50, 16, 2), (132, 16, 1), (1, 5, 5)])
+def test_splits_fill_the_device_evenly(tiles, pairs, expected):
+    pytest.importorskip("jax", minversion="0.11")
+    assert mosaic_gpu.splits_of(tiles, pairs) == expected
+
+
+def test_pairs_to_visit_end_with_the_last_index():
+    indices = np.full((4, 300), -1)
+    indices[1, 0], indices[2, 128], indices[3, 299] = 5, 5, 5
+    np.testing.assert_array_equal(mosaic_gpu.pairs_to_visit(jnp.asarray(indices)), [1, 1, 2, 3])
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys, packed", [(300, 2), (20_000, 3), (40_000, 7)])
+def test_unions_hold_every_key_with_its_owners(kind, keys, packed, monkeypatch):
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
+
+    case = Case(2, 2 * packed - 1, 64 // packed, keys, 150)
+    indices = selections(case, kind)
+    tasks = mosaic_gpu_attention.Tasks(case.b, case.s, case.h, case.t, pairs=-(-packed * case.k // 128), packed=packed)
+    rows = indices.reshape(-1, case.k)
+    lists, counts = ptx_emulator.run(monkeypatch, mosaic_gpu_union, mosaic_gpu_union.unite, rows, tasks)
+    assert_unions(lists, counts, indices, packed, ascending=kind != "scattered")
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+@pytest.mark.parametrize("latents", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "case",
+    [Case(1, 3, 64, 300, 130), Case(1, 1, 128, 4096, 2048), Case(1, 301, 20, 2000, 256)],
+    ids=["one query a tile", "decode", "several queries a tile"],
+)
+def test_the_hopper_kernels_lower(case, latents):
+    """All of Pallas' checks and layout inference run without a GPU; what they make is compiled on one."""
+    width = case.c + case.r
+    arguments = {
+        "queries": jax.ShapeDtypeStruct((case.b, case.s, case.h, width), jnp.bfloat16),
+        "latents": jax.ShapeDtypeStruct((case.b, case.t, width), latents),
+        "indices": jax.ShapeDtypeStruct((case.b, case.s, case.k), jnp.int32),
+    }
+    if latents == jnp.float8_e4m3fn:
+        arguments["latent_scales"] = jax.ShapeDtypeStruct((case.b, case.t), jnp.float32)
+    run = jax.jit(functools.partial(mosaic_gpu.forward, scale=SCALE, value_dim=case.c))
+    assert "mosaic_gpu" in run.trace(**arguments).lower(lowering_platforms=("cuda",)).as_text()
