@@ -7,7 +7,7 @@ import sys
 
 from absl import app, flags, logging
 
-EXPERIMENTS = ("search", "pretrain")
+EXPERIMENTS = ("search", "pretrain", "kernels")
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", "search", EXPERIMENTS, "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")

@@ -97,6 +97,7 @@ def forward(
     packed = packed or queries_per_tile(b, s, heads, t)
     indices = indices.reshape(b * s, k)
 
+    counts: jax.Array | None
     if packed > 1:
         tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=-(-packed * k // PAIR), packed=packed)
         lists, counts = mosaic_gpu_union.unite(indices, tasks)

@@ -44,7 +44,7 @@ MAX_PACKED = 8 - 1  # owners fit the bits above the key, without the sign
 MAX_SPLITS = 8  # blocks of a cluster
 LOG2E = math.log2(math.e)
 
-EARLY = True
+EARLY: bool | str = True
 # Registers of a computing and of the gathering warpgroup, for bfloat16 and for 8-bit latents, which pass through them:
 # two of the first and one of the second make the 504 to 512 there are.
 REGISTERS, REGISTERS_SCALED = (216, 72), (208, 96)
@@ -305,12 +305,13 @@ class _ScaledRows:
         latents = ptx.offset(ptx.global_address(latents), batch, keys * WIDTH)
         # 16 numbers of a thread are two chunks of a line of 64 columns; lanes 0 to 3 have one line, 4 to 7 the next.
         line, pair = ptx.shift_right(chunk, 2), ptx.shift_left(ptx.bit_and(chunk, 3), 1)
+        other = ptx.bit_xor(line, 1)
         base = ptx.add(ptx.shared_address(columns), ptx.shift_left(tile, 12), ptx.shift_left(line, 10))
         return _ScaledRows(
             ptx.offset(latents, chunk, 16),
             ptx.offset(ptx.offset(latents, chunk, 8), ptx.constant(1), VALUE_DIM),
             ptx.offset(ptx.global_address(scales), batch, 4 * keys),
-            tuple(ptx.add(base, _in_line(in_tile, ptx.add(pair, ptx.bit_xor(line, second)))) for second in range(2)),
+            (ptx.add(base, _in_line(in_tile, ptx.add(pair, line))), ptx.add(base, _in_line(in_tile, ptx.add(pair, other)))),
             line,
             ptx.add(ptx.shared_address(rotary), ptx.shift_left(tile, 10), _in_line(in_tile, chunk)),
         )
@@ -348,8 +349,8 @@ def _gather(tasks: Tasks, latents, scales, lists, counts, columns, rotary, marks
     types = (_REF, _REF, _TILED_REF, _TILED_REF, _REF, _REF, *(_REF for _ in given))
 
     @plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, *types))
-    def gather(ctx, block, num_tasks, latents, lists, columns, rotary, marks, barriers, *optional):
-        optional = dict(zip(given, optional, strict=True))
+    def gather(ctx, block, num_tasks, latents, lists, columns, rotary, marks, barriers, *others):
+        optional = dict(zip(given, others, strict=True))
         base = ptx.shared_address(barriers)
         chunk, row, _ = _line(ptx.bit_and(ptx.thread(), 127))
         to_marks = ptx.add(ptx.shared_address(marks), ptx.shift_left(row, 2))
@@ -441,7 +442,7 @@ def _load_queries(queries, columns, rotary, barriers, row, rows, warpgroup) -> N
     load(queries, columns, rotary, barriers, row, rows, warpgroup)
 
 
-def _store_rows(staged, out, row, rows, column: int) -> None:
+def _store_rows(staged, out, row, rows, column) -> None:
     """Rows below `rows` of a staged [64, 256] half into out [.., 512] from `row` and `column` * 256 on, by a warpgroup."""
 
     @plgpu.inline_mgpu(arg_types=(_TILED_REF, _REF, _SCALAR, _SCALAR, _SCALAR))
@@ -547,8 +548,8 @@ def attend(
     compute_registers, gather_registers = REGISTERS if scales is None else REGISTERS_SCALED
     f32, bf16 = jnp.float32, jnp.bfloat16
 
-    def body(*refs):
-        refs = list(refs)
+    def body(*given):
+        refs = list(given)
         scale_ref = refs.pop(2) if scales is not None else None
         count_ref = refs.pop(3) if counts is not None else None
         q_gmem, kv_gmem, list_gmem, out, q_columns, q_rotary, columns, rotary, stats, marks, barriers = refs[:11]

@@ -138,9 +138,12 @@ def test_has_the_gradient_of_the_reference(implementation):
         out = sparse_mla(q, kv, indices, scale=SCALE, value_dim=case.c, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32))
 
-    found, expected = (jax.grad(loss, (0, 1))(queries, latents, name) for name in (implementation, "xla"))
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    found = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(queries, latents, implementation)
+    exact = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(
+        queries.astype(jnp.float32), latents.astype(jnp.float32), "xla"
+    )  # a sum over queries, in whichever order the device adds them
+    for one, other in zip(found, exact, strict=True):
+        assert relative_error(one, other) < 1e-2
 
 
 @needs_hopper

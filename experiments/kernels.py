@@ -1,0 +1,602 @@
+"""Times every kernel at the shapes of DeepSeek-V3.2-sized models, beside the best public CUDA kernels.
+
+How a time is taken: a program is one XLA executable that calls the operation once for each of several sets of arguments,
+as many as it takes until they exceed twice the L2 cache, so that nothing is found there from the call before. A window
+queues the program many times and waits once; a row's time is the median of the windows' times per call. Launches on the
+host overlap with the work of the device, so they count only where the device has to wait for them. What the kernels
+alone take, without the gaps between them, is measured afterwards through CUPTI where that is to be had.
+
+Random selections are one key of each of k even parts of the context: sorted, distinct and spread evenly. In "x % shared"
+rows a query keeps that part of its predecessor's selection and draws the rest anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments.report import Output, markdown_table
+from pallas_kernels import grouped_matmul, hopper, indexer_topk, sparse_mla
+from pallas_kernels.indexer_topk import reference as indexer_reference
+
+_ROWS = flags.DEFINE_string("rows", "", "measure only rows whose name matches this regular expression, and the baselines")
+_SECONDS = flags.DEFINE_float("seconds", 110.0, "after so many seconds no further XLA comparison is begun")
+
+L2_BYTES = 50 * 2**20  # of an H100 and an H200
+MAX_SETS = 64
+WINDOWS, WINDOW_SECONDS = 5, 0.03
+COMPILERS = 4  # rows compiled at the same time
+HEAD_DIM, LATENT, VALUE_DIM, SELECTED = 128, 576, 512, 2048
+FP8 = jnp.float8_e4m3fn
+# Calls of a program must not overlap, or their times would not add up.
+GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+
+Arguments = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a row runs: `kernel` on each of `sets`, which moves `bytes` or computes `flops` a call.
+
+    reference: the same in XLA, and the factor from its arguments' work to the row's (measured on fewer queries).
+    """
+
+    kernel: Callable[..., Any]
+    sets: list[Arguments]
+    flops: float = 0.0
+    bytes: float = 0.0
+    reference: tuple[Callable[..., Any], Arguments, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """published: milliseconds of the best public kernel on an H200, and whose; target: what this library aims at."""
+
+    name: str
+    make: Callable[[], Case]
+    published: tuple[float, str] | None = None
+    target: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The shapes' scale: as they are on a Hopper GPU, small elsewhere, where only that everything runs can be shown."""
+
+    small: bool
+
+    def queries(self, n: int) -> int:
+        return max(4, n // 1024) if self.small else n
+
+    def keys(self, n: int) -> int:
+        return max(256, n // 480) if self.small else n
+
+    def selected(self, n: int = SELECTED) -> int:
+        return n // 128 if self.small else n
+
+    def batch(self, n: int) -> int:
+        return min(2, n) if self.small else n
+
+    def width(self, n: int) -> int:
+        return n // 16 if self.small else n
+
+
+# ---- arguments
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(seed: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    kind = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+    return jax.random.normal(jax.random.key(seed), shape, kind).astype(dtype)
+
+
+@functools.cache
+def normal(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0) -> jax.Array:
+    """Kept, because rows share their largest arguments."""
+    return _draw(jnp.uint32(seed), shape, dtype)
+
+
+@functools.cache
+def block_maxima(shape: tuple[int, int, int], seed: int) -> jax.Array:
+    scores = normal(shape, jnp.float32, seed)
+    return jnp.max(scores.reshape(*shape[:2], -1, 16), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _select(seed: jax.Array, shape: tuple[int, int], keys: int, k: int, shared: float) -> jax.Array:
+    key = jax.random.key(seed)
+
+    def step(previous: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+        fresh, kept = jax.random.split(jax.random.fold_in(key, s))
+        drawn = jax.random.uniform(fresh, previous.shape)
+        drawn = jnp.where(jax.random.uniform(kept, previous.shape) < shared, previous, drawn)
+        return drawn, drawn
+
+    start = jax.random.uniform(key, (shape[0], k))
+    places = jax.lax.scan(step, start, jnp.arange(shape[1]))[1].swapaxes(0, 1)  # [B, S, k] in [0, 1)
+    part = keys / k
+    first = jnp.ceil(jnp.arange(k) * part).astype(jnp.int32)
+    size = jnp.ceil(jnp.arange(1, k + 1) * part).astype(jnp.int32) - first
+    return first + jnp.minimum((places * size).astype(jnp.int32), size - 1)
+
+
+@functools.cache
+def selections(shape: tuple[int, int], keys: int, k: int, shared: float = 0.0, seed: int = 0) -> jax.Array:
+    """[B, S, k] int32, ascending."""
+    return _select(jnp.uint32(seed), shape, keys, k, shared)
+
+
+def number_of_sets(bytes_of_one: float) -> int:
+    """So many that together they exceed twice the L2 cache."""
+    return max(1, min(MAX_SETS, math.ceil(2 * L2_BYTES / bytes_of_one)))
+
+
+def on_hopper() -> bool:
+    return hopper.why_not() is None
+
+
+# ---- the operations
+
+
+def index_scores(
+    sizes: Sizes, batch: int, queries: int, keys: int, heads: int, dtype: Any, *, causal: bool = False, part: int = 1
+) -> Case:
+    """The indexer's scores alone, with the block maxima that the selection reads."""
+    b, s, t = sizes.batch(batch), sizes.queries(queries) if queries > 1 else 1, sizes.keys(keys)
+    scaled = dtype == FP8
+    # Causal and ragged: the queries are the last of the context, and the keys end within a tile.
+    positions = np.broadcast_to(np.arange(t - s, t) if causal else np.full(s, t - 1), (b, s)).astype(np.int32)
+    length = t - 37 if causal else t
+    lengths = np.full((b,), length, np.int32)
+    visible = float(np.minimum(positions + 1, length).sum())
+    read = b * t * (HEAD_DIM * jnp.dtype(dtype).itemsize + 4 * scaled)
+    written = visible * 4 * (1 + 1 / 16)
+
+    def one(seed: int) -> Arguments:
+        q, k = normal((b, s, heads, HEAD_DIM), dtype, seed), normal((b, t, HEAD_DIM), dtype, seed)
+        scales = jnp.abs(normal((b, t), jnp.float32, seed)) if scaled else None
+        return q, k, normal((b, s, heads), jnp.float32, seed), scales, jnp.asarray(positions), jnp.asarray(lengths)
+
+    def kernel(q: Any, k: Any, w: Any, scales: Any, positions: Any, lengths: Any) -> Any:
+        from pallas_kernels.indexer_topk import mosaic_gpu_scores
+
+        return mosaic_gpu_scores.scores(q, k, w, scales, positions, lengths)
+
+    def in_xla(q: Any, k: Any, w: Any, scales: Any) -> Any:
+        return jax.vmap(indexer_reference.scores)(q, k, w, scales)
+
+    sets = [one(seed) for seed in range(number_of_sets(read + written))]
+    q, k, w, scales = sets[0][:4]
+    n = max(1, s // part)
+    if not on_hopper():
+        return Case(in_xla, [x[:4] for x in sets], flops=2 * visible * heads * HEAD_DIM)
+    work = dict(bytes=read + written) if queries == 1 else dict(flops=2 * visible * heads * HEAD_DIM)
+    return Case(kernel, sets, reference=(in_xla, (q[:, :n], k, w[:, :n], scales), s // n), **work)
+
+
+def top_k(sizes: Sizes, rows: int, width: int, *, maxima: bool) -> Case:
+    """The selection alone."""
+    m, t, k = sizes.queries(rows), sizes.keys(width), sizes.selected()
+    t = -(-t // 64) * 64
+    positions, lengths = jnp.full((1, m), t - 1, jnp.int32), jnp.full((1,), t, jnp.int32)
+    visible = jnp.full((m,), t, jnp.int32)
+
+    def kernel(scores: Any, maxima: Any, positions: Any, lengths: Any) -> Any:
+        from pallas_kernels.indexer_topk import mosaic_gpu_select
+
+        return mosaic_gpu_select.select(scores, maxima, positions, lengths, k, clean=True)
+
+    def in_xla(scores: Any, visible: Any) -> Any:
+        return indexer_reference.select(scores[0], visible, k)
+
+    shape = (1, m, t)
+    seeds = range(number_of_sets(4 * m * t))
+    if not on_hopper():
+        return Case(in_xla, [(normal(shape, jnp.float32, seed), visible) for seed in seeds], bytes=4 * m * t)
+    sets = [
+        (normal(shape, jnp.float32, seed), block_maxima(shape, seed) if maxima else None, positions, lengths) for seed in seeds
+    ]
+    reference = None if maxima else (in_xla, (sets[0][0], visible), 1)
+    return Case(kernel, sets, bytes=4 * m * t, reference=reference)
+
+
+def whole_indexer(sizes: Sizes, batch: int, queries: int, keys: int, dtype: Any, *, heads: int = 32, part: int = 1) -> Case:
+    """indexer_topk as the model calls it."""
+    b, s, t, k = sizes.batch(batch), sizes.queries(queries) if queries > 1 else 1, sizes.keys(keys), sizes.selected()
+    scaled = dtype == FP8
+    positions = np.broadcast_to(np.arange(t - s, t), (b, s)).astype(np.int32)
+    read = b * t * (HEAD_DIM * jnp.dtype(dtype).itemsize + 4 * scaled)
+
+    def one(seed: int) -> Arguments:
+        q, keys = normal((b, s, heads, HEAD_DIM), dtype, seed), normal((b, t, HEAD_DIM), dtype, seed)
+        scales = jnp.abs(normal((b, t), jnp.float32, seed)) if scaled else None
+        return q, keys, normal((b, s, heads), jnp.float32, seed), jnp.asarray(positions), jnp.full((b,), t, jnp.int32), scales
+
+    def run(q: Any, keys: Any, w: Any, positions: Any, lengths: Any, scales: Any, implementation: str | None) -> Any:
+        return indexer_topk(
+            q,
+            keys,
+            w,
+            k_select=k,
+            q_positions=positions,
+            kv_lengths=lengths,
+            key_scales=scales,
+            implementation=implementation,
+        )
+
+    written = 0 if queries == 1 else 4 * b * s * t
+    sets = [one(seed) for seed in range(number_of_sets(read + written))]
+    q, keys_, w, places, lengths, scales = sets[0]
+    n = max(1, s // part)
+    reference = (functools.partial(run, implementation="xla"), (q[:, -n:], keys_, w[:, -n:], places[:, -n:], lengths, scales))
+    pairs = float((positions + 1).sum())
+    work = dict(bytes=read) if queries == 1 else dict(flops=2 * pairs * heads * HEAD_DIM)
+    return Case(
+        functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
+        sets,
+        reference=(*reference, s // n) if on_hopper() else None,
+        **work,
+    )
+
+
+def attention(
+    sizes: Sizes,
+    batch: int,
+    queries: int,
+    heads: int,
+    keys: int,
+    *,
+    scaled: bool = False,
+    shared: float = 0.0,
+    part: int = 1,
+    kernel: Callable[..., Any] | None = None,
+) -> Case:
+    """sparse_mla; with `scaled` over latents in 8 bits. `kernel` takes the place of the implementation for Hopper."""
+    b, s, t, k = sizes.batch(batch), sizes.queries(queries) if queries > 1 else 1, sizes.keys(keys), sizes.selected()
+    latents = normal((b, t, LATENT), FP8 if scaled else jnp.bfloat16)
+    scales = jnp.abs(normal((b, t), jnp.float32)) if scaled else None
+    read = b * s * k * (LATENT + 4 if scaled else 2 * LATENT)
+
+    def run(q: Any, kv: Any, indices: Any, scales: Any, implementation: str | None) -> Any:
+        options = dict(scale=LATENT**-0.5, value_dim=VALUE_DIM, latent_scales=scales)
+        return sparse_mla(q, kv, indices, **options, implementation=implementation)
+
+    sets = [
+        (normal((b, s, heads, LATENT), seed=seed), latents, selections((b, s), t, k, shared, seed), scales)
+        for seed in range(number_of_sets(read))
+    ]
+    q, kv, indices, scales = sets[0]
+    n = max(1, s // part)
+    reference = (functools.partial(run, implementation="xla"), (q[:, :n], kv, indices[:, :n], scales), s // n)
+    work = dict(bytes=read) if queries == 1 else dict(flops=2 * b * s * heads * k * (LATENT + VALUE_DIM))
+    return Case(
+        kernel or functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
+        sets,
+        reference=reference if on_hopper() else None,
+        **work,
+    )
+
+
+def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int, kernel: Callable[..., Any] | None = None) -> Case:
+    """grouped_matmul; few rows read only the matrices of groups that have any. `kernel` takes the place of what None picks."""
+    m, groups, k, n = sizes.queries(rows), sizes.batch(groups), sizes.width(k), sizes.width(n)
+    counts = np.random.default_rng(0).multinomial(m, np.full(groups, 1 / groups)).astype(np.int32)
+    read = 2 * k * n * int((counts > 0).sum())
+    matrices = normal((groups, k, n))
+    sets = [(normal((m, k), seed=seed), matrices, jnp.asarray(counts)) for seed in range(number_of_sets(read))]
+    in_xla = functools.partial(grouped_matmul, implementation="ragged_dot" if on_hopper() else "xla")
+    work = dict(flops=2 * m * k * n) if rows >= 128 * groups else dict(bytes=read)
+    return Case(kernel or grouped_matmul, sets, reference=(in_xla, sets[0], 1) if on_hopper() else None, **work)
+
+
+def matmul(sizes: Sizes, dtype: Any) -> Case:
+    n = sizes.width(8192)
+
+    def multiply(a: Any, b: Any) -> Any:  # [n, n] and the transpose of [n, n]
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+
+    return Case(multiply, [(normal((n, n), dtype, 0), normal((n, n), dtype, 1))], flops=2 * n**3)
+
+
+def copy(sizes: Sizes) -> Case:
+    n = sizes.width(2**14) ** 2 * 4  # 2 GiB
+    return Case(lambda x: x + 1, [(normal((n,)),)], bytes=2 * 2 * n)
+
+
+def baselines(sizes: Sizes) -> list[Row]:
+    return [
+        Row("matmul, bf16, 8192 x 8192 x 8192", lambda: matmul(sizes, jnp.bfloat16)),
+        Row("matmul, fp8, 8192 x 8192 x 8192", lambda: matmul(sizes, FP8)),
+        Row("copy, 2 GiB", lambda: copy(sizes)),
+    ]
+
+
+def table(sizes: Sizes) -> list[Row]:
+    """Every row. The published figures are those of one H200 with the L2 cache flushed, by CUDA events."""
+    rows: list[Row] = []
+
+    def add(
+        name: str,
+        function: Callable[..., Case],
+        *shape: Any,
+        public: tuple[float, str] | None = None,
+        target: float | None = None,
+        **how: Any,
+    ) -> None:
+        make = functools.partial(function, sizes, *shape, **how)
+        rows.append(Row(f"{name}, small", make) if sizes.small else Row(name, make, public, target))
+
+    bf16 = jnp.bfloat16
+    prefill: dict[str, Any] = dict(part=16)
+    cut: dict[str, Any] = dict(causal=True, part=16)
+    add("scores fp8, 4096 x 122880, Hi 32", index_scores, 1, 4096, 122880, 32, FP8, public=(4.27, "DeepGEMM"), **prefill)
+    add("scores fp8, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, FP8, target=4.2, **cut)
+    add("scores fp8, 2048 x 204800, Hi 32", index_scores, 1, 2048, 204800, 32, FP8, public=(3.74, "DeepGEMM"), **prefill)
+    add("scores fp8, 4096 x 122880, Hi 64", index_scores, 1, 4096, 122880, 64, FP8, public=(8.02, "DeepGEMM"), **prefill)
+    add("scores bf16, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, bf16, target=6.4, **cut)
+    for b, t, ms in ((1, 122880, 0.0118), (8, 122880, 0.0426), (8, 204800, 0.0641), (64, 61440, 0.136)):
+        add(f"scores fp8, decode, {b} x {t}, Hi 32", index_scores, b, 1, t, 32, FP8, public=(ms, "DeepGEMM, paged"))
+
+    selectors = "SGLang v2, vLLM"
+    for m, t, ms, alone, given in (
+        (1024, 10240, 0.034, None, None),
+        (1024, 61440, 0.141, None, None),
+        (1024, 122880, 0.237, 0.21, 0.13),
+        (1024, 204800, 0.317, 0.31, 0.15),
+        (8, 122880, 0.0131, None, None),
+        (64, 122880, 0.033, None, None),
+    ):
+        add(f"top-k, {m} x {t}, scores alone", top_k, m, t, maxima=False, public=(ms, selectors), target=alone)
+        add(f"top-k, {m} x {t}, block maxima given", top_k, m, t, maxima=True, public=(ms, selectors), target=given)
+
+    whole = "DeepGEMM + selector"
+    add("indexer_topk fp8, 4096 x 122880", whole_indexer, 1, 4096, 122880, FP8, public=(5.2, whole), target=4.7, part=16)
+    add("indexer_topk bf16, 4096 x 122880", whole_indexer, 1, 4096, 122880, bf16, part=16)
+    add("indexer_topk fp8, decode, 1 x 122880", whole_indexer, 1, 1, 122880, FP8, public=(0.022, whole), target=0.03)
+    add("indexer_topk fp8, decode, 8 x 122880", whole_indexer, 8, 1, 122880, FP8, public=(0.056, whole), target=0.06)
+
+    flash = "FlashMLA bf16"
+    padded = "FlashMLA bf16, padded to 64 heads"
+    for heads, whose, times, targets in (
+        (64, flash, (1.77, 2.03, 2.20), (None, None, 2.35)),
+        (128, flash, (3.48, 3.98, 4.38), (None, None, None)),
+        (20, padded, (1.85, 1.94, 2.15), (None, None, 2.2)),
+    ):
+        for t, ms, target in zip((10240, 61440, 122880), times, targets, strict=True):
+            name = f"sparse MLA, 4096 x {t}, {heads} heads, random"
+            add(name, attention, 1, 4096, heads, t, public=(ms, whose), target=target, part=8)
+    for shared, target in ((0.85, 1.3), (0.7, None)):
+        name = f"sparse MLA, 4096 x 122880, 20 heads, {shared:.0%} shared"
+        add(name, attention, 1, 4096, 20, 122880, shared=shared, public=(2.15, padded), target=target, part=8)
+    for heads in (16, 32):
+        add(f"sparse MLA, 4096 x 122880, {heads} heads, random", attention, 1, 4096, heads, 122880, part=8)
+    for heads in (64, 20):
+        name = f"sparse MLA, 4096 x 122880, {heads} heads, random, fp8 latents"
+        add(name, attention, 1, 4096, heads, 122880, scaled=True, part=8)
+
+    for b, t, ms, whose, target in (
+        (1, 122880, 0.0208, "FlashMLA fp8", 0.025),
+        (8, 122880, 0.0251, "FlashMLA fp8", 0.029),
+        (32, 122880, 0.0516, "FlashMLA fp8", None),
+        (128, 61440, 0.093, flash, None),
+    ):
+        for scaled in (False, True):
+            name = f"sparse MLA, decode, {b} x {t}, 64 heads" + ", fp8 latents" * scaled
+            add(name, attention, b, 1, 64, t, scaled=scaled, public=(ms, whose), target=target)
+    add("sparse MLA, decode, 8 x 122880, 20 heads", attention, 8, 1, 20, 122880)
+
+    add(
+        "grouped matmul, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, public=(1.16, "JAX's ragged_dot_mgpu")
+    )
+    add("grouped matmul, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
+    return rows
+
+
+# ---- measuring
+
+
+def compiled(function: Callable[..., Any], sets: list[Arguments], pool: futures.Executor) -> futures.Future[Any]:
+    """One executable that calls `function` on every set of arguments, in order."""
+    one = jax.jit(function)  # so that the calls share one trace
+    lowered = jax.jit(lambda sets: [one(*arguments) for arguments in sets]).lower(sets)
+    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+    return pool.submit(lambda: lowered.compile(compiler_options=options))
+
+
+def milliseconds(program: Callable[[list[Arguments]], Any], sets: list[Arguments]) -> list[float]:
+    """Of one call, in each of WINDOWS windows."""
+
+    def window(repeats: int) -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            out = program(sets)
+        jax.block_until_ready(out)
+        return time.perf_counter() - began
+
+    window(2)
+    repeats = max(1, math.ceil(WINDOW_SECONDS / max(window(1), 1e-6)))
+    return [1e3 * window(repeats) / repeats / len(sets) for _ in range(WINDOWS)]
+
+
+@dataclasses.dataclass
+class Measured:
+    row: Row
+    flops: float
+    bytes: float
+    windows: list[float]  # milliseconds of a call
+    xla: float | None = None
+    kernels: float | None = None  # milliseconds of the kernels of a call, without what lies between them
+    launches: float | None = None
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.windows)
+
+    @property
+    def rate(self) -> float:
+        """TFLOP/s or TB/s."""
+        return (self.flops or self.bytes) / self.ms / 1e9
+
+    def of_baseline(self, baselines: dict[str, float]) -> float:
+        return self.rate / baselines["matmul_tflops" if self.flops else "copy_tbps"]
+
+    def record(self, baselines: dict[str, float]) -> dict[str, Any]:
+        published, source = self.row.published or (None, None)
+        return {
+            "name": self.row.name,
+            "ms": self.ms,
+            "windows_ms": self.windows,
+            "tflops" if self.flops else "tbps": self.rate,
+            "of_matmul" if self.flops else "of_copy": self.of_baseline(baselines),
+            "xla_ms": self.xla,
+            "published_ms": published,
+            "published_by": source,
+            "target_ms": self.row.target,
+            "kernels_ms": self.kernels,
+            "launches": self.launches,
+        }
+
+    def cells(self, baselines: dict[str, float]) -> list[str]:
+        def time_of(ms: float | None) -> str:
+            return "" if ms is None else f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.1f} us"
+
+        published, source = self.row.published or (None, "")
+        return [
+            self.row.name,
+            time_of(self.ms),
+            f"{self.rate:.0f} TFLOP/s" if self.flops else f"{self.rate:.2f} TB/s",
+            f"{self.of_baseline(baselines):.2f} of {'matmul' if self.flops else 'copy'}",
+            "" if self.xla is None else f"{self.xla / self.ms:.1f} x faster",
+            "" if published is None else f"{time_of(published)} ({source})",
+            time_of(self.row.target),
+            "" if self.kernels is None or self.launches is None else f"{time_of(self.kernels)} in {self.launches:g}",
+        ]
+
+
+HEADER = ["operation", "time", "rate", "of baseline", "than XLA", "best public kernel", "target", "kernels alone"]
+
+
+def report(measured: list[Measured], baselines: dict[str, float]) -> str:
+    lines = ["# Kernels", "", " ".join((__doc__ or "").split("\n\n", 1)[1].split()), ""]
+    lines += [f"Baselines: {', '.join(f'{name} {value:.4g}' for name, value in baselines.items())}.", ""]
+    lines.append(
+        '"Than XLA" compares with this library\'s "xla" implementation, for prefill measured on a part of the queries and '
+        "multiplied; empty where it was left out for time or does not exist for a part of an operation. For rows that move "
+        "bytes the rate counts what has to be read once: keys, scores, selected latents or matrices."
+    )
+    return "\n".join([*lines, "", markdown_table(HEADER, [one.cells(baselines) for one in measured])])
+
+
+def plot(output: Output, records: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.24 * len(records) + 1.2))
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(records))
+    left.barh(places, [(one["published_ms"] or 0) / one["ms"] for one in records], color="tab:blue")
+    left.axvline(1, color="0.4", linewidth=1)
+    left.set(xlabel="best public kernel's time / ours")
+    left.set_yticks(places, [one["name"] for one in records], fontsize=7)
+    left.invert_yaxis()
+    right.barh(places, [(one["xla_ms"] or 0) / one["ms"] for one in records], color="tab:orange")
+    right.set(xlabel="XLA implementation's time / ours", xscale="symlog")
+    output.save_figure(figure, "kernels.png")
+
+
+def kernel_times(program: Any, sets: list[Arguments]) -> tuple[float, float]:
+    """Milliseconds and number of the kernels of one call, by CUPTI."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    found = profiler.measure(program, aggregate=False)(sets)[1]
+    if not found:
+        raise ValueError("CUPTI saw no kernels")
+    return sum(ms for _, ms in found) / len(sets), len(found) / len(sets)
+
+
+def run(output_dir: str, seed: int) -> None:
+    del seed  # the arguments are drawn from fixed ones: the times do not depend on them
+    began = time.perf_counter()
+    output = Output.create(output_dir)
+    sizes = Sizes(small=not on_hopper())
+    if sizes.small:
+        print(f"small shapes and the XLA implementations only: {hopper.why_not()}", flush=True)
+    try:
+        pattern = re.compile(_ROWS.value)
+    except re.error as error:
+        raise ValueError(f"--rows={_ROWS.value}: not a regular expression: {error}") from None
+    wanted = [row for row in table(sizes) if pattern.search(row.name)]
+    if not wanted:
+        raise ValueError(f"--rows={_ROWS.value}: no row has such a name")
+
+    measured: list[Measured] = []
+    comparisons: list[tuple[Measured, tuple[Callable[..., Any], Arguments, int]]] = []
+    programs: list[tuple[Measured, Any, list[Arguments]]] = []
+    base: dict[str, float] = {}
+
+    def finish() -> None:
+        records = [one.record(base) for one in measured]
+        metrics = {"baselines": base, "rows": records, "seconds": time.perf_counter() - began}
+        output.finish("kernels", metrics, report(measured, base))
+
+    def measure(row: Row, case: Case, program: Any) -> Measured:
+        one = Measured(row, case.flops, case.bytes, milliseconds(program, case.sets))
+        programs.append((one, program, case.sets))
+        return one
+
+    def measure_baselines(when: str) -> None:
+        for name, (row, case, program) in fixed.items():
+            base[f"{name}{when}"] = measure(row, case, program).rate
+            programs.pop()
+            print(f"{row.name}: {base[f'{name}{when}']:.4g} {'TFLOP/s' if case.flops else 'TB/s'}{when}", flush=True)
+
+    with futures.ThreadPoolExecutor(COMPILERS) as pool:
+
+        def ready(rows: list[Row]) -> Iterator[tuple[Row, Case, Any]]:
+            cases = [row.make() for row in rows]
+            waiting = [compiled(case.kernel, case.sets, pool) for case in cases]
+            for row, case, program in zip(rows, cases, waiting, strict=True):
+                yield row, case, program.result()
+
+        names = ("matmul_tflops", "matmul_fp8_tflops", "copy_tbps")
+        fixed = dict(zip(names, ready(baselines(sizes)), strict=True))
+        measure_baselines("")
+        for first in range(0, len(wanted), 2 * COMPILERS):
+            for row, case, program in list(ready(wanted[first : first + 2 * COMPILERS])):
+                one = measure(row, case, program)
+                measured.append(one)
+                if case.reference is not None:
+                    comparisons.append((one, case.reference))
+                print("  ".join(one.cells(base)), flush=True)
+            finish()
+        measure_baselines("_at_the_end")
+
+        for one, (function, arguments, factor) in comparisons:
+            if time.perf_counter() - began > _SECONDS.value:
+                print("no further XLA comparisons: --seconds have passed", flush=True)
+                break
+            program = compiled(function, [arguments], pool).result()
+            one.xla = factor * statistics.median(milliseconds(program, [arguments]))
+            print(f"XLA, {one.row.name}: {one.xla:.4g} ms, {one.xla / one.ms:.1f} x ours", flush=True)
+    finish()
+    if not sizes.small:
+        for one, program, sets in programs:
+            try:
+                one.kernels, one.launches = kernel_times(program, sets)
+            except Exception as error:  # whatever stands in CUPTI's way: the times above do not need it
+                print(f"no times of kernels alone: {error}", flush=True)
+                break
+            print(f"kernels alone, {one.row.name}: {one.kernels:.4g} ms in {one.launches:g}", flush=True)
+        finish()
+    plot(output, [one.record(base) for one in measured])
+    print(f"{len(measured)} rows in {time.perf_counter() - began:.0f} s, written to {output_dir}", flush=True)
