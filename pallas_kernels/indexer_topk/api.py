@@ -1,4 +1,13 @@
-"""indexer_topk: the lightning indexer's scores and the exact selection of the best k, as one operation."""
+"""indexer_topk: the lightning indexer's scores and the exact selection of the best k, as one operation.
+
+Keys may be kept in 8 bits, half a bfloat16 cache and half the time on Hopper. A cache then holds what `fp8.quantise`
+returns for the keys, float8_e4m3fn [B, T, Di] and float32 scales [B, T]; queries are quantised when they are made, and as
+a score is linear in a head's query for positive scales, theirs belong to the head weights:
+
+    from pallas_kernels.indexer_topk import fp8
+    small_queries, query_scales = fp8.quantise(queries)  # [B, S, Hi, Di], [B, S, Hi]
+    indexer_topk(small_queries, small_keys, head_weights * query_scales, key_scales=key_scales, ...)
+"""
 
 from __future__ import annotations
 
@@ -25,6 +34,7 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 
 
 BACKENDS = {
+    "mosaic_tpu": dispatch.Backend(_later("mosaic_tpu", "indexer_topk"), _later("mosaic_tpu", "why_not")),
     "mosaic_gpu": dispatch.Backend(_later("mosaic_gpu", "indexer_topk"), _later("mosaic_gpu", "why_not")),
     "triton": dispatch.Backend(_later("triton", "indexer_topk"), _later("triton", "why_not")),
     "xla": dispatch.Backend(reference.indexer_topk),
@@ -54,10 +64,10 @@ def indexer_topk(
       k_select: k, at least 1.
       q_positions: [B, S] integers; a negative one (a padded query) sees no key.
       kv_lengths: [B] integers; how many of the T keys exist.
-      implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "triton" for older GPUs, "xla" runs
-        anywhere and is the reference.
-      key_scales: [B, T] float32, for queries and keys in float8_e4m3fn (`fp8.quantise`): the score of key t is
-        multiplied by its scale. The scales of the queries are folded into head_weights by the caller.
+      implementation: None picks the best for the backend; "mosaic_tpu" is for TPUs, "mosaic_gpu" for Hopper, "triton" for
+        older GPUs, "xla" runs anywhere and is the reference.
+      key_scales: [B, T] float32, for queries and keys in float8_e4m3fn (`fp8.quantise`) or int8 (`int8.quantise`): the
+        score of key t is multiplied by its scale. The scales of the queries are folded into head_weights by the caller.
 
     Returns:
       [B, S, k_select] int32 positions, ascending, -1 in the tail where fewer are visible. Ties are cut lowest position
@@ -75,12 +85,12 @@ def indexer_topk(
         raise ValueError(f"indexer_topk: B, S, Hi or Di differ between {shapes}")
     if q_positions.shape != (b, s) or kv_lengths.shape != (b,):
         raise ValueError(f"indexer_topk: expected q_positions [B, S] and kv_lengths [B], got {shapes}")
-    if (key_scales is not None) != (keys.dtype == jnp.float8_e4m3fn) or (
+    if (key_scales is not None) != (keys.dtype in (jnp.float8_e4m3fn, jnp.int8)) or (
         key_scales is not None and queries.dtype != keys.dtype
     ):
         given = "given" if key_scales is not None else "missing"
         kinds = f"queries {queries.dtype}, keys {keys.dtype}, key_scales {given}"
-        raise ValueError(f"indexer_topk: key_scales go with float8_e4m3fn queries and keys: {kinds}")
+        raise ValueError(f"indexer_topk: key_scales go with float8_e4m3fn or int8 queries and keys: {kinds}")
     if key_scales is not None and key_scales.shape != keys.shape[:2]:
         raise ValueError(f"indexer_topk: key_scales must be {keys.shape[:2]}, one a key, got {key_scales.shape}")
     if k_select < 1:

@@ -12,6 +12,8 @@ from pallas_kernels import indexer_topk
 
 run = jax.jit(indexer_topk, static_argnames=("k_select", "implementation"))  # shared, so that equal shapes compile once
 FORMATS = {"bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn}
+OTHER_FORMATS = {"float32": jnp.float32, "int8": jnp.int8}  # int8 knows no NaN, so not every property applies
+SCALED = ("fp8", "int8")
 
 
 def numpy_scores(queries, keys, head_weights, key_scales=None):
@@ -33,8 +35,8 @@ def numpy_select(scores, visible, k):
 
 
 def _arrays(queries, keys, head_weights, key_scales, number_format):
-    kind = FORMATS[number_format]
-    scales = None if number_format != "fp8" else jnp.asarray(key_scales, jnp.float32)
+    kind = (FORMATS | OTHER_FORMATS)[number_format]
+    scales = jnp.asarray(key_scales, jnp.float32) if number_format in SCALED else None
     return (jnp.asarray(queries, kind), jnp.asarray(keys, kind), jnp.asarray(head_weights, jnp.float32)), scales
 
 
@@ -48,7 +50,7 @@ def check_integers(implementation: str, number_format: str, *, shape: tuple[int,
     lengths[0], positions[0, -1] = t, t - 1
     arrays, key_scales = _arrays(queries, keys, weights, scales, number_format)
     options = dict(k_select=k, q_positions=positions, kv_lengths=lengths, implementation=implementation)
-    scores = numpy_scores(queries, keys, weights, scales if number_format == "fp8" else None)
+    scores = numpy_scores(queries, keys, weights, scales if number_format in SCALED else None)
     out = run(*arrays, **options, key_scales=key_scales)
     np.testing.assert_array_equal(out, numpy_select(scores, np.minimum(positions + 1, lengths[:, None]), k))
     np.testing.assert_array_equal(out, run(*arrays, **options, key_scales=key_scales))
@@ -60,9 +62,9 @@ def with_scores(values: np.ndarray, heads: int = 8, width: int = 128):
     Keys hold a value's digits in base 16, which even 8 bits represent exactly.
     """
     assert np.all(values >= 0) or np.all(values <= 0)
-    digits = np.abs(values).astype(int)[:, None] // [256, 16, 1] % 16
+    digits = np.abs(values).astype(int)[:, None] // [256, 256, 256, 256, 16, 1] % 16
     queries, keys = np.zeros((1, 1, heads, width)), np.zeros((1, values.size, width))
-    queries[0, 0, 0, :3], keys[0, :, :3] = [256, 16, 1], digits
+    queries[0, 0, 0, :6], keys[0, :, :6] = [64, 64, 64, 64, 16, 1], digits  # 256 would not fit int8
     weights = np.zeros((1, 1, heads))
     weights[0, 0, 0] = -1 if np.any(values < 0) else 1
     return queries, keys, weights
@@ -169,11 +171,11 @@ def check_batch_changes_nothing(implementation: str, number_format: str) -> None
     """A row gives the same positions alone as beside others, on inputs whose sums do round."""
     rng = np.random.default_rng(4)
     b, s, heads, width, t = 3, 5, 32, 128, 1200
-    kind = FORMATS[number_format]
+    kind = (FORMATS | OTHER_FORMATS)[number_format]
     queries = jnp.asarray(rng.standard_normal((b, s, heads, width)), kind)
     keys = jnp.asarray(rng.standard_normal((b, t, width)), kind)
     weights = jnp.asarray(rng.standard_normal((b, s, heads)), jnp.float32)
-    scales = jnp.asarray(rng.random((b, t)) + 0.5, jnp.float32) if number_format == "fp8" else None
+    scales = jnp.asarray(rng.random((b, t)) + 0.5, jnp.float32) if number_format in SCALED else None
     positions, lengths = rng.integers(1000, t, (b, s)), np.full(b, t)
 
     def part(rows: slice, queries_of: slice) -> np.ndarray:

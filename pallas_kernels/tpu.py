@@ -1,0 +1,44 @@
+"""The TPUs that the Mosaic TPU kernels are laid out for: the one place that says which, and how large they are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels import dispatch
+
+LANES = 128  # of a vector register; the last axis of what kernels hold is a multiple of it
+SUBLANES = 8  # 32-bit rows of a vector register
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip has: bytes, operations and bytes a second. `vmem` is that of one core."""
+
+    name: str
+    vmem: int
+    hbm: int
+    bandwidth: float
+    bf16: float
+    int8: float
+    cores: int = 1
+
+
+CHIPS = {
+    "TPU v5 lite": Chip("v5e", 128 * 2**20, 16 * 2**30, 0.82e12, 197e12, 394e12),
+    "TPU v5": Chip("v5p", 64 * 2**20, 95 * 2**30, 2.46e12, 459e12, 918e12, cores=2),
+    "TPU v6 lite": Chip("v6e", 128 * 2**20, 32 * 2**30, 1.64e12, 918e12, 1836e12),
+}
+
+
+def why_not() -> str | None:
+    """Why a Mosaic TPU kernel cannot run on the device that is compiled for, None where it can."""
+    if dispatch.platform() != "tpu":
+        return f"it needs a TPU, the device compiled for is a {dispatch.platform()!r}"
+    if dispatch.device_kind() not in CHIPS:
+        return f"it knows the memories of {list(CHIPS)}, not of {dispatch.device_kind()!r}"
+    return None
+
+
+def chip() -> Chip:
+    """The chip compiled for; where it is none of CHIPS (interpreted kernels on a CPU) a v5e."""
+    return CHIPS.get(dispatch.device_kind(), CHIPS["TPU v5 lite"])
