@@ -1,9 +1,9 @@
 """Times every kernel at the shapes of DeepSeek-V3.2-sized models, beside the best public CUDA kernels.
 
-How a time is taken: a program is one XLA executable that calls the operation once for each of several sets of arguments,
-as many as it takes until they exceed twice the L2 cache, so that nothing is found there from the call before. A window
-queues the program many times and waits once; a row's time is the median of the windows' times per call. Launches on the
-host overlap with the work of the device, so they count only where the device has to wait for them. What the kernels
+How a time is taken: a program is one XLA executable that calls the operation many times, one call after the other, on
+sets of arguments that together exceed twice the L2 cache, so that a call finds nothing there from an earlier one. A
+window queues the program many times and waits once; a row's time is the median of the windows' times per call. Launches on
+the host overlap with the work of the device, so they count only where the device has to wait for them. What the kernels
 alone take, without the gaps between them, is measured afterwards through CUPTI where that is to be had.
 
 Random selections are one key of each of k even parts of the context: sorted, distinct and spread evenly. In "x % shared"
@@ -35,8 +35,9 @@ _ROWS = flags.DEFINE_string("rows", "", "measure only rows whose name matches th
 _SECONDS = flags.DEFINE_float("seconds", 110.0, "after so many seconds no further XLA comparison is begun")
 
 L2_BYTES = 50 * 2**20  # of an H100 and an H200
-MAX_SETS = 64
-WINDOWS, WINDOW_SECONDS = 5, 0.03
+MAX_CALLS, PROGRAM_SECONDS = 64, 5e-4
+BYTES_PER_SECOND = 4e12  # about what such a GPU copies
+WINDOWS, WINDOW_SECONDS = 5, 0.06
 COMPILERS = 4  # rows compiled at the same time
 HEAD_DIM, LATENT, VALUE_DIM, SELECTED = 128, 576, 512, 2048
 FP8 = jnp.float8_e4m3fn
@@ -44,11 +45,12 @@ FP8 = jnp.float8_e4m3fn
 GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
 Arguments = tuple[Any, ...]
+ProgramArguments = tuple[list[Arguments], Arguments]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a row runs: `kernel` on each of `sets`, which moves `bytes` or computes `flops` a call.
+    """What a row runs: `kernel` on each of `sets` followed by `common`, which moves `bytes` or computes `flops` a call.
 
     reference: the same in XLA, and the factor from its arguments' work to the row's (measured on fewer queries).
     """
@@ -57,7 +59,12 @@ class Case:
     sets: list[Arguments]
     flops: float = 0.0
     bytes: float = 0.0
+    common: Arguments = ()
     reference: tuple[Callable[..., Any], Arguments, int] | None = None
+
+    @property
+    def program_arguments(self) -> ProgramArguments:
+        return self.sets, self.common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +98,15 @@ class Sizes:
     def width(self, n: int) -> int:
         return n // 16 if self.small else n
 
+    def seeds(self, bytes_of_call: float) -> list[int]:
+        """Of the arguments of a program's calls: as many different ones as exceed twice the L2 cache, and so many calls
+        that launching the program takes the host less time than running it takes the device."""
+        if self.small:
+            return [0]
+        different = max(1, min(MAX_CALLS, math.ceil(2 * L2_BYTES / bytes_of_call)))
+        calls = max(different, min(MAX_CALLS // 2, math.ceil(PROGRAM_SECONDS * BYTES_PER_SECOND / bytes_of_call)))
+        return [call % different for call in range(calls)]
+
 
 # ---- arguments
 
@@ -105,6 +121,12 @@ def _draw(seed: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def normal(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0) -> jax.Array:
     """Kept, because rows share their largest arguments."""
     return _draw(jnp.uint32(seed), shape, dtype)
+
+
+@functools.cache
+def repeated(times: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """What takes long to draw: [times, ...] copies of one array [1, ...]."""
+    return jnp.tile(normal(shape, dtype), (times, *(1 for _ in shape[1:])))
 
 
 @functools.cache
@@ -135,11 +157,6 @@ def _select(seed: jax.Array, shape: tuple[int, int], keys: int, k: int, shared: 
 def selections(shape: tuple[int, int], keys: int, k: int, shared: float = 0.0, seed: int = 0) -> jax.Array:
     """[B, S, k] int32, ascending."""
     return _select(jnp.uint32(seed), shape, keys, k, shared)
-
-
-def number_of_sets(bytes_of_one: float) -> int:
-    """So many that together they exceed twice the L2 cache."""
-    return max(1, min(MAX_SETS, math.ceil(2 * L2_BYTES / bytes_of_one)))
 
 
 def on_hopper() -> bool:
@@ -176,7 +193,7 @@ def index_scores(
     def in_xla(q: Any, k: Any, w: Any, scales: Any) -> Any:
         return jax.vmap(indexer_reference.scores)(q, k, w, scales)
 
-    sets = [one(seed) for seed in range(number_of_sets(read + written))]
+    sets = [one(seed) for seed in sizes.seeds(read + written)]
     q, k, w, scales = sets[0][:4]
     n = max(1, s // part)
     if not on_hopper():
@@ -201,7 +218,7 @@ def top_k(sizes: Sizes, rows: int, width: int, *, maxima: bool) -> Case:
         return indexer_reference.select(scores[0], visible, k)
 
     shape = (1, m, t)
-    seeds = range(number_of_sets(4 * m * t))
+    seeds = sizes.seeds(4 * m * t)
     if not on_hopper():
         return Case(in_xla, [(normal(shape, jnp.float32, seed), visible) for seed in seeds], bytes=4 * m * t)
     sets = [
@@ -236,7 +253,7 @@ def whole_indexer(sizes: Sizes, batch: int, queries: int, keys: int, dtype: Any,
         )
 
     written = 0 if queries == 1 else 4 * b * s * t
-    sets = [one(seed) for seed in range(number_of_sets(read + written))]
+    sets = [one(seed) for seed in sizes.seeds(read + written)]
     q, keys_, w, places, lengths, scales = sets[0]
     n = max(1, s // part)
     reference = (functools.partial(run, implementation="xla"), (q[:, -n:], keys_, w[:, -n:], places[:, -n:], lengths, scales))
@@ -260,44 +277,46 @@ def attention(
     scaled: bool = False,
     shared: float = 0.0,
     part: int = 1,
-    kernel: Callable[..., Any] | None = None,
 ) -> Case:
-    """sparse_mla; with `scaled` over latents in 8 bits. `kernel` takes the place of the implementation for Hopper."""
+    """sparse_mla; with `scaled` over latents in 8 bits."""
     b, s, t, k = sizes.batch(batch), sizes.queries(queries) if queries > 1 else 1, sizes.keys(keys), sizes.selected()
-    latents = normal((b, t, LATENT), FP8 if scaled else jnp.bfloat16)
+    latents = repeated(b, (1, t, LATENT), FP8 if scaled else jnp.bfloat16)
     scales = jnp.abs(normal((b, t), jnp.float32)) if scaled else None
     read = b * s * k * (LATENT + 4 if scaled else 2 * LATENT)
 
-    def run(q: Any, kv: Any, indices: Any, scales: Any, implementation: str | None) -> Any:
+    def run(q: Any, indices: Any, kv: Any, scales: Any, implementation: str | None) -> Any:
         options = dict(scale=LATENT**-0.5, value_dim=VALUE_DIM, latent_scales=scales)
         return sparse_mla(q, kv, indices, **options, implementation=implementation)
 
-    sets = [
-        (normal((b, s, heads, LATENT), seed=seed), latents, selections((b, s), t, k, shared, seed), scales)
-        for seed in range(number_of_sets(read))
-    ]
-    q, kv, indices, scales = sets[0]
+    sets = [(normal((b, s, heads, LATENT), seed=seed), selections((b, s), t, k, shared, seed)) for seed in sizes.seeds(read)]
+    q, indices = sets[0]
     n = max(1, s // part)
-    reference = (functools.partial(run, implementation="xla"), (q[:, :n], kv, indices[:, :n], scales), s // n)
+    reference = (functools.partial(run, implementation="xla"), (q[:, :n], indices[:, :n], latents, scales), s // n)
     work = dict(bytes=read) if queries == 1 else dict(flops=2 * b * s * heads * k * (LATENT + VALUE_DIM))
     return Case(
-        kernel or functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
+        functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
         sets,
+        common=(latents, scales),
         reference=reference if on_hopper() else None,
         **work,
     )
 
 
-def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int, kernel: Callable[..., Any] | None = None) -> Case:
-    """grouped_matmul; few rows read only the matrices of groups that have any. `kernel` takes the place of what None picks."""
+def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int) -> Case:
+    """grouped_matmul; few rows read only the matrices of groups that have any."""
     m, groups, k, n = sizes.queries(rows), sizes.batch(groups), sizes.width(k), sizes.width(n)
     counts = np.random.default_rng(0).multinomial(m, np.full(groups, 1 / groups)).astype(np.int32)
     read = 2 * k * n * int((counts > 0).sum())
     matrices = normal((groups, k, n))
-    sets = [(normal((m, k), seed=seed), matrices, jnp.asarray(counts)) for seed in range(number_of_sets(read))]
-    in_xla = functools.partial(grouped_matmul, implementation="ragged_dot" if on_hopper() else "xla")
+    sets = [(normal((m, k), seed=seed), jnp.asarray(counts)) for seed in sizes.seeds(read)]
+
+    def run(x: Any, counts: Any, matrices: Any, implementation: str | None = None) -> Any:
+        return grouped_matmul(x, matrices, counts, implementation=implementation)
+
+    in_xla = functools.partial(run, implementation="ragged_dot")
     work = dict(flops=2 * m * k * n) if rows >= 128 * groups else dict(bytes=read)
-    return Case(kernel or grouped_matmul, sets, reference=(in_xla, sets[0], 1) if on_hopper() else None, **work)
+    reference = (in_xla, (*sets[0], matrices), 1) if on_hopper() else None
+    return Case(run, sets, common=(matrices,), reference=reference, **work)
 
 
 def matmul(sizes: Sizes, dtype: Any) -> Case:
@@ -406,27 +425,27 @@ def table(sizes: Sizes) -> list[Row]:
 # ---- measuring
 
 
-def compiled(function: Callable[..., Any], sets: list[Arguments], pool: futures.Executor) -> futures.Future[Any]:
+def compiled(function: Callable[..., Any], arguments: ProgramArguments, pool: futures.Executor) -> futures.Future[Any]:
     """One executable that calls `function` on every set of arguments, in order."""
     one = jax.jit(function)  # so that the calls share one trace
-    lowered = jax.jit(lambda sets: [one(*arguments) for arguments in sets]).lower(sets)
+    lowered = jax.jit(lambda sets, common: [one(*own, *common) for own in sets]).lower(*arguments)
     options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
     return pool.submit(lambda: lowered.compile(compiler_options=options))
 
 
-def milliseconds(program: Callable[[list[Arguments]], Any], sets: list[Arguments]) -> list[float]:
+def milliseconds(program: Callable[..., Any], arguments: ProgramArguments) -> list[float]:
     """Of one call, in each of WINDOWS windows."""
 
     def window(repeats: int) -> float:
         began = time.perf_counter()
         for _ in range(repeats):
-            out = program(sets)
+            out = program(*arguments)
         jax.block_until_ready(out)
         return time.perf_counter() - began
 
     window(2)
     repeats = max(1, math.ceil(WINDOW_SECONDS / max(window(1), 1e-6)))
-    return [1e3 * window(repeats) / repeats / len(sets) for _ in range(WINDOWS)]
+    return [1e3 * window(repeats) / repeats / len(arguments[0]) for _ in range(WINDOWS)]
 
 
 @dataclasses.dataclass
@@ -514,14 +533,15 @@ def plot(output: Output, records: list[dict[str, Any]]) -> None:
     output.save_figure(figure, "kernels.png")
 
 
-def kernel_times(program: Any, sets: list[Arguments]) -> tuple[float, float]:
+def kernel_times(program: Any, arguments: ProgramArguments) -> tuple[float, float]:
     """Milliseconds and number of the kernels of one call, by CUPTI."""
     from jax.experimental.mosaic.gpu import profiler
 
-    found = profiler.measure(program, aggregate=False)(sets)[1]
+    found = profiler.measure(program, aggregate=False)(*arguments)[1]
     if not found:
         raise ValueError("CUPTI saw no kernels")
-    return sum(ms for _, ms in found) / len(sets), len(found) / len(sets)
+    calls = len(arguments[0])
+    return sum(ms for _, ms in found) / calls, len(found) / calls
 
 
 def run(output_dir: str, seed: int) -> None:
@@ -541,7 +561,7 @@ def run(output_dir: str, seed: int) -> None:
 
     measured: list[Measured] = []
     comparisons: list[tuple[Measured, tuple[Callable[..., Any], Arguments, int]]] = []
-    programs: list[tuple[Measured, Any, list[Arguments]]] = []
+    programs: list[tuple[Measured, Any, ProgramArguments]] = []
     base: dict[str, float] = {}
 
     def finish() -> None:
@@ -550,8 +570,8 @@ def run(output_dir: str, seed: int) -> None:
         output.finish("kernels", metrics, report(measured, base))
 
     def measure(row: Row, case: Case, program: Any) -> Measured:
-        one = Measured(row, case.flops, case.bytes, milliseconds(program, case.sets))
-        programs.append((one, program, case.sets))
+        one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
+        programs.append((one, program, case.program_arguments))
         return one
 
     def measure_baselines(when: str) -> None:
@@ -564,7 +584,7 @@ def run(output_dir: str, seed: int) -> None:
 
         def ready(rows: list[Row]) -> Iterator[tuple[Row, Case, Any]]:
             cases = [row.make() for row in rows]
-            waiting = [compiled(case.kernel, case.sets, pool) for case in cases]
+            waiting = [compiled(case.kernel, case.program_arguments, pool) for case in cases]
             for row, case, program in zip(rows, cases, waiting, strict=True):
                 yield row, case, program.result()
 
@@ -585,14 +605,15 @@ def run(output_dir: str, seed: int) -> None:
             if time.perf_counter() - began > _SECONDS.value:
                 print("no further XLA comparisons: --seconds have passed", flush=True)
                 break
-            program = compiled(function, [arguments], pool).result()
-            one.xla = factor * statistics.median(milliseconds(program, [arguments]))
+            single: ProgramArguments = ([arguments], ())
+            program = compiled(function, single, pool).result()
+            one.xla = factor * statistics.median(milliseconds(program, single))
             print(f"XLA, {one.row.name}: {one.xla:.4g} ms, {one.xla / one.ms:.1f} x ours", flush=True)
     finish()
     if not sizes.small:
-        for one, program, sets in programs:
+        for one, program, arguments in programs:
             try:
-                one.kernels, one.launches = kernel_times(program, sets)
+                one.kernels, one.launches = kernel_times(program, arguments)
             except Exception as error:  # whatever stands in CUPTI's way: the times above do not need it
                 print(f"no times of kernels alone: {error}", flush=True)
                 break

@@ -1,4 +1,12 @@
-"""sparse_mla: multi-query attention over selected latents, the absorbed form of multi-head latent attention."""
+"""sparse_mla: multi-query attention over selected latents, the absorbed form of multi-head latent attention.
+
+For inference the latents may be kept in 8 bits, 580 bytes a token instead of 1152 at C+R = 512+64. A cache then holds
+what `fp8.quantise` returns for new latents, float8_e4m3fn [B, T, C+R] and float32 scales [B, T]; queries stay as they are:
+
+    from pallas_kernels.sparse_mla import fp8
+    small, scales = fp8.quantise(latents)
+    sparse_mla(queries, small, indices, latent_scales=scales, ...)
+"""
 
 from __future__ import annotations
 
@@ -26,6 +34,7 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 
 
 BACKENDS = {
+    "mosaic_tpu": dispatch.Backend(_later("mosaic_tpu", "sparse_mla"), _later("mosaic_tpu", "why_not")),
     "mosaic_gpu": dispatch.Backend(_later("mosaic_gpu", "sparse_mla"), _later("mosaic_gpu", "why_not")),
     "triton": dispatch.Backend(_later("triton", "sparse_mla"), _later("triton", "why_not")),
     "xla": dispatch.Backend(reference.sparse_mla),
@@ -50,8 +59,8 @@ def sparse_mla(
       indices: [B, S, k] int32 positions in T; -1 marks an empty place. They already are causal.
       scale: of the logits.
       value_dim: C.
-      implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "triton" for older GPUs, "xla" runs
-        anywhere and is the reference.
+      implementation: None picks the best for the backend; "mosaic_tpu" is for TPUs, "mosaic_gpu" for Hopper, "triton" for
+        older GPUs, "xla" runs anywhere and is the reference.
       latent_scales: [B, T] float32, for latents kept as float8_e4m3fn (`fp8.quantise`): a latent then is the product,
         rounded to the dtype of `queries`. For inference: no gradient reaches such latents.
 

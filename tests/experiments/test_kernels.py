@@ -1,0 +1,68 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from experiments import kernels, run  # noqa: F401  run defines the flags that reports quote
+
+pytestmark = pytest.mark.skipif(jax.default_backend() == "gpu", reason="the whole table would be measured there")
+
+
+@pytest.fixture
+def flags_parsed():
+    kernels.flags.FLAGS(["test"])
+
+
+def test_it_measures_rows_and_writes_them(tmp_path, monkeypatch, flags_parsed):
+    monkeypatch.setattr(kernels, "WINDOW_SECONDS", 1e-3)
+    with flagsaver.flagsaver(rows="top-k, 8 x 122880|grouped matmul, 64 x"):
+        kernels.run(str(tmp_path), 0)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    names = [row["name"] for row in metrics["rows"]]
+    assert len(names) == len(set(names)) == 3 and all(name.endswith(", small") for name in names)
+    for row in metrics["rows"]:
+        assert row["ms"] == np.median(row["windows_ms"]) > 0
+        assert row["published_ms"] is None and row["target_ms"] is None  # small shapes have no such figures
+    assert metrics["baselines"]["matmul_tflops"] > 0 and metrics["baselines"]["copy_tbps_at_the_end"] > 0
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"| {name} |" in report for name in names)
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rows, message", [("[", "not a regular expression"), ("no such row", "no row")])
+def test_wrong_rows_are_named(rows, message, tmp_path, flags_parsed):
+    with flagsaver.flagsaver(rows=rows), pytest.raises(ValueError, match=message):
+        kernels.run(str(tmp_path), 0)
+
+
+def test_a_rate_is_work_over_time():
+    row = kernels.Row("some", lambda: None)
+    one = kernels.Measured(row, flops=4e12, bytes=0, windows=[3.0, 5.0, 4.0])
+    assert one.ms == 4 and one.rate == 1000 and one.of_baseline({"matmul_tflops": 500.0, "copy_tbps": 4.0}) == 2
+    other = kernels.Measured(row, flops=0, bytes=4e9, windows=[2.0])
+    assert other.rate == 2 and other.of_baseline({"matmul_tflops": 500.0, "copy_tbps": 4.0}) == 0.5
+
+
+@pytest.mark.parametrize("keys, k", [(120, 20), (1001, 64), (64, 64)])
+def test_selections_are_distinct_and_shared_as_asked(keys, k):
+    chosen = np.asarray(kernels.selections((2, 50), keys, k, 0.75, 1))
+    assert chosen.min() >= 0 and chosen.max() < keys and (np.diff(chosen) > 0).all()
+    if keys > 4 * k:
+        assert 0.7 < np.mean(chosen[:, 1:] == chosen[:, :-1]) < 0.82  # a fresh draw may repeat the old one
+
+
+@pytest.mark.parametrize("megabytes, different, calls", [(10_000, 1, 1), (500, 1, 4), (42, 3, 32), (4, 25, 32), (1, 64, 64)])
+def test_arguments_exceed_the_cache_and_calls_the_launch(megabytes, different, calls):
+    seeds = kernels.Sizes(small=False).seeds(megabytes * 2**20)
+    assert sorted(set(seeds)) == list(range(different)) and len(seeds) == calls
+
+
+def test_the_published_figures_stand_beside_the_shapes_they_were_measured_at():
+    rows = kernels.table(kernels.Sizes(small=False))
+    assert len({row.name for row in rows}) == len(rows)
+    published = {row.name: row.published[0] for row in rows if row.published}
+    assert published["scores fp8, 4096 x 122880, Hi 32"] == 4.27
+    assert published["sparse MLA, 4096 x 61440, 128 heads, random"] == 3.98
+    assert published["top-k, 1024 x 204800, scores alone"] == published["top-k, 1024 x 204800, block maxima given"] == 0.317
