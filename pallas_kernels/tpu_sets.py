@@ -79,17 +79,17 @@ def positions(bits: jax.Array, places: int) -> tuple[jax.Array, jax.Array]:
 
     rank = place - (asked(CHUNKS) * 128 + asked(CHUNKS + 1))  # among the row's bits
     found_row = asked(CHUNKS + 2) * 128 + asked(CHUNKS + 3)
-    chunk, before, through = jnp.zeros_like(rank), jnp.zeros_like(rank), jnp.zeros_like(rank)
+    which, before, through = jnp.zeros_like(rank), jnp.zeros_like(rank), jnp.zeros_like(rank)
     for c in range(CHUNKS - 1):
         through += asked(c)
-        chunk += jnp.where(rank >= through, 1, 0)
+        which += jnp.where(rank >= through, 1, 0)
         before = jnp.where(rank >= through, through, before)
     rank -= before  # among the chunk's bits
-    chosen = _one(((lanes >> chunk) & 1) == 1)
+    chosen = _one(((lanes >> which) & 1) == 1)
     up_to = _one(_iota((LANES, LANES), 1) <= _iota((LANES, LANES), 0))
     running = _product(up_to, chosen, 1, 0).astype(jnp.int32)
     found_lane = jnp.sum(jnp.where(running <= rank, 1.0, 0.0), axis=0, keepdims=True).astype(jnp.int32)
-    return found_row * SPAN + chunk * LANES + found_lane, end[rows - 1 :]
+    return found_row * SPAN + which * LANES + found_lane, end[rows - 1 :]
 
 
 def bits_of(listed: jax.Array, rows: int) -> jax.Array:
