@@ -1,3 +1,366 @@
-"""stub"""
-def run(o,s):
-    raise NotImplementedError("search")
+"""Searches an F/S schedule for a checkpoint on calibration text, and says what it costs and what it gains."""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import json
+import math
+import pathlib
+import shlex
+import statistics
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import flags
+
+import checkpoints_convert
+from experiments import text
+from experiments.report import Output, device, markdown_table, text_table
+from indexcache_jax import layerwise, search
+from indexcache_jax.config import ARCHITECTURES, GLM, Config
+from indexcache_jax.overlap import overlap
+from indexcache_jax.params import Params
+from indexcache_jax.schedule import ENGINES, Schedule
+
+DEMO = pathlib.Path(__file__).parent / "assets" / "demo"
+LOG = "evaluations.jsonl"
+TIMED_RUNS = 3
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Hugging Face or orbax directory; default the small model shipped here")
+_CALIBRATION = flags.DEFINE_string("calibration", "", "text files, a glob; default the Python standard library's sources")
+_HELD_OUT = flags.DEFINE_string(
+    "held_out", "", "text files to evaluate on; default a tenth of the calibration files, kept apart"
+)
+_CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of a sequence; must exceed the model's index_topk")
+_SEQUENCES = flags.DEFINE_integer("sequences", 2, "calibration sequences")
+_HELD_OUT_SEQUENCES = flags.DEFINE_integer("held_out_sequences", 6, "sequences to evaluate on")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "sequences at a time")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"
+)
+_RETENTIONS = flags.DEFINE_list("retentions", ["1/2", "1/4", "1/8"], "shares of indexers kept that the table compares")
+_RETENTION = flags.DEFINE_string("retention", "1/4", "share of indexers kept by the schedule to use")
+_LOSS_BUDGET = flags.DEFINE_float(
+    "loss_budget", None, "instead of --retention: keep flipping while the calibration loss grows by at most this share, as 0.01"
+)
+_STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
+_BLOCKS = flags.DEFINE_integer("blocks", 1, "contiguous blocks of layers; greedy commits the best flip of each per step")
+_RESUME = flags.DEFINE_bool("resume", False, f"go on from {LOG} in --output_dir after a kill")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How to give a schedule to an engine: the config fields, and where they go."""
+
+    engine: str
+    fields: dict[str, Any]
+    usage: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One schedule in the table. Losses in nats per token, time in seconds per sequence."""
+
+    name: str
+    schedule: Schedule
+    held_out_loss: float
+    seconds: float
+
+
+def share(flag: str, value: str) -> fractions.Fraction:
+    try:
+        found = fractions.Fraction(value)
+    except (ValueError, ZeroDivisionError):
+        found = fractions.Fraction(0)
+    if not 0 < found <= 1:
+        raise ValueError(f"--{flag}={value}: not a share such as 1/4 or 0.25")
+    return found
+
+
+def kept(num_layers: int, retention: fractions.Fraction) -> int:
+    """F layers at a retention, rounded up: 12 of 47 at 1/4."""
+    return math.ceil(num_layers * retention)
+
+
+def settings(schedule: Schedule, checkpoint: str, config: Config) -> list[Setting]:
+    path = shlex.quote(checkpoint)
+    found = []
+    for engine in ENGINES:
+        fields = schedule.to_engine(engine)
+        pasted = shlex.quote(json.dumps(fields))
+        usage = {
+            "transformers": f"AutoModelForCausalLM.from_pretrained({checkpoint!r}, **{fields!r})",
+            "sglang": f"python -m sglang.launch_server --model-path {path} --json-model-override-args {pasted}",
+            "vllm": f"vllm serve {path} --hf-overrides {pasted}",
+            "tensorrt-llm": f"in {checkpoint}/config.json: {json.dumps(fields)[1:-1]}",
+        }[engine]
+        if engine == "transformers" and config.family != GLM:
+            usage = f"not supported: transformers runs every layer of a {ARCHITECTURES[config.family]} as full"
+        found.append(Setting(engine, fields, usage))
+    return found
+
+
+def separator(config: Config) -> int | None:
+    """The token that ends a document: the first of the model's end-of-text tokens, if it has one."""
+    return next((token for token in config.eos_token_ids if 0 <= token < config.vocab_size), None)
+
+
+def positive(**values: int) -> None:
+    for flag, value in values.items():
+        if value < 1:
+            raise ValueError(f"--{flag}={value}: must be at least 1")
+
+
+def draw(
+    found: list[text.Document],
+    flag: str,
+    encoder: Any,
+    end: int | None,
+    sequences: int,
+    context: int,
+    config: Config,
+    seed: int,
+) -> np.ndarray:
+    """`sequences` cuts [N, context + 1] of the documents, which are taken in random order until there is enough of them."""
+    order = np.random.default_rng(seed).permutation(len(found))
+    tokens = text.stream([found[i] for i in order], encoder, end, limit=2 * sequences * context + 1)
+    if tokens.size and tokens.max() >= config.vocab_size:
+        raise ValueError(f"{flag}: token {tokens.max()} of the {encoder.name} tokenizer, but vocab_size is {config.vocab_size}")
+    try:
+        return text.sequences(tokens, sequences, context, seed)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}; give more text, or less --context or fewer sequences") from None
+
+
+def split(calibration: str, held_out: str) -> tuple[list[text.Document], list[text.Document]]:
+    """Calibration and held-out documents; without --held_out, a share of the files by their names' hash."""
+    found = text.documents(calibration)
+    if held_out:
+        return found, text.documents(held_out)
+    sides = [d for d in found if not d.held_out], [d for d in found if d.held_out]
+    if not all(sides):
+        raise ValueError(
+            f"--calibration={calibration}: {len(found)} file(s) are too few to keep some apart; name others with --held_out"
+        )
+    return sides
+
+
+def batches(cuts: np.ndarray) -> list[np.ndarray]:
+    if len(cuts) % _BATCH_SIZE.value:
+        raise ValueError(f"--batch_size={_BATCH_SIZE.value}: does not divide {len(cuts)} sequences")
+    return np.split(cuts, len(cuts) // _BATCH_SIZE.value)
+
+
+def seconds_of(params: Params, config: Config, base: Schedule, schedules: list[Schedule], tokens: np.ndarray) -> list[float]:
+    """Median seconds of a forward pass over tokens [B, S+1] under each schedule, the schedules taking turns."""
+    inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
+    times: list[list[float]] = [[] for _ in schedules]
+    for _ in range(TIMED_RUNS):
+        for schedule, taken in zip(schedules, times, strict=True):
+            began = time.perf_counter()
+            state = layerwise.start(params, inputs, config)
+            layerwise.finish(
+                params, state, jnp.int32(0), jnp.array(schedule.is_full), targets, config, base
+            ).block_until_ready()
+            taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]
+
+
+def plot_losses(output: Output, steps: list[search.Step], rows: list[Row], budget: float | None) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
+    start = steps[0].schedule.num_full
+    if steps[-1].candidates:
+        axes.plot([start - s.schedule.num_full for s in steps], [s.loss for s in steps], "o-", label="searched, calibration")
+    for name, marker in (("searched", "D"), ("similarity", "P"), ("uniform", "s")):
+        points = [(start - r.schedule.num_full, r.held_out_loss) for r in rows if r.name.endswith(name)]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, linestyle="--", label=f"{name}, held-out")
+    axes.axhline(rows[0].held_out_loss, color="0.6", linewidth=1, label="all F, held-out")
+    if budget is not None:
+        axes.axhline(steps[0].loss * (1 + budget), color="tab:red", linewidth=1, label="loss budget, calibration")
+    axes.set(xlabel=f"indexers removed, of {start}", ylabel="loss, nats per token", title="Loss against removed indexers")
+    axes.legend()
+    output.save_figure(figure, "loss.png")
+
+
+def plot_overlap(output: Output, matrix: np.ndarray, base: Schedule, chosen: Schedule) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5.2))
+    axes = figure.subplots()
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(image, label="|A ∩ B| / k")
+    labels = [f"{layer} {'F' if chosen.is_full[layer] else 'S'}" for layer in base.full_layers]
+    step = -(-len(labels) // 26)
+    ticks = range(0, len(labels), step)
+    axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=90)
+    axes.set_yticks(ticks, [labels[i] for i in ticks])
+    axes.set(title="Overlap of the layers' selections (labels: searched schedule)", xlabel="layer", ylabel="layer")
+    output.save_figure(figure, "overlap.png")
+
+
+def find(
+    params: Params, config: Config, base: Schedule, calibration: list[np.ndarray], sizes: list[int], output: Output
+) -> tuple[list[search.Step], dict[int, Schedule]]:
+    """The search's steps and the schedule it found for each number of F layers."""
+    with tqdm.tqdm(unit="layer", desc="search", smoothing=0.05) as bar:
+        if _STRATEGY.value == "similarity":
+            bar.total = len(calibration) * sum(range(1, config.num_layers + 1))
+            matrix = search.similarities(params, config, base, calibration, bar.update)
+            return [], {size: search.most_similar(matrix, size) for size in sizes}
+        path = output.directory / LOG
+        if path.exists() and not _RESUME.value:
+            path.replace(path.with_name(f"previous-{LOG}"))
+        about = {"pattern": base.pattern, "dtype": str(params.embedding.dtype), **search.fingerprint(params, calibration)}
+        log = search.Log(path, about)
+        smallest = min(sizes)
+        bar.total = len(calibration) * search.layers_to_run(base, smallest, _BLOCKS.value)
+        losses = search.Evaluator(params, config, base, calibration, log, bar.update)
+        steps = search.greedy(losses, base, num_full=smallest, blocks=_BLOCKS.value)
+        log.close()
+        bar.total = bar.n
+        bar.refresh()
+    reached = [size for size in sizes if size >= steps[-1].schedule.num_full]
+    return steps, {size: search.with_at_most(steps, size).schedule for size in reached}
+
+
+def within_budget(steps: list[search.Step], budget: float) -> search.Step:
+    """The last step before the calibration loss first exceeds the start's by more than `budget`."""
+    allowed = steps[0].loss * (1 + budget)
+    first_over = next((i for i, step in enumerate(steps) if step.loss > allowed), len(steps))
+    return steps[first_over - 1]
+
+
+def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "forward s", "speed-up"]
+    first = rows[0]
+    layers = first.schedule.num_layers
+    cells = [
+        [
+            row.name,
+            row.schedule.pattern,
+            str(row.schedule.num_full),
+            f"{1 - row.schedule.num_full / layers:.0%}",
+            f"{row.held_out_loss:.4f}",
+            f"{row.held_out_loss / first.held_out_loss - 1:+.2%}",
+            f"{row.seconds:.3f}",
+            f"{first.seconds / row.seconds:.2f}x",
+        ]
+        for row in rows
+    ]
+    return header, cells
+
+
+def run(output_dir: str, seed: int) -> None:
+    checkpoint = _CHECKPOINT.value or str(DEMO)
+    positive(sequences=_SEQUENCES.value, held_out_sequences=_HELD_OUT_SEQUENCES.value, batch_size=_BATCH_SIZE.value)
+    retentions = [share("retentions", value) for value in _RETENTIONS.value]
+    target = share("retention", _RETENTION.value)
+    budget = _LOSS_BUDGET.value
+    if budget is not None and (budget < 0 or _STRATEGY.value != "greedy"):
+        raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
+    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}")
+        config, base, params = checkpoints_convert.load(checkpoint, dtype=dtype)
+    context = _CONTEXT.value
+    if not config.index_topk < context <= config.max_position_embeddings:
+        raise ValueError(
+            f"--context={context}: must be above index_topk = {config.index_topk}, below which all schedules are one, "
+            f"and at most {config.max_position_embeddings}, the model's longest"
+        )
+    encoder, end = text.tokenizer(checkpoint), separator(config)
+    sides = split(_CALIBRATION.value, _HELD_OUT.value)
+    drawn = [
+        draw(side, flag, encoder, end, count, context, config, seed)
+        for side, flag, count in zip(
+            sides, ("--calibration", "--held_out"), (_SEQUENCES.value, _HELD_OUT_SEQUENCES.value), strict=True
+        )
+    ]
+    calibration, held_out = (batches(cuts) for cuts in drawn)
+    output = Output.create(output_dir)
+    print(f"{checkpoint}: {config.num_layers} layers, {base.num_full} indexers; {dtype} on {device()['kind']}")
+    print(f"{len(drawn[0])} sequences of {context} tokens to search on, {len(drawn[1])} to evaluate on")
+
+    sizes = sorted({min(base.num_full, kept(config.num_layers, r)) for r in [*retentions, target]}, reverse=True)
+    steps, found = find(params, config, base, calibration, sizes, output)
+    if budget is not None:
+        chosen = within_budget(steps, budget).schedule
+    elif (size := min(base.num_full, kept(config.num_layers, target))) in found:
+        chosen = found[size]
+    else:
+        raise ValueError(f"--retention={target}: --blocks={_BLOCKS.value} keeps more layers F than that; use fewer blocks")
+
+    name = "searched" if _STRATEGY.value == "greedy" else "similarity"
+    named = [("all F" if base.num_full == base.num_layers else "as shipped", base)]
+    for size in sizes:
+        label = (
+            f"{size}/{config.num_layers}"
+            if size not in [kept(config.num_layers, r) for r in retentions]
+            else str(next(r for r in retentions if kept(config.num_layers, r) == size))
+        )
+        uniform = Schedule.uniform(config.num_layers, size)
+        if all(base.is_full[layer] for layer in uniform.full_layers):
+            named.append((f"{label} uniform", uniform))
+        if size in found:
+            named.append((f"{label} {name}", found[size]))
+    if chosen not in [schedule for _, schedule in named]:
+        named.append(("within the budget", chosen))
+    schedules = [schedule for _, schedule in named]
+    with tqdm.tqdm(total=len(schedules) * len(held_out) * config.num_layers, unit="layer", desc="held-out") as bar:
+        evaluator = search.Evaluator(params, config, base, held_out, progress=bar.update)
+        held_out_losses = [evaluator.loss(schedule) for schedule in schedules]
+    times = seconds_of(params, config, base, schedules, held_out[0])
+    rows = [Row(n, s, loss, t) for (n, s), loss, t in zip(named, held_out_losses, times, strict=True)]
+    matrix = overlap(params, config, base, calibration[:2])
+    plot_losses(output, steps or [search.Step(base, rows[0].held_out_loss)], rows, budget)
+    plot_overlap(output, matrix, base, chosen)
+    report_on(output, checkpoint, config, rows, steps, chosen, matrix, len(held_out[0]))
+
+
+def report_on(
+    output: Output,
+    checkpoint: str,
+    config: Config,
+    rows: list[Row],
+    steps: list[search.Step],
+    chosen: Schedule,
+    matrix: np.ndarray,
+    batch: int,
+) -> None:
+    header, cells = table(rows)
+    removed = 1 - chosen.num_full / chosen.num_layers
+    summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
+    pasted = settings(chosen, checkpoint, config)
+    metrics = {
+        "pattern": chosen.pattern,
+        "removed": removed,
+        "schedules": [
+            {"name": r.name, "pattern": r.schedule.pattern, "held_out_loss": r.held_out_loss, "forward_seconds": r.seconds}
+            for r in rows
+        ],
+        "steps": [
+            {"pattern": s.schedule.pattern, "loss": s.loss, "flipped": s.flipped, "candidates": dict(s.candidates)}
+            for s in steps
+        ],
+        "overlap": matrix.round(4).tolist(),
+        "settings": {s.engine: s.fields for s in pasted},
+    }
+    note = (
+        f"Losses in nats per token on held-out text. Forward: the median of {TIMED_RUNS} passes over {batch} x {_CONTEXT.value} "
+        "tokens, schedules taking turns, in the program that takes the schedule as an argument."
+    )
+    lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
+    report = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
+    report += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
+    output.finish("search", metrics, report)
+    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{summary}\n\n{lines}\n\nwritten to {output.directory}/")

@@ -294,3 +294,16 @@ def count(tree: Params) -> int:
 def slots(layers: tuple[int, ...]) -> Mapping[int, int]:
     """Where each layer of a stack is: layer -> position on the stacked axis."""
     return {layer: slot for slot, layer in enumerate(layers)}
+
+
+def with_schedule(params: Params, schedule: Schedule, new: Schedule) -> Params:
+    """Params of `schedule` as `new` wants them: without the indexers of the layers that become S.
+
+    ValueError where `new` has another number of layers or an F layer that `schedule` has no indexer for.
+    """
+    if new.num_layers != schedule.num_layers:
+        raise ValueError(f"schedule pattern: {new.pattern} has {new.num_layers} entries for {schedule.num_layers} layers")
+    if lacking := [layer for layer in new.full_layers if not schedule.is_full[layer]]:
+        raise ValueError(f"schedule pattern: layer {lacking[0]} of {new.pattern} is F, but the params hold no indexer for it")
+    kept = jnp.array([slots(schedule.full_layers)[layer] for layer in new.full_layers])
+    return params.replace(indexer=jax.tree.map(lambda stack: stack[kept], params.indexer))

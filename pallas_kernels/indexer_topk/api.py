@@ -1,8 +1,8 @@
 """indexer_topk: the lightning indexer's scores and the exact selection of the best k, as one operation.
 
-Keys may be kept in 8 bits, half a bfloat16 cache and half the time on Hopper. A cache then holds what `fp8.quantise`
-returns for the keys, float8_e4m3fn [B, T, Di] and float32 scales [B, T]; queries are quantised when they are made, and as
-a score is linear in a head's query for positive scales, theirs belong to the head weights:
+Keys may be kept in 8 bits, about half of a bfloat16 cache. It then holds what `fp8.quantise` returns for the keys,
+float8_e4m3fn [B, T, Di] and float32 scales [B, T]; queries are quantised when they are made, and their scales, which
+are positive, go through relu into the head weights:
 
     from pallas_kernels.indexer_topk import fp8
     small_queries, query_scales = fp8.quantise(queries)  # [B, S, Hi, Di], [B, S, Hi]

@@ -1,0 +1,55 @@
+"""How much the selections of two layers have in common: |A n B| / k, the measure of the paper's heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from indexcache_jax import layerwise
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params
+from indexcache_jax.schedule import Schedule
+
+
+@jax.jit
+def shared(indices: jax.Array) -> jax.Array:
+    """Sizes of the intersections [Q, N, N] of the selections [N, Q, k] of N layers (-1: none)."""
+    n, q, k = indices.shape
+
+    def of_query(rows: jax.Array) -> jax.Array:  # [N, k]
+        # Both lists ascend, so a position is in the other one where a search finds it.
+        def pair(a: jax.Array, b: jax.Array) -> jax.Array:
+            places = jnp.minimum(jnp.searchsorted(b, a), k - 1)
+            return jnp.sum((b[places] == a) & (a >= 0))
+
+        filled = jnp.where(rows < 0, jnp.iinfo(jnp.int32).max, rows)
+        return jax.vmap(lambda a: jax.vmap(lambda b: pair(a, b))(filled))(rows)
+
+    return jax.lax.map(of_query, indices.swapaxes(0, 1), batch_size=16)
+
+
+def overlap(params: Params, config: Config, schedule: Schedule, batches: Iterable[np.ndarray], queries: int = 64) -> np.ndarray:
+    """Mean overlap [num_full, num_full] between the F layers' selections on tokens [B, S+1].
+
+    It is read off `queries` positions of every row, evenly spread over those that see more than index_topk keys: before,
+    everybody selects everything. ValueError where a row has no such position.
+    """
+    sums, count = np.zeros((schedule.num_full, schedule.num_full)), 0
+    for tokens in batches:
+        s = tokens.shape[1] - 1
+        if s <= config.index_topk:
+            raise ValueError(f"rows of {s} tokens: no query sees more than index_topk = {config.index_topk} keys")
+        picked = np.unique(np.linspace(config.index_topk, s - 1, queries).astype(int))
+        state = layerwise.start(params, jnp.asarray(tokens[:, :-1]), config)
+        rows = []
+        for layer, full in enumerate(schedule.is_full):
+            state = layerwise.advance(params, state, jnp.int32(layer), jnp.array(full), config, schedule)
+            if full:
+                rows.append(state.indices[:, picked].reshape(-1, state.indices.shape[-1]))
+        found = shared(jnp.stack(rows))
+        sums += np.asarray(jnp.sum(found, axis=0))
+        count += found.shape[0]
+    return sums / (count * config.index_topk)

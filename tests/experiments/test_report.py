@@ -1,0 +1,48 @@
+"""What an experiment leaves behind."""
+
+import json
+import sys
+
+import pytest
+from absl import flags
+from matplotlib.figure import Figure
+
+from experiments import report
+from experiments import run as _run  # defines the flags that results.json records
+
+assert _run.EXPERIMENTS
+
+
+@pytest.fixture(autouse=True)
+def parsed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--seed=3"])
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["run.py"])
+
+
+def test_results_say_what_was_run_on_what(tmp_path):
+    output = report.Output.create(str(tmp_path / "a" / "b"))
+    output.finish("search", {"loss": 1.5}, "# Title")
+    results = json.loads((tmp_path / "a/b/results.json").read_text())
+    assert set(results) == {"experiment", "command", "flags", "versions", "device", "metrics"}
+    assert results["metrics"] == {"loss": 1.5} and results["command"] == "python -m experiments.run --seed=3"
+    assert results["versions"]["jax"] and results["device"]["platform"] and "retention" in results["flags"]
+    assert "--seed=3" in (tmp_path / "a/b/report.md").read_text()
+
+
+def test_figures_are_png_and_nothing_partial_stays(tmp_path):
+    output = report.Output.create(str(tmp_path))
+    output.save_figure(Figure(), "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--output_dir="):
+        report.Output.create(str(tmp_path / "file" / "x"))
+
+
+def test_tables():
+    assert report.markdown_table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+    assert report.text_table(["a", "bb"], [["ccc", 1]]) == "a    bb\nccc  1"

@@ -1,0 +1,123 @@
+"""`python -m experiments.run`: the search from the command line."""
+
+import fractions
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from experiments import search
+from indexcache_jax.config import Config
+from indexcache_jax.schedule import Schedule
+from tests.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(*arguments, cwd=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.run", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "retention", "expected"), [(12, "1/2", 6), (12, "1/8", 2), (47, "1/4", 12), (47, "0.5", 24), (5, "1", 5)]
+)
+def test_retention_rounds_up(layers, retention, expected):
+    assert search.kept(layers, search.share("retention", retention)) == expected
+
+
+@pytest.mark.parametrize("value", ["0", "2", "-1/4", "1/0", "a"])
+def test_a_share_that_is_none_is_named(value):
+    with pytest.raises(ValueError, match=f"--retention={value}"):
+        search.share("retention", value)
+
+
+def test_settings_are_what_each_engine_reads():
+    config = Config.from_hf(GLM_FIELDS)
+    found = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "my dir/glm", config)}
+    for engine, flag in (("sglang", "--json-model-override-args"), ("vllm", "--hf-overrides")):
+        words = shlex.split(found[engine])
+        assert "my dir/glm" in words
+        assert json.loads(words[words.index(flag) + 1])["index_topk_pattern"] == "FFSFS"
+    assert "indexer_types" in found["transformers"] and '"index_topk_pattern": "FFSFS"' in found["tensorrt-llm"]
+    deepseek = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "x", Config.from_hf(DEEPSEEK_FIELDS))}
+    assert deepseek["transformers"].startswith("not supported")
+
+
+def test_the_last_step_within_the_budget():
+    steps = [
+        search.search.Step(Schedule(p), loss) for p, loss in (("FFFF", 1.0), ("FFSF", 1.005), ("FSSF", 1.2), ("FSSS", 1.0))
+    ]
+    assert search.within_budget(steps, 0.01).schedule.pattern == "FFSF"
+    assert search.within_budget(steps, 0.0).schedule.pattern == "FFFF"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint=nowhere"], "nowhere"),
+        (["--calibration=no*such.txt"], "no*such.txt"),
+        (["--context=100"], "--context=100: must be above index_topk = 128"),
+        (["--sequences=0"], "--sequences=0"),
+        (["--batch_size=4", "--sequences=6"], "--batch_size=4: does not divide"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_input_is_one_line_on_stderr(arguments, message, tmp_path):
+    done = command(f"--output_dir={tmp_path}/out", *arguments)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert message in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_shipped_checkpoint_searched_beats_uniform(tmp_path):
+    arguments = [f"--output_dir={tmp_path}", "--retentions=1/4", "--sequences=1", "--held_out_sequences=2", "--context=1024"]
+    first = command(*arguments)
+    assert first.returncode == 0, first.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    losses = {row["name"]: row["held_out_loss"] for row in results["metrics"]["schedules"]}
+    assert losses["1/4 searched"] <= losses["1/4 uniform"] and losses["all F"] < 0.7
+    assert results["metrics"]["pattern"] in first.stdout
+    for name in ("loss.png", "overlap.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for engine in ("transformers", "sglang", "vllm", "tensorrt-llm"):
+        assert engine in (tmp_path / "report.md").read_text()
+
+    # Cut the log as a kill would, and resume: the same steps.
+    log = tmp_path / search.LOG
+    kept = log.read_text().splitlines()[:20]
+    log.write_text("\n".join(kept) + '\n{"patt')
+    again = command(*arguments, "--resume")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["steps"] == results["metrics"]["steps"]
+
+
+@pytest.mark.slow
+def test_ones_own_text_and_a_loss_budget(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for i, source in enumerate(sorted((ROOT / "indexcache_jax").glob("*.py"))):
+        (tmp_path / "docs" / f"{i}.txt").write_bytes(source.read_bytes())
+    arguments = [
+        "--calibration=docs/*.txt",
+        "--held_out=docs/0.txt",
+        "--loss_budget=0.05",
+        "--output_dir=out",
+        "--retentions=1/2",
+    ]
+    done = command(*arguments, "--sequences=1", "--held_out_sequences=1", "--context=512", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+    step = next(s for s in metrics["steps"] if s["pattern"] == metrics["pattern"])
+    assert step["loss"] <= 1.05 * metrics["steps"][0]["loss"]
+    assert fractions.Fraction(metrics["pattern"].count("F"), 12) >= fractions.Fraction(1, 2)

@@ -1,0 +1,62 @@
+"""Documents, tokenizers and the split by name."""
+
+import numpy as np
+import pytest
+import tokenizers
+
+from experiments import text
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(40):
+        (tmp_path / f"file{i}.py").write_text(f"x = {i}\n")
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "other.py").write_text("no")
+    return tmp_path
+
+
+def test_a_folder_or_a_glob_gives_its_files(folder):
+    assert len(text.documents(str(folder))) == 40
+    assert len(text.documents(f"{folder}/file1*.py")) == 11
+    with pytest.raises(ValueError, match="nothing matches"):
+        text.documents(f"{folder}/*.txt")
+
+
+def test_the_split_goes_by_name_alone(folder):
+    sides = {d.name: d.held_out for d in text.documents(str(folder))}
+    assert 0 < sum(sides.values()) < 12
+    assert text.Document("file3.py", folder / "elsewhere").held_out == sides["file3.py"]
+
+
+def test_the_standard_library_has_text_on_both_sides():
+    found = text.documents("")
+    assert any(d.name == "ast.py" for d in found) and not any("site-packages" in d.name for d in found)
+    assert 0.05 < sum(d.held_out for d in found) / len(found) < 0.15
+
+
+def test_stream_ends_documents_and_stops_past_its_limit(folder):
+    found = text.documents(f"{folder}/file[12].py")
+    np.testing.assert_array_equal(text.stream(found, text.Bytes(), 256), [*b"x = 1\n", 256, *b"x = 2\n", 256])
+    assert text.stream(found, text.Bytes(), None, limit=3).size == 6
+
+
+def test_sequences_are_distinct_seeded_cuts():
+    cuts = text.sequences(np.arange(101), 5, 20, seed=1)
+    assert sorted(cuts[:, 0]) == [0, 20, 40, 60, 80] and np.all(np.diff(cuts) == 1) and cuts.shape == (5, 21)
+    np.testing.assert_array_equal(cuts, text.sequences(np.arange(101), 5, 20, seed=1))
+    with pytest.raises(ValueError, match="hold 5 sequences of 20, but 6"):
+        text.sequences(np.arange(101), 6, 20, seed=1)
+
+
+def test_a_checkpoints_own_tokenizer_or_bytes(tmp_path):
+    assert text.tokenizer(tmp_path).encode("é".encode()).tolist() == [0xC3, 0xA9]
+    vocabulary = {"[UNK]": 0, "def": 1, "x": 2}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = text.tokenizer(tmp_path)
+    assert found.encode(b"def x y").tolist() == [1, 2, 0] and found.decode([1, 2]) == "def x"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        text.tokenizer(tmp_path)
