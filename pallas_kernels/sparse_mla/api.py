@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.sparse_mla import reference
+from pallas_kernels.sparse_mla import gradient, reference
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
@@ -33,11 +33,17 @@ def _later(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def _reference(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, latent_scales: Any, **options: Any) -> jax.Array:
+    if latent_scales is not None:
+        return reference.sparse_mla(queries, latents, indices, latent_scales=latent_scales, **options)
+    return gradient.differentiable(reference.sparse_mla)(queries, latents, indices, options["scale"], options["value_dim"])
+
+
 BACKENDS = {
     "mosaic_tpu": dispatch.Backend(_later("mosaic_tpu", "sparse_mla"), _later("mosaic_tpu", "why_not")),
     "mosaic_gpu": dispatch.Backend(_later("mosaic_gpu", "sparse_mla"), _later("mosaic_gpu", "why_not")),
     "triton": dispatch.Backend(_later("triton", "sparse_mla"), _later("triton", "why_not")),
-    "xla": dispatch.Backend(reference.sparse_mla),
+    "xla": dispatch.Backend(_reference),
 }
 
 
@@ -65,7 +71,8 @@ def sparse_mla(
         rounded to the dtype of `queries`. For inference: no gradient reaches such latents.
 
     Returns:
-      [B, S, H, C] in the dtype of `queries`; zeros where all indices of a query are -1.
+      [B, S, H, C] in the dtype of `queries`; zeros where all indices of a query are -1. Differentiable in queries and
+      latents, deterministically.
 
     Raises:
       ValueError for shapes and dtypes that do not fit; NotImplementedError where a named implementation cannot serve.

@@ -1,4 +1,14 @@
-"""A kernel's forward pass with the reference's backward pass."""
+"""The backward pass of sparse_mla, the same for every implementation.
+
+With probabilities P of a query's selected latents kv, output O and its cotangent dO:
+
+    dS = P * (dO . values - sum of dO * O)     dq = scale * dS kv     dkv = scale * dS^T q + (P^T dO in the values' columns)
+
+A latent's gradient is a sum over all queries that selected it, any number of them. Adding with atomics would make it
+depend on timing, so a block of queries spreads its dS and P over the whole context instead, where every place gets one
+number, and the sum is a matrix product: deterministic, in float32, at the price of products over keys that nobody
+selected. Blocks are added in turn.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +17,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_mla import reference
+SPREAD_BYTES = {"cpu": 16 * 2**20, "other": 512 * 2**20}  # of one block's dS over the whole context
 
 
-def of_reference(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """forward(queries, latents, indices, scale=, value_dim=) as run(queries, latents, indices, scale, value_dim)."""
+def differentiable(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """forward(queries, latents, indices, scale=, value_dim=) made differentiable; its options become positional."""
 
     def run(queries: jax.Array, latents: jax.Array, indices: jax.Array, scale: float, value_dim: int) -> jax.Array:
         return forward(queries, latents, indices, scale=scale, value_dim=value_dim)
@@ -20,13 +30,59 @@ def of_reference(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return run(queries, latents, indices, scale, value_dim), (queries, latents, indices)
 
     def backward(scale, value_dim, kept, cotangent):
-        queries, latents, indices = kept
-        # A latent's gradient is a sum over every query that selected it: in float32, or later terms would be lost.
-        wide = latents.astype(jnp.float32)
-        _, pull = jax.vjp(lambda q, kv: reference.sparse_mla(q, kv, indices, scale=scale, value_dim=value_dim), queries, wide)
-        of_queries, of_latents = pull(cotangent)
-        return of_queries, of_latents.astype(latents.dtype), None
+        return *_pull(*kept, cotangent, scale, value_dim), None
 
-    differentiable = jax.custom_vjp(run, nondiff_argnums=(3, 4))
-    differentiable.defvjp(run_and_keep, backward)
-    return differentiable
+    both = jax.custom_vjp(run, nondiff_argnums=(3, 4))
+    both.defvjp(run_and_keep, backward)
+    return both
+
+
+def _pull(
+    queries: jax.Array, latents: jax.Array, indices: jax.Array, cotangent: jax.Array, scale: float, value_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of queries [B, S, H, W] and latents [B, T, W] from that of the output [B, S, H, C]."""
+    b, s, h, w = queries.shape
+    t = latents.shape[1]
+    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
+
+    def product(spec: str, *terms: jax.Array) -> jax.Array:
+        terms = tuple(term.astype(queries.dtype) for term in terms)
+        return jnp.einsum(spec, *terms, preferred_element_type=jnp.float32, precision=precision)
+
+    def row(q: jax.Array, kv: jax.Array, idx: jax.Array, out_grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[n, H, W], [T, W], [n, k], [n, H, C] -> [n, H, W] and these queries' share of [T, W]."""
+        valid = idx >= 0
+        selected = jnp.where(valid[..., None], kv[jnp.where(valid, idx, 0)], 0)
+        logits = jnp.where(valid[:, None], product("nhw,nkw->nhk", q, selected) * scale, -jnp.inf)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        p = weights / jnp.where(total == 0, 1.0, total)
+        of_p = product("nhc,nkc->nhk", out_grad, selected[..., :value_dim])
+        of_logits = p * (of_p - jnp.sum(p * of_p, axis=-1, keepdims=True)) * scale
+
+        def spread(x: jax.Array) -> jax.Array:  # [n, H, k] -> [n, H, T]
+            one = jax.vmap(lambda x, idx: jnp.zeros((h, t), jnp.float32).at[:, idx].add(x, mode="drop"))
+            return one(x, jnp.where(valid, idx, t))
+
+        of_kv = product("nht,nhw->tw", spread(of_logits), q)
+        of_kv = of_kv.at[:, :value_dim].add(product("nht,nhc->tc", spread(p), out_grad))
+        return product("nhk,nkw->nhw", of_logits, selected), of_kv
+
+    budget = SPREAD_BYTES.get(jax.default_backend(), SPREAD_BYTES["other"])
+    rows = max(1, min(s, budget // (4 * b * h * t)))
+    blocks = -(-s // rows)
+
+    def cut(x: jax.Array, fill: int = 0) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * rows - s)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+        return x.reshape(b, blocks, rows, *x.shape[2:]).swapaxes(0, 1)
+
+    def step(total: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        q, idx, out_grad = block
+        of_queries, of_latents = jax.vmap(row)(q, latents, idx, out_grad)
+        return total + of_latents, of_queries.astype(queries.dtype)
+
+    start = jnp.zeros(latents.shape, jnp.float32)
+    of_latents, of_queries = jax.lax.scan(step, start, (cut(queries), cut(indices, -1), cut(cotangent)))
+    of_queries = of_queries.swapaxes(0, 1).reshape(b, blocks * rows, h, w)[:, :s]
+    return of_queries, of_latents.astype(latents.dtype)

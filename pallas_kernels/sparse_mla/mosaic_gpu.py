@@ -132,4 +132,4 @@ def sparse_mla(
 ) -> jax.Array:
     if latent_scales is not None:
         return forward(queries, latents, indices, scale=scale, value_dim=value_dim, latent_scales=latent_scales)
-    return gradient.of_reference(forward)(queries, latents, indices, scale, value_dim)
+    return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

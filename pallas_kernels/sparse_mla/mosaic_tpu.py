@@ -117,7 +117,7 @@ def _word_place(position: jax.Array, word_rows: int) -> tuple[jax.Array, jax.Arr
 
 
 def _unite_kernel(listed_ref, words_ref, pages_ref, *, queries: int, page: int, rows: int):
-    """listed_ref [1, 1, Q, K] -> words_ref [1, 1, rows / 4, Q, LANES], pages_ref [1, 1, 1, P + LANES]: pages and their number."""
+    """listed_ref [1, 1, Q, K] -> words_ref [1, 1, rows / 4, Q, LANES] and pages_ref [1, 1, 1, P + LANES], as `unite` says."""
     word_rows = rows // 4
 
     def one(query, union):
@@ -256,7 +256,7 @@ def attend_pages(
     if t % page:
         latents = jnp.pad(latents, ((0, 0), (0, -t % page), (0, 0)))
 
-    def spec(array: jax.Array, **place: Any) -> pl.BlockSpec:
+    def spec(array: jax.Array | jax.ShapeDtypeStruct, **place: Any) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, *array.shape[2:]), lambda b, i: (b, i, *(0 for _ in array.shape[2:])), **place)
 
     out = jax.ShapeDtypeStruct((b, blocks, heads * block, value_dim), queries.dtype)
@@ -390,4 +390,4 @@ def sparse_mla(
 ) -> jax.Array:
     if latent_scales is not None:
         latents, indices = fp8.dequantise_selected(latents, latent_scales, indices, queries.dtype)
-    return gradient.of_reference(forward)(queries, latents, indices, scale, value_dim)
+    return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

@@ -125,4 +125,4 @@ def sparse_mla(
 ) -> jax.Array:
     if latent_scales is not None:
         latents, indices = fp8.dequantise_selected(latents, latent_scales, indices, queries.dtype)
-    return gradient.of_reference(forward)(queries, latents, indices, scale, value_dim)
+    return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)
