@@ -14,7 +14,6 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags
@@ -22,7 +21,7 @@ from absl import flags
 import checkpoints_convert
 from experiments import text
 from experiments.report import Output, device, markdown_table, text_table
-from indexcache_jax import layerwise, search
+from indexcache_jax import generate, search, serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
 from indexcache_jax.overlap import overlap
 from indexcache_jax.params import Params
@@ -51,6 +50,7 @@ _LOSS_BUDGET = flags.DEFINE_float(
 )
 _STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
 _BLOCKS = flags.DEFINE_integer("blocks", 1, "contiguous blocks of layers; greedy commits the best flip of each per step")
+_TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill, for which the weights are in memory twice")
 _RESUME = flags.DEFINE_bool("resume", False, f"go on from {LOG} in --output_dir after a kill")
 
 
@@ -65,12 +65,12 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One schedule in the table. Losses in nats per token, time in seconds per sequence."""
+    """One schedule in the table. Losses in nats per token, time in seconds per batch; None where it was not measured."""
 
     name: str
     schedule: Schedule
     held_out_loss: float
-    seconds: float
+    seconds: float | None
 
 
 def share(flag: str, value: str) -> fractions.Fraction:
@@ -138,7 +138,7 @@ def draw(
         raise ValueError(f"{flag}: {error}; give more text, or less --context or fewer sequences") from None
 
 
-def split(calibration: str, held_out: str) -> tuple[list[text.Document], list[text.Document]]:
+def split(calibration: str, held_out: str, flag: str = "calibration") -> tuple[list[text.Document], list[text.Document]]:
     """Calibration and held-out documents; without --held_out, a share of the files by their names' hash."""
     found = text.documents(calibration)
     if held_out:
@@ -146,7 +146,7 @@ def split(calibration: str, held_out: str) -> tuple[list[text.Document], list[te
     sides = [d for d in found if not d.held_out], [d for d in found if d.held_out]
     if not all(sides):
         raise ValueError(
-            f"--calibration={calibration}: {len(found)} file(s) are too few to keep some apart; name others with --held_out"
+            f"--{flag}={calibration}: {len(found)} file(s) are too few to keep some apart; name others with --held_out"
         )
     return sides
 
@@ -157,19 +157,23 @@ def batches(cuts: np.ndarray) -> list[np.ndarray]:
     return np.split(cuts, len(cuts) // _BATCH_SIZE.value)
 
 
-def seconds_of(params: Params, config: Config, base: Schedule, schedules: list[Schedule], tokens: np.ndarray) -> list[float]:
-    """Median seconds of a forward pass over tokens [B, S+1] under each schedule, the schedules taking turns."""
-    inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
+def prefill_seconds(
+    params: Params, config: Config, base: Schedule, schedules: list[Schedule], tokens: np.ndarray
+) -> list[float | None]:
+    """Median seconds to prefill tokens [B, S] into an empty cache under each schedule, the schedules taking turns."""
+    if not _TIME.value:
+        return [None for _ in schedules]
+    weights = serving.weights_of(params, config, base)
+    models = [serving.restrict(weights, config, schedule) for schedule in schedules]
     times: list[list[float]] = [[] for _ in schedules]
-    for _ in range(TIMED_RUNS):
-        for schedule, taken in zip(schedules, times, strict=True):
+    for _ in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
+        for model, schedule, taken in zip(models, schedules, times, strict=True):
+            cache = serving.init_cache(config, schedule, *tokens.shape, dtype=params.embedding.dtype)
+            jax.block_until_ready(cache)
             began = time.perf_counter()
-            state = layerwise.start(params, inputs, config)
-            layerwise.finish(
-                params, state, jnp.int32(0), jnp.array(schedule.is_full), targets, config, base
-            ).block_until_ready()
+            generate.prefill(model, list(tokens), cache, config)[0].block_until_ready()
             taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
+    return [statistics.median(taken[1:]) for taken in times]  # the first round compiles
 
 
 def plot_losses(output: Output, steps: list[search.Step], rows: list[Row], budget: float | None) -> None:
@@ -241,7 +245,7 @@ def within_budget(steps: list[search.Step], budget: float) -> search.Step:
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "forward s", "speed-up"]
+    header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "prefill s", "speed-up"]
     first = rows[0]
     layers = first.schedule.num_layers
     cells = [
@@ -252,8 +256,8 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
             f"{1 - row.schedule.num_full / layers:.0%}",
             f"{row.held_out_loss:.4f}",
             f"{row.held_out_loss / first.held_out_loss - 1:+.2%}",
-            f"{row.seconds:.3f}",
-            f"{first.seconds / row.seconds:.2f}x",
+            "-" if row.seconds is None else f"{row.seconds:.3f}",
+            "-" if row.seconds is None or first.seconds is None else f"{first.seconds / row.seconds:.2f}x",
         ]
         for row in rows
     ]
@@ -319,7 +323,7 @@ def run(output_dir: str, seed: int) -> None:
     with tqdm.tqdm(total=len(schedules) * len(held_out) * config.num_layers, unit="layer", desc="held-out") as bar:
         evaluator = search.Evaluator(params, config, base, held_out, progress=bar.update)
         held_out_losses = [evaluator.loss(schedule) for schedule in schedules]
-    times = seconds_of(params, config, base, schedules, held_out[0])
+    times = prefill_seconds(params, config, base, schedules, held_out[0][:, :-1])
     rows = [Row(n, s, loss, t) for (n, s), loss, t in zip(named, held_out_losses, times, strict=True)]
     matrix = overlap(params, config, base, calibration[:2])
     plot_losses(output, steps or [search.Step(base, rows[0].held_out_loss)], rows, budget)
@@ -345,7 +349,7 @@ def report_on(
         "pattern": chosen.pattern,
         "removed": removed,
         "schedules": [
-            {"name": r.name, "pattern": r.schedule.pattern, "held_out_loss": r.held_out_loss, "forward_seconds": r.seconds}
+            {"name": r.name, "pattern": r.schedule.pattern, "held_out_loss": r.held_out_loss, "prefill_seconds": r.seconds}
             for r in rows
         ],
         "steps": [
@@ -356,8 +360,8 @@ def report_on(
         "settings": {s.engine: s.fields for s in pasted},
     }
     note = (
-        f"Losses in nats per token on held-out text. Forward: the median of {TIMED_RUNS} passes over {batch} x {_CONTEXT.value} "
-        "tokens, schedules taking turns, in the program that takes the schedule as an argument."
+        f"Losses in nats per token, on held-out text. Prefill: the median of {TIMED_RUNS} runs over {batch} x {_CONTEXT.value} "
+        "tokens, the schedules taking turns."
     )
     lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
     report = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"

@@ -10,6 +10,7 @@ calibration batch that is little.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.struct
@@ -64,7 +65,7 @@ def _mlp(params: Params, x: jax.Array, layer: jax.Array, config: Config) -> jax.
 
 def _layer(params: Params, state: State, layer: jax.Array, full: jax.Array, config: Config, schedule: Schedule) -> State:
     state = _attention(params, state, layer, full, config, schedule)
-    return state.replace(x=_mlp(params, state.x, layer, config))
+    return dataclasses.replace(state, x=_mlp(params, state.x, layer, config))
 
 
 @jax.jit
@@ -98,8 +99,8 @@ def compare(
     The likeness is the cosine of a token's two outputs, averaged over tokens (paper, appendix C).
     """
     own = _attention(params, state, layer, jnp.array(True), config, schedule)
-    with_other = _attention(params, state.replace(indices=other), layer, jnp.array(False), config, schedule)
+    with_other = _attention(params, dataclasses.replace(state, indices=other), layer, jnp.array(False), config, schedule)
     a, b = ((s.x - state.x).astype(jnp.float32) for s in (own, with_other))
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-30)
-    return own.replace(x=_mlp(params, own.x, layer, config)), jnp.mean(cosine)
+    return dataclasses.replace(own, x=_mlp(params, own.x, layer, config)), jnp.mean(cosine)

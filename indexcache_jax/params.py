@@ -306,4 +306,4 @@ def with_schedule(params: Params, schedule: Schedule, new: Schedule) -> Params:
     if lacking := [layer for layer in new.full_layers if not schedule.is_full[layer]]:
         raise ValueError(f"schedule pattern: layer {lacking[0]} of {new.pattern} is F, but the params hold no indexer for it")
     kept = jnp.array([slots(schedule.full_layers)[layer] for layer in new.full_layers])
-    return params.replace(indexer=jax.tree.map(lambda stack: stack[kept], params.indexer))
+    return dataclasses.replace(params, indexer=jax.tree.map(lambda stack: stack[kept], params.indexer))

@@ -63,7 +63,7 @@ class Log:
         self.path = pathlib.Path(path)
         self._known: dict[tuple[str, int], float] = {}
         whole = self._read(dict(about)) if self.path.exists() else 0
-        self._file = open(self.path, "r+" if whole else "w", encoding="utf-8")
+        self._file = open(self.path, "r+" if whole else "w", encoding="utf-8")  # noqa: SIM115 (open for the log's life)
         self._file.truncate(whole)
         self._file.seek(whole)
         if not whole:
