@@ -8,38 +8,39 @@ Dense (warm-up): attention and the divergence run over all visible keys. Sparse:
 p and softmax(I) renormalised on them. The indexer reads detached activations and p is a constant, so the divergence
 trains only indexers; selection is discrete, so the language loss never reaches them.
 
-Probabilities exist for one block of queries at a time and are recomputed in the backward pass.
+Probabilities exist for one block of queries at a time and are recomputed in the backward pass; what is kept of a
+selection is its indices, made once by the F layer and handed down like the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+import pallas_kernels
 from indexcache_jax import attention, indexer, moe
 from indexcache_jax.config import Config
 from indexcache_jax.model import AttentionLayer, Positions, mlp_layers, place, token_losses
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import MoE, Params, abstract, slots
 from indexcache_jax.schedule import Schedule
-from pallas_kernels.indexer_topk.reference import select
 
-SCORE_BYTES = 512 * 2**20  # of one block's float32 attention logits, all heads and rows
-SELECTION = "selection"  # saved for the backward pass: selecting again would cost more than it keeps
+SCORE_BYTES = 512 * 2**20  # of one block's float32 logits, all attention and index heads and rows
 
 
 @flax.struct.dataclass
 class IndexState:
-    """What an F layer hands to the layers it serves: its scores, before they are made."""
+    """What an F layer hands to the layers it serves: its scores, before they are made, and its selection if sparse."""
 
     queries: jax.Array  # [B, S, Hi, Di]
     keys: jax.Array  # [B, S, Di]
     head_weights: jax.Array  # [B, S, Hi]
+    indices: jax.Array | None  # [B, S, k]
 
 
 @flax.struct.dataclass
@@ -65,30 +66,62 @@ def runs(config: Config, schedule: Schedule) -> list[Run]:
     """The layers, cut wherever F/S or dense/experts changes."""
     kinds = list(zip(schedule.is_full, config.moe_layers, strict=True))
     cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
-    return [Run(a, b, *kinds[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [Run(a, b, *kinds[a]) for a, b in itertools.pairwise(cuts)]
 
 
-def index_scores(state: IndexState, queries: jax.Array, head_weights: jax.Array) -> jax.Array:
-    """I [B, Q, T] float32 of a block of index queries [B, Q, Hi, Di] against all index keys."""
-    dots = jnp.einsum("bqhd,btd->bqht", queries, state.keys, preferred_element_type=jnp.float32)
+def index_scores(queries: jax.Array, keys: jax.Array, head_weights: jax.Array) -> jax.Array:
+    """I [B, Q, T] float32 of index queries [B, Q, Hi, Di] and head weights [B, Q, Hi] against index keys [B, T, Di]."""
+    dots = jnp.einsum("bqhd,btd->bqht", queries, keys, preferred_element_type=jnp.float32)
     return jnp.einsum("bqht,bqh->bqt", jax.nn.relu(dots), head_weights)
 
 
-def divergence(p: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """KL(p || softmax of the scores within the mask) of every query: [B, Q, T] x 3 -> [B, Q], 0 for an empty mask."""
+def divergence(target: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """KL(target || softmax of the scores within the mask) of every query: [B, Q, T] x 3 -> [B, Q], 0 for an empty mask.
+
+    The target is a distribution within the mask: zeros outside.
+    """
     some = jnp.any(mask, axis=-1, keepdims=True)
     log_q = jax.nn.log_softmax(jnp.where(mask, scores, jnp.where(some, -jnp.inf, 0.0)), axis=-1)
-    return jnp.sum(jnp.where(mask & (p > 0), p * (jnp.log(jnp.where(p > 0, p, 1.0)) - log_q), 0.0), axis=-1)
+    return jnp.sum(jax.scipy.special.xlogy(target, target) - target * jnp.where(mask, log_q, 0.0), axis=-1)
 
 
-def selected(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
-    """The keys [B, Q, T] (bool) among each query's first visible [B, Q] that its k best scores select."""
-    t = scores.shape[-1]
-    indices = checkpoint_name(jax.vmap(lambda s, v: select(s, v, k))(jax.lax.stop_gradient(scores), visible), SELECTION)
-    rows = jax.lax.broadcasted_iota(jnp.int32, indices.shape, 1)
-    row_of_batch = jax.lax.broadcasted_iota(jnp.int32, indices.shape, 0)
-    places = jnp.where(indices < 0, t, indices)
-    return jnp.zeros(scores.shape, bool).at[row_of_batch, rows, places].set(True, mode="drop")
+def averaged_divergence(targets: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """KL(mean of the targets [n, B, Q, T] || softmax of the scores within the mask): [B, Q] (paper 3.2, averaged form).
+
+    Its gradient is that of the mean of `divergence` over the targets, which is larger by their Jensen-Shannon divergence.
+    It needs every served layer's target at once, so training takes the sum.
+    """
+    return divergence(jnp.mean(targets, axis=0), scores, mask)
+
+
+def within(indices: jax.Array, keys: int) -> jax.Array:
+    """The mask [B, Q, T] of selected indices [B, Q, k] among T = `keys`; -1 selects nothing."""
+    row_of_batch, row = (jax.lax.broadcasted_iota(jnp.int32, indices.shape, axis) for axis in (0, 1))
+    places = jnp.where(indices < 0, keys, indices)
+    return jnp.zeros((*indices.shape[:2], keys), bool).at[row_of_batch, row, places].set(True, mode="drop")
+
+
+def _index(
+    p: AttentionLayer, h: jax.Array, q_latent: jax.Array, positions: Positions, config: Config, sparse: bool
+) -> IndexState:
+    """An F layer's index state from its normalised input h [B, S, D] and query latents [B, S, R], both detached."""
+    assert p.indexer is not None  # an F layer has one
+    h, q_latent = jax.lax.stop_gradient((h, q_latent))
+    state = IndexState(
+        indexer.index_queries(p.indexer, q_latent, positions.angles, config),
+        indexer.index_keys(p.indexer, h, positions.angles, config),
+        indexer.head_weights(p.indexer, h, config),
+        None,
+    )
+    if not sparse:
+        return state
+    indices = pallas_kernels.indexer_topk(
+        *jax.lax.stop_gradient((state.queries, state.keys, state.head_weights)),
+        k_select=min(config.index_topk, h.shape[1]),
+        q_positions=positions.queries,
+        kv_lengths=positions.kv_lengths,
+    )
+    return dataclasses.replace(state, indices=indices)
 
 
 def _attend(
@@ -109,31 +142,29 @@ def _attend(
     queries = jnp.concatenate(attention.queries(p.attention, q_latent, positions.angles, config), axis=-1)
     latents = attention.latents(p.attention, h, positions.angles, config)
     keys, values = attention.expand(p.attention, latents, config)
-    if full and state is not None:
-        frozen, frozen_latent = jax.lax.stop_gradient(h), jax.lax.stop_gradient(q_latent)
-        state = IndexState(
-            indexer.index_queries(p.indexer, frozen_latent, positions.angles, config),
-            indexer.index_keys(p.indexer, frozen, positions.angles, config),
-            indexer.head_weights(p.indexer, frozen, config),
-        )
     if state is None and _fused(queries, values):
         out = _causal(queries, keys, values, config.attention_scale)
         return x + attention.output(p.attention, out), None, jnp.zeros((), jnp.float32)
+    if full and state is not None:
+        state = _index(p, h, q_latent, positions, config, sparse)
     t = keys.shape[1]
-    visible = jnp.clip(jnp.minimum(positions.queries + 1, positions.kv_lengths[:, None]), 0, t)
 
-    def block(queries: jax.Array, visible: jax.Array, *index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def block(
+        queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array]:
         mask = jnp.arange(t) < visible[..., None]
-        scores = None if state is None else index_scores(state, *index)
-        if sparse:
-            mask = mask & selected(scores, visible, min(config.index_topk, t))
-        out, p = attention.attend_expanded(queries, keys, values, mask, config.attention_scale)
-        if scores is None:
+        if indices is not None:
+            mask = mask & within(indices, t)
+        out, target = attention.attend_expanded(queries, keys, values, mask, config.attention_scale)
+        if state is None:
             return out, jnp.zeros(visible.shape, jnp.float32)
-        return out, divergence(jax.lax.stop_gradient(p), scores, mask)
+        index_queries, head_weights = index
+        scores = index_scores(index_queries, state.keys, head_weights)
+        return out, divergence(jax.lax.stop_gradient(target), scores, mask)
 
-    index = () if state is None else (state.queries, state.head_weights)
-    out, kl = _blockwise(block, (queries, visible, *index), config.num_heads * t * 4)
+    indices, index = (None, ()) if state is None else (state.indices, (state.queries, state.head_weights))
+    bytes_per_query = 4 * t * (config.num_heads + config.index_n_heads)
+    out, kl = _blockwise(block, (queries, positions.queries + 1, indices, index), bytes_per_query)
     return x + attention.output(p.attention, out), state, jnp.sum(kl)
 
 
@@ -145,7 +176,8 @@ def _embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
 def _fused(queries: jax.Array, values: jax.Array) -> bool:
     """Whether cuDNN's fused attention serves: on a GPU, in 16 bits, heads of a multiple of 8 up to 128."""
     width = queries.shape[-1]
-    return jax.default_backend() == "gpu" and queries.dtype == jnp.bfloat16 and width % 8 == 0 and values.shape[-1] <= width <= 128
+    fits = width % 8 == 0 and values.shape[-1] <= width <= 128
+    return fits and jax.default_backend() == "gpu" and queries.dtype == jnp.bfloat16
 
 
 def _causal(queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:
@@ -156,18 +188,27 @@ def _causal(queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float
     return out[..., :width]
 
 
-def _blockwise(block: Any, inputs: tuple[jax.Array, ...], bytes_per_query: int) -> tuple[jax.Array, jax.Array]:
-    """`block` over equal blocks of queries, each recomputed in the backward pass but for its selection."""
+def _blockwise(block: Any, inputs: Any, bytes_per_query: int) -> tuple[jax.Array, jax.Array]:
+    """`block(*inputs)` over blocks of queries of a tree of inputs [B, S, ...], each recomputed in the backward pass.
+
+    The last block is filled up with zeros, of which the results are dropped.
+    """
     b, s = inputs[0].shape[:2]
-    rows = s
-    while rows % 2 == 0 and b * rows * bytes_per_query > SCORE_BYTES:
-        rows //= 2
-    block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(SELECTION))
-    if rows == s:
+    blocks = min(s, -(-b * s * bytes_per_query // SCORE_BYTES))
+    rows = -(-s // blocks)
+    block = jax.checkpoint(block)
+    if blocks == 1:
         return block(*inputs)
-    cut = tuple(x.reshape(b, s // rows, rows, *x.shape[2:]).swapaxes(0, 1) for x in inputs)
-    outs = jax.lax.map(lambda xs: block(*xs), cut)
-    return tuple(o.swapaxes(0, 1).reshape(b, s, *o.shape[3:]) for o in outs)  # type: ignore[return-value]
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * rows - s)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(b, blocks, rows, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(b, blocks * rows, *x.shape[3:])[:, :s]
+
+    out, kl = jax.lax.map(lambda xs: block(*xs), jax.tree.map(cut, inputs))
+    return join(out), join(kl)
 
 
 def losses(
@@ -178,12 +219,16 @@ def losses(
     *,
     indexers: bool,
     sparse: bool,
+    cross_layer: bool = True,
     compute_dtype: Any = jnp.bfloat16,
 ) -> Losses:
     """The losses of tokens [B, S+1] (inputs and their successors), in nats a token.
 
     indexers: train them (False for dense language modelling before there are any worth running). sparse: attend to the
-    selected keys only; needs `indexers`. Raises ValueError for sparse without indexers.
+    selected keys only; needs `indexers`. cross_layer: False leaves the S layers' terms out, so that an indexer learns
+    from its own layer alone (the paper's ablation). Weights are rounded to compute_dtype for the arithmetic.
+
+    Raises ValueError for sparse without indexers.
     """
     if sparse and not indexers:
         raise ValueError("losses: sparse attention needs indexers=True")
@@ -192,48 +237,42 @@ def losses(
     b, s = inputs.shape
     positions = place(jnp.zeros((b,), jnp.int32), jnp.full((b,), s, jnp.int32), s, config)
     x = _embed(params.embedding, inputs)
-    heads, width = config.index_n_heads, config.index_head_dim
-    state = None
-    if indexers:
-        state = IndexState(
-            jnp.zeros((b, s, heads, width), x.dtype), jnp.zeros((b, s, width), x.dtype), jnp.zeros((b, s, heads), jnp.float32)
-        )
+    state = _no_state(b, s, x.dtype, config, sparse) if indexers else None
     dense, sparse_layers = mlp_layers(config)
     stack_slots = {False: slots(dense), True: slots(sparse_layers)}
     full_slots = slots(schedule.full_layers)
-    serving = [1.0 / len(schedule.serves(source)) for source in schedule.source]
+    shares = [_share(schedule, layer, cross_layer) for layer in range(config.num_layers)]
     kl_total, loads = jnp.zeros((), jnp.float32), []
     for run in runs(config, schedule):
-        span, mlp_start = run.stop - run.start, stack_slots[run.experts][run.start]
-        stack = params.moe if run.experts else params.dense
-        full_start = full_slots[run.start] if run.full else 0
 
-        def cut(tree: Any, start: int, span: int = span) -> Any:
+        def cut(tree: Any, start: int, span: int = run.stop - run.start) -> Any:
             return jax.tree.map(lambda a: a[start : start + span], tree)
 
         layers = (
             AttentionLayer(
                 cut(params.input_norm, run.start),
                 cut(params.attention, run.start),
-                cut(params.indexer, full_start) if run.full else None,
+                cut(params.indexer, full_slots[run.start]) if run.full else None,
             ),
-            cut(stack, mlp_start),
+            cut(params.moe if run.experts else params.dense, stack_slots[run.experts][run.start]),
             cut(params.mlp_norm, run.start),
-            jnp.array(serving[run.start : run.stop], jnp.float32),
+            jnp.array(shares[run.start : run.stop], jnp.float32),
         )
 
-        def layer(carry: Any, xs: Any, full: bool = run.full, experts: bool = run.experts) -> Any:
-            x, state, kl_total = carry
-            p, mlp, norm, weight = xs
-            x, state, kl = _attend(p, x, state, positions, config, full, sparse)
+        def layer(carry: Any, xs: Any, run: Run = run) -> Any:
+            # The barrier hides that some of the carry never changes. JAX computes what follows from a scan's constants
+            # ahead of it, and here that would be masks and index scores of all blocks, [S, T] together.
+            x, kl_total, positions, state = jax.lax.optimization_barrier(carry)
+            p, mlp, norm, share = xs
+            x, state, kl = _attend(p, x, state, positions, config, run.full, sparse)
+            carry = kl_total + share * kl, positions, state
             h = rms_norm(x, norm, config.rms_norm_eps)
-            if not experts:
-                return (x + moe.mlp(mlp, h), state, kl_total + weight * kl), None
+            if not run.experts:
+                return (x + moe.mlp(mlp, h), *carry), None
             chosen, _ = moe.route(mlp, h.reshape(-1, h.shape[-1]), config)
-            load = moe.loads(chosen, config.n_routed_experts)
-            return (x + moe.moe(mlp, h, config), state, kl_total + weight * kl), load
+            return (x + moe.moe(mlp, h, config), *carry), moe.loads(chosen, config.n_routed_experts)
 
-        (x, state, kl_total), load = jax.lax.scan(layer, (x, state, kl_total), layers)
+        (x, kl_total, positions, state), load = jax.lax.scan(layer, (x, kl_total, positions, state), layers)
         if run.experts:
             loads.append(load)
     language = jnp.mean(token_losses(params, x, targets, config))
@@ -242,6 +281,24 @@ def losses(
         kl_total / (b * s),
         jnp.concatenate(loads) if loads else jnp.zeros((0, config.n_routed_experts), jnp.int32),
     )
+
+
+def _no_state(batch: int, length: int, dtype: Any, config: Config, sparse: bool) -> IndexState:
+    """What stands before the first layer, which is F and replaces it."""
+    heads, width = config.index_n_heads, config.index_head_dim
+    return IndexState(
+        jnp.zeros((batch, length, heads, width), dtype),
+        jnp.zeros((batch, length, width), dtype),
+        jnp.zeros((batch, length, heads), jnp.float32),
+        jnp.zeros((batch, length, min(config.index_topk, length)), jnp.int32) if sparse else None,
+    )
+
+
+def _share(schedule: Schedule, layer: int, cross_layer: bool) -> float:
+    """What a layer's divergence counts: 1/(m+1) where its source serves m+1 layers."""
+    if cross_layer:
+        return 1.0 / len(schedule.serves(schedule.source[layer]))
+    return 1.0 if schedule.is_full[layer] else 0.0
 
 
 def balance(bias: jax.Array, loads: jax.Array, speed: float) -> jax.Array:
