@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200: how many blocks a persistent kernel starts
+REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
+WARPGROUP = 128  # threads
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisterSplit:
+    """How a block of one helping and `workers` working warpgroups divides the registers: per thread, by setmaxnreg.
+
+    A block is launched with the largest multiple of 8 registers a thread that fits the file. What a warpgroup gains has
+    to be among these: where the demands together exceed them it waits for ever, without a message.
+    """
+
+    workers: int
+    worker: int
+    helper: int
+
+    def __post_init__(self) -> None:
+        if any(not 24 <= registers <= 256 or registers % 8 for registers in (self.worker, self.helper)):
+            raise ValueError(f"{self}: registers of a thread are a multiple of 8 from 24 to 256")
+        warpgroups = self.workers + 1
+        at_launch = REGISTER_FILE // (8 * WARPGROUP * warpgroups) * 8
+        demanded = self.workers * self.worker + self.helper
+        if demanded > warpgroups * at_launch:
+            raise ValueError(f"{self}: {demanded} registers for {warpgroups} threads launched with {at_launch} each")
 
 
 def why_not() -> str | None:

@@ -133,6 +133,11 @@ def block_barrier() -> None:
     asm("bar.sync 0;")
 
 
+def warp_barrier() -> None:
+    """All threads of the warp meet; what they did before, one of them may announce to others after."""
+    asm("bar.warp.sync 0xffffffff;")
+
+
 def barrier_init(address: Value, arrivals: int) -> None:
     asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [address], "r")
 

@@ -41,7 +41,8 @@ HEADS = (8, 16, 32, 64)  # Hi of the kernel
 KEYS = 64  # of a warpgroup
 COLUMNS = 128  # queries x heads of a full tile
 MAX_RUN = 96
-_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}  # of a math and of the copying thread; their sum fills the file
+# By math warpgroups; the copying one helps.
+_REGISTERS = {split.workers: split for split in map(hopper.RegisterSplit, (2, 3, 4), (240, 160, 112), (24, 32, 32))}
 _ACC = plgpu.Layout.WGMMA
 _LOW = float("-inf")
 
@@ -261,7 +262,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
     place = _Place(config.queries)
     per_thread = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
     scalar = plgpu.Layout.WG_SPLAT(())
-    math_registers, copy_registers = _REGISTERS[config.math]
+    registers = _REGISTERS[config.math]
 
     def indexer_scores(*refs: Any) -> None:
         q_gm, k_gm, w_gm, positions_gm, lengths_gm = refs[:5]
@@ -346,7 +347,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
 
         @pl.when(warpgroup < config.math)
         def _multiply() -> None:
-            plgpu.set_max_registers(math_registers, action="increase")
+            plgpu.set_max_registers(registers.worker, action="increase")
             rows = pl.ds(warpgroup * KEYS, KEYS)
 
             def work(b: Any, query: Any, first: Any, count: Any, limits: list[Any], carry: Any) -> Any:
@@ -379,7 +380,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
 
         @pl.when(warpgroup == config.math)
         def _copy() -> None:
-            plgpu.set_max_registers(copy_registers, action="decrease")
+            plgpu.set_max_registers(registers.helper, action="decrease")
 
             def work(b: Any, query: Any, first: Any, count: Any, limits: list[Any], carry: Any) -> Any:
                 done, tiles = carry

@@ -53,7 +53,7 @@ def unite(indices: jax.Array, tasks: Tasks) -> tuple[jax.Array, jax.Array]:
     if packed * k > length:
         raise ValueError(f"a list of {length} entries does not hold {packed} queries of {k} keys")
 
-    def body(index_gmem, list_gmem, count_gmem, bitmaps, totals):
+    def sparse_mla_union(index_gmem, list_gmem, count_gmem, bitmaps, totals):
         @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _REF, _REF, _SCALAR))
         def build(ctx, index_gmem, list_gmem, count_gmem, bitmaps, totals, tile):
             tile = ptx.scalar(tile)
@@ -176,7 +176,7 @@ def unite(indices: jax.Array, tasks: Tasks) -> tuple[jax.Array, jax.Array]:
         build(index_gmem, list_gmem, count_gmem, bitmaps, totals, jax.lax.axis_index("tile"))
 
     kernel = plgpu.kernel(
-        body,
+        sparse_mla_union,
         out_type=(
             jax.ShapeDtypeStruct((tasks.lists, length), jnp.int32),
             jax.ShapeDtypeStruct((tasks.lists,), jnp.int32),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import sparse_mla
+from pallas_kernels import hopper, sparse_mla
 from pallas_kernels.sparse_mla import fp8, gradient, mosaic_gpu, reference, triton
 from tests.pallas_kernels import ptx_emulator
 from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
@@ -220,6 +220,22 @@ def test_how_many_queries_share_a_tile(shape, expected):
 def test_splits_fill_the_device_evenly(tiles, pairs, expected):
     pytest.importorskip("jax", minversion="0.11")
     assert mosaic_gpu.splits_of(tiles, pairs) == expected
+
+
+@pytest.mark.parametrize("split", [(2, 216, 72), (2, 200, 104), (2, 240, 24), (3, 160, 32), (4, 112, 32)])
+def test_registers_that_a_block_is_launched_with_can_be_divided(split):
+    workers, worker, helper = split
+    hopper.RegisterSplit(*split)
+    with pytest.raises(ValueError, match="launched with"):
+        hopper.RegisterSplit(workers, worker + 8, helper)
+
+
+def test_registers_that_would_be_waited_for_are_refused():
+    with pytest.raises(ValueError, match="512 registers for 3 threads launched with 168 each"):
+        hopper.RegisterSplit(workers=2, worker=208, helper=96)  # 65536 in all, but 168 x 384 at launch
+    for worker, helper in ((100, 72), (264, 24), (216, 16)):
+        with pytest.raises(ValueError, match="a multiple of 8 from 24 to 256"):
+            hopper.RegisterSplit(workers=2, worker=worker, helper=helper)
 
 
 def test_pairs_to_visit_end_with_the_last_index():
