@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 import statistics
@@ -27,18 +28,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.report import Output, markdown_table
+from experiments.report import Output, command, device, markdown_table, versions
 from pallas_kernels import grouped_matmul, hopper, indexer_topk, sparse_mla
 from pallas_kernels.indexer_topk import reference as indexer_reference
 
-_ROWS = flags.DEFINE_string("rows", "", "measure only rows whose name matches this regular expression, and the baselines")
+_ROWS = flags.DEFINE_string(
+    "rows", "", "measure only rows whose name matches this regular expression, and keep others that lie in the output folder"
+)
 _SECONDS = flags.DEFINE_float("seconds", 110.0, "after so many seconds no further XLA comparison is begun")
 
 L2_BYTES = 50 * 2**20  # of an H100 and an H200
 MAX_CALLS, PROGRAM_SECONDS = 64, 5e-4
 BYTES_PER_SECOND = 4e12  # about what such a GPU copies
 WINDOWS, WINDOW_SECONDS = 5, 0.06
-COMPILERS = 4  # rows compiled at the same time
+COMPILERS = 8  # rows compiled at the same time
 HEAD_DIM, LATENT, VALUE_DIM, SELECTED = 128, 576, 512, 2048
 FP8 = jnp.float8_e4m3fn
 # Calls of a program must not overlap, or their times would not add up.
@@ -69,12 +72,14 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """published: milliseconds of the best public kernel on an H200, and whose; target: what this library aims at."""
+    """published: milliseconds of the best public kernel on an H200, and whose; target: what this library aims at;
+    note: what decides its time, where that is not plain."""
 
     name: str
     make: Callable[[], Case]
     published: tuple[float, str] | None = None
     target: float | None = None
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,10 +356,11 @@ def table(sizes: Sizes) -> list[Row]:
         *shape: Any,
         public: tuple[float, str] | None = None,
         target: float | None = None,
+        note: str = "",
         **how: Any,
     ) -> None:
         make = functools.partial(function, sizes, *shape, **how)
-        rows.append(Row(f"{name}, small", make) if sizes.small else Row(name, make, public, target))
+        rows.append(Row(f"{name}, small", make) if sizes.small else Row(name, make, public, target, note))
 
     bf16 = jnp.bfloat16
     prefill: dict[str, Any] = dict(part=16)
@@ -387,6 +393,11 @@ def table(sizes: Sizes) -> list[Row]:
 
     flash = "FlashMLA bf16"
     padded = "FlashMLA bf16, padded to 64 heads"
+    few_heads = (
+        "three queries share a tile of 64 query rows over the union of their selections. Random ones have nothing in common, "
+        "so the union is three selections, every latent of which is gathered and multiplied with all 64 rows: the work, and "
+        "about the time, of 64 heads. It falls with what neighbours share."
+    )
     for heads, whose, times, targets in (
         (64, flash, (1.77, 2.03, 2.20), (None, None, 2.35)),
         (128, flash, (3.48, 3.98, 4.38), (None, None, None)),
@@ -394,7 +405,8 @@ def table(sizes: Sizes) -> list[Row]:
     ):
         for t, ms, target in zip((10240, 61440, 122880), times, targets, strict=True):
             name = f"sparse MLA, 4096 x {t}, {heads} heads, random"
-            add(name, attention, 1, 4096, heads, t, public=(ms, whose), target=target, part=8)
+            note = few_heads if (heads, t) == (20, 122880) else ""
+            add(name, attention, 1, 4096, heads, t, public=(ms, whose), target=target, note=note, part=8)
     for shared, target in ((0.85, 1.3), (0.7, None)):
         name = f"sparse MLA, 4096 x 122880, 20 heads, {shared:.0%} shared"
         add(name, attention, 1, 4096, 20, 122880, shared=shared, public=(2.15, padded), target=target, part=8)
@@ -486,35 +498,73 @@ class Measured:
             "launches": self.launches,
         }
 
-    def cells(self, baselines: dict[str, float]) -> list[str]:
-        def time_of(ms: float | None) -> str:
-            return "" if ms is None else f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.1f} us"
-
-        published, source = self.row.published or (None, "")
-        return [
-            self.row.name,
-            time_of(self.ms),
-            f"{self.rate:.0f} TFLOP/s" if self.flops else f"{self.rate:.2f} TB/s",
-            f"{self.of_baseline(baselines):.2f} of {'matmul' if self.flops else 'copy'}",
-            "" if self.xla is None else f"{self.xla / self.ms:.1f} x faster",
-            "" if published is None else f"{time_of(published)} ({source})",
-            time_of(self.row.target),
-            "" if self.kernels is None or self.launches is None else f"{time_of(self.kernels)} in {self.launches:g}",
-        ]
-
 
 HEADER = ["operation", "time", "rate", "of baseline", "than XLA", "best public kernel", "target", "kernels alone"]
 
 
-def report(measured: list[Measured], baselines: dict[str, float]) -> str:
+def cells(record: dict[str, Any]) -> list[str]:
+    """A row of the report."""
+
+    def time_of(ms: float | None) -> str:
+        return "" if ms is None else f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.1f} us"
+
+    ms, xla, launches = record["ms"], record["xla_ms"], record["launches"]
+    public = "" if record["published_ms"] is None else f"{time_of(record['published_ms'])} ({record['published_by']})"
+    return [
+        record["name"],
+        time_of(ms),
+        f"{record['tflops']:.0f} TFLOP/s" if "tflops" in record else f"{record['tbps']:.2f} TB/s",
+        f"{record['of_matmul']:.2f} of matmul" if "of_matmul" in record else f"{record['of_copy']:.2f} of copy",
+        "" if xla is None else f"{xla / ms:.1f} x faster",
+        public,
+        time_of(record["target_ms"]),
+        "" if launches is None else f"{time_of(record['kernels_ms'])} in {launches:g}",
+    ]
+
+
+def report(rows: list[Row], metrics: dict[str, Any]) -> str:
+    """`rows` is the whole table: what of it `metrics` lacks is named."""
     lines = ["# Kernels", "", " ".join((__doc__ or "").split("\n\n", 1)[1].split()), ""]
-    lines += [f"Baselines: {', '.join(f'{name} {value:.4g}' for name, value in baselines.items())}.", ""]
     lines.append(
         '"Than XLA" compares with this library\'s "xla" implementation, for prefill measured on a part of the queries and '
         "multiplied; empty where it was left out for time or does not exist for a part of an operation. For rows that move "
         "bytes the rate counts what has to be read once: keys, scores, selected latents or matrices."
     )
-    return "\n".join([*lines, "", markdown_table(HEADER, [one.cells(baselines) for one in measured])])
+    measured = {record["name"] for record in metrics["rows"]}
+    lines += ["", markdown_table(HEADER, [cells(record) for record in metrics["rows"]]), ""]
+    lines += [f"- {row.name}: {row.note}" for row in rows if row.note and row.name in measured]
+    missing = [row.name for row in rows if row.name not in measured]
+    lines += ["", f"Not measured: {'; '.join(missing)}." if missing else "Every row was measured.", ""]
+    lines.append("Runs, each with the baselines that its rows are compared with:")
+    for one in metrics["runs"]:
+        baselines = ", ".join(f"{name} {value:.4g}" for name, value in one["baselines"].items())
+        complete = "" if one["complete"] else ", ended before all its rows were measured"
+        lines.append(f"- `{one['command']}`: {len(one['rows'])} rows, {baselines}; {one['seconds']:.0f} s{complete}")
+    return "\n".join(lines)
+
+
+def earlier_metrics(output: Output) -> dict[str, Any]:
+    """The metrics that lie in the output folder, where the same versions measured them on the same device; else none."""
+    path = output.directory / "results.json"
+    nothing: dict[str, Any] = {"runs": [], "rows": []}
+    if not _ROWS.value or not path.exists():  # a run of all rows replaces what there is
+        return nothing
+    found = json.loads(path.read_text())
+    if (found["experiment"], found["versions"], found["device"]) != ("kernels", versions(), device()):
+        print(f"{path} is replaced: it is of another experiment, device or versions", flush=True)
+        return nothing
+    return found["metrics"]
+
+
+def merged(rows: list[Row], earlier: dict[str, Any], run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of earlier runs and this one: its rows replace those of their names."""
+    by_name = {record["name"]: record for record in (*earlier["rows"], *records)}
+    run = run | {"rows": [record["name"] for record in records]}
+    runs = [one | {"rows": [name for name in one["rows"] if name not in run["rows"]]} for one in earlier["runs"]]
+    return {
+        "runs": [*(one for one in runs if one["rows"]), run],
+        "rows": [by_name[row.name] for row in rows if row.name in by_name],
+    }
 
 
 def plot(output: Output, records: list[dict[str, Any]]) -> None:
@@ -555,19 +605,23 @@ def run(output_dir: str, seed: int) -> None:
         pattern = re.compile(_ROWS.value)
     except re.error as error:
         raise ValueError(f"--rows={_ROWS.value}: not a regular expression: {error}") from None
-    wanted = [row for row in table(sizes) if pattern.search(row.name)]
+    rows = table(sizes)
+    wanted = [row for row in rows if pattern.search(row.name)]
     if not wanted:
         raise ValueError(f"--rows={_ROWS.value}: no row has such a name")
 
+    earlier = earlier_metrics(output)
     measured: list[Measured] = []
     comparisons: list[tuple[Measured, tuple[Callable[..., Any], Arguments, int]]] = []
     programs: list[tuple[Measured, Any, ProgramArguments]] = []
     base: dict[str, float] = {}
 
-    def finish() -> None:
-        records = [one.record(base) for one in measured]
-        metrics = {"baselines": base, "rows": records, "seconds": time.perf_counter() - began}
-        output.finish("kernels", metrics, report(measured, base))
+    def finish() -> dict[str, Any]:
+        run = {"command": command(), "baselines": base, "seconds": time.perf_counter() - began}
+        run["complete"] = len(measured) == len(wanted)
+        metrics = merged(rows, earlier, run, [one.record(base) for one in measured])
+        output.finish("kernels", metrics, report(rows, metrics))
+        return metrics
 
     def measure(row: Row, case: Case, program: Any) -> Measured:
         one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
@@ -597,7 +651,7 @@ def run(output_dir: str, seed: int) -> None:
                 measured.append(one)
                 if case.reference is not None:
                     comparisons.append((one, case.reference))
-                print("  ".join(one.cells(base)), flush=True)
+                print("  ".join(cells(one.record(base))), flush=True)
             finish()
         measure_baselines("_at_the_end")
 
@@ -618,6 +672,5 @@ def run(output_dir: str, seed: int) -> None:
                 print(f"no times of kernels alone: {error}", flush=True)
                 break
             print(f"kernels alone, {one.row.name}: {one.kernels:.4g} ms in {one.launches:g}", flush=True)
-        finish()
-    plot(output, [one.record(base) for one in measured])
+    plot(output, finish()["rows"])
     print(f"{len(measured)} rows in {time.perf_counter() - began:.0f} s, written to {output_dir}", flush=True)

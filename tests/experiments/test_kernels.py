@@ -25,10 +25,39 @@ def test_it_measures_rows_and_writes_them(tmp_path, monkeypatch, flags_parsed):
     for row in metrics["rows"]:
         assert row["ms"] == np.median(row["windows_ms"]) > 0
         assert row["published_ms"] is None and row["target_ms"] is None  # small shapes have no such figures
-    assert metrics["baselines"]["matmul_tflops"] > 0 and metrics["baselines"]["copy_tbps_at_the_end"] > 0
+    (one,) = metrics["runs"]
+    assert one["baselines"]["matmul_tflops"] > 0 and one["baselines"]["copy_tbps_at_the_end"] > 0
+    assert one["rows"] == names and one["complete"]
     report = (tmp_path / "report.md").read_text()
     assert all(f"| {name} |" in report for name in names)
+    assert "Not measured: scores fp8" in report
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_are_kept_where_they_were_measured_alike(tmp_path, monkeypatch, flags_parsed):
+    monkeypatch.setattr(kernels, "WINDOW_SECONDS", 1e-3)
+
+    def measure(pattern):
+        with flagsaver.flagsaver(rows=pattern):
+            kernels.run(str(tmp_path), 0)
+        metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+        return {row["name"]: row["ms"] for row in metrics["rows"]}, [one["rows"] for one in metrics["runs"]]
+
+    alone, given, few = (
+        f"{name}, small"
+        for name in (
+            "top-k, 8 x 122880, scores alone",
+            "top-k, 8 x 122880, block maxima given",
+            "grouped matmul, 64 x 2048 x 3072, 64 groups",
+        )
+    )
+    first, _ = measure("grouped matmul, 64 x|8 x 122880, block")
+    second, runs = measure("8 x 122880, scores|8 x 122880, block")
+    assert list(second) == [alone, given, few]  # in the table's order
+    assert runs == [[few], [alone, given]]
+    assert second[few] == first[few] and second[given] != first[given]
+    monkeypatch.setattr(kernels, "versions", lambda: {"jax": "another"})
+    assert list(measure("8 x 122880, scores")[0]) == [alone]
 
 
 @pytest.mark.parametrize("rows, message", [("[", "not a regular expression"), ("no such row", "no row")])
