@@ -4,7 +4,7 @@ A group of threads owns a row and keeps the row's best candidates, (score, posit
 
 1. Threshold. With block maxima (of every 16 scores) it is a value that at least k maxima reach, hence at least k scores;
    it comes from a histogram over the maxima. Without them, or where the row is too short for that to cut much, it is
-   a guess from 4096 sampled scores, low enough to let about 2 k of them pass.
+   a guess from 4096 sampled scores, low enough that fewer than k pass only if the sample misleads.
 2. List. The blocks whose maximum reaches the threshold, in order: only they are read. At 120K keys that is a quarter of the
    row, so the whole selection costs less than one read of it.
 3. Stream. 16-byte loads, the next chunk's in flight; one packed scan per warp and one barrier per chunk give every score
@@ -48,6 +48,9 @@ _LOG_BINS = 11
 _BINS = 1 << _LOG_BINS
 _SAMPLE = 4096  # scores the threshold is guessed from, in lines of 32
 _SLACK = 256  # blocks too many that end the search for the threshold
+# Sampled scores too many that do. Each stands for many scores: at 204800 keys 64 of them would overflow the buffer.
+_SAMPLE_SLACK = 16
+_SAMPLE_MARGIN = 32  # sampled scores, with a quarter of those expected above the k-th best: the guess is that much lower
 SHARED_BYTES = 228_000  # of 232448, less what Mosaic reserves
 _WARP_SUMS = 32  # words: one for each warp
 
@@ -207,7 +210,7 @@ class _Row:
 
     # -- the search for the value of a rank
 
-    def narrow(self, visit_keys: Callable[[Callable[..., None]], None], lo: Any, hi: Any, rank: Any, slack: int) -> list[Any]:
+    def narrow(self, visit_keys: Callable[[Callable[..., None]], None], lo: Any, hi: Any, rank: Any, slack: Any) -> list[Any]:
         """Narrows keys [lo, hi] to a range whose members, taken in whole, are at most `slack` more than are needed.
 
         `visit_keys(add)` calls add(key, valid) for every key. Returns lo, hi and how many of the range's members the
@@ -318,8 +321,8 @@ class _Row:
         least, most = m.load_shared(self.line(4) + there), m.load_shared(self.line(5) + there)
         return m.reduce_lanes("min", least), m.reduce_lanes("max", most)
 
-    def threshold(self, count: Any, rank: Any, address: Callable[[Any], Any]) -> list[Any]:
-        """A key that at least `rank` of the values reach, few of them more than needed, and the largest value's key."""
+    def threshold(self, count: Any, rank: Any, slack: Any, address: Callable[[Any], Any]) -> list[Any]:
+        """A key that at least `rank` of the values reach, at most about `slack` more, and the largest value's key."""
         m = self.m
         self.keep_values(count, address)
         least, most = self.range_of_values(count, address)
@@ -332,7 +335,7 @@ class _Row:
 
             self.fold_values(count, address, [], visit)
 
-        return [self.narrow(visit_keys, least, most, rank, _SLACK)[0], most]
+        return [self.narrow(visit_keys, least, most, rank, slack)[0], most]
 
     # -- 2. list
 
@@ -501,11 +504,12 @@ class _Row:
 
         # The whole row fits into the buffer, or a threshold is needed.
         count = m.select(by_maxima, blocks, _SAMPLE)
-        guess = (((visible - 1) + _SAMPLE * p.k) // visible) * 2
-        rank = m.select(by_maxima, p.k, guess)
+        expected = ((visible - 1) + _SAMPLE * p.k) // visible
+        guess = m.smaller(expected * 2, expected + (expected >> 2) + _SAMPLE_MARGIN)
+        rank, slack = m.select(by_maxima, p.k, guess), m.select(by_maxima, _SLACK, _SAMPLE_SLACK)
         needed = by_maxima | (visible > p.capacity)
         start = [m.word(KEY_OF_LOWEST), m.word(KEY_OF_INFINITY)]
-        threshold, most = m.otherwise_keep(needed, start, lambda: self.threshold(count, rank, address))
+        threshold, most = m.otherwise_keep(needed, start, lambda: self.threshold(count, rank, slack, address))
         top = m.select(by_maxima, most, KEY_OF_INFINITY)
 
         listed, to_read = by_maxima, blocks
