@@ -38,7 +38,7 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/pip
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/pip
 	@echo "installing with the test tools into $(VENV) (a few minutes)"
-	@$(PIP_INSTALL) -e '.[test]'
+	@$(PIP_INSTALL) -e '.[test,tpu-aot]'
 	@touch $(VENV)/installed $@
 
 $(VENV)/bin/pip:

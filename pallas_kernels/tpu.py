@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 
@@ -42,3 +46,8 @@ def why_not() -> str | None:
 def chip() -> Chip:
     """The chip compiled for; where it is none of CHIPS (interpreted kernels on a CPU) a v5e."""
     return CHIPS.get(dispatch.device_kind(), CHIPS["TPU v5 lite"])
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Of a kernel's products: said for every dtype, as Mosaic refuses what jax_default_matmul_precision may ask of bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

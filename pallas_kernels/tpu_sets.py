@@ -20,7 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu import LANES
+from pallas_kernels.tpu import LANES, precision
 
 CHUNKS = 8  # bits of a lane: what bfloat16 holds exactly
 SPAN = CHUNKS * LANES
@@ -39,7 +39,8 @@ def _one(condition: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
+    dims = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def pack(mask: jax.Array) -> jax.Array:

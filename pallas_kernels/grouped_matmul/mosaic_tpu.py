@@ -5,13 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tpu
+
 BLOCK_ROWS, BLOCK_K, BLOCK_N = 512, 1024, 1024  # 2 x 2 MB of matrix blocks in flight; fewer rows where there are fewer
 ROW_TILE = 16  # bfloat16 rows of a TPU tile
 
 
 def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
-    if jax.default_backend() != "tpu":
-        return f"it needs a TPU, JAX's default backend is {jax.default_backend()!r}"
+    if reason := tpu.why_not():
+        return reason
     if not {rows.dtype, matrices.dtype} <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"it takes bfloat16 and float32, not {rows.dtype} and {matrices.dtype}"
     if rows.shape[0] == 0:

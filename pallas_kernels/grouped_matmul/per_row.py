@@ -10,9 +10,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+
 
 def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
-    if jax.default_backend() == "tpu":
+    if dispatch.platform() == "tpu":
         return "on a TPU XLA would copy the matrices first"
     if 4 * rows.shape[0] > matrices.shape[0]:
         return f"{rows.shape[0]} rows are too many for {matrices.shape[0]} matrices: it reads one for every row"

@@ -105,7 +105,7 @@ def _score(query_ref: Any, keys: jax.Array, weights: jax.Array, scales: jax.Arra
             query_ref[first * rows : last * rows],
             keys,
             (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if keys.dtype == jnp.float32 else None,
+            precision=tpu.precision(keys.dtype),
             preferred_element_type=jnp.int32 if exact else jnp.float32,
         )
         for head in range(first, last):

@@ -79,9 +79,8 @@ def page_size(keys: int, k: int) -> int:
 
 
 def _dot(a: jax.Array, b: jax.Array, contract_b: int) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((1,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=tpu.precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _attend(queries: jax.Array, kv: jax.Array, wanted: jax.Array, state: tuple, *, scale: float, value_dim: int) -> tuple:

@@ -1,0 +1,132 @@
+"""Every TPU kernel through the real compiler, for chips that are not at hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from experiments.compile import TOPOLOGIES, kernels_of, topology_device, topology_reason
+from pallas_kernels import dispatch, grouped_matmul, indexer_topk, sparse_mla, tpu
+from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
+
+pytestmark = pytest.mark.skipif(
+    topology_reason() is not None, reason=f"pip install 'indexcache-jax[tpu-aot]': {topology_reason()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def products_as_users_have_them():
+    """The tests' own setting asks more of bfloat16 than JAX's grouped product takes."""
+    with jax.default_matmul_precision("default"):
+        yield
+
+
+BF16, F32, FP8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+
+
+def compiled_kernels(topology, operation, *arrays, **named):
+    """Calls and VMEM of the kernels of `operation` on arrays given as (shape, dtype), compiled for a chip of `topology`."""
+    device = topology_device(topology)
+
+    def struct(array):
+        return jax.ShapeDtypeStruct(*array, sharding=SingleDeviceSharding(device))
+
+    with dispatch.target(device):
+        lowered = jax.jit(operation).lower(*map(struct, arrays), **{name: struct(array) for name, array in named.items()})
+        found = kernels_of(lowered.compile().as_text())
+    chip = tpu.CHIPS[device.device_kind]
+    assert all(0 < kernel["vmem"] < chip.vmem for kernel in found.values())
+    return found
+
+
+def compile_indexer(topology, b, s, heads, t, k, kind):
+    arrays = [((b, s, heads, 128), kind), ((b, t, 128), kind), ((b, s, heads), F32)]
+    named = {"q_positions": ((b, s), jnp.int32), "kv_lengths": ((b,), jnp.int32)}
+    if kind == jnp.int8:
+        named["key_scales"] = ((b, t), F32)
+    return compiled_kernels(topology, functools.partial(indexer_topk, k_select=k), *arrays, **named)
+
+
+def compile_attention(topology, b, s, heads, t, k, kind=BF16, latents=None):
+    arrays = ((b, s, heads, 576), kind), ((b, t, 576), latents or kind), ((b, s, k), jnp.int32)
+    named = {} if latents is None else {"latent_scales": ((b, t), F32)}
+    return compiled_kernels(topology, functools.partial(sparse_mla, scale=0.1, value_dim=512), *arrays, **named)
+
+
+def test_small_kernels_compile():
+    assert set(compile_indexer("v5e:2x2", 1, 70, 5, 3000, 100, BF16)) == {"indexer_topk"}
+    assert set(compile_attention("v5e:2x2", 2, 1, 20, 3001, 300)) == {"sparse_mla_rows"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [BF16, F32, jnp.int8])
+@pytest.mark.parametrize("b, s, heads, t", [(1, 4096, 32, 131_072), (1, 1024, 64, 204_800), (8, 1, 32, 131_072)])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_indexer_topk(topology, b, s, heads, t, kind):
+    found = compile_indexer(topology, b, s, heads, t, 2048, kind)
+    assert found["indexer_topk"]["calls"] == 1
+    chip = tpu.CHIPS[topology_device(topology).device_kind]
+    rows = indexer_kernel.rows_for(s, heads, t, 2048, chip.vmem)
+    assert found["indexer_topk"]["vmem"] <= 1.1 * indexer_kernel.vmem_bytes(rows, heads, t, 2048)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "b, s, heads, t, kernels",
+    [
+        (1, 2048, 20, 131_072, {"sparse_mla_unite", "sparse_mla_pages"}),
+        (1, 512, 64, 204_800, {"sparse_mla_unite", "sparse_mla_pages"}),
+        (1, 512, 128, 8192, {"sparse_mla_unite", "sparse_mla_pages"}),
+        (8, 1, 20, 131_072, {"sparse_mla_rows"}),
+        (1, 1, 64, 204_801, {"sparse_mla_rows"}),
+    ],
+)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_sparse_mla(topology, b, s, heads, t, kernels):
+    assert set(compile_attention(topology, b, s, heads, t, 2048)) == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("s", [1, 256])
+def test_sparse_mla_in_other_formats(s):
+    compile_attention("v5e:2x2", 1, s, 20, 65_536, 2048, F32)
+    compile_attention("v5e:2x2", 1, s, 20, 65_536, 2048, BF16, FP8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [4, 8192])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_grouped_matmul(topology, rows):
+    arrays = ((rows, 2048), BF16), ((64, 2048, 3072), BF16), ((64,), jnp.int32)
+    assert set(compiled_kernels(topology, grouped_matmul, *arrays)) == {"gmm"}
+
+
+@pytest.mark.slow
+def test_kernels_compile_inside_shard_map():
+    """Queries of one prompt over four chips, which all see the keys."""
+    device = topology_device("v5e:2x2")
+    mesh = Mesh(np.array(device.client.devices()), ("x",))
+    over_queries, everywhere = PartitionSpec(None, "x"), PartitionSpec()
+
+    def layer(queries, keys, weights, positions, lengths, absorbed, latents):
+        chosen = indexer_topk(queries, keys, weights, k_select=256, q_positions=positions, kv_lengths=lengths)
+        return sparse_mla(absorbed, latents, chosen, scale=0.1, value_dim=512)
+
+    shapes = {
+        "queries": ((1, 256, 8, 128), BF16, over_queries),
+        "keys": ((1, 8192, 128), BF16, everywhere),
+        "weights": ((1, 256, 8), F32, over_queries),
+        "positions": ((1, 256), jnp.int32, over_queries),
+        "lengths": ((1,), jnp.int32, everywhere),
+        "absorbed": ((1, 256, 20, 576), BF16, over_queries),
+        "latents": ((1, 8192, 576), BF16, everywhere),
+    }
+    specs = tuple(spec for _, _, spec in shapes.values())
+    arrays = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in shapes.values()]
+    with dispatch.target(device):
+        run = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=over_queries, check_vma=False))
+        found = kernels_of(run.lower(*arrays).compile().as_text())
+    assert set(found) == {"indexer_topk", "sparse_mla_unite", "sparse_mla_pages"}

@@ -1,0 +1,111 @@
+"""What inference runs, compiled for TPUs that are not at hand, and the command that does it for the 30B shape."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import compile
+from indexcache_jax import moe
+from indexcache_jax.params import at_layer
+from pallas_kernels import dispatch, tpu
+from tests.tiny_models import CASES
+
+needs_libtpu = pytest.mark.skipif(
+    compile.topology_reason() is not None, reason=f"pip install 'indexcache-jax[tpu-aot]': {compile.topology_reason()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def products_as_users_have_them():
+    with jax.default_matmul_precision("default"):
+        yield
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", compile.TOPOLOGIES)
+def test_both_programs_compile_and_fit(topology):
+    device = compile.topology_device(topology)
+    model = compile.Model(*compile.shape(2), device, 131_072)
+    step = compile.compiled("decode", model.decode)
+    assert step.refused is None
+    assert set(step.kernels) == {"indexer_topk", "sparse_mla_rows"}
+    assert step.kernels["indexer_topk"]["calls"] == 2
+    # Nothing the size of a cache or of a layer's experts is copied.
+    assert step.temporaries < 2**25
+    for layer, kernels in ((0, set()), (1, {"gmm"})):
+        chunk = compile.compiled("prefill", lambda layer=layer: model.prefill(layer, 2048))
+        assert chunk.refused is None
+        assert set(chunk.kernels) == {"indexer_topk", "sparse_mla_unite", "sparse_mla_pages"} | kernels
+        assert step.arguments + chunk.temporaries < tpu.CHIPS[device.device_kind].hbm
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_experiment(tmp_path, monkeypatch):
+    from absl import flags
+
+    flags.FLAGS(["test", "--topology=v5e:2x2", "--num_layers=1", "--tokens=8192", "--chunk=512"])
+    compile.run(str(tmp_path), 0)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert metrics["layers"] == 1 and metrics["chip"]["name"] == "v5e"
+    assert [p["refused"] for p in metrics["programs"]] == [None, None]
+    assert all(p["fits"] for p in metrics["programs"])
+    assert "v5e" in (tmp_path / "report.md").read_text()
+
+
+@needs_libtpu
+def test_a_program_that_does_not_fit_is_refused_with_the_reason():
+    device = compile.topology_device("v5e:2x2")
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    huge = jax.ShapeDtypeStruct((20 * 2**30,), jnp.bfloat16, sharding=sharding)
+    program = compile.compiled("huge", lambda: jax.jit(lambda x: x + 1).lower(huge))
+    assert program.refused is not None and "memory" in program.refused
+
+
+def test_how_many_layers_fit():
+    assert compile.layers_that_fit(47, 95 * 2**30) == 47
+    assert 1 <= compile.layers_that_fit(47, 16 * 2**30) < compile.layers_that_fit(47, 32 * 2**30) < 47
+
+
+def test_kernels_are_read_from_a_programs_text():
+    used = '{"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"4096"}]}'
+    call = f'= f32[8]{{0}} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={used}'
+    text = "\n".join(
+        ["HloModule x", f"  %gmm {call}", f"  ROOT %gmm.3 {call}", f"  %indexer_topk.12 {call}", "  %y = f32[8] add"]
+    )
+    assert compile.kernels_of(text) == {"gmm": {"calls": 2, "vmem": 4096}, "indexer_topk": {"calls": 1, "vmem": 4096}}
+
+
+def test_programs_of_one_device_are_not_taken_for_another():
+    seen = []
+
+    @jax.jit
+    def f(x):
+        seen.append(dispatch.platform())
+        return x + 1
+
+    class V5P:
+        platform, device_kind = "tpu", "TPU v5"
+
+    f(1)
+    with dispatch.target(V5P):
+        f(1)
+        assert tpu.chip().name == "v5p" and tpu.why_not() is None
+    f(1)
+    assert seen == [jax.default_backend(), "tpu"]
+    with dispatch.target(type("Unknown", (), {"platform": "tpu", "device_kind": "TPU v99"})):
+        assert "v99" in tpu.why_not()
+
+
+def test_a_few_rows_read_the_experts_one_by_one():
+    case = CASES["deepseek-all-full"]
+    layer = at_layer(case.params.moe, 0)
+    tokens = jnp.asarray(np.random.RandomState(0).standard_normal((3, 64)), jnp.float32)
+    routing = moe.route(layer, tokens, case.config)
+    with jax.default_matmul_precision("highest"):
+        one, other = moe._matrix_by_matrix(layer, tokens, *routing), moe._sorted_by_expert(layer, tokens, *routing)
+    np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
