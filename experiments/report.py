@@ -82,7 +82,7 @@ class Output:
         results = {
             "experiment": experiment,
             "command": command(),
-            "flags": {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module("experiments.run")}
+            "flags": {name: flags.FLAGS[name].value for name in ("experiment", "output_dir", "seed")}
             | {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(f"experiments.{experiment}")},
             "versions": versions(),
             "device": device(),

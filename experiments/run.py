@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
+from types import ModuleType
 
 from absl import app, flags, logging
 
-EXPERIMENTS = ("search", "pretrain", "kernels")
+EXPERIMENTS = ("search", "generate", "speed", "pretrain", "distill", "kernels", "compile")
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", "search", EXPERIMENTS, "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
 _SEED = flags.DEFINE_integer("seed", 0, "of every random choice")
 
-# Each experiment is a module of that name here, with its own flags and `run(output_dir, seed)`.
-_MODULES = {name: importlib.import_module(f"experiments.{name}") for name in EXPERIMENTS}
+
+def experiment_of(arguments: list[str]) -> str:
+    """The experiment that a command line names; wrong names are left to absl, which says so."""
+    joined = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
+    apart = [b for a, b in itertools.pairwise(arguments) if a in ("-experiment", "--experiment")]
+    return next((name for name in [*joined, *apart] if name in EXPERIMENTS), EXPERIMENTS[0])
+
+
+def load(name: str) -> ModuleType:
+    """The experiment's module, which has its own flags and `run(output_dir, seed)`."""
+    return importlib.import_module(f"experiments.{name}")
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +34,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax reports every file at INFO
     name = _EXPERIMENT.value
     try:
-        _MODULES[name].run(_OUTPUT_DIR.value or f"out/{name}", _SEED.value)
+        load(name).run(_OUTPUT_DIR.value or f"out/{name}", _SEED.value)
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -33,4 +44,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    load(experiment_of(sys.argv[1:]))  # its flags exist once it is imported
     app.run(main)

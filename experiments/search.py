@@ -6,7 +6,6 @@ import dataclasses
 import fractions
 import json
 import math
-import pathlib
 import shlex
 import statistics
 import time
@@ -19,7 +18,7 @@ import tqdm
 from absl import flags
 
 import checkpoints_convert
-from experiments import text
+from experiments import options, text
 from experiments.report import Output, device, markdown_table, text_table
 from indexcache_jax import generate, search, serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
@@ -27,31 +26,29 @@ from indexcache_jax.overlap import overlap
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
 
-DEMO = pathlib.Path(__file__).parent / "assets" / "demo"
 LOG = "evaluations.jsonl"
 TIMED_RUNS = 3
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Hugging Face or orbax directory; default the small model shipped here")
+for _name in (
+    "checkpoint",
+    "context",
+    "held_out",
+    "held_out_sequences",
+    "batch_size",
+    "dtype",
+    "retention",
+    "resume",
+):
+    flags.declare_key_flag(_name)
 _CALIBRATION = flags.DEFINE_string("calibration", "", "text files, a glob; default the Python standard library's sources")
-_HELD_OUT = flags.DEFINE_string(
-    "held_out", "", "text files to evaluate on; default a tenth of the calibration files, kept apart"
-)
-_CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of a sequence; must exceed the model's index_topk")
 _SEQUENCES = flags.DEFINE_integer("sequences", 2, "calibration sequences")
-_HELD_OUT_SEQUENCES = flags.DEFINE_integer("held_out_sequences", 6, "sequences to evaluate on")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "sequences at a time")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"
-)
 _RETENTIONS = flags.DEFINE_list("retentions", ["1/2", "1/4", "1/8"], "shares of indexers kept that the table compares")
-_RETENTION = flags.DEFINE_string("retention", "1/4", "share of indexers kept by the schedule to use")
 _LOSS_BUDGET = flags.DEFINE_float(
     "loss_budget", None, "instead of --retention: keep flipping while the calibration loss grows by at most this share, as 0.01"
 )
 _STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
 _BLOCKS = flags.DEFINE_integer("blocks", 1, "contiguous blocks of layers; greedy commits the best flip of each per step")
 _TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill, for which the weights are in memory twice")
-_RESUME = flags.DEFINE_bool("resume", False, f"go on from {LOG} in --output_dir after a kill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +149,9 @@ def split(calibration: str, held_out: str, flag: str = "calibration") -> tuple[l
 
 
 def batches(cuts: np.ndarray) -> list[np.ndarray]:
-    if len(cuts) % _BATCH_SIZE.value:
-        raise ValueError(f"--batch_size={_BATCH_SIZE.value}: does not divide {len(cuts)} sequences")
-    return np.split(cuts, len(cuts) // _BATCH_SIZE.value)
+    if len(cuts) % options.BATCH_SIZE.value:
+        raise ValueError(f"--batch_size={options.BATCH_SIZE.value}: does not divide {len(cuts)} sequences")
+    return np.split(cuts, len(cuts) // options.BATCH_SIZE.value)
 
 
 def prefill_seconds(
@@ -166,14 +163,19 @@ def prefill_seconds(
     weights = serving.weights_of(params, config, base)
     models = [serving.restrict(weights, config, schedule) for schedule in schedules]
     times: list[list[float]] = [[] for _ in schedules]
-    for _ in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
-        for model, schedule, taken in zip(models, schedules, times, strict=True):
+    fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
+    warm_up = {0, fewest}  # a program is one layer's, F or S: these two run all of them
+    for round in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
+        for i, (model, schedule, taken) in enumerate(zip(models, schedules, times, strict=True)):
+            if round == 0 and i not in warm_up:
+                continue
             cache = serving.init_cache(config, schedule, *tokens.shape, dtype=params.embedding.dtype)
             jax.block_until_ready(cache)
             began = time.perf_counter()
             generate.prefill(model, list(tokens), cache, config)[0].block_until_ready()
-            taken.append(time.perf_counter() - began)
-    return [statistics.median(taken[1:]) for taken in times]  # the first round compiles
+            if round:
+                taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]
 
 
 def plot_losses(output: Output, steps: list[search.Step], rows: list[Row], budget: float | None) -> None:
@@ -222,7 +224,7 @@ def find(
             matrix = search.similarities(params, config, base, calibration, bar.update)
             return [], {size: search.most_similar(matrix, size) for size in sizes}
         path = output.directory / LOG
-        if path.exists() and not _RESUME.value:
+        if path.exists() and not options.RESUME.value:
             path.replace(path.with_name(f"previous-{LOG}"))
         about = {"pattern": base.pattern, "dtype": str(params.embedding.dtype), **search.fingerprint(params, calibration)}
         log = search.Log(path, about)
@@ -265,29 +267,31 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def run(output_dir: str, seed: int) -> None:
-    checkpoint = _CHECKPOINT.value or str(DEMO)
-    positive(sequences=_SEQUENCES.value, held_out_sequences=_HELD_OUT_SEQUENCES.value, batch_size=_BATCH_SIZE.value)
+    checkpoint = options.CHECKPOINT.value or str(options.DEMO)
+    positive(
+        sequences=_SEQUENCES.value, held_out_sequences=options.HELD_OUT_SEQUENCES.value, batch_size=options.BATCH_SIZE.value
+    )
     retentions = [share("retentions", value) for value in _RETENTIONS.value]
-    target = share("retention", _RETENTION.value)
+    target = share("retention", options.RETENTION.value)
     budget = _LOSS_BUDGET.value
     if budget is not None and (budget < 0 or _STRATEGY.value != "greedy"):
         raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
-    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
         config, base, params = checkpoints_convert.load(checkpoint, dtype=dtype)
-    context = _CONTEXT.value
+    context = options.CONTEXT.value
     if not config.index_topk < context <= config.max_position_embeddings:
         raise ValueError(
             f"--context={context}: must be above index_topk = {config.index_topk}, below which all schedules are one, "
             f"and at most {config.max_position_embeddings}, the model's longest"
         )
     encoder, end = text.tokenizer(checkpoint), separator(config)
-    sides = split(_CALIBRATION.value, _HELD_OUT.value)
+    sides = split(_CALIBRATION.value, options.HELD_OUT.value)
     drawn = [
         draw(side, flag, encoder, end, count, context, config, seed)
         for side, flag, count in zip(
-            sides, ("--calibration", "--held_out"), (_SEQUENCES.value, _HELD_OUT_SEQUENCES.value), strict=True
+            sides, ("--calibration", "--held_out"), (_SEQUENCES.value, options.HELD_OUT_SEQUENCES.value), strict=True
         )
     ]
     calibration, held_out = (batches(cuts) for cuts in drawn)
@@ -360,8 +364,8 @@ def report_on(
         "settings": {s.engine: s.fields for s in pasted},
     }
     note = (
-        f"Losses in nats per token, on held-out text. Prefill: the median of {TIMED_RUNS} runs over {batch} x {_CONTEXT.value} "
-        "tokens, the schedules taking turns."
+        f"Losses in nats per token, on held-out text. Prefill: the median of {TIMED_RUNS} runs over "
+        f"{batch} x {options.CONTEXT.value} tokens, the schedules taking turns."
     )
     lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
     report = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
