@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
 from indexcache_jax.config import Config
 from indexcache_jax.params import MLP, MoE
+from pallas_kernels import dispatch
+
+
+class Matrices(Protocol):
+    """What holds the routed experts' weights: gate_up [E, D, 2, I] and down [E, I, D]."""
+
+    @property
+    def gate_up(self) -> jax.Array: ...
+    @property
+    def down(self) -> jax.Array: ...
 
 
 def mlp(p: MLP, x: jax.Array) -> jax.Array:
@@ -23,8 +35,13 @@ def route(p: MoE, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     chosen; a group is as good as its two best experts together.
     """
     logits = jnp.dot(x.astype(jnp.float32), p.router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return choose(logits, p.router_bias, config)
+
+
+def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """`route` from the router's logits [N, E] float32 on."""
     scores = jax.nn.sigmoid(logits)
-    choice = scores + p.router_bias
+    choice = scores + bias
     if config.n_group > 1:
         groups = choice.reshape(-1, config.n_group, config.n_routed_experts // config.n_group)
         quality = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
@@ -46,33 +63,73 @@ def loads(experts: jax.Array, num_experts: int) -> jax.Array:
 def moe(p: MoE, x: jax.Array, config: Config) -> jax.Array:
     """Routed and shared experts of x [B, S, D], summed in float32."""
     tokens = x.reshape(-1, x.shape[-1])
-    routed = _every_expert if _few_experts(config) else _sorted_by_expert
-    out = routed(p, tokens, *route(p, tokens, config)).astype(x.dtype).reshape(x.shape)
+    out = routed(p, tokens, *route(p, tokens, config), config).astype(x.dtype).reshape(x.shape)
     return out if p.shared is None else out + mlp(p.shared, x)
+
+
+def routed(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, config: Config) -> jax.Array:
+    """The weighted sum [N, D] float32 over the experts [N, k] of tokens [N, D], both as `choose` gives them."""
+    if _few_experts(config):
+        way = _every_expert
+    elif _few_rows(experts, config):
+        way = _matrix_by_matrix if dispatch.platform() == "tpu" else _row_by_row
+    else:
+        way = _sorted_by_expert
+    return way(p, tokens, experts, weights)
 
 
 def _few_experts(config: Config) -> bool:
     # An accelerator multiplies a small model's tokens by every expert faster than it sorts them.
-    return jax.default_backend() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
+    return dispatch.platform() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
 
 
-def _every_expert(p: MoE, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+def _few_rows(experts: jax.Array, config: Config) -> bool:
+    # Then a matrix for every row is less to read than what sorting and its launches cost. A CPU would copy the matrices.
+    return dispatch.platform() in ("gpu", "tpu") and 4 * experts.size <= config.n_routed_experts
+
+
+def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
     """All experts of tokens [N, D], those not chosen with weight 0 -> [N, D] float32."""
-    gates = jnp.sum(jax.nn.one_hot(experts, p.router.shape[-1]) * weights[..., None], axis=1)
+    gates = jnp.sum(jax.nn.one_hot(experts, p.gate_up.shape[0]) * weights[..., None], axis=1)
     gate_up = jnp.einsum("nd,edgi->negi", tokens, p.gate_up)
     hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
     hidden = (hidden.astype(jnp.float32) * gates[..., None]).astype(tokens.dtype)
     return jnp.einsum("nei,eid->nd", hidden, p.down, preferred_element_type=jnp.float32)
 
 
-def _sorted_by_expert(p: MoE, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+def _row_by_row(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+    """The chosen experts of a few tokens [N, D], each row times its own matrix read in place -> [N, D] float32."""
+    width = p.gate_up.shape[-1]
+    matrices = p.gate_up.reshape(*p.gate_up.shape[:2], 2 * width)[experts].astype(jnp.float32)  # [N, k, D, 2 I]: fused away
+    gate_up = jnp.sum(tokens.astype(jnp.float32)[:, None, :, None] * matrices, axis=2).astype(tokens.dtype)
+    hidden = jax.nn.silu(gate_up[..., :width]) * gate_up[..., width:]
+    products = hidden.astype(jnp.float32)[..., None] * p.down[experts].astype(jnp.float32)  # [N, k, I, D]: fused away
+    return jnp.sum(jnp.sum(products, axis=2).astype(tokens.dtype) * weights[..., None], axis=1)
+
+
+def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+    """The same on a TPU, where XLA reads one slice of a stack in place but copies what a gather or a reshape of it makes."""
+
+    def one(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
+        def chosen(stack: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False)
+
+        gate_up = jnp.einsum("d,dgi->gi", token, chosen(p.gate_up))
+        return jnp.einsum("i,id->d", jax.nn.silu(gate_up[0]) * gate_up[1], chosen(p.down))
+
+    n, k = experts.shape
+    rows = jnp.stack([jnp.stack([one(tokens[i], experts[i, j]) for j in range(k)]) for i in range(n)])  # [N, k, D]
+    return jnp.sum(rows * weights[..., None], axis=1)
+
+
+def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
     """The chosen experts of tokens [N, D]: rows sorted by expert, two grouped products -> [N, D] float32."""
     k, groups, width = experts.shape[1], p.gate_up.shape[0], p.gate_up.shape[-1]
     order = jnp.argsort(experts.reshape(-1), stable=True)
     sizes = loads(experts, groups)
     gate_up = pallas_kernels.grouped_matmul(tokens[order // k], p.gate_up.reshape(groups, -1, 2 * width), sizes)
     hidden = jax.nn.silu(gate_up[:, :width]) * gate_up[:, width:]
-    routed = pallas_kernels.grouped_matmul(hidden, p.down, sizes)
+    rows = pallas_kernels.grouped_matmul(hidden, p.down, sizes)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-    routed = routed[back].reshape(-1, k, tokens.shape[-1]).astype(jnp.float32)
-    return jnp.sum(routed * weights[..., None], axis=1)
+    rows = rows[back].reshape(-1, k, tokens.shape[-1]).astype(jnp.float32)
+    return jnp.sum(rows * weights[..., None], axis=1)

@@ -90,7 +90,7 @@ def multiply(rows: jax.Array, matrices: jax.Array, tiles: jax.Array, blocks: Blo
     (m, k), n = rows.shape, matrices.shape[2]
     grid = (tiles.shape[1], n // blocks.n)
 
-    def body(tile_gmem, row_gmem, matrix_gmem, out_gmem):
+    def grouped_matmul_tiles(tile_gmem, row_gmem, matrix_gmem, out_gmem):
         @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
         def _(info):
             tile, column = plgpu.planar_snake(info.index[0], grid, 1, blocks.wide)
@@ -132,7 +132,7 @@ def multiply(rows: jax.Array, matrices: jax.Array, tiles: jax.Array, blocks: Blo
                 pl.run_scoped(store, plgpu.SMEM((blocks.m, blocks.n), rows.dtype))
 
     kernel = plgpu.kernel(
-        body,
+        grouped_matmul_tiles,
         out_type=jax.ShapeDtypeStruct((m, n), rows.dtype),
         grid=(min(hopper.MULTIPROCESSORS, grid[0] * grid[1]),),
         grid_names=("block",),

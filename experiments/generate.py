@@ -1,0 +1,243 @@
+"""Continues prompts of a JSONL file with a checkpoint, batch by batch; completions come out as JSONL in the same order.
+
+A line of --prompts is {"prompt": "text"} or {"tokens": [1, 2, ...]}. A line of completions.jsonl has the line's number and
+either its completion, tokens and why it ended ("stop" or "length"), or an error; a bad line does not stop the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+import checkpoints_convert
+from experiments import options, text
+from experiments.report import Output, markdown_table
+from indexcache_jax import generate, serving
+from indexcache_jax.config import Config
+from indexcache_jax.generate import Sampling
+from indexcache_jax.schedule import Schedule
+
+flags.declare_key_flag("checkpoint")
+flags.declare_key_flag("dtype")
+flags.declare_key_flag("checkpoint")
+flags.declare_key_flag("dtype")
+_PROMPTS = flags.DEFINE_string("prompts", "", 'JSONL file of {"prompt": "text"} or {"tokens": [1, 2, ...]}')
+_DOCUMENT = flags.DEFINE_string("document", "", "text file that stands before every prompt; prefilled once")
+_NEW = flags.DEFINE_integer("max_new_tokens", 128, "tokens at most after every prompt")
+_ROWS = flags.DEFINE_integer("rows_per_batch", 8, "prompts at a time")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "draw among so many of the likeliest tokens; 0 is all")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "draw among the likeliest tokens that together have this probability")
+_STOP = flags.DEFINE_list("stop_tokens", [], "token numbers that end a completion; default the checkpoint's eos_token_id")
+_CACHE_LEN = flags.DEFINE_integer(
+    "cache_len", 0, "tokens a row has room for, document and completion included; default the model's max_position_embeddings"
+)
+_CHUNK = flags.DEFINE_integer("prefill_chunk", generate.CHUNK, "prompt tokens of a row at a time, which bounds memory")
+_LATENTS = flags.DEFINE_enum("kept_latents", "", ["", "float8_e4m3fn"], "keep the latent cache in 8 bits")
+_KEYS = flags.DEFINE_enum("kept_index_keys", "", ["", "float8_e4m3fn"], "keep the index keys in 8 bits")
+
+WINDOW = 8  # batches sorted by length together, so that a batch's rows are about as long
+OUTPUT = "completions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A line of the prompts: its tokens, or what is wrong with it."""
+
+    line: int  # from 1
+    tokens: Sequence[int] = ()
+    error: str = ""
+
+
+def parse(line: str, encoder: text.Bytes | text.FromFile) -> list[int]:
+    """The tokens of one line; ValueError says what is wrong."""
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("tokens" in fields):
+        raise ValueError('not an object with either "prompt" or "tokens"')
+    if "prompt" in fields:
+        if not isinstance(fields["prompt"], str):
+            raise ValueError(f"prompt: {type(fields['prompt']).__name__}, not a string")
+        return encoder.encode(fields["prompt"].encode("utf-8", errors="replace")).tolist()
+    tokens = fields["tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
+        raise ValueError("tokens: not a list of integers")
+    return tokens
+
+
+def requests(path: pathlib.Path, encoder: text.Bytes | text.FromFile, config: Config, room: int) -> Iterator[Request]:
+    """Every line of the file that is not blank."""
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            tokens = parse(line, encoder)
+            generate.check_prompts([tokens], config, room)
+            yield Request(number, tokens)
+        except ValueError as error:
+            yield Request(number, error=str(error).removeprefix("prompt 0: "))
+
+
+def batches(window: Sequence[Request], rows: int) -> Iterator[list[Request]]:
+    """The requests of a window without an error, those of about one length together."""
+    good = sorted((r for r in window if not r.error), key=lambda r: len(r.tokens))
+    for first in range(0, len(good), rows):
+        yield good[first : first + rows]
+
+
+class Meter:
+    """Progress on the terminal: tokens a second of prompts and of completions."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.tokens = {"prefill": 0, "decode": 0}
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        self._last = time.perf_counter()
+
+    def __call__(self, phase: str, tokens: int) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+        self.tokens[phase] += tokens
+        rates = ", ".join(f"{name} {self.rate(name):.1f} tok/s" for name in self.tokens)
+        print(f"\r{self.done}/{self.total} prompts, {rates}", end="", file=sys.stderr, flush=True)
+
+    def rate(self, phase: str) -> float:
+        """Tokens a second, compilation included."""
+        return self.tokens[phase] / self.seconds[phase] if self.seconds[phase] else 0.0
+
+
+def stop_tokens(config: Config) -> tuple[int, ...]:
+    if not _STOP.value:
+        return config.eos_token_ids
+    for value in _STOP.value:
+        if not value.isdecimal() or int(value) >= config.vocab_size:
+            raise ValueError(f"--stop_tokens={value}: not one of the model's {config.vocab_size} tokens")
+    return tuple(int(value) for value in _STOP.value)
+
+
+def run(output_dir: str, seed: int) -> None:
+    for name, flag in (("max_new_tokens", _NEW), ("rows_per_batch", _ROWS), ("prefill_chunk", _CHUNK)):
+        if flag.value < 1:
+            raise ValueError(f"--{name}={flag.value}: must be at least 1")
+    if not _PROMPTS.value:
+        raise ValueError("--prompts: name a JSONL file")
+    path = pathlib.Path(_PROMPTS.value)
+    if not path.is_file():
+        raise ValueError(f"--prompts={path}: no such file")
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    directory = options.CHECKPOINT.value or str(options.DEMO)
+    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    encoder = text.tokenizer(directory)
+    config, schedule, params = checkpoints_convert.load(directory, dtype=jnp.dtype(dtype))
+    stops = stop_tokens(config)
+    document: list[int] = []
+    if _DOCUMENT.value:
+        document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist()
+    most = _CACHE_LEN.value or config.max_position_embeddings
+    room = most - len(document) - _NEW.value
+    if room < 1:
+        raise ValueError(f"--cache_len={most}: no room for a prompt beside {len(document)} and --max_new_tokens={_NEW.value}")
+    found = list(requests(path, encoder, config, room))
+    if not found:
+        raise ValueError(f"--prompts={path}: holds no lines")
+    for request in found:
+        if request.error:
+            print(f"{path}: line {request.line}: {request.error}", file=sys.stderr)
+
+    weights = serving.weights_of(params, config, schedule)
+    del params
+    output = Output.create(output_dir)
+    begun, meter = time.perf_counter(), Meter(len(found))
+    with open(output.directory / OUTPUT, "w", encoding="utf-8") as out:
+        size = WINDOW * _ROWS.value
+        for first in range(0, len(found), size):
+            window = found[first : first + size]
+            lines: dict[int, dict[str, Any]] = {r.line: {"line": r.line, "error": r.error} for r in window if r.error}
+            meter.done += len(lines)
+            for batch in batches(window, _ROWS.value):
+                completed = complete(batch, weights, config, schedule, document, sampling, seed, stops, meter)
+                for request, tokens in zip(batch, completed, strict=True):
+                    stopped = tokens[-1] in stops
+                    lines[request.line] = {
+                        "line": request.line,
+                        "completion": encoder.decode(tokens[:-1] if stopped else tokens),
+                        "tokens": tokens,
+                        "finish": "stop" if stopped else "length",
+                    }
+                meter.done += len(batch)
+            for request in window:
+                out.write(json.dumps(lines[request.line]) + "\n")
+            out.flush()
+    print(file=sys.stderr)
+    finish(output, schedule, found, meter, time.perf_counter() - begun)
+
+
+def complete(
+    batch: Sequence[Request],
+    weights: serving.Weights,
+    config: Config,
+    schedule: Schedule,
+    document: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    stops: Sequence[int],
+    meter: Meter,
+) -> list[list[int]]:
+    """The new tokens of every request. The last batch is filled up with copies, for a program that exists already."""
+    rows = [*batch, *[batch[-1]] * (_ROWS.value - len(batch))]
+    needed = len(document) + max(len(r.tokens) for r in rows) + _NEW.value
+    # Few different lengths of cache, because each is a program.
+    cache_len = generate.power_of_two(needed, generate.MIN_KEYS, _CACHE_LEN.value or config.max_position_embeddings)
+    return generate.generate(
+        weights,
+        [r.tokens for r in rows],
+        config,
+        schedule,
+        _NEW.value,
+        sampling=sampling,
+        seed=seed,
+        stop_tokens=stops,
+        cache_len=cache_len,
+        latent_dtype=_LATENTS.value or None,
+        index_dtype=_KEYS.value or None,
+        document=document,
+        ids=[r.line for r in rows],
+        chunk=_CHUNK.value,
+        progress=meter,
+    )[: len(batch)]
+
+
+def finish(output: Output, schedule: Schedule, found: Sequence[Request], meter: Meter, seconds: float) -> None:
+    """results.json and report.md, then a ValueError if a line could not be done."""
+    bad = [r for r in found if r.error]
+    metrics = {
+        "schedule": schedule.pattern,
+        "prompts": len(found),
+        "errors": {r.line: r.error for r in bad},
+        "seconds": seconds,
+        "prompt_tokens": meter.tokens["prefill"],
+        "new_tokens": meter.tokens["decode"],
+        "prompt_tokens_per_second": meter.rate("prefill"),
+        "new_tokens_per_second": meter.rate("decode"),
+    }
+    rows = [
+        [name.replace("_", " "), value if not isinstance(value, float) else f"{value:.1f}"] for name, value in metrics.items()
+    ]
+    about = "Rates include compilation; copies that fill up a last batch count as prompts."
+    output.finish("generate", metrics, "\n\n".join(["# Completions", about, markdown_table(["what", "value"], rows)]))
+    print(f"{len(found) - len(bad)} of {len(found)} prompts in {seconds:.1f} s, written to {output.directory / OUTPUT}")
+    if bad:
+        lines = ", ".join(str(r.line) for r in bad[:10]) + (", ..." if len(bad) > 10 else "")
+        raise ValueError(f"{_PROMPTS.value}: {len(bad)} of {len(found)} lines could not be done: {lines}")

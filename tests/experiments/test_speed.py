@@ -1,0 +1,140 @@
+"""The speed experiment: its models, its bookkeeping, and a small run from flags to files."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import speed
+from experiments.speed import PUBLISHED, PUBLISHED_LENGTHS, SEARCHED, Row, cells, model, record, savings
+from indexcache_jax import serving
+from indexcache_jax.schedule import Schedule
+
+
+def test_published_patterns_fit_their_models_and_are_nested():
+    for (name, pattern), letters in SEARCHED.items():
+        shape = model(name, 0)
+        assert len(letters) == shape.layers
+        top, bottom = map(int, pattern.split("/"))
+        assert abs(math.ceil(shape.layers * top / bottom) - letters.count("F")) <= 2
+        half = SEARCHED[name, "1/2"]
+        assert all(h == "F" for h, letter in zip(half, letters, strict=True) if letter == "F")
+
+
+def test_schedules_of_a_whole_and_of_a_cut_model():
+    whole = model("30b", 0)
+    assert whole.scale == 1 and whole.schedule("1/4").pattern == SEARCHED["30b", "1/4"]
+    assert whole.schedule("DSA") == Schedule("F" * 47)
+    cut = model("glm-5", 0)
+    assert (cut.config.num_layers, cut.scale, cut.config.moe_layers) == (4, 78 / 4, (True,) * 4)
+    assert cut.config.vocab_size == speed.CUT_VOCABULARY  # the head is not among what is scaled
+    assert [cut.schedule(p).pattern for p in ("DSA", "1/2", "1/4")] == ["FFFF", "FSFS", "FSSS"]
+    assert model("demo", 3).scale == 4
+
+
+@pytest.mark.parametrize("pattern", ["dsa", "0/2", "3/2", "1/", "half", "1/0"])
+def test_a_pattern_that_is_none_is_named(pattern):
+    with pytest.raises(ValueError, match=f"--patterns={pattern}"):
+        model("30b", 0).schedule(pattern)
+
+
+@pytest.mark.parametrize("layers", [-1, 48])
+def test_layers_that_a_model_does_not_have(layers):
+    with pytest.raises(ValueError, match=f"--num_layers={layers}: 30b has 47 layers"):
+        model("30b", layers)
+
+
+def test_published_figures_belong_to_the_30b_model_only():
+    assert speed.published("30b", "prefill_seconds", "1/4", 204800) == 10.7
+    assert speed.published("30b", "decode_full", "DSA", 10240) == 2700
+    assert speed.published("demo", "decode_full", "DSA", 10240) is None
+    assert speed.published("30b", "decode_one", "1/8", 10240) is None
+    assert speed.published("30b", "decode_one", "DSA", 20480) is None
+    for rows in PUBLISHED.values():
+        assert all(len(figures) == len(PUBLISHED_LENGTHS) for figures in rows.values())
+
+
+def test_a_record_scales_times_and_prices_tokens():
+    shape = model("demo", 3)  # of 12 layers
+    row = Row("DSA", 1000, prefill=[1.0, 3.0, 2.0], step=[0.5], full_step=0.25, full_rows=8)
+    row.prefill_stages = {"scores": 3.0, "top-k": 1.0, "sparse MLA": 4.0, "experts": 1.0, "projections and the rest": 1.0}
+    r = record(row, shape, price=3.6)
+    assert r["prefill_seconds"] == 8 and r["decode_one"] == 0.5 and r["decode_full"] == 8 and r["scaled"]
+    assert r["cost_of_a_million_prompt_tokens"] == pytest.approx(8.0)  # 8000 s at 0.001 a second
+    assert r["cost_of_a_million_output_tokens"] == pytest.approx(125.0)
+    assert r["prefill_shares"]["scores"] == pytest.approx(0.3) and r["decode_shares"] is None
+    assert cells(r)[:3] == ["DSA scaled", "1000", "8 s"] and "40 %" in cells(r)
+    faster = Row("1/4", 1000, prefill=[1.0], full_step=0.125, full_rows=8)
+    assert savings([r, record(faster, shape, 3.6)]) == [
+        "- 1/4 at 1000 saves 50 % of the cost of prompt tokens and 50 % of the cost of output tokens of DSA's."
+    ]
+    assert savings([r]) == []
+
+
+def test_an_unfinished_row_has_no_figures():
+    r = record(Row("DSA", 1000), model("demo", 0), 3.0)
+    assert r["prefill_seconds"] is r["decode_one"] is r["decode_full"] is r["cost_of_a_million_output_tokens"] is None
+    assert len(cells(r)) == len(speed.HEADER)
+
+
+def test_refill_copies_the_first_row():
+    shape = model("demo", 2)
+    cache = serving.init_cache(shape.config, Schedule("FS"), 2, 12, jnp.float32, index_dtype=jnp.float8_e4m3fn)
+    marked = cache.layers[0].latents.at[0].set(7.0).at[1].set(9.0)
+    cache = cache.replace(layers=(cache.layers[0].replace(latents=marked), cache.layers[1]))
+    filled = speed.refill(cache, 3, 5, 8)
+    assert filled.lengths.tolist() == [5] * 3 and filled.max_len == 8
+    assert np.all(filled.layers[0].latents == 7) and filled.layers[0].index_keys.shape == (3, 8, 32)
+    assert filled.layers[1].index_keys is None
+
+
+def run(tmp_path, *flags):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.run",
+        "--experiment=speed",
+        f"--output_dir={tmp_path}",
+        "--preset=demo",
+        *flags,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--lengths=100", "--lengths=100: not a multiple of --chunk_size=10240"),
+        ("--lengths=1k", "--lengths=1k: not a number"),
+        ("--rounds=0", "--rounds=0"),
+        ("--patterns=most", "--patterns=most"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_flags_end_in_one_line(tmp_path, flag, message):
+    done = run(tmp_path, flag)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_small_run_writes_rows_report_and_plot(tmp_path):
+    flags = ["--num_layers=2", "--lengths=64,128", "--chunk_size=64", "--patterns=DSA,1/2", "--decode_steps=4", "--rounds=2"]
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert metrics["patterns"] == {"DSA": "FF", "1/2": "FS"} and metrics["rounds"] == 2
+    assert [(r["pattern"], r["length"]) for r in metrics["rows"]] == [(p, n) for p in ("DSA", "1/2") for n in (64, 128)]
+    for r in metrics["rows"]:
+        assert len(r["prefill_rounds"]) == len(r["decode_one_rounds"]) == 3  # two rounds and the last look
+        assert r["prefill_seconds"] > 0 and r["decode_one"] > 0 and r["decode_full"] > 0 and r["scaled"]
+        assert r["full_rows"] == speed.ROWS_WITHOUT_MEMORY_FIGURES
+        assert r["published_prefill_seconds"] is None
+    dense, half = metrics["rows"][1], metrics["rows"][3]
+    assert dense["prefill_rounds"][0] > metrics["rows"][0]["prefill_rounds"][0]  # twice the chunks
+    assert dense["cache_bytes"] > half["cache_bytes"]
+    assert "2 of 12 layers" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
