@@ -30,7 +30,8 @@ def differentiable(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array
         return run(queries, latents, indices, scale, value_dim), (queries, latents, indices)
 
     def backward(scale, value_dim, kept, cotangent):
-        return *_pull(*kept, cotangent, scale, value_dim), None
+        queries, latents, indices = kept
+        return *_pull(queries, latents, indices, cotangent, scale, value_dim), None
 
     both = jax.custom_vjp(run, nondiff_argnums=(3, 4))
     both.defvjp(run_and_keep, backward)
