@@ -86,18 +86,25 @@ def save(
     schedule: Schedule,
     format: str = "safetensors",
     max_shard_size: int | str = "5GB",
+    companions_of: str | pathlib.Path | None = None,
 ) -> None:
     """Writes params to a new directory: for transformers, vLLM and SGLang ("safetensors"), or an orbax checkpoint.
 
     Leaves keep their dtypes. safetensors: Hugging Face names and shapes, shards of at most max_shard_size ("5GB",
     "200KB", bytes; one tensor alone may be larger) and their index, config.json with the schedule. orbax:
-    config.json and params/. Host memory beyond the params: one layer of one leaf and a few MiB.
+    config.json and params/. Host memory beyond the params: one layer of one leaf and a few MiB. companions_of: a checkpoint
+    directory whose tokenizer, chat template and generation config go along.
 
     The directory appears whole, by a rename, or not at all. ValueError where it exists and is not empty, and, before
     anything is written, where params do not fit config and schedule.
     """
     checkpoint = ParamsCheckpoint(params, config, schedule)
-    _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size)
+    companions = [] if companions_of is None else _companions(pathlib.Path(companions_of))
+    _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, companions=companions)
+
+
+def _companions(directory: pathlib.Path) -> list[pathlib.Path]:
+    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
 
 
 def convert(
@@ -136,7 +143,7 @@ def convert(
         raise ValueError("keep_mtp and keep_shared_indexers: only from safetensors to safetensors")
     if not keep_mtp:  # so that no engine looks for layers that are not there
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    companions = [source / name for name in COMPANIONS if (source / name).is_file()]
+    companions = _companions(source)
     _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, dtype, copies, companions, progress)
     return report
 

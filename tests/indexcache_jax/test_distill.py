@@ -24,11 +24,13 @@ CASES = {
     "deepseek": Case(DEEPSEEK_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 1}, "FSS", 0, (26, 26)),
 }
 both_stages = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
 
 
-def jit(function):
-    return jax.jit(function, compiler_options=QUICK if jax.default_backend() == "cpu" else None)
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def ours(params, case, sparse, **options):
@@ -55,7 +57,7 @@ def differentiate(function, params):
         one, none = jnp.ones(()), jnp.zeros(())
         return values, pull((one, none))[0], pull((none, one))[0]
 
-    (language, indexers), of_language, of_indexer = jit(run)(params)
+    (language, indexers), of_language, of_indexer = jax.jit(run)(params)
     return Found(language, indexers, of_language, of_indexer)
 
 
@@ -161,8 +163,8 @@ def test_either_loss_keeps_to_its_own_weights(sparse):
 
 def assert_slope(function, params, direction, step):
     """The gradient of a scalar function along a direction against a central difference."""
-    value, gradient = jit(jax.value_and_grad(function))(params)
-    value = jit(function)
+    value, gradient = jax.jit(jax.value_and_grad(function))(params)
+    value = jax.jit(function)
     there, back = (value(jax.tree.map(lambda w, d, by=by: w + by * d, params, direction)) for by in (step, -step))
     expected = float(there - back) / (2 * step)
     found = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.vdot(g, d), gradient, direction)))
@@ -237,8 +239,8 @@ def test_nothing_is_quadratic_at_long_context(sparse):
 
     traced = jax.jit(jax.grad(loss)).trace(params, tokens)
     largest = max(math.prod(shape) for shape in shapes(traced.jaxpr.jaxpr))
-    # Of one block of queries, or a few numbers for every pair of a query and a selected key, where [S, T] is 2^30.
-    assert distill.SCORE_BYTES // 8 < largest <= max(distill.SCORE_BYTES // 4, 2 * LONG * config.index_topk) < LONG * LONG // 4
+    # Scores of one block of queries, or two numbers for every query and selected key, where [S, T] is 2^30.
+    assert distill.SCORE_BYTES // 8 < largest < LONG * LONG // 7
 
 
 def test_divergence_is_zero_where_both_agree_and_where_nothing_is_visible():
@@ -275,9 +277,9 @@ def test_the_forms_differ_by_the_jensen_shannon_divergence():
 def test_without_the_cross_layer_loss_shared_layers_teach_nothing():
     """FFSS: layer 1 serves three, so its own term counts a third, or all of it; layer 0's counts alike."""
     case = CASES["glm"]
-    value = {cross: jit(lambda p, cross=cross: ours(p, case, False, cross_layer=cross).indexer) for cross in (True, False)}
+    value = {cross: jax.jit(lambda p, cross=cross: ours(p, case, False, cross_layer=cross).indexer) for cross in (True, False)}
     first_two = Case(case.fields | {"num_hidden_layers": 2}, "FF", case.seed, case.lengths)
-    of_two = jit(lambda p: ours(p, first_two, False).indexer)(first_two.params)
+    of_two = jax.jit(lambda p: ours(p, first_two, False).indexer)(first_two.params)
     np.testing.assert_allclose(value[False](case.params), of_two, rtol=1e-5)
     assert abs(value[True](case.params) - of_two) > 1e-3
 
@@ -288,7 +290,7 @@ def test_bfloat16_arithmetic_is_close_and_leaves_float32_gradients():
     def loss(params, part="language"):
         return getattr(losses(params, case.tokens, case.config, case.schedule, indexers=True, sparse=False), part)
 
-    rounded = jit(lambda p: (loss(p), loss(p, "indexer")))(case.params)
+    rounded = jax.jit(lambda p: (loss(p), loss(p, "indexer")))(case.params)
     np.testing.assert_allclose(rounded, (exact.language, exact.indexer), rtol=0.05)
     gradient = jax.eval_shape(jax.grad(loss), case.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
@@ -296,7 +298,7 @@ def test_bfloat16_arithmetic_is_close_and_leaves_float32_gradients():
 
 def test_loads_count_every_token_of_every_expert_layer():
     case = CASES["glm"]
-    found = jit(lambda p: ours(p, case, False).loads)(case.params)
+    found = jax.jit(lambda p: ours(p, case, False).loads)(case.params)
     assert found.shape == (2, 8)
     np.testing.assert_array_equal(found.sum(1), 2 * 25 * case.config.num_experts_per_tok)
 

@@ -1,0 +1,122 @@
+"""Training data: documents packed into one stream of tokens, and rows of it in a seeded order that any run can rejoin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from experiments.text import Bytes, Document, FromFile
+
+T = TypeVar("T")
+
+
+def pack(
+    documents: Sequence[Document], encoder: Bytes | FromFile, separator: int | None, path: pathlib.Path, seed: int
+) -> np.ndarray:
+    """The documents' tokens in an order drawn by `seed`, each followed by `separator`, int32, mapped from `path`.
+
+    The file is written document by document, so a corpus larger than memory will do, and kept: a later call with the same
+    documents (names and sizes) maps it again. ValueError for documents without a token.
+    """
+    about = {"encoder": encoder.name, "separator": separator, "seed": seed, "documents": _checksum(documents)}
+    described = path.with_suffix(".json")
+    if not (path.exists() and described.exists() and json.loads(described.read_text(encoding="utf-8")) == about):
+        described.unlink(missing_ok=True)
+        beside = path.with_name(path.name + ".partial")
+        with open(beside, "wb") as file:
+            for i in np.random.default_rng(seed).permutation(len(documents)):
+                file.write(encoder.encode(documents[i].path.read_bytes()).astype("<i4").tobytes())
+                if separator is not None:
+                    file.write(np.int32(separator).astype("<i4").tobytes())
+        if not beside.stat().st_size:
+            raise ValueError(f"{len(documents)} document(s): hold no token")
+        os.replace(beside, path)
+        described.write_text(json.dumps(about), encoding="utf-8")
+    return np.memmap(path, "<i4", mode="r")
+
+
+def _checksum(documents: Sequence[Document]) -> int:
+    listing = "\n".join(f"{d.name} {d.path.stat().st_size}" for d in documents)
+    return zlib.crc32(listing.encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Cuts of `length` + 1 tokens (inputs and their successors), numbered without end.
+
+    Every epoch goes once through the stream in a new order, from a new offset. Row i is a function of the seed and i
+    alone: a run that is resumed at row i sees what it would have seen. ValueError where the stream is shorter than a row.
+    """
+
+    tokens: np.ndarray
+    length: int
+    seed: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"{self.tokens.size} tokens of data: at least {2 * self.length + 1} are needed for rows of {self.length}"
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        return (self.tokens.size - 1) // self.length - 1  # one less, to have room for the offset
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        epoch, at = divmod(i, self.per_epoch)
+        rng = np.random.default_rng((*self.seed, epoch))
+        offset = int(rng.integers(self.length))
+        start = offset + int(rng.permutation(self.per_epoch)[at]) * self.length
+        return np.asarray(self.tokens[start : start + self.length + 1], np.int32)
+
+    def batch(self, start: int, count: int) -> np.ndarray:
+        """Rows start .. start + count - 1: [count, length + 1]."""
+        return np.stack([self[i] for i in range(start, start + count)])
+
+
+def prefetch(make: Callable[[int], T], numbers: range, ahead: int = 2) -> Iterator[T]:
+    """make(i) for each number in turn, made in a thread up to `ahead` items before they are asked for.
+
+    An error of `make` is raised where its item would have come. Closing the iterator ends the thread.
+    """
+    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
+    closed = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> bool:
+        while not closed.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        for i in numbers:
+            try:
+                item: tuple[T | None, BaseException | None] = (make(i), None)
+            except BaseException as error:
+                item = (None, error)
+            if not put(item) or item[1] is not None:
+                return
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in numbers:
+            value, error = made.get()
+            if error is not None:
+                raise error
+            yield value  # type: ignore[misc]
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,344 @@
+"""What training runs share: stages, the optimiser step, checkpoints that survive a kill, and metrics.
+
+A run is a list of stages. Which weights a stage trains is a matter of their place in the tree (`distill.trainable`);
+gradients, optimiser state and its checkpoints exist for those alone. Weights are float32, arithmetic is in the stage's
+compute dtype. Data, losses and updates are functions of (seed, step), so on one device a run that was killed and resumed
+goes through the same numbers, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tensorboardX
+
+from experiments.data import Rows, prefetch
+from experiments.report import Output
+from indexcache_jax import distill
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params, abstract
+from indexcache_jax.schedule import Schedule
+
+LOG = "train.jsonl"
+CHECKPOINTS = "training"
+METRICS = ("language", "indexer", "largest_load", "gradient_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One phase: what trains ("dense", "warmup" or "sparse"), on what, how fast.
+
+    A step sees accumulate x rows sequences of `context` tokens. A rate rises linearly to its peak over `ramp` steps and
+    falls along a cosine to `final` of it.
+    """
+
+    name: str
+    kind: str
+    steps: int
+    rows: int
+    context: int
+    model_rate: float
+    indexer_rate: float
+    final: float = 0.1
+    ramp: int = 100
+    accumulate: int = 1
+    clip: float = 1.0  # of the gradient's norm, of the model and of the indexers apart
+    weight_decay: float = 0.1  # of matrices
+    balance_speed: float = 0.0  # of the router's bias
+    cross_layer: bool = True
+    compute_dtype: str = "bfloat16"
+
+    @property
+    def sequences(self) -> int:
+        return self.accumulate * self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """Checkpoints every so many steps and at every stage's end, the last `keep` of them; metrics every `log_every`."""
+
+    every: int = 500
+    keep: int = 2
+    log_every: int = 50
+
+
+def split(tree: Any, labels: Any) -> tuple[Any, Any]:
+    """The tree's trained and frozen leaves, each with None in place of the others."""
+    trained = jax.tree.map(lambda label, leaf: None if label == "frozen" else leaf, labels, tree)
+    return trained, jax.tree.map(lambda label, leaf: leaf if label == "frozen" else None, labels, tree)
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def optimiser(stage: Stage, config: Config, schedule: Schedule) -> optax.GradientTransformation:
+    """AdamW with a rate and a clipping norm for the model and for the indexers, over the stage's trained leaves."""
+    tree = abstract(config, schedule)
+    labels = distill.trainable(tree, stage.kind)
+    decayed = split(jax.tree.map(lambda t: t.init == "normal", tree), labels)[0]
+
+    def adamw(rate: float) -> optax.GradientTransformation:
+        ramp = max(1, min(stage.ramp, stage.steps // 5))
+        cosine = optax.warmup_cosine_decay_schedule(0.0, rate, ramp, max(stage.steps, ramp + 1), rate * stage.final)
+        rule = optax.adamw(cosine, b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed)
+        return optax.chain(optax.clip_by_global_norm(stage.clip), rule)
+
+    rules = {"model": adamw(stage.model_rate), "indexer": adamw(stage.indexer_rate)}
+    return optax.multi_transform(rules, split(labels, labels)[0])
+
+
+def start(params: Params, stage: Stage, config: Config, schedule: Schedule) -> Any:
+    """The optimiser's state before a stage."""
+    labels = distill.trainable(params, stage.kind)
+    return optimiser(stage, config, schedule).init(split(params, labels)[0])
+
+
+@functools.partial(jax.jit, static_argnames="stage", donate_argnames=("params", "state"))
+def step(
+    params: Params, state: Any, tokens: jax.Array, config: Config, schedule: Schedule, stage: Stage
+) -> tuple[Params, Any, jax.Array]:
+    """One update on tokens [accumulate, rows, S+1]: params, optimiser state and METRICS [4], means over the micro-batches."""
+    labels = distill.trainable(params, stage.kind)
+    trained, frozen = split(params, labels)
+
+    def objective(trained: Any, tokens: jax.Array) -> tuple[jax.Array, distill.Losses]:
+        found = distill.losses(
+            merge(trained, frozen),
+            tokens,
+            config,
+            schedule,
+            indexers=stage.kind != "dense",
+            sparse=stage.kind == "sparse",
+            cross_layer=stage.cross_layer,
+            compute_dtype=jnp.dtype(stage.compute_dtype),
+        )
+        total = {"dense": found.language, "warmup": found.indexer, "sparse": found.language + found.indexer}[stage.kind]
+        return total, found
+
+    def micro(tokens: jax.Array) -> tuple[Any, distill.Losses]:
+        return jax.grad(objective, has_aux=True)(trained, tokens)
+
+    if stage.accumulate == 1:
+        grads, found = micro(tokens[0])
+    else:
+        shapes = jax.eval_shape(micro, tokens[0])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, micro(rows)), None), zeros, tokens)
+        grads, found = jax.tree.map(lambda x: x / stage.accumulate, total)
+    updates, state = optimiser(stage, config, schedule).update(grads, state, trained)
+    params = merge(optax.apply_updates(trained, updates), frozen)
+    if params.moe is not None and stage.balance_speed:
+        bias = distill.balance(params.moe.router_bias, found.loads, stage.balance_speed)
+        params = dataclasses.replace(params, moe=dataclasses.replace(params.moe, router_bias=bias))
+    share = jnp.max(found.loads / jnp.sum(found.loads, axis=-1, keepdims=True), initial=0.0)
+    return params, state, jnp.stack([found.language, found.indexer, share, optax.global_norm(grads)])
+
+
+class Metrics:
+    """train.jsonl and TensorBoard events of a run that goes on at `step`: later entries of an earlier process are dropped."""
+
+    def __init__(self, directory: pathlib.Path, step: int) -> None:
+        path = directory / LOG
+        path.touch()
+        kept = path.read_bytes().splitlines(keepends=True)[:step]  # a line a step
+        self._file = path.open("r+b")
+        self._file.truncate(sum(len(line) for line in kept))
+        self._file.seek(0, 2)
+        self._events = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+
+    def write(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        self._file.write((json.dumps({"step": step, "stage": stage, **values}) + "\n").encode())
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+class _Run:
+    """Where a run is: a step counted over all stages, and what belongs to it in a checkpoint."""
+
+    def __init__(self, stages: Sequence[Stage], tokens: np.ndarray, seed: int) -> None:
+        self.stages, self.tokens, self.seed = stages, tokens, seed
+        self.starts = [sum(s.steps for s in stages[:i]) for i in range(len(stages))]
+        self.total = sum(s.steps for s in stages)
+
+    def stage(self, step: int) -> int:
+        """The stage that takes the given step; after the last step, the last stage."""
+        return max(i for i, start in enumerate(self.starts) if start <= min(step, self.total - 1))
+
+    def rows(self, stage: int) -> Rows:
+        return Rows(self.tokens, self.stages[stage].context, (self.seed, stage))
+
+    def batch(self, rows: Rows, step: int) -> np.ndarray:
+        i = self.stage(step)
+        stage = self.stages[i]
+        found = rows.batch((step - self.starts[i]) * stage.sequences, stage.sequences)
+        return found.reshape(stage.accumulate, stage.rows, -1)
+
+    def about(self, config: Config, schedule: Schedule) -> dict[str, Any]:
+        """What must not change under a run that is resumed."""
+        sample = np.asarray(self.tokens[:: max(1, self.tokens.size // 4096)])
+        return {
+            "seed": self.seed,
+            "schedule": schedule.pattern,
+            "tokens": [int(self.tokens.size), int(sample.sum())],
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "model": json.loads(json.dumps(config.to_hf())),
+        }
+
+
+def train(
+    params: Params,
+    tokens: np.ndarray,
+    stages: Sequence[Stage],
+    config: Config,
+    schedule: Schedule,
+    output: Output,
+    *,
+    seed: int,
+    resume: bool,
+    saving: Saving,
+) -> Params:
+    """Params (float32) after all stages on a stream of tokens. Checkpoints and metrics go into the output's folder.
+
+    resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss or gradient is
+    not finite (the checkpoints before it stay); for a folder that holds another run, or one and not `resume`.
+    """
+    run = _Run([stage for stage in stages if stage.steps], tokens, seed)
+    about = run.about(config, schedule)
+    folder = (output.directory / CHECKPOINTS).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=saving.keep, cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        done = 0
+        stage = run.stage(done)
+        if (latest := manager.latest_step()) is not None:
+            if not resume:
+                raise ValueError(f"{folder}: holds an earlier run; --resume goes on with it, or choose another --output_dir")
+            _check_same(manager.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"], about, folder)
+            done = latest
+            stage = run.stage(done)
+        state = start(params, run.stages[stage], config, schedule)
+        if done:
+            like = {"params": params, "optimiser": state}
+            restored = manager.restore(done, args=ocp.args.Composite(weights=ocp.args.StandardRestore(like)))["weights"]
+            params, state = restored["params"], restored["optimiser"]
+        metrics = Metrics(output.directory, done)
+        try:
+            while done < run.total:
+                stage = run.stage(done)
+                stop = min(run.starts[stage] + run.stages[stage].steps, done + saving.every - done % saving.every)
+                params, state = _some_steps(run, params, state, range(done, stop), config, schedule, metrics, saving, folder)
+                done = stop
+                if run.stage(done) != stage:
+                    state = start(params, run.stages[run.stage(done)], config, schedule)
+                _save(manager, done, params, state, about)
+        finally:
+            metrics.close()
+    return params
+
+
+def _save(manager: ocp.CheckpointManager, step: int, params: Params, state: Any, about: dict[str, Any]) -> None:
+    weights = ocp.args.StandardSave({"params": params, "optimiser": state})
+    manager.save(step, args=ocp.args.Composite(weights=weights, about=ocp.args.JsonSave(about)))
+
+
+def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: pathlib.Path) -> None:
+    for field, value in now.items():
+        if saved.get(field) != value:
+            raise ValueError(f"{folder}: was made with another {field}: {saved.get(field)!r} there, {value!r} here")
+
+
+def _some_steps(
+    run: _Run,
+    params: Params,
+    state: Any,
+    steps: range,
+    config: Config,
+    schedule: Schedule,
+    metrics: Metrics,
+    saving: Saving,
+    folder: pathlib.Path,
+) -> tuple[Params, Any]:
+    """Steps within one stage, their metrics written and found finite."""
+    stage_index = run.stage(steps.start)
+    stage, rows = run.stages[stage_index], run.rows(stage_index)
+    pending: list[jax.Array] = []
+    began = time.perf_counter()
+    batches = prefetch(lambda at: jax.device_put(run.batch(rows, at)), steps)
+    for at, tokens in zip(steps, batches, strict=True):
+        params, state, found = step(params, state, tokens, config, schedule, stage)
+        pending.append(found)
+        if at + 1 == steps.stop or (at + 1) % saving.log_every == 0:
+            values = np.array([np.asarray(found) for found in pending])
+            for number, row in enumerate(values.tolist(), start=at + 1 - len(pending)):
+                if not all(math.isfinite(value) for value in row):
+                    metrics.flush()
+                    shown = ", ".join(f"{name} {value}" for name, value in zip(METRICS, row, strict=True))
+                    raise ValueError(f"{stage.name}: step {number} is not finite ({shown}); {folder} keeps the last good state")
+                metrics.write(number, stage.name, dict(zip(METRICS, row, strict=True)))
+            metrics.flush()
+            rate = len(pending) * stage.sequences * stage.context / (time.perf_counter() - began)
+            means = ", ".join(f"{name} {value:.4f}" for name, value in zip(METRICS, values.mean(axis=0), strict=True))
+            print(
+                f"{stage.name}: step {at + 1 - run.starts[stage_index]}/{stage.steps}, {means}, {rate:,.0f} tokens/s",
+                flush=True,
+            )
+            pending, began = [], time.perf_counter()
+    return params, state
+
+
+def read_log(directory: pathlib.Path) -> list[dict[str, Any]]:
+    """The entries of a run's train.jsonl, one a step."""
+    return [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
+
+
+def under(params: Params, base: Schedule, schedule: Schedule) -> Params:
+    """Params made for `base` with the indexers of the F layers of `schedule` alone; ValueError where one has none."""
+    if schedule.num_layers != base.num_layers or (lacking := [i for i in schedule.full_layers if not base.is_full[i]]):
+        where = f"layer {lacking[0]} has no indexer" if schedule.num_layers == base.num_layers else "another number of layers"
+        raise ValueError(f"schedule {schedule.pattern}: {where} in a checkpoint of {base.pattern}")
+    kept = np.array([base.full_layers.index(i) for i in schedule.full_layers])
+    return dataclasses.replace(params, indexer=jax.tree.map(lambda a: a[kept], params.indexer))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Mean losses in nats a token."""
+
+    language: float
+    indexer: float
+
+
+@functools.partial(jax.jit, static_argnames=("sparse", "compute_dtype"))
+def _held_out(params: Params, tokens: jax.Array, config: Config, schedule: Schedule, sparse: bool, compute_dtype: str) -> Any:
+    dtype = jnp.dtype(compute_dtype)
+    found = distill.losses(params, tokens, config, schedule, indexers=sparse, sparse=sparse, compute_dtype=dtype)
+    return found.language, found.indexer
+
+
+def evaluate(
+    params: Params, cuts: np.ndarray, config: Config, schedule: Schedule, compute_dtype: str, sparse: bool = True
+) -> HeldOut:
+    """The losses on cuts [N, S+1], one at a time; sparse False: with dense attention, no divergence."""
+    found = [_held_out(params, jnp.asarray(cut[None]), config, schedule, sparse, compute_dtype) for cut in cuts]
+    language, indexer = np.mean(np.array(found, np.float64), axis=0)
+    return HeldOut(float(language), float(indexer))

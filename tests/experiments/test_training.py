@@ -1,0 +1,279 @@
+"""Data, the optimiser step, and runs that are stopped and resumed."""
+
+import dataclasses
+import json
+import struct
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from experiments import data, text, training
+from experiments.report import Output
+from experiments.training import Saving, Stage
+from indexcache_jax.params import init
+from indexcache_jax.schedule import Schedule
+from tests.tiny_models import GLM_FIELDS, Case
+
+CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 258}, "FS", 0)
+WITH_EXPERTS = Case(GLM_FIELDS | {"num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 258}, "F", 0)
+TOKENS = np.random.default_rng(0).integers(0, 256, 2000).astype(np.int32)
+WARMUP = Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-2, ramp=1, compute_dtype="float32")
+SPARSE = Stage("sparse", "sparse", 3, 1, 24, 1e-3, 1e-2, ramp=1, compute_dtype="float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def documents(tmp_path, sizes):
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.txt").write_bytes(bytes([65 + i]) * size)
+    return text.documents(str(tmp_path / "*.txt"))
+
+
+def test_packing_joins_all_documents_in_a_seeded_order(tmp_path):
+    found = documents(tmp_path, [3, 5, 2, 4])
+    packed = data.pack(found, text.Bytes(), 256, tmp_path / "tokens.bin", 1)
+    parts = "".join(chr(t) if t < 256 else "|" for t in packed.tolist()).split("|")
+    assert sorted(parts) == ["", "AAA", "BBBBB", "CC", "DDDD"] and parts[-1] == ""
+    other = data.pack(found, text.Bytes(), 256, tmp_path / "other.bin", 2)
+    assert packed.tolist() != other.tolist()
+
+
+def test_what_is_packed_is_kept_until_a_document_changes(tmp_path):
+    found = documents(tmp_path, [3, 5])
+    path = tmp_path / "tokens.bin"
+    data.pack(found, text.Bytes(), None, path, 0)
+    path.write_bytes(path.read_bytes()[:8])  # a mark that another call would remove
+    assert data.pack(found, text.Bytes(), None, path, 0).size == 2
+    (tmp_path / "0.txt").write_bytes(b"AAAA")
+    assert data.pack(found, text.Bytes(), None, path, 0).size == 9
+    assert data.pack(found, text.Bytes(), None, path, 1).size == 9
+
+
+def test_nothing_to_pack_is_said(tmp_path):
+    with pytest.raises(ValueError, match="hold no token"):
+        data.pack(documents(tmp_path, [0]), text.Bytes(), None, tmp_path / "tokens.bin", 0)
+
+
+def test_an_epoch_sees_every_row_once_and_rows_depend_on_their_number_alone():
+    rows = data.Rows(np.arange(101), 10, (3, 1))
+    assert rows.per_epoch == 9
+    epochs = [[rows[9 * epoch + i] for i in range(9)] for epoch in range(2)]
+    for epoch in epochs:
+        starts = sorted(int(row[0]) for row in epoch)
+        assert np.diff(starts).tolist() == [10] * 8 and all(np.diff(row).tolist() == [1] * 10 for row in epoch)
+    assert [int(row[0]) for row in epochs[0]] != [int(row[0]) for row in epochs[1]]
+    np.testing.assert_array_equal(rows.batch(7, 4), [rows[i] for i in (7, 8, 9, 10)])
+    assert not np.array_equal(rows[0], data.Rows(np.arange(101), 10, (3, 2))[0])
+    with pytest.raises(ValueError, match="at least 21 are needed"):
+        data.Rows(np.arange(20), 10, (0,))
+
+
+def test_prefetching_keeps_order_works_ahead_and_ends():
+    made = []
+    ahead = threading.Event()
+
+    def make(i):
+        made.append(i)
+        if i == 2:
+            ahead.set()
+        return 10 * i
+
+    items = data.prefetch(make, range(100))
+    assert next(items) == 0 and ahead.wait(10)
+    assert next(items) == 10
+    items.close()
+    assert len(made) < 10 and not any(t.name == "prefetch" for t in threading.enumerate())
+
+
+def test_prefetching_hands_errors_on():
+    def make(i):
+        if i == 1:
+            raise ValueError("no row 1")
+        return i
+
+    items = data.prefetch(make, range(3))
+    assert next(items) == 0
+    with pytest.raises(ValueError, match="no row 1"):
+        next(items)
+
+
+def take_steps(stage, tokens, case=CASE):
+    config, schedule = case.config, case.schedule
+    params = jax.tree.map(jnp.copy, case.params)
+    state = training.start(params, stage, config, schedule)
+    metrics = []
+    for rows in tokens:
+        params, state, found = training.step(params, state, jnp.asarray(rows), config, schedule, stage)
+        metrics.append(np.asarray(found))
+    return params, state, np.array(metrics)
+
+
+def batches(stage, count):
+    rows = data.Rows(TOKENS, stage.context, (0,))
+    return [rows.batch(i * stage.sequences, stage.sequences).reshape(stage.accumulate, stage.rows, -1) for i in range(count)]
+
+
+def changed(params, case=CASE):
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), params, case.params)
+    return {jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal}
+
+
+def test_the_warm_up_changes_indexers_alone_and_keeps_state_for_them_alone():
+    params, state, metrics = take_steps(WARMUP, batches(WARMUP, 3))
+    assert changed(params) == {f".indexer.{name}" for name in ("queries", "keys", "key_norm", "key_norm_bias", "head_weights")}
+    trained = sum(leaf.size for leaf in jax.tree.leaves(CASE.params.indexer))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * trained + 20
+    assert np.isfinite(metrics).all()
+
+
+def test_the_sparse_stage_changes_everything_but_the_routers_bias():
+    case = WITH_EXPERTS
+    params, _, _ = take_steps(SPARSE, batches(SPARSE, 2), case)
+    every = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert changed(params, case) == every - {".moe.router_bias"}
+
+
+def test_the_two_rates_are_apart_and_balancing_is_by_rule():
+    still = dataclasses.replace(SPARSE, model_rate=0.0, balance_speed=0.1)
+    params, _, _ = take_steps(still, batches(SPARSE, 1), WITH_EXPERTS)
+    assert {name.split(".")[1] for name in changed(params, WITH_EXPERTS)} == {"moe"}  # the rates start from 0
+    np.testing.assert_allclose(jnp.abs(params.moe.router_bias - WITH_EXPERTS.params.moe.router_bias).max(), 0.1, atol=1e-6)
+    params, _, _ = take_steps(still, batches(SPARSE, 2), WITH_EXPERTS)
+    assert {name for name in changed(params, WITH_EXPERTS) if "indexer" not in name} == {".moe.router_bias"}
+
+
+def test_accumulated_rows_are_one_batch():
+    whole = dataclasses.replace(WARMUP, rows=4)
+    parts = dataclasses.replace(WARMUP, rows=2, accumulate=2)
+    (_, state, one), (_, other_state, other) = take_steps(whole, batches(whole, 1)), take_steps(parts, batches(parts, 1))
+    np.testing.assert_allclose(one[:, [0, 1, 3]], other[:, [0, 1, 3]], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):  # Adam's means of the gradients
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(jnp.asarray(a)).max()))
+
+
+def test_training_lowers_the_divergence():
+    stage = dataclasses.replace(WARMUP, steps=30, rows=2)
+    _, _, metrics = take_steps(stage, batches(stage, 30))
+    assert metrics[-5:, 1].mean() < 0.9 * metrics[:5, 1].mean()
+
+
+def train(output, stages=(WARMUP, SPARSE), resume=False, params=None, seed=0, tokens=TOKENS, **saving):
+    return training.train(
+        jax.tree.map(jnp.copy, CASE.params) if params is None else params,
+        tokens,
+        stages,
+        CASE.config,
+        CASE.schedule,
+        Output.create(str(output)),
+        seed=seed,
+        resume=resume,
+        saving=Saving(**({"every": 2, "keep": 2, "log_every": 1} | saving)),
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_resumed_run_is_the_uninterrupted_one(uninterrupted, tmp_path, monkeypatch, stop):
+    """Stopped before the first checkpoint, within the first stage's last and right after a stage began."""
+    whole, expected = uninterrupted
+    real, taken = training.step, []
+
+    def failing(*arguments):
+        if len(taken) == stop:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    monkeypatch.setattr(training, "step", real)
+    params = train(tmp_path, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert (tmp_path / training.LOG).read_text() == (whole / training.LOG).read_text()
+    assert [entry["step"] for entry in training.read_log(tmp_path)] == list(range(6))
+
+
+def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(uninterrupted):
+    folder, expected = uninterrupted
+    assert sorted(int(p.name) for p in (folder / training.CHECKPOINTS).iterdir() if p.name.isdigit()) == [4, 6]
+    again = train(folder, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(resume=False), "--resume goes on with it"),
+        (dict(seed=1), "another seed"),
+        (dict(stages=(WARMUP, dataclasses.replace(SPARSE, model_rate=1.0))), "another stages"),
+        (dict(tokens=TOKENS[:-1]), "another tokens"),
+    ],
+)
+def test_another_run_is_not_continued(uninterrupted, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(uninterrupted[0], **({"resume": True} | change))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
+    """The rate explodes in step 3."""
+    wild = dataclasses.replace(SPARSE, model_rate=1e30, weight_decay=0.0, clip=1e30)
+    with pytest.raises(ValueError, match=r"sparse: step (4|5) is not finite \(language nan.*keeps the last good state"):
+        train(tmp_path, (WARMUP, wild), every=1)
+    steps = [entry["step"] for entry in training.read_log(tmp_path)]
+    saved = sorted(int(p.name) for p in (tmp_path / training.CHECKPOINTS).iterdir() if p.name.isdigit())
+    assert steps == list(range(len(steps))) and saved[-1] == len(steps)
+
+
+def scalars(folder):
+    """(step, name, value) of the event files, their records taken apart: length, checksum, event, checksum."""
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_gets_what_the_log_gets(uninterrupted):
+    folder, _ = uninterrupted
+    logged = [(e["step"], name, np.float32(e[name])) for e in training.read_log(folder) for name in training.METRICS]
+    assert [(step, name, np.float32(value)) for step, name, value in scalars(folder)] == logged
+
+
+def test_a_log_cut_off_in_a_line_is_taken_up_at_the_step(tmp_path):
+    lines = [json.dumps({"step": i, "stage": "s", "language": 1.0}) + "\n" for i in range(4)]
+    (tmp_path / training.LOG).write_text("".join(lines) + '{"step": 4, "sta')
+    metrics = training.Metrics(tmp_path, 3)
+    metrics.write(3, "s", {"language": 2.0})
+    metrics.close()
+    assert [(e["step"], e["language"]) for e in training.read_log(tmp_path)] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_indexers_of_a_schedule_are_the_checkpoints_own():
+    base, schedule = Schedule("FFSF"), Schedule("FSSF")
+    config = Case(GLM_FIELDS | {"num_hidden_layers": 4}, "FFSF", 0).config
+    params = init(jax.random.key(0), config, base)
+    kept = training.under(params, base, schedule)
+    np.testing.assert_array_equal(kept.indexer.keys, params.indexer.keys[np.array([0, 2])])
+    with pytest.raises(ValueError, match="layer 2 has no indexer"):
+        training.under(params, base, Schedule("FFFS"))
+    with pytest.raises(ValueError, match="another number of layers"):
+        training.under(params, base, Schedule("FF"))
