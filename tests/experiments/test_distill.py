@@ -1,0 +1,179 @@
+"""`--experiment=distill`: killed and resumed, and the checkpoint that it writes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import checkpoints_convert
+from experiments import distill, training
+from indexcache_jax import forward
+from indexcache_jax.schedule import Schedule
+from tests.tiny_models import GLM_FIELDS, Case
+
+ROOT = pathlib.Path(__file__).parents[2]
+FIELDS = GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2, "vocab_size": 258, "eos_token_id": 256}
+BASE = Case(FIELDS, "FFF", 0)
+TARGET = Case(FIELDS, "FSF", 0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "checkpoint"
+    checkpoints_convert.save(folder, BASE.params, BASE.config, BASE.schedule)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        (folder / f"{i}.txt").write_bytes(rng.integers(97, 123, 800).astype(np.uint8).tobytes())
+    return folder
+
+
+def trained_indexers():
+    """Params for the target schedule whose indexers, and nothing else, have moved."""
+    params = training.under(BASE.params, BASE.schedule, TARGET.schedule)
+    return dataclasses.replace(params, indexer=jax.tree.map(lambda a: 1.25 * a + 0.01, params.indexer))
+
+
+def test_the_export_is_the_checkpoint_with_the_schedule_and_its_indexers(checkpoint, tmp_path):
+    params = trained_indexers()
+    distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
+    config, schedule, found = checkpoints_convert.load(tmp_path / "out")
+    assert schedule == TARGET.schedule and config == BASE.config
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    _, _, before = checkpoints_convert.load(checkpoint)
+    for name in ("embedding", "attention", "moe", "final_norm"):  # what the warm-up leaves alone
+        jax.tree.map(np.testing.assert_array_equal, getattr(found, name), getattr(before, name))
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["indexer_types"] == ["full", "shared", "full"]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
+    params = trained_indexers()
+    like = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    distill.export(tmp_path / "out", params, like, BASE.config, TARGET.schedule, checkpoint)
+    found = checkpoints_convert.load(tmp_path / "out")[2]
+    assert found.indexer.keys.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.attention.out, like.attention.out)
+
+
+def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
+    pytest.importorskip("torch", reason="the oracle needs torch")
+    pytest.importorskip("transformers", reason="the oracle needs transformers")
+    from tests import oracle
+
+    params = trained_indexers()
+    distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
+    logits, indices = oracle.record(oracle.load(tmp_path / "out"), TARGET)
+    ours = np.asarray(forward(params, TARGET.tokens, BASE.config, TARGET.schedule))
+    assert len(indices) == 2
+    np.testing.assert_allclose(ours, logits, atol=5e-5, rtol=0)
+    untrained = np.asarray(
+        forward(training.under(BASE.params, BASE.schedule, TARGET.schedule), TARGET.tokens, BASE.config, TARGET.schedule)
+    )
+    assert np.abs(untrained - ours).max() > 1e-2
+
+
+def arguments(checkpoint, texts, output, *more):
+    flags = {
+        "checkpoint": checkpoint,
+        "pattern": "FSF",
+        "data": f"{texts}/[0-3].txt",
+        "held_out": texts / "4.txt",
+        "context": 24,
+        "held_out_sequences": 2,
+        "warmup_steps": 30,
+        "sparse_steps": 30,
+        "save_every": 4,
+        "output_dir": output,
+    }
+    flags_given = [f"--{name}={value}" for name, value in flags.items()]
+    return [sys.executable, "-m", "experiments.run", "--experiment=distill", *flags_given, *more]
+
+
+def environment(cache):
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),  # so that every start but the first is quick
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpoint, texts, tmp_path):
+    options = {
+        "env": environment(tmp_path / "cache"),
+        "cwd": ROOT,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    whole = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole"), timeout=600, **options)
+    assert whole.returncode == 0, whole.stderr
+    log = tmp_path / "killed" / training.LOG
+    command = arguments(checkpoint, texts, tmp_path / "killed", "--resume")
+    kills = 0
+    for lines in (1, 13, 37, 50):  # of the log: before and after stages end, while checkpoints are being written
+        process = subprocess.Popen(command, **options)
+        while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= lines):
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = subprocess.run(command, timeout=600, **options)
+    assert last.returncode == 0, last.stderr
+    assert kills >= 2
+    assert log.read_text() == (tmp_path / "whole" / training.LOG).read_text()
+    assert len(training.read_log(tmp_path / "killed")) == 60
+    weights = [tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "killed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    found = json.loads((tmp_path / "whole" / "results.json").read_text())["metrics"]
+    assert found["pattern"] == "FSF" and set(found["held_out"]) == {"as it came", "the schedule, untrained", "distilled"}
+    assert found["held_out"]["distilled"]["indexer"] < found["held_out"]["the schedule, untrained"]["indexer"]
+    again = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole"), timeout=600, **options)
+    assert again.returncode == 1 and again.stderr.strip().splitlines()[-1].startswith("error: ") and "--resume" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--context=8", "--context=8"),
+        ("--pattern=FS", "--pattern=FS"),
+        ("--data=none*.txt", "none*.txt"),
+        ("--retention=2", None),
+    ],
+)
+def test_bad_flags_are_named(checkpoint, texts, tmp_path, flag, message):
+    found = subprocess.run(
+        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--pattern="] if message is None else []), flag],
+        env=environment(tmp_path / "cache"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    line = found.stderr.strip().splitlines()[-1]
+    assert found.returncode == 1 and line.startswith("error: ") and (message or "--retention=2") in line
+
+
+def test_a_pattern_longer_than_the_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="another number of layers"):
+        training.under(BASE.params, BASE.schedule, Schedule("FSFS"))
