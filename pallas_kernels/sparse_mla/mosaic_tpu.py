@@ -35,7 +35,7 @@ PAGE = 32  # keys of a small page
 ROWS = 256  # entries of a list that a decode step fetches while it attends to as many others
 PRODUCT_ROWS = 512  # heads x queries of a program: enough to keep a matrix unit busy while its other operand is loaded
 MAX_QUERIES = 32
-DENSE_KEYS = 16  # times k: up to here whole tiles; see docs/tpu.md
+DENSE_KEYS = 8  # times k: up to here whole tiles; docs/tpu.md has the counts
 MASKED, START = -2e30, -1e30  # exp(MASKED - START) is 0, and so is exp(MASKED - anything larger)
 
 

@@ -62,8 +62,16 @@ def test_small_kernels_compile():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [BF16, F32, jnp.int8])
-@pytest.mark.parametrize("b, s, heads, t", [(1, 4096, 32, 131_072), (1, 1024, 64, 204_800), (8, 1, 32, 131_072)])
+@pytest.mark.parametrize(
+    "b, s, heads, t, kind",
+    [
+        (1, 4096, 32, 131_072, BF16),
+        (1, 1024, 32, 131_072, F32),
+        (1, 1024, 32, 131_072, jnp.int8),
+        (1, 1024, 64, 204_800, BF16),
+        (8, 1, 32, 131_072, BF16),
+    ],
+)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_indexer_topk(topology, b, s, heads, t, kind):
     found = compile_indexer(topology, b, s, heads, t, 2048, kind)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compile
+from experiments import compile, run  # noqa: F401  results record the flags that `run` defines
 from indexcache_jax import moe
 from indexcache_jax.params import at_layer
 from pallas_kernels import dispatch, tpu
