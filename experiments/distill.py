@@ -13,7 +13,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -124,20 +123,42 @@ def run(output_dir: str, seed: int) -> None:
     print(f"{checkpoint}: {base.pattern} -> {schedule.pattern}; {dtype} on {device()['kind']}")
     print(f"{len(train_documents)} documents, {tokens.size:,} tokens to train on; {len(cuts)} x {values.context} held out")
 
-    params = jax.tree.map(lambda a: a.astype(jnp.float32), stored)
     rows = {
         "as it came": training.evaluate(loaded, cuts, config, base, dtype),
-        "the schedule, untrained": training.evaluate(params, cuts, config, schedule, dtype),
+        "the schedule, untrained": training.evaluate(stored, cuts, config, schedule, dtype),
     }
     began = time.perf_counter()
     plan = stages(values.context, dtype)
-    saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value)
-    params = training.train(params, tokens, plan, config, schedule, output, seed=seed, resume=values.resume, saving=saving)
-    seconds = time.perf_counter() - began
+    look = max(1, min([50, *(stage.steps // 5 for stage in plan if stage.steps)]))
+    saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=look)
+    trained = training.train(stored, tokens, plan, config, schedule, output, seed=seed, resume=values.resume, saving=saving)
+    params, seconds = trained.params, time.perf_counter() - began
     shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
     export(target, params, stored, config, schedule, checkpoint)
     rows["distilled"] = training.evaluate(params, cuts, config, schedule, dtype)
-    finish(output, checkpoint, base, schedule, rows, plan, tokens, seconds)
+    rates = speeds(trained, plan, config, schedule)
+    finish(output, checkpoint, base, schedule, rows, plan, rates, tokens, seconds)
+
+
+def speeds(trained: training.Trained, plan: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
+    """By stage tokens/s and, on an accelerator, the model FLOPs' share of the rate of a bfloat16 matmul of the same run."""
+    matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
+    found: dict[str, Any] = {"matmul_tflops": None if matmul is None else matmul / 1e12}
+    for stage in plan:
+        if (rate := trained.tokens_per_second.get(stage.name)) is not None:
+            flops = training.flops_per_token(config, schedule, stage) * rate
+            found[stage.name] = {
+                "tokens_per_second": rate,
+                "model_tflops": flops / 1e12,
+                "of_matmul": None if matmul is None else flops / matmul,
+            }
+    return found
+
+
+def _speed_cells(found: dict[str, float] | None) -> list[str]:
+    if found is None:
+        return ["-", "-"]
+    return [f"{found['tokens_per_second']:,.0f}", "-" if found["of_matmul"] is None else f"{found['of_matmul']:.1%}"]
 
 
 def finish(
@@ -147,6 +168,7 @@ def finish(
     schedule: Schedule,
     rows: dict[str, training.HeldOut],
     plan: list[Stage],
+    rates: dict[str, Any],
     tokens: np.ndarray,
     seconds: float,
 ) -> None:
@@ -159,8 +181,11 @@ def finish(
         for (name, found), size in zip(rows.items(), sizes, strict=True)
     ]
     about_stages = markdown_table(
-        ["stage", "steps", "sequences", "context", "model's rate", "indexers' rate"],
-        [[s.name, s.steps, s.sequences, s.context, s.model_rate or "-", s.indexer_rate] for s in plan],
+        ["stage", "steps", "sequences", "context", "model's rate", "indexers' rate", "tokens/s", "model FLOPs of matmul rate"],
+        [
+            [s.name, s.steps, s.sequences, s.context, s.model_rate or "-", s.indexer_rate, *_speed_cells(rates.get(s.name))]
+            for s in plan
+        ],
     )
     note = "Nats per token on held-out text; the divergence is summed over the F layers, over the selected keys."
     metrics = {
@@ -169,7 +194,8 @@ def finish(
         "held_out": {name: {"language": found.language, "indexer": found.indexer} for name, found in rows.items()},
         "tokens": int(tokens.size),
         "seconds": seconds,
+        "speed": rates,
     }
     report = f"# Distillation for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n"
     output.finish("distill", metrics, report + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
-    print(f"\n{text_table(header, cells)}\n\n{note}\n\nwritten to {output.directory}/, the checkpoint to checkpoint/ there")
+    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\nwritten to {output.directory}/, with checkpoint/")

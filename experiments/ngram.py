@@ -1,4 +1,4 @@
-"""A byte n-gram model with Witten-Bell smoothing: the baseline a trained checkpoint has to beat by far."""
+"""n-grams: a smoothed byte model, the baseline a trained checkpoint has to beat by far, and how far back one last occurred."""
 
 from __future__ import annotations
 
@@ -38,3 +38,22 @@ def loss(train: np.ndarray, held_out: np.ndarray, order: int) -> float:
         smoothed = (_count(grams, counts, wanted) + kinds * p) / np.maximum(seen + kinds, 1)
         p = np.where(seen > 0, smoothed, p)
     return float(-np.mean(np.log(p)))
+
+
+def distance(tokens: np.ndarray, n: int) -> np.ndarray:
+    """How far back the n tokens that end at each position last occurred, [S] int64; 0 where they did not (before).
+
+    A model finds such a token again only where it still sees the earlier occurrence: the loss on those with a large
+    distance is a loss on long-range dependence. ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n: {n} is below 1")
+    found = np.zeros(tokens.size, np.int64)
+    if tokens.size < n:
+        return found
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, n)
+    kinds = np.unique(windows, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(kinds, kind="stable")
+    again = kinds[order[1:]] == kinds[order[:-1]]
+    found[order[1:][again] + n - 1] = (order[1:] - order[:-1])[again]
+    return found

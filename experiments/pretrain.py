@@ -162,7 +162,8 @@ def run(output_dir: str, seed: int) -> None:
     started = time.perf_counter()
     saving = training.Saving()
     resume = options.RESUME.value
-    params = training.train(params, train_tokens, plan(), config, schedule, output, seed=seed, resume=resume, saving=saving)
+    trained = training.train(params, train_tokens, plan(), config, schedule, output, seed=seed, resume=resume, saving=saving)
+    params = trained.params
     seconds = time.perf_counter() - started
     stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), params, abstract(config, schedule))
     losses = evaluate(stored, cuts, config, schedule, seed)

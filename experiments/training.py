@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,6 +73,14 @@ class Saving:
     every: int = 500
     keep: int = 2
     log_every: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """tokens_per_second: a stage's median between two looks at the metrics, without the first, in which it compiles."""
+
+    params: Params
+    tokens_per_second: dict[str, float]
 
 
 def split(tree: Any, labels: Any) -> tuple[Any, Any]:
@@ -180,6 +189,7 @@ class _Run:
         self.stages, self.tokens, self.seed = stages, tokens, seed
         self.starts = [sum(s.steps for s in stages[:i]) for i in range(len(stages))]
         self.total = sum(s.steps for s in stages)
+        self.rates: dict[str, list[float]] = {}
 
     def stage(self, step: int) -> int:
         """The stage that takes the given step; after the last step, the last stage."""
@@ -217,13 +227,18 @@ def train(
     seed: int,
     resume: bool,
     saving: Saving,
-) -> Params:
-    """Params (float32) after all stages on a stream of tokens. Checkpoints and metrics go into the output's folder.
+) -> Trained:
+    """Float32 params after all stages on a stream of tokens. Checkpoints and metrics go into the output's folder.
+
+    `params` of any dtype stay as they are: training starts from a copy.
 
     resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss or gradient is
     not finite (the checkpoints before it stay); for a folder that holds another run, or one and not `resume`.
     """
     run = _Run([stage for stage in stages if stage.steps], tokens, seed)
+    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+    if not run.total:
+        return Trained(params, {})
     about = run.about(config, schedule)
     folder = (output.directory / CHECKPOINTS).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=saving.keep, cleanup_tmp_directories=True)
@@ -253,7 +268,7 @@ def train(
                 _save(manager, done, params, state, about)
         finally:
             metrics.close()
-    return params
+    return Trained(params, {name: statistics.median(rates[1:]) for name, rates in run.rates.items() if len(rates) > 1})
 
 
 def _save(manager: ocp.CheckpointManager, step: int, params: Params, state: Any, about: dict[str, Any]) -> None:
@@ -297,6 +312,7 @@ def _some_steps(
                 metrics.write(number, stage.name, dict(zip(METRICS, row, strict=True)))
             metrics.flush()
             rate = len(pending) * stage.sequences * stage.context / (time.perf_counter() - began)
+            run.rates.setdefault(stage.name, []).append(rate)
             means = ", ".join(f"{name} {value:.4f}" for name, value in zip(METRICS, values.mean(axis=0), strict=True))
             print(
                 f"{stage.name}: step {at + 1 - run.starts[stage_index]}/{stage.steps}, {means}, {rate:,.0f} tokens/s",
@@ -304,6 +320,49 @@ def _some_steps(
             )
             pending, began = [], time.perf_counter()
     return params, state
+
+
+def flops_per_token(config: Config, schedule: Schedule, stage: Stage) -> float:
+    """What a step needs per token, 2 for a multiplication and its addition; nothing that is computed twice or masked out.
+
+    A matrix counts once forward, and once each backward for its input's and its own gradient where these are needed.
+    Attention and divergence count over the keys attended to, the selection over all visible ones.
+    """
+    c, k, s = config, min(config.index_topk, stage.context), stage.context
+    visible = (s + 1) / 2
+    attended = visible if stage.kind != "sparse" else (k * (k + 1) / 2 + (s - k) * k) / s
+    heads, experts = c.num_heads, c.num_experts_per_tok + c.n_shared_experts
+    attention: float = c.hidden_size * (c.q_lora_rank + c.latent_dim) + heads * c.v_head_dim * c.hidden_size
+    attention += heads * (c.q_lora_rank * c.qk_head_dim + c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim))
+    attention += attended * heads * (c.qk_head_dim + c.v_head_dim)
+    moe = sum(c.moe_layers)
+    mlps = 3 * c.hidden_size * ((c.num_layers - moe) * c.intermediate_size + moe * experts * c.moe_intermediate_size)
+    model = c.num_layers * attention + mlps + moe * c.hidden_size * c.n_routed_experts + c.hidden_size * c.vocab_size
+    projections = c.q_lora_rank * c.index_n_heads * c.index_head_dim + c.hidden_size * (c.index_head_dim + c.index_n_heads)
+    scores = c.index_n_heads * (c.index_head_dim + 1)
+    total: float = model * (1 if stage.kind == "warmup" else 3)
+    if stage.kind != "dense":
+        total += 2 * schedule.num_full * projections + 3 * c.num_layers * attended * scores
+    if stage.kind == "sparse":
+        total += schedule.num_full * visible * scores
+    return 2.0 * total
+
+
+def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of this device on bfloat16 matrices of size x size, each product the next one's factor."""
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16) / size**0.5
+
+    @jax.jit
+    def products(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, repeats, lambda _, x: x @ a, x)
+
+    products(a).block_until_ready()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        products(a).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 * repeats / min(times)
 
 
 def read_log(directory: pathlib.Path) -> list[dict[str, Any]]:

@@ -166,9 +166,9 @@ def test_training_lowers_the_divergence():
     assert metrics[-5:, 1].mean() < 0.9 * metrics[:5, 1].mean()
 
 
-def train(output, stages=(WARMUP, SPARSE), resume=False, params=None, seed=0, tokens=TOKENS, **saving):
+def train(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, **saving):
     return training.train(
-        jax.tree.map(jnp.copy, CASE.params) if params is None else params,
+        CASE.params,
         tokens,
         stages,
         CASE.config,
@@ -177,7 +177,7 @@ def train(output, stages=(WARMUP, SPARSE), resume=False, params=None, seed=0, to
         seed=seed,
         resume=resume,
         saving=Saving(**({"every": 2, "keep": 2, "log_every": 1} | saving)),
-    )
+    ).params
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +277,44 @@ def test_indexers_of_a_schedule_are_the_checkpoints_own():
         training.under(params, base, Schedule("FFFS"))
     with pytest.raises(ValueError, match="another number of layers"):
         training.under(params, base, Schedule("FF"))
+
+
+def test_flops_count_what_a_token_needs():
+    """Against products counted one by one."""
+    case = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}, "FS", 0)
+    s, k = 24, 8
+    attended = {"dense": sum(range(1, s + 1)) / s, "sparse": sum(min(i, k) for i in range(1, s + 1)) / s}
+    # Per layer: queries down and up, latents down, keys and values up, output; then logits and values of attended keys.
+    layer = 64 * 48 + 48 * 4 * 40 + 64 * 48 + 32 * 4 * (24 + 20) + 4 * 20 * 64
+    pair = 4 * (40 + 20)
+    mlps = 3 * 64 * 128 + 3 * 64 * 32 * (2 + 1) + 64 * 8
+    head = 64 * 97
+    indexer, score = 48 * 16 * 32 + 64 * 32 + 64 * 16, 16 * 32 + 16
+
+    def model(keys):
+        return 2 * (layer + pair * keys) + mlps + head
+
+    def count(stage):
+        return training.flops_per_token(case.config, case.schedule, stage) / 2
+
+    dense = dataclasses.replace(WARMUP, kind="dense")
+    assert count(dense) == pytest.approx(3 * model(attended["dense"]))
+    expected = model(attended["dense"]) + 2 * indexer + 3 * 2 * score * attended["dense"]
+    assert count(WARMUP) == pytest.approx(expected)
+    expected = 3 * model(attended["sparse"]) + 2 * indexer + 3 * 2 * score * attended["sparse"] + score * attended["dense"]
+    assert count(SPARSE) == pytest.approx(expected)
+
+
+def test_rates_leave_compilation_out(tmp_path):
+    found = training.train(
+        CASE.params,
+        TOKENS,
+        [WARMUP],
+        CASE.config,
+        CASE.schedule,
+        Output.create(str(tmp_path)),
+        seed=0,
+        resume=False,
+        saving=Saving(log_every=1),
+    )
+    assert set(found.tokens_per_second) == {"warm-up"} and found.tokens_per_second["warm-up"] > 0
