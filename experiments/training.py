@@ -153,7 +153,7 @@ def step(
         bias = distill.balance(params.moe.router_bias, found.loads, stage.balance_speed)
         params = dataclasses.replace(params, moe=dataclasses.replace(params.moe, router_bias=bias))
     share = jnp.max(found.loads / jnp.sum(found.loads, axis=-1, keepdims=True), initial=0.0)
-    return params, state, jnp.stack([found.language, found.indexer, share, optax.global_norm(grads)])
+    return params, state, jnp.stack([found.language, found.indexer, share, optax.tree.norm(grads)])
 
 
 class Metrics:
