@@ -76,10 +76,14 @@ def target_schedule(base: Schedule) -> Schedule:
 
 def export(
     directory: pathlib.Path, params: Params, like: Params, config: Config, schedule: Schedule, source: str | pathlib.Path
-) -> None:
-    """Writes params in the dtypes of `like`, with the tokenizer and whatever else goes along with checkpoint `source`."""
-    stored = jax.tree.map(lambda a, b: a.astype(b.dtype), params, like)
-    checkpoints_convert.save(directory, stored, config, schedule, companions_of=source)
+) -> Params:
+    """Writes params in the dtypes of `like`, with the tokenizer and whatever else goes along with checkpoint `source`.
+
+    Returns what was written.
+    """
+    written = jax.tree.map(lambda a, b: a.astype(b.dtype), params, like)
+    checkpoints_convert.save(directory, written, config, schedule, companions_of=source)
+    return written
 
 
 def plot(output: Output, entries: list[dict[str, Any]]) -> None:
@@ -132,10 +136,10 @@ def run(output_dir: str, seed: int) -> None:
     look = max(1, min([50, *(stage.steps // 5 for stage in plan if stage.steps)]))
     saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=look)
     trained = training.train(stored, tokens, plan, config, schedule, output, seed=seed, resume=values.resume, saving=saving)
-    params, seconds = trained.params, time.perf_counter() - began
+    seconds = time.perf_counter() - began
     shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
-    export(target, params, stored, config, schedule, checkpoint)
-    rows["distilled"] = training.evaluate(params, cuts, config, schedule, dtype)
+    written = export(target, trained.params, stored, config, schedule, checkpoint)
+    rows["distilled"] = training.evaluate(written, cuts, config, schedule, dtype)
     rates = speeds(trained, plan, config, schedule)
     finish(output, checkpoint, base, schedule, rows, plan, rates, tokens, seconds)
 

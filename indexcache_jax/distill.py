@@ -15,6 +15,7 @@ selection is its indices, made once by the F layer and handed down like the rest
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -31,6 +32,8 @@ from indexcache_jax.params import MoE, Params, abstract, slots
 from indexcache_jax.schedule import Schedule
 
 SCORE_BYTES = 512 * 2**20  # of one block's float32 logits, all attention and index heads and rows
+# Queries see only keys before them: those of the first quarter of a long row need no product with the other three.
+CAUSAL_PARTS, CAUSAL_FROM = 4, 2048
 
 
 @flax.struct.dataclass
@@ -147,25 +150,32 @@ def _attend(
         return x + attention.output(p.attention, out), None, jnp.zeros((), jnp.float32)
     if full and state is not None:
         state = _index(p, h, q_latent, positions, config, sparse)
-    t = keys.shape[1]
 
     def block(
-        queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
+        t: int, queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, jax.Array]:
+        """Of queries that see at most the first t keys."""
         mask = jnp.arange(t) < visible[..., None]
         if indices is not None:
             mask = mask & within(indices, t)
-        out, target = attention.attend_expanded(queries, keys, values, mask, config.attention_scale)
+        out, target = attention.attend_expanded(queries, keys[:, :t], values[:, :t], mask, config.attention_scale)
         if state is None:
             return out, jnp.zeros(visible.shape, jnp.float32)
         index_queries, head_weights = index
-        scores = index_scores(index_queries, state.keys, head_weights)
+        scores = index_scores(index_queries, state.keys[:, :t], head_weights)
         return out, divergence(jax.lax.stop_gradient(target), scores, mask)
 
     indices, index = (None, ()) if state is None else (state.indices, (state.queries, state.head_weights))
-    bytes_per_query = 4 * t * (config.num_heads + config.index_n_heads)
-    out, kl = _blockwise(block, (queries, positions.queries + 1, indices, index), bytes_per_query)
-    return x + attention.output(p.attention, out), state, jnp.sum(kl)
+    inputs = (queries, positions.queries + 1, indices, index)
+    s = queries.shape[1]
+    parts = CAUSAL_PARTS if s >= CAUSAL_FROM else 1
+    outs, kls = [], []
+    for first, stop in itertools.pairwise(i * s // parts for i in range(parts + 1)):
+        part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], inputs)
+        out, kl = _blockwise(functools.partial(block, stop), part, 4 * stop * (config.num_heads + config.index_n_heads))
+        outs.append(out)
+        kls.append(jnp.sum(kl))
+    return x + attention.output(p.attention, jnp.concatenate(outs, axis=1)), state, sum(kls, start=jnp.zeros(()))
 
 
 def _embed(table: jax.Array, tokens: jax.Array) -> jax.Array:

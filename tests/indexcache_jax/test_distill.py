@@ -198,6 +198,18 @@ def test_the_language_loss_has_the_slope_of_finite_differences():
     assert_slope(function, case.params, direction(case.params), 1e-3)
 
 
+@pytest.mark.slow
+@both_stages
+def test_causal_parts_do_not_change_the_result(sparse, monkeypatch):
+    """25 queries in parts of 6, 6, 6 and 7, each with the keys up to its end."""
+    whole = blockwise("glm", sparse)
+    monkeypatch.setattr(distill, "CAUSAL_FROM", 25)
+    cut = blockwise.__wrapped__("glm", sparse)
+    np.testing.assert_allclose((cut.language, cut.indexer), (whole.language, whole.indexer), rtol=1e-5)
+    assert_close(cut.of_language, whole.of_language)
+    assert_close(cut.of_indexer, whole.of_indexer)
+
+
 @both_stages
 def test_blocks_do_not_change_the_result(sparse, monkeypatch):
     """25 queries in blocks of 4 leave a last one of 1."""
