@@ -40,7 +40,6 @@ from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 
 PRESETS = ("30b", "glm-5", "deepseek-v3.2", "demo")
-flags.declare_key_flag("num_layers")
 _PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is the small one shipped here")
 flags.declare_key_flag("num_layers")
 _LENGTHS = flags.DEFINE_list("lengths", ["10240", "61440", "122880", "204800"], "prompt tokens, multiples of the chunk")
@@ -51,6 +50,7 @@ _INDEX = flags.DEFINE_enum("index_cache", "fp8", ["fp8", "bf16"], "what index ke
 _LATENT = flags.DEFINE_enum("latent_cache", "bf16", ["fp8", "bf16"], "what latents are kept in")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "through all schedules, as far as --time_limit allows")
 _LIMIT = flags.DEFINE_float("time_limit", 330.0, "seconds after which nothing further is begun")
+_FULL = flags.DEFINE_list("full_lengths", [], "lengths at which the full cache is measured too; default all of --lengths")
 _ROWS = flags.DEFINE_integer("full_rows", 0, "rows of the full cache; default as many as fit")
 _PRICE = flags.DEFINE_float("gpu_hour_price", 3.0, "of one device, for the cost of a million tokens")
 
@@ -232,6 +232,7 @@ class Bench:
     weights: dict[str, serving.Weights]  # by pattern
     schedules: dict[str, Schedule]
     lengths: list[int]
+    full_lengths: list[int]
     chunk: int
     steps: int
     index_dtype: Any
@@ -314,10 +315,11 @@ class Bench:
             warm = [pool.submit(call) for call in self.warm_prefill()]
             for one in warm:
                 one.result()  # before the rest, because choosing algorithms times them on the device
+            print(f"{len(warm)} prefill programs, one for each kind of layer", flush=True)
             waiting = {}
             for pattern in self.weights:
                 waiting[pattern, 0] = 1, pool.submit(self.lower_decode(pattern, 1, self.max_len).compile)
-                for length in self.lengths:
+                for length in self.full_lengths:
                     rows = self.full_rows(pattern, length, asked_rows)
                     lowered = self.lower_decode(pattern, rows, self.room(length))
                     waiting[pattern, length] = rows, pool.submit(lowered.compile)
@@ -385,11 +387,11 @@ class Run:
 
     def one_schedule(self, pattern: str, first: bool) -> None:
         """A prefill with its decodes; in the first round the full cache too."""
-        cache = self.prefill(pattern)
+        held = [self.prefill(pattern)]
         if first:
             stats = jax.devices()[0].memory_stats() or {}
             self.peak = self.peak or stats.get("peak_bytes_in_use")
-            self.decode_full(pattern, cache)
+            self.decode_full(pattern, held)
 
     def prefill(self, pattern: str) -> serving.Cache:
         """Timed, with one request's decoding at every length; the cache that is left holds the longest."""
@@ -451,22 +453,24 @@ class Run:
             for stage in inside:
                 row.prefill_stages[stage] = float(np.interp(every, ends, [one[stage] for one in found]).sum())
 
-    def decode_full(self, pattern: str, cache: serving.Cache) -> None:
-        """The longest first, because every cache is made of the one before."""
+    def decode_full(self, pattern: str, held: list[serving.Cache]) -> None:
+        """The longest first, because every cache is made of the one before, which `held` alone may still refer to."""
         bench = self.bench
-        for length in reversed(bench.lengths):
+        for length in reversed(bench.full_lengths):
             if self.late():
                 return
             row = self.rows[pattern, length]
             rows, program = bench.decode_full[pattern, length]
             try:
-                cache = refill(cache, rows, length, bench.room(length))
+                cache = refill(held.pop(), rows, length, bench.room(length))
                 times = []
                 for _ in range(TIMED):
                     began = time.perf_counter()
                     out, cache = bench.decode(program, pattern, at(cache, length))
                     out.block_until_ready()
                     times.append((time.perf_counter() - began) / bench.steps)
+                held.append(cache)
+                del cache
             except jax.errors.JaxRuntimeError as error:
                 row.notes.append(f"{rows} rows of {length}: {str(error).splitlines()[0][:120]}")
                 print(row.notes[-1], flush=True)
@@ -625,6 +629,9 @@ def run(output_dir: str, seed: int) -> None:
     for length in lengths:
         if length % chunk:
             raise ValueError(f"--lengths={length}: not a multiple of --chunk_size={chunk}")
+    full_lengths = sorted(integers("full_lengths", _FULL.value)) or lengths
+    if foreign := set(full_lengths) - set(lengths):
+        raise ValueError(f"--full_lengths={min(foreign)}: not one of --lengths")
     schedules = {pattern: shape.schedule(pattern) for pattern in dict.fromkeys(_PATTERNS.value)}
 
     whole = jax.block_until_ready(serving.random_weights(jax.random.key(seed), shape.config))
@@ -634,6 +641,7 @@ def run(output_dir: str, seed: int) -> None:
         weights={pattern: serving.restrict(whole, shape.config, schedule) for pattern, schedule in schedules.items()},
         schedules=schedules,
         lengths=lengths,
+        full_lengths=full_lengths,
         chunk=chunk,
         steps=_STEPS.value,
         index_dtype=KINDS[_INDEX.value],

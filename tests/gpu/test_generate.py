@@ -1,6 +1,7 @@
 """Inference through the Hopper kernels: the same model through them and through plain XLA."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,13 @@ from pallas_kernels import hopper
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 
 FIELDS = preset("30b") | {"num_hidden_layers": 4, "vocab_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256}
-FIELDS |= {"index_topk": 256, "eos_token_id": None, "pad_token_id": None}
+FIELDS |= {"index_topk": 2048, "eos_token_id": None, "pad_token_id": None}
 CONFIG, SCHEDULE = Config.from_hf(FIELDS), Schedule("FSFS")
 PROMPTS = [np.random.default_rng(i).integers(0, 512, n) for i, n in enumerate((1500, 700, 33))]
 
 
-def close_enough(ours, exact):
-    """Root mean square of the difference against the values' own; bf16 sums in another order flip near-tied keys."""
+def difference(ours, exact):
+    """Root mean square of the difference against the values' own."""
     return np.sqrt(np.mean((ours - exact) ** 2)) / np.std(exact)
 
 
@@ -45,19 +46,21 @@ def prefill_and_steps(**options):
 def in_plain_xla():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper, "why_not", lambda: "left out for comparison")
-        patch.setattr("pallas_kernels.indexer_topk.triton.why_not", lambda *args, **options: "left out")
-        patch.setattr("pallas_kernels.sparse_mla.triton.why_not", lambda *args, **options: "left out")
+        for operation in ("indexer_topk", "sparse_mla"):
+            triton = importlib.import_module(f"pallas_kernels.{operation}.triton")
+            patch.setattr(triton, "why_not", lambda *args, **options: "left out")
         jax.clear_caches()
         found = prefill_and_steps()
     jax.clear_caches()
     return found
 
 
-@pytest.mark.parametrize(("options", "most"), [({}, 0.1), ({"index_dtype": jnp.float8_e4m3fn}, 0.3)], ids=["bf16", "fp8 keys"])
-def test_logits_equal_those_of_plain_xla(options, most):
+@pytest.mark.parametrize("options", [{}, {"index_dtype": jnp.float8_e4m3fn}], ids=["bf16", "fp8 keys"])
+def test_logits_equal_those_of_plain_xla(options):
+    """Every visible key is selected: with fewer, one near-tie that falls the other way changes a random model's logits."""
     exact = in_plain_xla()
     assert np.std(exact) > 0.1
-    assert close_enough(prefill_and_steps(**options), exact) < most
+    assert difference(prefill_and_steps(**options), exact) < 0.05
 
 
 def test_a_row_generates_alone_what_it_generates_in_a_batch_of_copies():
