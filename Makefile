@@ -1,11 +1,13 @@
 # make demo ARGS='--checkpoint=DIR'   search a schedule (without ARGS: for the shipped checkpoint)
 # make test                           lint, types and the fast tests; make test-slow for the rest
-# PYTHON=python3.12 picks the interpreter, VENV=DIR the environment, PYTEST_ARGS='-k rope' a part of the tests.
+# PYTHON=python3.12 picks the interpreter, VENV=DIR the environment, PYTEST_ARGS='-k rope' a part of the tests,
+# TEST_EXTRAS=test,tpu-aot installs libtpu too, which compiles for TPUs that are not at hand.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
+TEST_EXTRAS ?= test
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
@@ -38,7 +40,7 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/pip
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/pip
 	@echo "installing with the test tools into $(VENV) (a few minutes)"
-	@$(PIP_INSTALL) -e '.[test,tpu-aot]'
+	@$(PIP_INSTALL) -e '.[$(TEST_EXTRAS)]'
 	@touch $(VENV)/installed $@
 
 $(VENV)/bin/pip:

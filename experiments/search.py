@@ -169,7 +169,8 @@ def prefill_seconds(
         for i, (model, schedule, taken) in enumerate(zip(models, schedules, times, strict=True)):
             if round == 0 and i not in warm_up:
                 continue
-            cache = serving.init_cache(config, schedule, *tokens.shape, dtype=params.embedding.dtype)
+            batch, length = tokens.shape
+            cache = serving.init_cache(config, schedule, batch, length, params.embedding.dtype)
             jax.block_until_ready(cache)
             began = time.perf_counter()
             generate.prefill(model, list(tokens), cache, config)[0].block_until_ready()

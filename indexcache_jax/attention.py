@@ -52,9 +52,7 @@ def attend(
     """The absorbed form over selected latents: q_latent [B, S, R], latents [B, T, C+dr], indices [B, S, k] -> [B, S, D]."""
     nope, rope = queries(p, q_latent, angles, config)
     absorbed = jnp.concatenate([jnp.einsum("bshn,hnc->bshc", nope, p.k_up), rope], axis=-1)
-    context = pallas_kernels.sparse_mla(
-        absorbed, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank
-    )
+    context = pallas_kernels.sparse_mla(absorbed, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank)
     return output(p, jnp.einsum("bshc,hcv->bshv", context, p.v_up))
 
 
