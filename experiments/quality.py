@@ -419,10 +419,11 @@ def finish(
     tables.append((f"Domains: held-out loss at {options.RETENTION.value}", ["", *(f"on {c}" for c in columns)], matrix_rows))
     adjacent = float(np.mean(np.diag(heat, 1)))
     pairs = float(np.mean(heat[np.triu_indices(len(heat), 1)]))
+    able = [task for task in TASKS if np.mean([entry[task] for entry in free["DSA"]]) >= 0.5]
     lines = [
         f"Seeds: {_SEEDS.value}; intervals are 95 %, over seeds. Losses in nats per token at a context of",
         f"{options.CONTEXT.value}; long-range: the {_ORDER.value}-gram last occurred more than {_LONG.value} positions back;",
-        "retrieval: share of prompts answered.",
+        f"retrieval: share of prompts answered; what all F answers at least half of: {', '.join(able) or 'nothing'}.",
         f"Overlap of selections: adjacent layers {adjacent:.3f} (paper 0.733), all pairs {pairs:.3f} (paper 0.622).",
     ]
     note = "\n".join(lines)
