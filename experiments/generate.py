@@ -21,9 +21,9 @@ from absl import flags
 import checkpoints_convert
 from experiments import options, text
 from experiments.report import Output, markdown_table
-from indexcache_jax import generate, serving
+from indexcache_jax import serving
 from indexcache_jax.config import Config
-from indexcache_jax.generate import Sampling
+from indexcache_jax.generate import CHUNK, MIN_KEYS, Sampling, check_prompts, generate, power_of_two
 from indexcache_jax.schedule import Schedule
 
 flags.declare_key_flag("checkpoint")
@@ -41,7 +41,7 @@ _STOP = flags.DEFINE_list("stop_tokens", [], "token numbers that end a completio
 _CACHE_LEN = flags.DEFINE_integer(
     "cache_len", 0, "tokens a row has room for, document and completion included; default the model's max_position_embeddings"
 )
-_CHUNK = flags.DEFINE_integer("prefill_chunk", generate.CHUNK, "prompt tokens of a row at a time, which bounds memory")
+_CHUNK = flags.DEFINE_integer("prefill_chunk", CHUNK, "prompt tokens of a row at a time, which bounds memory")
 _LATENTS = flags.DEFINE_enum("kept_latents", "", ["", "float8_e4m3fn"], "keep the latent cache in 8 bits")
 _KEYS = flags.DEFINE_enum("kept_index_keys", "", ["", "float8_e4m3fn"], "keep the index keys in 8 bits")
 
@@ -83,7 +83,7 @@ def requests(path: pathlib.Path, encoder: text.Bytes | text.FromFile, config: Co
             continue
         try:
             tokens = parse(line, encoder)
-            generate.check_prompts([tokens], config, room)
+            check_prompts([tokens], config, room)
             yield Request(number, tokens)
         except ValueError as error:
             yield Request(number, error=str(error).removeprefix("prompt 0: "))
@@ -199,8 +199,8 @@ def complete(
     rows = [*batch, *[batch[-1]] * (_ROWS.value - len(batch))]
     needed = len(document) + max(len(r.tokens) for r in rows) + _NEW.value
     # Few different lengths of cache, because each is a program.
-    cache_len = generate.power_of_two(needed, generate.MIN_KEYS, _CACHE_LEN.value or config.max_position_embeddings)
-    return generate.generate(
+    cache_len = power_of_two(needed, MIN_KEYS, _CACHE_LEN.value or config.max_position_embeddings)
+    return generate(
         weights,
         [r.tokens for r in rows],
         config,

@@ -15,7 +15,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Hugging Face or orbax direct
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"
 )
-CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of a sequence; must exceed the model's index_topk")
+CONTEXT = flags.DEFINE_integer("context", 1536, "tokens of a sequence; must exceed the model's index_topk")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "sequences at a time")
 HELD_OUT = flags.DEFINE_string("held_out", "", "text files to evaluate on; default a tenth of the other files, kept apart")
 HELD_OUT_SEQUENCES = flags.DEFINE_integer("held_out_sequences", 4, "sequences to evaluate on")

@@ -20,8 +20,9 @@ from absl import flags
 import checkpoints_convert
 from experiments import options, text
 from experiments.report import Output, device, markdown_table, text_table
-from indexcache_jax import generate, search, serving
+from indexcache_jax import search, serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
+from indexcache_jax.generate import prefill
 from indexcache_jax.overlap import overlap
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
@@ -173,7 +174,7 @@ def prefill_seconds(
             cache = serving.init_cache(config, schedule, batch, length, params.embedding.dtype)
             jax.block_until_ready(cache)
             began = time.perf_counter()
-            generate.prefill(model, list(tokens), cache, config)[0].block_until_ready()
+            prefill(model, list(tokens), cache, config)[0].block_until_ready()
             if round:
                 taken.append(time.perf_counter() - began)
     return [statistics.median(taken) for taken in times]
@@ -211,7 +212,7 @@ def plot_overlap(output: Output, matrix: np.ndarray, base: Schedule, chosen: Sch
     ticks = range(0, len(labels), step)
     axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=90)
     axes.set_yticks(ticks, [labels[i] for i in ticks])
-    axes.set(title="Overlap of the layers' selections (labels: searched schedule)", xlabel="layer", ylabel="layer")
+    axes.set(title="Overlap of the layers' selections", xlabel="layer, with its letter in the schedule", ylabel="layer")
     output.save_figure(figure, "overlap.png")
 
 

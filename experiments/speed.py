@@ -35,8 +35,9 @@ from absl import flags
 from experiments import options
 from experiments.report import Output, markdown_table, text_table
 from indexcache_jax import config as configs
-from indexcache_jax import generate, serving
+from indexcache_jax import serving
 from indexcache_jax.config import Config
+from indexcache_jax.generate import ROUND, decode, last_logits, prefill_chunk, visible_keys
 from indexcache_jax.schedule import Schedule
 
 PRESETS = ("30b", "glm-5", "deepseek-v3.2", "demo")
@@ -250,7 +251,7 @@ class Bench:
 
     def room(self, length: int) -> int:
         """Positions of a cache that holds `length` tokens and what is decoded after them."""
-        return length + -(-self.steps // generate.ROUND) * generate.ROUND
+        return length + -(-self.steps // ROUND) * ROUND
 
     def cache(self, pattern: str, batch: int, max_len: int) -> serving.Cache:
         return serving.init_cache(
@@ -280,7 +281,7 @@ class Bench:
     def lower_decode(self, pattern: str, batch: int, max_len: int) -> Any:
         cache = jax.eval_shape(lambda: self.cache(pattern, batch, max_len))
         token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        return generate.decode.lower(self.weights[pattern], token, cache, self.config, steps=self.steps)
+        return decode.lower(self.weights[pattern], token, cache, self.config, steps=self.steps)
 
     def warm_prefill(self) -> list[Callable[[], Any]]:
         """One call for every kind of layer, each of which compiles its program."""
@@ -305,7 +306,7 @@ class Bench:
         ).layers[0]
         if not p.full:
             one = dataclasses.replace(one, index_keys=None, index_scales=None)
-        keys = generate.visible_keys(self.max_len, self.max_len)
+        keys = visible_keys(self.max_len, self.max_len)
         indices = None if p.full else jnp.zeros((1, self.chunk, min(self.config.index_topk, keys)), jnp.int32)
         return jax.block_until_ready(serving.prefill_layer(p, x, indices, one, positions, keys, self.config)[0])
 
@@ -338,10 +339,10 @@ class Bench:
 
     def prefill_chunk(self, pattern: str, tokens: jax.Array, cache: serving.Cache) -> tuple[jax.Array, serving.Cache]:
         lengths = jnp.full((1,), self.chunk, jnp.int32)
-        keys = generate.visible_keys(self.max_len, self.max_len)
+        keys = visible_keys(self.max_len, self.max_len)
         weights = self.weights[pattern]
-        x, cache = generate.prefill_chunk(weights, tokens, lengths, cache, self.config, keys)
-        return generate.last_logits(weights, x, lengths, self.config), cache
+        x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, keys)
+        return last_logits(weights, x, lengths, self.config), cache
 
     def decode(self, program: Any, pattern: str, cache: serving.Cache) -> tuple[jax.Array, serving.Cache]:
         token = jnp.zeros_like(cache.lengths)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax import generate, serving
+from indexcache_jax import serving
 from indexcache_jax.config import Config, preset
+from indexcache_jax.generate import generate, prefill
 from indexcache_jax.schedule import Schedule
 from pallas_kernels import hopper
 
@@ -34,7 +35,7 @@ def weights():
 def prefill_and_steps(**options):
     """Logits after the prompts, and after each of three further tokens."""
     cache = serving.init_cache(CONFIG, SCHEDULE, 3, 2048, **options)
-    logits, cache = generate.prefill(weights(), PROMPTS, cache, CONFIG, chunk=512)
+    logits, cache = prefill(weights(), PROMPTS, cache, CONFIG, chunk=512)
     found, step = [logits], jax.jit(serving.step)
     for token in (5, 6, 7):
         logits, cache = step(weights(), jnp.full((3,), token), cache, CONFIG)
@@ -65,5 +66,5 @@ def test_logits_equal_those_of_plain_xla(options):
 
 def test_a_row_generates_alone_what_it_generates_in_a_batch_of_copies():
     """Greedy tokens of one prompt in a batch of three copies are three times the same."""
-    rows = generate.generate(weights(), [PROMPTS[1]] * 3, CONFIG, SCHEDULE, 40, chunk=512)
+    rows = generate(weights(), [PROMPTS[1]] * 3, CONFIG, SCHEDULE, 40, chunk=512)
     assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 40
