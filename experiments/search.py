@@ -234,6 +234,8 @@ def find(
         bar.total = len(calibration) * search.layers_to_run(base, smallest, _BLOCKS.value)
         losses = search.Evaluator(params, config, base, calibration, log, bar.update)
         steps = search.greedy(losses, base, num_full=smallest, blocks=_BLOCKS.value)
+        if _LOSS_BUDGET.value is not None and steps[-1].loss <= (most := steps[0].loss * (1 + _LOSS_BUDGET.value)):
+            steps += search.greedy(losses, steps[-1].schedule, max_loss=most, blocks=_BLOCKS.value)[1:]
         log.close()
         bar.total = bar.n
         bar.refresh()

@@ -1,6 +1,5 @@
 """`python -m experiments.run`: the search from the command line."""
 
-import fractions
 import json
 import os
 import pathlib
@@ -118,6 +117,8 @@ def test_ones_own_text_and_a_loss_budget(tmp_path):
     done = command(*arguments, "--sequences=1", "--held_out_sequences=1", "--context=512", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
-    step = next(s for s in metrics["steps"] if s["pattern"] == metrics["pattern"])
-    assert step["loss"] <= 1.05 * metrics["steps"][0]["loss"]
-    assert fractions.Fraction(metrics["pattern"].count("F"), 12) >= fractions.Fraction(1, 2)
+    allowed = 1.05 * metrics["steps"][0]["loss"]
+    losses = [s["loss"] for s in metrics["steps"]]
+    chosen = [s["pattern"] for s in metrics["steps"]].index(metrics["pattern"])
+    assert all(loss <= allowed for loss in losses[: chosen + 1])
+    assert chosen > 0 and (chosen + 1 == len(losses) or losses[chosen + 1] > allowed)
