@@ -17,31 +17,56 @@ import numpy as np
 from experiments.text import Bytes, Document, FromFile
 
 T = TypeVar("T")
+PORTION_BYTES = 8 * 2**20  # of text encoded together
 
 
 def pack(
-    documents: Sequence[Document], encoder: Bytes | FromFile, separator: int | None, path: pathlib.Path, seed: int
+    documents: Sequence[Document],
+    encoder: Bytes | FromFile,
+    separator: int | None,
+    path: pathlib.Path,
+    seed: int,
+    limit: int | None = None,
 ) -> np.ndarray:
     """The documents' tokens in an order drawn by `seed`, each followed by `separator`, int32, mapped from `path`.
 
-    The file is written document by document, so a corpus larger than memory will do, and kept: a later call with the same
-    documents (names and sizes) maps it again. ValueError for documents without a token.
+    limit: stop once there are so many tokens. The file is written some documents at a time, so a corpus larger than memory
+    will do, and kept: a later call with the same documents (names and sizes) maps it again. ValueError for documents
+    without a token.
     """
-    about = {"encoder": encoder.name, "separator": separator, "seed": seed, "documents": _checksum(documents)}
+    about = {"encoder": encoder.name, "separator": separator, "seed": seed, "documents": _checksum(documents), "limit": limit}
     described = path.with_suffix(".json")
     if not (path.exists() and described.exists() and json.loads(described.read_text(encoding="utf-8")) == about):
         described.unlink(missing_ok=True)
         beside = path.with_name(path.name + ".partial")
+        end = np.zeros(0, "<i4") if separator is None else np.array([separator], "<i4")
+        order = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+        most = float("inf") if limit is None else 4 * limit
         with open(beside, "wb") as file:
-            for i in np.random.default_rng(seed).permutation(len(documents)):
-                file.write(encoder.encode(documents[i].path.read_bytes()).astype("<i4").tobytes())
-                if separator is not None:
-                    file.write(np.int32(separator).astype("<i4").tobytes())
+            for some in _portions(order):
+                for tokens in encoder.encode_many(some):
+                    if file.tell() < most:
+                        file.write(tokens.astype("<i4").tobytes() + end.tobytes())
+                if file.tell() >= most:
+                    break
         if not beside.stat().st_size:
             raise ValueError(f"{len(documents)} document(s): hold no token")
         os.replace(beside, path)
         described.write_text(json.dumps(about), encoding="utf-8")
     return np.memmap(path, "<i4", mode="r")
+
+
+def _portions(documents: Sequence[Document]) -> Iterator[list[bytes]]:
+    """The documents' contents, PORTION_BYTES or a little more at a time."""
+    some, size = [], 0
+    for document in documents:
+        some.append(document.path.read_bytes())
+        size += len(some[-1])
+        if size >= PORTION_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def _checksum(documents: Sequence[Document]) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import pathlib
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Sequence
@@ -35,6 +37,9 @@ class Bytes:
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
 
@@ -53,8 +58,48 @@ class FromFile:
         encoding = self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False)
         return np.array(encoding.ids, np.int32)
 
+    def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """As encode, on all cores."""
+        decoded = [text.decode("utf-8", errors="replace") for text in texts]
+        return [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)]
+
     def decode(self, tokens: Iterable[int]) -> str:
         return self._tokenizer.decode(list(tokens))
+
+
+# Words, digits one by one, runs of other signs with a space on either side, other space. A word never takes a space or a
+# sign in, so its tokens are the same wherever it stands.
+WORD_PATTERN = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+ ?|\s+"
+END_OF_TEXT = "<|endoftext|>"  # token 0
+SAMPLE_BYTES = 20 * 2**20
+
+
+def train_tokenizer(found: Sequence[Document], vocabulary: int, path: pathlib.Path, seed: int) -> FromFile:
+    """A byte-level BPE of `vocabulary` tokens made from a sample of the documents, kept at `path` and read from there."""
+    if not path.exists():
+        sample, total = [], 0
+        for i in np.random.default_rng(seed).permutation(len(found)):
+            sample.append(found[i].path.read_bytes().decode("utf-8", errors="replace"))
+            total += len(sample[-1])
+            if total >= SAMPLE_BYTES:
+                break
+        made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), "isolated"),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        made.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocabulary, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
+        )
+        made.train_from_iterator(sample, trainer)
+        beside = path.with_name(path.name + ".partial")
+        made.save(str(beside))
+        os.replace(beside, path)
+    return FromFile(path)
 
 
 def tokenizer(directory: str | pathlib.Path) -> Bytes | FromFile:
@@ -73,17 +118,37 @@ def under(root: pathlib.Path, pattern: str) -> list[Document]:
     return [Document(p.relative_to(root).as_posix(), p) for p in sorted(files)]
 
 
-def documents(pattern: str) -> list[Document]:
-    """The files of a glob such as 'docs/*.txt', or all .py files of a folder; none found is a ValueError."""
-    if not pattern:
+def installed_code() -> list[Document]:
+    """The Python sources of the installed packages."""
+    return _matching(f"{sysconfig.get_path('purelib')}/**/*.py")
+
+
+def installed_prose() -> list[Document]:
+    """Prose that comes with the installed packages: documentation and descriptions."""
+    root = sysconfig.get_path("purelib")
+    patterns = ("**/*.rst", "**/*.md", "**/*.txt", "*.dist-info/METADATA")
+    found = {d.name: d for p in patterns for d in _matching(f"{root}/{p}") if d.path.stat().st_size > 2000}
+    return [found[name] for name in sorted(found)]
+
+
+def _matching(pattern: str) -> list[Document]:
+    """The files of a glob, named from the folder before its first wildcard, so that a name is the same on every machine."""
+    literal = pathlib.Path(re.split(r"[*?[]", pattern)[0] + "x").parent
+    paths = (pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True)))
+    return [Document(p.relative_to(literal).as_posix(), p) for p in paths if p.is_file()]
+
+
+def documents(patterns: str) -> list[Document]:
+    """The files of globs such as 'docs/*.txt,*.md', or all .py files of a folder; one that finds none is a ValueError."""
+    if not patterns:
         return standard_library()
-    path = pathlib.Path(pattern)
-    if path.is_dir():
-        found = under(path, "**/*.py")
-    else:
-        found = [Document(p, pathlib.Path(p)) for p in sorted(glob.glob(pattern, recursive=True)) if pathlib.Path(p).is_file()]
-    if not found:
-        raise ValueError(f"{pattern!r}: no such file, and nothing matches it")
+    found: list[Document] = []
+    for pattern in patterns.split(","):
+        path = pathlib.Path(pattern)
+        some = under(path, "**/*.py") if path.is_dir() else _matching(pattern)
+        if not some:
+            raise ValueError(f"{pattern!r}: no such file, and nothing matches it")
+        found += some
     return found
 
 

@@ -8,6 +8,7 @@ goes through the same numbers, bit for bit, as one that was not.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -29,7 +30,7 @@ from experiments.data import Rows, prefetch
 from experiments.report import Output
 from indexcache_jax import distill
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.params import Params, abstract, shape_structs
 from indexcache_jax.schedule import Schedule
 
 LOG = "train.jsonl"
@@ -42,7 +43,7 @@ class Stage:
     """One phase: what trains ("dense", "warmup" or "sparse"), on what, how fast.
 
     A step sees accumulate x rows sequences of `context` tokens. A rate rises linearly to its peak over `ramp` steps and
-    falls along a cosine to `final` of it.
+    falls along a cosine to `final` of it. `stride` above 1 estimates a warm-up's divergence from every so manieth query.
     """
 
     name: str
@@ -59,18 +60,27 @@ class Stage:
     weight_decay: float = 0.1  # of matrices
     balance_speed: float = 0.0  # of the router's bias
     cross_layer: bool = True
+    stride: int = 1
     compute_dtype: str = "bfloat16"
 
     @property
     def sequences(self) -> int:
         return self.accumulate * self.rows
 
+    @property
+    def program(self) -> Stage:
+        """What a compiled step depends on: stages of different length share it."""
+        return dataclasses.replace(self, name="", steps=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """Checkpoints every so many steps and at every stage's end, the last `keep` of them; metrics every `log_every`."""
+    """Checkpoints every so many steps and at every stage's end, the last `keep` of them; metrics every `log_every`.
 
-    every: int = 500
+    every None: no checkpoints, so that a killed run starts again.
+    """
+
+    every: int | None = 500
     keep: int = 2
     log_every: int = 50
 
@@ -93,16 +103,33 @@ def merge(trained: Any, frozen: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
 
 
-def optimiser(stage: Stage, config: Config, schedule: Schedule) -> optax.GradientTransformation:
-    """AdamW with a rate and a clipping norm for the model and for the indexers, over the stage's trained leaves."""
+def rate(stage: Stage, peak: float, steps: jax.Array | int) -> optax.Schedule:
+    """The learning rate by the number of updates made, for a stage of `steps`, which may be traced."""
+    steps = jnp.asarray(steps, jnp.float32)
+    ramp = jnp.maximum(1.0, jnp.minimum(stage.ramp, jnp.floor(steps / 5)))
+
+    def at(count: jax.Array) -> jax.Array:
+        fallen = jnp.clip((count - ramp) / jnp.maximum(steps - ramp, 1.0), 0.0, 1.0)
+        cosine = stage.final + (1 - stage.final) * 0.5 * (1 + jnp.cos(jnp.pi * fallen))
+        return peak * jnp.where(count < ramp, count / ramp, cosine)
+
+    return at
+
+
+def optimiser(
+    stage: Stage, config: Config, schedule: Schedule, steps: jax.Array | int | None = None
+) -> optax.GradientTransformation:
+    """AdamW with a rate and a clipping norm for the model and for the indexers, over the stage's trained leaves.
+
+    steps: the stage's length where it is not stage.steps.
+    """
+    length = stage.steps if steps is None else steps
     tree = abstract(config, schedule)
     labels = distill.trainable(tree, stage.kind)
     decayed = split(jax.tree.map(lambda t: t.init == "normal", tree), labels)[0]
 
-    def adamw(rate: float) -> optax.GradientTransformation:
-        ramp = max(1, min(stage.ramp, stage.steps // 5))
-        cosine = optax.warmup_cosine_decay_schedule(0.0, rate, ramp, max(stage.steps, ramp + 1), rate * stage.final)
-        rule = optax.adamw(cosine, b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed)
+    def adamw(peak: float) -> optax.GradientTransformation:
+        rule = optax.adamw(rate(stage, peak, length), b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed)
         return optax.chain(optax.clip_by_global_norm(stage.clip), rule)
 
     rules = {"model": adamw(stage.model_rate), "indexer": adamw(stage.indexer_rate)}
@@ -117,9 +144,19 @@ def start(params: Params, stage: Stage, config: Config, schedule: Schedule) -> A
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames=("params", "state"))
 def step(
-    params: Params, state: Any, tokens: jax.Array, config: Config, schedule: Schedule, stage: Stage
+    params: Params,
+    state: Any,
+    tokens: jax.Array,
+    config: Config,
+    schedule: Schedule,
+    stage: Stage,
+    steps: jax.Array | int | None = None,
+    roles: distill.Roles | None = None,
 ) -> tuple[Params, Any, jax.Array]:
-    """One update on tokens [accumulate, rows, S+1]: params, optimiser state and METRICS [4], means over the micro-batches."""
+    """One update on tokens [accumulate, rows, S+1]: params, optimiser state and METRICS [4], means over the micro-batches.
+
+    steps, roles: the stage's length and the schedule trained for, as data, so that one program serves all.
+    """
     labels = distill.trainable(params, stage.kind)
     trained, frozen = split(params, labels)
 
@@ -133,6 +170,9 @@ def step(
             sparse=stage.kind == "sparse",
             cross_layer=stage.cross_layer,
             compute_dtype=jnp.dtype(stage.compute_dtype),
+            roles=roles,
+            stride=stage.stride,
+            offset=jnp.sum(tokens) % stage.stride,  # as good as random, and the same after a resumption
         )
         total = {"dense": found.language, "warmup": found.indexer, "sparse": found.language + found.indexer}[stage.kind]
         return total, found
@@ -147,7 +187,7 @@ def step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, micro(rows)), None), zeros, tokens)
         grads, found = jax.tree.map(lambda x: x / stage.accumulate, total)
-    updates, state = optimiser(stage, config, schedule).update(grads, state, trained)
+    updates, state = optimiser(stage, config, schedule, steps).update(grads, state, trained)
     params = merge(optax.apply_updates(trained, updates), frozen)
     if params.moe is not None and stage.balance_speed:
         bias = distill.balance(params.moe.router_bias, found.loads, stage.balance_speed)
@@ -204,6 +244,9 @@ class _Run:
         found = rows.batch((step - self.starts[i]) * stage.sequences, stage.sequences)
         return found.reshape(stage.accumulate, stage.rows, -1)
 
+    def speeds(self) -> dict[str, float]:
+        return {name: statistics.median(rates[1:]) for name, rates in self.rates.items() if len(rates) > 1}
+
     def about(self, config: Config, schedule: Schedule) -> dict[str, Any]:
         """What must not change under a run that is resumed."""
         sample = np.asarray(self.tokens[:: max(1, self.tokens.size // 4096)])
@@ -227,10 +270,12 @@ def train(
     seed: int,
     resume: bool,
     saving: Saving,
+    roles: distill.Roles | None = None,
 ) -> Trained:
     """Float32 params after all stages on a stream of tokens. Checkpoints and metrics go into the output's folder.
 
-    `params` of any dtype stay as they are: training starts from a copy.
+    `params` of any dtype stay as they are: training starts from a copy. roles: the schedule to train for, where it is not
+    the `schedule` of the params.
 
     resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss or gradient is
     not finite (the checkpoints before it stay); for a folder that holds another run, or one and not `resume`.
@@ -239,7 +284,9 @@ def train(
     params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
     if not run.total:
         return Trained(params, {})
-    about = run.about(config, schedule)
+    if saving.every is None:
+        return _without_checkpoints(run, params, config, schedule, output, saving, roles)
+    about = run.about(config, schedule) | ({} if roles is None else {"roles": jax.tree.map(np.ndarray.tolist, roles)})
     folder = (output.directory / CHECKPOINTS).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=saving.keep, cleanup_tmp_directories=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
@@ -261,14 +308,35 @@ def train(
             while done < run.total:
                 stage = run.stage(done)
                 stop = min(run.starts[stage] + run.stages[stage].steps, done + saving.every - done % saving.every)
-                params, state = _some_steps(run, params, state, range(done, stop), config, schedule, metrics, saving, folder)
+                params, state = _some_steps(
+                    run, params, state, range(done, stop), config, schedule, metrics, saving, folder, roles
+                )
                 done = stop
                 if run.stage(done) != stage:
                     state = start(params, run.stages[run.stage(done)], config, schedule)
                 _save(manager, done, params, state, about)
         finally:
             metrics.close()
-    return Trained(params, {name: statistics.median(rates[1:]) for name, rates in run.rates.items() if len(rates) > 1})
+    return Trained(params, run.speeds())
+
+
+def _without_checkpoints(
+    run: _Run,
+    params: Params,
+    config: Config,
+    schedule: Schedule,
+    output: Output,
+    saving: Saving,
+    roles: distill.Roles | None,
+) -> Trained:
+    metrics = Metrics(output.directory, 0)
+    try:
+        for stage, first in zip(run.stages, run.starts, strict=True):
+            steps, state = range(first, first + stage.steps), start(params, stage, config, schedule)
+            params, _ = _some_steps(run, params, state, steps, config, schedule, metrics, saving, output.directory, roles)
+    finally:
+        metrics.close()
+    return Trained(params, run.speeds())
 
 
 def _save(manager: ocp.CheckpointManager, step: int, params: Params, state: Any, about: dict[str, Any]) -> None:
@@ -292,6 +360,7 @@ def _some_steps(
     metrics: Metrics,
     saving: Saving,
     folder: pathlib.Path,
+    roles: distill.Roles | None,
 ) -> tuple[Params, Any]:
     """Steps within one stage, their metrics written and found finite."""
     stage_index = run.stage(steps.start)
@@ -299,8 +368,9 @@ def _some_steps(
     pending: list[jax.Array] = []
     began = time.perf_counter()
     batches = prefetch(lambda at: jax.device_put(run.batch(rows, at)), steps)
+    length = jnp.int32(stage.steps)
     for at, tokens in zip(steps, batches, strict=True):
-        params, state, found = step(params, state, tokens, config, schedule, stage)
+        params, state, found = step(params, state, tokens, config, schedule, stage.program, length, roles)
         pending.append(found)
         if at + 1 == steps.stop or (at + 1) % saving.log_every == 0:
             values = np.array([np.asarray(found) for found in pending])
@@ -320,6 +390,55 @@ def _some_steps(
             )
             pending, began = [], time.perf_counter()
     return params, state
+
+
+def compile_steps(stages: Sequence[Stage], config: Config, schedule: Schedule, roles: distill.Roles | None = None) -> None:
+    """Compiles the stages' steps side by side; calls of `step` with these find them compiled."""
+    params = shape_structs(config, schedule, jnp.float32)
+
+    def compile_one(stage: Stage) -> None:
+        state = jax.eval_shape(lambda params: start(params, stage, config, schedule), params)
+        tokens = jax.ShapeDtypeStruct((stage.accumulate, stage.rows, stage.context + 1), jnp.int32)
+        step.lower(params, state, tokens, config, schedule, stage.program, jnp.int32(0), roles).compile()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(compile_one, stage) for stage in stages]:
+            done.result()
+
+
+def seconds_per_step(
+    params: Params, stage: Stage, config: Config, schedule: Schedule, roles: distill.Roles | None = None, repeats: int = 3
+) -> float:
+    """How long a step takes here, once compiled, on random tokens and a copy of the params."""
+    shape = (stage.accumulate, stage.rows, stage.context + 1)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
+    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+    state = start(params, stage, config, schedule)
+    began = 0.0
+    for i in range(repeats + 1):
+        params, state, found = step(params, state, tokens, config, schedule, stage.program, jnp.int32(stage.steps), roles)
+        if i == 0:
+            found.block_until_ready()
+            began = time.perf_counter()
+    found.block_until_ready()
+    return (time.perf_counter() - began) / repeats
+
+
+def fit(stages: Sequence[Stage], costs: Sequence[float], shares: Sequence[float], seconds: float) -> list[Stage]:
+    """The stages, cut so that together they take at most `seconds` at costs[i] seconds a step.
+
+    A stage gets its share of the time, and of what others leave that need less than theirs; at least one step.
+    """
+    steps: dict[int, int] = {}
+    left = seconds
+    while len(steps) < len(stages):
+        open_ = [i for i in range(len(stages)) if i not in steps]
+        given = {i: left * shares[i] / sum(shares[i] for i in open_) for i in open_}
+        whole = [i for i in open_ if stages[i].steps * costs[i] <= given[i]]
+        for i in whole or open_:
+            steps[i] = stages[i].steps if whole else max(1, int(given[i] / costs[i]))
+        left -= sum(steps[i] * costs[i] for i in whole)
+    return [dataclasses.replace(stage, steps=steps[i]) for i, stage in enumerate(stages)]
 
 
 def flops_per_token(config: Config, schedule: Schedule, stage: Stage) -> float:

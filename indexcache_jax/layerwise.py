@@ -1,8 +1,8 @@
 """A model walked one layer at a time by programs that serve every schedule.
 
 `forward` specialises on its schedule, which is right for inference and wrong for a search that tries hundreds. Here the
-layer's number and its F/S choice are traced: `start`, `advance` and `finish` compile once each for one shape of batch,
-whatever the number of layers and schedules. A traced choice compiles both branches and runs one.
+layer's number and its F/S choice are traced: every function compiles once for one shape of batch, whatever the number of
+layers and schedules. A traced choice compiles both branches and runs one.
 
 The price is that a layer's weights are sliced out of their stacks while the program runs; beside a layer's work on a
 calibration batch that is little.
@@ -79,6 +79,13 @@ def start(params: Params, tokens: jax.Array, config: Config) -> State:
 def advance(params: Params, state: State, layer: jax.Array, full: jax.Array, config: Config, schedule: Schedule) -> State:
     """The state after `layer`, run as F where `full` (traced) is True. `schedule` says which layers have an indexer."""
     return _layer(params, state, layer, full, config, schedule)
+
+
+@jax.jit
+def hidden_states(params: Params, tokens: jax.Array, full: jax.Array, config: Config, schedule: Schedule) -> jax.Array:
+    """Hidden states [B, S, D] of whole rows tokens [B, S] after all layers, with the choices full [L]."""
+    state = start(params, tokens, config)
+    return jax.lax.fori_loop(0, config.num_layers, lambda i, s: _layer(params, s, i, full[i], config, schedule), state).x
 
 
 @jax.jit
