@@ -24,3 +24,12 @@ RESUME = flags.DEFINE_bool("resume", False, "go on from what --output_dir holds 
 NUM_LAYERS = flags.DEFINE_integer(
     "num_layers", 0, "cut the model to so many layers; 0 is the experiment's own choice", lower_bound=0
 )
+SECONDS = flags.DEFINE_float(
+    "seconds",
+    0.0,
+    "time for everything: training is cut to what fits, by its speed at the start; 0 for no limit",
+    lower_bound=0,
+)
+WOVEN = flags.DEFINE_float(
+    "woven", None, "share of the training text with retrieval tasks in it; default the recipe's, or none", 0.0, 1.0
+)

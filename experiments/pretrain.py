@@ -37,10 +37,8 @@ _CORPUS = flags.DEFINE_string(
     "corpus", "", "folders of .py files, or globs, to train on, comma-separated; default the recipe's own"
 )
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
-_TIME_LIMIT = flags.DEFINE_float(
-    "time_limit", 0.0, "seconds for everything: stages are cut to what fits, by the speed at the start; 0 for whole stages"
-)
-flags.declare_key_flag("resume")
+for _name in ("resume", "seconds", "woven"):
+    flags.declare_key_flag(_name)
 
 PLAN = "plan.json"
 NGRAM = 6  # order of the baseline
@@ -49,7 +47,7 @@ PROMPTS = 16  # of each retrieval task
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A model, its text and its stages; shares[i] of a --time_limit go to stage i."""
+    """A model, its text and its stages; shares[i] of the --seconds go to stage i."""
 
     fields: dict[str, Any]
     stages: tuple[Stage, ...]
@@ -58,7 +56,7 @@ class Recipe:
     vocabulary: int | None = None  # of a tokenizer made from the corpus; None: bytes
     woven: float = 0.0  # share of the text with retrieval tasks in it
     held_out: int = 64  # sequences to evaluate on
-    finish_seconds: float = 20.0  # of a --time_limit, kept for evaluation and saving
+    finish_seconds: float = 20.0  # of the --seconds, kept for evaluation and saving
 
 
 DEMO: dict[str, Any] = {
@@ -207,10 +205,11 @@ def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     encoder: text.Bytes | text.FromFile = text.Bytes()
     if recipe.vocabulary is not None:
         encoder = text.train_tokenizer(train_files, recipe.vocabulary, output.directory / "tokenizer.json", seed)
-    limit = sum(stage.steps * stage.sequences * stage.context for stage in plan(recipe)) if recipe.woven else None
+    woven = recipe.woven if options.WOVEN.value is None else options.WOVEN.value
+    limit = None if recipe.vocabulary is None else sum(s.steps * s.sequences * s.context for s in plan(recipe))
     tokens = data.pack(train_files, encoder, recipe.separator, output.directory / "tokens.bin", seed, limit)
-    if recipe.woven:
-        tokens = retrieval.weave(tokens, encoder, recipe.woven, seed)
+    if woven:
+        tokens = retrieval.weave(tokens, encoder, woven, seed)
     shuffled = [held_out_files[i] for i in np.random.default_rng(seed).permutation(len(held_out_files))]
     context = config.max_position_embeddings
     enough = None if recipe.vocabulary is None else 4 * recipe.held_out * context
@@ -233,7 +232,7 @@ def within_the_limit(
     The numbers are kept in the output's folder: a resumed run takes them from there.
     """
     stages, path = plan(recipe), output.directory / PLAN
-    if not _TIME_LIMIT.value:
+    if not options.SECONDS.value:
         return stages
     if not (options.RESUME.value and path.exists()):
         costs = [training.seconds_per_step(params, stage, config, schedule) for stage in stages]
@@ -304,7 +303,7 @@ def baseline(found: Data) -> float | None:
 
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
-    deadline = began + _TIME_LIMIT.value
+    deadline = began + options.SECONDS.value
     output, recipe = Output.create(output_dir), RECIPES[_RECIPE.value]
     target = output.directory / "checkpoint"
     config, schedule = Config.from_hf(recipe.fields), Schedule.all_full(recipe.fields["num_hidden_layers"])

@@ -263,6 +263,11 @@ def similarities(
     return found / len(batches)
 
 
+def likeness(similarity: np.ndarray, schedule: Schedule) -> float:
+    """What `most_similar` maximises: the sum over layers of similarity [L, L] to their source."""
+    return float(sum(similarity[layer, source] for layer, source in enumerate(schedule.source)))
+
+
 def most_similar(similarity: np.ndarray, num_full: int) -> Schedule:
     """The schedule of `num_full` F layers with the highest sum over layers of similarity [L, L] to their source.
 
