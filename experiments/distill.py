@@ -38,12 +38,6 @@ _ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "times --batch_size sequence
 _WARMUP_RATE = flags.DEFINE_float("warmup_rate", 1e-3, "peak learning rate of the indexers in the warm-up", lower_bound=0)
 _INDEXER_RATE = flags.DEFINE_float("indexer_rate", 1e-4, "their peak learning rate in the sparse stage", lower_bound=0)
 _MODEL_RATE = flags.DEFINE_float("model_rate", 7.3e-6, "peak learning rate of the rest in the sparse stage", lower_bound=0)
-_WARMUP_STRIDE = flags.DEFINE_integer(
-    "warmup_stride",
-    1,
-    "estimate the warm-up's divergence from every so manieth query, which is most of its cost",
-    lower_bound=1,
-)
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "steps between checkpoints", lower_bound=1)
 _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
@@ -52,7 +46,7 @@ _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
 def stages(context: int, dtype: str) -> list[Stage]:
     """The stages the flags ask for."""
 
-    def stage(name: str, kind: str, steps: int, model_rate: float, indexer_rate: float, stride: int = 1) -> Stage:
+    def stage(name: str, kind: str, steps: int, model_rate: float, indexer_rate: float) -> Stage:
         return Stage(
             name,
             kind,
@@ -63,12 +57,11 @@ def stages(context: int, dtype: str) -> list[Stage]:
             indexer_rate,
             accumulate=_ACCUMULATE.value,
             cross_layer=_CROSS_LAYER.value,
-            stride=stride,
             compute_dtype=dtype,
         )
 
     return [
-        stage("warm-up", "warmup", _WARMUP_STEPS.value, 0.0, _WARMUP_RATE.value, _WARMUP_STRIDE.value),
+        stage("warm-up", "warmup", _WARMUP_STEPS.value, 0.0, _WARMUP_RATE.value),
         stage("sparse", "sparse", _SPARSE_STEPS.value, _MODEL_RATE.value, _INDEXER_RATE.value),
     ]
 

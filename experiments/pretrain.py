@@ -106,7 +106,7 @@ MEDIUM: dict[str, Any] = DEMO | {
     "v_head_dim": 64,
     "first_k_dense_replace": 12,  # no experts: at this size their products are too small for a GPU
     "index_n_heads": 8,
-    "index_head_dim": 96,
+    "index_head_dim": 128,
     "index_topk": 512,
     "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
     "max_position_embeddings": 8192,
@@ -131,7 +131,7 @@ RECIPES = {
         (
             Stage("dense, short context", "dense", 1600, 64, 1024, 2e-3, 0.0, final=0.4),
             Stage("dense, full context", "dense", 400, 8, 8192, 8e-4, 0.0, final=0.1),
-            Stage("indexer warm-up", "warmup", 300, 4, 8192, 0.0, 3e-3, final=0.1, stride=8),
+            Stage("indexer warm-up", "warmup", 300, 4, 8192, 0.0, 3e-3, final=0.1),
             Stage("sparse", "sparse", 150, 4, 8192, 1e-4, 1e-3, final=0.05),
         ),
         shares=(0.48, 0.24, 0.14, 0.14),

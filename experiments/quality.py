@@ -45,7 +45,7 @@ from indexcache_jax.schedule import Schedule
 for _name in (
     *("checkpoint", "context", "batch_size", "held_out_sequences", "dtype", "resume", "retention"),
     *("retentions", "sequences", "blocks", "seconds", "woven"),
-    *("accumulate", "warmup_steps", "sparse_steps", "warmup_rate", "indexer_rate", "model_rate", "warmup_stride"),
+    *("accumulate", "warmup_steps", "sparse_steps", "warmup_rate", "indexer_rate", "model_rate"),
 ):
     flags.declare_key_flag(_name)
 

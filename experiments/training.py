@@ -43,7 +43,7 @@ class Stage:
     """One phase: what trains ("dense", "warmup" or "sparse"), on what, how fast.
 
     A step sees accumulate x rows sequences of `context` tokens. A rate rises linearly to its peak over `ramp` steps and
-    falls along a cosine to `final` of it. `stride` above 1 estimates a warm-up's divergence from every so manieth query.
+    falls along a cosine to `final` of it.
     """
 
     name: str
@@ -60,7 +60,6 @@ class Stage:
     weight_decay: float = 0.1  # of matrices
     balance_speed: float = 0.0  # of the router's bias
     cross_layer: bool = True
-    stride: int = 1
     compute_dtype: str = "bfloat16"
 
     @property
@@ -171,8 +170,6 @@ def step(
             cross_layer=stage.cross_layer,
             compute_dtype=jnp.dtype(stage.compute_dtype),
             roles=roles,
-            stride=stage.stride,
-            offset=jnp.sum(tokens) % stage.stride,  # as good as random, and the same after a resumption
         )
         total = {"dense": found.language, "warmup": found.indexer, "sparse": found.language + found.indexer}[stage.kind]
         return total, found

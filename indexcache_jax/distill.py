@@ -147,74 +147,49 @@ def _attend(
     config: Config,
     full: bool | jax.Array,
     sparse: bool,
-    stride: int,
-    offset: jax.Array | int,
 ) -> tuple[jax.Array, IndexState | None, jax.Array]:
     """One layer's attention: x + attention(norm(x)), the index state after it, the summed divergence of its queries.
 
     `state` None stands for training without indexers: dense attention, no divergence. `full` traced compiles both.
-    Above a stride of 1 the sum is an estimate from the queries at offset, offset + stride, ...
     """
     h = rms_norm(x, p.norm, config.rms_norm_eps)
     q_latent = attention.query_latents(p.attention, h, config)
     queries = jnp.concatenate(attention.queries(p.attention, q_latent, positions.angles, config), axis=-1)
     latents = attention.latents(p.attention, h, positions.angles, config)
     keys, values = attention.expand(p.attention, latents, config)
+    if state is None and _fused(queries, values):
+        out = _causal(queries, keys, values, config.attention_scale)
+        return x + attention.output(p.attention, out), None, jnp.zeros((), jnp.float32)
     if state is not None and not isinstance(full, bool):
         state = jax.lax.cond(full, lambda: _index(p, h, q_latent, positions, config, sparse), lambda: state)
     elif state is not None and full:
         state = _index(p, h, q_latent, positions, config, sparse)
 
-    def attend(state: IndexState | None, stride: int) -> tuple[jax.Array, jax.Array]:
-        """Outputs and summed divergence of every stride-th query; `state` None: without a divergence."""
+    def block(
+        t: int, queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of queries that see at most the first t keys."""
+        mask = jnp.arange(t) < visible[..., None]
+        if indices is not None:
+            mask = mask & within(indices, t)
+        out, target = attention.attend_expanded(queries, keys[:, :t], values[:, :t], mask, config.attention_scale)
+        if state is None:
+            return out, jnp.zeros(visible.shape, jnp.float32)
+        index_queries, head_weights = index
+        scores = index_scores(index_queries, state.keys[:, :t], head_weights)
+        return out, divergence(jax.lax.stop_gradient(target), scores, mask)
 
-        def block(
-            t: int, queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
-        ) -> tuple[jax.Array, jax.Array]:
-            """Of queries that see at most the first t keys."""
-            mask = jnp.arange(t) < visible[..., None]
-            if indices is not None:
-                mask = mask & within(indices, t)
-            out, target = attention.attend_expanded(queries, keys[:, :t], values[:, :t], mask, config.attention_scale)
-            if state is None:
-                return out, jnp.zeros(visible.shape, jnp.float32)
-            index_queries, head_weights = index
-            scores = index_scores(index_queries, state.keys[:, :t], head_weights)
-            return out, divergence(jax.lax.stop_gradient(target), scores, mask)
-
-        indices, index = (None, ()) if state is None else (state.indices, (state.queries, state.head_weights))
-        inputs = _every((queries, positions.queries + 1, indices, index), stride, offset)
-        s, n = queries.shape[1], inputs[0].shape[1]
-        parts = CAUSAL_PARTS if s >= CAUSAL_FROM else 1
-        outs, kls = [], []
-        for first, stop in itertools.pairwise(i * n // parts for i in range(parts + 1)):
-            part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], inputs)
-            t = stride * stop
-            out, kl = _blockwise(functools.partial(block, t), part, 4 * t * (config.num_heads + config.index_n_heads))
-            outs.append(out)
-            kls.append(jnp.sum(kl))
-        return jnp.concatenate(outs, axis=1), sum(kls, start=jnp.zeros(())) * (s / n)
-
-    if state is not None and stride == 1:
-        out, kl = attend(state, 1)
-    else:
-        fused = _fused(queries, values)
-        out = _causal(queries, keys, values, config.attention_scale) if fused else attend(None, 1)[0]
-        kl = jnp.zeros((), jnp.float32) if state is None else attend(state, stride)[1]
-    return x + attention.output(p.attention, out), state, kl
-
-
-def _every(tree: Any, stride: int, offset: jax.Array | int) -> Any:
-    """Positions offset, offset + stride, ... of axis 1 of a tree's arrays, as many as whole strides fit."""
-    if stride == 1:
-        return tree
-
-    def pick(x: jax.Array) -> jax.Array:
-        n = x.shape[1] // stride
-        whole = x[:, : n * stride].reshape(x.shape[0], n, stride, *x.shape[2:])
-        return jax.lax.dynamic_index_in_dim(whole, offset, axis=2, keepdims=False)
-
-    return jax.tree.map(pick, tree)
+    indices, index = (None, ()) if state is None else (state.indices, (state.queries, state.head_weights))
+    inputs = (queries, positions.queries + 1, indices, index)
+    s = queries.shape[1]
+    parts = CAUSAL_PARTS if s >= CAUSAL_FROM else 1
+    outs, kls = [], []
+    for first, stop in itertools.pairwise(i * s // parts for i in range(parts + 1)):
+        part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], inputs)
+        out, kl = _blockwise(functools.partial(block, stop), part, 4 * stop * (config.num_heads + config.index_n_heads))
+        outs.append(out)
+        kls.append(jnp.sum(kl))
+    return x + attention.output(p.attention, jnp.concatenate(outs, axis=1)), state, sum(kls, start=jnp.zeros(()))
 
 
 def _embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -271,8 +246,6 @@ def losses(
     cross_layer: bool = True,
     compute_dtype: Any = jnp.bfloat16,
     roles: Roles | None = None,
-    stride: int = 1,
-    offset: jax.Array | int = 0,
 ) -> Losses:
     """The losses of tokens [B, S+1] (inputs and their successors), in nats a token.
 
@@ -281,15 +254,12 @@ def losses(
     from its own layer alone (the paper's ablation). Weights are rounded to compute_dtype for the arithmetic.
 
     roles: another schedule's F layers and shares, as arrays; `schedule`, which the params are made for, is all F then, and
-    cross_layer counts for nothing. stride: dense only; estimates the divergence from the queries at offset (below
-    stride, may be traced), offset + stride, ...: it is the one part whose cost in the warm-up is large.
+    cross_layer counts for nothing.
 
-    Raises ValueError for sparse without indexers or with a stride, and for roles over a schedule with S layers.
+    Raises ValueError for sparse without indexers, and for roles over a schedule with S layers.
     """
     if sparse and not indexers:
         raise ValueError("losses: sparse attention needs indexers=True")
-    if sparse and stride != 1:
-        raise ValueError(f"losses: stride {stride}: sparse attention takes every query")
     if roles is not None and schedule.num_full != schedule.num_layers:
         raise ValueError(f"losses: roles need the indexers of all layers, the params are made for {schedule.pattern}")
     params = jax.tree.map(lambda a, t: a.astype(t.dtype or compute_dtype), params, abstract(config, schedule))
@@ -325,7 +295,7 @@ def losses(
             x, kl_total, positions, state = jax.lax.optimization_barrier(carry)
             p, mlp, norm, role = xs
             full = run.full if roles is None else role.full
-            x, state, kl = _attend(p, x, state, positions, config, full, sparse, stride, offset)
+            x, state, kl = _attend(p, x, state, positions, config, full, sparse)
             carry = kl_total + role.share * kl, positions, state
             h = rms_norm(x, norm, config.rms_norm_eps)
             if not run.experts:
