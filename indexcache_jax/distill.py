@@ -171,8 +171,8 @@ def _attend(
         state = _index(p, h, q_latent, positions, config, sparse, state.words)
     if state is not None and state.words is not None:
         out, lse = pallas_kernels.selected_attention(queries, keys, values, state.words, scale=config.attention_scale)
-        index = state.queries, state.keys, state.head_weights
-        kl = pallas_kernels.index_divergence(*index, queries, keys, lse, state.words, scale=config.attention_scale)
+        scored = state.queries, state.keys, state.head_weights
+        kl = pallas_kernels.index_divergence(*scored, queries, keys, lse, state.words, scale=config.attention_scale)
         return x + attention.output(p.attention, out), state, kl
 
     def block(
@@ -271,7 +271,7 @@ def losses(
     b, s = inputs.shape
     positions = place(jnp.zeros((b,), jnp.int32), jnp.full((b,), s, jnp.int32), s, config)
     x = _embed(params.embedding, inputs)
-    state = _no_state(b, s, x.dtype, config, sparse, _by_kernels(b, s, x.dtype, config)) if indexers else None
+    state = _no_state(b, s, x.dtype, config, sparse, by_kernels(b, s, x.dtype, config)) if indexers else None
     dense, sparse_layers = mlp_layers(config)
     stack_slots = {False: slots(dense), True: slots(sparse_layers)}
     full_slots = slots(schedule.full_layers)
@@ -317,7 +317,7 @@ def losses(
     )
 
 
-def _by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
+def by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
     """Whether the kernels of attention by bits and of the divergence serve such activations; else all is done in XLA."""
 
     def shape(*sizes: int, dtype: Any = dtype) -> Any:

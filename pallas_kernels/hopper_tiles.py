@@ -69,10 +69,9 @@ def add_product(total: jax.Array, a: Any, b: Any) -> jax.Array:
 def selected_by_row(words: Any, first: Any, columns: int) -> jax.Array:
     """The mask [ROWS, columns] of queries as rows, `first` the first of them in words [columns / 32, queries]."""
     place = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=WGMMA)
-    found = None
-    for i in reversed(range(columns // WORD)):
-        word = by_row(vector(words.at[i, pl.ds(first, ROWS)], BY_ROW), columns)
-        found = word if found is None else jnp.where(place < (i + 1) * WORD, word, found)
+    *others, found = (by_row(vector(words.at[i, pl.ds(first, ROWS)], BY_ROW), columns) for i in range(columns // WORD))
+    for i, word in reversed(list(enumerate(others))):
+        found = jnp.where(place < (i + 1) * WORD, word, found)
     return lax.shift_right_logical(found, place & (WORD - 1)) & 1 != 0
 
 

@@ -80,7 +80,7 @@ def _forward(
     value_width = v.shape[3]
     tiles = s // TILE
 
-    def kernel(q_ref, k_ref, v_ref, words_ref, out_ref, lse_ref, q_sm, lse_sm, barriers):
+    def selected_attention_forward(q_ref, k_ref, v_ref, words_ref, out_ref, lse_ref, q_sm, lse_sm, barriers):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), _last_first("tile", tiles)
         group = lax.axis_index("warpgroup")
         rows = pl.ds(tile * TILE + group * ROWS, ROWS)
@@ -122,7 +122,7 @@ def _forward(
         plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
-    run = launch(kernel, outputs, (h, tiles, b), ("head", "tile", "batch"), scratch, interpret)
+    run = launch(selected_attention_forward, outputs, (h, tiles, b), ("head", "tile", "batch"), scratch, interpret)
     return run(q, k, v, words)
 
 
@@ -132,7 +132,9 @@ def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: A
     value_width = v.shape[3]
     tiles = s // TILE
 
-    def kernel(q_ref, k_ref, v_ref, grad_ref, words_ref, lse_ref, delta_ref, dq_ref, q_sm, grad_sm, lse_sm, delta_sm, barriers):
+    def selected_attention_dq(
+        q_ref, k_ref, v_ref, grad_ref, words_ref, lse_ref, delta_ref, dq_ref, q_sm, grad_sm, lse_sm, delta_sm, barriers
+    ):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), _last_first("tile", tiles)
         group = lax.axis_index("warpgroup")
         rows = pl.ds(tile * TILE + group * ROWS, ROWS)
@@ -177,7 +179,7 @@ def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: A
         plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
     )
     grid, names = (h, tiles, b), ("head", "tile", "batch")
-    run = launch(kernel, jax.ShapeDtypeStruct(q.shape, q.dtype), grid, names, scratch, interpret)
+    run = launch(selected_attention_dq, jax.ShapeDtypeStruct(q.shape, q.dtype), grid, names, scratch, interpret)
     return run(q, k, v, out_grad, words, lse, delta)
 
 
@@ -186,7 +188,9 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
     b, s, h, width = q.shape
     t, value_width = k.shape[1], v.shape[3]
 
-    def kernel(q_ref, k_ref, v_ref, grad_ref, words_ref, lse_ref, delta_ref, dk_ref, dv_ref, k_sm, v_sm, barriers):
+    def selected_attention_dkv(
+        q_ref, k_ref, v_ref, grad_ref, words_ref, lse_ref, delta_ref, dk_ref, dv_ref, k_sm, v_sm, barriers
+    ):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
         group = lax.axis_index("warpgroup")
         rows = pl.ds(tile * TILE + group * ROWS, ROWS)
@@ -235,11 +239,11 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
         plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
     )
     grid, names = (h, t // TILE, b), ("head", "tile", "batch")
-    run = launch(kernel, outputs, grid, names, scratch, interpret)
+    run = launch(selected_attention_dkv, outputs, grid, names, scratch, interpret)
     return run(q, k, v, out_grad, words, lse, delta)
 
 
-def padded(q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array) -> tuple[jax.Array, ...]:
+def padded(q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Whole tiles: what is added is selected by nobody and selects nothing."""
     words = to_tiles(to_tiles(words, 1, TILE // WORD), 2)
     return to_tiles(q, 1), to_tiles(k, 1), to_tiles(v, 1), words
