@@ -1,5 +1,6 @@
 """Pretraining at the size of a test: what its evaluation measures, and a whole run."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ from absl.testing import flagsaver
 
 import checkpoints_convert
 import experiments.run  # noqa: F401  (its flags go into every results.json)
-from experiments import options, pretrain, training
+from experiments import options, pretrain, retrieval, text, training
 from experiments.training import Stage
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
@@ -66,8 +67,8 @@ def test_a_run_trains_all_stages_and_leaves_a_checkpoint_with_its_card(tmp_path,
         Stage("warm-up", "warmup", 20, 4, 48, 0.0, 1e-2, compute_dtype="float32"),
         Stage("sparse", "sparse", 10, 4, 48, 1e-3, 1e-2, compute_dtype="float32"),
     )
-    monkeypatch.setattr(pretrain, "DEMO", FIELDS)
-    monkeypatch.setattr(pretrain, "STAGES", stages)
+    recipe = pretrain.Recipe(FIELDS, stages, (0.5, 0.3, 0.2), separator=256)
+    monkeypatch.setitem(pretrain.RECIPES, "demo", recipe)
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(corpus=str(tmp_path / "corpus"), steps_scale=0.5):
         pretrain.run(str(tmp_path / "out"), 0)
@@ -81,3 +82,36 @@ def test_a_run_trains_all_stages_and_leaves_a_checkpoint_with_its_card(tmp_path,
     card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
     for part in ("| dense | 20 | 8 | 32 |", f"{metrics['held_out_loss']['sparse']:.4f}", f"{metrics['ngram_loss']:.4f}"):
         assert part in card
+    assert set(metrics["retrieval"]) == set(retrieval.TASKS) and metrics["stages"][0]["steps"] == 20
+
+
+@pytest.mark.slow
+def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        words = " ".join(["alpha", "beta", "gamma", "delta"][j] for j in rng.integers(4, size=200))
+        (tmp_path / "corpus" / f"{i}.py").write_text(words)
+    stages = (
+        Stage("dense", "dense", 10**6, 4, 32, 1e-2, 0.0, compute_dtype="float32"),
+        Stage("warm-up", "warmup", 3, 4, 150, 0.0, 1e-2, compute_dtype="float32"),
+    )
+    fields = FIELDS | {"vocab_size": 300, "eos_token_id": 0, "pad_token_id": None, "max_position_embeddings": 150}
+    recipe = pretrain.Recipe(fields, stages, (0.5, 0.5), 0, vocabulary=300, woven=0.5, held_out=2, finish_seconds=0.0)
+    monkeypatch.setitem(pretrain.RECIPES, "medium", recipe)
+    monkeypatch.setattr(
+        pretrain, "plan", lambda recipe: [dataclasses.replace(s, steps=min(s.steps, 5000)) for s in recipe.stages]
+    )
+    flags.FLAGS.mark_as_parsed()
+    given = dict(corpus=f"{tmp_path}/corpus/*.py", recipe="medium")
+    with flagsaver.flagsaver(**given, seconds=0.5):
+        pretrain.run(str(tmp_path / "out"), 0)
+    steps = {entry["stage"]: entry["steps"] for entry in json.loads((tmp_path / "out" / "plan.json").read_text())}
+    assert 1 <= steps["dense"] < 5000 and 1 <= steps["warm-up"] <= 3
+    assert len(training.read_log(tmp_path / "out")) == sum(steps.values())
+    encoder = text.tokenizer(tmp_path / "out" / "checkpoint")
+    assert isinstance(encoder, text.FromFile) and encoder.decode(encoder.encode(b"alpha beta")) == "alpha beta"
+    log = (tmp_path / "out" / "train.jsonl").read_text()
+    with flagsaver.flagsaver(**given, seconds=1000.0, resume=True):
+        pretrain.run(str(tmp_path / "out"), 0)  # with the steps chosen then
+    assert (tmp_path / "out" / "train.jsonl").read_text() == log

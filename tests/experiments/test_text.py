@@ -23,6 +23,14 @@ def test_a_folder_or_a_glob_gives_its_files(folder):
         text.documents(f"{folder}/*.txt")
 
 
+def test_names_start_where_the_pattern_first_varies(folder):
+    found = text.documents(f"{folder}/site-*/*.py,{folder}/**/file1.py")
+    assert [d.name for d in found] == ["site-packages/other.py", "file1.py"]
+    assert all(d.path.is_file() for d in found)
+    with pytest.raises(ValueError, match="no.txt': no such file"):
+        text.documents(f"{folder}/file1.py,{folder}/no.txt")
+
+
 def test_the_split_goes_by_name_alone(folder):
     sides = {d.name: d.held_out for d in text.documents(str(folder))}
     assert 0 < sum(sides.values()) < 12
@@ -60,3 +68,27 @@ def test_a_checkpoints_own_tokenizer_or_bytes(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer"):
         text.tokenizer(tmp_path)
+
+
+def test_a_tokenizer_made_here_cuts_a_word_the_same_wherever_it_stands(folder):
+    documents = text.documents(str(folder))
+    made = text.train_tokenizer(documents, 270, folder / "tokenizer.json", 0)
+    assert text.tokenizer(folder).name == made.name
+    sample = "x = 12\n\té [qzv] == 'qzv'\n"
+    assert made.decode(made.encode(sample.encode())) == sample
+    word = made.encode(b"qzv").tolist()
+    for around in ("\nqzv = 1", "'qzv'\n", "assert qzv == 'a'", "x_qzv_0"):
+        left, right = around.split("qzv")
+        parts = [part.encode() for part in (left, "qzv", right)]
+        assert made.encode(around.encode()).tolist() == [t for part in parts for t in made.encode(part).tolist()]
+        assert word == made.encode(parts[1]).tolist()
+    many = made.encode_many([b"x = 1", b"", b"qzv"])
+    assert [m.tolist() for m in many] == [made.encode(b).tolist() for b in (b"x = 1", b"", b"qzv")]
+
+
+def test_a_tokenizer_is_made_once(folder):
+    path = folder / "tokenizer.json"
+    text.train_tokenizer(text.documents(str(folder)), 260, path, 0)
+    before = path.read_bytes()
+    text.train_tokenizer(text.documents(f"{folder}/file1.py"), 300, path, 1)
+    assert path.read_bytes() == before

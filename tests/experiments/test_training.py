@@ -1,5 +1,6 @@
 """Data, the optimiser step, and runs that are stopped and resumed."""
 
+import contextlib
 import dataclasses
 import json
 import struct
@@ -8,12 +9,14 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from experiments import data, text, training
 from experiments.report import Output
 from experiments.training import Saving, Stage
+from indexcache_jax.distill import roles_of
 from indexcache_jax.params import init
 from indexcache_jax.schedule import Schedule
 from tests.tiny_models import GLM_FIELDS, Case
@@ -318,3 +321,84 @@ def test_rates_leave_compilation_out(tmp_path):
         saving=Saving(log_every=1),
     )
     assert set(found.tokens_per_second) == {"warm-up"} and found.tokens_per_second["warm-up"] > 0
+
+
+def test_the_rate_is_optaxs_warm_up_and_cosine():
+    for steps in (1, 3, 40, 1000):
+        ramp = max(1, min(WARMUP.ramp, steps // 5))
+        expected = optax.warmup_cosine_decay_schedule(0.0, 2.0, ramp, max(steps, ramp + 1), 2.0 * WARMUP.final)
+        found = training.rate(WARMUP, 2.0, jnp.int32(steps))
+        counts = np.unique(np.linspace(0, steps - 1, 20).astype(int))
+        np.testing.assert_allclose([found(i) for i in counts], [expected(i) for i in counts], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def all_full():
+    return Case(CASE.fields, "FF", 0)
+
+
+@pytest.mark.parametrize("stage", [WARMUP, SPARSE], ids=["warm-up", "sparse"])
+def test_a_schedule_as_data_trains_as_one_compiled_in(stage, all_full):
+    rows = jnp.asarray(batches(stage, 1)[0])
+    expected, expected_state, expected_metrics = take_steps(stage, [rows] * 2)
+    params, state = (
+        jax.tree.map(jnp.copy, all_full.params),
+        training.start(all_full.params, stage, CASE.config, all_full.schedule),
+    )
+    roles = roles_of(CASE.schedule)
+    for _ in range(2):
+        length = jnp.int32(stage.steps)
+        arguments = CASE.config, all_full.schedule, stage.program, length, roles
+        params, state, metrics = training.step(params, state, rows, *arguments)
+    np.testing.assert_allclose(metrics, expected_metrics[-1], rtol=1e-4)
+    kept = training.under(params, all_full.schedule, CASE.schedule)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, expected)
+
+
+def test_a_run_without_checkpoints_ends_where_one_with_them_does(uninterrupted, tmp_path):
+    whole, expected = uninterrupted
+    params = train(tmp_path, every=None)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert (tmp_path / training.LOG).read_text() == (whole / training.LOG).read_text()
+    assert not (tmp_path / training.CHECKPOINTS).exists()
+
+
+def test_a_stage_of_any_length_finds_its_step_compiled(caplog):
+    stage, before = dataclasses.replace(WARMUP, context=20), jax.tree.map(np.asarray, CASE.params)
+    longer = dataclasses.replace(stage, steps=7, name="longer")
+
+    def compilations():
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            yield
+        found.append(sum("Finished XLA compilation of jit(step)" in record.getMessage() for record in caplog.records))
+
+    found: list[int] = []
+    for action in (
+        lambda: training.compile_steps([stage], CASE.config, CASE.schedule),
+        lambda: training.seconds_per_step(CASE.params, longer, CASE.config, CASE.schedule),
+    ):
+        with contextlib.contextmanager(compilations)():
+            action()
+    assert found == [1, 0]
+    jax.tree.map(np.testing.assert_array_equal, CASE.params, before)
+
+
+def test_stages_are_cut_to_their_share_of_the_time():
+    stages = [dataclasses.replace(WARMUP, steps=n) for n in (100, 10, 1000)]
+    costs = [1.0, 1.0, 0.1]
+
+    def fitted(seconds):
+        return [stage.steps for stage in training.fit(stages, costs, (0.5, 0.25, 0.25), seconds)]
+
+    assert fitted(1000) == [100, 10, 1000]
+    assert fitted(40) == [20, 10, 100]
+    assert fitted(100) == [60, 10, 300]  # the second needs 10 of its 25 s, and the others share the rest as 2 to 1
+    assert fitted(0) == fitted(-5) == [1, 1, 1]
+
+
+def test_packing_stops_at_its_limit(tmp_path):
+    found = documents(tmp_path, [30, 30, 30, 30])
+    packed = data.pack(found, text.Bytes(), 256, tmp_path / "tokens.bin", 1, limit=40)
+    assert packed.size == 62
+    assert data.pack(found, text.Bytes(), 256, tmp_path / "tokens.bin", 1).size == 124

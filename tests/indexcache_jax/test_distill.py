@@ -345,3 +345,41 @@ def test_sparse_needs_indexers():
     case = CASES["glm"]
     with pytest.raises(ValueError, match="needs indexers"):
         losses(case.params, case.tokens, case.config, case.schedule, indexers=False, sparse=True)
+
+
+@both_stages
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_roles_as_data_are_the_schedule_compiled_in(sparse, cross_layer):
+    fields = CASES["glm"].fields | {"num_hidden_layers": 3}
+    whole, part = (Case(fields, pattern, 2, (26, 26)) for pattern in ("FFF", "FSF"))
+    roles = jax.tree.map(jnp.asarray, distill.roles_of(part.schedule, cross_layer))
+
+    def gradient(case, **options):
+        def total(params):
+            found = ours(params, case, sparse, **options)
+            return found.language + found.indexer, found
+
+        (_, found), of = jax.jit(jax.value_and_grad(total, has_aux=True))(case.params)
+        return found, of
+
+    found, of = gradient(whole, roles=roles)
+    expected, of_expected = gradient(part, cross_layer=cross_layer)
+    np.testing.assert_allclose((found.language, found.indexer), (expected.language, expected.indexer), rtol=1e-5)
+    assert float(expected.indexer) > 1e-3
+    assert all(float(jnp.abs(leaf[1]).max()) == 0 for leaf in jax.tree.leaves(of.indexer))
+    slots_kept = jax.tree.map(lambda a: a[jnp.array([0, 2])], of.indexer)
+    assert_close(dataclasses.replace(of, indexer=slots_kept), of_expected)
+
+
+def test_roles_need_all_indexers():
+    case = CASES["glm"]
+    with pytest.raises(ValueError, match="roles need the indexers of all layers.*FFSS"):
+        losses(
+            case.params,
+            case.tokens,
+            case.config,
+            case.schedule,
+            indexers=True,
+            sparse=False,
+            roles=distill.roles_of(case.schedule),
+        )
