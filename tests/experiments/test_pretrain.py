@@ -24,7 +24,7 @@ FIELDS = GLM_FIELDS | {
     "vocab_size": 258,
     "eos_token_id": 256,
     "pad_token_id": 257,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 160,
 }
 
 

@@ -78,7 +78,7 @@ def test_weaving_keeps_the_text_and_asks_for_what_it_hid():
     # Two hops: the second name stands for the first, which stands for what is asked. The rest: hidden once, asked once.
     for second, value in asked:
         chains = [v for first in values[second] for v in values.get(first, [])]
-        assert value.rstrip("'") in {v.strip("'") for v in chains}
+        assert value.strip("'") in {v.strip("'") for v in chains}
     named = [name for name, found in values.items() if "_" in name and len(found) % 2 == 0]
     assert len(named) > 20
 

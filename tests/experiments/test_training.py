@@ -369,8 +369,10 @@ def test_a_stage_of_any_length_finds_its_step_compiled(caplog):
 
     def compilations():
         caplog.clear()
-        with jax.log_compiles(), caplog.at_level("WARNING"):
+        jax.config.update("jax_log_compiles", True)  # the context manager would miss other threads
+        with caplog.at_level("WARNING"):
             yield
+        jax.config.update("jax_log_compiles", False)
         found.append(sum("Finished XLA compilation of jit(step)" in record.getMessage() for record in caplog.records))
 
     found: list[int] = []
