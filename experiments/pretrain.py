@@ -129,7 +129,7 @@ RECIPES = {
     "medium": Recipe(
         MEDIUM,
         (
-            Stage("dense, short context", "dense", 1600, 64, 1024, 2e-3, 0.0, final=0.4),
+            Stage("dense, short context", "dense", 1400, 64, 1024, 2e-3, 0.0, final=0.4),
             Stage("dense, full context", "dense", 400, 8, 8192, 8e-4, 0.0, final=0.1),
             Stage("indexer warm-up", "warmup", 300, 4, 8192, 0.0, 3e-3, final=0.1),
             Stage("sparse", "sparse", 150, 4, 8192, 1e-4, 1e-3, final=0.05),
@@ -206,7 +206,8 @@ def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     if recipe.vocabulary is not None:
         encoder = text.train_tokenizer(train_files, recipe.vocabulary, output.directory / "tokenizer.json", seed)
     woven = recipe.woven if options.WOVEN.value is None else options.WOVEN.value
-    limit = None if recipe.vocabulary is None else sum(s.steps * s.sequences * s.context for s in plan(recipe))
+    longest = max(stage.steps * stage.sequences * stage.context for stage in plan(recipe))
+    limit = None if recipe.vocabulary is None else longest
     tokens = data.pack(train_files, encoder, recipe.separator, output.directory / "tokens.bin", seed, limit)
     if woven:
         tokens = retrieval.weave(tokens, encoder, woven, seed)
@@ -253,8 +254,14 @@ def compile_evaluation(config: Config, schedule: Schedule) -> None:
     tokens, number = jax.ShapeDtypeStruct((1, s), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     choice, choices = jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((layers,), bool)
     state = jax.eval_shape(layerwise.start, params, tokens, config)
-    layerwise.finish.lower(params, state, number, choices, tokens, config, schedule).compile()
-    layerwise.advance.lower(params, state, number, choice, config, schedule).compile()
+    cut = jax.ShapeDtypeStruct((1, s + 1), jnp.int32)
+    for lowered in (
+        layerwise.finish.lower(params, state, number, choices, tokens, config, schedule),
+        layerwise.advance.lower(params, state, number, choice, config, schedule),
+        layerwise.hidden_states.lower(params, tokens, choices, config, schedule),
+        training.held_out.lower(params, cut, config, schedule, False, "bfloat16"),
+    ):
+        lowered.compile()
 
 
 def model_card(metrics: dict[str, Any], stages: list[Stage], found: Data, config: Config, schedule: Schedule) -> str:

@@ -504,7 +504,8 @@ class HeldOut:
 
 
 @functools.partial(jax.jit, static_argnames=("sparse", "compute_dtype"))
-def _held_out(params: Params, tokens: jax.Array, config: Config, schedule: Schedule, sparse: bool, compute_dtype: str) -> Any:
+def held_out(params: Params, tokens: jax.Array, config: Config, schedule: Schedule, sparse: bool, compute_dtype: str) -> Any:
+    """The language loss and the divergence of tokens [B, S+1]."""
     dtype = jnp.dtype(compute_dtype)
     found = distill.losses(params, tokens, config, schedule, indexers=sparse, sparse=sparse, compute_dtype=dtype)
     return found.language, found.indexer
@@ -514,6 +515,6 @@ def evaluate(
     params: Params, cuts: np.ndarray, config: Config, schedule: Schedule, compute_dtype: str, sparse: bool = True
 ) -> HeldOut:
     """The losses on cuts [N, S+1], one at a time; sparse False: with dense attention, no divergence."""
-    found = [_held_out(params, jnp.asarray(cut[None]), config, schedule, sparse, compute_dtype) for cut in cuts]
+    found = [held_out(params, jnp.asarray(cut[None]), config, schedule, sparse, compute_dtype) for cut in cuts]
     language, indexer = np.mean(np.array(found, np.float64), axis=0)
     return HeldOut(float(language), float(indexer))
