@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -74,6 +75,13 @@ def _checksum(documents: Sequence[Document]) -> int:
     return zlib.crc32(listing.encode())
 
 
+@functools.lru_cache(maxsize=4)  # drawing an order takes longer than making a batch
+def _epoch(seed: tuple[int, ...], rows: int, length: int) -> tuple[int, np.ndarray]:
+    """The offset and the order of an epoch's rows."""
+    rng = np.random.default_rng(seed)
+    return int(rng.integers(length)), rng.permutation(rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Cuts of `length` + 1 tokens (inputs and their successors), numbered without end.
@@ -98,9 +106,8 @@ class Rows:
 
     def __getitem__(self, i: int) -> np.ndarray:
         epoch, at = divmod(i, self.per_epoch)
-        rng = np.random.default_rng((*self.seed, epoch))
-        offset = int(rng.integers(self.length))
-        start = offset + int(rng.permutation(self.per_epoch)[at]) * self.length
+        offset, order = _epoch((*self.seed, epoch), self.per_epoch, self.length)
+        start = offset + int(order[at]) * self.length
         return np.asarray(self.tokens[start : start + self.length + 1], np.int32)
 
     def batch(self, start: int, count: int) -> np.ndarray:

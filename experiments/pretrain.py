@@ -129,8 +129,8 @@ RECIPES = {
     "medium": Recipe(
         MEDIUM,
         (
-            Stage("dense, short context", "dense", 1400, 64, 1024, 2e-3, 0.0, final=0.4),
-            Stage("dense, full context", "dense", 400, 8, 8192, 8e-4, 0.0, final=0.1),
+            Stage("dense, short context", "dense", 2800, 32, 1024, 2e-3, 0.0, final=0.4),
+            Stage("dense, full context", "dense", 800, 4, 8192, 8e-4, 0.0, final=0.1),
             Stage("indexer warm-up", "warmup", 300, 4, 8192, 0.0, 3e-3, final=0.1),
             Stage("sparse", "sparse", 150, 4, 8192, 1e-4, 1e-3, final=0.05),
         ),
