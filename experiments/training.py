@@ -406,7 +406,10 @@ def compile_steps(stages: Sequence[Stage], config: Config, schedule: Schedule, r
 def seconds_per_step(
     params: Params, stage: Stage, config: Config, schedule: Schedule, roles: distill.Roles | None = None, repeats: int = 3
 ) -> float:
-    """How long a step takes here, once compiled, on random tokens and a copy of the params."""
+    """How long a step takes here, once compiled, on random tokens and a copy of the params.
+
+    ValueError where even these come out not finite: better before a run than at its last stage.
+    """
     shape = (stage.accumulate, stage.rows, stage.context + 1)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
     params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
@@ -418,7 +421,10 @@ def seconds_per_step(
             found.block_until_ready()
             began = time.perf_counter()
     found.block_until_ready()
-    return (time.perf_counter() - began) / repeats
+    seconds = (time.perf_counter() - began) / repeats
+    if not np.isfinite(found).all():
+        raise ValueError(f"{stage.name}: a step on random tokens is not finite ({np.asarray(found).tolist()})")
+    return seconds
 
 
 def fit(stages: Sequence[Stage], costs: Sequence[float], shares: Sequence[float], seconds: float) -> list[Stage]:

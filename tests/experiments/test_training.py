@@ -386,6 +386,12 @@ def test_a_stage_of_any_length_finds_its_step_compiled(caplog):
     jax.tree.map(np.testing.assert_array_equal, CASE.params, before)
 
 
+def test_a_step_that_is_not_finite_is_found_before_the_run():
+    broken = jax.tree.map(lambda a: a * jnp.nan, CASE.params)
+    with pytest.raises(ValueError, match="warm-up: a step on random tokens is not finite"):
+        training.seconds_per_step(broken, dataclasses.replace(WARMUP, context=20), CASE.config, CASE.schedule)
+
+
 def test_stages_are_cut_to_their_share_of_the_time():
     stages = [dataclasses.replace(WARMUP, steps=n) for n in (100, 10, 1000)]
     costs = [1.0, 1.0, 0.1]
