@@ -34,7 +34,10 @@ from pallas_kernels.indexer_topk.reference import select
 
 _RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium"], "the model and how it is trained")
 _CORPUS = flags.DEFINE_string(
-    "corpus", "", "folders of .py files, or globs, to train on, comma-separated; default the recipe's own"
+    "corpus",
+    "",
+    "text to train on, comma-separated: globs, folders of .py files, standard-library, installed-code, installed-prose; "
+    "default the recipe's own",
 )
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
 for _name in ("resume", "seconds", "woven"):
@@ -53,6 +56,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     shares: tuple[float, ...]
     separator: int
+    corpus: str = "standard-library"
     vocabulary: int | None = None  # of a tokenizer made from the corpus; None: bytes
     woven: float = 0.0  # share of the text with retrieval tasks in it
     held_out: int = 64  # sequences to evaluate on
@@ -136,6 +140,7 @@ RECIPES = {
         ),
         shares=(0.48, 0.24, 0.14, 0.14),
         separator=0,
+        corpus="standard-library,installed-code,installed-prose",
         vocabulary=4096,
         woven=0.5,
         held_out=16,
@@ -181,13 +186,6 @@ def evaluate(params: Params, cuts: np.ndarray, config: Config, schedule: Schedul
     }
 
 
-def corpus(recipe: Recipe) -> list[text.Document]:
-    """--corpus, or what the recipe trains on: the standard library, and with a vocabulary the installed packages too."""
-    if _CORPUS.value or recipe.vocabulary is None:
-        return text.documents(_CORPUS.value)
-    return [*text.standard_library(), *text.installed_code(), *text.installed_prose()]
-
-
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Tokens to train on, and cuts [N, S+1] to evaluate on."""
@@ -200,7 +198,7 @@ class Data:
 
 def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     """The corpus, encoded and split. What is made of it is kept in the output's folder."""
-    found = corpus(recipe)
+    found = text.documents(_CORPUS.value or recipe.corpus)
     train_files, held_out_files = [d for d in found if not d.held_out], [d for d in found if d.held_out]
     encoder: text.Bytes | text.FromFile = text.Bytes()
     if recipe.vocabulary is not None:
@@ -339,7 +337,7 @@ def run(output_dir: str, seed: int) -> None:
     asked = retrieval.prompts(found.cuts, found.encoder, config.max_position_embeddings, PROMPTS, seed)
     metrics = {
         "recipe": _RECIPE.value,
-        "corpus": _CORPUS.value or ("the standard library" + (", installed packages" if recipe.vocabulary else "")),
+        "corpus": _CORPUS.value or recipe.corpus,
         "stages": [dataclasses.asdict(stage) for stage in stages],
         "tokens_per_second": trained.tokens_per_second,
         "held_out_loss": losses,

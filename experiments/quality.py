@@ -50,8 +50,8 @@ for _name in (
     flags.declare_key_flag(_name)
 
 _SEEDS = flags.DEFINE_integer("seeds", 3, "how many seeds; fewer than 2 give no intervals", lower_bound=1)
-_CODE = flags.DEFINE_string("code", "", "text files of the model's own domain, globs; default the standard library's sources")
-_PROSE = flags.DEFINE_string("prose", "", "text files of another domain, globs; default the documents of installed packages")
+_CODE = flags.DEFINE_string("code", "standard-library", "text of the model's own domain: globs, or installed-code")
+_PROSE = flags.DEFINE_string("prose", "installed-prose", "text of another domain: globs")
 _DISTILLED = flags.DEFINE_list(
     "distilled",
     ["DSA", "1/2 uniform", "1/2 searched", "1/2 uniform (own layer only)", "1/4 uniform"],
@@ -134,7 +134,7 @@ class Domain:
 def domains() -> dict[str, Domain]:
     found = {
         "code": text.documents(_CODE.value),
-        "prose": text.documents(_PROSE.value) if _PROSE.value else text.installed_prose(),
+        "prose": text.documents(_PROSE.value),
     }
     sides = {name: Domain([d for d in all_ if not d.held_out], [d for d in all_ if d.held_out]) for name, all_ in found.items()}
     for name, domain in sides.items():

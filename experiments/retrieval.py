@@ -28,7 +28,7 @@ Parts = tuple[str, ...]
 Word = Callable[[], str]  # makes or draws a random word
 
 WORDS = 30_000  # that training draws from; prompts make their own
-SHORTEST_SPAN, LONGEST_SPAN = 64, 8192
+SHORTEST_SPAN, LONGEST_SPAN = 128, 8192
 TOKENS_PER_TASK = 32  # of a span, at the densest
 
 
@@ -131,8 +131,9 @@ def _scattered(haystack: np.ndarray, needles: Sequence[np.ndarray], before: int,
 def weave(tokens: np.ndarray, encoder: Bytes | FromFile, share: float, seed: int) -> np.ndarray:
     """The stream with tasks hidden and asked in about `share` of its text, int32.
 
-    The text is cut into spans of 64 to 8192 tokens, every order of magnitude as often; in the chosen ones, between one
-    and very many tasks are hidden at random places and all asked at the end, in random order.
+    The text is cut into spans of 128 to 8192 tokens, as much of it into spans around 200 as into ones around 5000, so that
+    short rows hold whole ones too. In the chosen ones, between one and very many tasks are hidden at random places and all
+    asked at the end, in random order.
     """
     rng = random.Random(seed)
     pool = [new_word(rng) for _ in range(WORDS)]
@@ -147,7 +148,7 @@ def weave(tokens: np.ndarray, encoder: Bytes | FromFile, share: float, seed: int
     parts: list[np.ndarray] = []
     at = 0
     while at < tokens.size:
-        length = round(math.exp(rng.uniform(math.log(SHORTEST_SPAN), math.log(LONGEST_SPAN))))
+        length = round(1 / rng.uniform(1 / LONGEST_SPAN, 1 / SHORTEST_SPAN))
         span = tokens[at : at + length]
         at += length
         if rng.random() >= share or span.size < length:

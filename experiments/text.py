@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 
+LARGEST_SOURCE = 200_000  # bytes
 HELD_OUT_SHARE = 10  # every tenth file by the hash of its name, so that a file keeps its side in every Python version
 
 
@@ -119,8 +120,9 @@ def under(root: pathlib.Path, pattern: str) -> list[Document]:
 
 
 def installed_code() -> list[Document]:
-    """The Python sources of the installed packages."""
-    return _matching(f"{sysconfig.get_path('purelib')}/**/*.py")
+    """The Python sources of the installed packages; what is larger than LARGEST_SOURCE is mostly tables."""
+    found = _matching(f"{sysconfig.get_path('purelib')}/**/*.py")
+    return [d for d in found if d.path.stat().st_size <= LARGEST_SOURCE]
 
 
 def installed_prose() -> list[Document]:
@@ -138,14 +140,21 @@ def _matching(pattern: str) -> list[Document]:
     return [Document(p.relative_to(literal).as_posix(), p) for p in paths if p.is_file()]
 
 
+SOURCES = {"standard-library": standard_library, "installed-code": installed_code, "installed-prose": installed_prose}
+
+
 def documents(patterns: str) -> list[Document]:
-    """The files of globs such as 'docs/*.txt,*.md', or all .py files of a folder; one that finds none is a ValueError."""
-    if not patterns:
-        return standard_library()
+    """The files of globs such as 'docs/*.txt,*.md', of a source of SOURCES, or all .py files of a folder.
+
+    "" is the standard library. A pattern that finds nothing is a ValueError.
+    """
     found: list[Document] = []
-    for pattern in patterns.split(","):
+    for pattern in (patterns or "standard-library").split(","):
         path = pathlib.Path(pattern)
-        some = under(path, "**/*.py") if path.is_dir() else _matching(pattern)
+        if pattern in SOURCES:
+            some = SOURCES[pattern]()
+        else:
+            some = under(path, "**/*.py") if pattern and path.is_dir() else _matching(pattern)
         if not some:
             raise ValueError(f"{pattern!r}: no such file, and nothing matches it")
         found += some

@@ -29,6 +29,18 @@ def test_names_start_where_the_pattern_first_varies(folder):
     assert all(d.path.is_file() for d in found)
     with pytest.raises(ValueError, match="no.txt': no such file"):
         text.documents(f"{folder}/file1.py,{folder}/no.txt")
+    with pytest.raises(ValueError, match="'': no such file"):
+        text.documents(f"{folder}/file1.py,")
+
+
+def test_what_is_installed_is_a_source(tmp_path, monkeypatch):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "code.py").write_text("x = 1")
+    (tmp_path / "some" / "table.py").write_text("1, " * 100_000)
+    (tmp_path / "some" / "about.md").write_text("word " * 1000)
+    (tmp_path / "some" / "short.txt").write_text("word")
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert [d.name for d in text.documents("installed-code,installed-prose")] == ["some/code.py", "some/about.md"]
 
 
 def test_the_split_goes_by_name_alone(folder):
