@@ -233,6 +233,17 @@ def test_the_emulator_sees_a_missing_barrier():
     assert _emulate(scores, None, np.array([1024], np.int32), 64, SELECTIONS[0][2], WithoutBarriers)[1] > 0
 
 
+def test_the_emulator_sees_a_copy_that_is_not_awaited():
+    class WithoutWaiting(Machine):
+        def await_copies(self, groups):
+            pass
+
+    scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)
+    visible = np.array([1024], np.int32)
+    out, _ = _emulate(scores, None, visible, 64, SELECTIONS[0][2], WithoutWaiting)
+    assert not np.array_equal(out, properties.numpy_select(scores, visible, 64))
+
+
 def test_configurations_that_cannot_be_launched():
     with pytest.raises(ValueError, match="threads 100"):
         mosaic_gpu_select.SelectConfig(threads=100)
