@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments.profiling import kernels_of
 from experiments.report import Output, command, device, markdown_table, versions
 from pallas_kernels import grouped_matmul, hopper, indexer_topk, sparse_mla
 from pallas_kernels.indexer_topk import reference as indexer_reference
@@ -585,12 +586,7 @@ def plot(output: Output, records: list[dict[str, Any]]) -> None:
 
 def kernel_times(program: Any, arguments: ProgramArguments) -> tuple[float, float]:
     """Milliseconds and number of the kernels of one call, by CUPTI."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    found = profiler.measure(program, aggregate=False)(*arguments)[1]
-    if not found:
-        raise ValueError("CUPTI saw no kernels")
-    calls = len(arguments[0])
+    found, calls = kernels_of(lambda: program(*arguments)), len(arguments[0])
     return sum(ms for _, ms in found) / calls, len(found) / calls
 
 
@@ -668,8 +664,8 @@ def run(output_dir: str, seed: int) -> None:
         for one, program, arguments in programs:
             try:
                 one.kernels, one.launches = kernel_times(program, arguments)
-            except Exception as error:  # whatever stands in CUPTI's way: the times above do not need it
-                print(f"no times of kernels alone: {error}", flush=True)
+            except ValueError as error:
+                print(error, flush=True)
                 break
             print(f"kernels alone, {one.row.name}: {one.kernels:.4g} ms in {one.launches:g}", flush=True)
     plot(output, finish()["rows"])

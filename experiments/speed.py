@@ -33,6 +33,7 @@ import numpy as np
 from absl import flags
 
 from experiments import options
+from experiments.profiling import kernels_of
 from experiments.report import Output, markdown_table, text_table
 from indexcache_jax import config as configs
 from indexcache_jax import serving
@@ -203,22 +204,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 def stages(function: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of the device's kernels by stage while `function` runs. ValueError where CUPTI does not show them."""
-    try:
-        from jax._src.lib import mosaic_gpu as library
-
-        cupti = library._mosaic_gpu_ext
-        cupti._cupti_init()
-    except Exception as error:  # not a GPU, or a library without it
-        raise ValueError(f"no times of kernels: {error}") from None
-    try:
-        jax.block_until_ready(function())
-    finally:
-        try:
-            kernels = cupti._cupti_get_timings(True)
-        except Exception as error:
-            raise ValueError(f"no times of kernels: {error}") from None
-    if not kernels:
-        raise ValueError("no times of kernels: CUPTI saw none")
+    kernels = kernels_of(function)
     found = dict.fromkeys([*STAGES.values(), OTHER], 0.0)
     for name, ms in kernels:
         found[next((stage for part, stage in STAGES.items() if part in name), OTHER)] += ms
