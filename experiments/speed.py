@@ -196,12 +196,6 @@ def record(row: Row, model: Model, price: float) -> dict[str, Any]:
 # ---- measuring
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - began
-
-
 def stages(function: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of the device's kernels by stage while `function` runs. ValueError where CUPTI does not show them."""
     kernels = kernels_of(function)

@@ -59,11 +59,16 @@ Pair = tuple[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """threads: of one row; rows: of one thread block; loads: 16-byte loads of a thread in one chunk."""
+    """threads: of one row; rows: of one thread block; loads: 16-byte loads of a thread in one chunk.
+
+    leave_out: only for measuring what stages cost, the positions are without meaning then. "search" ends a row after its
+    stream, "append" reads and compares in the stream but keeps nothing.
+    """
 
     threads: int = 512
     rows: int = 2
     loads: int = 2
+    leave_out: str = ""
 
     def __post_init__(self) -> None:
         if self.threads not in (128, 256, 512, 1024):
@@ -72,6 +77,8 @@ class SelectConfig:
             raise ValueError(f"SelectConfig: {self.rows} rows of {self.threads} threads exceed a thread block of 1024")
         if self.loads not in (1, 2, 3, 4):
             raise ValueError(f"SelectConfig: loads {self.loads} is not within 1 to 4")
+        if self.leave_out not in ("", "search", "append"):
+            raise ValueError(f"SelectConfig: leave_out {self.leave_out!r} is neither 'search' nor 'append'")
 
 
 def default_config(rows: int) -> SelectConfig:
@@ -507,6 +514,10 @@ class _Row:
             count, reached = stream.fill(limit, top)
             return [m.word(KEY_OF_LOWEST), m.word(1)], [count, reached], (count < p.k) & again.equals(0)
 
+        if p.config.leave_out:
+            count = stream.fill(threshold, top)[0]
+            m.store_global_if(self.thread.equals(0), m.global_address(out, self.thread), count)
+            return
         count, threshold = m.repeat([threshold, m.word(0)], attempt, 2)[2:]
         if not p.has_maxima:
             top = self.largest(count)  # a closer bound than infinity saves a pass
@@ -582,6 +593,10 @@ class _Stream:
             packed = m.word(0)  # a byte per load, at most 4 x 32 lanes each
             for load in range(loads):
                 packed = m.count_at_least(values[load], limits[load], packed, 1 << (8 * load))
+            if self.p.config.leave_out == "append":
+                self.fetch(chunk + stages, stage)
+                chunk = chunk + 1
+                return [chunk, count + packed], [], chunk < chunks
             scanned = m.scan_lanes(packed)
             of_warp, before_lane = m.from_lane(scanned, 31), scanned - packed
             parts = [(of_warp >> (8 * load)) & 255 for load in range(loads)]
