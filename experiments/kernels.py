@@ -315,11 +315,27 @@ def attention(
     fewer = normal((b, n, heads, LATENT)), selections((b, n), t, k, shared), latents, scales
     reference = (functools.partial(run, implementation="xla"), fewer, s // n)
     work: dict[str, Any] = dict(bytes=read) if queries == 1 else dict(flops=2 * b * s * heads * k * (LATENT + VALUE_DIM))
+
+    def stages(q: Any, indices: Any, kv: Any, scales: Any, leave_out: str) -> Any:
+        from pallas_kernels.sparse_mla import mosaic_gpu_attention
+
+        tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=k // mosaic_gpu_attention.PAIR)
+        flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), None, indices.reshape(-1, k), None
+        return mosaic_gpu_attention.attend(*flat, tasks, scale=LATENT**-0.5, leave_out=leave_out)
+
+    left_out = {
+        "latents not gathered": "gather",
+        "latents only gathered": "all but gather",
+        "without softmax": "softmax",
+        "without the product with values": "values",
+    }
+    variants = {name: functools.partial(stages, leave_out=stage) for name, stage in left_out.items()}
     return Case(
         functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
         sets,
         common=(latents, scales),
         reference=reference if on_hopper() else None,
+        variants=variants if heads >= 64 and queries > 1 and not scaled else {},
         **work,
     )
 

@@ -85,6 +85,17 @@ def test_rows_that_miss_their_target_are_measured_with_stages_left_out(tmp_path,
     assert "| slow |" in (tmp_path / "report.md").read_text().split("What stages cost")[1]
 
 
+def test_a_stage_that_the_kernels_do_not_know_is_named():
+    from pallas_kernels.indexer_topk import mosaic_gpu_select
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention
+
+    with pytest.raises(ValueError, match="leave_out 'sums'"):
+        mosaic_gpu_select.SelectConfig(leave_out="sums")
+    tasks = mosaic_gpu_attention.Tasks(1, 1, 64, 1024, pairs=1)
+    with pytest.raises(ValueError, match="leave_out 'sums'"):
+        mosaic_gpu_attention.attend(None, None, None, None, None, tasks, scale=1.0, leave_out="sums")
+
+
 def test_rows_with_targets_come_first():
     rows = kernels.table(kernels.Sizes(small=False))
     assert [row.priority for row in rows if row.target is not None] == [0] * sum(row.target is not None for row in rows)
