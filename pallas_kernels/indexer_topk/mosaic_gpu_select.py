@@ -16,6 +16,8 @@ A group of threads owns a row and keeps the row's best candidates, (score, posit
    floats a pass, until a whole bin is needed or the range is one value; ties are cut lowest position first.
 5. One ordered pass writes the chosen positions.
 
+A row that fits into all this shared memory at once (some 20000 scores) is read whole instead, and step 4 and 5 run over it.
+
 Atomics only count, so the result does not depend on timing. NaN counts as -inf and -0 as 0. A row that sees at most
 k keys takes them all.
 
@@ -150,17 +152,23 @@ class Problem:
         round = 4 * self.config.threads  # all threads read whole rounds
         return max(8 * self.capacity, 4 * -(-values // round) * round)
 
-    @property
-    def histogram(self) -> int:
-        return self.buffer_bytes
-
-    @property
-    def block_list(self) -> int:
-        return self.histogram + 4 * _BINS
+    # The histogram comes first, then eight lines of one word per warp (0 and 1 alternate in ordered passes, the others
+    # serve searches), then the buffer, the list and where chunks under way arrive.
 
     @property
     def sums(self) -> int:
-        """Eight lines of one word per warp: 0 and 1 alternate in ordered passes, the others serve searches."""
+        return 4 * _BINS
+
+    @property
+    def buffer(self) -> int:
+        return self.sums + 4 * 8 * _WARP_SUMS
+
+    @property
+    def block_list(self) -> int:
+        return self.buffer + self.buffer_bytes
+
+    @property
+    def staging(self) -> int:
         return self.block_list + 2 * self.list_capacity
 
     @property
@@ -168,15 +176,22 @@ class Problem:
         return 4 * self.chunk
 
     @property
-    def staging(self) -> int:
-        """Where chunks under way arrive."""
-        return self.sums + 4 * 8 * _WARP_SUMS
-
-    @property
     def stages(self) -> int:
         """Chunks under way at the same time, a power of two: as many as there is room for."""
         fitting = (self._room - self.staging) // self.stage_bytes
         return next(stages for stages in (4, 2, 1) if stages <= max(1, fitting))
+
+    @property
+    def resident(self) -> int:
+        """Scores of a row that is read whole: what fits where buffer, list and chunks are, in whole rounds of 16 bytes for
+        each thread. Of a row long enough for its block maxima less is read."""
+        fitting = (self.row_bytes - self.buffer) // (16 * self.config.threads) * 4 * self.config.threads
+        return min(fitting, BLOCK * self.fewest_maxima) if self.has_maxima else fitting
+
+    @property
+    def fewest_maxima(self) -> int:
+        """With no more maxima the k-th largest would let most of the row pass."""
+        return self.k + self.k // 4
 
     @property
     def row_bytes(self) -> int:
@@ -197,7 +212,7 @@ class _Row:
         self.lane, self.warp = self.thread & 31, self.thread >> 5
         self.earlier_lanes = (m.word(1) << self.lane) - 1
         shared = shared + group * p.row_bytes
-        self.buffer, self.histogram = shared, shared + p.histogram
+        self.buffer, self.histogram = shared + p.buffer, shared
         self.list, self.sums = shared + p.block_list, shared + p.sums
         self.staging = shared + p.staging + (self.thread << 4)  # this thread's part of the first load
 
@@ -458,6 +473,60 @@ class _Row:
         """A bound of the keys in the buffer: after a squeeze its worst may sit one below the threshold."""
         return threshold - self.m.as_number(threshold > 0)
 
+    # -- a row in shared memory
+
+    def choose_resident(self, visible: Any, scores: Any, out: Any) -> None:
+        """The result of a row of more than k scores that lies in the buffer and what follows it, whole."""
+        m = self.m
+        pieces = (visible + 3) >> 2  # of 16 bytes; a thread reads back what it copied itself, so there is no barrier
+
+        def bring(i: Any, carry: list[Any]) -> list[Any]:
+            piece = i * self.threads + self.thread
+            m.copy_to_shared_if(piece < pieces, self.buffer + (piece << 4), m.global_address(scores, piece << 2))
+            return carry
+
+        m.loop(self.rounds(pieces), [], bring)
+        m.close_copies()
+        m.await_copies(0)
+
+        def keys_of(i: Any) -> tuple[Any, list[Any], list[Any]]:
+            """First position, keys and whether there are such of a thread's piece in round i."""
+            piece = i * self.threads + self.thread
+            position, xs = piece << 2, m.load_shared_floats(self.buffer + (piece << 4))
+            if not self.p.clean:
+                xs = [m.number_or_lowest(x) for x in xs]
+            return position, [self.key(m.bits(x)) for x in xs], [position + e < visible for e in range(4)]
+
+        def visit_keys(add: Callable[..., None]) -> None:
+            def step(i: Any, carry: list[Any]) -> list[Any]:
+                _, keys, real = keys_of(i)
+                for key, valid in zip(keys, real, strict=True):
+                    add(key, valid)
+                return carry
+
+            m.loop(self.rounds(pieces), [], step)
+
+        lo, hi, room = self.narrow(visit_keys, m.word(KEY_OF_LOWEST), m.word(KEY_OF_INFINITY), m.word(self.p.k), 0)
+
+        def write(i: Any, carry: list[Any]) -> list[Any]:
+            above_before, within_before, line = carry
+            position, keys, real = keys_of(i)
+            above = [valid & (key > hi) for key, valid in zip(keys, real, strict=True)]
+            within = [valid & (key >= lo) & (key <= hi) for key, valid in zip(keys, real, strict=True)]
+            counts = [m.as_number(a) | (m.as_number(w) << 16) for a, w in zip(above, within, strict=True)]
+            mine = functools.reduce(lambda a, b: a + b, counts)
+            scanned = m.scan_lanes(mine)
+            before, total = self.before_and_total(self.sums + (line << 7), m.from_lane(scanned, 31))
+            before = before + scanned - mine
+            for e, (a, w, count) in enumerate(zip(above, within, counts, strict=True)):
+                rank_within = within_before + (before >> 16)
+                rank = above_before + (before & 0xFFFF) + m.smaller(rank_within, room)
+                m.store_global_if(a | (w & (rank_within < room)), m.global_address(out, rank), position + e)
+                before = before + count
+            return [above_before + (total & 0xFFFF), within_before + (total >> 16), line ^ 1]
+
+        m.loop(self.rounds(pieces), [m.word(0), m.word(0), m.word(0)], write)
+
     # -- the whole
 
     def take_all(self, visible: Any, out: Any) -> None:
@@ -473,14 +542,13 @@ class _Row:
         m.loop(self.rounds(m.word(self.p.k)), [], step)
 
     def choose(self, visible: Any, scores: Any, maxima: Any, out: Any) -> None:
-        """Steps 1 to 5 of a row that sees more than k keys."""
+        """Steps 1 to 5 of a row that sees more than k keys and is too long for shared memory."""
         m, p = self.m, self.p
         blocks = (visible + (BLOCK - 1)) >> (BLOCK.bit_length() - 1)
         if not p.has_maxima:  # what is read is known, so it may already come while a threshold is looked for
             stream = _Stream(self, scores, visible, None, blocks)
             stream.begin()
-        # With fewer maxima the k-th largest would let most of the row pass.
-        by_maxima = blocks > p.k + p.k // 4 if p.has_maxima else visible < 0
+        by_maxima = blocks > p.fewest_maxima if p.has_maxima else visible < 0
         stride = (visible >> 7) & 0xFFFFFFF8  # between the sample's lines of 32 scores
 
         def address(index: Any) -> Any:
@@ -666,7 +734,8 @@ def select_rows(m: ModuleType, p: Problem, block: Any, arrays: Arrays, shared: A
         maxima = m.global_address(arrays.maxima, score_row, 4 * p.width // BLOCK) if p.has_maxima else None
         out = m.global_address(arrays.out, row, 4 * p.k)
         m.branch(visible <= p.k, lambda: row_program.take_all(visible, out))
-        m.branch(visible > p.k, lambda: row_program.choose(visible, scores, maxima, out))
+        m.branch((visible > p.k) & (visible <= p.resident), lambda: row_program.choose_resident(visible, scores, out))
+        m.branch((visible > p.k) & (visible > p.resident), lambda: row_program.choose(visible, scores, maxima, out))
 
     m.branch(row < p.rows, program)
 
