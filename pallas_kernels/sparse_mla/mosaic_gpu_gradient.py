@@ -25,10 +25,12 @@ from pallas_kernels.hopper_tiles import (
     BY_ROW,
     LOG2E,
     MASKED,
+    PIECE,
     ROWS,
     TILE,
     WARPGROUPS,
     add_product,
+    add_products,
     by_row,
     filled,
     launch,
@@ -43,7 +45,6 @@ from pallas_kernels.selected_attention import bits
 from pallas_kernels.selected_attention.bits import WORD
 from pallas_kernels.sparse_mla import gradient
 
-PIECE = 64  # of the width
 STAGES = 4
 PAIR_BYTES = 512 * 2**20  # of one block's P, and as much of its dS
 
@@ -125,10 +126,8 @@ def _pairs(q, kv, grad, words, taken, denominators, delta, scale: float, interpr
             plgpu.wait_smem_to_gmem(0)
 
         def step(_, q_sm, kv_sm, grad_sm, carry):
-            logits, of_p = carry
-            mine = pl.ds(group * ROWS, ROWS)
-            logits = add_product(logits, q_sm.at[mine], kv_sm.transpose((1, 0)))
-            return logits, add_product(of_p, grad_sm.at[mine], kv_sm.transpose((1, 0)))
+            mine, of_keys = pl.ds(group * ROWS, ROWS), kv_sm.transpose((1, 0))
+            return add_products(carry, (q_sm.at[mine], of_keys), (grad_sm.at[mine], of_keys))
 
         specs = [
             streamed(TILE, PIECE, lambda c: (i, c)),

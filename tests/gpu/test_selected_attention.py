@@ -20,6 +20,7 @@ CASES = [
     Case(1, 1500, 4, 64, 64, 8, 128),
     Case(1, 100, 1, 64, 64, 1, 64),  # below a tile
     Case(1, 2048, 16, 192, 128, 16, 128),
+    Case(2, 200, 3, 48, 80, 3, 24),  # widths that are padded
 ]
 kernels = (
     functools.partial(pallas_kernels.selected_attention, scale=SCALE, implementation="mosaic_gpu"),

@@ -11,6 +11,7 @@ import pallas_kernels
 from pallas_kernels.index_divergence import reference as divergence_reference
 from pallas_kernels.selected_attention import bits
 from pallas_kernels.selected_attention import reference as attention_reference
+from tests.pallas_kernels.interpreted_products import multiply_plainly
 from tests.pallas_kernels.selection_cases import KINDS, SCALE, Case, assert_close, computed, indices_of, inputs, written_out
 
 SMALL = Case(2, 37, 3, 16, 8, 2, 8)
@@ -83,12 +84,7 @@ def test_hoppers_kernels_interpreted_equal_the_written_out_form(kind, monkeypatc
     from pallas_kernels.index_divergence import mosaic_gpu as divergence
     from pallas_kernels.selected_attention import mosaic_gpu as attention
 
-    def product(a, b, rows, columns):  # the interpreter knows no wgmma with an operand in registers
-        return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
-
-    for module in (attention, divergence):
-        monkeypatch.setattr(module, "product", product)
-        monkeypatch.setattr(module, "add_product", lambda total, a, b: total + product(a, b, 0, 0))
+    multiply_plainly(monkeypatch, attention, divergence)
     monkeypatch.setattr(divergence, "BLOCK_BYTES", 4 * TILES.s * 128)  # three blocks of queries
     given = inputs(TILES, kind, jnp.bfloat16)
     words = bits.pack(jnp.asarray(indices_of(given.mask)), TILES.s)

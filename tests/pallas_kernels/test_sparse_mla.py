@@ -9,6 +9,7 @@ from pallas_kernels import hopper, sparse_mla
 from pallas_kernels.sparse_mla import fp8, gradient, mosaic_gpu, reference, triton
 from tests.pallas_kernels import ptx_emulator
 from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
+from tests.pallas_kernels.interpreted_products import multiply_plainly
 
 SCALE = 0.11
 CASES = [Case(1, 5, 4, 40, 16, 64, 16), Case(2, 3, 20, 50, 33, 32, 16), Case(1, 2, 40, 64, 64, 16, 16)]
@@ -130,10 +131,7 @@ def test_hoppers_gradient_interpreted_equals_the_references(monkeypatch):
 
     from pallas_kernels.sparse_mla import mosaic_gpu_gradient
 
-    def add_product(total, a, b):  # the interpreter cannot add to an accumulator that is a value
-        return total + jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
-
-    monkeypatch.setattr(mosaic_gpu_gradient, "add_product", add_product)
+    multiply_plainly(monkeypatch, mosaic_gpu_gradient)
     case = Case(1, 47, 3, 200, 20, 64, 64)
     monkeypatch.setattr(mosaic_gpu_gradient, "PAIR_BYTES", 2 * case.h * 256 * 20)
     queries, latents = inputs(case)
