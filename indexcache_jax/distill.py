@@ -8,8 +8,10 @@ Dense (warm-up): attention and the divergence run over all visible keys. Sparse:
 p and softmax(I) renormalised on them. The indexer reads detached activations and p is a constant, so the divergence
 trains only indexers; selection is discrete, so the language loss never reaches them.
 
-Probabilities exist for one block of queries at a time and are recomputed in the backward pass; what is kept of a
-selection is its indices, made once by the F layer and handed down like the rest.
+In XLA, probabilities exist for one block of queries at a time and are recomputed in the backward pass; what is kept of
+a selection is its indices, made once by the F layer and handed down like the rest. Where the kernels serve (Hopper,
+bfloat16, heads up to 192 wide, values and index heads up to 128), a selection is handed down as bits, attention is fused,
+and the divergence's gradient is made in the forward pass.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ from indexcache_jax.model import AttentionLayer, Positions, mlp_layers, place, t
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import MoE, Params, abstract, slots
 from indexcache_jax.schedule import Schedule
+from pallas_kernels import dispatch
+from pallas_kernels.index_divergence import api as index_divergence
+from pallas_kernels.selected_attention import api as selected_attention
+from pallas_kernels.selected_attention import bits
 
 SCORE_BYTES = 512 * 2**20  # of one block's float32 logits, all attention and index heads and rows
 # Queries see only keys before them: those of the first quarter of a long row need no product with the other three.
@@ -44,6 +50,7 @@ class IndexState:
     keys: jax.Array  # [B, S, Di]
     head_weights: jax.Array  # [B, S, Hi]
     indices: jax.Array | None  # [B, S, k]
+    words: jax.Array | None  # [B, T / 32, S], what is attended to, for the kernels; then there are no indices
 
 
 @flax.struct.dataclass
@@ -105,9 +112,18 @@ def within(indices: jax.Array, keys: int) -> jax.Array:
 
 
 def _index(
-    p: AttentionLayer, h: jax.Array, q_latent: jax.Array, positions: Positions, config: Config, sparse: bool
+    p: AttentionLayer,
+    h: jax.Array,
+    q_latent: jax.Array,
+    positions: Positions,
+    config: Config,
+    sparse: bool,
+    words: jax.Array | None,
 ) -> IndexState:
-    """An F layer's index state from its normalised input h [B, S, D] and query latents [B, S, R], both detached."""
+    """An F layer's index state from its normalised input h [B, S, D] and query latents [B, S, R], both detached.
+
+    `words`: those of the layer before, where the kernels attend.
+    """
     assert p.indexer is not None  # an F layer has one
     h, q_latent = jax.lax.stop_gradient((h, q_latent))
     state = IndexState(
@@ -115,6 +131,7 @@ def _index(
         indexer.index_keys(p.indexer, h, positions.angles, config),
         indexer.head_weights(p.indexer, h, config),
         None,
+        words,
     )
     if not sparse:
         return state
@@ -124,6 +141,8 @@ def _index(
         q_positions=positions.queries,
         kv_lengths=positions.kv_lengths,
     )
+    if words is not None:
+        return dataclasses.replace(state, words=bits.pack(indices, h.shape[1]))
     return dataclasses.replace(state, indices=indices)
 
 
@@ -149,7 +168,12 @@ def _attend(
         out = _causal(queries, keys, values, config.attention_scale)
         return x + attention.output(p.attention, out), None, jnp.zeros((), jnp.float32)
     if full and state is not None:
-        state = _index(p, h, q_latent, positions, config, sparse)
+        state = _index(p, h, q_latent, positions, config, sparse, state.words)
+    if state is not None and state.words is not None:
+        out, lse = pallas_kernels.selected_attention(queries, keys, values, state.words, scale=config.attention_scale)
+        scored = state.queries, state.keys, state.head_weights
+        kl = pallas_kernels.index_divergence(*scored, queries, keys, lse, state.words, scale=config.attention_scale)
+        return x + attention.output(p.attention, out), state, kl
 
     def block(
         t: int, queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
@@ -247,7 +271,7 @@ def losses(
     b, s = inputs.shape
     positions = place(jnp.zeros((b,), jnp.int32), jnp.full((b,), s, jnp.int32), s, config)
     x = _embed(params.embedding, inputs)
-    state = _no_state(b, s, x.dtype, config, sparse) if indexers else None
+    state = _no_state(b, s, x.dtype, config, sparse, by_kernels(b, s, x.dtype, config)) if indexers else None
     dense, sparse_layers = mlp_layers(config)
     stack_slots = {False: slots(dense), True: slots(sparse_layers)}
     full_slots = slots(schedule.full_layers)
@@ -293,14 +317,35 @@ def losses(
     )
 
 
-def _no_state(batch: int, length: int, dtype: Any, config: Config, sparse: bool) -> IndexState:
-    """What stands before the first layer, which is F and replaces it."""
+def by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
+    """Whether the kernels of attention by bits and of the divergence serve such activations; else all is done in XLA."""
+
+    def shape(*sizes: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct((batch, *sizes), dtype)
+
+    heads, index_heads, width = config.num_heads, config.index_n_heads, config.index_head_dim
+    queries, values = shape(length, heads, config.qk_head_dim), shape(length, heads, config.v_head_dim)
+    words = shape(bits.words_of(length), length, dtype=jnp.int32)
+    index = shape(length, index_heads, width), shape(length, width), shape(length, index_heads, dtype=jnp.float32)
+    lse = shape(heads, length, dtype=jnp.float32)
+    attend, diverge = selected_attention.BACKENDS, index_divergence.BACKENDS
+    found = (
+        dispatch.best(attend, queries, queries, values, words, scale=1.0),
+        dispatch.best(diverge, *index, queries, queries, lse, words, scale=1.0),
+    )
+    return "xla" not in found
+
+
+def _no_state(batch: int, length: int, dtype: Any, config: Config, sparse: bool, by_kernels: bool) -> IndexState:
+    """What stands before the first layer, which is F and replaces it but for the bits of dense attention."""
     heads, width = config.index_n_heads, config.index_head_dim
+    indices = jnp.zeros((batch, length, min(config.index_topk, length)), jnp.int32)
     return IndexState(
         jnp.zeros((batch, length, heads, width), dtype),
         jnp.zeros((batch, length, width), dtype),
         jnp.zeros((batch, length, heads), jnp.float32),
-        jnp.zeros((batch, length, min(config.index_topk, length)), jnp.int32) if sparse else None,
+        indices if sparse and not by_kernels else None,
+        bits.causal(batch, length, length) if by_kernels else None,
     )
 
 

@@ -21,6 +21,11 @@ class Backend:
     why_not: Callable[..., str | None] = lambda *args, **options: None
 
 
+def best(backends: Mapping[str, Backend], *args: Any, **options: Any) -> str:
+    """The name of the implementation that None stands for; of the arguments, only shapes and dtypes are looked at."""
+    return next(name for name, backend in backends.items() if backend.why_not(*args, **options) is None)
+
+
 def call(operation: str, backends: Mapping[str, Backend], implementation: str | None, *args: Any, **options: Any) -> Any:
     """Runs the named implementation, or for None the first of `backends` that can serve.
 
@@ -28,8 +33,7 @@ def call(operation: str, backends: Mapping[str, Backend], implementation: str | 
     NotImplementedError with the reason where the named one cannot serve these arguments.
     """
     if implementation is None:
-        chosen = next(backend for backend in backends.values() if backend.why_not(*args, **options) is None)
-        return chosen.run(*args, **options)
+        return backends[best(backends, *args, **options)].run(*args, **options)
     if implementation not in backends:
         raise ValueError(f"{operation}: implementation {implementation!r} is not one of {list(backends)}")
     if reason := backends[implementation].why_not(*args, **options):

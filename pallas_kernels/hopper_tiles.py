@@ -1,0 +1,144 @@
+"""What the Mosaic GPU kernels of attention with a selection share: tiles, products and masks of two warpgroups.
+
+A block of threads is two warpgroups of ROWS rows each and one that copies. Importing this needs JAX's Mosaic GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.selected_attention.bits import WORD
+
+ROWS, WARPGROUPS = 64, 2
+TILE = ROWS * WARPGROUPS  # what queries and keys are padded to
+PIECE = 64  # what widths are a multiple of: bfloat16 of one swizzled row
+MEMORY_REGISTERS = 24
+LOG2E = math.log2(math.e)
+MASKED, START = -2e30, -1e30
+
+WGMMA = plgpu.Layout.WGMMA
+BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
+_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def smem(*shape: int) -> Any:
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILED)
+
+
+def streamed(rows: int, width: int, index_map: Any) -> Any:
+    return plgpu.BlockSpec((rows, width), index_map, transforms=_TILED)
+
+
+def by_row(vector: jax.Array, columns: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, (ROWS, columns), [0])
+
+
+def by_column(vector: jax.Array) -> jax.Array:
+    return lax.broadcast_in_dim(vector, (ROWS, vector.shape[0]), [1])
+
+
+def filled(shape: tuple[int, ...], value: float, layout: Any = WGMMA) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def product(a: Any, b: Any, rows: int, columns: int) -> jax.Array:
+    """a @ b as a fresh [rows, columns] float32."""
+
+    def run(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
+
+
+def products(first: tuple[Any, Any], second: tuple[Any, Any], rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+    """Two products that are waited for together."""
+
+    def run(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
+        plgpu.wgmma(one, *first)
+        plgpu.wgmma(other, *second)
+        return one[...], other[...]
+
+    acc = plgpu.ACC((rows, columns), jnp.float32)
+    return pl.run_scoped(run, acc, acc)
+
+
+def add_products(totals: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
+    """Two `add_product` that are waited for together."""
+
+    def run(refs: Any) -> None:
+        plgpu.wgmma(refs[0], *first)
+        plgpu.wgmma(refs[1], *second)
+
+    return pl.run_state(run)(tuple(map(plgpu.ACC.init, totals)))
+
+
+def add_product(total: jax.Array, a: Any, b: Any) -> jax.Array:
+    """total + a @ b."""
+
+    def run(acc: Any) -> None:
+        plgpu.wgmma(acc, a, b)
+
+    return pl.run_state(run)(plgpu.ACC.init(total))
+
+
+def selected_by_row(words: Any, first: Any, columns: int) -> jax.Array:
+    """The mask [ROWS, columns] of queries as rows, `first` the first of them in words [columns / 32, queries]."""
+    place = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=WGMMA)
+    *others, found = (by_row(vector(words.at[i, pl.ds(first, ROWS)], BY_ROW), columns) for i in range(columns // WORD))
+    for i, word in reversed(list(enumerate(others))):
+        found = jnp.where(place < (i + 1) * WORD, word, found)
+    return lax.shift_right_logical(found, place & (WORD - 1)) & 1 != 0
+
+
+def selected_by_column(words: Any, first_word: Any, columns: int) -> jax.Array:
+    """The mask [ROWS, columns] of keys as rows, from words [:, columns] of which the rows' own begin at `first_word`."""
+    place = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=WGMMA)
+    low, high = (by_column(vector(words.at[first_word + i], BY_COLUMN)) for i in range(ROWS // WORD))
+    return lax.shift_right_logical(jnp.where(place < WORD, low, high), place & (WORD - 1)) & 1 != 0
+
+
+def launch(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...], scratch: Any, interpret: Any) -> Any:
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        grid=grid,
+        grid_names=names,
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+
+
+def stream(body: Any, context: Any, steps: Any, specs: list[Any], stages: int) -> Any:
+    """`body` over the grid `steps` of streamed blocks, in the two warpgroups; `context` surrounds it with what stays."""
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=steps,
+        max_concurrent_steps=stages,
+        num_compute_wgs=WARPGROUPS,
+        memory_registers=MEMORY_REGISTERS,
+        wg_axis="warpgroup",
+        compute_context=context,
+        in_specs=specs,
+    )
+
+
+def vector(ref: Any, layout: Any) -> jax.Array:
+    """Shared memory as a vector beside the rows (BY_ROW) or columns (BY_COLUMN) of a tile."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def to_tiles(x: jax.Array, axis: int, multiple: int = TILE) -> jax.Array:
+    """x with zeros added to the axis up to a multiple."""
+    missing = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

@@ -1,0 +1,73 @@
+"""index_divergence: how far index scores are from the attention they shall foresee, and their gradient (distillation)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.index_divergence import reference
+from pallas_kernels.selected_attention import bits
+
+
+def _later(name: str) -> Any:
+    """`name` of the Hopper kernel's module, imported when first called: not every JAX has its backend."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        from pallas_kernels.index_divergence import mosaic_gpu
+
+        return getattr(mosaic_gpu, name)(*args, **options)
+
+    return call
+
+
+def _why_not(*args: Any, **options: Any) -> str | None:
+    from pallas_kernels import hopper
+
+    return hopper.why_not() or _later("why_not")(*args, **options)
+
+
+BACKENDS = {
+    "mosaic_gpu": dispatch.Backend(_later("index_divergence"), _why_not),
+    "xla": dispatch.Backend(reference.index_divergence),
+}
+
+
+def index_divergence(
+    index_queries: jax.Array,
+    index_keys: jax.Array,
+    head_weights: jax.Array,
+    queries: jax.Array,
+    keys: jax.Array,
+    lse: jax.Array,
+    words: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The sum over queries of KL(p || softmax of I), both within the selection: a float32 scalar.
+
+    p is the mean over heads of exp(scale * q . k - lse) and a constant, I = sum_h w_h relu(q_h . k) of the index heads.
+
+    Args:
+      index_queries: [B, S, Hi, Di]; index_keys: [B, T, Di]; head_weights: [B, S, Hi] float32.
+      queries, keys: [B, S, H, D] and [B, T, H, D] of the attention, queries at positions 0 .. S-1.
+      lse, words: [B, H, S] float32 and [B, ceil(T / 32), S] int32, which `selected_attention` returned and was given.
+      scale: of the logits.
+      implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "xla" runs anywhere and is the
+        reference.
+
+    Differentiable in the first three, deterministically; no gradient flows to the others.
+
+    Raises:
+      ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
+    """
+    (b, s, hi, di), (_, _, h, d), t = index_queries.shape, queries.shape, keys.shape[1]
+    arrays = (index_queries, index_keys, head_weights, queries, keys, lse, words)
+    expected = (b, s, hi, di), (b, t, di), (b, s, hi), (b, s, h, d), (b, t, h, d), (b, h, s), (b, bits.words_of(t), s)
+    if tuple(x.shape for x in arrays) != expected or words.dtype != jnp.int32:
+        raise ValueError(f"index_divergence: these do not fit together: {', '.join(str(x.shape) for x in arrays)}")
+    constants = jax.lax.stop_gradient(arrays[3:])
+    return dispatch.call("index_divergence", BACKENDS, implementation, *arrays[:3], *constants, scale=scale)
