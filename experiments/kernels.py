@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments import options
 from experiments.profiling import kernels_of
 from experiments.report import Output, command, device, markdown_table, versions
 from pallas_kernels import grouped_matmul, hopper, indexer_topk, sparse_mla
@@ -39,11 +40,12 @@ from pallas_kernels.indexer_topk import reference as indexer_reference
 _ROWS = flags.DEFINE_string(
     "rows", "", "measure only rows whose name matches this regular expression, and keep others that lie in the output folder"
 )
-_LIMIT = flags.DEFINE_float("time_limit", 230.0, "after so many seconds nothing further is measured")
+flags.declare_key_flag("time_limit")
 _VARIANTS = flags.DEFINE_bool("variants", True, "measure rows that miss their target also with single stages left out")
 
 L2_BYTES = 50 * 2**20  # of an H100 and an H200
 MAX_CALLS, PROGRAM_SECONDS = 64, 5e-4
+SECONDS = 230.0  # by default, of a run
 BYTES_PER_SECOND = 4e12  # about what such a GPU copies
 WINDOWS, WINDOW_SECONDS = 5, 0.06
 PROFILING_SECONDS = 20.0  # of the time limit, kept for the kernels alone
@@ -656,7 +658,7 @@ def run(output_dir: str, seed: int) -> None:
     base: dict[str, float] = {}
 
     def left() -> float:
-        return began + _LIMIT.value - time.perf_counter()
+        return began + options.seconds_to_spend(SECONDS) - time.perf_counter()
 
     def finish() -> dict[str, Any]:
         run = {"command": command(), "baselines": base, "seconds": time.perf_counter() - began}

@@ -55,12 +55,13 @@ _STEPS = flags.DEFINE_integer("decode_steps", 32, "decode steps of a program")
 _INDEX = flags.DEFINE_enum("index_cache", "fp8", ["fp8", "bf16"], "what index keys are kept in")
 _LATENT = flags.DEFINE_enum("latent_cache", "bf16", ["fp8", "bf16"], "what latents are kept in")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "through all schedules, as far as --time_limit allows")
-_LIMIT = flags.DEFINE_float("time_limit", 330.0, "seconds after which nothing further is begun")
+flags.declare_key_flag("time_limit")
 _FULL = flags.DEFINE_list("full_lengths", [], "lengths at which the full cache is measured too; default all of --lengths")
 _ROWS = flags.DEFINE_integer("full_rows", 0, "rows of the full cache; default as many as fit")
 _RUN = flags.DEFINE_integer("token_run", 1, "times that each random token of a prompt stands in a row: neighbours select alike")
 _PRICE = flags.DEFINE_float("gpu_hour_price", 3.0, "of one device, for the cost of a million tokens")
 
+SECONDS = 330.0  # by default, of a run
 CUT_LAYERS = 4  # of a model that does not fit one device
 CUT_VOCABULARY = 1024
 ROWS_WITHOUT_MEMORY_FIGURES = 3
@@ -722,7 +723,7 @@ def run(output_dir: str, seed: int) -> None:
         output.finish("speed", metrics, report(records(), about))
 
     prompt = random_prompt(seed, shape.config.vocab_size, lengths[-1], _RUN.value)
-    measured = Run(bench, prompt, began + _LIMIT.value, update)
+    measured = Run(bench, prompt, began + options.seconds_to_spend(SECONDS), update)
     about["rounds"] = measured.all(_ROUNDS.value)
     update()
     plot(output, records(), f"{about['model']}, on {jax.devices()[0].device_kind}")
