@@ -2,34 +2,37 @@
 
 A line of --prompts is {"prompt": "text"} or {"tokens": [1, 2, ...]}. A line of completions.jsonl has the line's number and
 either its completion, tokens and why it ended ("stop" or "length"), or an error; a bad line does not stop the others.
+
+After a kill --resume keeps the lines that are there and goes on after them; batches are those of an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 import checkpoints_convert
 from experiments import options, text
 from experiments.report import Output, markdown_table
-from indexcache_jax import serving
+from indexcache_jax import search, serving
 from indexcache_jax.config import Config
 from indexcache_jax.generate import CHUNK, MIN_KEYS, Sampling, check_prompts, generate, power_of_two
 from indexcache_jax.schedule import Schedule
 
-flags.declare_key_flag("checkpoint")
-flags.declare_key_flag("dtype")
-flags.declare_key_flag("checkpoint")
-flags.declare_key_flag("dtype")
+for _name in ("checkpoint", "dtype", "resume"):
+    flags.declare_key_flag(_name)
 _PROMPTS = flags.DEFINE_string("prompts", "", 'JSONL file of {"prompt": "text"} or {"tokens": [1, 2, ...]}')
 _DOCUMENT = flags.DEFINE_string("document", "", "text file that stands before every prompt; prefilled once")
 _NEW = flags.DEFINE_integer("max_new_tokens", 128, "tokens at most after every prompt")
@@ -47,6 +50,7 @@ _KEYS = flags.DEFINE_enum("kept_index_keys", "", ["", "float8_e4m3fn"], "keep th
 
 WINDOW = 8  # batches sorted by length together, so that a batch's rows are about as long
 OUTPUT = "completions.jsonl"
+ABOUT = "completions.about.json"  # what they were made with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +100,39 @@ def batches(window: Sequence[Request], rows: int) -> Iterator[list[Request]]:
         yield good[first : first + rows]
 
 
+def finished(output: Output, about: dict[str, Any], found: Sequence[Request]) -> int:
+    """How many prompts, from the first on, are done in the output folder; what follows them there is cut off.
+
+    ValueError where the completions were made with something else than `about`.
+    """
+    path, described = output.directory / OUTPUT, output.directory / ABOUT
+    if not path.exists():
+        return 0
+    if not described.exists():
+        raise ValueError(f"--resume: {described} is missing, so what {path} was made with is not known")
+    for name, before in json.loads(described.read_text()).items():
+        if about.get(name) != before:
+            raise ValueError(f"--resume: {path} was made with {name} {before!r}, this run has {about.get(name)!r}")
+    whole, _, _ = path.read_bytes().rpartition(b"\n")  # a kill may leave half of the last line
+    lines = whole.splitlines()
+    if len(lines) > len(found):
+        raise ValueError(f"--resume: {path} has {len(lines)} lines for {len(found)} prompts")
+    for number, (line, request) in enumerate(zip(lines, found, strict=False), 1):
+        try:
+            of = json.loads(line)["line"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"--resume: {path}: line {number} is not a completion") from None
+        if of != request.line:
+            raise ValueError(f"--resume: {path}: line {number} is of prompt {of}, not of {request.line}")
+    os.truncate(path, len(whole) + 1 if lines else 0)
+    return len(lines)
+
+
 class Meter:
     """Progress on the terminal: tokens a second of prompts and of completions."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, total: int, done: int = 0) -> None:
+        self.total, self.done = total, done
         self.tokens = {"prefill": 0, "decode": 0}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         self._last = time.perf_counter()
@@ -156,17 +188,44 @@ def run(output_dir: str, seed: int) -> None:
         if request.error:
             print(f"{path}: line {request.line}: {request.error}", file=sys.stderr)
 
+    about = {
+        "prompts": zlib.crc32(path.read_bytes()),
+        "document": zlib.crc32(np.asarray(document, np.int32).tobytes()),
+        "schedule": schedule.pattern,
+        "weights": search.fingerprint(params, [])["weights"],
+        "dtype": dtype,
+        "sampling": dataclasses.asdict(sampling) | {"seed": seed},
+        "stop_tokens": list(stops),
+        "rows_per_batch": _ROWS.value,
+        "max_new_tokens": _NEW.value,
+        "cache": [most, _CHUNK.value, _LATENTS.value, _KEYS.value],
+    }
     weights = serving.weights_of(params, config, schedule)
     del params
     output = Output.create(output_dir)
-    begun, meter = time.perf_counter(), Meter(len(found))
-    with open(output.directory / OUTPUT, "w", encoding="utf-8") as out:
+    target = output.directory / OUTPUT
+    if target.exists() and not options.RESUME.value:
+        target.replace(target.with_name(f"previous-{OUTPUT}"))
+    kept = finished(output, about, found)
+    output.write(ABOUT, json.dumps(about) + "\n")
+    begun, meter = time.perf_counter(), Meter(len(found), kept)
+    with open(target, "a", encoding="utf-8") as out:
         size = WINDOW * _ROWS.value
-        for first in range(0, len(found), size):
+        for first in range(kept // size * size, len(found), size):
             window = found[first : first + size]
-            lines: dict[int, dict[str, Any]] = {r.line: {"line": r.line, "error": r.error} for r in window if r.error}
+            waiting = window[max(0, kept - first) :]  # in the order in which they are written
+            lines: dict[int, dict[str, Any]] = {r.line: {"line": r.line, "error": r.error} for r in waiting if r.error}
             meter.done += len(lines)
+
+            def write(waiting: list[Request] = waiting, lines: dict[int, dict[str, Any]] = lines) -> None:
+                while waiting and waiting[0].line in lines:
+                    out.write(json.dumps(lines[waiting.pop(0).line]) + "\n")
+                out.flush()
+
             for batch in batches(window, _ROWS.value):
+                missing = {r.line for r in batch} & {r.line for r in waiting}
+                if not missing:
+                    continue
                 completed = complete(batch, weights, config, schedule, document, sampling, seed, stops, meter)
                 for request, tokens in zip(batch, completed, strict=True):
                     stopped = tokens[-1] in stops
@@ -176,12 +235,11 @@ def run(output_dir: str, seed: int) -> None:
                         "tokens": tokens,
                         "finish": "stop" if stopped else "length",
                     }
-                meter.done += len(batch)
-            for request in window:
-                out.write(json.dumps(lines[request.line]) + "\n")
-            out.flush()
+                meter.done += len(missing)
+                write()
+            write()
     print(file=sys.stderr)
-    finish(output, schedule, found, meter, time.perf_counter() - begun)
+    finish(output, schedule, found, kept, meter, time.perf_counter() - begun)
 
 
 def complete(
@@ -219,12 +277,13 @@ def complete(
     )[: len(batch)]
 
 
-def finish(output: Output, schedule: Schedule, found: Sequence[Request], meter: Meter, seconds: float) -> None:
+def finish(output: Output, schedule: Schedule, found: Sequence[Request], kept: int, meter: Meter, seconds: float) -> None:
     """results.json and report.md, then a ValueError if a line could not be done."""
     bad = [r for r in found if r.error]
     metrics = {
         "schedule": schedule.pattern,
         "prompts": len(found),
+        "of_them_done_before": kept,
         "errors": {r.line: r.error for r in bad},
         "seconds": seconds,
         "prompt_tokens": meter.tokens["prefill"],

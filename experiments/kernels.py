@@ -1,5 +1,8 @@
 """Times every kernel at the shapes of DeepSeek-V3.2-sized models, beside the best public CUDA kernels.
 
+Rows with a target come first, then those with a published figure, then the rest; where --time_limit cuts a run short, another
+one with --rows adds what is missing.
+
 How a time is taken: a program is one XLA executable that calls the operation many times, one call after the other, on
 sets of arguments that together exceed twice the L2 cache, so that a call finds nothing there from an earlier one. A
 window queues the program many times and waits once; a row's time is the median of the windows' times per call. Launches on
@@ -19,7 +22,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -28,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from experiments import options
+from experiments.profiling import kernels_of
 from experiments.report import Output, command, device, markdown_table, versions
 from pallas_kernels import grouped_matmul, hopper, indexer_topk, sparse_mla
 from pallas_kernels.indexer_topk import reference as indexer_reference
@@ -35,13 +40,16 @@ from pallas_kernels.indexer_topk import reference as indexer_reference
 _ROWS = flags.DEFINE_string(
     "rows", "", "measure only rows whose name matches this regular expression, and keep others that lie in the output folder"
 )
-_SECONDS = flags.DEFINE_float("seconds", 110.0, "after so many seconds no further XLA comparison is begun")
+flags.declare_key_flag("time_limit")
+_VARIANTS = flags.DEFINE_bool("variants", True, "measure rows that miss their target also with single stages left out")
 
 L2_BYTES = 50 * 2**20  # of an H100 and an H200
 MAX_CALLS, PROGRAM_SECONDS = 64, 5e-4
+SECONDS = 230.0  # by default, of a run
 BYTES_PER_SECOND = 4e12  # about what such a GPU copies
 WINDOWS, WINDOW_SECONDS = 5, 0.06
-COMPILERS = 8  # rows compiled at the same time
+PROFILING_SECONDS = 20.0  # of the time limit, kept for the kernels alone
+POOL = 2**24 - 3  # numbers drawn on the host, which longer arrays repeat; a prime, so that rows of an array differ
 HEAD_DIM, LATENT, VALUE_DIM, SELECTED = 128, 576, 512, 2048
 FP8 = jnp.float8_e4m3fn
 # Calls of a program must not overlap, or their times would not add up.
@@ -56,6 +64,7 @@ class Case:
     """What a row runs: `kernel` on each of `sets` followed by `common`, which moves `bytes` or computes `flops` a call.
 
     reference: the same in XLA, and the factor from its arguments' work to the row's (measured on fewer queries).
+    variants: the kernel with a stage left out, by what that is called.
     """
 
     kernel: Callable[..., Any]
@@ -64,6 +73,7 @@ class Case:
     bytes: float = 0.0
     common: Arguments = ()
     reference: tuple[Callable[..., Any], Arguments, int] | None = None
+    variants: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def program_arguments(self) -> ProgramArguments:
@@ -80,6 +90,10 @@ class Row:
     published: tuple[float, str] | None = None
     target: float | None = None
     note: str = ""
+
+    @property
+    def priority(self) -> int:
+        return 0 if self.target is not None else 1 if self.published is not None else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,55 +127,54 @@ class Sizes:
         return [call % different for call in range(calls)]
 
 
-# ---- arguments
+# ---- arguments: drawn on the host, because on the device every shape would be one more program to compile
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(seed: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    kind = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
-    return jax.random.normal(jax.random.key(seed), shape, kind).astype(dtype)
+@functools.cache
+def _pool(dtype: Any) -> np.ndarray:
+    drawn = np.random.default_rng(0).standard_normal(POOL, np.float32)
+    return drawn if dtype == jnp.float32 else drawn.astype(jnp.bfloat16).astype(dtype)
+
+
+def _drawn(shape: tuple[int, ...], dtype: Any, seed: int) -> np.ndarray:
+    start = 7919 * seed % (POOL // 2)
+    return np.resize(_pool(dtype)[start:], shape)
 
 
 @functools.cache
 def normal(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0) -> jax.Array:
     """Kept, because rows share their largest arguments."""
-    return _draw(jnp.uint32(seed), shape, dtype)
+    return jax.device_put(_drawn(shape, dtype, seed))
+
+
+@functools.cache
+def key_scales(shape: tuple[int, int], seed: int = 0) -> jax.Array:
+    return jax.device_put(np.abs(_drawn(shape, jnp.float32, seed)))
 
 
 @functools.cache
 def repeated(times: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """What takes long to draw: [times, ...] copies of one array [1, ...]."""
+    """What takes long to send: [times, ...] copies of one array [1, ...]."""
     return jnp.tile(normal(shape, dtype), (times, *(1 for _ in shape[1:])))
 
 
 @functools.cache
 def block_maxima(shape: tuple[int, int, int], seed: int) -> jax.Array:
-    scores = normal(shape, jnp.float32, seed)
-    return jnp.max(scores.reshape(*shape[:2], -1, 16), axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _select(seed: jax.Array, shape: tuple[int, int], keys: int, k: int, shared: float) -> jax.Array:
-    key = jax.random.key(seed)
-
-    def step(previous: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-        fresh, kept = jax.random.split(jax.random.fold_in(key, s))
-        drawn = jax.random.uniform(fresh, previous.shape)
-        drawn = jnp.where(jax.random.uniform(kept, previous.shape) < shared, previous, drawn)
-        return drawn, drawn
-
-    start = jax.random.uniform(key, (shape[0], k))
-    places = jax.lax.scan(step, start, jnp.arange(shape[1]))[1].swapaxes(0, 1)  # [B, S, k] in [0, 1)
-    part = keys / k
-    first = jnp.ceil(jnp.arange(k) * part).astype(jnp.int32)
-    size = jnp.ceil(jnp.arange(1, k + 1) * part).astype(jnp.int32) - first
-    return first + jnp.minimum((places * size).astype(jnp.int32), size - 1)
+    return jnp.max(normal(shape, jnp.float32, seed).reshape(*shape[:2], -1, 16), axis=-1)
 
 
 @functools.cache
 def selections(shape: tuple[int, int], keys: int, k: int, shared: float = 0.0, seed: int = 0) -> jax.Array:
     """[B, S, k] int32, ascending."""
-    return _select(jnp.uint32(seed), shape, keys, k, shared)
+    rng = np.random.default_rng(seed)
+    places = rng.random((*shape, k), np.float32)  # in [0, 1)
+    if shared:
+        kept = rng.random(places.shape, np.float32) < shared
+        for s in range(1, shape[1]):
+            places[:, s] = np.where(kept[:, s], places[:, s - 1], places[:, s])
+    edges = np.ceil(np.arange(k + 1) * (keys / k)).astype(np.int32)
+    sizes = np.diff(edges)
+    return jax.device_put(edges[:-1] + np.minimum((places * sizes).astype(np.int32), sizes - 1))
 
 
 def on_hopper() -> bool:
@@ -187,8 +200,8 @@ def index_scores(
 
     def one(seed: int) -> Arguments:
         q, k = normal((b, s, heads, HEAD_DIM), dtype, seed), normal((b, t, HEAD_DIM), dtype, seed)
-        scales = jnp.abs(normal((b, t), jnp.float32, seed)) if scaled else None
-        return q, k, normal((b, s, heads), jnp.float32, seed), scales, jnp.asarray(positions), jnp.asarray(lengths)
+        scales = key_scales((b, t), seed) if scaled else None
+        return q, k, normal((b, s, heads), jnp.float32, seed), scales, jax.device_put(positions), jax.device_put(lengths)
 
     def kernel(q: Any, k: Any, w: Any, scales: Any, positions: Any, lengths: Any) -> Any:
         from pallas_kernels.indexer_topk import mosaic_gpu_scores
@@ -199,25 +212,26 @@ def index_scores(
         return jax.vmap(indexer_reference.scores)(q, k, w, scales)
 
     sets = [one(seed) for seed in sizes.seeds(read + written)]
-    q, k, w, scales = sets[0][:4]
     n = max(1, s // part)
+    fewer = normal((b, n, heads, HEAD_DIM), dtype), sets[0][1], normal((b, n, heads), jnp.float32), sets[0][3]
     if not on_hopper():
         return Case(in_xla, [x[:4] for x in sets], flops=2 * visible * heads * HEAD_DIM)
-    work = dict(bytes=read + written) if queries == 1 else dict(flops=2 * visible * heads * HEAD_DIM)
-    return Case(kernel, sets, reference=(in_xla, (q[:, :n], k, w[:, :n], scales), s // n), **work)
+    work: dict[str, Any] = dict(bytes=read + written) if queries == 1 else dict(flops=2 * visible * heads * HEAD_DIM)
+    return Case(kernel, sets, reference=(in_xla, fewer, s // n), **work)
 
 
 def top_k(sizes: Sizes, rows: int, width: int, *, maxima: bool) -> Case:
     """The selection alone."""
     m, t, k = sizes.queries(rows), sizes.keys(width), sizes.selected()
     t = -(-t // 64) * 64
-    positions, lengths = jnp.full((1, m), t - 1, jnp.int32), jnp.full((1,), t, jnp.int32)
-    visible = jnp.full((m,), t, jnp.int32)
+    positions, lengths = (jax.device_put(np.full(shape, value, np.int32)) for shape, value in (((1, m), t - 1), ((1,), t)))
+    visible = jax.device_put(np.full((m,), t, np.int32))
 
-    def kernel(scores: Any, maxima: Any, positions: Any, lengths: Any) -> Any:
+    def kernel(scores: Any, maxima: Any, positions: Any, lengths: Any, leave_out: str = "") -> Any:
         from pallas_kernels.indexer_topk import mosaic_gpu_select
 
-        return mosaic_gpu_select.select(scores, maxima, positions, lengths, k, clean=True)
+        config = dataclasses.replace(mosaic_gpu_select.default_config(m), leave_out=leave_out)
+        return mosaic_gpu_select.select(scores, maxima, positions, lengths, k, clean=True, config=config)
 
     def in_xla(scores: Any, visible: Any) -> Any:
         return indexer_reference.select(scores[0], visible, k)
@@ -229,8 +243,11 @@ def top_k(sizes: Sizes, rows: int, width: int, *, maxima: bool) -> Case:
     sets = [
         (normal(shape, jnp.float32, seed), block_maxima(shape, seed) if maxima else None, positions, lengths) for seed in seeds
     ]
-    reference = None if maxima else (in_xla, (sets[0][0], visible), 1)
-    return Case(kernel, sets, bytes=4 * m * t, reference=reference)
+    variants = {
+        "without the final search": functools.partial(kernel, leave_out="search"),
+        "scores read and compared only": functools.partial(kernel, leave_out="append"),
+    }
+    return Case(kernel, sets, bytes=4 * m * t, reference=(in_xla, (sets[0][0], visible), 1), variants=variants)
 
 
 def whole_indexer(sizes: Sizes, batch: int, queries: int, keys: int, dtype: Any, *, heads: int = 32, part: int = 1) -> Case:
@@ -242,8 +259,9 @@ def whole_indexer(sizes: Sizes, batch: int, queries: int, keys: int, dtype: Any,
 
     def one(seed: int) -> Arguments:
         q, keys = normal((b, s, heads, HEAD_DIM), dtype, seed), normal((b, t, HEAD_DIM), dtype, seed)
-        scales = jnp.abs(normal((b, t), jnp.float32, seed)) if scaled else None
-        return q, keys, normal((b, s, heads), jnp.float32, seed), jnp.asarray(positions), jnp.full((b,), t, jnp.int32), scales
+        scales = key_scales((b, t), seed) if scaled else None
+        lengths = jax.device_put(np.full((b,), t, np.int32))
+        return q, keys, normal((b, s, heads), jnp.float32, seed), jax.device_put(positions), lengths, scales
 
     def run(q: Any, keys: Any, w: Any, positions: Any, lengths: Any, scales: Any, implementation: str | None) -> Any:
         return indexer_topk(
@@ -259,15 +277,16 @@ def whole_indexer(sizes: Sizes, batch: int, queries: int, keys: int, dtype: Any,
 
     written = 0 if queries == 1 else 4 * b * s * t
     sets = [one(seed) for seed in sizes.seeds(read + written)]
-    q, keys_, w, places, lengths, scales = sets[0]
     n = max(1, s // part)
-    reference = (functools.partial(run, implementation="xla"), (q[:, -n:], keys_, w[:, -n:], places[:, -n:], lengths, scales))
+    _, keys_, _, _, lengths, scales = sets[0]
+    places = jax.device_put(np.ascontiguousarray(positions[:, -n:]))
+    fewer = normal((b, n, heads, HEAD_DIM), dtype), keys_, normal((b, n, heads), jnp.float32), places, lengths, scales
     pairs = float((positions + 1).sum())
-    work = dict(bytes=read) if queries == 1 else dict(flops=2 * pairs * heads * HEAD_DIM)
+    work: dict[str, Any] = dict(bytes=read) if queries == 1 else dict(flops=2 * pairs * heads * HEAD_DIM)
     return Case(
         functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
         sets,
-        reference=(*reference, s // n) if on_hopper() else None,
+        reference=(functools.partial(run, implementation="xla"), fewer, s // n) if on_hopper() else None,
         **work,
     )
 
@@ -286,7 +305,7 @@ def attention(
     """sparse_mla; with `scaled` over latents in 8 bits."""
     b, s, t, k = sizes.batch(batch), sizes.queries(queries) if queries > 1 else 1, sizes.keys(keys), sizes.selected()
     latents = repeated(b, (1, t, LATENT), FP8 if scaled else jnp.bfloat16)
-    scales = jnp.abs(normal((b, t), jnp.float32)) if scaled else None
+    scales = key_scales((b, t)) if scaled else None
     read = b * s * k * (LATENT + 4 if scaled else 2 * LATENT)
 
     def run(q: Any, indices: Any, kv: Any, scales: Any, implementation: str | None) -> Any:
@@ -294,15 +313,31 @@ def attention(
         return sparse_mla(q, kv, indices, **options, implementation=implementation)
 
     sets = [(normal((b, s, heads, LATENT), seed=seed), selections((b, s), t, k, shared, seed)) for seed in sizes.seeds(read)]
-    q, indices = sets[0]
     n = max(1, s // part)
-    reference = (functools.partial(run, implementation="xla"), (q[:, :n], indices[:, :n], latents, scales), s // n)
-    work = dict(bytes=read) if queries == 1 else dict(flops=2 * b * s * heads * k * (LATENT + VALUE_DIM))
+    fewer = normal((b, n, heads, LATENT)), selections((b, n), t, k, shared), latents, scales
+    reference = (functools.partial(run, implementation="xla"), fewer, s // n)
+    work: dict[str, Any] = dict(bytes=read) if queries == 1 else dict(flops=2 * b * s * heads * k * (LATENT + VALUE_DIM))
+
+    def stages(q: Any, indices: Any, kv: Any, scales: Any, leave_out: str) -> Any:
+        from pallas_kernels.sparse_mla import mosaic_gpu_attention
+
+        tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=k // mosaic_gpu_attention.PAIR)
+        flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), None, indices.reshape(-1, k), None
+        return mosaic_gpu_attention.attend(*flat, tasks, scale=LATENT**-0.5, leave_out=leave_out)
+
+    left_out = {
+        "latents not gathered": "gather",
+        "latents only gathered": "all but gather",
+        "without softmax": "softmax",
+        "without the product with values": "values",
+    }
+    variants = {name: functools.partial(stages, leave_out=stage) for name, stage in left_out.items()}
     return Case(
         functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
         sets,
         common=(latents, scales),
         reference=reference if on_hopper() else None,
+        variants=variants if heads >= 64 and queries > 1 and not scaled else {},
         **work,
     )
 
@@ -313,13 +348,13 @@ def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int) -> Case:
     counts = np.random.default_rng(0).multinomial(m, np.full(groups, 1 / groups)).astype(np.int32)
     read = 2 * k * n * int((counts > 0).sum())
     matrices = normal((groups, k, n))
-    sets = [(normal((m, k), seed=seed), jnp.asarray(counts)) for seed in sizes.seeds(read)]
+    sets = [(normal((m, k), seed=seed), jax.device_put(counts)) for seed in sizes.seeds(read)]
 
     def run(x: Any, counts: Any, matrices: Any, implementation: str | None = None) -> Any:
         return grouped_matmul(x, matrices, counts, implementation=implementation)
 
     in_xla = functools.partial(run, implementation="ragged_dot")
-    work = dict(flops=2 * m * k * n) if rows >= 128 * groups else dict(bytes=read)
+    work: dict[str, Any] = dict(flops=2 * m * k * n) if rows >= 128 * groups else dict(bytes=read)
     reference = (in_xla, (*sets[0], matrices), 1) if on_hopper() else None
     return Case(run, sets, common=(matrices,), reference=reference, **work)
 
@@ -335,7 +370,7 @@ def matmul(sizes: Sizes, dtype: Any) -> Case:
 
 def copy(sizes: Sizes) -> Case:
     n = sizes.width(2**14) ** 2 * 4  # 2 GiB
-    return Case(lambda x: x + 1, [(normal((n,)),)], bytes=2 * 2 * n)
+    return Case(lambda x: x + 1, [(jnp.zeros((n,), jnp.bfloat16),)], bytes=2 * 2 * n)
 
 
 def baselines(sizes: Sizes) -> list[Row]:
@@ -469,6 +504,7 @@ class Measured:
     xla: float | None = None
     kernels: float | None = None  # milliseconds of the kernels of a call, without what lies between them
     launches: float | None = None
+    variants: dict[str, float] = dataclasses.field(default_factory=dict)  # milliseconds with a stage left out
 
     @property
     def ms(self) -> float:
@@ -478,6 +514,10 @@ class Measured:
     def rate(self) -> float:
         """TFLOP/s or TB/s."""
         return (self.flops or self.bytes) / self.ms / 1e9
+
+    @property
+    def missed(self) -> bool:
+        return self.row.target is not None and self.ms > self.row.target
 
     def of_baseline(self, baselines: dict[str, float]) -> float:
         return self.rate / baselines["matmul_tflops" if self.flops else "copy_tbps"]
@@ -496,18 +536,19 @@ class Measured:
             "target_ms": self.row.target,
             "kernels_ms": self.kernels,
             "launches": self.launches,
+            "variants_ms": self.variants,
         }
 
 
 HEADER = ["operation", "time", "rate", "of baseline", "than XLA", "best public kernel", "target", "kernels alone"]
 
 
+def time_of(ms: float | None) -> str:
+    return "" if ms is None else f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.1f} us"
+
+
 def cells(record: dict[str, Any]) -> list[str]:
     """A row of the report."""
-
-    def time_of(ms: float | None) -> str:
-        return "" if ms is None else f"{ms:.2f} ms" if ms >= 1 else f"{1e3 * ms:.1f} us"
-
     ms, xla, launches = record["ms"], record["xla_ms"], record["launches"]
     public = "" if record["published_ms"] is None else f"{time_of(record['published_ms'])} ({record['published_by']})"
     return [
@@ -532,6 +573,11 @@ def report(rows: list[Row], metrics: dict[str, Any]) -> str:
     )
     measured = {record["name"] for record in metrics["rows"]}
     lines += ["", markdown_table(HEADER, [cells(record) for record in metrics["rows"]]), ""]
+    parts = [(record, name, ms) for record in metrics["rows"] for name, ms in record.get("variants_ms", {}).items()]
+    if parts:
+        lines.append("What stages cost: rows that miss their target, measured again with a stage left out.")
+        rest = [[record["name"], time_of(record["ms"]), name, time_of(ms)] for record, name, ms in parts]
+        lines += ["", markdown_table(["operation", "whole", "variant", "time"], rest), ""]
     lines += [f"- {row.name}: {row.note}" for row in rows if row.note and row.name in measured]
     missing = [row.name for row in rows if row.name not in measured]
     lines += ["", f"Not measured: {'; '.join(missing)}." if missing else "Every row was measured.", ""]
@@ -585,12 +631,7 @@ def plot(output: Output, records: list[dict[str, Any]]) -> None:
 
 def kernel_times(program: Any, arguments: ProgramArguments) -> tuple[float, float]:
     """Milliseconds and number of the kernels of one call, by CUPTI."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    found = profiler.measure(program, aggregate=False)(*arguments)[1]
-    if not found:
-        raise ValueError("CUPTI saw no kernels")
-    calls = len(arguments[0])
+    found, calls = kernels_of(lambda: program(*arguments)), len(arguments[0])
     return sum(ms for _, ms in found) / calls, len(found) / calls
 
 
@@ -610,67 +651,88 @@ def run(output_dir: str, seed: int) -> None:
     if not wanted:
         raise ValueError(f"--rows={_ROWS.value}: no row has such a name")
 
+    wanted.sort(key=lambda row: row.priority)
+
     earlier = earlier_metrics(output)
-    measured: list[Measured] = []
-    comparisons: list[tuple[Measured, tuple[Callable[..., Any], Arguments, int]]] = []
-    programs: list[tuple[Measured, Any, ProgramArguments]] = []
+    measured: list[tuple[Measured, Case, Any]] = []  # with the compiled program
     base: dict[str, float] = {}
+
+    def left() -> float:
+        return began + options.seconds_to_spend(SECONDS) - time.perf_counter()
 
     def finish() -> dict[str, Any]:
         run = {"command": command(), "baselines": base, "seconds": time.perf_counter() - began}
         run["complete"] = len(measured) == len(wanted)
-        metrics = merged(rows, earlier, run, [one.record(base) for one in measured])
+        metrics = merged(rows, earlier, run, [one.record(base) for one, _, _ in measured])
         output.finish("kernels", metrics, report(rows, metrics))
         return metrics
 
-    def measure(row: Row, case: Case, program: Any) -> Measured:
-        one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
-        programs.append((one, program, case.program_arguments))
-        return one
-
     def measure_baselines(when: str) -> None:
         for name, (row, case, program) in fixed.items():
-            base[f"{name}{when}"] = measure(row, case, program).rate
-            programs.pop()
-            print(f"{row.name}: {base[f'{name}{when}']:.4g} {'TFLOP/s' if case.flops else 'TB/s'}{when}", flush=True)
+            one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
+            base[f"{name}{when}"] = one.rate
+            print(f"{row.name}: {one.rate:.4g} {'TFLOP/s' if case.flops else 'TB/s'}{when}", flush=True)
 
-    with futures.ThreadPoolExecutor(COMPILERS) as pool:
+    with futures.ThreadPoolExecutor() as pool:
 
-        def ready(rows: list[Row]) -> Iterator[tuple[Row, Case, Any]]:
-            cases = [row.make() for row in rows]
-            waiting = [compiled(case.kernel, case.program_arguments, pool) for case in cases]
-            for row, case, program in zip(rows, cases, waiting, strict=True):
-                yield row, case, program.result()
+        def build(what: str, wanted: Iterable[tuple[Callable[..., Any], ProgramArguments]]) -> list[Any]:
+            """Programs, compiled while the next ones are traced and their arguments drawn; nothing is measured meanwhile."""
+            start = time.perf_counter()
+            found = [one.result() for one in [compiled(function, arguments, pool) for function, arguments in wanted]]
+            print(f"{len(found)} {what} compiled in {time.perf_counter() - start:.0f} s", flush=True)
+            return found
+
+        def ready(what: str, rows: list[Row]) -> list[tuple[Row, Case, Any]]:
+            cases: list[Case] = []
+
+            def made() -> Iterator[tuple[Callable[..., Any], ProgramArguments]]:
+                for row in rows:
+                    cases.append(row.make())
+                    yield cases[-1].kernel, cases[-1].program_arguments
+
+            programs = build(what, made())
+            return list(zip(rows, cases, programs, strict=True))
 
         names = ("matmul_tflops", "matmul_fp8_tflops", "copy_tbps")
-        fixed = dict(zip(names, ready(baselines(sizes)), strict=True))
+        fixed = dict(zip(names, ready("baselines", baselines(sizes)), strict=True))
+        to_measure = ready("kernels", wanted)
         measure_baselines("")
-        for first in range(0, len(wanted), 2 * COMPILERS):
-            for row, case, program in list(ready(wanted[first : first + 2 * COMPILERS])):
-                one = measure(row, case, program)
-                measured.append(one)
-                if case.reference is not None:
-                    comparisons.append((one, case.reference))
-                print("  ".join(cells(one.record(base))), flush=True)
-            finish()
+        for row, case, program in to_measure:
+            if left() < 0:
+                print("nothing further is measured: --time_limit has passed", flush=True)
+                break
+            one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
+            measured.append((one, case, program))
+            print("  ".join(cells(one.record(base))), flush=True)
         measure_baselines("_at_the_end")
+        finish()
 
-        for one, (function, arguments, factor) in comparisons:
-            if time.perf_counter() - began > _SECONDS.value:
-                print("no further XLA comparisons: --seconds have passed", flush=True)
-                break
-            single: ProgramArguments = ([arguments], ())
-            program = compiled(function, single, pool).result()
-            one.xla = factor * statistics.median(milliseconds(program, single))
-            print(f"XLA, {one.row.name}: {one.xla:.4g} ms, {one.xla / one.ms:.1f} x ours", flush=True)
+        parts = [(one, case, name) for one, case, _ in measured if one.missed for name in case.variants]
+        if parts and _VARIANTS.value and left() > 0:
+            found = build("variants", ((case.variants[name], case.program_arguments) for _, case, name in parts))
+            for (one, case, name), program in zip(parts, found, strict=True):
+                one.variants[name] = statistics.median(milliseconds(program, case.program_arguments))
+                print(f"{one.row.name}, {name}: {time_of(one.variants[name])}", flush=True)
+            finish()
+
+        compared = [(one, case.reference) for one, case, _ in measured if case.reference is not None]
+        if compared and left() > PROFILING_SECONDS:
+            found = build("XLA implementations", ((function, ([given], ())) for _, (function, given, _) in compared))
+            for (one, (_, given, factor)), program in zip(compared, found, strict=True):
+                if left() < PROFILING_SECONDS:
+                    print("no further XLA comparisons: --time_limit is near", flush=True)
+                    break
+                one.xla = factor * statistics.median(milliseconds(program, ([given], ())))
+                print(f"XLA, {one.row.name}: {one.xla:.4g} ms, {one.xla / one.ms:.1f} x ours", flush=True)
     finish()
-    if not sizes.small:
-        for one, program, arguments in programs:
-            try:
-                one.kernels, one.launches = kernel_times(program, arguments)
-            except Exception as error:  # whatever stands in CUPTI's way: the times above do not need it
-                print(f"no times of kernels alone: {error}", flush=True)
-                break
-            print(f"kernels alone, {one.row.name}: {one.kernels:.4g} ms in {one.launches:g}", flush=True)
+    for one, case, program in measured:
+        if sizes.small or left() < 0:
+            break
+        try:
+            one.kernels, one.launches = kernel_times(program, case.program_arguments)
+        except ValueError as error:
+            print(error, flush=True)
+            break
+        print(f"kernels alone, {one.row.name}: {one.kernels:.4g} ms in {one.launches:g}", flush=True)
     plot(output, finish()["rows"])
     print(f"{len(measured)} rows in {time.perf_counter() - began:.0f} s, written to {output_dir}", flush=True)

@@ -24,12 +24,17 @@ RESUME = flags.DEFINE_bool("resume", False, "go on from what --output_dir holds 
 NUM_LAYERS = flags.DEFINE_integer(
     "num_layers", 0, "cut the model to so many layers; 0 is the experiment's own choice", lower_bound=0
 )
-SECONDS = flags.DEFINE_float(
-    "seconds",
-    0.0,
-    "time for everything: training is cut to what fits, by its speed at the start; 0 for no limit",
-    lower_bound=0,
-)
 WOVEN = flags.DEFINE_float(
     "woven", None, "share of the training text with retrieval tasks in it; default the recipe's, or none", 0.0, 1.0
 )
+TIME_LIMIT = flags.DEFINE_float(
+    "time_limit",
+    None,
+    "seconds after which nothing further is begun, training being cut to what fits; default the experiment's own",
+    lower_bound=0,
+)
+
+
+def seconds_to_spend(default: float) -> float:
+    """--time_limit, or the experiment's own."""
+    return default if TIME_LIMIT.value is None else TIME_LIMIT.value

@@ -13,6 +13,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import math
 import shutil
 import time
 from typing import Any
@@ -40,7 +41,7 @@ _CORPUS = flags.DEFINE_string(
     "default the recipe's own",
 )
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
-for _name in ("resume", "seconds", "woven"):
+for _name in ("resume", "time_limit", "woven"):
     flags.declare_key_flag(_name)
 
 PLAN = "plan.json"
@@ -50,7 +51,7 @@ PROMPTS = 16  # of each retrieval task
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A model, its text and its stages; shares[i] of the --seconds go to stage i."""
+    """A model, its text and its stages; shares[i] of --time_limit go to stage i."""
 
     fields: dict[str, Any]
     stages: tuple[Stage, ...]
@@ -60,7 +61,7 @@ class Recipe:
     vocabulary: int | None = None  # of a tokenizer made from the corpus; None: bytes
     woven: float = 0.0  # share of the text with retrieval tasks in it
     held_out: int = 64  # sequences to evaluate on
-    finish_seconds: float = 20.0  # of the --seconds, kept for evaluation and saving
+    finish_seconds: float = 20.0  # of --time_limit, kept for evaluation and saving
 
 
 DEMO: dict[str, Any] = {
@@ -231,7 +232,7 @@ def within_the_limit(
     The numbers are kept in the output's folder: a resumed run takes them from there.
     """
     stages, path = plan(recipe), output.directory / PLAN
-    if not options.SECONDS.value:
+    if not math.isfinite(deadline):
         return stages
     if not (options.RESUME.value and path.exists()):
         costs = [training.seconds_per_step(params, stage, config, schedule) for stage in stages]
@@ -308,7 +309,7 @@ def baseline(found: Data) -> float | None:
 
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
-    deadline = began + options.SECONDS.value
+    deadline = began + options.seconds_to_spend(math.inf)
     output, recipe = Output.create(output_dir), RECIPES[_RECIPE.value]
     target = output.directory / "checkpoint"
     config, schedule = Config.from_hf(recipe.fields), Schedule.all_full(recipe.fields["num_hidden_layers"])

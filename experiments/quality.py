@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import time
@@ -44,7 +45,7 @@ from indexcache_jax.schedule import Schedule
 
 for _name in (
     *("checkpoint", "context", "batch_size", "held_out_sequences", "dtype", "resume", "retention"),
-    *("retentions", "sequences", "blocks", "seconds", "woven"),
+    *("retentions", "sequences", "blocks", "time_limit", "woven"),
     *("accumulate", "warmup_steps", "sparse_steps", "warmup_rate", "indexer_rate", "model_rate"),
 ):
     flags.declare_key_flag(_name)
@@ -64,8 +65,8 @@ _PROMPTS = flags.DEFINE_integer("retrieval_prompts", 8, "retrieval prompts of ea
 OWN = " (own layer only)"
 ROWS = "rows.jsonl"
 PLAN = "plan.json"
-WARMUP_SHARE = 0.6  # of the time that --seconds leaves a distillation
-FINISH_SECONDS = 10.0  # of --seconds, for plots and the report
+WARMUP_SHARE = 0.6  # of the time that --time_limit leaves a distillation
+FINISH_SECONDS = 10.0  # of --time_limit, for plots and the report
 # 30B, mean of five long-context benchmarks (arXiv 2603.12201, tables 2 and 3): to compare orders with, not numbers.
 PAPER = {
     "DSA": 50.2,
@@ -383,7 +384,7 @@ def within_the_limit(
     The numbers are kept in the output's folder: a resumed run takes them from there.
     """
     path = output.directory / PLAN
-    if not options.SECONDS.value or not runs:
+    if not math.isfinite(deadline) or not runs:
         return stages
     if not (options.RESUME.value and path.exists()):
         roles = roles_of(studied.base)
@@ -400,7 +401,7 @@ def within_the_limit(
 
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
-    deadline = began + options.SECONDS.value if options.SECONDS.value else float("inf")
+    deadline = began + options.seconds_to_spend(math.inf)
     values = flags.FLAGS
     search_experiment.positive(
         batch_size=values.batch_size, held_out_sequences=values.held_out_sequences, sequences=values.sequences
@@ -408,7 +409,7 @@ def run(output_dir: str, seed: int) -> None:
     checkpoint = options.CHECKPOINT.value or str(options.DEMO)
     studied, found = load(checkpoint), domains()
     output, seeds = Output.create(output_dir), range(seed, seed + _SEEDS.value)
-    not_asked = ("resume", "seeds", "seconds", "distilled")
+    not_asked = ("resume", "seeds", "time_limit", "distilled")
     asked = {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__) if f.name not in not_asked}
     weights = search.fingerprint(studied.params, [])["weights"]
     rows = Rows(output.directory / ROWS, {"weights": weights, "dtype": studied.dtype, "flags": asked}, options.RESUME.value)
@@ -443,7 +444,7 @@ def run(output_dir: str, seed: int) -> None:
     tokens_of = functools.cache(lambda s: training_tokens(studied, found, stages, output, s))
     for s, name in jobs:
         if not rows.has("distilled", s, name) and time.perf_counter() > deadline - FINISH_SECONDS:
-            print(f"--seconds={options.SECONDS.value:g}: no time left for {name!r} of seed {s}; --resume makes up for it")
+            print(f"--time_limit={options.TIME_LIMIT.value:g}: no time left for {name!r} of seed {s}; --resume makes up for it")
             continue
         schedule = Schedule(searches[s].patterns[name.removesuffix(OWN)])
 

@@ -4,13 +4,17 @@ How a time is taken: weights are random, made on the device, and all schedules s
 and every chunk is waited for, so that one long prefill gives the time of every shorter one. Rounds go through the
 schedules in turn; a figure is the median over the rounds. One request decodes from the cache that its prefill left. The
 full cache is as many rows as fit, each a copy of that request's cache; its rate is that of all rows together. A step's
-time is that of a program of many steps, divided.
+time is that of a program of many steps, divided. Rows fit where weights, their cache, the first layer's part of a request and
+what the compiler says a program needs beside them fit; where they do not after all, fewer are tried.
 
 Shares are the times of kernels by their names, seen through CUPTI in the chunk that ends at each length and in a decode
 program; a whole prefill's are those of its chunks, interpolated between the ones that were looked at.
 
+How much neighbouring queries of a prompt select alike decides how much of the gathering they can share. Random weights and
+tokens give them little in common, where real text gives them much: the overlap of this run is in the report.
+
 A model that is cut to fewer layers than it has is measured without its dense layers, embedding and head, and times are
-multiplied by the number of layers left out; such rows say "scaled".
+multiplied by the number of layers left out; such rows say "scaled". Their full cache is what fits beside the layers there are.
 
 For one H200 set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, so that the cache gets what the weights leave, and
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false: cuBLAS picks its algorithm in milliseconds where Triton tries dozens of
@@ -33,6 +37,7 @@ import numpy as np
 from absl import flags
 
 from experiments import options
+from experiments.profiling import kernels_of
 from experiments.report import Output, markdown_table, text_table
 from indexcache_jax import config as configs
 from indexcache_jax import serving
@@ -50,15 +55,18 @@ _STEPS = flags.DEFINE_integer("decode_steps", 32, "decode steps of a program")
 _INDEX = flags.DEFINE_enum("index_cache", "fp8", ["fp8", "bf16"], "what index keys are kept in")
 _LATENT = flags.DEFINE_enum("latent_cache", "bf16", ["fp8", "bf16"], "what latents are kept in")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "through all schedules, as far as --time_limit allows")
-_LIMIT = flags.DEFINE_float("time_limit", 330.0, "seconds after which nothing further is begun")
+flags.declare_key_flag("time_limit")
 _FULL = flags.DEFINE_list("full_lengths", [], "lengths at which the full cache is measured too; default all of --lengths")
 _ROWS = flags.DEFINE_integer("full_rows", 0, "rows of the full cache; default as many as fit")
+_RUN = flags.DEFINE_integer("token_run", 1, "times that each random token of a prompt stands in a row: neighbours select alike")
 _PRICE = flags.DEFINE_float("gpu_hour_price", 3.0, "of one device, for the cost of a million tokens")
 
+SECONDS = 330.0  # by default, of a run
 CUT_LAYERS = 4  # of a model that does not fit one device
 CUT_VOCABULARY = 1024
 ROWS_WITHOUT_MEMORY_FIGURES = 3
-RESERVE = 5 * 2**30  # bytes of device memory for what programs need beside weights and cache
+MARGIN = 2 * 2**30  # bytes of device memory left free, for what libraries take and the allocator rounds up
+PAIRS = 64  # neighbouring queries whose selections are compared in every F layer
 TIMED = 3  # decode programs a figure
 KINDS = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
 
@@ -195,30 +203,9 @@ def record(row: Row, model: Model, price: float) -> dict[str, Any]:
 # ---- measuring
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(function())
-    return time.perf_counter() - began
-
-
 def stages(function: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds of the device's kernels by stage while `function` runs. ValueError where CUPTI does not show them."""
-    try:
-        from jax._src.lib import mosaic_gpu as library
-
-        cupti = library._mosaic_gpu_ext
-        cupti._cupti_init()
-    except Exception as error:  # not a GPU, or a library without it
-        raise ValueError(f"no times of kernels: {error}") from None
-    try:
-        jax.block_until_ready(function())
-    finally:
-        try:
-            kernels = cupti._cupti_get_timings(True)
-        except Exception as error:
-            raise ValueError(f"no times of kernels: {error}") from None
-    if not kernels:
-        raise ValueError("no times of kernels: CUPTI saw none")
+    kernels = kernels_of(function)
     found = dict.fromkeys([*STAGES.values(), OTHER], 0.0)
     for name, ms in kernels:
         found[next((stage for part, stage in STAGES.items() if part in name), OTHER)] += ms
@@ -266,15 +253,15 @@ class Bench:
     def bytes_per_token(self, pattern: str) -> int:
         return serving.bytes_per_token(self.config, self.schedules[pattern], self.latent_dtype, self.index_dtype)
 
-    def full_rows(self, pattern: str, length: int, asked: int) -> int:
-        """Rows of `length` tokens that fit beside the weights, at least one."""
+    def full_rows(self, pattern: str, length: int, asked: int, temporaries: int = 0) -> int:
+        """Rows of `length` tokens that fit beside the weights and a program's temporary memory, at least one."""
         stats = jax.devices()[0].memory_stats()
         if asked or not stats or "bytes_limit" not in stats:
             return asked or ROWS_WITHOUT_MEMORY_FIGURES
         held = sum(x.nbytes for x in {id(x): x for w in self.weights.values() for x in jax.tree.leaves(w)}.values())
-        # What one layer takes is there twice while the cache is made.
-        free = (stats["bytes_limit"] - held - RESERVE) * self.config.num_layers / (self.config.num_layers + 1)
-        return max(1, int(free // (self.bytes_per_token(pattern) * self.room(length))))
+        row = self.bytes_per_token(pattern) * self.room(length)
+        source = row // self.config.num_layers  # one layer's part of a request, of which the rows are made
+        return max(1, (stats["bytes_limit"] - held - temporaries - source - MARGIN) // row)
 
     # Programs.
 
@@ -282,6 +269,9 @@ class Bench:
         cache = jax.eval_shape(lambda: self.cache(pattern, batch, max_len))
         token = jax.ShapeDtypeStruct((batch,), jnp.int32)
         return decode.lower(self.weights[pattern], token, cache, self.config, steps=self.steps)
+
+    def compile_full(self, pattern: str, length: int, rows: int) -> None:
+        self.decode_full[pattern, length] = rows, self.lower_decode(pattern, rows, self.room(length)).compile()
 
     def warm_prefill(self) -> list[Callable[[], Any]]:
         """One call for every kind of layer, each of which compiles its program."""
@@ -325,10 +315,12 @@ class Bench:
                     lowered = self.lower_decode(pattern, rows, self.room(length))
                     waiting[pattern, length] = rows, pool.submit(lowered.compile)
             for (pattern, length), (rows, program) in waiting.items():
-                if length:
-                    self.decode_full[pattern, length] = rows, program.result()
-                else:
+                if not length:
                     self.decode_one[pattern] = program.result()
+                    continue
+                self.decode_full[pattern, length] = rows, program.result()
+                if (fitting := self.full_rows(pattern, length, asked_rows, temporaries(program.result()))) < rows:
+                    self.compile_full(pattern, length, fitting)
         for pattern in self.weights:  # what else a chunk takes is small, and compiled by running one
             logits, cache = self.prefill_chunk(
                 pattern, jnp.zeros((1, self.chunk), jnp.int32), self.cache(pattern, 1, self.max_len)
@@ -354,30 +346,55 @@ def at(cache: serving.Cache, length: int) -> serving.Cache:
     return dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, length))
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "max_len"))
-def _copies(one: serving.LayerCache, rows: int, max_len: int) -> serving.LayerCache:
-    return jax.tree.map(lambda x: jnp.repeat(x[:1, :max_len], rows, axis=0), one)
+def temporaries(program: Any) -> int:
+    """Bytes that a compiled program needs beside its arguments."""
+    found = program.memory_analysis()
+    if found is None:
+        return 0
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
-def refill(cache: serving.Cache, rows: int, length: int, max_len: int) -> serving.Cache:
-    """`rows` copies of the first row's `length` tokens. Layer by layer, so that the two never exist side by side."""
-    layers = list(cache.layers)
-    del cache
-    for i in range(len(layers)):
-        layers[i] = jax.block_until_ready(_copies(layers[i], rows, max_len))
+_copies = jax.jit(lambda one, rows: jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), one), static_argnames="rows")
+
+
+def refill(one: serving.Cache, rows: int, length: int, max_len: int) -> serving.Cache:
+    """`rows` copies of the first `length` tokens of `one`, the cache of a request on the host.
+
+    There it takes no room, and leaves no holes where layers of another size have to go.
+    """
+    layers = []
+    for layer in one.layers:
+        source = jax.device_put(jax.tree.map(lambda x: x[:1, :max_len], layer))
+        layers.append(jax.block_until_ready(_copies(source, rows)))
     return serving.Cache(tuple(layers), jnp.full((rows,), length, jnp.int32))
+
+
+@jax.jit
+def neighbours_overlap(indices: jax.Array) -> jax.Array:
+    """Of indices [1, S, k]: the share of a query's selection that the next one's has too, over up to PAIRS even pairs."""
+    queries = indices.shape[1]
+    first = jnp.arange(min(PAIRS, queries - 1)) * max(1, (queries - 1) // PAIRS)
+    one, next_one = indices[0, first], indices[0, first + 1]  # [P, k]
+    both = jax.vmap(lambda a, b: jnp.sum(jnp.isin(a, b) & (a >= 0)))(one, next_one)
+    return jnp.sum(both) / jnp.maximum(jnp.sum(one >= 0), 1)
+
+
+def random_prompt(seed: int, vocab_size: int, length: int, run: int) -> np.ndarray:
+    """[length] tokens, every one drawn standing `run` times."""
+    drawn = np.random.default_rng(seed).integers(0, vocab_size, -(-length // run))
+    return np.repeat(drawn, run)[:length]
 
 
 class Run:
     """The rounds, and the rows they fill."""
 
-    def __init__(self, bench: Bench, seed: int, deadline: float, update: Callable[[], None]) -> None:
+    def __init__(self, bench: Bench, prompt: np.ndarray, deadline: float, update: Callable[[], None]) -> None:
         self.bench, self.deadline, self.update = bench, deadline, update
         self.rows = {(p, n): Row(p, n) for p in bench.weights for n in bench.lengths}
         for (pattern, length), row in self.rows.items():
             row.cache_bytes = int(bench.bytes_per_token(pattern) * length * bench.model.scale)
-        rng = np.random.default_rng(seed)
-        self.prompt = jnp.asarray(rng.integers(0, bench.config.vocab_size, (1, bench.lengths[-1])), jnp.int32)
+        self.prompt = jnp.asarray(prompt[None], jnp.int32)
+        self.overlap: dict[str, float] = {}  # of neighbours' selections, by pattern
         self.peak: int | None = None
 
     def late(self) -> bool:
@@ -388,11 +405,14 @@ class Run:
 
     def one_schedule(self, pattern: str, first: bool) -> None:
         """A prefill with its decodes; in the first round the full cache too."""
-        held = [self.prefill(pattern)]
+        cache = self.prefill(pattern)
         if first:
             stats = jax.devices()[0].memory_stats() or {}
             self.peak = self.peak or stats.get("peak_bytes_in_use")
-            self.decode_full(pattern, held)
+            if not self.late():
+                one = jax.device_get(cache)
+                del cache
+                self.decode_full(pattern, one)
 
     def prefill(self, pattern: str) -> serving.Cache:
         """Timed, with one request's decoding at every length; the cache that is left holds the longest."""
@@ -422,8 +442,8 @@ class Run:
         row.step.append(statistics.median(times))
         return at(cache, row.length)
 
-    def look_inside(self, pattern: str, cache: serving.Cache) -> None:
-        """Kernel times of the chunk that ends at each length, and of decoding there."""
+    def look_inside(self, pattern: str, cache: serving.Cache) -> serving.Cache:
+        """Kernel times of the chunk that ends at each length, and of decoding there. `cache` is donated and comes back."""
         bench = self.bench
         ends, found = [], []
         for length in bench.lengths:
@@ -445,7 +465,7 @@ class Run:
                 row.notes.append(f"{row.decode_stages.pop('launches') / bench.steps:.0f} launches a decode step")
             except ValueError as error:
                 row.notes.append(str(error))
-                return
+                return held[0]
             cache = held[0]
             ends.append(length)
             found.append(inside)
@@ -453,30 +473,51 @@ class Run:
             every = range(bench.chunk, length + 1, bench.chunk)
             for stage in inside:
                 row.prefill_stages[stage] = float(np.interp(every, ends, [one[stage] for one in found]).sum())
+        return cache
 
-    def decode_full(self, pattern: str, held: list[serving.Cache]) -> None:
-        """The longest first, because every cache is made of the one before, which `held` alone may still refer to."""
+    def measure_overlap(self, pattern: str, cache: serving.Cache) -> None:
+        """Of neighbouring queries' selections in the last chunk, the mean over the F layers."""
+        bench, length = self.bench, self.bench.lengths[-1]
+        weights, lengths = bench.weights[pattern], jnp.full((1,), bench.chunk, jnp.int32)
+        cache = at(cache, length - bench.chunk)
+        x, positions = serving.embed(weights.embedding, self.chunk_at(length), cache.lengths, lengths, bench.config)
+        indices, found = None, []
+        keys = visible_keys(bench.max_len, bench.max_len)
+        for p, one in zip(weights.layers, cache.layers, strict=True):
+            x, indices, _ = serving.prefill_layer(p, x, None if p.full else indices, one, positions, keys, bench.config)
+            if p.full:
+                found.append(neighbours_overlap(indices))
+        self.overlap[pattern] = float(np.mean(jax.device_get(found)))
+
+    def full_step(self, pattern: str, one: serving.Cache, length: int) -> float:
+        """Seconds of a step of the full cache, made of `one`, a request's on the host."""
+        bench, (rows, program) = self.bench, self.bench.decode_full[pattern, length]
+        cache = refill(one, rows, length, bench.room(length))
+        times = []
+        for _ in range(TIMED):
+            began = time.perf_counter()
+            out, cache = bench.decode(program, pattern, at(cache, length))
+            out.block_until_ready()
+            times.append((time.perf_counter() - began) / bench.steps)
+        return statistics.median(times)
+
+    def decode_full(self, pattern: str, one: serving.Cache) -> None:
         bench = self.bench
         for length in reversed(bench.full_lengths):
-            if self.late():
-                return
             row = self.rows[pattern, length]
-            rows, program = bench.decode_full[pattern, length]
-            try:
-                cache = refill(held.pop(), rows, length, bench.room(length))
-                times = []
-                for _ in range(TIMED):
-                    began = time.perf_counter()
-                    out, cache = bench.decode(program, pattern, at(cache, length))
-                    out.block_until_ready()
-                    times.append((time.perf_counter() - began) / bench.steps)
-                held.append(cache)
-                del cache
-            except jax.errors.JaxRuntimeError as error:
-                row.notes.append(f"{rows} rows of {length}: {str(error).splitlines()[0][:120]}")
-                print(row.notes[-1], flush=True)
-                return
-            row.full_step, row.full_rows = statistics.median(times), rows
+            while row.full_step is None and not self.late():
+                rows = bench.decode_full[pattern, length][0]
+                failed = ""
+                try:
+                    row.full_step, row.full_rows = self.full_step(pattern, one, length), rows
+                except jax.errors.JaxRuntimeError as error:
+                    failed = str(error).splitlines()[0][:120]
+                if failed:
+                    print(f"{rows} rows of {length}: {failed}", flush=True)
+                    if rows == 1 or "RESOURCE_EXHAUSTED" not in failed:
+                        row.notes.append(f"{rows} rows of {length}: {failed}")
+                        break
+                    bench.compile_full(pattern, length, rows - max(1, rows // 20))
             self.show(row)
 
     def show(self, row: Row) -> None:
@@ -498,7 +539,7 @@ class Run:
         for pattern in self.bench.weights:
             if self.late():
                 break
-            self.look_inside(pattern, self.prefill(pattern))
+            self.measure_overlap(pattern, self.look_inside(pattern, self.prefill(pattern)))
         self.update()
         return done
 
@@ -624,7 +665,12 @@ def run(output_dir: str, seed: int) -> None:
     output = Output.create(output_dir)
     shape = model(_PRESET.value, options.NUM_LAYERS.value)
     lengths, chunk = sorted(integers("lengths", _LENGTHS.value)), _CHUNK.value
-    for name, value in (("chunk_size", chunk), ("decode_steps", _STEPS.value), ("rounds", _ROUNDS.value)):
+    for name, value in (
+        ("chunk_size", chunk),
+        ("decode_steps", _STEPS.value),
+        ("rounds", _ROUNDS.value),
+        ("token_run", _RUN.value),
+    ):
         if value < 1:
             raise ValueError(f"--{name}={value}: must be at least 1")
     for length in lengths:
@@ -664,12 +710,20 @@ def run(output_dir: str, seed: int) -> None:
         return [record(row, shape, _PRICE.value) for row in measured.rows.values()]
 
     def update() -> None:
+        if measured.overlap:
+            shares = ", ".join(f"{pattern} {100 * share:.0f} %" for pattern, share in measured.overlap.items())
+            about["selected_alike_by_neighbouring_queries"] = shares
         if measured.peak is not None:
             about["peak_memory_of_one_request"] = f"{measured.peak / 1e9:.1f} GB"
-        metrics = about | {"patterns": {p: s.pattern for p, s in schedules.items()}, "rows": records()}
+        metrics = about | {
+            "neighbours_overlap": measured.overlap,
+            "patterns": {p: s.pattern for p, s in schedules.items()},
+            "rows": records(),
+        }
         output.finish("speed", metrics, report(records(), about))
 
-    measured = Run(bench, seed, began + _LIMIT.value, update)
+    prompt = random_prompt(seed, shape.config.vocab_size, lengths[-1], _RUN.value)
+    measured = Run(bench, prompt, began + options.seconds_to_spend(SECONDS), update)
     about["rounds"] = measured.all(_ROUNDS.value)
     update()
     plot(output, records(), f"{about['model']}, on {jax.devices()[0].device_kind}")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import device_times, options, training
+from experiments import options, profiling, training
 from experiments.report import Output, device, markdown_table, text_table
 from experiments.training import Stage
 from indexcache_jax import distill
@@ -137,7 +137,7 @@ def measure(
     parts: dict[str, float] = {}
     names: dict[str, float] = {}
     if profile and jax.default_backend() == "gpu":
-        for name, ms in device_times.kernels_of(step):
+        for name, ms in profiling.kernels_of(step):
             part = next((part for key, part in PARTS.items() if key in name), OTHER)
             parts[part] = parts.get(part, 0.0) + ms
             names[name] = names.get(name, 0.0) + ms

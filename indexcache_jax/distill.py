@@ -10,8 +10,8 @@ trains only indexers; selection is discrete, so the language loss never reaches 
 
 In XLA, probabilities exist for one block of queries at a time and are recomputed in the backward pass; what is kept of
 a selection is its indices, made once by the F layer and handed down like the rest. Where the kernels serve (Hopper,
-bfloat16, heads of multiples of 64), a selection is handed down as bits, attention is fused, and the divergence's gradient
-is made in the forward pass.
+bfloat16, heads up to 192 wide, values and index heads up to 128), a selection is handed down as bits, attention is fused,
+and the divergence's gradient is made in the forward pass.
 
 A schedule is static, as in inference, unless its roles are given as arrays: then one program trains for any schedule, as
 layerwise.py searches over them, and layers that turn out S keep an indexer without a gradient.

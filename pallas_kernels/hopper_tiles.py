@@ -18,7 +18,8 @@ from pallas_kernels.selected_attention.bits import WORD
 
 ROWS, WARPGROUPS = 64, 2
 TILE = ROWS * WARPGROUPS  # what queries and keys are padded to
-MEMORY_REGISTERS = 40
+PIECE = 64  # what widths are a multiple of: bfloat16 of one swizzled row
+MEMORY_REGISTERS = 24
 LOG2E = math.log2(math.e)
 MASKED, START = -2e30, -1e30
 
@@ -55,6 +56,28 @@ def product(a: Any, b: Any, rows: int, columns: int) -> jax.Array:
         return acc[...]
 
     return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
+
+
+def products(first: tuple[Any, Any], second: tuple[Any, Any], rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+    """Two products that are waited for together."""
+
+    def run(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
+        plgpu.wgmma(one, *first)
+        plgpu.wgmma(other, *second)
+        return one[...], other[...]
+
+    acc = plgpu.ACC((rows, columns), jnp.float32)
+    return pl.run_scoped(run, acc, acc)
+
+
+def add_products(totals: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
+    """Two `add_product` that are waited for together."""
+
+    def run(refs: Any) -> None:
+        plgpu.wgmma(refs[0], *first)
+        plgpu.wgmma(refs[1], *second)
+
+    return pl.run_state(run)(tuple(map(plgpu.ACC.init, totals)))
 
 
 def add_product(total: jax.Array, a: Any, b: Any) -> jax.Array:

@@ -31,6 +31,7 @@ from pallas_kernels.hopper_tiles import (
     BY_ROW,
     LOG2E,
     MASKED,
+    PIECE,
     ROWS,
     START,
     TILE,
@@ -52,7 +53,7 @@ from pallas_kernels.selected_attention.bits import WORD
 
 BLOCK_BYTES = 128 * 2**20  # of one block's float32 scores, and as many of its targets
 STAGES = 2
-MAX_WIDTH, MAX_INDEX_WIDTH = 192, 128
+MAX_WIDTH, MAX_INDEX_WIDTH = 192, 128  # narrower ones are padded to a multiple of PIECE
 FILLED = 2 * hopper.MULTIPROCESSORS  # blocks of threads that keep the device busy
 
 
@@ -71,10 +72,9 @@ def why_not(
         return reason
     if any(x.dtype != jnp.bfloat16 for x in (index_queries, index_keys, queries, keys)):
         return f"it takes bfloat16, not {index_queries.dtype}, {index_keys.dtype}, {queries.dtype} and {keys.dtype}"
-    width, index_width = queries.shape[3], index_queries.shape[3]
-    if width % 64 or index_width % 64 or width > MAX_WIDTH or index_width > MAX_INDEX_WIDTH:
-        most = f"{MAX_WIDTH} and {MAX_INDEX_WIDTH}"
-        return f"it takes heads and index heads of multiples of 64 up to {most}, not {width} and {index_width}"
+    if queries.shape[3] > MAX_WIDTH or index_queries.shape[3] > MAX_INDEX_WIDTH:
+        given = f"{queries.shape[3]} and {index_queries.shape[3]}"
+        return f"it takes heads up to {MAX_WIDTH} and index heads up to {MAX_INDEX_WIDTH}, these are {given} wide"
     if 0 in queries.shape or 0 in keys.shape:
         return "there is nothing to attend"
     return None
@@ -330,5 +330,17 @@ def _pull(scale: float, interpret: Any, gradients: tuple[jax.Array, ...], cotang
 diverge.defvjp(_keep, _pull)
 
 
-def index_divergence(*arrays: jax.Array, scale: float) -> jax.Array:
-    return diverge(arrays, scale, None)
+def index_divergence(
+    index_queries: jax.Array,
+    index_keys: jax.Array,
+    head_weights: jax.Array,
+    queries: jax.Array,
+    keys: jax.Array,
+    lse: jax.Array,
+    words: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    index_queries, queries, keys = (to_tiles(x, 3, PIECE) for x in (index_queries, queries, keys))
+    index_keys = to_tiles(index_keys, 2, PIECE)
+    return diverge((index_queries, index_keys, head_weights, queries, keys, lse, words), scale, None)

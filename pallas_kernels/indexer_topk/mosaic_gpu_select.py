@@ -7,19 +7,23 @@ A group of threads owns a row and keeps the row's best candidates, (score, posit
    a guess from 4096 sampled scores, low enough that fewer than k pass only if the sample misleads.
 2. List. The blocks whose maximum reaches the threshold, in order: only they are read. At 120K keys that is a quarter of the
    row, so the whole selection costs less than one read of it.
-3. Stream. 16-byte loads, the next chunk's in flight; one packed scan per warp and one barrier per chunk give every score
-   that reaches the threshold its place in the buffer. Before the buffer would overflow it is squeezed to its best k and
+3. Stream. Each thread copies its own 16-byte pieces of the next chunks to shared memory (cp.async) while it works on the
+   ones that have come; one packed scan per warp and one barrier per chunk give every score that reaches the threshold its
+   place in the buffer. Before the buffer would overflow it is squeezed to its best k and
    the threshold rises to the worst of them: nothing is lost, however the scores lie. Should fewer than k scores have passed
    (the sample misled), the row is streamed once more with no threshold.
 4. The k-th best is found by histograms over what remains of the range, 11 bits of the ordered integer image of the
    floats a pass, until a whole bin is needed or the range is one value; ties are cut lowest position first.
 5. One ordered pass writes the chosen positions.
 
+A row that fits into all this shared memory at once (some 20000 scores) is read whole instead, and step 4 and 5 run over it.
+
 Atomics only count, so the result does not depend on timing. NaN counts as -inf and -0 as 0. A row that sees at most
 k keys takes them all.
 
 Two rows of 512 threads share a thread block because the compiler then keeps to 64 registers and all 1024 fit on a
-multiprocessor; the loop is bound by the instructions it issues, so resident warps are what counts. Few rows (decoding)
+multiprocessor. Scores under way wait in shared memory and not in registers: 16 of these for the next chunk were too many,
+what was spilled for them went through L2, and one chunk under way did not cover the latency of memory. Few rows (decoding)
 get 1024 threads each, which shortens the chain of dependent loads that bounds them.
 """
 
@@ -48,8 +52,6 @@ _LOG_BINS = 11
 _BINS = 1 << _LOG_BINS
 _SAMPLE = 4096  # scores the threshold is guessed from, in lines of 32
 _SLACK = 256  # blocks too many that end the search for the threshold
-# Sampled scores too many that do. Each stands for many scores: at 204800 keys 64 of them would overflow the buffer.
-_SAMPLE_SLACK = 16
 _SAMPLE_MARGIN = 32  # sampled scores, with a quarter of those expected above the k-th best: the guess is that much lower
 SHARED_BYTES = 228_000  # of 232448, less what Mosaic reserves
 _WARP_SUMS = 32  # words: one for each warp
@@ -59,11 +61,16 @@ Pair = tuple[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """threads: of one row; rows: of one thread block; loads: 16-byte loads of a thread in one chunk."""
+    """threads: of one row; rows: of one thread block; loads: 16-byte loads of a thread in one chunk.
+
+    leave_out: only for measuring what stages cost, the positions are without meaning then. "search" ends a row after its
+    stream, "append" reads and compares in the stream but keeps nothing.
+    """
 
     threads: int = 512
     rows: int = 2
     loads: int = 2
+    leave_out: str = ""
 
     def __post_init__(self) -> None:
         if self.threads not in (128, 256, 512, 1024):
@@ -72,6 +79,8 @@ class SelectConfig:
             raise ValueError(f"SelectConfig: {self.rows} rows of {self.threads} threads exceed a thread block of 1024")
         if self.loads not in (1, 2, 3, 4):
             raise ValueError(f"SelectConfig: loads {self.loads} is not within 1 to 4")
+        if self.leave_out not in ("", "search", "append"):
+            raise ValueError(f"SelectConfig: leave_out {self.leave_out!r} is neither 'search' nor 'append'")
 
 
 def default_config(rows: int) -> SelectConfig:
@@ -119,13 +128,18 @@ class Problem:
 
     @property
     def list_capacity(self) -> int:
-        return 2 * self.k + 2 * _SLACK
+        return 2 * self.k + 2 * _SLACK if self.has_maxima else 0
 
     @property
     def keeps_values(self) -> bool:
         """Whether the block maxima of a row fit where the candidates go later; else each pass reads them again."""
-        room = SHARED_BYTES // self.config.rows - self._fixed_bytes - 16 * self.config.threads
+        room = self._room - self._fixed_bytes - 16 * self.config.threads - self.stage_bytes
         return 4 * self.width // BLOCK <= room
+
+    @property
+    def _room(self) -> int:
+        """Bytes of shared memory for one row."""
+        return SHARED_BYTES // self.config.rows // 16 * 16
 
     @property
     def _fixed_bytes(self) -> int:
@@ -138,22 +152,50 @@ class Problem:
         round = 4 * self.config.threads  # all threads read whole rounds
         return max(8 * self.capacity, 4 * -(-values // round) * round)
 
-    @property
-    def histogram(self) -> int:
-        return self.buffer_bytes
-
-    @property
-    def block_list(self) -> int:
-        return self.histogram + 4 * _BINS
+    # The histogram comes first, then eight lines of one word per warp (0 and 1 alternate in ordered passes, the others
+    # serve searches), then the buffer, the list and where chunks under way arrive.
 
     @property
     def sums(self) -> int:
-        """Eight lines of one word per warp: 0 and 1 alternate in ordered passes, the others serve searches."""
+        return 4 * _BINS
+
+    @property
+    def buffer(self) -> int:
+        return self.sums + 4 * 8 * _WARP_SUMS
+
+    @property
+    def block_list(self) -> int:
+        return self.buffer + self.buffer_bytes
+
+    @property
+    def staging(self) -> int:
         return self.block_list + 2 * self.list_capacity
 
     @property
+    def stage_bytes(self) -> int:
+        return 4 * self.chunk
+
+    @property
+    def stages(self) -> int:
+        """Chunks under way at the same time, a power of two: as many as there is room for."""
+        fitting = (self._room - self.staging) // self.stage_bytes
+        return next(stages for stages in (4, 2, 1) if stages <= max(1, fitting))
+
+    @property
+    def resident(self) -> int:
+        """Scores of a row that is read whole: what fits where buffer, list and chunks are, in whole rounds of 16 bytes for
+        each thread. Of a row long enough for its block maxima less is read."""
+        fitting = (self.row_bytes - self.buffer) // (16 * self.config.threads) * 4 * self.config.threads
+        return min(fitting, BLOCK * self.fewest_maxima) if self.has_maxima else fitting
+
+    @property
+    def fewest_maxima(self) -> int:
+        """With no more maxima the k-th largest would let most of the row pass."""
+        return self.k + self.k // 4
+
+    @property
     def row_bytes(self) -> int:
-        return self.sums + 4 * 8 * _WARP_SUMS
+        return self.staging + self.stages * self.stage_bytes
 
 
 class _Row:
@@ -170,8 +212,9 @@ class _Row:
         self.lane, self.warp = self.thread & 31, self.thread >> 5
         self.earlier_lanes = (m.word(1) << self.lane) - 1
         shared = shared + group * p.row_bytes
-        self.buffer, self.histogram = shared, shared + p.histogram
+        self.buffer, self.histogram = shared + p.buffer, shared
         self.list, self.sums = shared + p.block_list, shared + p.sums
+        self.staging = shared + p.staging + (self.thread << 4)  # this thread's part of the first load
 
     # -- small parts
 
@@ -374,6 +417,20 @@ class _Row:
 
         return visit_keys
 
+    def largest(self, count: Any) -> Any:
+        """The largest key in the buffer."""
+        m = self.m
+
+        def step(i: Any, carry: list[Any]) -> list[Any]:
+            place = i * self.threads + self.thread
+            return [m.larger(carry[0], m.select(place < count, self.key(m.load_shared(self.buffer + (place << 3))), 0))]
+
+        mine = m.reduce_lanes("max", m.loop(self.rounds(count), [m.word(0)], step)[0])
+        with m.when(self.lane.equals(0)):
+            m.store_shared(self.line(4) + (self.warp << 2), mine)
+        self.barrier()
+        return m.reduce_lanes("max", m.load_shared(self.line(4) + ((self.lane & (self.warps - 1)) << 2)))
+
     def in_order(self, count: Any, lo: Any, hi: Any, room: Any, sink: Callable[[Any, Any, Any, Any], None]) -> None:
         """sink(chosen, rank, score bits, position) over the buffer: chosen are the candidates above `hi` and the first
         `room` within [lo, hi], ranks count them in order."""
@@ -416,63 +473,59 @@ class _Row:
         """A bound of the keys in the buffer: after a squeeze its worst may sit one below the threshold."""
         return threshold - self.m.as_number(threshold > 0)
 
-    def stream(self, scores: Any, visible: Any, listed: Any, blocks: Any, threshold: Any, top: Any) -> list[Any]:
-        """Fills the buffer with the scores of `blocks` blocks that reach the threshold: how many, and the new threshold.
+    # -- a row in shared memory
 
-        The blocks are the listed ones, or without `listed` all of the row. `top`: no key is above it.
-        """
-        m, loads = self.m, self.p.config.loads
-        blocks_per_load = 128 // BLOCK  # of a warp: 32 lanes, 4 scores each
-        blocks_per_chunk = self.p.chunk // BLOCK
-        lanes_per_block = BLOCK // 4
+    def choose_resident(self, visible: Any, scores: Any, out: Any) -> None:
+        """The result of a row of more than k scores that lies in the buffer and what follows it, whole."""
+        m = self.m
+        pieces = (visible + 3) >> 2  # of 16 bytes; a thread reads back what it copied itself, so there is no barrier
 
-        def fetch(chunk: Any) -> tuple[list[Any], list[Any]]:
-            """First positions and values of this thread's loads in a chunk."""
-            positions, values = [], []
-            for load in range(loads):
-                slot = chunk * blocks_per_chunk + self.warp * (loads * blocks_per_load) + load * blocks_per_load
-                slot = slot + (self.lane >> (lanes_per_block.bit_length() - 1))
-                real = slot < blocks
-                block = m.select(listed, m.load_shared_short_if(real & listed, self.list + (slot << 1)), slot)
-                position = block * BLOCK + ((self.lane & (lanes_per_block - 1)) << 2)
-                xs = m.load_global_floats_if(real, m.global_address(scores, position))
-                if not self.p.clean:
-                    seen = [real & (position + e < visible) for e in range(4)]
-                    xs = [m.bits(m.number_or_lowest(x)) for x in xs]
-                    xs = [m.float_of(m.select(s, x, NO_VALUE)) for s, x in zip(seen, xs, strict=True)]
-                positions.append(position)
-                values.extend(xs)
-            return positions, values
+        def bring(i: Any, carry: list[Any]) -> list[Any]:
+            piece = i * self.threads + self.thread
+            m.copy_to_shared_if(piece < pieces, self.buffer + (piece << 4), m.global_address(scores, piece << 2))
+            return carry
 
-        def step(chunk: Any, carry: list[Any]) -> list[Any]:
-            count, threshold, line = carry[:3]
-            positions, values = carry[3 : 3 + loads], [m.uncarried(x) for x in carry[3 + loads :]]
-            next_positions, next_values = fetch(chunk + 1)
-            limit = self.number_of_key(threshold)
-            packed = m.word(0)  # a byte per load, at most 4 x 32 lanes each
-            for load in range(loads):
-                packed = m.count_at_least(values[4 * load : 4 * load + 4], limit, packed, 1 << (8 * load))
-            scanned = m.scan_lanes(packed)
-            of_warp, before_lane = m.from_lane(scanned, 31), scanned - packed
-            parts = [(of_warp >> (8 * load)) & 255 for load in range(loads)]
-            mine = functools.reduce(lambda a, b: a + b, parts)
-            before, total = self.before_and_total(self.sums + (line << 7), mine)
-            count, threshold = m.otherwise_keep(
-                count + total > self.p.capacity, [count, threshold], lambda: self.squeeze(count, threshold, top)
-            )
-            place = count + before
-            for load in range(loads):
-                address = self.buffer + ((place + ((before_lane >> (8 * load)) & 255)) << 3)
-                m.append_at_least(values[4 * load : 4 * load + 4], limit, address, positions[load])
-                place = place + parts[load]
-            return [count + total, threshold, line ^ 1, *next_positions, *(m.carried(x) for x in next_values)]
+        m.loop(self.rounds(pieces), [], bring)
+        m.close_copies()
+        m.await_copies(0)
 
-        positions, values = fetch(m.word(0))
-        carry = [m.word(0), threshold, m.word(0), *positions, *(m.carried(x) for x in values)]
-        chunks = (blocks + (blocks_per_chunk - 1)) // blocks_per_chunk
-        count, threshold = m.loop(chunks, carry, step)[:2]
-        self.barrier()
-        return [count, threshold]
+        def keys_of(i: Any) -> tuple[Any, list[Any], list[Any]]:
+            """First position, keys and whether there are such of a thread's piece in round i."""
+            piece = i * self.threads + self.thread
+            position, xs = piece << 2, m.load_shared_floats(self.buffer + (piece << 4))
+            if not self.p.clean:
+                xs = [m.number_or_lowest(x) for x in xs]
+            return position, [self.key(m.bits(x)) for x in xs], [position + e < visible for e in range(4)]
+
+        def visit_keys(add: Callable[..., None]) -> None:
+            def step(i: Any, carry: list[Any]) -> list[Any]:
+                _, keys, real = keys_of(i)
+                for key, valid in zip(keys, real, strict=True):
+                    add(key, valid)
+                return carry
+
+            m.loop(self.rounds(pieces), [], step)
+
+        lo, hi, room = self.narrow(visit_keys, m.word(KEY_OF_LOWEST), m.word(KEY_OF_INFINITY), m.word(self.p.k), 0)
+
+        def write(i: Any, carry: list[Any]) -> list[Any]:
+            above_before, within_before, line = carry
+            position, keys, real = keys_of(i)
+            above = [valid & (key > hi) for key, valid in zip(keys, real, strict=True)]
+            within = [valid & (key >= lo) & (key <= hi) for key, valid in zip(keys, real, strict=True)]
+            counts = [m.as_number(a) | (m.as_number(w) << 16) for a, w in zip(above, within, strict=True)]
+            mine = functools.reduce(lambda a, b: a + b, counts)
+            scanned = m.scan_lanes(mine)
+            before, total = self.before_and_total(self.sums + (line << 7), m.from_lane(scanned, 31))
+            before = before + scanned - mine
+            for e, (a, w, count) in enumerate(zip(above, within, counts, strict=True)):
+                rank_within = within_before + (before >> 16)
+                rank = above_before + (before & 0xFFFF) + m.smaller(rank_within, room)
+                m.store_global_if(a | (w & (rank_within < room)), m.global_address(out, rank), position + e)
+                before = before + count
+            return [above_before + (total & 0xFFFF), within_before + (total >> 16), line ^ 1]
+
+        m.loop(self.rounds(pieces), [m.word(0), m.word(0), m.word(0)], write)
 
     # -- the whole
 
@@ -489,11 +542,13 @@ class _Row:
         m.loop(self.rounds(m.word(self.p.k)), [], step)
 
     def choose(self, visible: Any, scores: Any, maxima: Any, out: Any) -> None:
-        """Steps 1 to 5 of a row that sees more than k keys."""
+        """Steps 1 to 5 of a row that sees more than k keys and is too long for shared memory."""
         m, p = self.m, self.p
         blocks = (visible + (BLOCK - 1)) >> (BLOCK.bit_length() - 1)
-        # With fewer maxima the k-th largest would let most of the row pass.
-        by_maxima = blocks > p.k + p.k // 4 if p.has_maxima else visible < 0
+        if not p.has_maxima:  # what is read is known, so it may already come while a threshold is looked for
+            stream = _Stream(self, scores, visible, None, blocks)
+            stream.begin()
+        by_maxima = blocks > p.fewest_maxima if p.has_maxima else visible < 0
         stride = (visible >> 7) & 0xFFFFFFF8  # between the sample's lines of 32 scores
 
         def address(index: Any) -> Any:
@@ -506,32 +561,151 @@ class _Row:
         count = m.select(by_maxima, blocks, _SAMPLE)
         expected = ((visible - 1) + _SAMPLE * p.k) // visible
         guess = m.smaller(expected * 2, expected + (expected >> 2) + _SAMPLE_MARGIN)
-        rank, slack = m.select(by_maxima, p.k, guess), m.select(by_maxima, _SLACK, _SAMPLE_SLACK)
+        slack = m.word(_SAMPLE * (p.capacity // 8)) // visible
+        rank, slack = m.select(by_maxima, p.k, guess), m.select(by_maxima, _SLACK, slack)
         needed = by_maxima | (visible > p.capacity)
         start = [m.word(KEY_OF_LOWEST), m.word(KEY_OF_INFINITY)]
         threshold, most = m.otherwise_keep(needed, start, lambda: self.threshold(count, rank, slack, address))
         top = m.select(by_maxima, most, KEY_OF_INFINITY)
 
-        listed, to_read = by_maxima, blocks
         if p.has_maxima:
             found = m.otherwise_keep(by_maxima, [blocks], lambda: [self.list_blocks(count, threshold, address)])[0]
             listed = by_maxima & (found <= p.list_capacity)  # a plateau may exceed the list: the whole row is read then
-            to_read = m.select(listed, found, blocks)
-        self.barrier()  # the values make way for candidates, and the list is complete
+            self.barrier()  # the list is complete
+            stream = _Stream(self, scores, visible, listed, m.select(listed, found, blocks))
+            stream.begin()
+        self.barrier()  # the values make way for candidates
 
         def attempt(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
-            limit, first = carry
-            count, reached = self.stream(scores, visible, listed, to_read, limit, top)
-            again = (count < p.k) & (first > 0)
-            return [m.word(KEY_OF_LOWEST), m.word(0)], [count, reached], again
+            limit, again = carry
+            m.branch(again > 0, stream.begin)
+            count, reached = stream.fill(limit, top)
+            return [m.word(KEY_OF_LOWEST), m.word(1)], [count, reached], (count < p.k) & again.equals(0)
 
-        count, threshold = m.repeat([threshold, m.word(1)], attempt, 2)[2:]
+        if p.config.leave_out:
+            count = stream.fill(threshold, top)[0]
+            m.store_global_if(self.thread.equals(0), m.global_address(out, self.thread), count)
+            return
+        count, threshold = m.repeat([threshold, m.word(0)], attempt, 2)[2:]
+        if not p.has_maxima:
+            top = self.largest(count)  # a closer bound than infinity saves a pass
         lo, hi, room = self.narrow(self.visit_buffer(count), self.below(threshold), top, m.word(p.k), 0)
 
         def sink(chosen: Any, rank: Any, score: Any, position: Any) -> None:
             m.store_global_if(chosen, m.global_address(out, rank), position)
 
         self.in_order(count, lo, hi, room, sink)
+
+
+class _Stream:
+    """Step 3 of a row. `begin` starts the copies of the first chunks, `fill` works them off and starts the others.
+
+    blocks: how many to read: the listed ones, or without `listed` all of the row.
+    """
+
+    def __init__(self, row: _Row, scores: Any, visible: Any, listed: Any, blocks: Any):
+        self.row, self.m, self.p = row, row.m, row.p
+        self.scores, self.visible, self.listed, self.blocks = scores, visible, listed, blocks
+        blocks_per_load = 128 // BLOCK  # of a warp: 32 lanes, 4 scores each
+        self.loads, self.lanes_per_block = self.p.config.loads, BLOCK // 4
+        log_lanes = self.lanes_per_block.bit_length() - 1
+        self.slots = [
+            row.warp * (self.loads * blocks_per_load) + (row.lane >> log_lanes) + load * blocks_per_load
+            for load in range(self.loads)
+        ]
+        self.within_block = (row.lane & (self.lanes_per_block - 1)) << 2
+
+    def place(self, chunk: Any, load: int) -> Pair:
+        """Whether there is anything for this thread's load in a chunk, and its first position."""
+        m = self.m
+        slot = chunk * (self.p.chunk // BLOCK) + self.slots[load]
+        real, block = slot < self.blocks, slot
+        if self.p.has_maxima:
+            entry = m.load_shared_short_if(real & self.listed, self.row.list + (slot << 1))
+            block = m.select(self.listed, entry, slot)
+        return real, block * BLOCK + self.within_block
+
+    def arrival(self, stage: Any, load: int) -> Any:
+        return self.row.staging + stage + load * 16 * self.row.threads
+
+    def fetch(self, chunk: Any, stage: Any) -> None:
+        m = self.m
+        for load in range(self.loads):
+            real, position = self.place(chunk, load)
+            m.copy_to_shared_if(real, self.arrival(stage, load), m.global_address(self.scores, position))
+        m.close_copies()
+
+    def begin(self) -> None:
+        for ahead in range(self.p.stages):
+            self.fetch(self.m.word(ahead), self.m.word(ahead * self.p.stage_bytes))
+
+    def arrived(self, stage: Any, load: int, position: Any) -> list[Any]:
+        m = self.m
+        xs = m.load_shared_floats(self.arrival(stage, load))
+        if self.p.clean:
+            return xs
+        keys = [m.select(position + e < self.visible, m.bits(m.number_or_lowest(x)), NO_VALUE) for e, x in enumerate(xs)]
+        return [m.float_of(key) for key in keys]
+
+    def until_full(self, chunk: Any, count: Any, chunks: Any, limit: Any) -> list[Any]:
+        """Appends chunks until one does not fit or all have: [the next one's number, how many scores there are]."""
+        m, row, loads, stages = self.m, self.row, self.loads, self.p.stages
+
+        def one(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
+            chunk, count = carry
+            stage = (chunk & (stages - 1)) * self.p.stage_bytes
+            m.await_copies(stages - 1)
+            places = [self.place(chunk, load) for load in range(loads)]
+            values = [self.arrived(stage, load, position) for load, (_, position) in enumerate(places)]
+            limits = [m.float_of(m.select(real, m.bits(limit), NO_VALUE)) for real, _ in places]
+            packed = m.word(0)  # a byte per load, at most 4 x 32 lanes each
+            for load in range(loads):
+                packed = m.count_at_least(values[load], limits[load], packed, 1 << (8 * load))
+            if self.p.config.leave_out == "append":
+                self.fetch(chunk + stages, stage)
+                chunk = chunk + 1
+                return [chunk, count + packed], [], chunk < chunks
+            scanned = m.scan_lanes(packed)
+            of_warp, before_lane = m.from_lane(scanned, 31), scanned - packed
+            parts = [(of_warp >> (8 * load)) & 255 for load in range(loads)]
+            mine = functools.reduce(lambda a, b: a + b, parts)
+            before, total = row.before_and_total(row.sums + ((chunk & 1) << 7), mine)
+            fits = count + total <= self.p.capacity
+
+            def append() -> None:
+                self.fetch(chunk + stages, stage)
+                first = count + before
+                for load in range(loads):
+                    address = row.buffer + ((first + ((before_lane >> (8 * load)) & 255)) << 3)
+                    m.append_at_least(values[load], limits[load], address, places[load][1])
+                    first = first + parts[load]
+
+            m.branch(fits, append)
+            chunk, count = chunk + m.as_number(fits), m.select(fits, count + total, count)
+            return [chunk, count], [], fits & (chunk < chunks)
+
+        return m.repeat([chunk, count], one, 0)
+
+    def fill(self, threshold: Any, top: Any) -> list[Any]:
+        """Fills the buffer with the scores that reach the threshold: how many, and the new threshold. No key is above `top`.
+
+        The squeeze stands outside the loop over chunks: rare as it is, within it it would cost registers.
+        """
+        m, row = self.m, self.row
+        blocks_per_chunk = self.p.chunk // BLOCK
+        chunks = (self.blocks + (blocks_per_chunk - 1)) // blocks_per_chunk
+
+        def fill_and_squeeze(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
+            chunk, count, threshold = carry
+            chunk, count = self.until_full(chunk, count, chunks, row.number_of_key(threshold))
+            left = chunk < chunks
+            count, threshold = m.otherwise_keep(left, [count, threshold], lambda: row.squeeze(count, threshold, top))
+            return [chunk, count, threshold], [], left
+
+        count, threshold = m.repeat([m.word(0), m.word(0), threshold], fill_and_squeeze, 0)[1:]
+        m.await_copies(0)  # of the groups that found nothing left to copy
+        row.barrier()
+        return [count, threshold]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -560,7 +734,8 @@ def select_rows(m: ModuleType, p: Problem, block: Any, arrays: Arrays, shared: A
         maxima = m.global_address(arrays.maxima, score_row, 4 * p.width // BLOCK) if p.has_maxima else None
         out = m.global_address(arrays.out, row, 4 * p.k)
         m.branch(visible <= p.k, lambda: row_program.take_all(visible, out))
-        m.branch(visible > p.k, lambda: row_program.choose(visible, scores, maxima, out))
+        m.branch((visible > p.k) & (visible <= p.resident), lambda: row_program.choose_resident(visible, scores, out))
+        m.branch((visible > p.k) & (visible > p.resident), lambda: row_program.choose(visible, scores, maxima, out))
 
     m.branch(row < p.rows, program)
 

@@ -149,15 +149,6 @@ def float_of(x: Word) -> Value:
     return arith.bitcast(_f32(), x.value)
 
 
-def carried(x: Value) -> Word:
-    """A float among the values a loop carries, which are words; `uncarried` undoes it."""
-    return Word(x)
-
-
-def uncarried(x: Word) -> Value:
-    return x.value
-
-
 def global_address(base: Value, index: Word, item_bytes: int = 4) -> Value:
     """base + index * item_bytes in 64 bits."""
     wide = arith.extui(_i64(), index.value)
@@ -253,6 +244,21 @@ def load_global_floats_if(predicate: Word, address: Value) -> list[Value]:
     fill = "".join(f"mov.b32 ${i}, 0x7fffffff;\n" for i in range(4))
     load = "@$5 ld.global.nc.L1::no_allocate.v4.f32 {$0,$1,$2,$3}, [$4];\n"
     return _ptx("{\n" + fill + load + "}", [address, predicate], "=&f,=&f,=&f,=&f,l,b", 4, _f32())
+
+
+def copy_to_shared_if(predicate: Word, address: Word, source: Value) -> None:
+    """Begins to copy 16 bytes from global memory, for this thread alone to read."""
+    _ptx("@$2 cp.async.cg.shared.global [$0], [$1], 16;", [address, source, predicate], "r,l,b")
+
+
+def close_copies() -> None:
+    """What this thread has begun to copy since the last time is a group, which may be empty."""
+    _ptx("cp.async.commit_group;", [], "")
+
+
+def await_copies(groups: int) -> None:
+    """Until all but the last so many groups are there."""
+    _ptx(f"cp.async.wait_group {groups};", [], "")
 
 
 def store_global_if(predicate: Word, address: Value, x: Word) -> None:

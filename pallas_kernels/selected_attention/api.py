@@ -39,6 +39,8 @@ def selected_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(scale * q . k) v over the selected keys, float32 inside, and the logarithm of the softmax's denominator.
 
+    Numbers must be finite, also those of keys that nobody selects: what is not selected is multiplied by zero.
+
     Args:
       queries: [B, S, H, D], at positions 0 .. S-1.
       keys, values: [B, T, H, D] and [B, T, H, V].

@@ -19,10 +19,13 @@ def words_of(keys: int) -> int:
 def pack(indices: jax.Array, keys: int) -> jax.Array:
     """Distinct selected positions [B, S, k] among `keys` keys, -1 for none -> [B, keys / 32, S] int32."""
     b, s, _ = indices.shape
+    count = words_of(keys)
     row_of_batch, row = (jax.lax.broadcasted_iota(jnp.int32, indices.shape, axis) for axis in (0, 1))
-    word = jnp.where(indices < 0, words_of(keys), indices // WORD)
+    word = (row_of_batch * count + indices // WORD) * s + row
     bit = jax.lax.shift_left(jnp.uint32(1), (indices % WORD).astype(jnp.uint32))
-    words = jnp.zeros((b, words_of(keys), s), jnp.uint32).at[row_of_batch, word, row].add(bit, mode="drop")
+    nowhere = b * count * s
+    words = jnp.zeros(nowhere, jnp.uint32).at[jnp.where(indices < 0, nowhere, word)].add(bit, mode="drop")
+    words = words.reshape(b, count, s)
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 

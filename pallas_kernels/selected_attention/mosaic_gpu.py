@@ -28,16 +28,19 @@ from pallas_kernels.hopper_tiles import (
     BY_ROW,
     LOG2E,
     MASKED,
+    PIECE,
     ROWS,
     START,
     TILE,
     WARPGROUPS,
     add_product,
+    add_products,
     by_column,
     by_row,
     filled,
     launch,
     product,
+    products,
     selected_by_column,
     selected_by_row,
     smem,
@@ -51,7 +54,7 @@ from pallas_kernels.selected_attention.bits import WORD
 KEYS = 128  # of a streamed tile, forward
 STREAMED = 64  # rows of a streamed tile, backward
 STAGES = 2, 3  # streamed tiles in flight, forward and backward
-MAX_WIDTH = 192, 128  # of keys and values: what the registers hold
+MAX_WIDTH = 192, 128  # of keys and values: what the registers hold; narrower ones are padded to a multiple of PIECE
 
 
 def why_not(queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float) -> str | None:
@@ -59,9 +62,8 @@ def why_not(queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.A
         return reason
     if any(x.dtype != jnp.bfloat16 for x in (queries, keys, values)):
         return f"it takes bfloat16, not {queries.dtype}, {keys.dtype} and {values.dtype}"
-    width, value_width = queries.shape[3], values.shape[3]
-    if width % 64 or value_width % 64 or width > MAX_WIDTH[0] or value_width > min(width, MAX_WIDTH[1]):
-        return f"it takes heads of multiples of 64 up to {MAX_WIDTH} for keys and values, not {width} and {value_width}"
+    if queries.shape[3] > MAX_WIDTH[0] or values.shape[3] > MAX_WIDTH[1]:
+        return f"it takes keys and values up to {MAX_WIDTH}, these are {queries.shape[3]} and {values.shape[3]} wide"
     if 0 in queries.shape or 0 in keys.shape:
         return "there is nothing to attend"
     return None
@@ -156,8 +158,8 @@ def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: A
 
         def step(_, k_sm, v_sm, words_sm, carry):
             dq, lse, delta = carry
-            logits = product(q_sm.at[group], k_sm.transpose((1, 0)), ROWS, STREAMED)
-            of_p = product(grad_sm.at[group], v_sm.transpose((1, 0)), ROWS, STREAMED)
+            of_key, of_value = (q_sm.at[group], k_sm.transpose((1, 0))), (grad_sm.at[group], v_sm.transpose((1, 0)))
+            logits, of_p = products(of_key, of_value, ROWS, STREAMED)
             p = jnp.exp2(logits * (scale * LOG2E) - by_row(lse, STREAMED))
             of_logits = p * (of_p - by_row(delta, STREAMED))
             of_logits = jnp.where(selected_by_row(words_sm, group * ROWS, STREAMED), of_logits, 0.0)
@@ -210,15 +212,12 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
             plgpu.wait_smem_to_gmem(0)
 
         def step(_, q_sm, grad_sm, words_sm, lse_sm, delta_sm, carry):
-            dk, dv = carry
             logits = product(k_sm.at[group], q_sm.transpose((1, 0)), ROWS, STREAMED)
-            lse = by_column(vector(lse_sm.at[0], BY_COLUMN))
-            p = jnp.exp2(logits * (scale * LOG2E) - lse)
-            p = jnp.where(selected_by_column(words_sm, group * (ROWS // WORD), STREAMED), p, 0.0)
-            dv = add_product(dv, p.astype(grad_sm.dtype), grad_sm)
+            p = jnp.exp2(logits * (scale * LOG2E) - by_column(vector(lse_sm.at[0], BY_COLUMN)))
+            p = jnp.where(selected_by_column(words_sm, group * (ROWS // WORD), STREAMED), p, 0.0).astype(grad_sm.dtype)
             of_p = product(v_sm.at[group], grad_sm.transpose((1, 0)), ROWS, STREAMED)
-            of_logits = p * (of_p - by_column(vector(delta_sm.at[0], BY_COLUMN)))
-            return add_product(dk, of_logits.astype(q_sm.dtype), q_sm), dv
+            of_logits = p.astype(jnp.float32) * (of_p - by_column(vector(delta_sm.at[0], BY_COLUMN)))
+            return add_products(carry, (of_logits.astype(q_sm.dtype), q_sm), (p, grad_sm))
 
         specs = [
             streamed(STREAMED, width, lambda i: (first + i, 0)),
@@ -279,4 +278,7 @@ attend.defvjp(_keep, _pull)
 def selected_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    return attend(queries, keys, values, words, scale, None)
+    width = values.shape[3]
+    queries, keys, values = (to_tiles(x, 3, PIECE) for x in (queries, keys, values))
+    out, lse = attend(queries, keys, values, words, scale, None)
+    return out[..., :width], lse

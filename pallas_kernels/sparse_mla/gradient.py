@@ -1,4 +1,4 @@
-"""The backward pass of sparse_mla, the same for every implementation.
+"""The backward pass of sparse_mla in XLA, for every implementation without one of its own.
 
 With probabilities P of a query's selected latents kv, output O and its cotangent dO:
 
@@ -20,25 +20,34 @@ import jax.numpy as jnp
 SPREAD_BYTES = {"cpu": 16 * 2**20, "other": 512 * 2**20}  # of one block's dS over the whole context
 
 
-def differentiable(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """forward(queries, latents, indices, scale=, value_dim=) made differentiable; its options become positional."""
+Pull = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def differentiable(forward: Callable[..., jax.Array], backward_pass: Pull | None = None) -> Callable[..., jax.Array]:
+    """forward(queries, latents, indices, scale=, value_dim=) made differentiable; its options become positional.
+
+    `backward_pass(queries, latents, indices, out, cotangent, scale, value_dim)` gives the gradients, None XLA's.
+    """
 
     def run(queries: jax.Array, latents: jax.Array, indices: jax.Array, scale: float, value_dim: int) -> jax.Array:
         return forward(queries, latents, indices, scale=scale, value_dim=value_dim)
 
     def run_and_keep(queries, latents, indices, scale, value_dim):
-        return run(queries, latents, indices, scale, value_dim), (queries, latents, indices)
+        out = run(queries, latents, indices, scale, value_dim)
+        return out, (queries, latents, indices, None if backward_pass is None else out)
 
     def backward(scale, value_dim, kept, cotangent):
-        queries, latents, indices = kept
-        return *_pull(queries, latents, indices, cotangent, scale, value_dim), None
+        queries, latents, indices, out = kept
+        if backward_pass is not None:
+            return *backward_pass(queries, latents, indices, out, cotangent, scale, value_dim), None
+        return *pull(queries, latents, indices, cotangent, scale, value_dim), None
 
     both = jax.custom_vjp(run, nondiff_argnums=(3, 4))
     both.defvjp(run_and_keep, backward)
     return both
 
 
-def _pull(
+def pull(
     queries: jax.Array, latents: jax.Array, indices: jax.Array, cotangent: jax.Array, scale: float, value_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of queries [B, S, H, W] and latents [B, T, W] from that of the output [B, S, H, C]."""

@@ -7,7 +7,7 @@
   through each other's shared memory. A launch more for that would cost about as much as all the rest of a decode step.
 - Latents in 8 bits are read as such, by the same kernel.
 
-The backward pass is the reference's.
+The backward pass is in mosaic_gpu_gradient.py.
 """
 
 from __future__ import annotations
@@ -132,4 +132,6 @@ def sparse_mla(
 ) -> jax.Array:
     if latent_scales is not None:
         return forward(queries, latents, indices, scale=scale, value_dim=value_dim, latent_scales=latent_scales)
-    return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)
+    from pallas_kernels.sparse_mla import mosaic_gpu_gradient
+
+    return gradient.differentiable(forward, mosaic_gpu_gradient.pull)(queries, latents, indices, scale, value_dim)

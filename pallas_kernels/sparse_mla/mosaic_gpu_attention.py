@@ -55,6 +55,8 @@ START, MASKED = -1e30, -2e30  # running maximum before any key; logit of an entr
 OWNER_SHIFT = 24  # a packed entry is key | owners << OWNER_SHIFT
 MAX_PACKED = 8 - 1  # owners fit the bits above the key, without the sign
 MAX_SPLITS = 8  # blocks of a cluster
+# What `attend` can leave out, for measuring what it costs; "all but gather" leaves the slots' filling and emptying.
+STAGES = ("gather", "softmax", "values", "all but gather")
 LOG2E = math.log2(math.e)
 
 # For bfloat16 and for 8-bit latents, which pass through the registers of the gathering warpgroup; neither spills any.
@@ -353,7 +355,9 @@ class _ScaledRows:
         ptx.barrier_arrive(full, ptx.compare("eq", ptx.constant(0), 0))
 
 
-def _gather(tasks: Tasks, latents, scales, lists, counts, columns, rotary, marks, barriers, block, num_tasks) -> None:
+def _gather(
+    tasks: Tasks, latents, scales, lists, counts, columns, rotary, marks, barriers, block, num_tasks, leave_out: str
+) -> None:
     """The gathering warpgroup: every listed latent of every task into its slot, and what the entries say into `marks`."""
     share = tasks.pairs // tasks.splits
     mover = _CopiedRows if scales is None else _ScaledRows
@@ -411,7 +415,11 @@ def _gather(tasks: Tasks, latents, scales, lists, counts, columns, rotary, marks
                             for i in range(4):
                                 ptx.store_shared(ptx.add(to_marks, 256 * slot + 64 * i), labels[4 * slot + i])
                         ptx.barrier_arrive(ptx.add(base, MARKED + 8 * slot), holds_entries)
-                    rows.finish(begun, slot, half, slot != half, ptx.add(base, FULL + 16 * slot + 8 * half))
+                    full = ptx.add(base, FULL + 16 * slot + 8 * half)
+                    if leave_out == "gather":
+                        ptx.barrier_arrive_after_copies(full)
+                    else:
+                        rows.finish(begun, slot, half, slot != half, full)
                 return [ptx.add(done, 1), *following]
 
             return ptx.loop(pairs, [carry[0], *entries(ptx.constant(0))], step)[:1]
@@ -564,6 +572,7 @@ def attend(
     tasks: Tasks,
     *,
     scale: float,
+    leave_out: str = "",
 ) -> jax.Array:
     """Attention of every task.
 
@@ -573,12 +582,15 @@ def attend(
       scales: [B * T] float32, one a latent, or None.
       lists: [tasks.lists, tasks.pairs * 128] int32.
       counts: [tasks.lists] int32, how many pairs of key blocks to visit, at least 1; None: all. Not with splits.
+      leave_out: one of STAGES; the result is without meaning then.
 
     Returns:
       [rows, 512] bfloat16; zeros where no key counts.
     """
     if counts is not None and tasks.splits > 1:
         raise ValueError("counts and splits exclude each other")
+    if leave_out not in ("", *STAGES):
+        raise ValueError(f"leave_out {leave_out!r} is not one of {STAGES}")
     packed, splits, blocks = tasks.packed, tasks.splits, tasks.blocks
     share = tasks.pairs // splits
     registers = REGISTERS if scales is None else REGISTERS_SCALED
@@ -600,7 +612,7 @@ def attend(
         def _():
             plgpu.set_max_registers(registers.helper, action="decrease")
             slots = (columns, rotary, marks, barriers)
-            _gather(tasks, kv_gmem, scale_ref, list_gmem, count_ref, *slots, block, jnp.int32(num_tasks))
+            _gather(tasks, kv_gmem, scale_ref, list_gmem, count_ref, *slots, block, jnp.int32(num_tasks), leave_out)
 
         def place(task):
             """(first row, rows that count, list) of a task."""
@@ -636,6 +648,13 @@ def attend(
 
         def publish_weights(s, top, total, slot):
             """The weights of a block, for the other warpgroup too, and how they change the running maximum and sum."""
+            if leave_out == "softmax":
+                p16, factors = s.astype(bf16), _row_vector(1.0)
+                _meet()
+                rotary[slot] = p16
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_ready.at[slot])
+                return p16, factors, top, total
             block_top = s.max(axis=1)
             new_top = jnp.where(block_top > top + LAZY, block_top, top)
             p = jnp.exp2(s - _per_row(new_top, s))
@@ -650,6 +669,9 @@ def attend(
 
         def own_values(o, p16, factors, o_ref, slot):
             """This warpgroup's value columns of the block in its own slot."""
+            if leave_out == "values":
+                _free(barriers, slot, slot)
+                return o
             o_ref[...] = _rescale(o, factors)
             plgpu.wgmma(o_ref, p16, columns.at[slot, slot])
             o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
@@ -660,13 +682,22 @@ def attend(
             """Starts this warpgroup's value columns of the block in the other one's slot."""
             o, top, total = carry
             plgpu.barrier_wait(p_ready.at[other])
+            if leave_out == "softmax":
+                o_ref[...] = o
+                plgpu.wgmma(o_ref, rotary.at[other], columns.at[other, own])
+                return top, total
             new_top = plgpu.load(stats.at[0, other], layout=_BY_ROW)
             factors = jnp.exp2(top - new_top)
+            if leave_out == "values":
+                return new_top, total * factors
             o_ref[...] = _rescale(o, factors)
             plgpu.wgmma(o_ref, rotary.at[other], columns.at[other, own])
             return new_top, total * factors
 
-        def other_values(o_ref, own, other):
+        def other_values(carry, o_ref, own, other):
+            if leave_out == "values":
+                _free(barriers, other, own)
+                return carry[0]
             o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
             _free(barriers, other, own)
             return o
@@ -675,6 +706,11 @@ def attend(
 
         def all_blocks(pairs, visited):
             """The carry after all blocks of a list; `visited` pairs went before, which says the barriers' parity."""
+
+            def only_free(parity):
+                for slot in range(2):
+                    _wait(barriers, FULL, jnp.int32(slot), warpgroup, parity, fence=False)
+                    _free(barriers, jnp.int32(slot), warpgroup)
 
             def first(carry):
                 def scope(s_ref, o_ref):
@@ -696,9 +732,9 @@ def attend(
                         other = 1 - own
                         issue_logits(s_ref, own, zero, parity)
                         top, total = issue_other_values(carry, o_ref, own, other)
-                        s = masked_logits(s_ref, own, zero, parity, pending=1)
+                        s = masked_logits(s_ref, own, zero, parity, pending=0 if leave_out == "values" else 1)
                         p16, factors, top, total = publish_weights(s, top, total, own)
-                        o = other_values(o_ref, own, other)
+                        o = other_values(carry, o_ref, own, other)
                         return own_values(o, p16, factors, o_ref, own), top, total
 
                     return pl.run_scoped(scope, s_type, o_type)
@@ -708,7 +744,7 @@ def attend(
                         zero, own = _opaque(jnp.int32(0)), _opaque(warpgroup)
                         other = 1 - own
                         top, total = issue_other_values(carry, o_ref, own, other)
-                        o = other_values(o_ref, own, other)
+                        o = other_values(carry, o_ref, own, other)
                         issue_logits(s_ref, own, zero, parity)
                         s = masked_logits(s_ref, own, zero, parity, pending=0)
                         p16, factors, top, total = publish_weights(s, top, total, own)
@@ -722,12 +758,15 @@ def attend(
                 def scope(o_ref):
                     zero = _opaque(jnp.int32(0))
                     top, total = issue_other_values(carry, o_ref, zero, zero + 1)
-                    return other_values(o_ref, zero, zero + 1), top, total
+                    return other_values(carry, o_ref, zero, zero + 1), top, total
 
                 return pl.run_scoped(scope, o_type)
 
             nothing = plgpu.layout_cast(jnp.zeros((TILE, VALUE_DIM // 2), f32), plgpu.Layout.WGMMA)
             carry = (nothing, _row_vector(START), _row_vector(0.0))
+            if leave_out == "all but gather":
+                jax.lax.fori_loop(0, pairs, lambda i, _: only_free((visited + i) & 1), None)
+                return carry
             carry = jax.lax.cond(warpgroup == 0, first, lambda carry: carry, carry)
             carry = jax.lax.fori_loop(0, pairs - 1 + warpgroup, step, carry)
             return jax.lax.cond(warpgroup == 0, last, lambda carry: carry, carry)

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
 from experiments import generate, text
 from experiments.generate import Meter, Request, batches, parse, requests
 from experiments.options import DEMO
+from experiments.report import Output
 from indexcache_jax.config import Config
 
 CONFIG = Config.from_hf(DEMO)
@@ -62,9 +64,63 @@ def test_the_meter_counts_each_phase_apart(monkeypatch, capsys):
     assert Meter.rate(type("", (), {"tokens": {"decode": 0}, "seconds": {"decode": 0.0}})(), "decode") == 0.0
 
 
+# ---- going on after a kill
+
+FOUND = [Request(1, [5]), Request(3, error="bad"), Request(4, [6])]
+
+
+def completions(tmp_path, text, about=None):
+    (tmp_path / generate.OUTPUT).write_bytes(text)
+    if about is not None:
+        (tmp_path / generate.ABOUT).write_text(json.dumps(about))
+    return Output(tmp_path)
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"line": 4, "tok', b'{"line": 4}'])
+def test_whole_lines_are_kept_and_half_a_line_is_cut_off(tmp_path, tail):
+    whole = b'{"line": 1, "tokens": [7]}\n{"line": 3, "error": "bad"}\n'
+    output = completions(tmp_path, whole + tail, {"seed": 0})
+    assert generate.finished(output, {"seed": 0}, FOUND) == 2
+    assert (tmp_path / generate.OUTPUT).read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", [b"", b'{"li'])
+def test_half_a_first_line_is_a_start_from_nothing(tmp_path, text):
+    assert generate.finished(completions(tmp_path, text, {}), {}, FOUND) == 0
+    assert (tmp_path / generate.OUTPUT).read_bytes() == b""
+    (tmp_path / generate.OUTPUT).unlink()
+    assert generate.finished(Output(tmp_path), {}, FOUND) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"line": 3}\n', "line 1 is of prompt 3, not of 1"),
+        (b'{"line": 1}\nnonsense\n', "line 2 is not a completion"),
+        (b'{"line": 1}\n' * 4, "4 lines for 3 prompts"),
+    ],
+)
+def test_completions_that_are_not_of_these_prompts_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        generate.finished(completions(tmp_path, text, {}), {}, FOUND)
+    assert (tmp_path / generate.OUTPUT).read_bytes() == text
+
+
+def test_completions_made_with_something_else_are_refused(tmp_path):
+    output = completions(tmp_path, b"", {"seed": 0, "dtype": "float32"})
+    with pytest.raises(ValueError, match="was made with dtype 'float32', this run has 'bfloat16'"):
+        generate.finished(output, {"seed": 0, "dtype": "bfloat16"}, FOUND)
+    (tmp_path / generate.ABOUT).unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        generate.finished(output, {"seed": 0}, FOUND)
+
+
+def command(tmp_path, *flags):
+    return [sys.executable, "-m", "experiments.run", "--experiment=generate", f"--output_dir={tmp_path / 'out'}", *flags]
+
+
 def run(tmp_path, *flags):
-    command = [sys.executable, "-m", "experiments.run", "--experiment=generate", f"--output_dir={tmp_path / 'out'}", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.slow
@@ -102,3 +158,34 @@ def test_completions_come_out_in_order_and_the_rest_is_done(tmp_path):
         assert line["completion"] == bytes(t for t in line["tokens"] if t < 256).decode(errors="replace")
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert metrics["prompts"] == 4 and list(metrics["errors"]) == ["2"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_completes_as_an_uninterrupted_one(tmp_path):
+    path, target = tmp_path / "p.jsonl", tmp_path / "out" / generate.OUTPUT
+    prompts = [json.dumps({"tokens": list(range(1, 2 + 5 * i % 13))}) for i in range(21)]
+    path.write_text("\n".join([*prompts[:9], "nonsense", *prompts[9:]]) + "\n")
+    flags = [f"--prompts={path}", "--max_new_tokens=5", "--rows_per_batch=2", "--cache_len=512", "--temperature=1"]
+    assert run(tmp_path, *flags).returncode == 1  # of the line that is none
+    uninterrupted = target.read_bytes()
+    assert uninterrupted.count(b"\n") == 22
+    target.unlink()
+
+    process = subprocess.Popen(command(tmp_path, *flags), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not target.exists() or not target.read_bytes().count(b"\n"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    begun = target.read_bytes()
+    assert uninterrupted.startswith(begun) and begun.count(b"\n") < 22  # killed in time
+    with open(target, "ab") as out:
+        out.write(b'{"line": 999, "comp')
+
+    other = run(tmp_path, *flags, "--seed=1", "--resume")
+    assert other.returncode == 1 and other.stderr.count("\n") <= 2 and "was made with sampling" in other.stderr
+    assert "1 of 22 lines could not be done: 10" in run(tmp_path, *flags, "--resume").stderr
+    assert target.read_bytes() == uninterrupted
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert metrics["of_them_done_before"] == begun.count(b"\n")

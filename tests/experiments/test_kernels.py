@@ -66,6 +66,42 @@ def test_wrong_rows_are_named(rows, message, tmp_path, flags_parsed):
         kernels.run(str(tmp_path), 0)
 
 
+def test_a_run_that_is_out_of_time_keeps_what_it_has(tmp_path, monkeypatch, flags_parsed):
+    monkeypatch.setattr(kernels, "WINDOW_SECONDS", 1e-3)
+    with flagsaver.flagsaver(rows="grouped matmul", time_limit=0.0):
+        kernels.run(str(tmp_path), 0)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert metrics["rows"] == [] and not metrics["runs"][0]["complete"]
+
+
+def test_rows_that_miss_their_target_are_measured_with_stages_left_out(tmp_path, monkeypatch, flags_parsed):
+    monkeypatch.setattr(kernels, "WINDOW_SECONDS", 1e-3)
+    case = kernels.Case(lambda x: x + 1, [(np.ones(64),)], bytes=512, variants={"nothing": lambda x: x})
+    rows = [kernels.Row("slow", lambda: case, target=0.0), kernels.Row("quick", lambda: case, target=1e9)]
+    monkeypatch.setattr(kernels, "table", lambda sizes: rows)
+    kernels.run(str(tmp_path), 0)
+    measured = {row["name"]: row for row in json.loads((tmp_path / "results.json").read_text())["metrics"]["rows"]}
+    assert measured["slow"]["variants_ms"]["nothing"] > 0 and measured["quick"]["variants_ms"] == {}
+    assert "| slow |" in (tmp_path / "report.md").read_text().split("What stages cost")[1]
+
+
+def test_a_stage_that_the_kernels_do_not_know_is_named():
+    from pallas_kernels.indexer_topk import mosaic_gpu_select
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention
+
+    with pytest.raises(ValueError, match="leave_out 'sums'"):
+        mosaic_gpu_select.SelectConfig(leave_out="sums")
+    tasks = mosaic_gpu_attention.Tasks(1, 1, 64, 1024, pairs=1)
+    with pytest.raises(ValueError, match="leave_out 'sums'"):
+        mosaic_gpu_attention.attend(None, None, None, None, None, tasks, scale=1.0, leave_out="sums")
+
+
+def test_rows_with_targets_come_first():
+    rows = kernels.table(kernels.Sizes(small=False))
+    assert [row.priority for row in rows if row.target is not None] == [0] * sum(row.target is not None for row in rows)
+    assert {row.priority for row in rows if row.target is None} == {1, 2}
+
+
 def test_a_rate_is_work_over_time():
     row = kernels.Row("some", lambda: None)
     one = kernels.Measured(row, flops=4e12, bytes=0, windows=[3.0, 5.0, 4.0])

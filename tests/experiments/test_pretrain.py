@@ -104,7 +104,7 @@ def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monke
     )
     flags.FLAGS.mark_as_parsed()
     given = dict(corpus=f"{tmp_path}/corpus/*.py", recipe="medium")
-    with flagsaver.flagsaver(**given, seconds=0.5):
+    with flagsaver.flagsaver(**given, time_limit=0.5):
         pretrain.run(str(tmp_path / "out"), 0)
     steps = {entry["stage"]: entry["steps"] for entry in json.loads((tmp_path / "out" / "plan.json").read_text())}
     assert 1 <= steps["dense"] < 5000 and 1 <= steps["warm-up"] <= 3
@@ -112,6 +112,6 @@ def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monke
     encoder = text.tokenizer(tmp_path / "out" / "checkpoint")
     assert isinstance(encoder, text.FromFile) and encoder.decode(encoder.encode(b"alpha beta")) == "alpha beta"
     log = (tmp_path / "out" / "train.jsonl").read_text()
-    with flagsaver.flagsaver(**given, seconds=1000.0, resume=True):
+    with flagsaver.flagsaver(**given, time_limit=1000.0, resume=True):
         pretrain.run(str(tmp_path / "out"), 0)  # with the steps chosen then
     assert (tmp_path / "out" / "train.jsonl").read_text() == log

@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,6 +94,52 @@ def test_refill_copies_the_first_row():
     assert filled.layers[1].index_keys is None
 
 
+def test_rows_fill_what_weights_temporaries_and_one_layers_part_leave(monkeypatch):
+    shape = model("demo", 2)
+    weights = {"DSA": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
+    bench = speed.Bench(shape, weights, {"DSA": Schedule("FF")}, [128], [128], 64, 4, jnp.bfloat16, jnp.bfloat16)
+    held = sum(x.nbytes for x in jax.tree.leaves(weights))
+    row = bench.bytes_per_token("DSA") * bench.room(128)
+    limit = held + speed.MARGIN + row // 2 + 5 * row + 1000
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})
+    monkeypatch.setattr(speed.jax, "devices", lambda: [device])
+    assert [bench.full_rows("DSA", 128, 0, extra) for extra in (0, 1000, 1001, 100 * row)] == [5, 5, 4, 1]
+    assert bench.full_rows("DSA", 128, 7) == 7
+
+
+def test_a_full_cache_that_does_not_fit_after_all_gets_fewer_rows(monkeypatch):
+    shape = model("demo", 2)
+    bench = speed.Bench(shape, {"DSA": None}, {"DSA": Schedule("FF")}, [128], [128], 64, 4, jnp.bfloat16, jnp.bfloat16)
+    bench.decode_full["DSA", 128] = 45, None
+    monkeypatch.setattr(bench, "compile_full", lambda p, n, rows: bench.decode_full.update({(p, n): (rows, None)}))
+    measured = speed.Run(bench, np.zeros(128), math.inf, lambda: None)
+    monkeypatch.setattr(measured, "show", lambda row: None)
+
+    def full_step(pattern, one, length):
+        if bench.decode_full[pattern, length][0] > 40:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return 0.5
+
+    monkeypatch.setattr(measured, "full_step", full_step)
+    measured.decode_full("DSA", None)
+    row = measured.rows["DSA", 128]
+    assert (row.full_step, row.full_rows, row.notes) == (0.5, 39, [])  # 45, 43, 41, 39
+
+
+def test_tokens_of_a_prompt_stand_in_runs():
+    prompt = speed.random_prompt(0, 50, 10, 3)
+    assert len(prompt) == 10 and (prompt.reshape(-1)[:9].reshape(3, 3) == prompt[:9:3, None]).all() and len(set(prompt)) > 2
+
+
+def test_overlap_of_neighbours():
+    k, count = 4, speed.PAIRS * 3 + 1
+    indices = np.arange(count)[:, None] * 2 + np.arange(k)  # a query shares k - 2 keys with the next
+    assert float(speed.neighbours_overlap(jnp.asarray(indices[None]))) == 0.5
+    indices[:, 3] = -1  # what is not selected is not shared
+    assert float(speed.neighbours_overlap(jnp.asarray(indices[None]))) == pytest.approx(1 / 3)
+    assert float(speed.neighbours_overlap(jnp.full((1, 2, k), -1))) == 0
+
+
 def run(tmp_path, *flags):
     command = [
         sys.executable,
@@ -111,6 +159,7 @@ def run(tmp_path, *flags):
         ("--lengths=100", "--lengths=100: not a multiple of --chunk_size=10240"),
         ("--lengths=1k", "--lengths=1k: not a number"),
         ("--rounds=0", "--rounds=0"),
+        ("--token_run=0", "--token_run=0"),
         ("--patterns=most", "--patterns=most"),
     ],
 )
@@ -133,6 +182,8 @@ def test_a_small_run_writes_rows_report_and_plot(tmp_path):
         assert r["prefill_seconds"] > 0 and r["decode_one"] > 0 and r["decode_full"] > 0 and r["scaled"]
         assert r["full_rows"] == speed.ROWS_WITHOUT_MEMORY_FIGURES
         assert r["published_prefill_seconds"] is None
+    assert set(metrics["neighbours_overlap"]) == {"DSA", "1/2"}
+    assert all(0.9 < share <= 1 for share in metrics["neighbours_overlap"].values())  # the model selects 128 keys
     dense, half = metrics["rows"][1], metrics["rows"][3]
     assert dense["prefill_rounds"][0] > metrics["rows"][0]["prefill_rounds"][0]  # twice the chunks
     assert dense["cache_bytes"] > half["cache_bytes"]

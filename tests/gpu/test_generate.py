@@ -10,7 +10,7 @@ import pytest
 
 from indexcache_jax import serving
 from indexcache_jax.config import Config, preset
-from indexcache_jax.generate import generate, prefill
+from indexcache_jax.generate import generate, prefill_chunk
 from indexcache_jax.schedule import Schedule
 from pallas_kernels import hopper
 
@@ -22,9 +22,12 @@ CONFIG, SCHEDULE = Config.from_hf(FIELDS), Schedule("FSFS")
 PROMPTS = [np.random.default_rng(i).integers(0, 512, n) for i, n in enumerate((1500, 700, 33))]
 
 
-def difference(ours, exact):
-    """Root mean square of the difference against the values' own."""
-    return np.sqrt(np.mean((ours - exact) ** 2)) / np.std(exact)
+STEPS = (5, 6, 7, 8, 9, 10, 11, 12)  # tokens that follow every prompt
+
+
+def errors(ours, exact):
+    """Of every row [N, W] its distance from the exact one, relative to that one's length."""
+    return np.linalg.norm(ours - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
 
 
 @functools.cache
@@ -32,15 +35,23 @@ def weights():
     return serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE)
 
 
-def prefill_and_steps(**options):
-    """Logits after the prompts, and after each of three further tokens."""
+def prompts_and_steps(**options):
+    """Hidden states [N, D] of all tokens of the prompts, and the logits [rows * steps, V] of STEPS after them."""
     cache = serving.init_cache(CONFIG, SCHEDULE, 3, 2048, **options)
-    logits, cache = prefill(weights(), PROMPTS, cache, CONFIG, chunk=512)
-    found, step = [logits], jax.jit(serving.step)
-    for token in (5, 6, 7):
-        logits, cache = step(weights(), jnp.full((3,), token), cache, CONFIG)
-        found.append(logits)
-    return np.stack(found)
+    lengths = np.array([len(p) for p in PROMPTS], np.int32)
+    hidden = []
+    for start in range(0, lengths.max(), 512):
+        tokens, here = np.zeros((3, 512), np.int32), np.clip(lengths - start, 0, 512)
+        for row, (prompt, count) in enumerate(zip(PROMPTS, here, strict=True)):
+            tokens[row, :count] = prompt[start : start + count]
+        x, cache = prefill_chunk(weights(), jnp.asarray(tokens), jnp.asarray(here), cache, CONFIG)
+        x = np.asarray(x, np.float32)
+        hidden += [x[row, :count] for row, count in enumerate(here)]
+    logits, step = [], jax.jit(serving.step)
+    for token in STEPS:
+        found, cache = step(weights(), jnp.full((3,), token), cache, CONFIG)
+        logits.append(found)
+    return np.concatenate(hidden), np.concatenate(logits)
 
 
 @functools.cache
@@ -51,17 +62,20 @@ def in_plain_xla():
             triton = importlib.import_module(f"pallas_kernels.{operation}.triton")
             patch.setattr(triton, "why_not", lambda *args, **options: "left out")
         jax.clear_caches()
-        found = prefill_and_steps()
+        found = prompts_and_steps()
     jax.clear_caches()
     return found
 
 
 @pytest.mark.parametrize("options", [{}, {"index_dtype": jnp.float8_e4m3fn}], ids=["bf16", "fp8 keys"])
-def test_logits_equal_those_of_plain_xla(options):
-    """Every visible key is selected: with fewer, one near-tie that falls the other way changes a random model's logits."""
-    exact = in_plain_xla()
-    assert np.std(exact) > 0.1
-    assert difference(prefill_and_steps(**options), exact) < 0.05
+def test_hidden_states_and_logits_equal_those_of_plain_xla(options):
+    """Every visible key is selected, so that no near-tie of the indexer decides. A random router has near-ties too, and a
+    token whose expert falls the other way is elsewhere altogether: most tokens must agree closely, not all of them."""
+    for ours, exact in zip(prompts_and_steps(**options), in_plain_xla(), strict=True):
+        found = np.sort(errors(ours, exact))
+        shown = f"median {np.median(found):.4f}, three quarters below {found[len(found) * 3 // 4]:.4f}, largest {found[-1]:.4f}"
+        assert np.median(found) < 0.03, shown
+        assert found[len(found) * 3 // 4] < 0.15, shown
 
 
 def test_a_row_generates_alone_what_it_generates_in_a_batch_of_copies():

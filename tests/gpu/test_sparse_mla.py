@@ -147,6 +147,27 @@ def test_has_the_gradient_of_the_reference(implementation):
 
 
 @needs_hopper
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[6], CASES[7]], ids=str)
+def test_gradients_of_every_kind_of_list_equal_the_references_and_repeat_themselves(case):
+    queries, latents = inputs(case)
+    cotangent = inputs(case, seed=2)[0][..., : case.c]
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def gradients(queries, latents, indices, implementation):
+        run = functools.partial(sparse_mla, scale=SCALE, value_dim=case.c, implementation=implementation)
+        out, pull = jax.vjp(lambda q, kv: run(q, kv, indices), queries, latents)
+        return pull(cotangent.astype(out.dtype))
+
+    for kind in KINDS:
+        indices = jnp.asarray(selections(case, kind))
+        found, again = (gradients(queries, latents, indices, "mosaic_gpu") for _ in range(2))
+        exact = gradients(queries.astype(jnp.float32), latents.astype(jnp.float32), indices, "xla")
+        for one, same, other in zip(found, again, exact, strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(same), err_msg=kind)
+            assert not np.any(other) or relative_error(one, other) < 1e-2, kind
+
+
+@needs_hopper
 def test_other_widths_and_dtypes_are_left_to_others():
     case = Case(1, 3, 4, 100, 30, 64, 16)
     queries, latents = inputs(case)

@@ -198,6 +198,17 @@ def test_the_language_loss_has_the_slope_of_finite_differences():
     assert_slope(function, case.params, direction(case.params), 1e-3)
 
 
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True], ids=["dense", "sparse"])
+def test_attention_by_bits_gives_the_same(sparse, monkeypatch):
+    """What Hopper's kernels are given, here with their references."""
+    whole = blockwise("glm", sparse)
+    monkeypatch.setattr(distill, "by_kernels", lambda *_: True)
+    by_bits = blockwise.__wrapped__("glm", sparse)
+    np.testing.assert_allclose((by_bits.language, by_bits.indexer), (whole.language, whole.indexer), rtol=1e-5)
+    assert_close(by_bits.of_language, whole.of_language)
+    assert_close(by_bits.of_indexer, whole.of_indexer)
+
+
 @pytest.mark.slow
 @both_stages
 def test_causal_parts_do_not_change_the_result(sparse, monkeypatch):

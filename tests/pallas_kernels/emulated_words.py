@@ -103,6 +103,7 @@ class Machine:
         self.mask = np.ones(threads, bool)
         self.epoch, self.races, self.rounds = 1, 0, 0
         self.reads, self.writes, self.counts = (_Accesses(self.memory.size) for _ in range(3))
+        self.open_copies, self.copies = [], []  # those of the group that is not closed yet, and the groups under way
 
     def addresses(self) -> list[np.ndarray]:
         return [np.full(self.threads, number << SEGMENT, np.int64) for number in range(len(self.arrays))]
@@ -154,12 +155,6 @@ class Machine:
 
     def float_of(self, x):
         return x.value.view(np.float32)
-
-    def carried(self, x):
-        return Word(x)
-
-    def uncarried(self, x):
-        return x.value
 
     def count_bits(self, x):
         return Word(np.bitwise_count(x.value).astype(u32))
@@ -246,6 +241,23 @@ class Machine:
         assert (address[self.mask & predicate.value] % 16 == 0).all(), "not on a 16-byte boundary"
         return [self.float_of(self._load_global_if(predicate, address + 4 * i)) for i in range(4)]
 
+    def copy_to_shared_if(self, predicate, address, source):
+        """Until it is awaited the target holds noise."""
+        assert (source[self.mask & predicate.value] % 16 == 0).all(), "not on a 16-byte boundary"
+        for i in range(4):
+            x = self._load_global_if(predicate, source + 4 * i)
+            self.store_shared_if(predicate, address + 4 * i, self.word(0x7E57ED00 + i))
+            self.open_copies.append((self.mask & predicate.value, address + 4 * i, x))
+
+    def close_copies(self):
+        self.copies.append(self.open_copies)
+        self.open_copies = []
+
+    def await_copies(self, groups):
+        while len(self.copies) > groups:
+            for on, address, x in self.copies.pop(0):
+                self.memory[address.value[on] >> 2] = x.value[on]
+
     def store_global_if(self, predicate, address, x):
         on = self.mask & predicate.value
         array, index = self._global(address, on)
@@ -304,11 +316,11 @@ class Machine:
         return carry
 
     def repeat(self, carry, body, extras):
-        for _ in range(8):
+        for _ in range(1000):
             carry, extra, more = body(list(carry))
             if not self._uniform(more):
                 return [*carry, *extra]
-        raise AssertionError("a search that does not end")
+        raise AssertionError("a loop that does not end")
 
     def otherwise_keep(self, predicate, values, body):
         return list(body() if self._uniform(predicate) else values)

@@ -200,8 +200,11 @@ SELECTIONS = [
 
 
 @pytest.mark.parametrize("with_maxima", [True, False])
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("width, k, config", SELECTIONS)
-def test_emulated_selection(width, k, config, with_maxima):
+def test_emulated_selection(width, k, config, with_maxima, resident, monkeypatch):
+    if not resident:
+        monkeypatch.setattr(mosaic_gpu_select.Problem, "resident", 0)
     rows = _rows(width)
     scores = np.stack(list(rows.values())).astype(np.float32)
     visible = np.full(len(rows), width, np.int32) - np.arange(len(rows), dtype=np.int32)
@@ -214,13 +217,27 @@ def test_emulated_selection(width, k, config, with_maxima):
     assert (wrong, races) == ([], 0)
 
 
-def test_emulated_selection_of_short_rows():
+@pytest.mark.parametrize("resident", [True, False])
+def test_emulated_selection_of_short_rows(resident, monkeypatch):
+    if not resident:
+        monkeypatch.setattr(mosaic_gpu_select.Problem, "resident", 0)
     visible = np.array([0, 1, 15, 16, 17, 63, 64, 65, 200], np.int32)
     scores = np.random.default_rng(1).standard_normal((len(visible), 256)).astype(np.float32)
     want = properties.numpy_select(scores, visible, 64)
     scores, maxima = _as_the_scores_kernel_leaves_them(scores, visible)
     out, races = _emulate(scores, maxima, visible, 64, SELECTIONS[0][2])
     np.testing.assert_array_equal(out, want)
+    assert races == 0
+
+
+def test_rows_longer_than_shared_memory_are_emulated_too():
+    config = mosaic_gpu_select.SelectConfig(threads=256, rows=1, loads=1)
+    problem = mosaic_gpu_select.Problem(1, 1, 1, 64, 64, 8, False, False, config)
+    assert 64 < problem.resident < 65536  # of no problem of a test above, but what every launch has
+    scores = np.random.default_rng(1).standard_normal((2, 65536)).astype(np.float32)
+    visible = np.array([65536, 3000], np.int32)
+    out, races = _emulate(scores, None, visible, 100, config)
+    np.testing.assert_array_equal(out, properties.numpy_select(scores, visible, 100))
     assert races == 0
 
 
@@ -231,6 +248,17 @@ def test_the_emulator_sees_a_missing_barrier():
 
     scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)
     assert _emulate(scores, None, np.array([1024], np.int32), 64, SELECTIONS[0][2], WithoutBarriers)[1] > 0
+
+
+def test_the_emulator_sees_a_copy_that_is_not_awaited():
+    class WithoutWaiting(Machine):
+        def await_copies(self, groups):
+            pass
+
+    scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)
+    visible = np.array([1024], np.int32)
+    out, _ = _emulate(scores, None, visible, 64, SELECTIONS[0][2], WithoutWaiting)
+    assert not np.array_equal(out, properties.numpy_select(scores, visible, 64))
 
 
 def test_configurations_that_cannot_be_launched():

@@ -9,6 +9,7 @@ from pallas_kernels import hopper, sparse_mla
 from pallas_kernels.sparse_mla import fp8, gradient, mosaic_gpu, reference, triton
 from tests.pallas_kernels import ptx_emulator
 from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
+from tests.pallas_kernels.interpreted_products import multiply_plainly
 
 SCALE = 0.11
 CASES = [Case(1, 5, 4, 40, 16, 64, 16), Case(2, 3, 20, 50, 33, 32, 16), Case(1, 2, 40, 64, 64, 16, 16)]
@@ -121,6 +122,44 @@ def test_gradients_equal_differentiating_the_reference(name, kind):
     for one, other in zip(found, expected, strict=True):
         assert np.any(other) == (kind != "nothing")
         np.testing.assert_allclose(one, other, atol=(1e-5 if name == "xla" else 3e-3) * float(jnp.abs(other).max()))
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+def test_hoppers_gradient_interpreted_equals_the_references(monkeypatch):
+    """Several blocks of queries, the last one short; rows and keys of several tiles, neither a multiple; a list of -1."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.sparse_mla import mosaic_gpu_gradient
+
+    multiply_plainly(monkeypatch, mosaic_gpu_gradient)
+    case = Case(1, 47, 3, 200, 20, 64, 64)
+    monkeypatch.setattr(mosaic_gpu_gradient, "PAIR_BYTES", 2 * case.h * 256 * 20)
+    queries, latents = inputs(case)
+    cotangent = inputs(case, seed=2)[0][..., : case.c]
+    indices = selections(case, "ascending")
+    indices[:, 5] = -1
+    indices = jnp.asarray(indices)
+    assert mosaic_gpu_gradient.ascending(indices)
+    out = reference.sparse_mla(queries, latents, indices, scale=SCALE, value_dim=case.c)
+    arguments = SCALE, case.c
+    found = mosaic_gpu_gradient.pull_ascending(
+        queries, latents, indices, out, cotangent, *arguments, interpret=plgpu.InterpretGPUParams()
+    )
+    exact = gradient.pull(*(x.astype(jnp.float32) for x in (queries, latents)), indices, cotangent, *arguments)
+    for one, other in zip(found, exact, strict=True):
+        assert relative_error(one, other) < 6e-3
+
+
+def test_lists_that_may_repeat_a_position_are_told_apart():
+    mosaic_gpu_gradient = pytest.importorskip("pallas_kernels.sparse_mla.mosaic_gpu_gradient")
+    for indices, expected in [
+        ([[0, 3, 5]], True),
+        ([[0, 3, -1], [-1, -1, -1]], True),
+        ([[0, 3, 3]], False),
+        ([[3, 0, -1]], False),
+        ([[0, -1, 3]], False),
+    ]:
+        assert bool(mosaic_gpu_gradient.ascending(jnp.asarray(indices))) == expected
 
 
 def test_gradients_of_many_blocks_are_one(monkeypatch):
