@@ -39,17 +39,20 @@ class Blocks:
             raise ValueError(f"a block of {self.m} x {self.n} is not one that wgmma takes")
 
 
-def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
+def _why_not(rows: jax.Array, dtype: jnp.dtype, k: int, n: int) -> str | None:
     if reason := hopper.why_not():
         return reason
-    if rows.dtype != matrices.dtype or rows.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it multiplies two 16-bit arrays of one dtype, not {rows.dtype} and {matrices.dtype}"
+    if rows.dtype != dtype or dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies two 16-bit arrays of one dtype, not {rows.dtype} and {dtype}"
     if rows.shape[0] == 0:
         return "there are no rows"
-    k, n = matrices.shape[1:]
     if k % BLOCK_K or n % WIDTHS[-1]:
         return f"K and N must be multiples of {BLOCK_K} and {WIDTHS[-1]}, they are {k} and {n}"
     return None
+
+
+def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
+    return _why_not(rows, matrices.dtype, *matrices.shape[1:])
 
 
 def blocks_for(n: int) -> Blocks:
@@ -178,7 +181,7 @@ grouped_matmul.defvjp(_forward_and_keep, _backward)
 
 def why_not_swiglu(rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array) -> str | None:
     groups, k, _, n = gate_up.shape
-    if reason := why_not(rows, jax.ShapeDtypeStruct((groups, k, n), gate_up.dtype), group_sizes):
+    if reason := _why_not(rows, gate_up.dtype, k, n):
         return reason
     if not mosaic_gpu_prefill.serves(rows.shape[0], groups):
         return f"{rows.shape[0]} rows do not fill the tiles of {groups} groups"

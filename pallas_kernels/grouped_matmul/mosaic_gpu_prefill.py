@@ -36,14 +36,19 @@ REGISTERS = hopper.RegisterSplit(workers=2, worker=232, helper=40)
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """n: columns of a tile's result; stages: steps of BLOCK_K in flight; slots: pieces of a warpgroup on their way out."""
+    """n: columns of a tile's result; stages: steps of BLOCK_K in flight; slots: pieces of a warpgroup on their way out;
+    cluster: blocks that take the columns next to each other of one tile at the same time and share the copies of its rows.
+    """
 
     n: int
     stages: int
     slots: int = 2
     gated: bool = False
+    cluster: int = 1
 
     def __post_init__(self) -> None:
+        if self.cluster not in (1, 2):
+            raise ValueError(f"{self}: a cluster has 1 or 2 blocks, more do not fill the multiprocessors")
         if self.n % PIECE or not PIECE <= self.columns <= 256:
             raise ValueError(f"{self}: a tile takes a multiple of {PIECE} columns and at most 256 of a matrix")
         if self.stages < 2 or not 1 <= self.slots <= self.n // PIECE:
@@ -105,8 +110,10 @@ def multiply(
     (m, k), dtype = rows.shape, rows.dtype
     n, stages, slots, gated = tiling.n, tiling.stages, tiling.slots, tiling.gated
     width = matrices.shape[2] // (1 + gated)  # of the result
-    columns, steps = width // n, k // BLOCK_K
-    blocks = min(hopper.MULTIPROCESSORS, tiles.shape[1] * columns)
+    cluster = tiling.cluster
+    columns, steps = width // (n * cluster), k // BLOCK_K  # columns of a cluster
+    blocks = min(hopper.MULTIPROCESSORS // cluster, tiles.shape[1] * columns)
+    shared = "member" if cluster > 1 else None
     parts = 1 + gated  # of the columns of a tile in a matrix
 
     def smem(shape, line_rows=8):
@@ -129,29 +136,41 @@ def multiply(
         def place(i):
             index = block + i * blocks
             tile = lax.div(index, columns)
-            return tile, (index - tile * columns) * n
+            column = index - tile * columns
+            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 else column) * n
 
         @pl.when(warpgroup == 2)
         def _copy():
             plgpu.set_max_registers(REGISTERS.helper, action="decrease")
 
-            def one_tile(i, _):
+            def one_tile(i, nothing):
                 tile, column = place(i)
                 group, first, second = (tile_gmem[j, tile] for j in range(3))
-                second = jnp.where(second < 0, first, second)  # nobody reads it: the barrier counts copies
 
-                def step(j, _):
+                def step(j, nothing):
                     done = i * steps + j
                     slot = lax.rem(done, stages)
 
                     @pl.when(done >= stages)
-                    def _():
+                    def await_free():
                         plgpu.barrier_wait(empty.at[slot])
 
                     depth = pl.ds(j * BLOCK_K, BLOCK_K)
-                    for half, begin in enumerate((first, second)):
+
+                    def copy_rows(half, begin):
                         source = row_gmem.at[pl.ds(begin, HALF), depth]
-                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot])
+                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=shared)
+
+                    copy_rows(0, first)
+
+                    @pl.when(second >= 0)
+                    def copy_second():
+                        copy_rows(1, second)
+
+                    @pl.when(second < 0)
+                    def leave_second():
+                        plgpu.barrier_arrive(full.at[slot])  # in place of the copy
+
                     for part in range(parts):
                         source = matrix_gmem.at[group, depth, pl.ds(part * width + column, n)]
                         plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, part], full.at[slot])
@@ -160,7 +179,7 @@ def multiply(
 
             lax.fori_loop(0, mine, one_tile, None)
 
-            def drain(done, _):
+            def drain(done, nothing):
                 plgpu.barrier_wait(empty.at[lax.rem(done, stages)])
 
             lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, None)
@@ -169,7 +188,7 @@ def multiply(
             """This warpgroup's half of its block's tile i: [HALF, n] float32."""
 
             def scope(*accs):
-                def step(j, _):
+                def step(j, nothing):
                     done = i * steps + j
                     slot = lax.rem(done, stages)
                     plgpu.barrier_wait(full.at[slot])
@@ -178,7 +197,7 @@ def multiply(
                     plgpu.wgmma_wait(parts)  # the step before has ended
 
                     @pl.when(j > 0)
-                    def _():
+                    def free_last():
                         plgpu.barrier_arrive(empty.at[lax.rem(done - 1, stages)])
 
                 lax.fori_loop(0, steps, step, None)
@@ -192,9 +211,11 @@ def multiply(
             return pl.run_scoped(scope, *[plgpu.ACC((HALF, n), jnp.float32)] * parts)
 
         def skip(i):
-            def step(j, _):
+            def step(j, nothing):
                 slot = lax.rem(i * steps + j, stages)
                 plgpu.barrier_wait(full.at[slot])
+                if cluster > 1:  # one thread arrives: no warp may be left behind by a whole round of the slots
+                    plgpu.commit_smem()
                 plgpu.barrier_arrive(empty.at[slot])
 
             lax.fori_loop(0, steps, step, None)
@@ -231,24 +252,24 @@ def multiply(
         def _multiply():
             plgpu.set_max_registers(REGISTERS.worker, action="increase")
 
-            def one_tile(i, _):
+            def one_tile(i, nothing):
                 tile, column = place(i)
                 begin, start, end = tile_gmem[1 + warpgroup, tile], tile_gmem[3, tile], tile_gmem[4, tile]
 
                 @pl.when(begin < 0)
-                def _():
+                def sit_out():
                     skip(i)
 
                 @pl.when(begin >= 0)
-                def _():
+                def take_part():
                     result = product(i)
 
                     @pl.when(end - start >= HALF)
-                    def _():
+                    def whole():
                         store(result, begin, column)
 
                     @pl.when(end - start < HALF)
-                    def _():
+                    def short():
                         store_some(result, begin, start, end - start, column)
 
             lax.fori_loop(0, mine, one_tile, None)
@@ -262,10 +283,15 @@ def multiply(
             smem((stages, parts, BLOCK_K, n)),
             plgpu.RefUnion(smem(out_shape), smem(out_shape, 1), plgpu.SMEM((HALF, PIECE), dtype)),
             plgpu.Barrier(num_arrivals=2 + parts, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            # Rows arrive in the slots of all blocks of a cluster, once all of them are free.
+            plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=stages)
+            if cluster > 1
+            else plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         grid=(blocks,),
         grid_names=("block",),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("member",) if cluster > 1 else (),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
@@ -284,5 +310,8 @@ def forward(
     interpret: Any = False,
 ) -> jax.Array:
     """rows [M, K], M >= HALF, times matrices [E, K, N] -> [M, N]; gated: silu(the first N / 2 columns) * the others."""
-    tiling = tiling or tiling_for(matrices.shape[2] // (1 + gated), gated)
+    width = matrices.shape[2] // (1 + gated)
+    tiling = tiling or tiling_for(width, gated)
+    if width % (tiling.n * tiling.cluster):
+        raise ValueError(f"{tiling} does not divide {width} columns")
     return multiply(rows, matrices, *tiles_of(group_sizes, rows.shape[0]), tiling, interpret)

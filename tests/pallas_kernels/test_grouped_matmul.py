@@ -73,9 +73,19 @@ def test_halves_of_hoppers_tiles_cover_every_row_and_stay_in_their_group(sizes):
 
 
 def test_tilings_that_do_not_fit_are_refused():
-    for fields in ({"n": 100}, {"n": 320}, {"n": 256, "gated": True}, {"n": 256, "slots": 5}, {"n": 256, "stages": 5}):
+    for fields in (
+        {"n": 100},
+        {"n": 320},
+        {"n": 256, "gated": True},
+        {"n": 256, "slots": 5},
+        {"n": 256, "stages": 5},
+        {"n": 128, "cluster": 3},
+    ):
         with pytest.raises(ValueError, match=f"n={fields['n']}"):
             mosaic_gpu_prefill.Tiling(**{"stages": 4, "slots": 2, **fields})
+    rows, matrices, group_sizes = inputs([256], 64, 192)
+    with pytest.raises(ValueError, match="192 columns"):
+        mosaic_gpu_prefill.forward(rows, matrices, group_sizes, tiling=mosaic_gpu_prefill.Tiling(n=128, stages=4))
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
