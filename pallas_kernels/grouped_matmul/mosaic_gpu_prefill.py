@@ -67,9 +67,15 @@ class Tiling:
 
 
 def tiling_for(columns: int, gated: bool) -> Tiling:
-    """The best one for so many columns of the result, a multiple of PIECE."""
+    """The best one for so many columns of the result, a multiple of PIECE.
+
+    Measured on one H200, 40960 rows in 64 random or skewed groups, against blocks of 128 rows by one warpgroup. 2048 x 3072:
+    0.97 and 0.93 ms in clusters, 0.97 and 0.95 without, 0.90 and 0.96 with 192 columns, 1.11 and 1.16 before; gated 0.95 and
+    0.95, without clusters 0.99 and 0.94. 1536 x 2048: 0.49 and 0.50 ms in clusters, 0.51 and 0.60 without, 0.76 before.
+    """
     width = next(width for width in (GATED_WIDTHS if gated else WIDTHS) if columns % width == 0)
-    return Tiling(n=width, stages=4, slots=min(2, width // PIECE), gated=gated)
+    cluster = 2 if columns % (2 * width) == 0 else 1
+    return Tiling(n=width, stages=4, slots=min(2, width // PIECE), gated=gated, cluster=cluster)
 
 
 def serves(rows: int, groups: int) -> bool:

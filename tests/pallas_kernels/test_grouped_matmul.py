@@ -113,7 +113,9 @@ def test_blocks_divide_the_columns_and_fit_the_groups():
     assert mosaic_gpu.blocks_for(3072) == mosaic_gpu.Blocks(m=64, n=128, stages=6)
     widths = {columns: mosaic_gpu_prefill.tiling_for(columns, gated=False).n for columns in (3072, 576, 640, 320)}
     assert widths == {3072: 256, 576: 192, 640: 128, 320: 64}
-    assert mosaic_gpu_prefill.tiling_for(1536, gated=True) == mosaic_gpu_prefill.Tiling(n=128, stages=4, slots=2, gated=True)
+    clusters = {columns: mosaic_gpu_prefill.tiling_for(columns, gated=False).cluster for columns in (3072, 576, 640, 320)}
+    assert clusters == {3072: 2, 576: 1, 640: 1, 320: 1}
+    assert mosaic_gpu_prefill.tiling_for(1536, gated=True) == mosaic_gpu_prefill.Tiling(n=128, stages=4, gated=True, cluster=2)
     assert mosaic_gpu_prefill.tiling_for(192, gated=True).n == 64
     assert mosaic_gpu_prefill.serves(32768, 64) and not mosaic_gpu_prefill.serves(64, 256)
 
