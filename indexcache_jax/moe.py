@@ -124,11 +124,10 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
 
 def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
     """The chosen experts of tokens [N, D]: rows sorted by expert, two grouped products -> [N, D] float32."""
-    k, groups, width = experts.shape[1], p.gate_up.shape[0], p.gate_up.shape[-1]
+    k, groups = experts.shape[1], p.gate_up.shape[0]
     order = jnp.argsort(experts.reshape(-1), stable=True)
     sizes = loads(experts, groups)
-    gate_up = pallas_kernels.grouped_matmul(tokens[order // k], p.gate_up.reshape(groups, -1, 2 * width), sizes)
-    hidden = jax.nn.silu(gate_up[:, :width]) * gate_up[:, width:]
+    hidden = pallas_kernels.grouped_swiglu(tokens[order // k], p.gate_up, sizes)
     rows = pallas_kernels.grouped_matmul(hidden, p.down, sizes)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     rows = rows[back].reshape(-1, k, tokens.shape[-1]).astype(jnp.float32)

@@ -1,6 +1,11 @@
-"""grouped_matmul: rows sorted by expert, each group times its own matrix; a thin choice among what there is."""
+"""grouped_matmul: rows sorted by expert, each group times its own matrix; a thin choice among what there is.
+
+grouped_swiglu is the first product of a SwiGLU layer with its activation.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,3 +48,27 @@ def grouped_matmul(
             f"got {rows.shape}, {matrices.shape} and {group_sizes.shape}"
         )
     return dispatch.call("grouped_matmul", BACKENDS, implementation, rows, matrices, group_sizes.astype(jnp.int32))
+
+
+SWIGLU_BACKENDS = {
+    "mosaic_gpu": dispatch.Backend(mosaic_gpu.grouped_swiglu, mosaic_gpu.why_not_swiglu),
+    "unfused": dispatch.Backend(functools.partial(reference.swiglu_of, grouped_matmul)),
+    "xla": dispatch.Backend(functools.partial(reference.swiglu_of, reference.grouped_matmul)),
+}
+
+
+def grouped_swiglu(
+    rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """silu(gate) * up of rows [M, K] in groups of group_sizes [E] times gate_up [E, K, 2, I] -> [M, I].
+
+    As grouped_matmul, whose result "unfused", the best but for many rows on Hopper, rounds before the activation;
+    "mosaic_gpu" rounds the activation only.
+    """
+    expected = rows.ndim == 2 and gate_up.ndim == 4 and gate_up.shape[2] == 2
+    if not expected or rows.shape[1] != gate_up.shape[1] or group_sizes.shape != gate_up.shape[:1]:
+        raise ValueError(
+            "grouped_swiglu: expected rows [M, K], gate_up [E, K, 2, I] and group_sizes [E], "
+            f"got {rows.shape}, {gate_up.shape} and {group_sizes.shape}"
+        )
+    return dispatch.call("grouped_swiglu", SWIGLU_BACKENDS, implementation, rows, gate_up, group_sizes.astype(jnp.int32))

@@ -1,11 +1,11 @@
-"""grouped_matmul on Hopper.
+"""grouped_matmul on Hopper, and the kernel for few rows a group; mosaic_gpu_prefill has the one for many.
 
 A tile is a block of rows with one group that has rows in it: a block in which several groups meet is several tiles, each
 of which computes the whole block and writes the rows of its group alone. Which tiles there are is found by XLA beforehand
 and read by the kernel, so that the number of groups costs nothing in it, and a group without rows, its matrix above all,
 is never touched: in a decode step that is most of them.
 
-The backward pass is that of `lax.ragged_dot`.
+The backward pass is that of `lax.ragged_dot`, for grouped_swiglu after the product is made again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
+from pallas_kernels.grouped_matmul import mosaic_gpu_prefill, reference
 
 ROW_TILE = 8  # the copies' layout takes whole tiles of rows
 BLOCK_K = 64  # 128 bytes, one swizzled line
-PREFILL_WIDTHS, DECODE_WIDTHS = (192, 128, 64), (128, 64)  # of a block; the widest that divides N
+WIDTHS = (128, 64)  # of a block; the widest that divides N
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +39,25 @@ class Blocks:
             raise ValueError(f"a block of {self.m} x {self.n} is not one that wgmma takes")
 
 
-def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
+def _why_not(rows: jax.Array, dtype: jnp.dtype, k: int, n: int) -> str | None:
     if reason := hopper.why_not():
         return reason
-    if rows.dtype != matrices.dtype or rows.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it multiplies two 16-bit arrays of one dtype, not {rows.dtype} and {matrices.dtype}"
+    if rows.dtype != dtype or dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies two 16-bit arrays of one dtype, not {rows.dtype} and {dtype}"
     if rows.shape[0] == 0:
         return "there are no rows"
-    k, n = matrices.shape[1:]
-    if k % BLOCK_K or n % DECODE_WIDTHS[-1]:
-        return f"K and N must be multiples of {BLOCK_K} and {DECODE_WIDTHS[-1]}, they are {k} and {n}"
+    if k % BLOCK_K or n % WIDTHS[-1]:
+        return f"K and N must be multiples of {BLOCK_K} and {WIDTHS[-1]}, they are {k} and {n}"
     return None
 
 
-def blocks_for(rows: int, groups: int, n: int) -> Blocks:
-    """Tall and wide where groups fill them (prefill), else the least wgmma takes, with more steps under way (decode)."""
-    widths, m, stages = (PREFILL_WIDTHS, 128, 4) if rows >= 128 * groups else (DECODE_WIDTHS, 64, 6)
-    return Blocks(m=m, n=next(width for width in widths if n % width == 0), stages=stages)
+def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
+    return _why_not(rows, matrices.dtype, *matrices.shape[1:])
+
+
+def blocks_for(n: int) -> Blocks:
+    """The least rows wgmma takes, with many steps under way."""
+    return Blocks(m=64, n=next(width for width in WIDTHS if n % width == 0), stages=6)
 
 
 def _running_sum(x: jax.Array) -> jax.Array:
@@ -149,9 +152,11 @@ def forward(
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`blocks` overrules the choice of block sizes, `interpret` runs on a CPU (plgpu.InterpretGPUParams)."""
+    """`blocks` overrules the choice of the kernel and its blocks, `interpret` runs on a CPU (plgpu.InterpretGPUParams)."""
     m, (groups, _, n) = rows.shape[0], matrices.shape
-    blocks = blocks or blocks_for(m, groups, n)
+    if blocks is None and mosaic_gpu_prefill.serves(m, groups):
+        return mosaic_gpu_prefill.forward(rows, matrices, group_sizes, interpret=interpret)
+    blocks = blocks or blocks_for(n)
     padded = jnp.pad(rows, ((0, -m % ROW_TILE), (0, 0)))
     return multiply(padded, matrices, tiles_of(group_sizes, m, blocks.m), blocks, interpret)[:m]
 
@@ -172,3 +177,31 @@ def _backward(kept, cotangent):
 
 
 grouped_matmul.defvjp(_forward_and_keep, _backward)
+
+
+def why_not_swiglu(rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array) -> str | None:
+    groups, k, _, n = gate_up.shape
+    if reason := _why_not(rows, gate_up.dtype, k, n):
+        return reason
+    if not mosaic_gpu_prefill.serves(rows.shape[0], groups):
+        return f"{rows.shape[0]} rows do not fill the tiles of {groups} groups"
+    return None
+
+
+@jax.custom_vjp
+def grouped_swiglu(rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    groups, k, _, n = gate_up.shape
+    return mosaic_gpu_prefill.forward(rows, gate_up.reshape(groups, k, 2 * n), group_sizes, gated=True)
+
+
+def _forward_and_keep_swiglu(rows, gate_up, group_sizes):
+    return grouped_swiglu(rows, gate_up, group_sizes), (rows, gate_up, group_sizes)
+
+
+def _backward_swiglu(kept, cotangent, multiply=grouped_matmul):
+    rows, gate_up, group_sizes = kept
+    _, pull = jax.vjp(lambda r, m: reference.swiglu_of(multiply, r, m, group_sizes), rows, gate_up)
+    return *pull(cotangent), None
+
+
+grouped_swiglu.defvjp(_forward_and_keep_swiglu, _backward_swiglu)

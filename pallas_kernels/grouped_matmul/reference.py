@@ -7,6 +7,8 @@ product on a CPU multiplies every row by every matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -34,3 +36,15 @@ def grouped_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array)
 
     out = jax.lax.map(multiply, (padded.reshape(blocks, block, -1), group_of_block))
     return out.reshape(blocks * block, -1)[place]
+
+
+def swiglu_of(
+    multiply: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    rows: jax.Array,
+    gate_up: jax.Array,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """silu(gate) * up [M, I] by way of one grouped product: rows [M, K], gate_up [E, K, 2, I]."""
+    groups, k, _, width = gate_up.shape
+    product = multiply(rows, gate_up.reshape(groups, k, 2 * width), group_sizes)
+    return jax.nn.silu(product[:, :width]) * product[:, width:]

@@ -14,6 +14,16 @@ SIZES = {
     "decode": [0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0],
 }
 
+# enough rows a group for tiles of 128: whole ones, ragged, short and empty groups, all rows in one group, M not a multiple of 8
+MANY_ROWS = {
+    "whole": [128, 256],
+    "ragged": [200, 0, 70, 37, 1, 129, 512],
+    "short groups": [5, 63, 64, 65, 127, 540, 32],
+    "short at the end": [700, 3, 0, 50],
+    "one group": [0, 0, 399],
+    "single row": [1, 300, 100],
+}
+
 
 def inputs(sizes, k: int, n: int, dtype=jnp.bfloat16):
     rng = np.random.default_rng(sum(sizes))
@@ -27,3 +37,8 @@ def numpy_products(rows, matrices, sizes) -> np.ndarray:
     return np.concatenate(
         [rows[start : start + size] @ matrices[i] for i, (start, size) in enumerate(zip(starts, sizes, strict=False))]
     )
+
+
+def numpy_swiglu(rows, gate_up, sizes) -> np.ndarray:
+    gate, up = (numpy_products(rows, gate_up[:, :, i], sizes) for i in range(2))
+    return gate / (1 + np.exp(-gate)) * up
