@@ -1,6 +1,7 @@
 """sparse_mla on Hopper: how its arguments become tasks of the attention kernel, by these rules.
 
 - A query with 64 heads is a tile, with 128 two. Lists of indices go to the kernel as they are.
+- A query with at most 32 heads goes to a kernel of its own, mosaic_gpu_few_heads.py, unless its list has to be split.
 - Few heads leave rows of a tile empty, and the gather of the keys is what takes the time then. Neighbouring queries select
   much the same keys, so several queries share a tile over the union of their lists (PACKED_QUERIES says from when on).
 - A few tiles leave multiprocessors idle: their lists are split among the blocks of a cluster, which combine their parts
@@ -66,11 +67,30 @@ def splits_of(tiles: int, pairs: int) -> int:
     return max(parts for parts in range(1, pairs + 1) if pairs % parts == 0 and parts <= most)
 
 
-def pairs_to_visit(indices: jax.Array) -> jax.Array:
-    """indices [lists, k], empty places usually in the tail -> [lists] int32 pairs of key blocks up to the last one set."""
+def blocks_to_visit(indices: jax.Array, size: int) -> jax.Array:
+    """indices [lists, k], empty places usually in the tail -> [lists] int32 blocks of `size` entries up to the last one set."""
     places = jnp.arange(1, indices.shape[1] + 1, dtype=jnp.int32)
     last = jnp.max(jnp.where(indices >= 0, places, 1), axis=1)
-    return -(-last // PAIR)
+    return -(-last // size)
+
+
+def _in_blocks(indices: jax.Array, size: int) -> jax.Array:
+    """[lists, k] -> [lists, blocks * size], filled up with -1."""
+    return jnp.pad(indices, ((0, 0), (0, -indices.shape[1] % size)), constant_values=-1)
+
+
+def _few_heads(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float) -> jax.Array:
+    """`forward` for at most 32 heads, by the kernel that is made for them."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
+
+    (b, s, h, width), t = queries.shape, latents.shape[1]
+    lists = _in_blocks(indices.reshape(b * s, -1), mosaic_gpu_few_heads.KEYS)
+    blocks = lists.shape[1] // mosaic_gpu_few_heads.KEYS
+    # A decode step has full lists or short contexts, and a further launch would cost more than it saves.
+    counts = blocks_to_visit(lists, mosaic_gpu_few_heads.KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
+    tasks = mosaic_gpu_few_heads.Tasks(b, s, h, t, blocks)
+    flat = queries.reshape(b * s * h, width), latents.reshape(b * t, width), lists, counts
+    return mosaic_gpu_few_heads.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
 
 
 def forward(
@@ -87,10 +107,13 @@ def forward(
 
     `packed` overrules the rule for how many queries share a tile.
     """
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_few_heads, mosaic_gpu_union
 
     b, s, h, width = queries.shape
     t, k = latents.shape[1], indices.shape[2]
+    is_split = splits_of(b * s, -(-k // PAIR)) > 1
+    if packed is None and latent_scales is None and h <= mosaic_gpu_few_heads.MAX_HEADS and not is_split:
+        return _few_heads(queries, latents, indices, scale=scale)
     heads = padded_heads(h)
     if heads != h:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, heads - h), (0, 0)))
@@ -105,9 +128,9 @@ def forward(
         pairs = -(-k // PAIR)
         splits = splits_of(b * s * max(1, heads // TILE), pairs)
         tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=pairs, splits=splits)
-        lists = jnp.pad(indices, ((0, 0), (0, pairs * PAIR - k)), constant_values=-1)
+        lists = _in_blocks(indices, PAIR)
         # A decode step has full lists or short contexts, and a further launch would cost more than it saves.
-        counts = pairs_to_visit(lists) if splits == 1 and s > 1 else None
+        counts = blocks_to_visit(lists, PAIR) if splits == 1 and s > 1 else None
 
     out = mosaic_gpu_attention.attend(
         queries.reshape(b * s * heads, width),

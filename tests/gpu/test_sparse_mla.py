@@ -21,10 +21,11 @@ CASES = [
     Case(2, 5, 128, 200, 128),  # two tiles a query
     Case(1, 3, 48, 500, 96),  # rows of a tile left over
     Case(1, 3, 70, 500, 96),  # heads padded to two tiles
-    Case(1, 301, 20, 2000, 256),  # three queries a tile, one over
-    Case(2, 133, 32, 900, 100),  # two queries a tile, tiles do not cross from row to row of the batch
-    Case(3, 101, 16, 700, 64),
-    Case(1, 270, 4, 300, 40),  # seven queries a tile
+    Case(1, 301, 20, 2000, 256),  # few heads: several queries a block of the grid
+    Case(2, 133, 32, 900, 100),
+    Case(3, 101, 16, 700, 64),  # one key block
+    Case(1, 270, 4, 300, 257),
+    Case(1, 150, 1, 300, 1),
     Case(1, 1, 64, 4096, 2048),  # decode, lists split over a cluster
     Case(5, 1, 64, 1000, 600),
     Case(3, 1, 20, 4096, 2048),
