@@ -307,3 +307,178 @@ def store_shared_products(address: Value, pair: Sequence[Value], scale: Value) -
     lines += [f"cvt.rn.bf16x2.f32 r{i}, f{2 * i + 1}, f{2 * i};" for i in range(4)]
     lines += ["st.shared.v4.b32 [$0], {r0, r1, r2, r3};"]
     asm("{\n" + "\n".join(lines) + "\n}", [address, *pair, scale], "r,r,r,f")
+
+
+# ---- float32 registers
+
+
+def number(x: float) -> Value:
+    return arith.constant(ir.F32Type.get(), x)
+
+
+def plus(a: Value, b: Value) -> Value:
+    return arith.addf(a, b)
+
+
+def minus(a: Value, b: Value) -> Value:
+    return arith.subf(a, b)
+
+
+def times(a: Value, b: Value) -> Value:
+    return arith.mulf(a, b)
+
+
+def times_plus(a: Value, b: Value, c: Value) -> Value:
+    """a * b + c, rounded once."""
+    return asm("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "=f,f,f,f", ir.F32Type.get())
+
+
+def larger(a: Value, b: Value) -> Value:
+    return asm("max.f32 $0, $1, $2;", [a, b], "=f,f,f", ir.F32Type.get())
+
+
+def above(a: Value, b: Value) -> Value:
+    """Whether a > b, false for NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OGT, a, b)
+
+
+def either(condition: Value, a: Value, b: Value) -> Value:
+    return arith.select(condition, a, b)
+
+
+def inverse(x: Value) -> Value:
+    return arith.divf(number(1.0), x)
+
+
+def lane_distant(x: Value, distance: int) -> Value:
+    """x of the lane whose number differs by the bit `distance`."""
+    return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", ir.F32Type.get())
+
+
+def load_shared_floats(address: Value) -> list[Value]:
+    """Two that lie side by side."""
+    pair = ir.Type.parse("!llvm.struct<(f32, f32)>")
+    loaded = asm("ld.shared.v2.f32 {$0, $1}, [$2];", [address], "=f,=f,r", pair)
+    return [llvm.extractvalue(ir.F32Type.get(), loaded, [i]) for i in range(2)]
+
+
+def store_shared_floats(address: Value, pair: Sequence[Value]) -> None:
+    asm("st.shared.v2.f32 [$0], {$1, $2};", [address, *pair], "r,f,f")
+
+
+# ---- barriers of some of a block's threads, and branches that have results
+
+
+def barrier(identity: int, threads: int) -> None:
+    """`threads` threads of the block meet. 0 is the whole block's."""
+    asm(f"barrier.cta.sync {identity}, {threads};")
+
+
+def barrier_any(identity: int, threads: int, predicate: Value) -> Value:
+    """`threads` threads meet, and all get 1 where the predicate holds for any of them, else 0."""
+    return asm(
+        f"{{\n.reg .pred p;\nbarrier.cta.red.or.pred p, {identity}, {threads}, $1;\nselp.b32 $0, 1, 0, p;\n}}",
+        [predicate],
+        "=r,b",
+        i32(),
+    )
+
+
+def choose(condition: Value, body: Callable[[], Sequence[Value]], otherwise: Sequence[Value]) -> list[Value]:
+    """What `body` makes where the condition holds, else `otherwise`."""
+    branch = scf.IfOp(condition, [value.type for value in otherwise], has_else=True)
+    with ir.InsertionPoint(branch.then_block):
+        scf.YieldOp(list(body()))
+    with ir.InsertionPoint(branch.else_block):
+        scf.YieldOp(list(otherwise))
+    return list(branch.results)
+
+
+# ---- matrices: wgmma on bfloat16 in shared memory, and the 8 x 8 blocks of its fragments
+
+
+def matrix(address: Value) -> Value:
+    """The descriptor of a matrix of 128-byte lines in tiles of 8 lines, swizzled, one tile after the other (1024 bytes).
+
+    It serves lines along either dimension. `address` is that of the first tile, or up to 96 bytes into its lines.
+    """
+    high = 1 << 30 | 1024 >> 4  # 128-byte swizzle, bytes from tile to tile
+    ptx = f"{{\n.reg .b32 low;\nshr.u32 low, $1, 4;\nand.b32 low, low, 0x3fff;\nmov.b64 $0, {{low, {high}}};\n}}"
+    return asm(ptx, [address], "=l,r", i64())
+
+
+def multiply(
+    sums: Sequence[Sequence[Value]],
+    a: Value,
+    b: Value,
+    steps: Sequence[tuple[int, int, int]],
+    *,
+    columns: int,
+    transposed: bool,
+    fresh: bool,
+) -> list[list[Value]]:
+    """Starts sums[i] [64, columns] += A [64, 16] B [16, columns] for every (i, bytes into a, bytes into b) of `steps`.
+
+    a: descriptor; lines are rows of A, or with `transposed` its columns.
+    b: descriptor; lines are columns of B.
+    fresh: the sums start at zero.
+    Until they are waited for, nothing else may touch the sums.
+    """
+    flat = [value for values in sums for value in values]
+    each, total = columns // 2, len(flat)
+    lines = [".reg .pred add, set;", ".reg .b64 a, b;", f"setp.ne.b32 add, ${2 * total + 2}, 0;"]
+    lines += [f"setp.eq.b32 set, ${2 * total + 2}, 0;", "wgmma.fence.sync.aligned;"]
+    begun: set[int] = set()
+    for i, into_a, into_b in steps:
+        registers = ", ".join(f"${i * each + j}" for j in range(each))
+        first = fresh and i not in begun
+        begun.add(i)
+        lines += [f"add.s64 a, ${2 * total}, {into_a >> 4};", f"add.s64 b, ${2 * total + 1}, {into_b >> 4};"]
+        lines += [
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{registers}}}, a, b, "
+            f"{'set' if first else 'add'}, 1, 1, {int(transposed)}, 0;"
+        ]
+    constraints = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["l", "l", "n"])
+    text = "{\n" + "\n".join(lines) + "\n}"
+    results = _unpacked(asm(text, [*flat, a, b, constant(1)], constraints, _floats(total)), total)
+    return [results[i : i + each] for i in range(0, total, each)]
+
+
+def _floats(count: int) -> ir.Type:
+    return ir.Type.parse("!llvm.struct<(" + ", ".join(["f32"] * count) + ")>")
+
+
+def _unpacked(struct: Value, count: int) -> list[Value]:
+    return [llvm.extractvalue(ir.F32Type.get(), struct, [i]) for i in range(count)]
+
+
+def multiply_commit() -> None:
+    """What was started since the last time is one group."""
+    asm("wgmma.commit_group.sync.aligned;")
+
+
+def multiply_wait(pending: int) -> None:
+    """Until at most the last `pending` groups are under way."""
+    asm(f"wgmma.wait_group.sync.aligned {pending};")
+
+
+def multiplied(sums: Sequence[Sequence[Value]]) -> list[list[Value]]:
+    """The sums, once everything that was started has ended."""
+    flat = [value for values in sums for value in values]
+    each, count = len(sums[0]), len(flat)
+    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
+    ended = _unpacked(asm("wgmma.wait_group.sync.aligned 0;", flat, constraints, _floats(count)), count)
+    return [ended[i : i + each] for i in range(0, count, each)]
+
+
+def store_shared_transposed(address: Value, words: Sequence[Value]) -> None:
+    """Two 8 x 8 blocks of 16-bit numbers, a warp's fragments, each column of a block as one line of 16 bytes.
+
+    Lanes 0 to 7 have the addresses of the first block's lines, 8 to 15 those of the second's.
+    """
+    asm("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};", [address, *words], "r,r,r")
+
+
+def transposed_block(word: Value) -> Value:
+    """The fragment of the transpose of an 8 x 8 block of 16-bit numbers."""
+    return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [word], "=r,r", i32())

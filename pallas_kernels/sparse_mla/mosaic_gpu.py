@@ -1,8 +1,9 @@
 """sparse_mla on Hopper: how its arguments become tasks of the attention kernel, by these rules.
 
 - A query with 64 heads is a tile, with 128 two. Lists of indices go to the kernel as they are.
-- Few heads leave rows of a tile empty, and the gather of the keys is what takes the time then. Neighbouring queries select
-  much the same keys, so several queries share a tile over the union of their lists (PACKED_QUERIES says from when on).
+- At most 32 heads leave rows of a tile empty. Queries that have keys in common share a tile over the union of their lists,
+  others go to a kernel of their own, mosaic_gpu_few_heads.py, one by one. `unions_pay` looks at the lists to decide, where
+  there are PACKED_QUERIES or more; below, and in decode steps, each query is on its own.
 - A few tiles leave multiprocessors idle: their lists are split among the blocks of a cluster, which combine their parts
   through each other's shared memory. A launch more for that would cost about as much as all the rest of a decode step.
 - Latents in 8 bits are read as such, by the same kernel.
@@ -12,8 +13,11 @@ The backward pass is in mosaic_gpu_gradient.py.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import hopper
 from pallas_kernels.sparse_mla import gradient
@@ -21,6 +25,12 @@ from pallas_kernels.sparse_mla import gradient
 WIDTH, VALUE_DIM = 576, 512  # what the kernel is laid out for; mosaic_gpu_attention.py says how
 TILE, PAIR = 64, 128
 PACKED_QUERIES = 2 * hopper.MULTIPROCESSORS  # B * S from which the unions pay for the kernel that builds them
+
+# Key blocks of the unions for each key block of the lists, below which tiles of several queries are faster. 4096 queries of
+# 20 heads on an H200, three a tile: 2.39, 1.59, 1.26, 1.03 and 0.87 ms where neighbours share 0, 50, 70, 85 and 95 % of their
+# selections and so unions are 1, 0.67, 0.53, 0.43 and 0.37 of the lists, or 2.4 ms times this ratio; one by one 1.53 to 1.43.
+UNION_PAYS = 0.6
+SAMPLED_TILES = 128  # one for each multiprocessor, so that their unions take the time of one
 
 
 def why_not(
@@ -58,6 +68,33 @@ def queries_per_tile(batch: int, queries: int, heads: int, keys: int) -> int:
     return max(1, fitting)
 
 
+def unions_pay(indices: jax.Array, heads: int, keys: int, packed: int) -> jax.Array:
+    """Whether tiles of `packed` queries over the unions of their lists are faster than every query on its own.
+
+    Either way the time goes into key blocks, those of the unions or those of the lists, which are counted in a sample of
+    tiles. A block of a union takes the same time for any number of heads, because the tile is of 64 rows. One of a list
+    moves 1936, 2072 and 2208 clocks' worth of shared memory with 16, 24 and 32 columns: one threshold is right within 7 %.
+
+    Args:
+      indices: [B, S, k] int32, -1 where empty.
+
+    Returns:
+      [] bool, a function of the indices alone.
+    """
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_few_heads, mosaic_gpu_union
+
+    b, s, k = indices.shape
+    of_batch_row = s // packed  # whole tiles
+    sampled = min(b * of_batch_row, SAMPLED_TILES)
+    tile = np.arange(sampled) * (b * of_batch_row) // sampled
+    first = tile // of_batch_row * s + tile % of_batch_row * packed
+    lists = indices.reshape(b * s, k)[(first[:, None] + np.arange(packed)).reshape(-1)]
+    tasks = mosaic_gpu_attention.Tasks(1, sampled * packed, heads, keys, pairs=-(-packed * k // PAIR), packed=packed)
+    _, pairs = mosaic_gpu_union.unite(lists, tasks)
+    of_unions = jnp.sum(pairs) * (PAIR // mosaic_gpu_few_heads.KEYS)
+    return of_unions < UNION_PAYS * jnp.sum(blocks_to_visit(lists, mosaic_gpu_few_heads.KEYS))
+
+
 def splits_of(tiles: int, pairs: int) -> int:
     """Into how many even parts lists of `pairs` pairs of key blocks are split, so that the device is full."""
     from pallas_kernels.sparse_mla import mosaic_gpu_attention
@@ -66,35 +103,48 @@ def splits_of(tiles: int, pairs: int) -> int:
     return max(parts for parts in range(1, pairs + 1) if pairs % parts == 0 and parts <= most)
 
 
-def pairs_to_visit(indices: jax.Array) -> jax.Array:
-    """indices [lists, k], empty places usually in the tail -> [lists] int32 pairs of key blocks up to the last one set."""
+def blocks_to_visit(indices: jax.Array, size: int) -> jax.Array:
+    """indices [lists, k], empty places usually in the tail -> [lists] int32 blocks of `size` entries up to the last one set."""
     places = jnp.arange(1, indices.shape[1] + 1, dtype=jnp.int32)
     last = jnp.max(jnp.where(indices >= 0, places, 1), axis=1)
-    return -(-last // PAIR)
+    return -(-last // size)
 
 
-def forward(
+def _in_blocks(indices: jax.Array, size: int) -> jax.Array:
+    """[lists, k] -> [lists, blocks * size], filled up with -1."""
+    return jnp.pad(indices, ((0, 0), (0, -indices.shape[1] % size)), constant_values=-1)
+
+
+def _one_by_one(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float) -> jax.Array:
+    """`forward` for at most 32 heads, by the kernel that is made for them."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
+
+    (b, s, h, width), t = queries.shape, latents.shape[1]
+    lists = _in_blocks(indices.reshape(b * s, -1), mosaic_gpu_few_heads.KEYS)
+    blocks = lists.shape[1] // mosaic_gpu_few_heads.KEYS
+    # A decode step has full lists or short contexts, and a further launch would cost more than it saves.
+    counts = blocks_to_visit(lists, mosaic_gpu_few_heads.KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
+    tasks = mosaic_gpu_few_heads.Tasks(b, s, h, t, blocks)
+    flat = queries.reshape(b * s * h, width), latents.reshape(b * t, width), lists, counts
+    return mosaic_gpu_few_heads.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
+
+
+def _in_tiles(
     queries: jax.Array,
     latents: jax.Array,
     indices: jax.Array,
+    latent_scales: jax.Array | None = None,
     *,
     scale: float,
-    value_dim: int,
-    latent_scales: jax.Array | None = None,
-    packed: int | None = None,
+    packed: int,
 ) -> jax.Array:
-    """queries [B, S, H, 576], latents [B, T, 576] and indices [B, S, k] -> [B, S, H, 512] bfloat16.
-
-    `packed` overrules the rule for how many queries share a tile.
-    """
+    """`forward` by the kernel whose tiles are 64 heads of one query, or those of `packed` ones."""
     from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
 
-    b, s, h, width = queries.shape
-    t, k = latents.shape[1], indices.shape[2]
+    (b, s, h, width), t, k = queries.shape, latents.shape[1], indices.shape[2]
     heads = padded_heads(h)
     if heads != h:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, heads - h), (0, 0)))
-    packed = packed or queries_per_tile(b, s, heads, t)
     indices = indices.reshape(b * s, k)
 
     counts: jax.Array | None
@@ -105,9 +155,9 @@ def forward(
         pairs = -(-k // PAIR)
         splits = splits_of(b * s * max(1, heads // TILE), pairs)
         tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=pairs, splits=splits)
-        lists = jnp.pad(indices, ((0, 0), (0, pairs * PAIR - k)), constant_values=-1)
+        lists = _in_blocks(indices, PAIR)
         # A decode step has full lists or short contexts, and a further launch would cost more than it saves.
-        counts = pairs_to_visit(lists) if splits == 1 and s > 1 else None
+        counts = blocks_to_visit(lists, PAIR) if splits == 1 and s > 1 else None
 
     out = mosaic_gpu_attention.attend(
         queries.reshape(b * s * heads, width),
@@ -118,7 +168,32 @@ def forward(
         tasks,
         scale=scale,
     )
-    return out.reshape(b, s, heads, value_dim)[:, :, :h]
+    return out.reshape(b, s, heads, VALUE_DIM)[:, :, :h]
+
+
+def forward(
+    queries: jax.Array,
+    latents: jax.Array,
+    indices: jax.Array,
+    *,
+    scale: float,
+    value_dim: int,
+    latent_scales: jax.Array | None = None,
+) -> jax.Array:
+    """queries [B, S, H, 576], latents [B, T, 576] and indices [B, S, k] -> [B, S, H, 512] bfloat16."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
+
+    b, s, h, _ = queries.shape
+    t, k = latents.shape[1], indices.shape[2]
+    packed = queries_per_tile(b, s, padded_heads(h), t)
+    in_tiles = functools.partial(_in_tiles, scale=scale, packed=packed)
+    is_split = splits_of(b * s, -(-k // PAIR)) > 1
+    if latent_scales is not None or h > mosaic_gpu_few_heads.MAX_HEADS or is_split:
+        return in_tiles(queries, latents, indices, latent_scales)
+    one_by_one = functools.partial(_one_by_one, scale=scale)
+    if packed == 1:
+        return one_by_one(queries, latents, indices)
+    return jax.lax.cond(unions_pay(indices, h, t, packed), in_tiles, one_by_one, queries, latents, indices)
 
 
 def sparse_mla(

@@ -21,10 +21,11 @@ CASES = [
     Case(2, 5, 128, 200, 128),  # two tiles a query
     Case(1, 3, 48, 500, 96),  # rows of a tile left over
     Case(1, 3, 70, 500, 96),  # heads padded to two tiles
-    Case(1, 301, 20, 2000, 256),  # three queries a tile, one over
-    Case(2, 133, 32, 900, 100),  # two queries a tile, tiles do not cross from row to row of the batch
-    Case(3, 101, 16, 700, 64),
-    Case(1, 270, 4, 300, 40),  # seven queries a tile
+    Case(1, 301, 20, 2000, 256),  # few heads: several queries a block of the grid
+    Case(2, 133, 32, 900, 100),
+    Case(3, 101, 16, 700, 64),  # one key block
+    Case(1, 270, 4, 300, 257),
+    Case(1, 150, 1, 300, 1),
     Case(1, 1, 64, 4096, 2048),  # decode, lists split over a cluster
     Case(5, 1, 64, 1000, 600),
     Case(3, 1, 20, 4096, 2048),
@@ -101,8 +102,28 @@ def test_the_number_of_queries_a_tile_does_not_change_the_result(packed):
     case = Case(2, 50, 20, 600, 150)
     queries, latents = inputs(case)
     indices = jnp.asarray(selections(case, "overlapping"))
-    out = mosaic_gpu.forward(queries, latents, indices, scale=SCALE, value_dim=case.c, packed=packed)
+    out = mosaic_gpu._in_tiles(queries, latents, indices, scale=SCALE, packed=packed)
     assert relative_error(out, _reference(case.c)(queries, latents, indices)) < 5e-3
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", [16, 20, 32])
+def test_few_heads_whether_or_not_neighbours_share(heads):
+    """Both branches of the rule, which the lists choose."""
+    case = Case(2, 150, heads, 9000, 256)
+    queries, latents = inputs(case)
+    packed = mosaic_gpu.queries_per_tile(case.b, case.s, heads, case.t)
+    assert packed == 64 // heads
+    rng = np.random.default_rng(0)
+    lists = np.sort(np.stack([rng.permutation(case.t)[: case.k] for _ in range(case.b * case.s)]), axis=-1)
+    lists = lists.reshape(case.b, case.s, case.k).astype(np.int32)
+    for indices, pay in ((lists, False), (lists[:, np.arange(case.s) // packed], True)):
+        indices = jnp.asarray(indices)
+        assert bool(jax.jit(functools.partial(mosaic_gpu.unions_pay, heads=heads, keys=case.t, packed=packed))(indices)) == pay
+        run = jax.jit(functools.partial(mosaic_gpu.forward, scale=SCALE, value_dim=case.c))
+        out, again = run(queries, latents, indices), run(queries, latents, indices)
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(again))
+        assert relative_error(out, _reference(case.c)(queries, latents, indices)) < 5e-3
 
 
 @needs_hopper

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import hopper, sparse_mla
 from pallas_kernels.sparse_mla import fp8, gradient, mosaic_gpu, reference, triton
-from tests.pallas_kernels import ptx_emulator
+from tests.pallas_kernels import ptx_emulator, warpgroup_emulator
 from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
 from tests.pallas_kernels.interpreted_products import multiply_plainly
 
@@ -277,10 +277,10 @@ def test_registers_that_would_be_waited_for_are_refused():
             hopper.RegisterSplit(workers=2, worker=worker, helper=helper)
 
 
-def test_pairs_to_visit_end_with_the_last_index():
+def test_blocks_to_visit_end_with_the_last_index():
     indices = np.full((4, 300), -1)
     indices[1, 0], indices[2, 128], indices[3, 299] = 5, 5, 5
-    np.testing.assert_array_equal(mosaic_gpu.pairs_to_visit(jnp.asarray(indices)), [1, 1, 2, 3])
+    np.testing.assert_array_equal(mosaic_gpu.blocks_to_visit(jnp.asarray(indices), 128), [1, 1, 2, 3])
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
@@ -297,12 +297,116 @@ def test_unions_hold_every_key_with_its_owners(kind, keys, packed, monkeypatch):
     assert_unions(lists, counts, indices, packed, ascending=kind != "scattered")
 
 
+def unions_pay_emulated(monkeypatch, indices, heads, keys, packed):
+    from pallas_kernels.sparse_mla import mosaic_gpu_union
+
+    unite = mosaic_gpu_union.unite
+
+    def emulated(lists, tasks):
+        with monkeypatch.context() as patch:
+            return ptx_emulator.run(patch, mosaic_gpu_union, unite, np.asarray(lists), tasks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mosaic_gpu_union, "unite", emulated)
+        patch.setattr(mosaic_gpu, "SAMPLED_TILES", 4)
+        return bool(mosaic_gpu.unions_pay(jnp.asarray(indices), heads, keys, packed))
+
+
+def selections_with_changes(rng, changes, shape, keys, k):
+    """[B, S, k], ascending: `changes` of a query's keys are none that the four queries before it selected."""
+    b, s = shape
+    out = np.empty((b, s, k), np.int32)
+    for row, query in np.ndindex(b, s):
+        fresh = rng.permutation(np.setdiff1d(np.arange(keys), out[row, max(0, query - 4) : query]))
+        kept = rng.permutation(out[row, query - 1])[: k - changes] if query else fresh[changes:k]
+        out[row, query] = np.sort(np.concatenate([kept, fresh[:changes]]))
+    return out
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+@pytest.mark.parametrize("heads, packed", [(16, 4), (20, 3), (32, 2)])
+def test_unions_pay_where_neighbours_share_enough(heads, packed, monkeypatch):
+    """On either side of where a union is UNION_PAYS of the lists, also where only a part of the lists is set."""
+    k, keys = 1024, 8000
+    at_threshold = (1 - mosaic_gpu.UNION_PAYS) * packed / (packed - 1)  # a union is 1 + (packed - 1) (1 - shared) lists
+    for shared, expected in ((0.0, False), (at_threshold - 0.1, False), (min(at_threshold + 0.1, 1.0), True), (1.0, True)):
+        changes = round((1 - shared) * k)
+        indices = selections_with_changes(np.random.default_rng(0), changes, (2, 3 * packed + 1), keys, k)
+        tails = np.concatenate([indices, np.full_like(indices, -1)], axis=-1)
+        for given in (indices, tails):
+            assert unions_pay_emulated(monkeypatch, given, heads, keys, packed) == expected, shared
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+def test_the_sample_for_the_unions_is_whole_tiles_all_over(monkeypatch):
+    """Selections of their own for every tile: those pay, but not tiles across two of them, nor if every second batch row."""
+    packed, k, keys = 3, 256, 3000
+    rng = np.random.default_rng(0)
+    alike = np.repeat(selections_with_changes(rng, k, (2, 8), keys, k), packed, axis=1)  # whole tiles of one selection
+    assert unions_pay_emulated(monkeypatch, alike, 20, keys, packed)
+    shifted = np.roll(alike, 1, axis=1)  # tiles across two selections: 2/3 of their lists
+    assert not unions_pay_emulated(monkeypatch, shifted, 20, keys, packed)
+    different = selections_with_changes(rng, k, (2, 24), keys, k)
+    for row in range(2):  # in one row everything is alike, in the other nothing: 2/3 again
+        mixed = alike.copy()
+        mixed[row] = different[row]
+        assert not unions_pay_emulated(monkeypatch, mixed, 20, keys, packed)
+
+
+def few_heads_emulated(monkeypatch, queries, latents, indices, seed, multiprocessors=2):
+    """What the kernel for few heads makes of a case, each multiprocessor doing every `multiprocessors`-th query."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads as few
+
+    b, s, h, width = queries.shape
+    lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % few.KEYS)), constant_values=-1)
+    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), few.KEYS))
+    tasks = few.Tasks(b, s, h, latents.shape[1], lists.shape[1] // few.KEYS)
+    flat = np.asarray(queries).reshape(-1, width), np.asarray(latents).reshape(-1, width), lists, counts
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "MULTIPROCESSORS", multiprocessors)
+        out = warpgroup_emulator.run(patch, few, few.attend, *flat, tasks, scale=SCALE, seed=seed)
+    return out.reshape(b, s, h, -1)
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+@pytest.mark.parametrize(
+    "case, kind",
+    [(Case(1, 5, 20, 300, 400), kind) for kind in KINDS]
+    + [(Case(2, 3, 32, 200, 70), "ascending"), (Case(1, 4, 3, 400, 250), "scattered"), (Case(1, 3, 16, 90, 1), "ascending")],
+    ids=str,
+)
+def test_the_kernel_for_few_heads_emulated(case, kind, monkeypatch):
+    queries, latents = inputs(case)
+    indices = selections(case, kind)
+    expected = numpy_attention(queries, latents, indices, SCALE, case.c)
+    for seed in range(2):
+        out = few_heads_emulated(monkeypatch, queries, latents, indices, seed)
+        if expected.any():
+            assert relative_error(out, expected) < 5e-3
+        assert not np.asarray(out, np.float32)[(indices < 0).all(-1)].any()
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+def test_the_kernel_for_few_heads_follows_growing_logits_emulated(monkeypatch):
+    """Every later key beats all before it by far, then none does; and what is not selected may be anything."""
+    case = Case(1, 2, 20, 384, 384)
+    rng = np.random.default_rng(0)
+    growing = np.linspace(-40, 40, case.t)[None, :, None] + rng.normal(size=(1, case.t, case.c + case.r))
+    queries = jnp.ones((1, case.s, case.h, case.c + case.r), jnp.bfloat16)
+    indices = np.broadcast_to(np.arange(case.k, dtype=np.int32), (1, case.s, case.k)).copy()
+    indices[:, 1] = indices[:, 1, ::-1]
+    indices[indices == 200] = -1
+    latents = jnp.asarray(growing, jnp.bfloat16)
+    out = few_heads_emulated(monkeypatch, queries, latents.at[:, 200].set(jnp.nan), indices, seed=0)
+    assert relative_error(out, numpy_attention(queries, latents, indices, SCALE, case.c)) < 5e-3
+
+
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 @pytest.mark.parametrize("latents", [jnp.bfloat16, jnp.float8_e4m3fn])
 @pytest.mark.parametrize(
     "case",
-    [Case(1, 3, 64, 300, 130), Case(1, 1, 128, 4096, 2048), Case(1, 301, 20, 2000, 256)],
-    ids=["one query a tile", "decode", "several queries a tile"],
+    [Case(1, 3, 64, 300, 130), Case(1, 1, 128, 4096, 2048), Case(1, 301, 20, 2000, 256), Case(1, 1, 32, 300, 1)],
+    ids=["one query a tile", "decode", "few heads", "few heads, one key"],
 )
 def test_the_hopper_kernels_lower(case, latents):
     """All of Pallas' checks and layout inference run without a GPU; what they make is compiled on one."""
@@ -316,3 +420,26 @@ def test_the_hopper_kernels_lower(case, latents):
         arguments["latent_scales"] = jax.ShapeDtypeStruct((case.b, case.t), jnp.float32)
     run = jax.jit(functools.partial(mosaic_gpu.forward, scale=SCALE, value_dim=case.c))
     assert "mosaic_gpu" in run.trace(**arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+@pytest.mark.parametrize(
+    "case, looks",
+    [
+        (Case(1, 264, 20, 300, 256), True),
+        (Case(2, 132, 32, 300, 256), True),
+        (Case(1, 263, 20, 300, 256), False),
+        (Case(400, 1, 20, 300, 256), False),
+        (Case(1, 300, 64, 300, 256), False),
+    ],
+    ids=str,
+)
+def test_only_a_prefill_with_few_heads_looks_at_the_lists_first(case, looks):
+    """The host waits for a predicate: no decode program may have one."""
+    width = case.c + case.r
+    queries = jax.ShapeDtypeStruct((case.b, case.s, case.h, width), jnp.bfloat16)
+    latents = jax.ShapeDtypeStruct((case.b, case.t, width), jnp.bfloat16)
+    indices = jax.ShapeDtypeStruct((case.b, case.s, case.k), jnp.int32)
+    run = jax.jit(functools.partial(mosaic_gpu.forward, scale=SCALE, value_dim=case.c))
+    text = run.trace(queries, latents, indices).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("stablehlo.case" in text) == looks
