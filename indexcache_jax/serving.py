@@ -31,6 +31,7 @@ from indexcache_jax.norm import layer_norm, rms_norm
 from indexcache_jax.params import MLP, MoE, Params, at_layer, init, slots
 from indexcache_jax.rope import rotate
 from indexcache_jax.schedule import Schedule
+from pallas_kernels.decode_layer import api as decode_layer
 from pallas_kernels.indexer_topk import fp8 as index_fp8
 from pallas_kernels.sparse_mla import fp8 as latent_fp8
 
@@ -409,9 +410,91 @@ def layer(
     return mlp(p, x, config), indices, cache
 
 
+def _in_few_launches(
+    p: Layer,
+    x: jax.Array,
+    indices: jax.Array | None,
+    cache: LayerCache,
+    positions: Positions,
+    keys: int,
+    config: Config,
+    meetings: jax.Array,
+) -> tuple[jax.Array, jax.Array, LayerCache, jax.Array]:
+    """`layer` for a single token where `pallas_kernels.decode_layer` serves it: two kernels around the attention.
+
+    `meetings` [1] int32 is theirs, 0 before the first of them; what comes back goes to the next.
+    """
+    c, (before, after) = config, _dense_parts(p)
+    made = decode_layer.attention_inputs(
+        x,
+        before,
+        cache.latents,
+        cache.index_keys,
+        cache.index_scales,
+        positions.queries,
+        positions.angles,
+        meetings,
+        eps=c.rms_norm_eps,
+        latent_eps=c.latent_norm_eps,
+        index_scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5,
+        index_interleaved=c.index_rope_interleave,
+    )
+    cache = dataclasses.replace(
+        cache, latents=made["latents"], index_keys=made.get("index_keys"), index_scales=made.get("index_scales")
+    )
+    if p.full:
+        assert cache.index_keys is not None
+        indices = pallas_kernels.indexer_topk(
+            made["index_queries"],
+            cache.index_keys[:, :keys],
+            made["index_weights"],
+            k_select=min(c.index_topk, keys),
+            q_positions=positions.queries,
+            kv_lengths=positions.kv_lengths,
+            key_scales=None if cache.index_scales is None else cache.index_scales[:, :keys],
+        )
+    assert indices is not None  # the first layer is F
+    context = pallas_kernels.sparse_mla(
+        made["queries"], cache.latents[:, :keys], indices, scale=c.attention_scale, value_dim=c.kv_lora_rank
+    )
+    experts = dict(chosen=c.num_experts_per_tok, normalised=c.norm_topk_prob, scale=c.routed_scaling_factor)
+    options = experts if isinstance(p.mlp, Experts) else {}
+    x, meetings = decode_layer.layer_outputs(x, context, after, made["counter"], eps=c.rms_norm_eps, **options)
+    return x, indices, cache, meetings
+
+
+def _dense_parts(p: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The weights that `decode_layer` reads before and after the attention, by its names."""
+    before = {"norm": p.norm, "down": p.down, "q_norm": p.q_norm, "kv_norm": p.kv_norm, "up": p.up, "k_up": p.k_up}
+    if p.key_norm is not None and p.key_norm_bias is not None:
+        before |= {"key_norm": p.key_norm, "key_norm_bias": p.key_norm_bias}
+    after = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
+    if isinstance(p.mlp, Dense):
+        return before, after | {"router": p.mlp.gate_up, "shared_down": p.mlp.down}
+    after |= {"router": p.mlp.router, "router_bias": p.mlp.router_bias, "gate_up": p.mlp.gate_up, "expert_down": p.mlp.down}
+    return before, after if p.mlp.shared_down is None else after | {"shared_down": p.mlp.shared_down}
+
+
+def _decode_layer(
+    p: Layer,
+    x: jax.Array,
+    indices: jax.Array | None,
+    cache: LayerCache,
+    positions: Positions,
+    keys: int,
+    config: Config,
+    meetings: jax.Array,
+) -> tuple[jax.Array, jax.Array, LayerCache, jax.Array]:
+    before, after = _dense_parts(p)
+    biased = p.down_bias is not None or p.out_bias is not None
+    if biased or decode_layer.why_not(x, cache.latents, cache.index_keys, before | after, config.n_group) is not None:
+        return *layer(p, x, indices, cache, positions, keys, config), meetings
+    return _in_few_launches(p, x, indices, cache, positions, keys, config, meetings)
+
+
 # `indices` is donated only by F layers, which replace it.
 prefill_layer = jax.jit(layer, static_argnames="keys", donate_argnames=("x", "cache"))
-_same_program = jax.jit(layer, static_argnames="keys")  # traced once for all layers of a kind
+_same_program = jax.jit(_decode_layer, static_argnames="keys")  # traced once for all layers of a kind
 
 
 @jax.jit
@@ -435,8 +518,8 @@ def step(weights: Weights, token: jax.Array, cache: Cache, config: Config, keys:
     """
     ones = jnp.ones_like(cache.lengths)
     x, positions = embed(weights.embedding, token[:, None], cache.lengths, ones, config)
-    indices, layers = None, []
+    indices, layers, meetings = None, [], jnp.zeros((1,), jnp.int32)
     for p, one in zip(weights.layers, cache.layers, strict=True):
-        x, indices, one = _same_program(p, x, indices, one, positions, keys or cache.max_len, config)
+        x, indices, one, meetings = _same_program(p, x, indices, one, positions, keys or cache.max_len, config, meetings)
         layers.append(one)
     return logits(weights, x[:, 0], config), Cache(tuple(layers), positions.kv_lengths)

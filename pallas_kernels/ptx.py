@@ -217,6 +217,11 @@ def or_shared(address: Value, bits: Value) -> Value:
     return asm("atom.shared.or.b32 $0, [$1], $2;", [address, bits], "=r,r,r", i32())
 
 
+def both(a: Value, b: Value) -> Value:
+    """Of two conditions."""
+    return arith.andi(a, b)
+
+
 def population(bits: Value) -> Value:
     return asm("popc.b32 $0, $1;", [bits], "=r,r", i32())
 
@@ -307,3 +312,166 @@ def store_shared_products(address: Value, pair: Sequence[Value], scale: Value) -
     lines += [f"cvt.rn.bf16x2.f32 r{i}, f{2 * i + 1}, f{2 * i};" for i in range(4)]
     lines += ["st.shared.v4.b32 [$0], {r0, r1, r2, r3};"]
     asm("{\n" + "\n".join(lines) + "\n}", [address, *pair, scale], "r,r,r,f")
+
+
+# ---- float32 numbers, and bfloat16 ones in pairs
+
+
+def f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def number(value: float) -> Value:
+    return arith.constant(f32(), ir.FloatAttr.get(f32(), value))
+
+
+def add_floats(a: Value, *others: Value) -> Value:
+    for other in others:
+        a = arith.addf(a, other)
+    return a
+
+
+def sub_floats(a: Value, b: Value) -> Value:
+    return arith.subf(a, b)
+
+
+def mul_floats(a: Value, b: Value) -> Value:
+    return arith.mulf(a, b)
+
+
+def divide_floats(a: Value, b: Value) -> Value:
+    return asm("div.rn.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
+
+
+def maximum_floats(a: Value, b: Value) -> Value:
+    return arith.maximumf(a, b)
+
+
+def rsqrt(x: Value) -> Value:
+    return asm("rsqrt.approx.f32 $0, $1;", [x], "=f,f", f32())
+
+
+def bits_of(x: Value) -> Value:
+    return arith.bitcast(i32(), x)
+
+
+def float_of(bits: Value) -> Value:
+    return arith.bitcast(f32(), bits)
+
+
+def rounded(x: Value) -> Value:
+    """The nearest bfloat16, as float32."""
+    return from_bfloat16_pair(to_bfloat16_pair(x, x))[0]
+
+
+def to_e4m3_word(xs: Sequence[Value]) -> Value:
+    """Four numbers as e4m3; what is too large becomes the largest."""
+    ptx = (
+        "{\n.reg .b16 a, b;\ncvt.rn.satfinite.e4m3x2.f32 a, $2, $1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;\nmov.b32 $0, {a, b};\n}"
+    )
+    return asm(ptx, list(xs), "=r,f,f,f,f", i32())
+
+
+def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
+    """total + the dot product of 8 bfloat16 numbers with 8 others, four words each."""
+    lines = [".reg .f32 x, y, odd;", "mov.f32 $0, $1;", "mov.f32 odd, 0f00000000;"]
+    for i in range(4):
+        lines += [f"shl.b32 x, ${2 + i}, 16;", f"shl.b32 y, ${6 + i}, 16;", "fma.rn.f32 $0, x, y, $0;"]
+        lines += [f"and.b32 x, ${2 + i}, 0xffff0000;", f"and.b32 y, ${6 + i}, 0xffff0000;", "fma.rn.f32 odd, x, y, odd;"]
+    lines += ["add.f32 $0, $0, odd;"]
+    return asm("{\n" + "\n".join(lines) + "\n}", [total, *a, *b], "=&f,f" + ",r" * 8, f32())
+
+
+def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value) -> list[Value]:
+    """totals[i] + factor * the i-th of the 8 bfloat16 numbers in four words."""
+    lines = [".reg .f32 x;"]
+    for i in range(4):
+        lines += [f"shl.b32 x, ${16 + i}, 16;", f"fma.rn.f32 ${2 * i}, x, $20, ${8 + 2 * i};"]
+        lines += [f"and.b32 x, ${16 + i}, 0xffff0000;", f"fma.rn.f32 ${2 * i + 1}, x, $20, ${9 + 2 * i};"]
+    kind = ir.Type.parse("!llvm.struct<(" + ", ".join(["f32"] * 8) + ")>")
+    constraints = ",".join(["=&f"] * 8 + ["f"] * 8 + ["r"] * 4 + ["f"])
+    out = asm("{\n" + "\n".join(lines) + "\n}", [*totals, *words, factor], constraints, kind)
+    return [llvm.extractvalue(f32(), out, [i]) for i in range(8)]
+
+
+def load_words(address: Value) -> list[Value]:
+    """16 bytes, as four words, of what is read once and no one writes during the kernel."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    text = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];"
+    loaded = asm(text, [address], "=r,=r,=r,=r,l", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+
+
+def from_lane_across(x: Value, distance: int) -> Value:
+    """The float32 of the lane whose number differs in the bit `distance`."""
+    return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", f32())
+
+
+def reduce_warp(operation: str, x: Value) -> Value:
+    """`operation` is max or min, of unsigned numbers, or or."""
+    kind = "b32" if operation == "or" else "u32"
+    return asm(f"redux.sync.{operation}.{kind} $0, $1, 0xffffffff;", [x], "=r,r", i32())
+
+
+def load_shared_words(address: Value) -> list[Value]:
+    """16 bytes as four words."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    loaded = asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+
+
+def store_shared_words(address: Value, words: Sequence[Value]) -> None:
+    asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [address, *words], "r,r,r,r,r")
+
+
+def store_global_bfloat16(address: Value, x: Value, predicate: Value) -> None:
+    ptx = "{\n.reg .b16 h;\ncvt.rn.bf16.f32 h, $1;\n@$2 st.global.b16 [$0], h;\n}"
+    asm(ptx, [address, x, predicate], "l,f,b")
+
+
+# ---- a grid whose blocks are all resident: they write, meet, and read what the others wrote
+
+
+def load_fresh(address: Value) -> Value:
+    """A 32-bit load of what another block wrote before the grid met: not through L1."""
+    return asm("ld.global.cg.b32 $0, [$1];", [address], "=r,l", i32())
+
+
+def load_fresh_pair(address: Value) -> list[Value]:
+    """8 bytes of the same as two words."""
+    loaded = asm("ld.global.cg.v2.b32 {$0, $1}, [$2];", [address], "=r,=r,l", ir.Type.parse("!llvm.struct<(i32, i32)>"))
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(2)]
+
+
+def load_fresh_words(address: Value) -> list[Value]:
+    """16 bytes of the same as four words."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    loaded = asm("ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,l", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+
+
+def grid_arrive(counter: Value, blocks: int) -> Value:
+    """This block has written what others wait for. Returns what `grid_wait` waits for.
+
+    The counter is zero when the first grid of a sequence starts, and every grid adds `blocks` to it each time it meets.
+    """
+    block_barrier()
+    ptx = (
+        "{\n.reg .pred p;\n.reg .b32 old;\nmov.b32 old, 0;\nsetp.eq.u32 p, $2, 0;\n"
+        "@p atom.add.release.gpu.global.u32 old, [$1], 1;\nmov.b32 $0, old;\n}"
+    )
+    old = asm(ptx, [counter, thread()], "=r,l,r", i32())
+    return mul(add(div(old, blocks), 1), blocks)
+
+
+def grid_wait(counter: Value, target: Value) -> None:
+    """Waits until all blocks have arrived; what they wrote before is then seen by `load_fresh`."""
+    with when(compare("eq", thread(), 0)):
+        asm(
+            "{\n.reg .pred done;\n.reg .b32 seen;\nAGAIN:\nld.acquire.gpu.global.u32 seen, [$0];\n"
+            "sub.s32 seen, seen, $1;\nsetp.ge.s32 done, seen, 0;\n@!done bra AGAIN;\n}",
+            [counter, target],
+            "l,r",
+        )
+    block_barrier()
