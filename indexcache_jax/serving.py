@@ -410,91 +410,9 @@ def layer(
     return mlp(p, x, config), indices, cache
 
 
-def _in_few_launches(
-    p: Layer,
-    x: jax.Array,
-    indices: jax.Array | None,
-    cache: LayerCache,
-    positions: Positions,
-    keys: int,
-    config: Config,
-    meetings: jax.Array,
-) -> tuple[jax.Array, jax.Array, LayerCache, jax.Array]:
-    """`layer` for a single token where `pallas_kernels.decode_layer` serves it: two kernels around the attention.
-
-    `meetings` [1] int32 is theirs, 0 before the first of them; what comes back goes to the next.
-    """
-    c, (before, after) = config, _dense_parts(p)
-    made = decode_layer.attention_inputs(
-        x,
-        before,
-        cache.latents,
-        cache.index_keys,
-        cache.index_scales,
-        positions.queries,
-        positions.angles,
-        meetings,
-        eps=c.rms_norm_eps,
-        latent_eps=c.latent_norm_eps,
-        index_scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5,
-        index_interleaved=c.index_rope_interleave,
-    )
-    cache = dataclasses.replace(
-        cache, latents=made["latents"], index_keys=made.get("index_keys"), index_scales=made.get("index_scales")
-    )
-    if p.full:
-        assert cache.index_keys is not None
-        indices = pallas_kernels.indexer_topk(
-            made["index_queries"],
-            cache.index_keys[:, :keys],
-            made["index_weights"],
-            k_select=min(c.index_topk, keys),
-            q_positions=positions.queries,
-            kv_lengths=positions.kv_lengths,
-            key_scales=None if cache.index_scales is None else cache.index_scales[:, :keys],
-        )
-    assert indices is not None  # the first layer is F
-    context = pallas_kernels.sparse_mla(
-        made["queries"], cache.latents[:, :keys], indices, scale=c.attention_scale, value_dim=c.kv_lora_rank
-    )
-    experts = dict(chosen=c.num_experts_per_tok, normalised=c.norm_topk_prob, scale=c.routed_scaling_factor)
-    options = experts if isinstance(p.mlp, Experts) else {}
-    x, meetings = decode_layer.layer_outputs(x, context, after, made["counter"], eps=c.rms_norm_eps, **options)
-    return x, indices, cache, meetings
-
-
-def _dense_parts(p: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The weights that `decode_layer` reads before and after the attention, by its names."""
-    before = {"norm": p.norm, "down": p.down, "q_norm": p.q_norm, "kv_norm": p.kv_norm, "up": p.up, "k_up": p.k_up}
-    if p.key_norm is not None and p.key_norm_bias is not None:
-        before |= {"key_norm": p.key_norm, "key_norm_bias": p.key_norm_bias}
-    after = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
-    if isinstance(p.mlp, Dense):
-        return before, after | {"router": p.mlp.gate_up, "shared_down": p.mlp.down}
-    after |= {"router": p.mlp.router, "router_bias": p.mlp.router_bias, "gate_up": p.mlp.gate_up, "expert_down": p.mlp.down}
-    return before, after if p.mlp.shared_down is None else after | {"shared_down": p.mlp.shared_down}
-
-
-def _decode_layer(
-    p: Layer,
-    x: jax.Array,
-    indices: jax.Array | None,
-    cache: LayerCache,
-    positions: Positions,
-    keys: int,
-    config: Config,
-    meetings: jax.Array,
-) -> tuple[jax.Array, jax.Array, LayerCache, jax.Array]:
-    before, after = _dense_parts(p)
-    biased = p.down_bias is not None or p.out_bias is not None
-    if biased or decode_layer.why_not(x, cache.latents, cache.index_keys, before | after, config.n_group) is not None:
-        return *layer(p, x, indices, cache, positions, keys, config), meetings
-    return _in_few_launches(p, x, indices, cache, positions, keys, config, meetings)
-
-
 # `indices` is donated only by F layers, which replace it.
 prefill_layer = jax.jit(layer, static_argnames="keys", donate_argnames=("x", "cache"))
-_same_program = jax.jit(_decode_layer, static_argnames="keys")  # traced once for all layers of a kind
+_same_program = jax.jit(layer, static_argnames="keys")  # traced once for all layers of a kind
 
 
 @jax.jit
@@ -518,8 +436,139 @@ def step(weights: Weights, token: jax.Array, cache: Cache, config: Config, keys:
     """
     ones = jnp.ones_like(cache.lengths)
     x, positions = embed(weights.embedding, token[:, None], cache.lengths, ones, config)
-    indices, layers, meetings = None, [], jnp.zeros((1,), jnp.int32)
-    for p, one in zip(weights.layers, cache.layers, strict=True):
-        x, indices, one, meetings = _same_program(p, x, indices, one, positions, keys or cache.max_len, config, meetings)
-        layers.append(one)
+    keys = keys or cache.max_len
+    if all(_in_few_launches(p, x, one, positions, config) for p, one in zip(weights.layers, cache.layers, strict=True)):
+        x, layers = _few_launches(weights.layers, x, cache.layers, positions, keys, config)
+    else:
+        indices, layers = None, []
+        for p, one in zip(weights.layers, cache.layers, strict=True):
+            x, indices, one = _same_program(p, x, indices, one, positions, keys, config)
+            layers.append(one)
     return logits(weights, x[:, 0], config), Cache(tuple(layers), positions.kv_lengths)
+
+
+# ---- a single token, its layers' dense parts in one launch between two attentions
+
+
+def _before(p: Layer, cache: LayerCache, positions: Positions, config: Config) -> decode_layer.Before:
+    c = config
+    weights = {"norm": p.norm, "down": p.down, "q_norm": p.q_norm, "kv_norm": p.kv_norm, "up": p.up, "k_up": p.k_up}
+    if p.key_norm is not None and p.key_norm_bias is not None:
+        weights |= {"key_norm": p.key_norm, "key_norm_bias": p.key_norm_bias}
+    return decode_layer.Before(
+        weights=weights,
+        latents=cache.latents,
+        index_keys=cache.index_keys,
+        index_scales=cache.index_scales,
+        position=positions.queries,
+        angles=positions.angles,
+        eps=c.rms_norm_eps,
+        latent_eps=c.latent_norm_eps,
+        index_scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5,
+        index_interleaved=c.index_rope_interleave,
+    )
+
+
+def _after(p: Layer) -> dict[str, jax.Array]:
+    weights = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
+    if isinstance(p.mlp, Dense):
+        return weights | {"router": p.mlp.gate_up, "shared_down": p.mlp.down}
+    m = p.mlp
+    weights |= {"router": m.router, "router_bias": m.router_bias, "gate_up": m.gate_up, "expert_down": m.down}
+    return weights if m.shared_down is None else weights | {"shared_down": m.shared_down}
+
+
+def _in_few_launches(p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config) -> bool:
+    if p.down_bias is not None or p.out_bias is not None:
+        return False
+    return decode_layer.why_not(x, _before(p, cache, positions, config), _after(p), config.n_group) is None
+
+
+@jax.jit
+def _inputs(
+    p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config, meetings: jax.Array
+) -> tuple[tuple[jax.Array | None, ...], LayerCache, jax.Array]:
+    """What the first layer's attention takes, its cache with the token in it, and how often the device's blocks have met."""
+    ready, meetings = decode_layer.attention_inputs(x, _before(p, cache, positions, config), _after(p), meetings)
+    return *_split(ready), meetings
+
+
+def _split(ready: decode_layer.Ready) -> tuple[tuple[jax.Array | None, ...], LayerCache]:
+    cache = LayerCache(ready.latents, None, ready.index_keys, ready.index_scales)
+    return (ready.queries, ready.index_queries, ready.index_weights), cache
+
+
+@functools.partial(jax.jit, static_argnames="keys")
+def _attend(
+    queries: tuple[jax.Array | None, ...],
+    indices: jax.Array | None,
+    cache: LayerCache,
+    positions: Positions,
+    keys: int,
+    config: Config,
+) -> tuple[jax.Array, jax.Array]:
+    """What the layer attended to, and with which indices."""
+    absorbed, index_queries, index_weights = queries
+    if index_queries is not None:
+        assert cache.index_keys is not None and index_weights is not None
+        scales = None if cache.index_scales is None else cache.index_scales[:, :keys]
+        indices = pallas_kernels.indexer_topk(
+            index_queries,
+            cache.index_keys[:, :keys],
+            index_weights,
+            k_select=min(config.index_topk, keys),
+            q_positions=positions.queries,
+            kv_lengths=positions.kv_lengths,
+            key_scales=scales,
+        )
+    assert absorbed is not None and indices is not None  # the first layer is F
+    latents = cache.latents[:, :keys]
+    context = pallas_kernels.sparse_mla(absorbed, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank)
+    return context, indices
+
+
+@jax.jit
+def _outputs(
+    p: Layer,
+    x: jax.Array,
+    context: jax.Array,
+    following: tuple[Layer, LayerCache] | None,
+    positions: Positions,
+    config: Config,
+    meetings: jax.Array,
+) -> tuple[jax.Array, tuple[tuple[jax.Array | None, ...], LayerCache] | None, jax.Array]:
+    """The layer's output, what the following layer's attention takes with its cache, and how often blocks have met."""
+    x, ready, meetings = decode_layer.layer_outputs(
+        x,
+        context,
+        _after(p),
+        meetings,
+        eps=config.rms_norm_eps,
+        chosen=config.num_experts_per_tok,
+        normalised=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+        following=None if following is None else _before(*following, positions, config),
+        after=None if following is None else _after(following[0]),
+    )
+    return x, None if ready is None else _split(ready), meetings
+
+
+def _few_launches(
+    layers: tuple[Layer, ...],
+    x: jax.Array,
+    caches: tuple[LayerCache, ...],
+    positions: Positions,
+    keys: int,
+    config: Config,
+) -> tuple[jax.Array, list[LayerCache]]:
+    """All layers over a single token x [1, 1, D], and their caches."""
+    queries, cache, meetings = _inputs(layers[0], x, caches[0], positions, config, jnp.zeros((1,), jnp.int32))
+    indices, done = None, []
+    for i, p in enumerate(layers):
+        done.append(cache)
+        context, indices = _attend(queries, indices, cache, positions, keys, config)
+        following = (layers[i + 1], caches[i + 1]) if i + 1 < len(layers) else None
+        x, then, meetings = _outputs(p, x, context, following, positions, config, meetings)
+        if then is not None:
+            queries, cache = then
+    return x, done

@@ -430,6 +430,11 @@ def store_global_bfloat16(address: Value, x: Value, predicate: Value) -> None:
     asm(ptx, [address, x, predicate], "l,f,b")
 
 
+def prefetch(address: Value, size: Value, predicate: Value) -> None:
+    """Asks for `size` bytes, a multiple of 16, to be brought to L2; nothing waits for them."""
+    asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
+
+
 # ---- a grid whose blocks are all resident: they write, meet, and read what the others wrote
 
 

@@ -1,8 +1,8 @@
-"""decode_layer: the dense parts of a decoder layer for a single token, one launch before its attention and one after.
+"""decode_layer: the dense parts of decoder layers for a single token, one launch between two attentions.
 
     h = rms_norm(x); q_latent, latent, ... = down h; up q_latent       attention_inputs: queries, and the token in the caches
     sparse_mla(queries, latents, indices)                              (and indexer_topk before it, where the layer selects)
-    x + out (v_up context); + mlp(rms_norm(.))                         layer_outputs
+    x + out (v_up context); + mlp(rms_norm(.))                         layer_outputs, with the next layer's inputs
 
 Only where a whole device reads weights for one token is that worth having, so there is no implementation for anything but
 Hopper: `why_not` says whether these two can be called, and whoever cannot call them writes the layer as XLA has it.
@@ -10,33 +10,73 @@ Hopper: `why_not` says whether these two can be called, and whoever cannot call 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
-
-def _later(name: str) -> Callable[..., Any]:
-    """`name` of the kernels' module, imported when first called: not every JAX has what they need."""
-
-    def call(*args: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module("pallas_kernels.decode_layer.mosaic_gpu"), name)(*args, **options)
-
-    return call
-
-
-attention_inputs, layer_outputs = _later("attention_inputs"), _later("layer_outputs")
+from pallas_kernels.decode_layer.arrays import Before, Ready
 
 MAX_HEADS = 128  # a block's share of the value and key matrices is of one head or two
 
 
-def why_not(
-    x: jax.Array, latents: jax.Array, index_keys: jax.Array | None, weights: Mapping[str, jax.Array], groups: int = 1
-) -> str | None:
-    """Why the two kernels cannot serve a layer of these arrays, None where they can. Arguments as for them."""
+def attention_inputs(
+    x: jax.Array, given: Before, after: Mapping[str, jax.Array], counter: jax.Array
+) -> tuple[Ready, jax.Array]:
+    """What the first layer's attention needs of x [1, 1, D], and the counter for the next call.
+
+    Args:
+      after: the weights of the same layer for `layer_outputs`; the first of them are brought to L2.
+      counter: [1] int32, 0 at the first of a sequence of calls: how often blocks have met.
+    """
+    from pallas_kernels.decode_layer import mosaic_gpu
+
+    return mosaic_gpu.attention_inputs(x, given, after, counter)
+
+
+def layer_outputs(
+    x: jax.Array,
+    context: jax.Array,
+    weights: Mapping[str, jax.Array],
+    counter: jax.Array,
+    *,
+    eps: float,
+    chosen: int,
+    normalised: bool,
+    scale: float,
+    following: Before | None = None,
+    after: Mapping[str, jax.Array] | None = None,
+) -> tuple[jax.Array, Ready | None, jax.Array]:
+    """x + attention and MLP of a layer, [1, 1, D]; what the following layer's attention needs of it; the counter.
+
+    Args:
+      x: the layer's input. context: [1, 1, H, C], what it attended to.
+      weights: v_up [H, dv, C], out [D, H dv], mlp_norm [D]; with experts router [E + 2 Is, D], the router and the shared
+        experts' gate and up projections, router_bias [E] float32, gate_up [E, D, 2, I], expert_down [E, I, D] and
+        shared_down [D, Is] where there are shared ones; without, router [2 F, D] and shared_down [D, F].
+      chosen, normalised, scale: experts a token, whether their weights are made to sum to 1, what they are multiplied by.
+      following, after: the next layer's, as for `attention_inputs`.
+    """
+    from pallas_kernels.decode_layer import mosaic_gpu
+
+    return mosaic_gpu.layer_outputs(
+        x,
+        context,
+        weights,
+        counter,
+        eps=eps,
+        chosen=chosen,
+        normalised=normalised,
+        scale=scale,
+        following=following,
+        after=after,
+    )
+
+
+def why_not(x: jax.Array, given: Before, after: Mapping[str, jax.Array], groups: int = 1) -> str | None:
+    """Why these kernels cannot serve a layer, None where they can; `groups` are those that experts are chosen within."""
+    latents, index_keys, weights = given.latents, given.index_keys, {**given.weights, **after}
     if reason := hopper.why_not():
         return reason
     if (count := hopper.multiprocessors()) < hopper.MULTIPROCESSORS:

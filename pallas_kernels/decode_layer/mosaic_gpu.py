@@ -17,6 +17,7 @@ results do not depend on the order in which blocks run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,11 +27,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
-from pallas_kernels.decode_layer.mosaic_gpu_parts import BLOCKS, Place, Product, Shared, Value
+from pallas_kernels.decode_layer.arrays import Before, Ready
+from pallas_kernels.decode_layer.mosaic_gpu_parts import Place, Product, Shared, Value
 
 WIDTH, VALUE_DIM, ROTARY = 576, 512, 64  # of a latent
 INDEX_WIDTH = 128
-ROTATES, INDEXES = BLOCKS - 1, BLOCKS - 2  # the blocks that do the small things of a stage, and no rows of it
+ROTATES, INDEXES = 1, 2  # the blocks, counted from the last, that do the small things of a stage, and no rows of it
 EXPERT_LANES, OUTPUT_LANES = 4, 2  # lanes across the columns of a unit: 32 of the experts' first, 16 of their second matrix
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
@@ -44,6 +46,7 @@ class Inputs:
     q_rank: int
     heads: int
     nope: int
+    value: int
     max_len: int
     eps: float
     latent_eps: float
@@ -93,7 +96,12 @@ class Outputs:
 
 
 class Stage:
-    """`begin` may load what no other block writes in this kernel, `run` is the work after the grid has met."""
+    """`begin` may load what no other block writes in this kernel, `run` is the work after the grid has met.
+
+    `ahead` brings to L2 what later stages or kernels read, at this stage's beginning.
+    """
+
+    ahead: Sequence[Callable[[], None]] = ()
 
     def begin(self) -> None: ...
 
@@ -101,12 +109,13 @@ class Stage:
 
 
 def _in_sequence(stages: Sequence[Stage], counter: Value) -> None:
-    stages[0].begin()
-    stages[0].run()
-    for stage in stages[1:]:
-        target = ptx.grid_arrive(counter, BLOCKS)
+    for i, stage in enumerate(stages):
+        target = ptx.grid_arrive(counter, parts.BLOCKS) if i else None
         stage.begin()
-        ptx.grid_wait(counter, target)
+        for bring in stage.ahead:
+            bring()
+        if target is not None:
+            ptx.grid_wait(counter, target)
         stage.run()
 
 
@@ -115,9 +124,7 @@ def _store_number(base: Value) -> Callable[[Value, Value, Value], None]:
 
 
 def _store_rounded(base: Value) -> Callable[[Value, Value, Value], None]:
-    return lambda row, total, stores: ptx.store_global(
-        ptx.offset(base, row, 4), ptx.bits_of(ptx.rounded(total)), stores
-    )
+    return lambda row, total, stores: ptx.store_global(ptx.offset(base, row, 4), ptx.bits_of(ptx.rounded(total)), stores)
 
 
 def _bfloat16_pair(base: Value, load: Callable[[Value], Value]) -> Callable[[Value], tuple[Value, Value]]:
@@ -187,7 +194,7 @@ class Up(Stage):
         parts.normalise(place, p.q_rank // 2, pair, a["q_norm"], p.latent_eps, self.sums, sink, in_bfloat16=False)
         ptx.block_barrier()
         self.product.finish(lambda row: self.vector, _store_rounded(a["up_out"]))
-        with ptx.when(place.is_block(ROTATES)):
+        with ptx.when(place.is_block_before_end(ROTATES)):
             self.remember()
 
     def remember(self) -> None:
@@ -264,10 +271,10 @@ class Absorb(Stage):
             ptx.store_global_bfloat16(ptx.offset(a["queries"], at, 2), total, stores)
 
         self.product.finish(vector, emit)
-        with ptx.when(place.is_block(ROTATES)):
+        with ptx.when(place.is_block_before_end(ROTATES)):
             self.rotate()
         if p.index_heads:
-            with ptx.when(place.is_block(INDEXES)):
+            with ptx.when(place.is_block_before_end(INDEXES)):
                 self.index_queries()
 
     def rotate(self) -> None:
@@ -483,7 +490,7 @@ class ExpertsFirst(Stage):
         self.p, self.a, self.place, self.vector = p, a, place, vector
         self.columns = 8 * EXPERT_LANES
         self.units = p.chosen * 2 * p.width // self.columns
-        self.turns = -(-self.units // BLOCKS)
+        self.turns = -(-self.units // parts.BLOCKS)
         self.sums = shared.take(self.turns * parts.WARPS * 32 * EXPERT_LANES)
 
     def run(self) -> None:
@@ -503,14 +510,14 @@ class ExpertsFirst(Stage):
             parts.sum_of_columns(place, totals, EXPERT_LANES, sums)
 
         for turn in range(self.turns):
-            unit = ptx.add(place.block, turn * BLOCKS)
+            unit = ptx.add(place.block, turn * parts.BLOCKS)
             with ptx.when(ptx.compare("slt", unit, self.units)):
                 one(unit, ptx.add(self.sums, turn * of_turn))
         ptx.block_barrier()
         for column, exists in parts.in_turn(place, self.turns * self.columns):
-            turn, local = ptx.div(column, self.columns), ptx.rem(column, self.columns)
-            unit = ptx.add(place.block, ptx.mul(turn, BLOCKS))
-            total = parts.sum_of_warps(local, EXPERT_LANES, ptx.add(self.sums, ptx.mul(turn, of_turn)))
+            which, local = ptx.div(column, self.columns), ptx.rem(column, self.columns)
+            unit = ptx.add(place.block, ptx.mul(which, parts.BLOCKS))
+            total = parts.sum_of_warps(local, EXPERT_LANES, ptx.add(self.sums, ptx.mul(which, of_turn)))
             stores = ptx.both(exists, ptx.compare("slt", unit, self.units))
             at = ptx.add(ptx.mul(unit, self.columns), local)
             ptx.store_global(ptx.offset(a["hidden"], at, 4), ptx.bits_of(total), stores)
@@ -523,14 +530,14 @@ class ExpertsSecond(Stage):
         self.p, self.a, self.place = p, a, place
         self.columns = 8 * OUTPUT_LANES
         self.units = p.hidden // self.columns
-        self.turns = -(-self.units // BLOCKS)
+        self.turns = -(-self.units // parts.BLOCKS)
         self.vector, self.shared_vector = shared.take(4 * p.chosen * p.width), shared.take(2 * max(8, p.shared))
         self.sums, self.shared_sums = shared.take(parts.WARPS * 32 * OUTPUT_LANES), shared.take(4 * self.columns)
         if a:
             self.products = [self.product(turn) for turn in range(self.turns)] if p.shared else []
 
     def product(self, turn: int) -> Product:
-        first = ptx.mul(ptx.add(self.place.block, turn * BLOCKS), self.columns)
+        first = ptx.mul(ptx.add(self.place.block, turn * parts.BLOCKS), self.columns)
         end = ptx.minimum(ptx.add(first, self.columns), self.p.hidden)
         return Product(self.place, self.a["shared_down"], self.p.shared, first, end, self.columns)
 
@@ -561,7 +568,7 @@ class ExpertsSecond(Stage):
 
     def unit(self, turn: int, choice: Choice) -> None:
         p, a, place = self.p, self.a, self.place
-        unit = ptx.add(place.block, turn * BLOCKS)
+        unit = ptx.add(place.block, turn * parts.BLOCKS)
         first, exists = ptx.mul(unit, self.columns), ptx.compare("slt", unit, self.units)
         if p.shared:
 
@@ -628,9 +635,7 @@ def _activated(gate: Value, width: int) -> Callable[[Value], tuple[Value, Value]
 
     def pair(i: Value) -> tuple[Value, Value]:
         gates, ups = parts.fresh_pair(gate)(i), parts.fresh_pair(ptx.offset(gate, ptx.constant(width), 4))(i)
-        low, high = (
-            ptx.mul_floats(parts.silu(ptx.rounded(g)), ptx.rounded(u)) for g, u in zip(gates, ups, strict=True)
-        )
+        low, high = (ptx.mul_floats(parts.silu(ptx.rounded(g)), ptx.rounded(u)) for g, u in zip(gates, ups, strict=True))
         return low, high
 
     return pair
@@ -639,21 +644,44 @@ def _activated(gate: Value, width: int) -> Callable[[Value], tuple[Value, Value]
 # ---- the kernels
 
 
-def _input_stages(p: Inputs, a: Mapping[str, Value], place: Any, shared: Shared) -> list[Stage]:
-    return [Down(p, a, place, shared), Up(p, a, place, shared), Absorb(p, a, place, shared)]
+def _input_stages(p: Inputs, a: Mapping[str, Value], place: Any, shared: Shared, *, alone: bool) -> list[Down | Up | Absorb]:
+    """`alone`: no stages of another layer before have brought the matrices."""
+    down, up, absorb = Down(p, a, place, shared), Up(p, a, place, shared), Absorb(p, a, place, shared)
+    if a:
+        if alone:
+            down.ahead = [lambda: up.product.bring(place), lambda: absorb.product.bring(place)]
+        # While few multiprocessors attend, what comes after streams from memory.
+        absorb.ahead = [
+            lambda: parts.bring(place, a["next_v_up"], 2 * VALUE_DIM, *parts.share(place, p.heads * p.value)),
+            lambda: parts.bring(place, a["next_out"], 2 * p.heads * p.value, *parts.share(place, p.hidden)),
+        ]
+    return [down, up, absorb]
 
 
-def _output_stages(p: Outputs, a: Mapping[str, Value], place: Any, shared: Shared) -> list[Stage]:
-    stages: list[Stage] = [Values(p, a, place, shared), Out(p, a, place, shared)]
-    first = First(p, a, place, shared)
-    if not p.experts:
-        return [*stages, first, DenseSecond(p, a, place, shared)]
-    return [*stages, first, ExpertsFirst(p, a, place, shared, first.vector), ExpertsSecond(p, a, place, shared)]
+def _output_stages(p: Outputs, following: Inputs | None, a: Mapping[str, Value], place: Any, shared: Shared) -> list[Stage]:
+    values, out, first = Values(p, a, place, shared), Out(p, a, place, shared), First(p, a, place, shared)
+    stages: list[Stage] = [values, out, first]
+    second: Stage
+    if p.experts:
+        stages.append(ExpertsFirst(p, a, place, shared, first.vector))
+        second = experts = ExpertsSecond(p, a, place, shared)
+        products = experts.products if a else []
+    else:
+        second = dense = DenseSecond(p, a, place, shared)
+        products = [dense.product] if a else []
+    stages.append(second)
+    after: list[Down | Up | Absorb] = []
+    if following is not None:
+        after = _input_stages(following, {**a, "x": a["y"]} if a else a, place, shared, alone=False)
+    if a:
+        values.ahead = [functools.partial(product.bring, place) for product in (first.product, *products)]
+        second.ahead = [functools.partial(stage.product.bring, place) for stage in after]
+    return [*stages, *after]
 
 
 def _launch(
     name: str,
-    stages: Callable[[Mapping[str, Value], Any, Shared], list[Stage]],
+    stages: Callable[[Mapping[str, Value], Any, Shared], Sequence[Stage]],
     operands: Mapping[str, Any],
     outs: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
@@ -678,7 +706,7 @@ def _launch(
         body,
         out_type=tuple(outs.values()),
         scratch_types=(plgpu.SMEM((counted.used // 4,), jnp.int32),),
-        grid=(BLOCKS,),
+        grid=(parts.BLOCKS,),
         grid_names=("block",),
         num_threads=parts.THREADS // 128,
         thread_name="warpgroup",
@@ -687,52 +715,70 @@ def _launch(
     return dict(zip(outs, kernel(*operands.values()), strict=True))
 
 
-def attention_inputs(
-    x: jax.Array,
-    weights: Mapping[str, jax.Array],
-    latents: jax.Array,
-    index_keys: jax.Array | None,
-    index_scales: jax.Array | None,
-    position: jax.Array,
-    angles: tuple[jax.Array, jax.Array],
-    counter: jax.Array,
-    *,
-    eps: float,
-    latent_eps: float,
-    index_scale: float,
-    index_interleaved: bool,
-) -> dict[str, jax.Array]:
-    heads, _, nope = weights["k_up"].shape
-    full = index_keys is not None
-    index_heads = weights["down"].shape[0] - weights["q_norm"].size - WIDTH - INDEX_WIDTH if full else 0
-    scaled = index_scales is not None
+def _inputs(hidden: int, given: Before, after: Mapping[str, jax.Array]) -> tuple[Inputs, dict[str, Any], dict[str, Any]]:
+    """Sizes, operands and outputs of the stages before an attention; `after` are the weights of those behind it."""
+    w = given.weights
+    full, scaled = given.index_keys is not None, given.index_scales is not None
     p = Inputs(
-        hidden=x.size,
-        q_rank=weights["q_norm"].size,
-        heads=heads,
-        nope=nope,
-        max_len=latents.size // WIDTH,
-        eps=eps,
-        latent_eps=latent_eps,
-        index_heads=index_heads,
-        index_scale=index_scale,
-        index_interleaved=index_interleaved,
+        hidden=hidden,
+        q_rank=w["q_norm"].size,
+        heads=w["k_up"].shape[0],
+        nope=w["k_up"].shape[2],
+        value=after["v_up"].shape[1],
+        max_len=given.latents.size // WIDTH,
+        eps=given.eps,
+        latent_eps=given.latent_eps,
+        index_heads=w["down"].shape[0] - w["q_norm"].size - WIDTH - INDEX_WIDTH if full else 0,
+        index_scale=given.index_scale,
+        index_interleaved=given.index_interleaved,
         index_scaled=scaled,
     )
-    caches = {"latents": latents, "index_keys": index_keys, "index_scales": index_scales}
-    references = {name: jax.new_ref(array) for name, array in (caches | {"counter": counter}).items() if array is not None}
-    operands = {"x": x, "position": position, "cos": angles[0], "sin": angles[1], **weights, **references}
+    cos, sin = given.angles
+    operands: dict[str, Any] = {
+        "position": given.position,
+        "cos": cos,
+        "sin": sin,
+        "next_v_up": after["v_up"],
+        "next_out": after["out"],
+        **w,
+    }
+    for name, array in given.caches().items():
+        operands[name] = jax.new_ref(array)
     outs = {
         "down_out": jax.ShapeDtypeStruct((p.down,), jnp.float32),
         "up_out": jax.ShapeDtypeStruct((p.up,), jnp.float32),
-        "queries": jax.ShapeDtypeStruct((1, 1, heads, WIDTH), jnp.bfloat16),
+        "queries": jax.ShapeDtypeStruct((1, 1, p.heads, WIDTH), jnp.bfloat16),
     }
     if full:
         kind = jnp.float8_e4m3fn if scaled else jnp.bfloat16
-        outs["index_queries"] = jax.ShapeDtypeStruct((1, 1, index_heads, INDEX_WIDTH), kind)
-        outs["index_weights"] = jax.ShapeDtypeStruct((1, 1, index_heads), jnp.float32)
-    made = _launch("decode_inputs", lambda a, place, shared: _input_stages(p, a, place, shared), operands, outs)
-    return made | {name: jax.freeze(reference) for name, reference in references.items()}
+        outs["index_queries"] = jax.ShapeDtypeStruct((1, 1, p.index_heads, INDEX_WIDTH), kind)
+        outs["index_weights"] = jax.ShapeDtypeStruct((1, 1, p.index_heads), jnp.float32)
+    return p, operands, outs
+
+
+def _made(given: Before, operands: Mapping[str, Any], outs: Mapping[str, jax.Array]) -> Ready:
+    caches = {name: jax.freeze(operands[name]) for name in given.caches()}
+    return Ready(
+        outs["queries"],
+        caches["latents"],
+        outs.get("index_queries"),
+        outs.get("index_weights"),
+        caches.get("index_keys"),
+        caches.get("index_scales"),
+    )
+
+
+def attention_inputs(
+    x: jax.Array, given: Before, after: Mapping[str, jax.Array], counter: jax.Array
+) -> tuple[Ready, jax.Array]:
+    p, operands, outs = _inputs(x.size, given, after)
+    operands |= {"x": x, "counter": jax.new_ref(counter)}
+
+    def stages(a: Mapping[str, Value], place: Any, shared: Shared) -> Sequence[Stage]:
+        return _input_stages(p, a, place, shared, alone=True)
+
+    made = _launch("decode_inputs", stages, operands, outs)
+    return _made(given, operands, made), jax.freeze(operands["counter"])
 
 
 def layer_outputs(
@@ -742,24 +788,36 @@ def layer_outputs(
     counter: jax.Array,
     *,
     eps: float,
-    chosen: int = 0,
-    normalised: bool = True,
-    scale: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
+    chosen: int,
+    normalised: bool,
+    scale: float,
+    following: Before | None,
+    after: Mapping[str, jax.Array] | None,
+) -> tuple[jax.Array, Ready | None, jax.Array]:
     heads, value, _ = weights["v_up"].shape
-    experts = weights["router_bias"].size if chosen else 0
-    shared = (weights["router"].shape[0] - experts) // 2
-    width = weights["expert_down"].shape[1] if chosen else 0
-    p = Outputs(x.size, heads, value, eps, shared, experts, chosen, width, normalised, scale)
-    reference = jax.new_ref(counter)
-    outs = {
+    routed = "gate_up" in weights
+    experts = weights["router_bias"].size if routed else 0
+    shared_width = (weights["router"].shape[0] - experts) // 2
+    width = weights["expert_down"].shape[1] if routed else 0
+    p = Outputs(x.size, heads, value, eps, shared_width, experts, chosen if routed else 0, width, normalised, scale)
+    operands: dict[str, Any] = {"x": x, "context": context, **weights, "counter": jax.new_ref(counter)}
+    outs: dict[str, Any] = {
         "values": jax.ShapeDtypeStruct((heads * value,), jnp.float32),
         "middle": jax.ShapeDtypeStruct((p.hidden,), jnp.bfloat16),
         "first": jax.ShapeDtypeStruct((p.first,), jnp.float32),
         "y": jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
     }
-    if chosen:
-        outs["hidden"] = jax.ShapeDtypeStruct((chosen * 2 * width,), jnp.float32)
-    operands = {"x": x, "context": context, **weights, "counter": reference}
-    made = _launch("decode_outputs", lambda a, place, shared: _output_stages(p, a, place, shared), operands, outs)
-    return made["y"], jax.freeze(reference)
+    if routed:
+        outs["hidden"] = jax.ShapeDtypeStruct((p.chosen * 2 * width,), jnp.float32)
+    then: Inputs | None = None
+    if following is not None:
+        assert after is not None
+        then, more_operands, more_outs = _inputs(x.size, following, after)
+        operands, outs = operands | more_operands, outs | more_outs
+
+    def stages(a: Mapping[str, Value], place: Any, shared: Shared) -> list[Stage]:
+        return _output_stages(p, then, a, place, shared)
+
+    made = _launch("decode_outputs" if then is None else "decode_outputs_inputs", stages, operands, outs)
+    ready = None if following is None else _made(following, operands, made)
+    return made["y"], ready, jax.freeze(operands["counter"])

@@ -17,6 +17,8 @@ BLOCKS = hopper.MULTIPROCESSORS  # one on each, so that the grid can meet
 WARPS = 16
 THREADS = 32 * WARPS
 LOADS = 20  # 16 bytes each that a lane has under way: 80 of its 128 registers
+PIECE = 8192  # bytes brought to L2 by one instruction
+PIECES = 256  # of a matrix, at most, by one block
 COLUMN_LOADS = 16  # where 8 sums need registers too
 
 Value = Any
@@ -36,11 +38,9 @@ class Place:
         thread = ptx.thread()
         return Place(block, thread, ptx.bit_and(thread, 31), ptx.shift_right(thread, 5))
 
-    def is_thread(self, number: int) -> Value:
-        return ptx.compare("eq", self.thread, number)
-
-    def is_block(self, number: int) -> Value:
-        return ptx.compare("eq", self.block, number)
+    def is_block_before_end(self, number: int) -> Value:
+        """1 for the last block."""
+        return ptx.compare("eq", self.block, BLOCKS - number)
 
 
 class Shared:
@@ -54,15 +54,16 @@ class Shared:
         return None if self.base is None else ptx.add(self.base, start)
 
 
-def share(place: Place, count: int, blocks: int = BLOCKS) -> tuple[Value, Value]:
-    """The part first .. end - 1 of `count` things that is this block's, as even as can be; blocks beyond have none."""
+def share(place: Place, count: int, spared: int = 0) -> tuple[Value, Value]:
+    """The part first .. end - 1 of `count` things that is this block's, as even as can be; the last `spared` have none."""
+    blocks = BLOCKS - spared
     first = ptx.div(ptx.mul(place.block, count), blocks)
     end = ptx.div(ptx.mul(ptx.add(place.block, 1), count), blocks)
     return ptx.minimum(first, count), ptx.minimum(end, count)
 
 
-def largest_share(count: int, blocks: int = BLOCKS) -> int:
-    return -(-count // blocks)
+def largest_share(count: int, spared: int = 0) -> int:
+    return -(-count // (BLOCKS - spared))
 
 
 def sum_of_warp(x: Value, lanes: int = 32) -> Value:
@@ -153,6 +154,15 @@ def sigmoid(x: Value) -> Value:
     return ptx.divide_floats(ptx.number(1.0), ptx.add_floats(powers, ptx.number(1.0)))
 
 
+def bring(place: Place, matrix: Value, row_bytes: int, first: Value, end: Value) -> None:
+    """Rows first .. end - 1 of a matrix to L2, for a stage or a kernel to come; a thread a piece."""
+    size = ptx.mul(ptx.sub(end, first), row_bytes)
+    start = ptx.mul(ptx.minimum(place.thread, PIECES), PIECE)
+    piece = ptx.minimum(ptx.sub(size, start), PIECE)
+    there = ptx.both(ptx.compare("sgt", piece, 0), ptx.compare("slt", place.thread, PIECES))
+    ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, there)
+
+
 class Product:
     """Rows first .. end - 1 (at most `most`) of a matrix [N, K] times a vector: `begin` starts, `finish` ends it.
 
@@ -163,7 +173,7 @@ class Product:
         self.lanes = next((lanes for lanes in (32, 16, 8, 4) if width % (8 * lanes) == 0), 0)
         if not self.lanes:
             raise ValueError(f"rows of {width} numbers do not divide into pieces of 32")
-        self.width, self.end = width, end
+        self.base, self.width, self.first, self.end = matrix, width, first, end
         self.chunks = width // (8 * self.lanes)
         rows = 32 // self.lanes
         self.rounds = -(-most // (WARPS * rows))
@@ -189,6 +199,10 @@ class Product:
 
     def begin(self) -> None:
         self.under_way = self._load(0)
+
+    def bring(self, place: Place) -> None:
+        """The same rows to L2, for a `begin` much later."""
+        bring(place, self.base, 2 * self.width, self.first, self.end)
 
     def finish(self, vector: Callable[[Value], Value], emit: Callable[[Value, Value, Value], None]) -> None:
         """`vector`: where a row's vector is in shared memory. emit(row, sum, whether this lane is to store it)."""
@@ -270,9 +284,7 @@ def best(place: Place, keys: Sequence[Value], count: int) -> list[Value]:
         for i, key in reversed(list(enumerate(keys))):
             number = ptx.select(ptx.compare("eq", key, top), ptx.add(place.lane, 32 * i), number)
         number = ptx.reduce_warp("min", number)
-        keys = [
-            ptx.select(ptx.compare("eq", ptx.add(place.lane, 32 * i), number), 0, key) for i, key in enumerate(keys)
-        ]
+        keys = [ptx.select(ptx.compare("eq", ptx.add(place.lane, 32 * i), number), 0, key) for i, key in enumerate(keys)]
         found.append(number)
     return found
 

@@ -114,6 +114,13 @@ class Block:
             assert (places < flat.size).all(), "outside the array"
             flat[places] = halves[chosen]
 
+    def prefetch(self, address, size, predicate):
+        on = self.active & self.spread(predicate).astype(bool)
+        for at, count in zip(self.spread(address)[on], self.spread(size)[on], strict=True):
+            memory = self.memories[at >> 40]
+            assert at % 16 == 0 and count % 16 == 0 and count > 0, "not whole pieces of 16 bytes"
+            assert (at & (1 << 40) - 1) + count <= memory.nbytes, "outside the array"
+
     def reduce_warp(self, operation, x):
         function = {"max": np.max, "min": np.min, "or": np.bitwise_or.reduce}[operation]
         return _wrapped(np.repeat(function(_unsigned(self._by_warp(x)), axis=1), 32))
@@ -161,7 +168,7 @@ class Block:
             "number": lambda value: self._floats(value),
             "add_floats": add,
             "sub_floats": lambda a, b: a - b,
-            "mul_floats": lambda a, b: a * b,
+            "mul_floats": np.multiply,
             "divide_floats": lambda a, b: a / b,
             "maximum_floats": np.maximum,
             "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -184,6 +191,7 @@ class Block:
             "load_fresh_words": lambda address: self.load_words(address, 4),
             "load_shared_words": lambda address: self.load_words(address, 4),
             "store_shared_words": self.store_words,
+            "prefetch": self.prefetch,
             "store_global_bfloat16": self.store_bfloat16,
         }
 
@@ -269,7 +277,8 @@ def run_grid(monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: i
     made = []
 
     def as_block(block, action):
-        with monkeypatch.context() as patch:
+        # What lanes without work compute from garbage may overflow.
+        with monkeypatch.context() as patch, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             for name, word in block.words().items():
                 patch.setattr(ptx, name, word)
             return action()
@@ -287,5 +296,7 @@ def run_grid(monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: i
         # Every block before this turn has ended the one before it; `begin` may run while others have not.
         for block, own in made:
             as_block(block, own[turn].begin)
+            for bring in own[turn].ahead:
+                as_block(block, bring)
         for block, own in made:
             as_block(block, own[turn].run)

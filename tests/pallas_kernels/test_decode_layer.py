@@ -62,9 +62,7 @@ def emulated_launch(monkeypatch):
         def of_block(addresses, block, shared):
             return stages(addresses, mosaic_gpu_parts.Place.here(block), mosaic_gpu_parts.Shared(shared))
 
-        ptx_emulator.run_grid(
-            monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block
-        )
+        ptx_emulator.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
         made = {n: jnp.asarray(arrays[n].view(kind).reshape(shape)) for n, (shape, kind) in shapes.items()}
         for n, reference in references.items():
             reference.value = made[n]
@@ -75,6 +73,8 @@ def emulated_launch(monkeypatch):
 
 @pytest.fixture
 def emulated(monkeypatch):
+    """With fewer multiprocessors than there are, so that they have more work each."""
+    monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 17)
     monkeypatch.setattr(mosaic_gpu, "_launch", emulated_launch(monkeypatch))
     monkeypatch.setattr(jax, "new_ref", Reference)
     monkeypatch.setattr(jax, "freeze", lambda reference: reference.value)
@@ -135,54 +135,117 @@ def positions_at(position, config):
 @pytest.mark.parametrize("position", [0, 5, MAX_LEN - 1])
 @pytest.mark.parametrize(
     "full,index_dtype,interleaved",
-    [(False, jnp.bfloat16, True), (True, jnp.float8_e4m3fn, True), (True, jnp.bfloat16, False), (True, jnp.float8_e4m3fn, False)],
+    [
+        (False, jnp.bfloat16, True),
+        (True, jnp.float8_e4m3fn, True),
+        (True, jnp.bfloat16, False),
+        (True, jnp.float8_e4m3fn, False),
+    ],
 )
 def test_attention_inputs(emulated, monkeypatch, full, index_dtype, interleaved, position):
     config, layer, cache, x = make(full=full, index_dtype=index_dtype, indexer_rope_interleave=interleaved)
     assert config.index_rope_interleave == interleaved
     positions = positions_at(position, config)
     exact, new_cache = inputs_in_xla(config, layer, cache, x, positions, monkeypatch)
-    made = mosaic_gpu.attention_inputs(
-        x,
-        serving._dense_parts(layer)[0],
-        cache.latents,
-        cache.index_keys,
-        cache.index_scales,
-        positions.queries,
-        positions.angles,
-        jnp.zeros((1,), jnp.int32),
-        eps=config.rms_norm_eps,
-        latent_eps=config.latent_norm_eps,
-        index_scale=config.index_n_heads**-0.5 * config.index_head_dim**-0.5,
-        index_interleaved=interleaved,
-    )
+    given, after = serving._before(layer, cache, positions, config), serving._after(layer)
+    ready, _ = mosaic_gpu.attention_inputs(x, given, after, jnp.zeros((1,), jnp.int32))
+    compare(ready, exact, new_cache)
+
+
+def compare(ready, exact, new_cache):
+    made = vars(ready)
+    eight_bit = new_cache.index_scales is not None
     for name in exact:
-        if name == "index_queries" and index_dtype == jnp.float8_e4m3fn:
+        if name == "index_queries" and eight_bit:
             close(made[name], exact[name], name, scale=2.0**-4)  # an 8-bit number's last place
         else:
             close(made[name], exact[name], name)
     for name in ("latents", "index_keys", "index_scales"):
         if getattr(new_cache, name) is not None:
-            wide = 2.0**-4 if name == "index_keys" else 2.0**-7
+            wide = 2.0**-4 if name == "index_keys" and eight_bit else 2.0**-7
             close(made[name], getattr(new_cache, name), name, scale=wide)
 
 
-@pytest.mark.parametrize("experts,shared", [(True, 1), (True, 0), (False, 1)])
-def test_layer_outputs(emulated, monkeypatch, experts, shared):
-    config, layer, cache, x = make(experts=experts, n_shared_experts=shared)
-    context = jax.random.normal(jax.random.key(2), (1, 1, config.num_heads, 512), jnp.bfloat16)
+def outputs_in_xla(config, layer, x, context):
     heads = jnp.einsum("bshc,hvc->bshv", context, layer.v_up)
     middle = x + serving.linear(heads.reshape(1, 1, -1), layer.out)
-    exact = serving.mlp(layer, middle, config)
-    options = dict(chosen=config.num_experts_per_tok, normalised=config.norm_topk_prob, scale=config.routed_scaling_factor)
-    ours, _ = mosaic_gpu.layer_outputs(
+    return middle, serving.mlp(layer, middle, config)
+
+
+def run_outputs(config, layer, x, context, following=None, after=None):
+    y, ready, _ = mosaic_gpu.layer_outputs(
         x,
         context,
-        serving._dense_parts(layer)[1],
+        serving._after(layer),
         jnp.zeros((1,), jnp.int32),
         eps=config.rms_norm_eps,
-        **(options if experts else {}),
+        chosen=config.num_experts_per_tok,
+        normalised=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+        following=following,
+        after=after,
     )
+    return y, ready
+
+
+def context_of(config):
+    return jax.random.normal(jax.random.key(2), (1, 1, config.num_heads, 512), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "experts,fields",
+    [(True, {}), (True, {"n_shared_experts": 0, "norm_topk_prob": False}), (False, {}), (True, {"hidden_size": 384})],
+    ids=["experts", "unshared", "dense", "wide"],
+)
+def test_layer_outputs(emulated, monkeypatch, experts, fields):
+    """`wide`: more units of 16 columns than multiprocessors."""
+    config, layer, cache, x = make(experts=experts, **fields)
+    context = context_of(config)
+    middle, exact = outputs_in_xla(config, layer, x, context)
+    ours, _ = run_outputs(config, layer, x, context)
     assert float(jnp.abs(exact - middle).max()) > 0.05  # the second half counts
     close(ours, exact, "y")
     close(ours - middle, exact - middle, "of the experts", scale=0.05)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_two_layers_in_one_launch(emulated, monkeypatch, full):
+    config, layer, _, x = make()
+    _, following, cache, _ = make(full=full)
+    context, positions = context_of(config), positions_at(3, config)
+    given, after = serving._before(following, cache, positions, config), serving._after(following)
+    y, ready = run_outputs(config, layer, x, context, given, after)
+    close(y, outputs_in_xla(config, layer, x, context)[1], "y")
+    compare(ready, *inputs_in_xla(config, following, cache, y, positions, monkeypatch))
+
+
+def test_experts_of_equal_scores_are_those_that_top_k_takes(emulated, monkeypatch):
+    config, layer, cache, x = make()
+    router = layer.mlp.router.at[: config.n_routed_experts].set(layer.mlp.router[3])  # all logits equal
+    bias = jnp.zeros_like(layer.mlp.router_bias).at[jnp.array([7, 30])].set(0.5)
+    layer = dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, router=router, router_bias=bias))
+    middle, exact = outputs_in_xla(config, layer, x, context_of(config))
+    ours, _ = run_outputs(config, layer, x, context_of(config))
+    close(ours - middle, exact - middle, "of the experts", scale=0.05)
+
+
+def test_a_decode_step_of_whole_layers(emulated, monkeypatch):
+    """All layers through the kernels, dense and experts, F and S: logits and caches of three tokens as in plain XLA."""
+    config = Config.from_hf(preset("30b") | SMALL | {"num_hidden_layers": 4})
+    config = dataclasses.replace(config, moe_layers=(False, True, True, True))
+    schedule = Schedule("FSFS")
+    weights = serving.restrict(serving.random_weights(jax.random.key(0), config), config, schedule)
+    found = []
+    for served in (False, True):
+        monkeypatch.setattr(serving.decode_layer, "why_not", lambda *_, served=served: None if served else "not now")
+        cache, logits = serving.init_cache(config, schedule, 1, MAX_LEN, jnp.bfloat16, index_dtype=jnp.float8_e4m3fn), []
+        with jax.disable_jit():
+            for token in (5, 6, 7):
+                out, cache = serving.step(weights, jnp.array([token]), cache, config)
+                logits.append(np.asarray(out))
+        found.append((np.stack(logits), cache))
+    (exact, old), (ours, new) = found
+    assert np.sqrt(np.mean((ours - exact) ** 2)) < 0.03 * np.std(exact)
+    for a, b in zip(new.layers, old.layers, strict=True):
+        close(a.latents, b.latents, "latents", scale=0.05)
+    assert (new.lengths == old.lengths).all()
