@@ -495,7 +495,8 @@ class ExpertsFirst(Stage):
 
     def run(self) -> None:
         p, a, place = self.p, self.a, self.place
-        experts = Choice(p, a, place).experts
+        self.choice = Choice(p, a, place)
+        experts = self.choice.experts
         of_expert, row_bytes = 2 * p.width // self.columns, 2 * 2 * p.width
         of_turn = parts.WARPS * 32 * EXPERT_LANES  # bytes of sums
 
@@ -506,8 +507,8 @@ class ExpertsFirst(Stage):
             expert = _one_of(ptx.div(unit, of_expert), experts)
             base = ptx.offset(a["gate_up"], expert, p.hidden * row_bytes)
             base = ptx.offset(base, ptx.rem(unit, of_expert), 2 * self.columns)
-            totals = parts.columns(place, [(base, factor)], p.hidden, row_bytes, EXPERT_LANES)
-            parts.sum_of_columns(place, totals, EXPERT_LANES, sums)
+            columns = parts.Columns(place, [parts.Piece(base, factor)], p.hidden, row_bytes, EXPERT_LANES)
+            parts.sum_of_columns(place, columns.finish(), EXPERT_LANES, sums)
 
         for turn in range(self.turns):
             unit = ptx.add(place.block, turn * parts.BLOCKS)
@@ -524,30 +525,52 @@ class ExpertsFirst(Stage):
 
 
 class ExpertsSecond(Stage):
-    """middle + experts + shared experts -> out [D] bfloat16. A block has 16 columns of it, a warp one of the shared part."""
+    """middle + experts + shared experts -> y [D] bfloat16. A block has 16 columns of it, a warp one of the shared part."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.columns = 8 * OUTPUT_LANES
-        self.units = p.hidden // self.columns
+    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared, experts_first: ExpertsFirst):
+        self.p, self.a, self.place, self.before = p, a, place, experts_first
+        self.width = 8 * OUTPUT_LANES
+        self.units = p.hidden // self.width
         self.turns = -(-self.units // parts.BLOCKS)
         self.vector, self.shared_vector = shared.take(4 * p.chosen * p.width), shared.take(2 * max(8, p.shared))
-        self.sums, self.shared_sums = shared.take(parts.WARPS * 32 * OUTPUT_LANES), shared.take(4 * self.columns)
+        self.sums, self.shared_sums = shared.take(parts.WARPS * 32 * OUTPUT_LANES), shared.take(4 * self.width)
         if a:
             self.products = [self.product(turn) for turn in range(self.turns)] if p.shared else []
 
+    def first(self, turn: int) -> Value:
+        """The first column of a turn's unit; blocks without one read the last one's."""
+        unit = ptx.add(self.place.block, turn * parts.BLOCKS)
+        return ptx.mul(ptx.minimum(unit, self.units - 1), self.width)
+
+    def exists(self, turn: int) -> Value:
+        return ptx.compare("slt", ptx.add(self.place.block, turn * parts.BLOCKS), self.units)
+
     def product(self, turn: int) -> Product:
-        first = ptx.mul(ptx.add(self.place.block, turn * parts.BLOCKS), self.columns)
-        end = ptx.minimum(ptx.add(first, self.columns), self.p.hidden)
-        return Product(self.place, self.a["shared_down"], self.p.shared, first, end, self.columns)
+        first = self.first(turn)
+        end = ptx.select(self.exists(turn), ptx.add(first, self.width), first)
+        return Product(self.place, self.a["shared_down"], self.p.shared, first, end, self.width)
+
+    def columns(self, turn: int) -> parts.Columns:
+        p, pieces = self.p, []
+        for slot, expert in enumerate(self.before.choice.experts):
+            base = ptx.offset(self.a["expert_down"], expert, 2 * p.width * p.hidden)
+            vector = ptx.add(self.vector, 4 * p.width * slot)
+
+            def factor(row: Value, vector: Value = vector) -> Value:
+                return ptx.float_of(ptx.load_shared(ptx.add(vector, ptx.shift_left(row, 2))))
+
+            pieces.append(parts.Piece(ptx.offset(base, self.first(turn), 2), factor))
+        return parts.Columns(self.place, pieces, p.width, 2 * p.hidden, OUTPUT_LANES)
 
     def begin(self) -> None:
+        """The experts are known already, what they multiply is not."""
+        self.first_columns = self.columns(0)
+        self.first_columns.begin()
         if self.products:
             self.products[0].begin()
 
     def run(self) -> None:
         p, a, place = self.p, self.a, self.place
-        choice = Choice(p, a, place)
         if p.shared:
             gate = ptx.offset(a["first"], ptx.constant(p.experts), 4)
             _pack(place, p.shared // 2, _activated(gate, p.shared), self.shared_vector)
@@ -557,19 +580,20 @@ class ExpertsSecond(Stage):
             gates = [ptx.rounded(ptx.float_of(word)) for word in ptx.load_fresh_words(at)]
             ups = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
             ups = [ptx.rounded(ptx.float_of(word)) for word in ups]
-            weight = _one_of(slot, choice.weights)
+            weight = _one_of(slot, self.before.choice.weights)
             hidden = [ptx.rounded(ptx.mul_floats(parts.silu(g), u)) for g, u in zip(gates, ups, strict=True)]
             words = [ptx.bits_of(ptx.mul_floats(x, weight)) for x in hidden]
             with ptx.when(exists):
                 ptx.store_shared_words(ptx.add(self.vector, ptx.shift_left(i, 4)), words)
         ptx.block_barrier()
         for turn in range(self.turns):
-            self.unit(turn, choice)
+            self.unit(turn)
 
-    def unit(self, turn: int, choice: Choice) -> None:
+    def unit(self, turn: int) -> None:
         p, a, place = self.p, self.a, self.place
-        unit = ptx.add(place.block, turn * parts.BLOCKS)
-        first, exists = ptx.mul(unit, self.columns), ptx.compare("slt", unit, self.units)
+        first, exists = self.first(turn), self.exists(turn)
+        columns = self.columns(turn) if turn else self.first_columns
+        parts.sum_of_columns(place, columns.finish(), OUTPUT_LANES, self.sums)
         if p.shared:
 
             def emit(row: Value, total: Value, stores: Value) -> None:
@@ -580,20 +604,8 @@ class ExpertsSecond(Stage):
             if turn:
                 self.products[turn].begin()
             self.products[turn].finish(lambda row: self.shared_vector, emit)
-        with ptx.when(exists):
-            pieces = []
-            for slot, expert in enumerate(choice.experts):
-                base = ptx.offset(ptx.offset(a["expert_down"], expert, 2 * p.width * p.hidden), first, 2)
-                vector = ptx.add(self.vector, 4 * p.width * slot)
-
-                def factor(row: Value, vector: Value = vector) -> Value:
-                    return ptx.float_of(ptx.load_shared(ptx.add(vector, ptx.shift_left(row, 2))))
-
-                pieces.append((base, factor))
-            totals = parts.columns(place, pieces, p.width, 2 * p.hidden, OUTPUT_LANES)
-            parts.sum_of_columns(place, totals, OUTPUT_LANES, self.sums)
         ptx.block_barrier()
-        with ptx.when(ptx.both(exists, ptx.compare("slt", place.thread, self.columns))):
+        with ptx.when(ptx.both(exists, ptx.compare("slt", place.thread, self.width))):
             total = ptx.rounded(parts.sum_of_warps(place.thread, OUTPUT_LANES, self.sums))
             if p.shared:
                 at = ptx.add(self.shared_sums, ptx.shift_left(place.thread, 2))
@@ -663,8 +675,9 @@ def _output_stages(p: Outputs, following: Inputs | None, a: Mapping[str, Value],
     stages: list[Stage] = [values, out, first]
     second: Stage
     if p.experts:
-        stages.append(ExpertsFirst(p, a, place, shared, first.vector))
-        second = experts = ExpertsSecond(p, a, place, shared)
+        experts_first = ExpertsFirst(p, a, place, shared, first.vector)
+        stages.append(experts_first)
+        second = experts = ExpertsSecond(p, a, place, shared, experts_first)
         products = experts.products if a else []
     else:
         second = dense = DenseSecond(p, a, place, shared)
@@ -675,7 +688,8 @@ def _output_stages(p: Outputs, following: Inputs | None, a: Mapping[str, Value],
         after = _input_stages(following, {**a, "x": a["y"]} if a else a, place, shared, alone=False)
     if a:
         values.ahead = [functools.partial(product.bring, place) for product in (first.product, *products)]
-        second.ahead = [functools.partial(stage.product.bring, place) for stage in after]
+        # While the experts are chosen nothing of this layer can stream.
+        stages[3].ahead = [functools.partial(stage.product.bring, place) for stage in after]
     return [*stages, *after]
 
 

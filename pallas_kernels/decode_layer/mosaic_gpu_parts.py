@@ -222,33 +222,49 @@ class Product:
         self.under_way = []
 
 
-def columns(
-    place: Place,
-    pieces: Sequence[tuple[Value, Callable[[Value], Value]]],
-    rows: int,
-    row_bytes: int,
-    lanes: int,
-) -> list[Value]:
-    """This lane's part of the sum over all rows of factor * row, 8 `lanes` columns wide: 8 sums.
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """`rows` rows of a column sum: where the first one's columns begin, and what row i is multiplied by."""
 
-    A piece is where its first row's columns begin and factor(row); it has `rows` rows, `row_bytes` from one to the next.
-    `lanes` lanes read a row, a warp 32 / lanes rows next to each other.
+    base: Value
+    factor: Callable[[Value], Value]
+
+
+class Columns:
+    """The sum over all rows of factor * row, 8 `lanes` columns wide: `begin` starts it, `finish` ends it.
+
+    Every piece has `rows` rows, `row_bytes` from one to the next. `lanes` lanes read a row, a warp 32 / lanes rows next to
+    each other.
     """
-    at_once = THREADS // lanes
-    if rows % at_once:
-        raise ValueError(f"{rows} rows are not a multiple of {at_once}")
-    own = ptx.add(ptx.mul(place.warp, 32 // lanes), ptx.div(place.lane, lanes))
-    steps = []
-    for base, factor in pieces:
-        address = ptx.offset(ptx.offset(base, own, row_bytes), ptx.bit_and(place.lane, lanes - 1), 16)
-        steps += [(address, factor, start) for start in range(0, rows, at_once)]
-    totals = [ptx.number(0.0)] * 8
-    for i in range(0, len(steps), COLUMN_LOADS):
-        batch = steps[i : i + COLUMN_LOADS]
-        words = [ptx.load_words(ptx.offset(address, ptx.constant(start), row_bytes)) for address, _, start in batch]
-        for (_, factor, start), piece in zip(batch, words, strict=True):
-            totals = ptx.add_multiples(totals, piece, factor(ptx.add(own, start)))
-    return totals
+
+    def __init__(self, place: Place, pieces: Sequence[Piece], rows: int, row_bytes: int, lanes: int):
+        at_once = THREADS // lanes
+        if rows % at_once:
+            raise ValueError(f"{rows} rows are not a multiple of {at_once}")
+        self.own = ptx.add(ptx.mul(place.warp, 32 // lanes), ptx.div(place.lane, lanes))
+        self.row_bytes = row_bytes
+        steps = []
+        for piece in pieces:
+            address = ptx.offset(ptx.offset(piece.base, self.own, row_bytes), ptx.bit_and(place.lane, lanes - 1), 16)
+            steps += [(address, piece.factor, start) for start in range(0, rows, at_once)]
+        self.batches = [steps[i : i + COLUMN_LOADS] for i in range(0, len(steps), COLUMN_LOADS)]
+        self.under_way: list[list[Value]] = []
+
+    def _load(self, batch: int) -> list[list[Value]]:
+        starts = [(address, ptx.constant(start)) for address, _, start in self.batches[batch]]
+        return [ptx.load_words(ptx.offset(address, start, self.row_bytes)) for address, start in starts]
+
+    def begin(self) -> None:
+        self.under_way = self._load(0)
+
+    def finish(self) -> list[Value]:
+        """This lane's 8 sums."""
+        totals = [ptx.number(0.0)] * 8
+        for i, batch in enumerate(self.batches):
+            words = self.under_way if i == 0 and self.under_way else self._load(i)
+            for (_, factor, start), piece in zip(batch, words, strict=True):
+                totals = ptx.add_multiples(totals, piece, factor(ptx.add(self.own, start)))
+        return totals
 
 
 def sum_of_columns(place: Place, totals: Sequence[Value], lanes: int, target: Value) -> None:
