@@ -9,6 +9,8 @@
   and index query heads; router and shared experts. At batch 1 the number of launches is the time.
 - A matrix is [outputs, inputs]. For one token a product then is a sum along contiguous memory, which XLA fuses with what
   stands before and after it, where [inputs, outputs] would be a product written to memory and a second pass over it.
+- A single token on Hopper goes through `pallas_kernels.decode_layer`: everything between two attentions is one launch, so
+  that an S layer is two launches and an F layer four, where XLA's own make 23 and 33. About 15 more make a step.
 
 The mathematics is that of `model`, whose forward the tests hold it against.
 """
