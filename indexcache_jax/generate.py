@@ -125,9 +125,10 @@ def prefill_chunk(
     x, positions = serving.embed(weights.embedding, tokens, cache.lengths, lengths, config)
     indices, layers = None, []
     for p, one in zip(weights.layers, cache.layers, strict=True):
-        x, indices, one = serving.prefill_layer(
+        x, selected, one = serving.prefill_layer(
             p, x, None if p.full else indices, one, positions, keys or cache.max_len, config
         )
+        indices = selected if p.full else indices
         layers.append(one)
     return x, Cache(tuple(layers), positions.kv_lengths)
 

@@ -329,6 +329,32 @@ def _select(
     )
 
 
+def _queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> tuple[jax.Array, jax.Array]:
+    """The absorbed queries [B, S, H, C + dr], and the index queries [B, S, Hi Di] before rope (Hi 0 on an S layer).
+
+    With one token a row a single product is cut into its parts. For a chunk of prompt the matrix is what is cheaper to
+    cut, and the absorbing product leaves room for the rope part, which then is written into it: cutting and joining the
+    queries themselves are two passes over them and a transposition.
+    """
+    c, (b, s, _) = config, q_latent.shape
+    rows = c.num_heads * c.qk_head_dim
+    if s == 1:
+        up = linear(q_latent, p.up)
+        heads, index_queries = up[..., :rows].reshape(b, s, c.num_heads, c.qk_head_dim), up[..., rows:]
+        nope, rope = heads[..., : c.qk_nope_head_dim], heads[..., c.qk_nope_head_dim :]
+        rope = rotate(rope, *positions.angles, interleaved=True)
+        return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, p.k_up), rope], axis=-1), index_queries
+    matrices, tokens = p.up[:rows].reshape(c.num_heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
+    nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
+    wide = jnp.pad(p.k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
+    absorbed = jnp.einsum("thn,hcn->thc", nope.reshape(b * s, c.num_heads, -1), wide).reshape(b, s, c.num_heads, -1)
+    # XLA would make one product of two small ones again.
+    tokens = jax.lax.optimization_barrier(tokens)
+    rope = linear(tokens, matrices[:, c.qk_nope_head_dim :].reshape(-1, tokens.shape[1])).reshape(b, s, c.num_heads, -1)
+    rope = rotate(rope, *positions.angles, interleaved=True)
+    return absorbed.at[..., c.kv_lora_rank :].set(rope), linear(q_latent, p.up[rows:])
+
+
 def attention(
     p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, keys: int, config: Config
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
@@ -349,11 +375,7 @@ def attention(
     compressed = rms_norm(compressed, p.kv_norm, c.latent_norm_eps)
     latents = jnp.concatenate([compressed, rotate(rope, *positions.angles, interleaved=True)], axis=-1).astype(dtype)
 
-    up = linear(q_latent, p.up)
-    heads = up[..., : c.num_heads * c.qk_head_dim].reshape(b, s, c.num_heads, c.qk_head_dim)
-    nope, rope = heads[..., : c.qk_nope_head_dim], heads[..., c.qk_nope_head_dim :]
-    rope = rotate(rope, *positions.angles, interleaved=True)
-    absorbed = jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, p.k_up), rope], axis=-1)
+    absorbed, index_queries = _queries(p, q_latent, positions, c)
 
     if p.full:
 
@@ -364,7 +386,7 @@ def attention(
         assert p.key_norm is not None and p.key_norm_bias is not None
         keys_new = rotate_front(layer_norm(rest[..., : c.index_head_dim], p.key_norm, p.key_norm_bias)).astype(dtype)
         cache = _remember(cache, latents, keys_new, positions.queries)
-        index_queries = up[..., c.num_heads * c.qk_head_dim :].reshape(b, s, c.index_n_heads, c.index_head_dim)
+        index_queries = index_queries.reshape(b, s, c.index_n_heads, c.index_head_dim)
         weights = rest[..., c.index_head_dim :] * (c.index_n_heads**-0.5 * c.index_head_dim**-0.5)
         indices = _select(rotate_front(index_queries), weights, cache, positions, keys, c)
     else:
@@ -394,22 +416,28 @@ def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
     h = rms_norm(x, p.mlp_norm, config.rms_norm_eps)
     if isinstance(p.mlp, Dense):
         return x + _swiglu(linear(h, p.mlp.gate_up), p.mlp.down, x.dtype)
-    first = linear(h, p.mlp.router, jnp.float32)
-    logits, shared = first[..., : config.n_routed_experts], first[..., config.n_routed_experts :]
-    tokens = h.reshape(-1, h.shape[-1])
-    chosen = moe.choose(logits.reshape(-1, config.n_routed_experts), p.mlp.router_bias, config)
-    out = moe.routed(p.mlp, tokens, *chosen, config).astype(x.dtype).reshape(x.shape)
+    experts = config.n_routed_experts
+    if x.shape[1] == 1:
+        first = linear(h, p.mlp.router, jnp.float32)
+        logits, shared = first[..., :experts], first[..., experts:]
+    else:  # the router alone needs float32
+        logits, shared = linear(h, p.mlp.router[:experts], jnp.float32), linear(h, p.mlp.router[experts:])
+    chosen = moe.choose(logits.reshape(-1, experts), p.mlp.router_bias, config)
+    out = moe.routed(p.mlp, h.reshape(-1, h.shape[-1]), *chosen, config).reshape(x.shape)
     if p.mlp.shared_down is not None:
         out = out + _swiglu(shared, p.mlp.shared_down, x.dtype)
-    return x + out
+    return (x + out).astype(x.dtype)
 
 
 def layer(
     p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, keys: int, config: Config
-) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """One layer over new tokens x [B, S, D]: hidden states, the indices it attended with and its cache."""
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """One layer over new tokens x [B, S, D]: hidden states, an F layer's indices for those that follow, and its cache.
+
+    An S layer returns None for the indices that it was given: as a program's result they would be copied.
+    """
     x, indices, cache = attention(p, x, indices, cache, positions, keys, config)
-    return mlp(p, x, config), indices, cache
+    return mlp(p, x, config), indices if p.full else None, cache
 
 
 # `indices` is donated only by F layers, which replace it.
@@ -444,7 +472,8 @@ def step(weights: Weights, token: jax.Array, cache: Cache, config: Config, keys:
     else:
         indices, layers = None, []
         for p, one in zip(weights.layers, cache.layers, strict=True):
-            x, indices, one = _same_program(p, x, indices, one, positions, keys, config)
+            x, selected, one = _same_program(p, x, indices, one, positions, keys, config)
+            indices = selected if p.full else indices
             layers.append(one)
     return logits(weights, x[:, 0], config), Cache(tuple(layers), positions.kv_lengths)
 
