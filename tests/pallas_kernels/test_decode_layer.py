@@ -83,25 +83,35 @@ def emulated(monkeypatch):
     monkeypatch.setattr(jax, "freeze", lambda reference: reference.value)
 
 
-NORMS = ("norm", "q_norm", "kv_norm", "key_norm", "key_norm_bias", "mlp_norm")
+def random_weights(config):
+    """As `serving.random_weights`, with random norms and biases too; NumPy has nothing to compile."""
+    random = np.random.default_rng(0)
+
+    def fill(path, like):
+        name, shape = path[-1].name, like.shape
+        x = random.standard_normal(shape, np.float32)
+        if len(shape) == 1:
+            x = 0.3 * x + (0 if "bias" in name else 1)
+        else:  # [outputs, inputs], or the experts' [E, inputs, ...]
+            x *= shape[1 if name == "gate_up" or len(shape) == 3 and name == "down" else -1] ** -0.5
+        return jnp.asarray(x.astype(like.dtype))
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: serving.random_weights(jax.random.key(0), config)))
 
 
 @functools.cache
 def make(experts=True, full=True, index_dtype=ml_dtypes.float8_e4m3fn, **fields):
     config = Config.from_hf(preset("30b") | SMALL | fields)
     config = dataclasses.replace(config, moe_layers=(experts,))
-    weights = serving.random_weights(jax.random.key(0), config)
-    layer, random = weights.layers[0], np.random.default_rng(0)
-    norms = {name: np.asarray(getattr(layer, name), np.float32) for name in NORMS}
-    noisy = {name: jnp.asarray(w + 0.3 * random.standard_normal(w.shape), jnp.bfloat16) for name, w in norms.items()}
-    layer = dataclasses.replace(layer, **noisy)
+    weights = random_weights(config)
+    layer = weights.layers[0]
     schedule = Schedule("F")
     if not full:
         layer = serving.restrict(dataclasses.replace(weights, layers=(layer, layer)), config, Schedule("FS")).layers[1]
     cache = serving.init_cache(config, schedule, 1, MAX_LEN, jnp.bfloat16, index_dtype=index_dtype).layers[0]
     if not full:
         cache = dataclasses.replace(cache, index_keys=None, index_scales=None)
-    x = jax.random.normal(jax.random.key(1), (1, 1, config.hidden_size), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 1, config.hidden_size)), jnp.bfloat16)
     return config, layer, cache, x
 
 
@@ -244,7 +254,7 @@ def test_a_decode_step_of_whole_layers(emulated, monkeypatch):
     config = Config.from_hf(preset("30b") | SMALL | {"num_hidden_layers": 3})
     config = dataclasses.replace(config, moe_layers=(False, True, True))
     schedule = Schedule("FSF")
-    weights = serving.restrict(serving.random_weights(jax.random.key(0), config), config, schedule)
+    weights = serving.restrict(random_weights(config), config, schedule)
     found = []
     for served in (False, True):
         monkeypatch.setattr(serving.decode_layer, "why_not", lambda *_, served=served: None if served else "not now")
