@@ -93,7 +93,7 @@ def random_weights(config):
         if len(shape) == 1:
             x = 0.3 * x + (0 if "bias" in name else 1)
         else:  # [outputs, inputs], or the experts' [E, inputs, ...]
-            x *= shape[1 if name == "gate_up" or len(shape) == 3 and name == "down" else -1] ** -0.5
+            x *= shape[1 if name == "gate_up" or (len(shape) == 3 and name == "down") else -1] ** -0.5
         return jnp.asarray(x.astype(like.dtype))
 
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: serving.random_weights(jax.random.key(0), config)))
