@@ -134,7 +134,7 @@ class Model:
         """One layer over `chunk` tokens that fill the cache up."""
         config, cache = self.config, self.cache.layers[layer]
 
-        def run(cache: serving.LayerCache, x: jax.Array, p: serving.Layer) -> tuple[jax.Array, jax.Array, serving.LayerCache]:
+        def run(cache: serving.LayerCache, x: jax.Array, p: serving.Layer) -> tuple[jax.Array, Any, serving.LayerCache]:
             lengths = jnp.full((1,), chunk)
             positions = place(self.tokens - lengths, lengths, chunk, config)
             return serving.layer(p, x, None, cache, positions, self.tokens, config)

@@ -3,6 +3,10 @@
 Memory is the weights, the cache and one chunk: about (4 D + 2 k (D + 3 I)) x 2 bytes a token of it (D hidden, I an
 expert's width, k experts a token), and at most 1 GiB of index scores. A chunk costs what the keys that exist cost, not the
 cache's size: the kernels for Hopper skip what is beyond, elsewhere the cache is cut to the next power of two.
+
+A decode program holds the whole model once and loops over its steps on the device, caches updated in place. What a step
+launches is `serving.step`'s business: for a single row on Hopper two kernels an S layer and four an F layer, else a few
+dozen a layer.
 """
 
 from __future__ import annotations
@@ -125,9 +129,10 @@ def prefill_chunk(
     x, positions = serving.embed(weights.embedding, tokens, cache.lengths, lengths, config)
     indices, layers = None, []
     for p, one in zip(weights.layers, cache.layers, strict=True):
-        x, indices, one = serving.prefill_layer(
+        x, selected, one = serving.prefill_layer(
             p, x, None if p.full else indices, one, positions, keys or cache.max_len, config
         )
+        indices = selected if p.full else indices
         layers.append(one)
     return x, Cache(tuple(layers), positions.kv_lengths)
 

@@ -72,7 +72,7 @@ def routed(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Arra
     if _few_experts(config):
         way = _every_expert
     elif _few_rows(experts, config):
-        way = _matrix_by_matrix if dispatch.platform() == "tpu" else _row_by_row
+        way = _matrix_by_matrix
     else:
         way = _sorted_by_expert
     return way(p, tokens, experts, weights)
@@ -84,8 +84,8 @@ def _few_experts(config: Config) -> bool:
 
 
 def _few_rows(experts: jax.Array, config: Config) -> bool:
-    # Then a matrix for every row is less to read than what sorting and its launches cost. A CPU would copy the matrices.
-    return dispatch.platform() in ("gpu", "tpu") and 4 * experts.size <= config.n_routed_experts
+    # Then a matrix for every row is less than what a TPU's grouped product reads. Hopper's reads the chosen ones alone.
+    return dispatch.platform() == "tpu" and 4 * experts.size <= config.n_routed_experts
 
 
 def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
@@ -97,18 +97,11 @@ def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: j
     return jnp.einsum("nei,eid->nd", hidden, p.down, preferred_element_type=jnp.float32)
 
 
-def _row_by_row(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-    """The chosen experts of a few tokens [N, D], each row times its own matrix read in place -> [N, D] float32."""
-    width = p.gate_up.shape[-1]
-    matrices = p.gate_up.reshape(*p.gate_up.shape[:2], 2 * width)[experts].astype(jnp.float32)  # [N, k, D, 2 I]: fused away
-    gate_up = jnp.sum(tokens.astype(jnp.float32)[:, None, :, None] * matrices, axis=2).astype(tokens.dtype)
-    hidden = jax.nn.silu(gate_up[..., :width]) * gate_up[..., width:]
-    products = hidden.astype(jnp.float32)[..., None] * p.down[experts].astype(jnp.float32)  # [N, k, I, D]: fused away
-    return jnp.sum(jnp.sum(products, axis=2).astype(tokens.dtype) * weights[..., None], axis=1)
-
-
 def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-    """The same on a TPU, where XLA reads one slice of a stack in place but copies what a gather or a reshape of it makes."""
+    """The chosen experts of a few tokens [N, D], one after the other -> [N, D] float32.
+
+    On a TPU XLA reads one slice of a stack in place but copies what a gather or a reshape of it makes.
+    """
 
     def one(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
         def chosen(stack: jax.Array) -> jax.Array:

@@ -6,9 +6,16 @@
   many layers there are. The host queues them one after the other; a chunk of prompt keeps the device busy for longer.
 - All layers and many steps are one program for decoding, so that between tokens nothing returns to the host.
 - What reads the same input is one matrix: query latent, key-value latent, index key and index head weights; query heads
-  and index query heads; router and shared experts. At batch 1 the number of launches is the time.
+  and index query heads; router and shared experts. A step of decoding then is fewer launches. A chunk of prompt cuts two
+  of these matrices again, because their products are larger than they are (`_queries`, `mlp`).
 - A matrix is [outputs, inputs]. For one token a product then is a sum along contiguous memory, which XLA fuses with what
   stands before and after it, where [inputs, outputs] would be a product written to memory and a second pass over it.
+- A single token on Hopper goes through `pallas_kernels.decode_layer`: everything between two attentions is one launch. An
+  S layer is that one and the attention, an F layer has the scores and the selection besides, where XLA's own launches
+  were 23 and 33; 8 layers FSSSFSSS of the 30B shape are 35 a step (H200), 15 of them outside the layers. `step` takes
+  this way where `decode_layer.why_not` has nothing against any layer: one row, weights and latents in bfloat16, index
+  keys in bfloat16 or float8_e4m3fn, no biases of projections, no groups of experts. Anything else goes layer by layer in
+  XLA: more rows at once, latents in 8 bits, other devices.
 
 The mathematics is that of `model`, whose forward the tests hold it against.
 """
@@ -31,6 +38,7 @@ from indexcache_jax.norm import layer_norm, rms_norm
 from indexcache_jax.params import MLP, MoE, Params, at_layer, init, slots
 from indexcache_jax.rope import rotate
 from indexcache_jax.schedule import Schedule
+from pallas_kernels.decode_layer import api as decode_layer
 from pallas_kernels.indexer_topk import fp8 as index_fp8
 from pallas_kernels.sparse_mla import fp8 as latent_fp8
 
@@ -326,6 +334,32 @@ def _select(
     )
 
 
+def _queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> tuple[jax.Array, jax.Array]:
+    """The absorbed queries [B, S, H, C + dr], and the index queries [B, S, Hi Di] before rope (Hi 0 on an S layer).
+
+    With one token a row a single product is cut into its parts. For a chunk of prompt the matrix is what is cheaper to
+    cut, and the absorbing product leaves room for the rope part, which then is written into it: cutting and joining the
+    queries themselves are two passes over them and a transposition.
+    """
+    c, (b, s, _) = config, q_latent.shape
+    rows = c.num_heads * c.qk_head_dim
+    if s == 1:
+        up = linear(q_latent, p.up)
+        heads, index_queries = up[..., :rows].reshape(b, s, c.num_heads, c.qk_head_dim), up[..., rows:]
+        nope, rope = heads[..., : c.qk_nope_head_dim], heads[..., c.qk_nope_head_dim :]
+        rope = rotate(rope, *positions.angles, interleaved=True)
+        return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, p.k_up), rope], axis=-1), index_queries
+    matrices, tokens = p.up[:rows].reshape(c.num_heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
+    nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
+    wide = jnp.pad(p.k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
+    absorbed = jnp.einsum("thn,hcn->thc", nope.reshape(b * s, c.num_heads, -1), wide).reshape(b, s, c.num_heads, -1)
+    # XLA would make one product of two small ones again.
+    tokens = jax.lax.optimization_barrier(tokens)
+    rope = linear(tokens, matrices[:, c.qk_nope_head_dim :].reshape(-1, tokens.shape[1])).reshape(b, s, c.num_heads, -1)
+    rope = rotate(rope, *positions.angles, interleaved=True)
+    return absorbed.at[..., c.kv_lora_rank :].set(rope), linear(q_latent, p.up[rows:])
+
+
 def attention(
     p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, keys: int, config: Config
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
@@ -346,11 +380,7 @@ def attention(
     compressed = rms_norm(compressed, p.kv_norm, c.latent_norm_eps)
     latents = jnp.concatenate([compressed, rotate(rope, *positions.angles, interleaved=True)], axis=-1).astype(dtype)
 
-    up = linear(q_latent, p.up)
-    heads = up[..., : c.num_heads * c.qk_head_dim].reshape(b, s, c.num_heads, c.qk_head_dim)
-    nope, rope = heads[..., : c.qk_nope_head_dim], heads[..., c.qk_nope_head_dim :]
-    rope = rotate(rope, *positions.angles, interleaved=True)
-    absorbed = jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, p.k_up), rope], axis=-1)
+    absorbed, index_queries = _queries(p, q_latent, positions, c)
 
     if p.full:
 
@@ -361,7 +391,7 @@ def attention(
         assert p.key_norm is not None and p.key_norm_bias is not None
         keys_new = rotate_front(layer_norm(rest[..., : c.index_head_dim], p.key_norm, p.key_norm_bias)).astype(dtype)
         cache = _remember(cache, latents, keys_new, positions.queries)
-        index_queries = up[..., c.num_heads * c.qk_head_dim :].reshape(b, s, c.index_n_heads, c.index_head_dim)
+        index_queries = index_queries.reshape(b, s, c.index_n_heads, c.index_head_dim)
         weights = rest[..., c.index_head_dim :] * (c.index_n_heads**-0.5 * c.index_head_dim**-0.5)
         indices = _select(rotate_front(index_queries), weights, cache, positions, keys, c)
     else:
@@ -391,22 +421,28 @@ def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
     h = rms_norm(x, p.mlp_norm, config.rms_norm_eps)
     if isinstance(p.mlp, Dense):
         return x + _swiglu(linear(h, p.mlp.gate_up), p.mlp.down, x.dtype)
-    first = linear(h, p.mlp.router, jnp.float32)
-    logits, shared = first[..., : config.n_routed_experts], first[..., config.n_routed_experts :]
-    tokens = h.reshape(-1, h.shape[-1])
-    chosen = moe.choose(logits.reshape(-1, config.n_routed_experts), p.mlp.router_bias, config)
-    out = moe.routed(p.mlp, tokens, *chosen, config).astype(x.dtype).reshape(x.shape)
+    experts = config.n_routed_experts
+    if x.shape[1] == 1:
+        first = linear(h, p.mlp.router, jnp.float32)
+        logits, shared = first[..., :experts], first[..., experts:]
+    else:  # the router alone needs float32
+        logits, shared = linear(h, p.mlp.router[:experts], jnp.float32), linear(h, p.mlp.router[experts:])
+    chosen = moe.choose(logits.reshape(-1, experts), p.mlp.router_bias, config)
+    out = moe.routed(p.mlp, h.reshape(-1, h.shape[-1]), *chosen, config).reshape(x.shape)
     if p.mlp.shared_down is not None:
         out = out + _swiglu(shared, p.mlp.shared_down, x.dtype)
-    return x + out
+    return (x + out).astype(x.dtype)
 
 
 def layer(
     p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, keys: int, config: Config
-) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """One layer over new tokens x [B, S, D]: hidden states, the indices it attended with and its cache."""
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """One layer over new tokens x [B, S, D]: hidden states, an F layer's indices for those that follow, and its cache.
+
+    An S layer returns None for the indices that it was given: as a program's result they would be copied.
+    """
     x, indices, cache = attention(p, x, indices, cache, positions, keys, config)
-    return mlp(p, x, config), indices, cache
+    return mlp(p, x, config), indices if p.full else None, cache
 
 
 # `indices` is donated only by F layers, which replace it.
@@ -435,8 +471,140 @@ def step(weights: Weights, token: jax.Array, cache: Cache, config: Config, keys:
     """
     ones = jnp.ones_like(cache.lengths)
     x, positions = embed(weights.embedding, token[:, None], cache.lengths, ones, config)
-    indices, layers = None, []
-    for p, one in zip(weights.layers, cache.layers, strict=True):
-        x, indices, one = _same_program(p, x, indices, one, positions, keys or cache.max_len, config)
-        layers.append(one)
+    keys = keys or cache.max_len
+    if all(_in_few_launches(p, x, one, positions, config) for p, one in zip(weights.layers, cache.layers, strict=True)):
+        x, layers = _few_launches(weights.layers, x, cache.layers, positions, keys, config)
+    else:
+        indices, layers = None, []
+        for p, one in zip(weights.layers, cache.layers, strict=True):
+            x, selected, one = _same_program(p, x, indices, one, positions, keys, config)
+            indices = selected if p.full else indices
+            layers.append(one)
     return logits(weights, x[:, 0], config), Cache(tuple(layers), positions.kv_lengths)
+
+
+# ---- a single token, its layers' dense parts in one launch between two attentions
+
+
+def _before(p: Layer, cache: LayerCache, positions: Positions, config: Config) -> decode_layer.Before:
+    c = config
+    weights = {"norm": p.norm, "down": p.down, "q_norm": p.q_norm, "kv_norm": p.kv_norm, "up": p.up, "k_up": p.k_up}
+    if p.key_norm is not None and p.key_norm_bias is not None:
+        weights |= {"key_norm": p.key_norm, "key_norm_bias": p.key_norm_bias}
+    return decode_layer.Before(
+        weights=weights,
+        latents=cache.latents,
+        index_keys=cache.index_keys,
+        index_scales=cache.index_scales,
+        position=positions.queries,
+        angles=positions.angles,
+        eps=c.rms_norm_eps,
+        latent_eps=c.latent_norm_eps,
+        index_scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5,
+        index_interleaved=c.index_rope_interleave,
+    )
+
+
+def _after(p: Layer) -> dict[str, jax.Array]:
+    weights = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
+    if isinstance(p.mlp, Dense):
+        return weights | {"router": p.mlp.gate_up, "shared_down": p.mlp.down}
+    m = p.mlp
+    weights |= {"router": m.router, "router_bias": m.router_bias, "gate_up": m.gate_up, "expert_down": m.down}
+    return weights if m.shared_down is None else weights | {"shared_down": m.shared_down}
+
+
+def _in_few_launches(p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config) -> bool:
+    if p.down_bias is not None or p.out_bias is not None:
+        return False
+    return decode_layer.why_not(x, _before(p, cache, positions, config), _after(p), config.n_group) is None
+
+
+@jax.jit
+def _inputs(
+    p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config, meetings: jax.Array
+) -> tuple[tuple[jax.Array | None, ...], LayerCache, jax.Array]:
+    """What the first layer's attention takes, its cache with the token in it, and how often the device's blocks have met."""
+    ready, meetings = decode_layer.attention_inputs(x, _before(p, cache, positions, config), _after(p), meetings)
+    return *_split(ready), meetings
+
+
+def _split(ready: decode_layer.Ready) -> tuple[tuple[jax.Array | None, ...], LayerCache]:
+    cache = LayerCache(ready.latents, None, ready.index_keys, ready.index_scales)
+    return (ready.queries, ready.index_queries, ready.index_weights), cache
+
+
+@functools.partial(jax.jit, static_argnames="keys")
+def _attend(
+    queries: tuple[jax.Array | None, ...],
+    indices: jax.Array | None,
+    cache: LayerCache,
+    positions: Positions,
+    keys: int,
+    config: Config,
+) -> tuple[jax.Array, jax.Array]:
+    """What the layer attended to, and with which indices."""
+    absorbed, index_queries, index_weights = queries
+    if index_queries is not None:
+        assert cache.index_keys is not None and index_weights is not None
+        scales = None if cache.index_scales is None else cache.index_scales[:, :keys]
+        indices = pallas_kernels.indexer_topk(
+            index_queries,
+            cache.index_keys[:, :keys],
+            index_weights,
+            k_select=min(config.index_topk, keys),
+            q_positions=positions.queries,
+            kv_lengths=positions.kv_lengths,
+            key_scales=scales,
+        )
+    assert absorbed is not None and indices is not None  # the first layer is F
+    latents = cache.latents[:, :keys]
+    context = pallas_kernels.sparse_mla(absorbed, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank)
+    return context, indices
+
+
+@jax.jit
+def _outputs(
+    p: Layer,
+    x: jax.Array,
+    context: jax.Array,
+    following: tuple[Layer, LayerCache] | None,
+    positions: Positions,
+    config: Config,
+    meetings: jax.Array,
+) -> tuple[jax.Array, tuple[tuple[jax.Array | None, ...], LayerCache] | None, jax.Array]:
+    """The layer's output, what the following layer's attention takes with its cache, and how often blocks have met."""
+    x, ready, meetings = decode_layer.layer_outputs(
+        x,
+        context,
+        _after(p),
+        meetings,
+        eps=config.rms_norm_eps,
+        chosen=config.num_experts_per_tok,
+        normalised=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+        following=None if following is None else _before(*following, positions, config),
+        after=None if following is None else _after(following[0]),
+    )
+    return x, None if ready is None else _split(ready), meetings
+
+
+def _few_launches(
+    layers: tuple[Layer, ...],
+    x: jax.Array,
+    caches: tuple[LayerCache, ...],
+    positions: Positions,
+    keys: int,
+    config: Config,
+) -> tuple[jax.Array, list[LayerCache]]:
+    """All layers over a single token x [1, 1, D], and their caches."""
+    queries, cache, meetings = _inputs(layers[0], x, caches[0], positions, config, jnp.zeros((1,), jnp.int32))
+    indices, done = None, []
+    for i, p in enumerate(layers):
+        done.append(cache)
+        context, indices = _attend(queries, indices, cache, positions, keys, config)
+        following = (layers[i + 1], caches[i + 1]) if i + 1 < len(layers) else None
+        x, then, meetings = _outputs(p, x, context, following, positions, config, meetings)
+        if then is not None:
+            queries, cache = then
+    return x, done

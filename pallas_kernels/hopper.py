@@ -43,3 +43,8 @@ def why_not() -> str | None:
     if capability != "9.0":
         return f"it needs a Hopper GPU (compute capability 9.0), this one has {capability}"
     return None
+
+
+def multiprocessors() -> int:
+    """Of the default device: how many blocks of a whole multiprocessor each run at once."""
+    return getattr(jax.devices()[0], "core_count", MULTIPROCESSORS)

@@ -217,6 +217,11 @@ def or_shared(address: Value, bits: Value) -> Value:
     return asm("atom.shared.or.b32 $0, [$1], $2;", [address, bits], "=r,r,r", i32())
 
 
+def both(a: Value, b: Value) -> Value:
+    """Of two conditions."""
+    return arith.andi(a, b)
+
+
 def population(bits: Value) -> Value:
     return asm("popc.b32 $0, $1;", [bits], "=r,r", i32())
 
@@ -312,12 +317,18 @@ def store_shared_products(address: Value, pair: Sequence[Value], scale: Value) -
 # ---- float32 registers
 
 
+def f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
 def number(x: float) -> Value:
-    return arith.constant(ir.F32Type.get(), x)
+    return arith.constant(f32(), x)
 
 
-def plus(a: Value, b: Value) -> Value:
-    return arith.addf(a, b)
+def plus(a: Value, *others: Value) -> Value:
+    for other in others:
+        a = arith.addf(a, other)
+    return a
 
 
 def minus(a: Value, b: Value) -> Value:
@@ -330,11 +341,11 @@ def times(a: Value, b: Value) -> Value:
 
 def times_plus(a: Value, b: Value, c: Value) -> Value:
     """a * b + c, rounded once."""
-    return asm("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "=f,f,f,f", ir.F32Type.get())
+    return asm("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "=f,f,f,f", f32())
 
 
 def larger(a: Value, b: Value) -> Value:
-    return asm("max.f32 $0, $1, $2;", [a, b], "=f,f,f", ir.F32Type.get())
+    return asm("max.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
 
 
 def above(a: Value, b: Value) -> Value:
@@ -352,14 +363,14 @@ def inverse(x: Value) -> Value:
 
 def lane_distant(x: Value, distance: int) -> Value:
     """x of the lane whose number differs by the bit `distance`."""
-    return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", ir.F32Type.get())
+    return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", f32())
 
 
 def load_shared_floats(address: Value) -> list[Value]:
     """Two that lie side by side."""
     pair = ir.Type.parse("!llvm.struct<(f32, f32)>")
     loaded = asm("ld.shared.v2.f32 {$0, $1}, [$2];", [address], "=f,=f,r", pair)
-    return [llvm.extractvalue(ir.F32Type.get(), loaded, [i]) for i in range(2)]
+    return [llvm.extractvalue(f32(), loaded, [i]) for i in range(2)]
 
 
 def store_shared_floats(address: Value, pair: Sequence[Value]) -> None:
@@ -449,7 +460,7 @@ def _floats(count: int) -> ir.Type:
 
 
 def _unpacked(struct: Value, count: int) -> list[Value]:
-    return [llvm.extractvalue(ir.F32Type.get(), struct, [i]) for i in range(count)]
+    return [llvm.extractvalue(f32(), struct, [i]) for i in range(count)]
 
 
 def multiply_commit() -> None:
@@ -482,3 +493,144 @@ def store_shared_transposed(address: Value, words: Sequence[Value]) -> None:
 def transposed_block(word: Value) -> Value:
     """The fragment of the transpose of an 8 x 8 block of 16-bit numbers."""
     return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [word], "=r,r", i32())
+
+
+# ---- bfloat16 numbers in pairs, and words of 16 bytes
+
+
+def divide_floats(a: Value, b: Value) -> Value:
+    return asm("div.rn.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
+
+
+def maximum_floats(a: Value, b: Value) -> Value:
+    return arith.maximumf(a, b)
+
+
+def rsqrt(x: Value) -> Value:
+    return asm("rsqrt.approx.f32 $0, $1;", [x], "=f,f", f32())
+
+
+def bits_of(x: Value) -> Value:
+    return arith.bitcast(i32(), x)
+
+
+def float_of(bits: Value) -> Value:
+    return arith.bitcast(f32(), bits)
+
+
+def rounded(x: Value) -> Value:
+    """The nearest bfloat16, as float32."""
+    return from_bfloat16_pair(to_bfloat16_pair(x, x))[0]
+
+
+def to_e4m3_word(xs: Sequence[Value]) -> Value:
+    """Four numbers as e4m3; what is too large becomes the largest."""
+    ptx = (
+        "{\n.reg .b16 a, b;\ncvt.rn.satfinite.e4m3x2.f32 a, $2, $1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;\nmov.b32 $0, {a, b};\n}"
+    )
+    return asm(ptx, list(xs), "=r,f,f,f,f", i32())
+
+
+def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
+    """total + the dot product of 8 bfloat16 numbers with 8 others, four words each."""
+    lines = [".reg .f32 x, y, odd;", "mov.f32 $0, $1;", "mov.f32 odd, 0f00000000;"]
+    for i in range(4):
+        lines += [f"shl.b32 x, ${2 + i}, 16;", f"shl.b32 y, ${6 + i}, 16;", "fma.rn.f32 $0, x, y, $0;"]
+        lines += [f"and.b32 x, ${2 + i}, 0xffff0000;", f"and.b32 y, ${6 + i}, 0xffff0000;", "fma.rn.f32 odd, x, y, odd;"]
+    lines += ["add.f32 $0, $0, odd;"]
+    return asm("{\n" + "\n".join(lines) + "\n}", [total, *a, *b], "=&f,f" + ",r" * 8, f32())
+
+
+def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value) -> list[Value]:
+    """totals[i] + factor * the i-th of the 8 bfloat16 numbers in four words."""
+    lines = [".reg .f32 x;"]
+    for i in range(4):
+        lines += [f"shl.b32 x, ${16 + i}, 16;", f"fma.rn.f32 ${2 * i}, x, $20, ${8 + 2 * i};"]
+        lines += [f"and.b32 x, ${16 + i}, 0xffff0000;", f"fma.rn.f32 ${2 * i + 1}, x, $20, ${9 + 2 * i};"]
+    kind = ir.Type.parse("!llvm.struct<(" + ", ".join(["f32"] * 8) + ")>")
+    constraints = ",".join(["=&f"] * 8 + ["f"] * 8 + ["r"] * 4 + ["f"])
+    out = asm("{\n" + "\n".join(lines) + "\n}", [*totals, *words, factor], constraints, kind)
+    return [llvm.extractvalue(f32(), out, [i]) for i in range(8)]
+
+
+def load_words(address: Value) -> list[Value]:
+    """16 bytes, as four words, of what is read once and no one writes during the kernel."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    text = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];"
+    loaded = asm(text, [address], "=r,=r,=r,=r,l", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+
+
+def reduce_warp(operation: str, x: Value) -> Value:
+    """`operation` is max or min, of unsigned numbers, or or."""
+    kind = "b32" if operation == "or" else "u32"
+    return asm(f"redux.sync.{operation}.{kind} $0, $1, 0xffffffff;", [x], "=r,r", i32())
+
+
+def load_shared_words(address: Value) -> list[Value]:
+    """16 bytes as four words."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    loaded = asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+
+
+def store_shared_words(address: Value, words: Sequence[Value]) -> None:
+    asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [address, *words], "r,r,r,r,r")
+
+
+def store_global_bfloat16(address: Value, x: Value, predicate: Value) -> None:
+    ptx = "{\n.reg .b16 h;\ncvt.rn.bf16.f32 h, $1;\n@$2 st.global.b16 [$0], h;\n}"
+    asm(ptx, [address, x, predicate], "l,f,b")
+
+
+def prefetch(address: Value, size: Value, predicate: Value) -> None:
+    """Asks for `size` bytes, a multiple of 16, to be brought to L2; nothing waits for them."""
+    asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
+
+
+# ---- a grid whose blocks are all resident: they write, meet, and read what the others wrote
+
+
+def load_fresh(address: Value) -> Value:
+    """A 32-bit load of what another block wrote before the grid met: not through L1."""
+    return asm("ld.global.cg.b32 $0, [$1];", [address], "=r,l", i32())
+
+
+def load_fresh_pair(address: Value) -> list[Value]:
+    """8 bytes of the same as two words."""
+    loaded = asm("ld.global.cg.v2.b32 {$0, $1}, [$2];", [address], "=r,=r,l", ir.Type.parse("!llvm.struct<(i32, i32)>"))
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(2)]
+
+
+def load_fresh_words(address: Value) -> list[Value]:
+    """16 bytes of the same as four words."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    loaded = asm("ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,l", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+
+
+def grid_arrive(counter: Value, blocks: int) -> Value:
+    """This block has written what others wait for. Returns what `grid_wait` waits for.
+
+    The counter is zero when the first grid of a sequence starts, and every grid adds `blocks` to it each time it meets.
+    """
+    block_barrier()
+    ptx = (
+        "{\n.reg .pred p;\n.reg .b32 old;\nmov.b32 old, 0;\nsetp.eq.u32 p, $2, 0;\n"
+        "@p atom.add.release.gpu.global.u32 old, [$1], 1;\nmov.b32 $0, old;\n}"
+    )
+    old = asm(ptx, [counter, thread()], "=r,l,r", i32())
+    return mul(add(div(old, blocks), 1), blocks)
+
+
+def grid_wait(counter: Value, target: Value) -> None:
+    """Waits until all blocks have arrived; what they wrote before is then seen by `load_fresh`."""
+    with when(compare("eq", thread(), 0)):
+        asm(
+            "{\n.reg .pred done;\n.reg .b32 seen;\nAGAIN:\nld.acquire.gpu.global.u32 seen, [$0];\n"
+            "sub.s32 seen, seen, $1;\nsetp.ge.s32 done, seen, 0;\n@!done bra AGAIN;\n}",
+            [counter, target],
+            "l,r",
+        )
+    block_barrier()

@@ -24,8 +24,8 @@ def _prefers_blocks(*_: jax.Array) -> str | None:
 
 
 BACKENDS = {
-    "per_row": dispatch.Backend(per_row.grouped_matmul, per_row.why_not),
     "mosaic_gpu": dispatch.Backend(mosaic_gpu.grouped_matmul, mosaic_gpu.why_not),
+    "per_row": dispatch.Backend(per_row.grouped_matmul, per_row.why_not),
     "mosaic_tpu": dispatch.Backend(mosaic_tpu.grouped_matmul, mosaic_tpu.why_not),
     "ragged_dot": dispatch.Backend(ragged_dot, _prefers_blocks),
     "xla": dispatch.Backend(reference.grouped_matmul),
@@ -38,7 +38,7 @@ def grouped_matmul(
     """rows [M, K] in groups of group_sizes [E] times matrices [E, K, N] -> [M, N] in the dtype of `rows`.
 
     The sizes sum to M; products are accumulated in float32. `implementation` None picks the best for the backend:
-    "per_row" for many more groups than rows (decode), else "mosaic_gpu" on Hopper, "mosaic_tpu" on TPU, XLA's "ragged_dot"
+    "mosaic_gpu" on Hopper, else "per_row" for many more groups than rows (decode), "mosaic_tpu" on TPU, XLA's "ragged_dot"
     on other accelerators and "xla", the reference, on a CPU. Raises ValueError for shapes that do not fit,
     NotImplementedError where a named implementation cannot serve.
     """

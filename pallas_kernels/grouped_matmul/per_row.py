@@ -1,8 +1,8 @@
 """grouped_matmul for a few rows: every row times the matrix of its group, read in place.
 
 A decode step has fewer rows than experts, and what counts is how many matrices are read. XLA fuses the choice of the
-matrix into the sum, so this reads one for every row, where the other implementations read the matrices of groups without
-rows as well.
+matrix into the sum, so this reads one for every row, where XLA's own ragged product reads the matrices of groups without
+rows as well. XLA's sum down the columns is slow: on an H200 it reads 0.4 TB/s, which is why Hopper's kernel goes first.
 """
 
 from __future__ import annotations

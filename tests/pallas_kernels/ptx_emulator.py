@@ -11,6 +11,7 @@ import contextlib
 import types
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from pallas_kernels import ptx
@@ -88,14 +89,118 @@ class Block:
         return out
 
     def _by_warp(self, x):
-        assert self.active.all(), "a whole warp takes part"
-        return self.spread(x).reshape(-1, 32)
+        warps = self.active.reshape(-1, 32)
+        assert (warps.all(1) | ~warps.any(1)).all(), "a whole warp takes part"
+        return np.broadcast_to(x, (self.threads,)).reshape(-1, 32)
+
+    def _floats(self, x):
+        return np.broadcast_to(np.asarray(x, np.float32), (self.threads,))
+
+    def load_words(self, address, count):
+        assert (self.spread(address)[self.active] % (4 * count) == 0).all(), "not on a boundary of its size"
+        return [self.load(address + 4 * i) for i in range(count)]
+
+    def store_words(self, address, words):
+        for i, word in enumerate(words):
+            self.store(address + 4 * i, word)
+
+    def store_bfloat16(self, address, x, predicate):
+        address, halves = self.spread(address), self._floats(x).astype(ml_dtypes.bfloat16).view(np.int16)
+        on = self.active & self.spread(predicate).astype(bool)
+        for memory in np.unique(address[on] >> 40):
+            chosen = on & (address >> 40 == memory)
+            places = (address[chosen] & (1 << 40) - 1) // 2
+            flat = self.memories[memory].reshape(-1).view(np.int16)
+            assert (places < flat.size).all(), "outside the array"
+            flat[places] = halves[chosen]
+
+    def prefetch(self, address, size, predicate):
+        on = self.active & self.spread(predicate).astype(bool)
+        for at, count in zip(self.spread(address)[on], self.spread(size)[on], strict=True):
+            memory = self.memories[at >> 40]
+            assert at % 16 == 0 and count % 16 == 0 and count > 0, "not whole pieces of 16 bytes"
+            assert (at & (1 << 40) - 1) + count <= memory.nbytes, "outside the array"
+
+    def reduce_warp(self, operation, x):
+        function = {"max": np.max, "min": np.min, "or": np.bitwise_or.reduce}[operation]
+        return _wrapped(np.repeat(function(_unsigned(self._by_warp(x)), axis=1), 32))
+
+    def float_words(self) -> dict[str, object]:
+        """What stands for the functions of `ptx` on float32 numbers, and what is loaded and stored in pieces."""
+
+        def bits(x):
+            return self._floats(x).view(np.int32).astype(np.int64)
+
+        def number(word):
+            return np.broadcast_to(_wrapped(word).astype(np.int32), (self.threads,)).view(np.float32)
+
+        def pair(word):
+            return number(_wrapped(np.left_shift(_unsigned(word), 16))), number(np.bitwise_and(word, -0x10000))
+
+        def to_pair(low, high):
+            halves = [self._floats(x).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.int64) for x in (low, high)]
+            return _wrapped(halves[0] | halves[1] << 16)
+
+        def eight(words):
+            return [x for word in words for x in pair(word)]
+
+        def to_e4m3(xs):
+            xs = [np.clip(self._floats(x), -448, 448).astype(ml_dtypes.float8_e4m3fn) for x in xs]
+            return _wrapped(sum(x.view(np.uint8).astype(np.int64) << 8 * i for i, x in enumerate(xs)))
+
+        def add(a, *others):
+            for other in others:
+                a = a + other
+            return a
+
+        def words_or_zeros(address, predicate, count):
+            with self.when(self.spread(predicate) != 0):
+                words = self.load_words(address, count)
+            return [np.where(self.spread(predicate) != 0, word, 0) for word in words]
+
+        def across(x, distance):
+            return self._by_warp(x)[:, np.arange(32) ^ distance].reshape(-1)
+
+        def dot(total, a, b):
+            return total + sum(x * y for x, y in zip(eight(a), eight(b), strict=True))
+
+        return {
+            "number": lambda value: self._floats(value),
+            "plus": add,
+            "minus": lambda a, b: a - b,
+            "times": np.multiply,
+            "divide_floats": lambda a, b: a / b,
+            "maximum_floats": np.maximum,
+            "rsqrt": lambda x: 1 / np.sqrt(x),
+            "exp2": np.exp2,
+            "bits_of": bits,
+            "float_of": number,
+            "rounded": lambda x: self._floats(x).astype(ml_dtypes.bfloat16).astype(np.float32),
+            "from_bfloat16_pair": pair,
+            "to_bfloat16_pair": to_pair,
+            "to_e4m3_word": to_e4m3,
+            "add_dot": dot,
+            "add_multiples": lambda totals, words, factor: [t + factor * x for t, x in zip(totals, eight(words), strict=True)],
+            "lane_distant": across,
+            "reduce_warp": self.reduce_warp,
+            "both": np.logical_and,
+            "load_words": lambda address: self.load_words(address, 4),
+            "load_words_or_zeros": words_or_zeros,
+            "load_fresh": self.load,
+            "load_fresh_pair": lambda address: self.load_words(address, 2),
+            "load_fresh_words": lambda address: self.load_words(address, 4),
+            "load_shared_words": lambda address: self.load_words(address, 4),
+            "store_shared_words": self.store_words,
+            "prefetch": self.prefetch,
+            "store_global_bfloat16": self.store_bfloat16,
+        }
 
     def words(self) -> dict[str, object]:
         """What stands for the functions of `ptx`."""
         compare = {"eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal, "sgt": np.greater}
         compare["sge"] = np.greater_equal
-        return {
+        compare["ult"] = lambda a, b: _unsigned(a) < _unsigned(b)
+        return self.float_words() | {
             "constant": self.spread,
             "add": lambda a, *others: _wrapped(a + sum(others)) if (np.abs(a) < 1 << 40).all() else a + sum(others),
             "sub": lambda a, b: _wrapped(np.subtract(a, b)),
@@ -164,3 +269,34 @@ def run(monkeypatch, module, function, *arguments):
     with monkeypatch.context() as patch:
         patch.setattr(module, "plgpu", fake)
         return function(*arguments)
+
+
+def run_grid(monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: int, shared_bytes: int, stages) -> None:
+    """Runs the stages of a grid whose blocks meet between them: stages(addresses by name, number of the block, address of
+    its shared memory) gives one block's, each of which has `begin` and `run`. `arrays` are of 32-bit words and are changed."""
+    made = []
+
+    def as_block(block, action):
+        # What lanes without work compute from garbage may overflow.
+        with monkeypatch.context() as patch, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for name, word in block.words().items():
+                patch.setattr(ptx, name, word)
+            return action()
+
+    for number in range(blocks):
+        block = Block(threads)
+        shared = np.full(-(-shared_bytes // 4), GARBAGE, np.int32)
+
+        def start(block=block, number=number, shared=shared):
+            addresses = {name: block.address(array) for name, array in arrays.items()}
+            return stages(addresses, block.spread(number), block.address(shared))
+
+        made.append((block, as_block(block, start)))
+    for turn in range(len(made[0][1])):
+        # Every block before this turn has ended the one before it; `begin` may run while others have not.
+        for block, own in made:
+            as_block(block, own[turn].begin)
+            for bring in own[turn].ahead:
+                as_block(block, bring)
+        for block, own in made:
+            as_block(block, own[turn].run)

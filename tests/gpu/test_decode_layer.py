@@ -1,0 +1,105 @@
+"""A single token's step through the decode kernels on a Hopper GPU: against the layers in XLA, repeated, and its launches.
+
+These kernels wait for one another's blocks, so all 132 blocks of a launch must be on the device at once. Other processes
+on the same GPU do not get in the way: the device goes from one process to another as a whole, and a launch's blocks come
+and go together. Under MPS, where kernels of several processes share the multiprocessors, a launch may wait for ever.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from indexcache_jax import serving
+from indexcache_jax.config import Config, preset
+from indexcache_jax.generate import decode
+from indexcache_jax.schedule import Schedule
+from pallas_kernels import hopper
+
+pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
+
+# As wide as the real model, whose first layer is dense; the context is short enough for every key to be selected.
+FIELDS = preset("30b") | {"num_hidden_layers": 3, "vocab_size": 512, "eos_token_id": None, "pad_token_id": None}
+CONFIG, SCHEDULE = Config.from_hf(FIELDS), Schedule("FSF")
+CONTEXT, MAX_LEN = 700, 2048
+TOKENS = (5, 6, 7)
+EDGES = 20  # launches of a step outside the layers, at most: embedding, angles, head, choice of the token
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE)
+
+
+def filled_cache(**options):
+    """A cache of `CONTEXT` random tokens."""
+    cache = serving.init_cache(CONFIG, SCHEDULE, 1, MAX_LEN, **options)
+    random = np.random.default_rng(0)
+
+    def rows(buffer):
+        return jnp.asarray(random.normal(size=(1, CONTEXT, buffer.shape[-1])), jnp.bfloat16)
+
+    def fill(layer):
+        keys = None if layer.index_keys is None else rows(layer.index_keys)
+        return serving._remember(layer, rows(layer.latents), keys, jnp.arange(CONTEXT)[None])
+
+    return serving.Cache(tuple(map(fill, cache.layers)), jnp.full((1,), CONTEXT, jnp.int32))
+
+
+def through(step, weights, tokens, **options):
+    """Logits of further tokens after the context, and the latents and index keys of these tokens in every layer."""
+    cache, found = filled_cache(**options), []
+    for token in tokens:
+        logits, cache = step(weights, jnp.full((1,), token), cache)
+        found.append(np.asarray(logits))
+    assert cache.lengths == CONTEXT + len(tokens)
+    kept = []
+    for layer in cache.layers:
+        kept.append(layer.latents)
+        if layer.index_keys is not None:
+            keys = layer.index_keys.astype(jnp.float32)
+            kept.append(keys if layer.index_scales is None else keys * layer.index_scales[..., None])
+    return np.stack(found), [np.asarray(x[0, CONTEXT : CONTEXT + len(tokens)], np.float32) for x in kept]
+
+
+def new_step():
+    return jax.jit(lambda weights, token, cache: serving.step(weights, token, cache, CONFIG), donate_argnums=2)
+
+
+def difference(ours, exact):
+    return np.sqrt(np.mean((ours - exact) ** 2)) / np.std(exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"index_dtype": jnp.float8_e4m3fn}], ids=["bf16", "fp8 keys"])
+def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weights, options, monkeypatch):
+    step = new_step()
+    ours, own_kept = through(step, weights, TOKENS, **options)
+    for _ in range(5):
+        again, others = through(step, weights, TOKENS, **options)
+        assert (again == ours).all()
+        assert all((a == b).all() for a, b in zip(own_kept, others, strict=True))
+    monkeypatch.setattr(serving.decode_layer, "why_not", lambda *_: "left out for comparison")
+    exact, kept = through(new_step(), weights, TOKENS, **options)
+    assert np.std(exact) > 0.1
+    assert difference(ours, exact) < 0.05
+    for a, b in zip(own_kept, kept, strict=True):
+        assert difference(a, b) < 0.05
+
+
+def test_a_program_of_many_steps_draws_the_same_tokens_in_two_launches_an_s_and_four_an_f_layer(weights):
+    from jax._src.lib import mosaic_gpu as library
+
+    count, token = 8, jnp.full((1,), TOKENS[0])
+    drawn, _ = jax.block_until_ready(decode(weights, token, filled_cache(), CONFIG, steps=count))
+    cache = filled_cache()
+    cupti = library._mosaic_gpu_ext
+    cupti._cupti_init()
+    again, _ = jax.block_until_ready(decode(weights, token, cache, CONFIG, steps=count))
+    launches = len(cupti._cupti_get_timings(True)) / count
+    layers = 4 * SCHEDULE.num_full + 2 * (SCHEDULE.num_layers - SCHEDULE.num_full)
+    assert layers < launches <= layers + EDGES
+    assert (drawn == again).all()
+
+    drawn = drawn[0].tolist()
+    logits, _ = through(new_step(), weights, [TOKENS[0], *drawn[:-1]])
+    assert logits[:, 0].argmax(-1).tolist() == drawn
