@@ -8,13 +8,14 @@ b % 2 makes its logits and its softmax weights P; every warpgroup owns 256 of th
 goes to the other one through shared memory, over the 64 rotary columns of its own block, which nobody needs any more.
 While one warpgroup is in its softmax the other one multiplies. Slots are freed and refilled by halves of 256 columns.
 
-Whether a warpgroup issues the logits of its next block before or after the values of the other's block depends on whether
-the block has come: waiting for it would hold up the values, whose slot the gathering warpgroup needs. The arithmetic and its
-order are the same. 4096 queries of 64 heads, 122880 keys, random selections: 2.35 ms, against 2.57 always before and 2.39
-always after; selections that share 85 % with the query before: 2.23, 2.51 and 2.23 ms (one H200).
+Whether a warpgroup issues the logits of its next block before or after the values of the other's block depends on which
+comes first, its block or the other's weights: waiting for the block would hold up the values, whose slot the gathering
+warpgroup needs, and waiting for the weights the logits, and with them the next weights. The arithmetic and its order are the
+same. 4096 queries, random selections, against asking for the block alone, medians of one run on an H200: 64 heads 2.43 ms
+against 2.54 at 122880 keys and 2.10 against 2.29 at 10240, 128 heads 4.49 against 4.68.
 
 What orders whom: gathered latents by full[slot][half], an arrival of every gathering thread after its copies, and a fence of
-the reader's before wgmma; marks by marked[slot]; the weights of a block by p_ready[slot]; slots for reuse by
+the reader's before wgmma; marks by marked[slot]; the weights of a block by weighed[slot]; slots for reuse by
 empty[slot][half], an arrival of every warp of the half's warpgroup after its wgmma has ended, which for the slot's own
 warpgroup includes its marks, and for the other one the weights. compute-sanitizer's racecheck follows neither wgmma nor the
 arrival of a cp.async on a barrier: to it such a copy is under way until its thread executes cp.async.wait. So it may report
@@ -63,8 +64,8 @@ LOG2E = math.log2(math.e)
 REGISTERS = hopper.RegisterSplit(workers=2, worker=216, helper=72)
 REGISTERS_SCALED = hopper.RegisterSplit(workers=2, worker=200, helper=104)
 
-# The kernel's own barriers, 8 bytes each: full[slot][half], empty[slot][half], marked[slot], queries.
-FULL, EMPTY, MARKED, QUERIES, BARRIER_WORDS = 0, 32, 64, 80, 32
+# The kernel's own barriers, 8 bytes each: full[slot][half], empty[slot][half], marked[slot], queries, weighed[slot].
+FULL, EMPTY, MARKED, QUERIES, WEIGHED, BARRIER_WORDS = 0, 32, 64, 80, 88, 32
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _REF = plgpu.RefType()
@@ -200,6 +201,7 @@ def _init_barriers(barriers) -> None:
                 ptx.barrier_init(ptx.add(base, EMPTY + 8 * i), 4)  # every warp of the half's warpgroup
             for slot in range(2):
                 ptx.barrier_init(ptx.add(base, MARKED + 8 * slot), 16)  # the gathering threads that hold entries
+                ptx.barrier_init(ptx.add(base, WEIGHED + 8 * slot), 128)  # every thread of the slot's warpgroup
             ptx.barrier_init(ptx.add(base, QUERIES), 256)  # every computing thread
             ptx.barrier_init_done()
         ptx.block_barrier()
@@ -208,7 +210,7 @@ def _init_barriers(barriers) -> None:
 
 
 def _wait(barriers, kind: int, slot, half, parity, *, fence: bool) -> None:
-    """A computing warpgroup waits for full[slot][half] or marked[slot].
+    """A computing warpgroup waits for full[slot][half], marked[slot] or weighed[slot].
 
     What cp.async wrote reaches wgmma, which reads through another proxy, after a fence.
     """
@@ -227,23 +229,46 @@ def _wait(barriers, kind: int, slot, half, parity, *, fence: bool) -> None:
     wait(barriers, slot, half, parity)
 
 
-def _is_full(barriers, slot, parity) -> jax.Array:
-    """Whether both halves of a slot are, the same answer for the whole warpgroup."""
+def _is_full_first(barriers, slot, parity, weights_parity) -> jax.Array:
+    """Waits until both halves of a slot are full or the other slot's block has its weights, and says whether the former.
 
-    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
-    def test(ctx, barriers, slot, parity):
-        base = ptx.add(ptx.shared_address(barriers), FULL, ptx.shift_left(ptx.scalar(slot), 4))
-        full = ptx.asm(
-            "{\n.reg .pred p, q;\n.reg .b32 id;\nmbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2;\n"
-            "mbarrier.test_wait.parity.shared::cta.b64 q, [$1+8], $2;\nand.pred p, p, q;\nadd.u32 id, $3, 10;\n"
-            "barrier.cta.red.and.pred q, id, 128, p;\nselp.b32 $0, 1, 0, q;\n}",
-            [base, ptx.scalar(parity), ptx.scalar(slot)],
-            "=r,r,r,r",
+    Where threads have seen different things, whose turn came in between, the answer for all of them is the latter.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(_REF, _SCALAR, _SCALAR, _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+    )
+    def test(ctx, barriers, slot, parity, weights_parity):
+        slot, base = ptx.scalar(slot), ptx.shared_address(barriers)
+        full = ptx.add(base, FULL, ptx.shift_left(slot, 4))
+        weighed = ptx.add(base, WEIGHED, ptx.shift_left(ptx.bit_xor(slot, 1), 3))
+        found = ptx.asm(
+            "{\n.reg .pred p, q;\n.reg .b32 id;\n"
+            "POLL:\n"
+            "mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2;\n"
+            "mbarrier.test_wait.parity.shared::cta.b64 q, [$1+8], $2;\nand.pred p, p, q;\n@p bra FOUND;\n"
+            "mbarrier.test_wait.parity.shared::cta.b64 q, [$3], $4;\n@q bra FOUND;\n"
+            "nanosleep.u32 20;\nbra POLL;\n"
+            "FOUND:\n"
+            "add.u32 id, $5, 10;\nbarrier.cta.red.and.pred q, id, 128, p;\nselp.b32 $0, 1, 0, q;\n}",
+            [full, ptx.scalar(parity), weighed, ptx.scalar(weights_parity), slot],
+            "=r,r,r,r,r,r",
             ptx.i32(),
         )
-        return mgpu.FragmentedArray.splat(full, (), is_signed=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
-    return test(barriers, slot, parity)
+    return test(barriers, slot, parity, weights_parity)
+
+
+def _publish(barriers, slot) -> None:
+    """The weights of the block in a slot are in shared memory, where wgmma sees them."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR))
+    def publish(ctx, barriers, slot):
+        address = ptx.add(ptx.shared_address(barriers), WEIGHED, ptx.shift_left(ptx.scalar(slot), 3))
+        ptx.barrier_arrive(address, ptx.compare("eq", ptx.constant(0), 0))
+
+    publish(barriers, slot)
 
 
 def _free(barriers, slot, half) -> None:
@@ -601,7 +626,7 @@ def attend(
         scale_ref = refs.pop(2) if scales is not None else None
         count_ref = refs.pop(3) if counts is not None else None
         q_gmem, kv_gmem, list_gmem, out, q_columns, q_rotary, columns, rotary, stats, marks, barriers = refs[:11]
-        p_ready, sums_ready = refs[11:]
+        (sums_ready,) = refs[11:]
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         if splits > 1:
             block = block * splits + jax.lax.axis_index("split")
@@ -653,7 +678,7 @@ def attend(
                 _meet()
                 rotary[slot] = p16
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(p_ready.at[slot])
+                _publish(barriers, slot)
                 return p16, factors, top, total
             block_top = s.max(axis=1)
             new_top = jnp.where(block_top > top + LAZY, block_top, top)
@@ -664,7 +689,7 @@ def attend(
             _meet()  # all warps' logits are there: none reads rotary columns any more
             rotary[slot] = p16
             plgpu.commit_smem()
-            plgpu.barrier_arrive(p_ready.at[slot])
+            _publish(barriers, slot)
             return p16, factors, new_top, total * factors + p.sum(axis=1)
 
         def own_values(o, p16, factors, o_ref, slot):
@@ -678,10 +703,10 @@ def attend(
             _free(barriers, slot, slot)
             return o
 
-        def issue_other_values(carry, o_ref, own, other):
+        def issue_other_values(carry, o_ref, own, other, zero, parity):
             """Starts this warpgroup's value columns of the block in the other one's slot."""
             o, top, total = carry
-            plgpu.barrier_wait(p_ready.at[other])
+            _wait(barriers, WEIGHED, other, zero, parity, fence=False)
             if leave_out == "softmax":
                 o_ref[...] = o
                 plgpu.wgmma(o_ref, rotary.at[other], columns.at[other, own])
@@ -724,14 +749,14 @@ def attend(
                 return pl.run_scoped(scope, s_type, o_type)
 
             def step(i, carry):
-                parity = (visited + i + 1 - warpgroup) & 1
+                parity, others_parity = (visited + i + 1 - warpgroup) & 1, (visited + i) & 1
 
                 def early(carry):
                     def scope(s_ref, o_ref):
                         zero, own = _opaque(jnp.int32(0)), _opaque(warpgroup)
                         other = 1 - own
                         issue_logits(s_ref, own, zero, parity)
-                        top, total = issue_other_values(carry, o_ref, own, other)
+                        top, total = issue_other_values(carry, o_ref, own, other, zero, others_parity)
                         s = masked_logits(s_ref, own, zero, parity, pending=0 if leave_out == "values" else 1)
                         p16, factors, top, total = publish_weights(s, top, total, own)
                         o = other_values(carry, o_ref, own, other)
@@ -743,7 +768,7 @@ def attend(
                     def scope(s_ref, o_ref):
                         zero, own = _opaque(jnp.int32(0)), _opaque(warpgroup)
                         other = 1 - own
-                        top, total = issue_other_values(carry, o_ref, own, other)
+                        top, total = issue_other_values(carry, o_ref, own, other, zero, others_parity)
                         o = other_values(carry, o_ref, own, other)
                         issue_logits(s_ref, own, zero, parity)
                         s = masked_logits(s_ref, own, zero, parity, pending=0)
@@ -752,12 +777,12 @@ def attend(
 
                     return pl.run_scoped(scope, s_type, o_type)
 
-                return jax.lax.cond(_is_full(barriers, warpgroup, parity) != 0, early, late, carry)
+                return jax.lax.cond(_is_full_first(barriers, warpgroup, parity, others_parity) != 0, early, late, carry)
 
             def last(carry):
                 def scope(o_ref):
                     zero = _opaque(jnp.int32(0))
-                    top, total = issue_other_values(carry, o_ref, zero, zero + 1)
+                    top, total = issue_other_values(carry, o_ref, zero, zero + 1, zero, (visited + pairs - 1) & 1)
                     return other_values(carry, o_ref, zero, zero + 1), top, total
 
                 return pl.run_scoped(scope, o_type)
@@ -805,7 +830,6 @@ def attend(
             load_queries(block)
             jax.lax.fori_loop(0, num_tasks, one_task, jnp.int32(0))
 
-    two = plgpu.Barrier(num_barriers=2)
     kernel = plgpu.kernel(
         sparse_mla_attention,
         out_type=jax.ShapeDtypeStruct((tasks.rows, VALUE_DIM), bf16),
@@ -817,8 +841,7 @@ def attend(
             plgpu.SMEM((3, 2, TILE), f32),
             plgpu.SMEM((2, TILE), f32 if packed == 1 else jnp.int32),
             plgpu.SMEM((BARRIER_WORDS,), jnp.uint32),
-            two,
-            two,
+            plgpu.Barrier(num_barriers=2),
         ),
         grid=(blocks // splits,),
         grid_names=("block",),
