@@ -128,7 +128,8 @@ class Problem:
 
     @property
     def list_capacity(self) -> int:
-        return 2 * self.k + 2 * _SLACK if self.has_maxima else 0
+        """Entries of 2 bytes, in whole pieces of 16: what comes after them arrives in such pieces."""
+        return -(-(2 * self.k + 2 * _SLACK) // 8) * 8 if self.has_maxima else 0
 
     @property
     def keeps_values(self) -> bool:

@@ -175,10 +175,15 @@ class Machine:
         self._touch(self.reads, [self.writes, self.counts], address.value, self.mask)
         return Word(self.memory[np.where(self.mask, address.value, 0) >> 2])
 
+    def _aligned(self, address, size, on=True):
+        assert (address[self.mask & on] % size == 0).all(), f"not on a {size}-byte boundary"
+
     def load_shared_pair(self, address):
+        self._aligned(address.value, 8)
         return [self.load_shared(address), self.load_shared(address + 4)]
 
     def load_shared_floats(self, address):
+        self._aligned(address.value, 16)
         return [self.float_of(self.load_shared(address + 4 * i)) for i in range(4)]
 
     def store_shared_if(self, predicate, address, x):
@@ -193,10 +198,12 @@ class Machine:
         self.store_shared_if(self._all(), address, x)
 
     def store_shared_floats(self, address, xs):
+        self._aligned(address.value, 16)
         for i, x in enumerate(xs):
             self.store_shared(address + 4 * i, self.bits(x))
 
     def store_shared_pair_if(self, predicate, address, x, y):
+        self._aligned(address.value, 8, predicate.value)
         self.store_shared_if(predicate, address, x)
         self.store_shared_if(predicate, address + 4, y)
 
@@ -238,12 +245,13 @@ class Machine:
         return self._load_global_if(self._all(), address)
 
     def load_global_floats_if(self, predicate, address):
-        assert (address[self.mask & predicate.value] % 16 == 0).all(), "not on a 16-byte boundary"
+        self._aligned(address, 16, predicate.value)
         return [self.float_of(self._load_global_if(predicate, address + 4 * i)) for i in range(4)]
 
     def copy_to_shared_if(self, predicate, address, source):
         """Until it is awaited the target holds noise."""
-        assert (source[self.mask & predicate.value] % 16 == 0).all(), "not on a 16-byte boundary"
+        self._aligned(source, 16, predicate.value)
+        self._aligned(address.value, 16, predicate.value)
         for i in range(4):
             x = self._load_global_if(predicate, source + 4 * i)
             self.store_shared_if(predicate, address + 4 * i, self.word(0x7E57ED00 + i))

@@ -193,6 +193,8 @@ def _rows(width):
 # Widths and k such that a row fits the buffer, needs a sampled threshold, and is long enough for the block maxima.
 SELECTIONS = [
     (256, 30, mosaic_gpu_select.SelectConfig(threads=128, rows=1, loads=1)),
+    (1024, 1, mosaic_gpu_select.SelectConfig(threads=128, rows=1, loads=1)),
+    (2048, 51, mosaic_gpu_select.SelectConfig(threads=128, rows=1, loads=1)),
     (8192, 700, mosaic_gpu_select.SelectConfig(threads=256, rows=1, loads=2)),
     (8192, 300, mosaic_gpu_select.SelectConfig(threads=128, rows=1, loads=4)),
     (16384, 64, mosaic_gpu_select.SelectConfig(threads=1024, rows=1, loads=1)),
@@ -277,6 +279,14 @@ def test_default_configurations_fit_a_multiprocessor(rows, k, width):
     config = mosaic_gpu_select.default_config(rows)
     problem = mosaic_gpu_select.Problem(rows, 1, 1, width, width, k, True, True, config)
     assert config.rows * problem.row_bytes <= mosaic_gpu_select.SHARED_BYTES
+
+
+@pytest.mark.parametrize("k", range(1, 18))
+def test_what_arrives_in_pieces_of_16_bytes_lies_so(k):
+    for has_maxima in (True, False):
+        config = mosaic_gpu_select.SelectConfig()
+        problem = mosaic_gpu_select.Problem(2, 1, 1, 4096, 4096, k, has_maxima, True, config)
+        assert (problem.buffer % 16, problem.staging % 16, problem.row_bytes % 16) == (0, 0, 0)
 
 
 # ---- the Triton selection, interpreted
