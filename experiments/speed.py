@@ -627,7 +627,7 @@ def plot(output: Output, records: list[dict[str, Any]], title: str) -> None:
         "decode_one": "decode, one request, tok/s",
         "decode_full": "decode, full cache, tok/s",
     }
-    figure = Figure(figsize=(15, 4))
+    figure = Figure(figsize=(15, 4), layout="constrained")
     for axis, (metric, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         bars = [(p, kind) for p in patterns for kind in ("ours", "published")]
         if not any(r[f"published_{metric}"] for r in records):
