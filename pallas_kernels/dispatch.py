@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+
+from pallas_kernels import hopper
 
 # Part of jit's cache key, so that what was traced for one device is not taken for another.
 _TARGET = jax.make_user_context(default_value=None)
@@ -24,6 +27,15 @@ class Backend:
 def best(backends: Mapping[str, Backend], *args: Any, **options: Any) -> str:
     """The name of the implementation that None stands for; of the arguments, only shapes and dtypes are looked at."""
     return next(name for name, backend in backends.items() if backend.why_not(*args, **options) is None)
+
+
+def hopper_backend(module: str, name: str) -> Backend:
+    """Function `name` of a Hopper kernel's module, and its `why_not`, imported when asked: not every JAX has its backend."""
+
+    def later(name: str) -> Callable[..., Any]:
+        return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
+
+    return Backend(later(name), lambda *args, **options: hopper.why_not() or later("why_not")(*args, **options))
 
 
 def call(operation: str, backends: Mapping[str, Backend], implementation: str | None, *args: Any, **options: Any) -> Any:

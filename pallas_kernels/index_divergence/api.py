@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -11,26 +9,8 @@ from pallas_kernels import dispatch
 from pallas_kernels.index_divergence import reference
 from pallas_kernels.selected_attention import bits
 
-
-def _later(name: str) -> Any:
-    """`name` of the Hopper kernel's module, imported when first called: not every JAX has its backend."""
-
-    def call(*args: Any, **options: Any) -> Any:
-        from pallas_kernels.index_divergence import mosaic_gpu
-
-        return getattr(mosaic_gpu, name)(*args, **options)
-
-    return call
-
-
-def _why_not(*args: Any, **options: Any) -> str | None:
-    from pallas_kernels import hopper
-
-    return hopper.why_not() or _later("why_not")(*args, **options)
-
-
 BACKENDS = {
-    "mosaic_gpu": dispatch.Backend(_later("index_divergence"), _why_not),
+    "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.index_divergence.mosaic_gpu", "index_divergence"),
     "xla": dispatch.Backend(reference.index_divergence),
 }
 

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.selected_attention import bits, reference
 
-
-def _later(name: str) -> Any:
-    """`name` of the Hopper kernel's module, imported when first called: not every JAX has its backend."""
-
-    def call(*args: Any, **options: Any) -> Any:
-        from pallas_kernels.selected_attention import mosaic_gpu
-
-        return getattr(mosaic_gpu, name)(*args, **options)
-
-    return call
-
-
-def _why_not(*args: Any, **options: Any) -> str | None:
-    from pallas_kernels import hopper
-
-    return hopper.why_not() or _later("why_not")(*args, **options)
-
-
 BACKENDS = {
-    "mosaic_gpu": dispatch.Backend(_later("selected_attention"), _why_not),
+    "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.selected_attention.mosaic_gpu", "selected_attention"),
     "xla": dispatch.Backend(reference.selected_attention),
 }
 
