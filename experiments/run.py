@@ -9,7 +9,18 @@ from types import ModuleType
 
 from absl import app, flags, logging
 
-EXPERIMENTS = ("search", "generate", "speed", "pretrain", "distill", "quality", "kernels", "compile", "train_speed")
+EXPERIMENTS = (
+    "search",
+    "generate",
+    "speed",
+    "pretrain",
+    "distill",
+    "quality",
+    "kernels",
+    "compile",
+    "train_speed",
+    "precision",
+)
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", "search", EXPERIMENTS, "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
