@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def device() -> dict[str, Any]:
 
 def command() -> str:
     """The command line as a reader of the report would type it."""
-    return " ".join(["python -m experiments.run", *sys.argv[1:]])
+    return f"python -m experiments.run {shlex.join(sys.argv[1:])}".rstrip()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

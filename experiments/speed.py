@@ -484,8 +484,9 @@ class Run:
         indices, found = None, []
         keys = visible_keys(bench.max_len, bench.max_len)
         for p, one in zip(weights.layers, cache.layers, strict=True):
-            x, indices, _ = serving.prefill_layer(p, x, None if p.full else indices, one, positions, keys, bench.config)
+            x, selected, _ = serving.prefill_layer(p, x, None if p.full else indices, one, positions, keys, bench.config)
             if p.full:
+                indices = selected
                 found.append(neighbours_overlap(indices))
         self.overlap[pattern] = float(np.mean(jax.device_get(found)))
 

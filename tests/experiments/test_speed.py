@@ -171,21 +171,21 @@ def test_bad_flags_end_in_one_line(tmp_path, flag, message):
 
 @pytest.mark.slow
 def test_a_small_run_writes_rows_report_and_plot(tmp_path):
-    flags = ["--num_layers=2", "--lengths=64,128", "--chunk_size=64", "--patterns=DSA,1/2", "--decode_steps=4", "--rounds=2"]
+    flags = ["--num_layers=4", "--lengths=64,128", "--chunk_size=64", "--patterns=DSA,1/4", "--decode_steps=4", "--rounds=2"]
     done = run(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
-    assert metrics["patterns"] == {"DSA": "FF", "1/2": "FS"} and metrics["rounds"] == 2
-    assert [(r["pattern"], r["length"]) for r in metrics["rows"]] == [(p, n) for p in ("DSA", "1/2") for n in (64, 128)]
+    assert metrics["patterns"] == {"DSA": "FFFF", "1/4": "FSSS"} and metrics["rounds"] == 2
+    assert [(r["pattern"], r["length"]) for r in metrics["rows"]] == [(p, n) for p in ("DSA", "1/4") for n in (64, 128)]
     for r in metrics["rows"]:
         assert len(r["prefill_rounds"]) == len(r["decode_one_rounds"]) == 3  # two rounds and the last look
         assert r["prefill_seconds"] > 0 and r["decode_one"] > 0 and r["decode_full"] > 0 and r["scaled"]
         assert r["full_rows"] == speed.ROWS_WITHOUT_MEMORY_FIGURES
         assert r["published_prefill_seconds"] is None
-    assert set(metrics["neighbours_overlap"]) == {"DSA", "1/2"}
+    assert set(metrics["neighbours_overlap"]) == {"DSA", "1/4"}
     assert all(0.9 < share <= 1 for share in metrics["neighbours_overlap"].values())  # the model selects 128 keys
-    dense, half = metrics["rows"][1], metrics["rows"][3]
+    dense, quarter = metrics["rows"][1], metrics["rows"][3]
     assert dense["prefill_rounds"][0] > metrics["rows"][0]["prefill_rounds"][0]  # twice the chunks
-    assert dense["cache_bytes"] > half["cache_bytes"]
-    assert "2 of 12 layers" in (tmp_path / "report.md").read_text()
+    assert dense["cache_bytes"] > quarter["cache_bytes"]
+    assert "4 of 12 layers" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "speed.png").stat().st_size > 10_000
