@@ -19,8 +19,10 @@ the reader's before wgmma; marks by marked[slot]; the weights of a block by weig
 empty[slot][half], an arrival of every warp of the half's warpgroup after its wgmma has ended, which for the slot's own
 warpgroup includes its marks, and for the other one the weights. compute-sanitizer's racecheck follows neither wgmma nor the
 arrival of a cp.async on a barrier: to it such a copy is under way until its thread executes cp.async.wait. So it may report
-the weights, stored over rotary columns that were copied so, though wgmma has read these and a barrier stands between.
-The tests compare repeated runs bit for bit.
+the weights, stored over rotary columns that were copied so, though wgmma has read these and a barrier stands between. What
+it does report, for a cluster's blocks, is the query tile, copied so and waited for: "invalid memcpy_async synchronization"
+with other blocks' reads of the results that were stored in its place, after all have met. The tests compare repeated runs
+bit for bit.
 
 The running maximum is exact up to LAZY powers of two: weights grow to at most 2**LAZY before the accumulator, 64 x 256
 float32 in the registers of a warpgroup, is rescaled, and a warp whose rows all kept their maximum skips the rescaling.
