@@ -29,13 +29,19 @@ def best(backends: Mapping[str, Backend], *args: Any, **options: Any) -> str:
     return next(name for name, backend in backends.items() if backend.why_not(*args, **options) is None)
 
 
-def hopper_backend(module: str, name: str) -> Backend:
-    """Function `name` of a Hopper kernel's module, and its `why_not`, imported when asked: not every JAX has its backend."""
+def imported(module: str, name: str) -> Backend:
+    """Function `name` of a kernel's module, and its `why_not`, imported when asked: not every JAX has what kernels import."""
 
     def later(name: str) -> Callable[..., Any]:
         return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
 
-    return Backend(later(name), lambda *args, **options: hopper.why_not() or later("why_not")(*args, **options))
+    return Backend(later(name), later("why_not"))
+
+
+def hopper_backend(module: str, name: str) -> Backend:
+    """`imported`, of a module that only a Hopper GPU's JAX can import."""
+    found = imported(module, name)
+    return Backend(found.run, lambda *args, **options: hopper.why_not() or found.why_not(*args, **options))
 
 
 def call(operation: str, backends: Mapping[str, Backend], implementation: str | None, *args: Any, **options: Any) -> Any:

@@ -11,32 +11,16 @@ are positive, go through relu into the head weights:
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.indexer_topk import reference
 
-
-def _later(module: str, name: str) -> Callable[..., Any]:
-    """`name` of a sibling module, imported when first called: kernels import backends that not every JAX has."""
-
-    @functools.wraps(reference.indexer_topk)
-    def call(*args: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(f"pallas_kernels.indexer_topk.{module}"), name)(*args, **options)
-
-    return call
-
-
 BACKENDS = {
-    "mosaic_tpu": dispatch.Backend(_later("mosaic_tpu", "indexer_topk"), _later("mosaic_tpu", "why_not")),
-    "mosaic_gpu": dispatch.Backend(_later("mosaic_gpu", "indexer_topk"), _later("mosaic_gpu", "why_not")),
-    "triton": dispatch.Backend(_later("triton", "indexer_topk"), _later("triton", "why_not")),
+    "mosaic_tpu": dispatch.imported("pallas_kernels.indexer_topk.mosaic_tpu", "indexer_topk"),
+    "mosaic_gpu": dispatch.imported("pallas_kernels.indexer_topk.mosaic_gpu", "indexer_topk"),
+    "triton": dispatch.imported("pallas_kernels.indexer_topk.triton", "indexer_topk"),
     "xla": dispatch.Backend(reference.indexer_topk),
 }
 

@@ -10,8 +10,6 @@ what `fp8.quantise` returns for new latents, float8_e4m3fn [B, T, C+R] and float
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,18 +19,6 @@ from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import gradient, reference
 
 
-def _later(module: str, name: str) -> Callable[..., Any]:
-    """`name` of a sibling module, imported when first called: kernels import backends that not every JAX has."""
-
-    @functools.wraps(reference.sparse_mla)
-    def call(*args: Any, **options: Any) -> Any:
-        from importlib import import_module
-
-        return getattr(import_module(f"pallas_kernels.sparse_mla.{module}"), name)(*args, **options)
-
-    return call
-
-
 def _reference(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, latent_scales: Any, **options: Any) -> jax.Array:
     if latent_scales is not None:
         return reference.sparse_mla(queries, latents, indices, latent_scales=latent_scales, **options)
@@ -40,9 +26,9 @@ def _reference(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, la
 
 
 BACKENDS = {
-    "mosaic_tpu": dispatch.Backend(_later("mosaic_tpu", "sparse_mla"), _later("mosaic_tpu", "why_not")),
-    "mosaic_gpu": dispatch.Backend(_later("mosaic_gpu", "sparse_mla"), _later("mosaic_gpu", "why_not")),
-    "triton": dispatch.Backend(_later("triton", "sparse_mla"), _later("triton", "why_not")),
+    "mosaic_tpu": dispatch.imported("pallas_kernels.sparse_mla.mosaic_tpu", "sparse_mla"),
+    "mosaic_gpu": dispatch.imported("pallas_kernels.sparse_mla.mosaic_gpu", "sparse_mla"),
+    "triton": dispatch.imported("pallas_kernels.sparse_mla.triton", "sparse_mla"),
     "xla": dispatch.Backend(_reference),
 }
 
