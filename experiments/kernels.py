@@ -203,10 +203,11 @@ def index_scores(
         scales = key_scales((b, t), seed) if scaled else None
         return q, k, normal((b, s, heads), jnp.float32, seed), scales, jax.device_put(positions), jax.device_put(lengths)
 
-    def kernel(q: Any, k: Any, w: Any, scales: Any, positions: Any, lengths: Any) -> Any:
+    def kernel(q: Any, k: Any, w: Any, scales: Any, positions: Any, lengths: Any, leave_out: str = "") -> Any:
         from pallas_kernels.indexer_topk import mosaic_gpu_scores
 
-        return mosaic_gpu_scores.scores(q, k, w, scales, positions, lengths)
+        config = dataclasses.replace(mosaic_gpu_scores.default_config(b, s, heads, t, dtype), leave_out=leave_out)
+        return mosaic_gpu_scores.scores(q, k, w, scales, positions, lengths, config=config)
 
     def in_xla(q: Any, k: Any, w: Any, scales: Any) -> Any:
         return jax.vmap(indexer_reference.scores)(q, k, w, scales)
@@ -217,7 +218,14 @@ def index_scores(
     if not on_hopper():
         return Case(in_xla, [x[:4] for x in sets], flops=2 * visible * heads * HEAD_DIM)
     work: dict[str, Any] = dict(bytes=read + written) if queries == 1 else dict(flops=2 * visible * heads * HEAD_DIM)
-    return Case(kernel, sets, reference=(in_xla, fewer, s // n), **work)
+    left_out = {
+        "without the product": "product",
+        "without the epilogue": "epilogue",
+        "scores and maxima not written": "stores",
+        "keys not copied": "copies",
+    }
+    variants = {name: functools.partial(kernel, leave_out=stage) for name, stage in left_out.items()}
+    return Case(kernel, sets, reference=(in_xla, fewer, s // n), variants=variants if queries > 1 else {}, **work)
 
 
 def top_k(sizes: Sizes, rows: int, width: int, *, maxima: bool) -> Case:

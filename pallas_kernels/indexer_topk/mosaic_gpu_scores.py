@@ -41,6 +41,8 @@ HEADS = (8, 16, 32, 64)  # Hi of the kernel
 KEYS = 64  # of a warpgroup
 COLUMNS = 128  # queries x heads of a full tile
 MAX_RUN = 96
+# What a launch can leave out, for measuring what it costs.
+STAGES = ("product", "epilogue", "stores", "copies")
 # By math warpgroups; the copying one helps.
 _REGISTERS = {split.workers: split for split in map(hopper.RegisterSplit, (2, 3, 4), (240, 160, 112), (24, 32, 32))}
 _ACC = plgpu.Layout.WGMMA
@@ -50,7 +52,13 @@ _LOW = float("-inf")
 @dataclasses.dataclass(frozen=True)
 class ScoresConfig:
     """math: warpgroups that multiply; queries: of a tile; stages: key tiles in flight; query_slots: query tiles in
-    flight; run: most key tiles of a unit; saturate: half of the relus by saturation (8-bit inputs only)."""
+    flight; run: most key tiles of a unit; saturate: half of the relus by saturation (8-bit inputs only).
+
+    leave_out: only for measuring what stages cost, one of STAGES; the scores are without meaning then. Barriers are waited
+    for and arrived at as ever. "product" takes a warpgroup's first accumulator for every tile, "epilogue" makes nothing of
+    the accumulators, "stores" finds scores and maxima but does not write them, "copies" leaves the first key tiles in their
+    slots for good.
+    """
 
     queries: int
     math: int = 4
@@ -58,6 +66,7 @@ class ScoresConfig:
     query_slots: int = 2
     run: int = 24
     saturate: bool = False
+    leave_out: str = ""
 
     def __post_init__(self) -> None:
         if self.queries not in (1, 2, 4):
@@ -66,6 +75,8 @@ class ScoresConfig:
             raise ValueError(f"ScoresConfig: math {self.math} is not one of {sorted(_REGISTERS)}")
         if min(self.stages, self.query_slots, self.run) < 1:
             raise ValueError(f"ScoresConfig: stages, query_slots and run must be positive: {self}")
+        if self.leave_out not in ("", *STAGES):
+            raise ValueError(f"ScoresConfig: leave_out {self.leave_out!r} is not one of {STAGES}")
 
     @property
     def keys(self) -> int:
@@ -218,17 +229,27 @@ def _limit_of_lane(place: _Place, limits: list[Any]) -> Any:
     return limit
 
 
+def _never(x: Any) -> Any:
+    """False for whatever is computed here, which the compiler cannot know: it keeps all that x depends on."""
+    return arith.cmpf(arith.CmpFPredicate.OEQ, x, _f32(-1e30))
+
+
 def _finish(
     acc: Any, weights: Any, key_scales: Any, limit: Any, first: Any, scores: Any, maxima: Any, config: ScoresConfig
 ) -> None:
     """acc [64, queries * heads] of keys `first` on -> scores [queries, 64], maxima [queries, 4]."""
+    index = ir.IndexType.get()
+    if config.leave_out == "epilogue":
+        used, zero = _element(acc.registers.reshape(-1)[0], 0), arith.constant(index, 0)
+        with utils.when(_never(used)):
+            memref.store(used, scores, [zero, zero])
+        return
     place = _Place(config.queries)
     lane, warp = _lane_and_warp()
     sums = _sum_over_lanes(_sums_of_thread(acc, weights, config.queries, config.saturate), lane)
     query, half = place.query(lane), place.half(lane)
     row = arith.addi(arith.addi(arith.shli(warp, _i32(4)), arith.shrui(lane, _i32(2))), arith.shli(half, _i32(3)))
     seen = arith.subi(limit, arith.addi(first, row))  # keys from this one on that the query sees
-    index = ir.IndexType.get()
     best = None
     for i, score in enumerate(sums):
         if key_scales is not None:
@@ -238,11 +259,12 @@ def _finish(
         score = arith.maxnumf(score, _f32(_LOW))
         score = arith.select(arith.cmpi(arith.CmpIPredicate.sgt, seen, _i32(8 * i)), score, _f32(_LOW))
         column = arith.addi(row, _i32(8 * i))
-        memref.store(score, scores, [arith.index_castui(index, query), arith.index_castui(index, column)])
+        if config.leave_out != "stores":
+            memref.store(score, scores, [arith.index_castui(index, query), arith.index_castui(index, column)])
         best = score if best is None else arith.maxnumf(best, score)
     for distance in place.lanes_of_block:
         best = arith.maxnumf(best, utils.shfl_bfly(best, distance))
-    with utils.when(place.is_first(lane)):
+    with utils.when(_never(best) if config.leave_out == "stores" else place.is_first(lane)):
         memref.store(best, maxima, [arith.index_castui(index, query), arith.index_castui(index, warp)])
 
 
@@ -351,13 +373,14 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
             rows = pl.ds(warpgroup * KEYS, KEYS)
 
             def work(b: Any, query: Any, first: Any, count: Any, limits: list[Any], carry: Any) -> Any:
-                done, tiles = carry
+                done, tiles, kept = carry
                 q_slot = lax.rem(done, config.query_slots)
                 plgpu.barrier_wait(q_full.at[q_slot])
                 weights = weights_for_epilogue(plgpu.load(w_sm.at[q_slot], layout=_ACC.reduce(0), optimized=False))
                 limit = limit_of_thread(limits)
 
-                def step(t: Any, tiles: Any) -> Any:
+                def step(t: Any, carry: Any) -> Any:
+                    tiles, kept = carry
                     slot = slot_of(tiles)
                     plgpu.barrier_wait(k_full.at[slot])
                     scales = plgpu.load(scales_sm.at[slot, rows], layout=_ACC.reduce(1), optimized=False) if scaled else None
@@ -367,16 +390,23 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
                         plgpu.wgmma(acc, k_sm.at[slot, rows], q_sm.at[q_slot].transpose((1, 0)))
                         return acc[...]
 
-                    acc = pl.run_scoped(product, plgpu.ACC((KEYS, columns), jnp.float32))
+                    acc_type = plgpu.ACC((KEYS, columns), jnp.float32)
+                    if config.leave_out == "product":
+                        acc = kept = lax.cond(tiles == 0, lambda: pl.run_scoped(product, acc_type), lambda: kept)
+                    else:
+                        acc = pl.run_scoped(product, acc_type)
                     plgpu.barrier_arrive(k_empty.at[slot])
                     epilogue(acc, weights, scales, limit, b, query, (first + t) * tile_keys + warpgroup * KEYS)
-                    return tiles + 1
+                    return tiles + 1, kept
 
-                tiles = lax.fori_loop(0, count, step, tiles)
+                tiles, kept = lax.fori_loop(0, count, step, (tiles, kept))
                 plgpu.barrier_arrive(q_empty.at[q_slot])
-                return done + 1, tiles
+                return done + 1, tiles, kept
 
-            for_units((jnp.int32(0), jnp.int32(0)), work)
+            kept = None
+            if config.leave_out == "product":  # carried, else its sums would leave the loop
+                kept = plgpu.layout_cast(jnp.zeros((KEYS, columns), jnp.float32), _ACC)
+            for_units((jnp.int32(0), jnp.int32(0), kept), work)
 
         @pl.when(warpgroup == config.math)
         def _copy() -> None:
@@ -401,10 +431,20 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
                     def _() -> None:
                         plgpu.barrier_wait(k_empty.at[slot])
 
-                    rows = pl.ds((first + t) * tile_keys, tile_keys)
-                    plgpu.copy_gmem_to_smem(k_gm.at[b, rows], k_sm.at[slot], k_full.at[slot])
-                    if scaled:
-                        plgpu.copy_gmem_to_smem(scales_gm.at[b, rows], scales_sm.at[slot], k_full.at[slot])
+                    def copy() -> None:
+                        rows = pl.ds((first + t) * tile_keys, tile_keys)
+                        plgpu.copy_gmem_to_smem(k_gm.at[b, rows], k_sm.at[slot], k_full.at[slot])
+                        if scaled:
+                            plgpu.copy_gmem_to_smem(scales_gm.at[b, rows], scales_sm.at[slot], k_full.at[slot])
+
+                    def only_arrive() -> None:
+                        for _ in range(1 + scaled):
+                            plgpu.barrier_arrive(k_full.at[slot])
+
+                    if config.leave_out == "copies":
+                        lax.cond(tiles < config.stages, copy, only_arrive)
+                    else:
+                        copy()
                     return tiles + 1
 
                 return done + 1, lax.fori_loop(0, count, step, tiles)
