@@ -9,6 +9,10 @@ import jax
 
 Kernel = tuple[str, float]  # its name, and how many milliseconds it ran
 
+# Compiler options by which a program launches its kernels one by one. By default XLA makes CUDA graphs of them, a `lax.cond`
+# with its branches included, and CUPTI has been seen to lose the kernels of such a branch after some looks of a process.
+KERNEL_BY_KERNEL = {"xla_gpu_enable_command_buffer": ""}
+
 
 def _library() -> Any:
     from jax._src.lib import mosaic_gpu

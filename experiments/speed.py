@@ -8,7 +8,9 @@ time is that of a program of many steps, divided. Rows fit where weights, their 
 what the compiler says a program needs beside them fit; where they do not after all, fewer are tried.
 
 Shares are the times of kernels by their names, seen through CUPTI in the chunk that ends at each length and in a decode
-program; a whole prefill's are those of its chunks, interpolated between the ones that were looked at.
+program; a whole prefill's are those of its chunks, interpolated between the ones that were looked at. Layers are compiled
+anew for these chunks, to launch their kernels one by one: CUPTI loses some of those in CUDA graphs. Where the kernels that it
+showed take less than 85 % of the time of the same run without it, there are no shares.
 
 How much neighbouring queries of a prompt select alike decides how much of the gathering they can share. Random weights and
 tokens give them little in common, where real text gives them much: the overlap of this run is in the report.
@@ -37,7 +39,7 @@ import numpy as np
 from absl import flags
 
 from experiments import options
-from experiments.profiling import kernels_of
+from experiments.profiling import KERNEL_BY_KERNEL, kernels_of
 from experiments.report import Output, markdown_table, text_table
 from indexcache_jax import config as configs
 from indexcache_jax import serving
@@ -68,6 +70,7 @@ ROWS_WITHOUT_MEMORY_FIGURES = 3
 MARGIN = 2 * 2**30  # bytes of device memory left free, for what libraries take and the allocator rounds up
 PAIRS = 64  # neighbouring queries whose selections are compared in every F layer
 TIMED = 3  # decode programs a figure
+SEEN = 0.85  # of a run's time: gaps between kernels take less than the rest, so below it kernels are missing
 KINDS = {"fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
 
 # The searched patterns that the paper publishes (arXiv 2603.12201); other models keep indexers at even distances.
@@ -203,13 +206,31 @@ def record(row: Row, model: Model, price: float) -> dict[str, Any]:
 # ---- measuring
 
 
-def stages(function: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of the device's kernels by stage while `function` runs. ValueError where CUPTI does not show them."""
+looked_at_layer = jax.jit(
+    serving.layer, static_argnames="keys", donate_argnames=("x", "cache"), compiler_options=KERNEL_BY_KERNEL
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What CUPTI showed of one run."""
+
+    stages: dict[str, float]  # milliseconds of kernels
+    launches: int
+    seen: float  # their part of the time that the same run takes without tracing
+
+
+def look(function: Callable[[], Any]) -> Look:
+    """ValueError where CUPTI does not show the device's kernels."""
+    jax.block_until_ready(function())  # what it compiles is not timed
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    seconds = time.perf_counter() - began
     kernels = kernels_of(function)
     found = dict.fromkeys([*STAGES.values(), OTHER], 0.0)
     for name, ms in kernels:
         found[next((stage for part, stage in STAGES.items() if part in name), OTHER)] += ms
-    return found | {"launches": float(len(kernels))}
+    return Look(found, len(kernels), sum(found.values()) / 1000 / seconds)
 
 
 @dataclasses.dataclass
@@ -329,11 +350,13 @@ class Bench:
 
     # Runs.
 
-    def prefill_chunk(self, pattern: str, tokens: jax.Array, cache: serving.Cache) -> tuple[jax.Array, serving.Cache]:
+    def prefill_chunk(
+        self, pattern: str, tokens: jax.Array, cache: serving.Cache, layer: Callable[..., Any] = serving.prefill_layer
+    ) -> tuple[jax.Array, serving.Cache]:
         lengths = jnp.full((1,), self.chunk, jnp.int32)
         keys = visible_keys(self.max_len, self.max_len)
         weights = self.weights[pattern]
-        x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, keys)
+        x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, keys, layer)
         return last_logits(weights, x, lengths, self.config), cache
 
     def decode(self, program: Any, pattern: str, cache: serving.Cache) -> tuple[jax.Array, serving.Cache]:
@@ -383,6 +406,14 @@ def random_prompt(seed: int, vocab_size: int, length: int, run: int) -> np.ndarr
     """[length] tokens, every one drawn standing `run` times."""
     drawn = np.random.default_rng(seed).integers(0, vocab_size, -(-length // run))
     return np.repeat(drawn, run)[:length]
+
+
+def shown(row: Row, found: Look, what: str) -> dict[str, float]:
+    """The stages of a look; none, and a note in the row, where kernels are missing from it."""
+    if found.seen >= SEEN:
+        return found.stages
+    row.notes.append(f"CUPTI showed kernels of {100 * found.seen:.0f} % of the {what}'s time: no shares")
+    return {}
 
 
 class Run:
@@ -445,13 +476,14 @@ class Run:
     def look_inside(self, pattern: str, cache: serving.Cache) -> serving.Cache:
         """Kernel times of the chunk that ends at each length, and of decoding there. `cache` is donated and comes back."""
         bench = self.bench
-        ends, found = [], []
+        found: dict[int, dict[str, float]] = {}  # stages of a chunk by the length at its end
         for length in bench.lengths:
             row = self.rows[pattern, length]
             held = [cache]
 
             def chunk(length: int = length, held: list[serving.Cache] = held) -> Any:
-                logits, held[0] = bench.prefill_chunk(pattern, self.chunk_at(length), at(held[0], length - bench.chunk))
+                before, tokens = at(held[0], length - bench.chunk), self.chunk_at(length)
+                logits, held[0] = bench.prefill_chunk(pattern, tokens, before, looked_at_layer)
                 return logits
 
             def decode(length: int = length, held: list[serving.Cache] = held) -> Any:
@@ -459,20 +491,24 @@ class Run:
                 return out
 
             try:
-                inside = stages(chunk)
-                inside.pop("launches")
-                row.decode_stages = stages(decode)
-                row.notes.append(f"{row.decode_stages.pop('launches') / bench.steps:.0f} launches a decode step")
+                decoding = look(decode)  # first: without CUPTI no layer is compiled for the other
+                filling = look(chunk)
             except ValueError as error:
                 row.notes.append(str(error))
                 return held[0]
             cache = held[0]
-            ends.append(length)
-            found.append(inside)
-            # A stage's time grows evenly with the keys between the chunks that were looked at.
-            every = range(bench.chunk, length + 1, bench.chunk)
-            for stage in inside:
-                row.prefill_stages[stage] = float(np.interp(every, ends, [one[stage] for one in found]).sum())
+            row.decode_stages = shown(row, decoding, "decode program")
+            if row.decode_stages:
+                row.notes.append(f"{decoding.launches / bench.steps:.0f} launches a decode step")
+            found[length] = shown(row, filling, "prefill chunk")
+            if all(found.values()):
+                # A stage's time grows evenly with the keys between the chunks that were looked at.
+                every = range(bench.chunk, length + 1, bench.chunk)
+                for stage in filling.stages:
+                    seen = [one[stage] for one in found.values()]
+                    row.prefill_stages[stage] = float(np.interp(every, list(found), seen).sum())
+            elif found[length]:
+                row.notes.append("no shares of the prefill, because a shorter one has none")
         return cache
 
     def measure_overlap(self, pattern: str, cache: serving.Cache) -> None:

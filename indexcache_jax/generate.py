@@ -119,19 +119,24 @@ def last_logits(weights: Weights, x: jax.Array, lengths: jax.Array, config: Conf
 
 
 def prefill_chunk(
-    weights: Weights, tokens: jax.Array, lengths: jax.Array, cache: Cache, config: Config, keys: int | None = None
+    weights: Weights,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
+    config: Config,
+    keys: int | None = None,
+    layer: Callable[..., Any] = serving.prefill_layer,
 ) -> tuple[jax.Array, Cache]:
     """Appends right-padded tokens [B, S], of which lengths [B] count: hidden states [B, S, D] before the final norm.
 
     One program a layer, queued without waiting; `cache` is donated. `keys`: only so much of the cache is looked at, which
-    must hold what it has then. What does not fit is dropped.
+    must hold what it has then. What does not fit is dropped. `layer` is that of `serving`, for a caller that
+    compiles it in its own way.
     """
     x, positions = serving.embed(weights.embedding, tokens, cache.lengths, lengths, config)
     indices, layers = None, []
     for p, one in zip(weights.layers, cache.layers, strict=True):
-        x, selected, one = serving.prefill_layer(
-            p, x, None if p.full else indices, one, positions, keys or cache.max_len, config
-        )
+        x, selected, one = layer(p, x, None if p.full else indices, one, positions, keys or cache.max_len, config)
         indices = selected if p.full else indices
         layers.append(one)
     return x, Cache(tuple(layers), positions.kv_lengths)

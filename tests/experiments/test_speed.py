@@ -1,5 +1,6 @@
 """The speed experiment: its models, its bookkeeping, and a small run from flags to files."""
 
+import functools
 import json
 import math
 import subprocess
@@ -124,6 +125,92 @@ def test_a_full_cache_that_does_not_fit_after_all_gets_fewer_rows(monkeypatch):
     measured.decode_full("DSA", None)
     row = measured.rows["DSA", 128]
     assert (row.full_step, row.full_rows, row.notes) == (0.5, 39, [])  # 45, 43, 41, 39
+
+
+def demo_run(lengths, chunk=64):
+    """A run of the small model, 2 layers, without its decode program."""
+    shape = model("demo", 2)
+    weights = {"DSA": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
+    schedules = {"DSA": Schedule("FF")}
+    bench = speed.Bench(shape, weights, schedules, lengths, lengths, chunk, 4, jnp.bfloat16, jnp.bfloat16)
+    bench.decode_one["DSA"] = None
+    return speed.Run(bench, speed.random_prompt(0, shape.config.vocab_size, lengths[-1], 1), math.inf, lambda: None)
+
+
+def look_inside(monkeypatch, seen, seen_decoding):
+    """The rows of a run where a chunk takes 1 s and a decode program 0.2 s, of which kernels are seen for these parts."""
+    measured = demo_run([64, 128, 256])
+    bench, clock, layers = measured.bench, [0.0], []
+    kernels = []
+
+    def prefill_chunk(pattern, tokens, cache, layer):
+        clock[0] += 1.0
+        layers.append(layer)
+        end = int(cache.lengths[0]) + bench.chunk
+        kernels[:] = [("indexer_scores_k", float(end)), ("sparse_mla_few_heads", 1000 * seen[end] - end)]
+        return jnp.zeros(()), cache
+
+    def decode(program, pattern, cache):
+        clock[0] += 0.2
+        part = seen_decoding[int(cache.lengths[0])]
+        kernels[:] = [("sparse_mla", 25 * part), ("gemm", 25 * part)] * bench.steps
+        return jnp.zeros(()), cache
+
+    def kernels_of(function):
+        function()
+        return list(kernels)
+
+    monkeypatch.setattr(bench, "prefill_chunk", prefill_chunk)
+    monkeypatch.setattr(bench, "decode", decode)
+    monkeypatch.setattr(speed, "kernels_of", kernels_of)
+    monkeypatch.setattr(speed, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    measured.look_inside("DSA", bench.cache("DSA", 1, bench.max_len))
+    assert set(layers) == {speed.looked_at_layer}
+    return [measured.rows["DSA", n] for n in bench.lengths]
+
+
+def test_shares_are_those_of_all_chunks_between_the_ones_that_were_looked_at(monkeypatch):
+    rows = look_inside(monkeypatch, dict.fromkeys((64, 128, 256), 0.9), dict.fromkeys((64, 128, 256), 0.95))
+    assert [row.prefill_stages["scores"] for row in rows] == pytest.approx([64, 64 + 128, 64 + 128 + 192 + 256])
+    assert [sum(row.prefill_stages.values()) for row in rows] == pytest.approx([900, 1800, 3600])
+    assert [row.decode_stages["sparse MLA"] for row in rows] == pytest.approx([95.0] * 3)
+    assert [row.notes for row in rows] == [["2 launches a decode step"]] * 3
+
+
+def test_where_kernels_are_missing_there_are_no_shares(monkeypatch):
+    rows = look_inside(monkeypatch, {64: 0.97, 128: 0.57, 256: 0.97}, {64: 0.84, 128: 0.97, 256: 0.97})
+    records = [record(row, model("demo", 2), 3.0) for row in rows]
+    assert [r["prefill_shares"] is None for r in records] == [False, True, True]
+    assert [r["decode_shares"] is None for r in records] == [True, False, False]
+    assert [row.notes for row in rows] == [
+        ["CUPTI showed kernels of 84 % of the decode program's time: no shares"],
+        ["2 launches a decode step", "CUPTI showed kernels of 57 % of the prefill chunk's time: no shares"],
+        ["2 launches a decode step", "no shares of the prefill, because a shorter one has none"],
+    ]
+    assert "| DSA | 128 | prefill |" not in speed.shares_table(records)
+    assert "| DSA | 128 | decode |" in speed.shares_table(records)
+
+
+def test_without_cupti_no_layer_is_compiled_for_a_look(monkeypatch):
+    measured = demo_run([64, 128])
+    monkeypatch.setattr(measured.bench, "prefill_chunk", lambda *_: pytest.fail("a chunk ran"))
+    monkeypatch.setattr(measured.bench, "decode", lambda program, pattern, cache: (jnp.zeros(()), cache))
+
+    def kernels_of(function):
+        raise ValueError("no times of kernels: not a GPU")
+
+    monkeypatch.setattr(speed, "kernels_of", kernels_of)
+    measured.look_inside("DSA", measured.bench.cache("DSA", 1, measured.bench.max_len))
+    assert [row.notes for row in measured.rows.values()] == [["no times of kernels: not a GPU"], []]
+
+
+def test_the_layer_that_is_looked_at_computes_the_same():
+    measured = demo_run([64])
+    bench, tokens = measured.bench, measured.chunk_at(64)
+    empty = functools.partial(bench.cache, "DSA", 1, bench.max_len)
+    expected, _ = bench.prefill_chunk("DSA", tokens, empty())
+    logits, _ = bench.prefill_chunk("DSA", tokens, empty(), speed.looked_at_layer)
+    np.testing.assert_array_equal(logits, expected)
 
 
 def test_tokens_of_a_prompt_stand_in_runs():
