@@ -19,10 +19,10 @@ the reader's before wgmma; marks by marked[slot]; the weights of a block by weig
 empty[slot][half], an arrival of every warp of the half's warpgroup after its wgmma has ended, which for the slot's own
 warpgroup includes its marks, and for the other one the weights. compute-sanitizer's racecheck follows neither wgmma nor the
 arrival of a cp.async on a barrier: to it such a copy is under way until its thread executes cp.async.wait. So it may report
-the weights, stored over rotary columns that were copied so, though wgmma has read these and a barrier stands between. What
-it does report, for a cluster's blocks, is the query tile, copied so and waited for: "invalid memcpy_async synchronization"
-with other blocks' reads of the results that were stored in its place, after all have met. The tests compare repeated runs
-bit for bit.
+the weights, stored over rotary columns that were copied so, though wgmma has read these and a barrier stands between. The
+query tile of a cluster's block, whose place its results take for other blocks to read, comes through registers: copied by
+cp.async and waited for, it is reported as "invalid memcpy_async synchronization" with those reads, though all have met before
+them. The tests compare repeated runs bit for bit.
 
 The running maximum is exact up to LAZY powers of two: weights grow to at most 2**LAZY before the accumulator, 64 x 256
 float32 in the registers of a warpgroup, is rescaled, and a warp whose rows all kept their maximum skips the rescaling.
@@ -470,10 +470,11 @@ def _meet() -> None:
     meet()
 
 
-def _load_queries(queries, columns, rotary, row, rows, warpgroup) -> None:
+def _load_queries(queries, columns, rotary, row, rows, warpgroup, *, through_registers: bool) -> None:
     """`rows` query rows from `row` on into the query tile, the rest of it zero: half of it by each computing warpgroup.
 
-    By cp.async, because a TMA copy into tiles of 8 rows would have to start at a multiple of 8.
+    By cp.async, or through registers for a cluster, whose results other blocks read in this place. A TMA copy into tiles of 8
+    rows would have to start at a multiple of 8.
     """
 
     @plgpu.inline_mgpu(arg_types=(_REF, _TILED_REF, _TILED_REF, _SCALAR, _SCALAR, _SCALAR))
@@ -482,19 +483,33 @@ def _load_queries(queries, columns, rotary, row, rows, warpgroup) -> None:
         chunk, line, in_tile = _line(thread)
         tile, swizzled = ptx.shift_right(line, 3), _in_line(in_tile, chunk)
         source = ptx.offset(ptx.offset(ptx.global_address(queries), ptx.scalar(row), ROW_BYTES), chunk, 16)
+
+        def place(here):
+            """(address, 1 if it counts else 0) of a row; one that does not is not read, but its address is of the array."""
+            counts = ptx.select(ptx.compare("slt", here, ptx.scalar(rows)), 1, 0)
+            return ptx.offset(source, ptx.select(ptx.compare("ne", counts, 0), here, 0), ROW_BYTES), counts
+
+        runs = []  # (target, source, 1 if it counts else 0, pieces of 16 bytes), the pieces 1024 and 128 bytes apart
         to_columns = ptx.add(ptx.shared_address(columns), ptx.shift_left(half, 15), ptx.shift_left(tile, 12), swizzled)
         for i in range(4):
-            here = ptx.add(line, 16 * i)
-            size = ptx.select(ptx.compare("slt", here, ptx.scalar(rows)), 16, 0)
-            # A row that does not count is not read, but its address has to be one of the array.
-            at = ptx.offset(ptx.offset(source, ptx.select(ptx.compare("ne", size, 0), here, 0), ROW_BYTES), half, 512)
-            ptx.copy_async(ptx.add(to_columns, 8192 * i), at, size, 4, 1024, 128)
+            at, counts = place(ptx.add(line, 16 * i))
+            runs.append((ptx.add(to_columns, 8192 * i), ptx.offset(at, half, 512), counts, 4))
         to_rotary = ptx.add(ptx.shared_address(rotary), ptx.shift_left(half, 12), ptx.shift_left(tile, 10), swizzled)
         for i in range(2):
-            here = ptx.add(line, ptx.shift_left(half, 5), 16 * i)
-            size = ptx.select(ptx.compare("slt", here, ptx.scalar(rows)), 16, 0)
-            at = ptx.offset(source, ptx.select(ptx.compare("ne", size, 0), here, 0), ROW_BYTES)
-            ptx.copy_async(ptx.add(to_rotary, 2048 * i), ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM), size, 1, 0, 0)
+            at, counts = place(ptx.add(line, ptx.shift_left(half, 5), 16 * i))
+            runs.append((ptx.add(to_rotary, 2048 * i), ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM), counts, 1))
+
+        if through_registers:
+            loaded = []  # all of it is under way before the first is stored
+            for target, at, counts, pieces in runs:
+                for i in range(pieces):
+                    words = ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts, 4)
+                    loaded.append((ptx.add(target, 1024 * i), words))
+            for target, words in loaded:
+                ptx.store_shared_words(target, words)
+        else:
+            for target, at, counts, pieces in runs:
+                ptx.copy_async(target, at, ptx.shift_left(counts, 4), pieces, 1024, 128)
 
     load(queries, columns, rotary, row, rows, warpgroup)
 
@@ -652,7 +667,7 @@ def attend(
 
         def load_queries(task):
             row, rows, _ = place(task)
-            _load_queries(q_gmem, q_columns, q_rotary, row, rows, warpgroup)
+            _load_queries(q_gmem, q_columns, q_rotary, row, rows, warpgroup, through_registers=splits > 1)
 
         def issue_logits(s_ref, slot, zero, parity):
             """Starts queries times keys of the block in `slot`."""

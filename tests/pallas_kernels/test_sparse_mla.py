@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, sparse_mla
+from pallas_kernels import hopper, ptx, sparse_mla
 from pallas_kernels.sparse_mla import fp8, gradient, mosaic_gpu, reference, triton
 from tests.pallas_kernels import ptx_emulator, warpgroup_emulator
 from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
@@ -399,6 +399,113 @@ def test_the_kernel_for_few_heads_follows_growing_logits_emulated(monkeypatch):
     latents = jnp.asarray(growing, jnp.bfloat16)
     out = few_heads_emulated(monkeypatch, queries, latents.at[:, 200].set(jnp.nan), indices, seed=0)
     assert relative_error(out, numpy_attention(queries, latents, indices, SCALE, case.c)) < 5e-3
+
+
+def tiled(rows):
+    """[64, N] bfloat16 as they lie in shared memory: tiles of 8 x 64, the 16-byte chunks of a line swizzled by its number."""
+    tiles = rows.reshape(8, 8, rows.shape[1] // 64, 8, 8).swapaxes(1, 2)
+    line, chunk = np.ogrid[:8, :8]
+    return tiles[:, :, line, chunk ^ line].reshape(-1)
+
+
+def query_tile_emulated(monkeypatch, queries, row, rows, through_registers, seed):
+    """What the query tile of a block holds once it was waited for, both halves and the rotary columns."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+
+    def body(queries, out, columns, rotary, barriers):
+        attention._init_barriers(barriers)
+        warpgroup = jax.lax.axis_index("warpgroup")
+        attention._load_queries(queries, columns, rotary, row, rows, warpgroup, through_registers=through_registers)
+        attention._await_queries(barriers, 0)
+        everywhere = ptx.compare("sge", ptx.thread(), 0)
+        for i in range(18):
+            at = 16 * ptx.thread() + 4096 * i
+            words = ptx.load_shared_words(ptx.add(ptx.shared_address(columns), at))
+            ptx.store_global_words(ptx.add(ptx.global_address(out), at), words, everywhere)
+
+    def load(queries):
+        plgpu = attention.plgpu
+        tile = plgpu.SMEM((2, 64, 256), jnp.bfloat16), plgpu.SMEM((1, 64, 64), jnp.bfloat16)
+        return plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((64 * 576,), jnp.bfloat16),
+            scratch_types=(*tile, plgpu.SMEM((attention.BARRIER_WORDS,), jnp.uint32)),
+            grid=(1,),
+            num_threads=2,
+        )(queries)
+
+    return warpgroup_emulator.run(monkeypatch, attention, load, queries, seed=seed)
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+@pytest.mark.parametrize("through_registers", [False, True])
+@pytest.mark.parametrize("row, rows", [(0, 64), (3, 20), (35, 5), (20, 20), (39, 1)])
+def test_a_query_tile_holds_its_rows_and_zeros_emulated(row, rows, through_registers, monkeypatch):
+    """Also where less than a tile is left of the array."""
+    queries = np.random.default_rng(0).normal(size=(max(40, rows), 576)).astype(jnp.bfloat16)
+    expected = np.zeros((64, 576), jnp.bfloat16)
+    expected[:rows] = queries[row : row + rows]
+    for seed in range(20):
+        tile = query_tile_emulated(monkeypatch, queries, row, rows, through_registers, seed)
+        np.testing.assert_array_equal(tile, np.concatenate([*map(tiled, np.split(expected, [256, 512], axis=1))]))
+
+
+def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
+    """What clusters make of their blocks' results [clusters, splits, 2, 64, 256], stored where queries were loaded before."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+
+    def body(queries, parts, logs, out, columns, rotary, sums, barriers):
+        cluster, split, warpgroup = map(jax.lax.axis_index, ("block", "split", "warpgroup"))
+        attention._init_barriers(barriers)
+        row = cluster * tasks.heads
+        attention._load_queries(queries, columns, rotary, row, tasks.heads, warpgroup, through_registers=True)
+        attention._await_queries(barriers, 0)
+        ptx.block_barrier()
+        thread, task = ptx.thread(), ptx.constant(cluster * tasks.splits + split)
+        for i in range(16):
+            at = 16 * thread + 4096 * i
+            words = ptx.load_words(ptx.add(ptx.offset(ptx.global_address(parts), task, 65536), at))
+            ptx.store_shared_words(ptx.add(ptx.shared_address(columns), at), words)
+        with ptx.when(ptx.compare("slt", thread, 64)):
+            log = ptx.load_global(ptx.add(ptx.offset(ptx.global_address(logs), task, 256), 4 * thread))
+            ptx.store_shared(ptx.add(ptx.shared_address(sums), 4 * thread), log)
+        attention._combine(columns, sums, out, tasks, row, tasks.heads, split, warpgroup)
+
+    def combine(*arrays):
+        plgpu = attention.plgpu
+        tile = plgpu.SMEM((2, 64, 256), jnp.bfloat16), plgpu.SMEM((1, 64, 64), jnp.bfloat16)
+        return plgpu.kernel(
+            body,
+            out_type=jax.ShapeDtypeStruct((tasks.rows, 512), jnp.bfloat16),
+            scratch_types=(*tile, plgpu.SMEM((64,), jnp.float32), plgpu.SMEM((attention.BARRIER_WORDS,), jnp.uint32)),
+            grid=(tasks.batch,),
+            cluster=(tasks.splits,),
+            cluster_names=("split",),
+            num_threads=2,
+        )(*arrays)
+
+    images = np.stack([tiled(half) for half in parts.reshape(-1, 64, 256)])
+    return warpgroup_emulator.run(monkeypatch, attention, combine, queries, images, logs, seed=seed)
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
+@pytest.mark.parametrize("heads, splits", [(64, 2), (64, 8), (20, 8), (20, 3), (5, 4)])
+def test_a_cluster_combines_what_it_stored_in_the_query_tiles_place_emulated(heads, splits, monkeypatch):
+    """Every row that counts, of blocks with and without keys, and none of the others."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+
+    rng = np.random.default_rng(0)
+    tasks = attention.Tasks(2, 1, heads, 1000, pairs=splits, splits=splits)
+    queries = rng.normal(size=(tasks.rows, 576)).astype(jnp.bfloat16)
+    parts = rng.normal(size=(tasks.batch, splits, 2, 64, 256)).astype(jnp.bfloat16)
+    logs = 3 * rng.normal(size=(tasks.batch, splits, 64)).astype(np.float32)
+    parts[:, -1, :, 1::2], logs[:, -1, 1::2] = 0, attention.START
+    weights = np.exp2(logs - logs.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    expected = np.einsum("bsr,bshrc->brhc", weights, parts.astype(np.float32))[:, :heads].reshape(tasks.rows, 512)
+    for seed in range(2):
+        out = combined_emulated(monkeypatch, queries, parts, logs, tasks, seed)
+        np.testing.assert_allclose(out.astype(np.float32), expected, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")

@@ -4,16 +4,19 @@ The threads of a warpgroup take every step together; the warpgroups take turns a
 or arrive. Copies land and products of matrices are made as late or as early as chance has it: what a copy will overwrite is
 noise from the moment it is issued, so is a sum that nobody has waited for. So wrong parities, missing barriers and places
 that are reused too soon show as a deadlock or as noise in the result. Races between the warps of a warpgroup and missing
-fences are outside its reach. Matrices are read as wgmma reads them: strides and swizzle are checked.
+fences are outside its reach. Matrices are read as wgmma reads them: strides and swizzle are checked. The blocks of a cluster
+run side by side and reach one another's shared memory.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import math
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,8 @@ import numpy as np
 
 from pallas_kernels import ptx
 
-SEGMENT = 40  # bits of an address below the number of its array; shared memory is number 0
+SEGMENT = 40  # bits of an address below the number of its array; the first ones are the blocks' shared memories
+Name = tuple[int, int]  # of a warpgroup: the rank of its block in the cluster, and its number there
 
 
 @dataclasses.dataclass
@@ -42,19 +46,21 @@ class Deadlock(AssertionError):
 
 
 class Chip:
-    """One block: shared memory, the arrays it reaches, its barriers, and what is under way."""
+    """One block, or those of a cluster: shared memory, the arrays they reach, their barriers, and what is under way."""
 
-    def __init__(self, shared_bytes: int, arrays: list[np.ndarray], warpgroups: int, seed: int):
-        self.rng = np.random.default_rng(seed)
-        self.memories = [np.zeros(shared_bytes, np.uint8), *(array.reshape(-1).view(np.uint8) for array in arrays)]
-        self.memories[0][:] = 0xFF  # NaN in either float
+    def __init__(self, shared_bytes: int, arrays: list[np.ndarray], blocks: int, warpgroups: int, seed: int):
+        self.rng, self.blocks = np.random.default_rng(seed), blocks
+        shared = [np.full(shared_bytes, 0xFF, np.uint8) for _ in range(blocks)]  # NaN in either float
+        self.memories = [*shared, *(array.reshape(-1).view(np.uint8) for array in arrays)]
         self.barriers: dict[int, Barrier] = {}
-        self.landing: list[tuple[int, Callable[[], None]]] = []  # (warpgroup, what happens when its copies land)
+        self.landing: list[tuple[Name, Callable[[], None]]] = []  # (warpgroup, what happens when its copies land)
         self.turn = threading.Condition()
-        self.whose: int | None = None
-        self.waiting: dict[int, Callable[[], bool] | None] = dict.fromkeys(range(warpgroups))
+        self.whose: Name | None = None
+        self.waiting: dict[Name, Callable[[], bool] | None] = {
+            (rank, number): None for rank in range(blocks) for number in range(warpgroups)
+        }
         self.failure: BaseException | None = None
-        self.met = 0
+        self.met: collections.Counter[Hashable] = collections.Counter()
 
     def barrier(self, address: np.ndarray) -> Barrier:
         (one,) = np.unique(address)
@@ -69,7 +75,7 @@ class Chip:
                 self.landing.pop(self.rng.integers(len(self.landing)))[1]()
             able = [w for w, condition in self.waiting.items() if condition is None or condition()]
             if able:
-                self.whose = int(self.rng.choice(able))
+                self.whose = able[self.rng.integers(len(able))]
                 return
             if not self.landing:
                 self.whose = None
@@ -78,7 +84,7 @@ class Chip:
                 return
             self.landing.pop(self.rng.integers(len(self.landing)))[1]()
 
-    def wait(self, warpgroup: int, condition: Callable[[], bool] | None) -> None:
+    def wait(self, warpgroup: Name, condition: Callable[[], bool] | None) -> None:
         with self.turn:
             self.waiting[warpgroup] = condition
             self._pick()
@@ -88,11 +94,20 @@ class Chip:
                 raise Deadlock("stopped")
             self.waiting[warpgroup] = None
 
-    def leave(self, warpgroup: int, failure: BaseException | None) -> None:
+    def meet(self, warpgroup: Name, where: Hashable, count: int) -> None:
+        """Waits until `count` warpgroups have come to the same place, time and again."""
+        self.met[where] += 1
+        goal = -(-self.met[where] // count) * count
+        self.wait(warpgroup, lambda: self.met[where] >= goal)
+
+    def leave(self, warpgroup: Name, failure: BaseException | None) -> None:
         with self.turn:
             if failure is not None and self.failure is None:
                 self.failure = failure
             del self.waiting[warpgroup]
+            rank = warpgroup[0]
+            if all(other != rank for other, _ in self.waiting):
+                self.memories[rank][:] = 0xFF  # is no longer the block's
             self._pick()
             self.turn.notify_all()
 
@@ -100,8 +115,8 @@ class Chip:
 class Warpgroup:
     """128 threads. The names of `ptx` as methods."""
 
-    def __init__(self, chip: Chip, number: int):
-        self.chip, self.number = chip, number
+    def __init__(self, chip: Chip, rank: int, number: int):
+        self.chip, self.rank, self.name = chip, rank, (rank, number)
         self.threads = 128 * number + np.arange(128)
         self.active = np.ones(128, bool)
         self.copies: list[Callable[[], None]] = []
@@ -116,6 +131,17 @@ class Warpgroup:
         return one
 
     # -- memory
+
+    def shared_address(self, place):
+        return np.full(128, (self.rank << SEGMENT) + place, np.int64)
+
+    def peer_address(self, address, rank):
+        assert (address >> SEGMENT == self.rank).all() and rank < self.chip.blocks
+        return address + (rank - self.rank << SEGMENT)
+
+    def load_words_or_zeros(self, address, predicate, count):
+        with self.when(self.spread(predicate) != 0):
+            return self.load(address, np.int32, count)
 
     def _places(self, address, size, mask):
         address = self.spread(address)[mask]
@@ -166,7 +192,7 @@ class Warpgroup:
                 copy()
             then()
 
-        self.chip.landing.append((self.number, land))
+        self.chip.landing.append((self.name, land))
 
     def barrier_arrive_after_copies(self, address):
         barrier = self.chip.barrier(address)
@@ -174,7 +200,7 @@ class Warpgroup:
 
     def copies_done(self):
         self._copies_so_far(lambda: None)
-        self.chip.wait(self.number, lambda: all(number != self.number for number, _ in self.chip.landing))
+        self.chip.wait(self.name, lambda: all(name != self.name for name, _ in self.chip.landing))
 
     # -- barriers
 
@@ -184,28 +210,29 @@ class Warpgroup:
 
     def barrier_arrive(self, address, predicate):
         self.chip.barrier(address).arrive(int((self.active & predicate).sum()))
-        self.chip.wait(self.number, None)
+        self.chip.wait(self.name, None)
 
     def barrier_wait(self, address, parity):
         barrier, parity = self.chip.barrier(address), self.uniform(parity)
         assert parity in (0, 1)
-        self.chip.wait(self.number, lambda: barrier.completed & 1 != parity)
+        self.chip.wait(self.name, lambda: barrier.completed & 1 != parity)
 
     def block_barrier(self):
-        chip = self.chip
-        chip.met += 1
-        goal = -(-chip.met // len(chip.waiting)) * len(chip.waiting)
-        chip.wait(self.number, lambda: chip.met >= goal)
+        self.chip.meet(self.name, self.rank, sum(rank == self.rank for rank, _ in self.chip.waiting))
+
+    def cluster_barrier(self):
+        self.chip.meet(self.name, "cluster", len(self.chip.waiting))
 
     # -- matrices
 
     def _matrix(self, address, lines: int, length: int) -> np.ndarray:
         """[lines, length] 16-bit words at a descriptor's address; lines are 128 bytes, 8 lines 1024."""
+        memory, address = self.chip.memories[self.rank], address - (self.rank << SEGMENT)
         line, place = np.arange(lines)[:, None], 2 * np.arange(length)[None]
         address = address + line // 8 * 1024 + line % 8 * 128 + place
         address = address ^ (address >> 7 & 7) << 4
-        assert (address < self.chip.memories[0].size).all()
-        words = self.chip.memories[0].view(np.uint16)[address // 2].astype(np.uint32) << 16
+        assert (address < memory.size).all()
+        words = memory.view(np.uint16)[address // 2].astype(np.uint32) << 16
         return words.view(np.float32)
 
     def multiply(self, sums, a, b, steps, *, columns, transposed, fresh):
@@ -253,13 +280,14 @@ class Warpgroup:
         return sums
 
     def store_shared_transposed(self, address, words):
-        address, blocks = self.spread(address).reshape(4, 32), [np.asarray(word, np.int64).reshape(4, 32) for word in words]
+        memory, address = self.chip.memories[self.rank], self.spread(address).reshape(4, 32) - (self.rank << SEGMENT)
+        blocks = [np.asarray(word, np.int64).reshape(4, 32) for word in words]
         for warp in range(4):
             for i, block in enumerate(blocks):
                 numbers = block[warp].astype(np.uint32).view(np.uint16).reshape(8, 8)
                 for line in range(8):
                     at = address[warp, 8 * i + line]
-                    self.chip.memories[0][at : at + 16] = np.ascontiguousarray(numbers[:, line]).view(np.uint8)
+                    memory[at : at + 16] = np.ascontiguousarray(numbers[:, line]).view(np.uint8)
 
     def transposed_block(self, word):
         blocks = np.asarray(word, np.int64).astype(np.uint32).view(np.uint16).reshape(4, 8, 8)
@@ -286,6 +314,11 @@ class Warpgroup:
 def _pair(low, high):
     halves = [np.asarray(x, np.float32).astype(jnp.bfloat16).view(np.uint16).astype(np.uint32) for x in (low, high)]
     return (halves[0] | halves[1] << 16).view(np.int32).astype(np.int64)
+
+
+def _halves(word):
+    bits = np.asarray(word, np.int64).astype(np.uint32)
+    return (bits << 16).view(np.float32), (bits & 0xFFFF0000).view(np.float32)
 
 
 def _floats(function):
@@ -335,6 +368,7 @@ PURE: dict[str, Callable] = {
     "exp2": _floats(np.exp2),
     "lane_distant": lambda x, distance: x[np.arange(128) ^ distance],
     "to_bfloat16_pair": _pair,
+    "from_bfloat16_pair": _halves,
     "matrix": lambda address: address,
     "warp_barrier": lambda: None,
     "proxy_fence": lambda: None,
@@ -343,10 +377,18 @@ PURE: dict[str, Callable] = {
     "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
 }
 
+# What kernels take from the MLIR dialect of the same name.
+ARITHMETIC = types.SimpleNamespace(
+    addf=_floats(np.add), subf=_floats(np.subtract), mulf=_floats(np.multiply), divf=_floats(np.divide), maximumf=np.maximum
+)
+
 # What is done by the warpgroup that asks for it.
 OWN: dict[str, Callable] = {
     word.__name__: word
     for word in (
+        Warpgroup.shared_address,
+        Warpgroup.peer_address,
+        Warpgroup.load_words_or_zeros,
         Warpgroup.copy_async,
         Warpgroup.barrier_arrive_after_copies,
         Warpgroup.copies_done,
@@ -354,6 +396,7 @@ OWN: dict[str, Callable] = {
         Warpgroup.barrier_arrive,
         Warpgroup.barrier_wait,
         Warpgroup.block_barrier,
+        Warpgroup.cluster_barrier,
         Warpgroup.multiply,
         Warpgroup.multiply_commit,
         Warpgroup.multiply_wait,
@@ -370,41 +413,48 @@ OWN: dict[str, Callable] = {
     "store_global": lambda self, address, value, predicate: self.store(address, [value], np.int32, predicate),
     "load_shared": lambda self, address: self.load(address, np.int32)[0],
     "store_shared": lambda self, address, value: self.store(address, [value], np.int32),
+    "load_peer_float": lambda self, address: self.load(address, np.float32)[0],
+    "load_peer_words": lambda self, address: self.load(address, np.int32, 4),
+    "load_shared_words": lambda self, address: self.load(address, np.int32, 4),
+    "store_shared_words": lambda self, address, words: self.store(address, words, np.int32),
+    "load_words": lambda self, address: self.load(address, np.int32, 4),
+    "store_global_words": lambda self, address, words, predicate: self.store(address, words, np.int32, predicate),
     "load_shared_floats": lambda self, address: self.load(address, np.float32, 2),
     "store_shared_floats": lambda self, address, pair: self.store(address, pair, np.float32),
     "scalar": lambda self, x: np.full(128, x, np.int64),
-    "shared_address": lambda self, number: np.full(128, number << SEGMENT, np.int64),
     "global_address": lambda self, number: np.full(128, number << SEGMENT, np.int64),
 }
 
 
 def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
-    """`function(*arguments)` of a kernel module, whose kernel has one output and one scratch buffer of shared memory."""
+    """`function(*arguments)` of a kernel module, whose kernel has one output and buffers of shared memory."""
     here = threading.local()
 
     def dispatched(word):
         return lambda *given, **how: word(here.warpgroup, *given, **how)
 
-    def kernel(body, *, out_type, scratch_types, grid, num_threads, **_):
+    def kernel(body, *, out_type, scratch_types, grid, num_threads, cluster=(), cluster_names=(), **_):
         def call(*operands):
             out = np.full(out_type.shape, np.nan, out_type.dtype)
-            (scratch,) = scratch_types
-            arrays = [*map(np.array, operands), out]
+            sizes = [math.prod(scratch.shape) * np.dtype(scratch.dtype).itemsize for scratch in scratch_types]
+            places = [0, *np.cumsum(sizes).tolist()]
+            arrays, blocks = [*map(np.array, operands), out], math.prod(cluster)
             for block in range(*grid):
-                chip = Chip(4 * scratch.shape[0], arrays, num_threads, seed + block)
+                chip = Chip(places[-1], arrays, blocks, num_threads, seed + block)
 
-                def one_warpgroup(number, chip=chip, block=block):
-                    here.warpgroup, here.axes = Warpgroup(chip, number), {"block": block, "warpgroup": number}
+                def one_warpgroup(rank, number, chip=chip, block=block):
+                    here.warpgroup = Warpgroup(chip, rank, number)
+                    here.axes = {"block": block, "warpgroup": number} | dict.fromkeys(cluster_names, rank)
                     failure: BaseException | None = None
                     try:
                         with chip.turn:
-                            chip.turn.wait_for(lambda: chip.whose == number or chip.failure is not None)
-                        body(*range(1, len(arrays) + 1), 0)
+                            chip.turn.wait_for(lambda: chip.whose == (rank, number) or chip.failure is not None)
+                        body(*range(blocks, blocks + len(arrays)), *places[:-1])
                     except BaseException as error:  # whatever it is, the others have to stop
                         failure = error
-                    chip.leave(number, failure)
+                    chip.leave((rank, number), failure)
 
-                threads = [threading.Thread(target=one_warpgroup, args=(i,)) for i in range(num_threads)]
+                threads = [threading.Thread(target=one_warpgroup, args=name) for name in chip.waiting]
                 for thread in threads:
                     thread.start()
                 with chip.turn:
@@ -433,4 +483,5 @@ def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
         patch.setattr(jax.lax, "axis_index", lambda name: here.axes[name])
         patch.setattr(module, "plgpu", fake)
         patch.setattr(module, "pl", fake_pallas)
+        patch.setattr(module, "arith", ARITHMETIC, raising=False)
         return function(*arguments, **options)
