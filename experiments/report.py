@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from absl import flags
 
+# What changes a measurement and is no flag of ours.
+VARIABLES = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "indexcache-jax")
 
 
@@ -35,8 +37,9 @@ def device() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line as a reader of the report would type it."""
-    return f"python -m experiments.run {shlex.join(sys.argv[1:])}".rstrip()
+    """The command line as a reader of the report would type it, with the VARIABLES that are set."""
+    given = [f"{name}={shlex.quote(os.environ[name])}" for name in VARIABLES if os.environ.get(name)]
+    return " ".join([*given, "python -m experiments.run", shlex.join(sys.argv[1:])]).rstrip()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

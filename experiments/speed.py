@@ -8,9 +8,10 @@ time is that of a program of many steps, divided. Rows fit where weights, their 
 what the compiler says a program needs beside them fit; where they do not after all, fewer are tried.
 
 Shares are the times of kernels by their names, seen through CUPTI in the chunk that ends at each length and in a decode
-program; a whole prefill's are those of its chunks, interpolated between the ones that were looked at. Layers are compiled
-anew for these chunks, to launch their kernels one by one: CUPTI loses some of those in CUDA graphs. Where the kernels that it
-showed take less than 85 % of the time of the same run without it, there are no shares.
+program; a whole prefill's are those of its chunks, interpolated between the ones that were looked at. A stage without a
+kernel of its own is in the rest, as the experts of a decode step are. Layers are compiled anew for these chunks, to launch
+their kernels one by one: CUPTI loses some of those in CUDA graphs. Where the kernels that it showed take less than 85 % of
+the time of the same run without it, there are no shares.
 
 How much neighbouring queries of a prompt select alike decides how much of the gathering they can share. Random weights and
 tokens give them little in common, where real text gives them much: the overlap of this run is in the report.
@@ -635,7 +636,8 @@ def shares_table(records: list[dict[str, Any]]) -> str:
         for what in ("prefill", "decode"):
             shares = r[f"{what}_shares"]
             if shares is not None:
-                rows.append([r["pattern"], r["length"], what, *(f"{100 * share:.0f} %" for share in shares.values())])
+                cells_ = [f"{100 * share:.0f} %" if share else "-" for share in shares.values()]
+                rows.append([r["pattern"], r["length"], what, *cells_])
     if not rows:
         return ""
     return markdown_table(["schedule", "length", "of", *STAGES.values(), OTHER], rows)
@@ -657,7 +659,6 @@ def report(records: list[dict[str, Any]], about: Mapping[str, Any]) -> str:
 def plot(output: Output, records: list[dict[str, Any]], title: str) -> None:
     from matplotlib.figure import Figure
 
-    lengths = sorted({r["length"] for r in records})
     patterns = list(dict.fromkeys(r["pattern"] for r in records))
     panels = {
         "prefill_seconds": "prefill, s",
@@ -666,6 +667,7 @@ def plot(output: Output, records: list[dict[str, Any]], title: str) -> None:
     }
     figure = Figure(figsize=(15, 4), layout="constrained")
     for axis, (metric, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        lengths = sorted({r["length"] for r in records if r[metric] or r[f"published_{metric}"]})
         bars = [(p, kind) for p in patterns for kind in ("ours", "published")]
         if not any(r[f"published_{metric}"] for r in records):
             bars = [(p, "ours") for p in patterns]
@@ -763,6 +765,7 @@ def run(output_dir: str, seed: int) -> None:
     measured = Run(bench, prompt, began + options.seconds_to_spend(SECONDS), update)
     about["rounds"] = measured.all(_ROUNDS.value)
     update()
-    plot(output, records(), f"{about['model']}, on {jax.devices()[0].device_kind}")
+    scaled = "" if shape.scale == 1 else f", times scaled to {shape.layers}"
+    plot(output, records(), f"{about['model']}{scaled}, on {jax.devices()[0].device_kind}")
     print(text_table(HEADER, [cells(r) for r in records()]))
     print(f"{time.perf_counter() - began:.0f} s, written to {output_dir}", flush=True)

@@ -8,14 +8,17 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import report
-from experiments import run as _run  # defines the flags that results.json records
+from experiments import run as _run  # they define the flags that results.json records
+from experiments import search as _search
 
-assert _run.EXPERIMENTS
+assert _run.EXPERIMENTS and _search.run
 
 
 @pytest.fixture(autouse=True)
 def parsed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "--seed=3"])
+    for name in report.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["run.py"])
 
@@ -28,6 +31,12 @@ def test_results_say_what_was_run_on_what(tmp_path):
     assert results["metrics"] == {"loss": 1.5} and results["command"] == "python -m experiments.run --seed=3"
     assert results["versions"]["jax"] and results["device"]["platform"] and "retention" in results["flags"]
     assert "--seed=3" in (tmp_path / "a/b/report.md").read_text()
+
+
+def test_a_command_names_the_variables_that_change_what_is_measured(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    assert report.command() == "XLA_FLAGS='--a=1 --b' python -m experiments.run --seed=3"
 
 
 def test_figures_are_png_and_nothing_partial_stays(tmp_path):
