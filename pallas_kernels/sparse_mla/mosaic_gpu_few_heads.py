@@ -19,6 +19,11 @@ second multiplies the values of the block before, the third gathers those after.
 - The weights of a block, in one of two places, with the factors by which the values so far are rescaled, and after the
   last block the sums of the weights: ready[place] and free[place], arrivals of every warp.
 
+compute-sanitizer's racecheck does not see that a warp's arrival, after a warp barrier, speaks for its lanes: it reports what
+they wrote before ready[place] as read too early. With an arrival of every thread instead it no longer does, and there remain
+warnings that a unit's copies of one round follow those of another without cp.async.wait, which it does not know full[unit]
+to stand for.
+
 The maximum that weights refer to is a head's largest logit so far up to LAZY powers of two: only where a block has a
 larger one do the warps of the first warpgroup exchange maxima, and does the second one rescale.
 

@@ -8,6 +8,14 @@ Under compute-sanitizer, with every array in an allocation of its own, so that a
     XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_triton_gemm=false \\
         compute-sanitizer --tool memcheck python -m pytest tests/gpu/test_sparse_mla.py -k "mosaic_gpu and not radient"
 
-Without the second flag XLA's own Triton products may end the tool. What racecheck says and why: mosaic_gpu_attention.py of
-sparse_mla.
+Without the second flag XLA's own Triton products may end the tool. Racecheck, which looks at the kernels' shared memory, is
+to be kept to them, and takes minutes for more than a few small cases:
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_triton_gemm=false \\
+        compute-sanitizer --tool racecheck --racecheck-report all --kernel-name kernel_substring=mosaic_gpu \\
+        python -m pytest tests/gpu/test_attention_tasks.py
+
+It has nothing to report on these, on test_indexer_topk.py -k "mosaic_gpu and (infinite or (integers and shape0))", on
+test_grouped_matmul.py -k "many_rows and 128-256", on the forward and backward pass of selected_attention and on a layer of
+decode_layer. What it says of the kernel for few heads stands in sparse_mla/mosaic_gpu_few_heads.py.
 """

@@ -1,0 +1,89 @@
+"""sparse_mla's attention kernel by itself, in launches small enough for compute-sanitizer's racecheck, on a Hopper GPU.
+
+Inputs are made and results compared on the host, so that next to the kernel the GPU runs copies only.
+"""
+
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper
+from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+from tests.pallas_kernels.attention_cases import numpy_attention, relative_error
+
+pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
+
+SCALE, KEYS, SELECTED = 0.04, 1024, 512
+BF16, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Queries [b, s, heads, 576]; `packed` of them a tile, lists divided among the `splits` blocks of a cluster."""
+
+    b: int
+    s: int
+    heads: int
+    splits: int
+    dtype: np.dtype = BF16  # of the latents
+    packed: int = 1
+
+
+LAUNCHES = [
+    Launch(2, 1, 64, 4),
+    Launch(2, 1, 64, 4, FP8),
+    Launch(2, 1, 20, 4),
+    Launch(2, 1, 20, 4, FP8),
+    Launch(1, 1, 128, 2),  # two pairs of key blocks a block of the cluster: slots are used again
+    Launch(1, 5, 64, 1),  # persistent blocks: so are query tiles
+    Launch(1, 5, 64, 1, FP8),
+    Launch(1, 5, 20, 1),
+    Launch(1, 7, 20, 1, packed=3),
+]
+
+
+def united(lists: np.ndarray, pairs: int) -> tuple[np.ndarray, int]:
+    """Keys [queries, k] -> entries key | owners << 24 [pairs * 128], zeros after the last, and how many pairs hold some."""
+    keys, places = np.unique(lists, return_inverse=True)
+    owners = np.zeros(len(keys), np.int64)
+    np.bitwise_or.at(owners, places.reshape(lists.shape), 1 << np.arange(len(lists))[:, None])
+    entries = np.zeros(pairs * attention.PAIR, np.int32)
+    entries[: len(keys)] = keys | owners << attention.OWNER_SHIFT
+    return entries, -(-len(keys) // attention.PAIR)
+
+
+def lists_of(indices: np.ndarray, tasks: attention.Tasks) -> tuple[np.ndarray, np.ndarray | None]:
+    """Indices [b, s, k] as the kernel takes them: its lists, and how many pairs of key blocks each has, or None for all."""
+    if tasks.splits > 1:
+        return indices.reshape(-1, SELECTED), None
+    if tasks.packed == 1:
+        return indices.reshape(-1, SELECTED), np.full(tasks.lists, tasks.pairs, np.int32)
+    tiles = [row[first : first + tasks.packed] for row in indices for first in range(0, tasks.queries, tasks.packed)]
+    entries, counts = zip(*(united(tile, tasks.pairs) for tile in tiles), strict=True)
+    return np.stack(entries), np.array(counts, np.int32)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_equals_numpy_and_repeats_itself(launch):
+    rng, (b, s, heads) = np.random.default_rng(0), (launch.b, launch.s, launch.heads)
+    queries = rng.normal(size=(b, s, heads, attention.WIDTH)).astype(BF16)
+    latents = rng.normal(size=(b, KEYS, attention.WIDTH)).astype(np.float32)
+    scales = None if launch.dtype == BF16 else np.abs(latents).max(-1) / 448
+    kept = (latents if scales is None else latents / scales[..., None]).astype(launch.dtype)
+    exact = kept.astype(np.float32) * (1 if scales is None else scales[..., None])
+    indices = np.sort(rng.permuted(np.tile(np.arange(KEYS), (b, s, 1)), axis=-1)[..., :SELECTED]).astype(np.int32)
+    pairs = launch.packed * SELECTED // attention.PAIR
+    tasks = attention.Tasks(b, s, heads, KEYS, pairs=pairs, packed=launch.packed, splits=launch.splits)
+    flat = queries.reshape(-1, attention.WIDTH), kept.reshape(-1, attention.WIDTH)
+    given = jax.device_put((*flat, None if scales is None else scales.reshape(-1), *lists_of(indices, tasks)))
+
+    run = jax.jit(lambda *given: attention.attend(*given, tasks, scale=SCALE))
+    with mock.patch.object(hopper, "MULTIPROCESSORS", 2):  # several tasks for each persistent block
+        out, again = np.asarray(run(*given)), np.asarray(run(*given))
+    expected = numpy_attention(queries, exact, indices, SCALE, attention.VALUE_DIM)
+    np.testing.assert_array_equal(out, again)
+    assert relative_error(out.reshape(expected.shape), expected) < 1e-2
