@@ -156,7 +156,7 @@ def run(output_dir: str, seed: int) -> None:
             f"selected, and at most {config.max_position_embeddings}, the model's longest"
         )
     output, encoder = Output.create(output_dir), text.tokenizer(checkpoint)
-    _, documents = search.split("", values.held_out, "held_out")
+    documents = text.documents(values.held_out) if values.held_out else search.split("", "", "held_out")[1]
     cuts = search.draw(
         documents,
         "--held_out",

@@ -137,10 +137,17 @@ def draw(
 
 
 def split(calibration: str, held_out: str, flag: str = "calibration") -> tuple[list[text.Document], list[text.Document]]:
-    """Calibration and held-out documents; without --held_out, a share of the files by their names' hash."""
+    """Calibration and held-out documents; without --held_out, a share of the files by their names' hash.
+
+    A file that both name is held out.
+    """
     found = text.documents(calibration)
     if held_out:
-        return found, text.documents(held_out)
+        kept_apart = text.documents(held_out)
+        paths = {d.path.resolve() for d in kept_apart}
+        if not (rest := [d for d in found if d.path.resolve() not in paths]):
+            raise ValueError(f"--{flag}={calibration}: --held_out={held_out} names all of its files, none is left")
+        return rest, kept_apart
     sides = [d for d in found if not d.held_out], [d for d in found if d.held_out]
     if not all(sides):
         raise ValueError(

@@ -33,7 +33,7 @@ class Document:
 class Bytes:
     """One token a byte: what a checkpoint without a tokenizer reads."""
 
-    name = "bytes"
+    name = identity = "bytes"
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.int32)
@@ -50,8 +50,10 @@ class FromFile:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.name = path.name
+        content = path.read_bytes()
+        self.identity = f"{path.name} {zlib.crc32(content)}"  # the name is the same in every checkpoint
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception for whatever it finds wrong
             raise ValueError(f"{path}: not a tokenizer that the tokenizers library reads: {error}") from None
 
@@ -146,9 +148,10 @@ SOURCES = {"standard-library": standard_library, "installed-code": installed_cod
 def documents(patterns: str) -> list[Document]:
     """The files of globs such as 'docs/*.txt,*.md', of a source of SOURCES, or all .py files of a folder.
 
-    "" is the standard library. A pattern that finds nothing is a ValueError.
+    "" is the standard library. A pattern that finds nothing is a ValueError. A file that several patterns find counts once,
+    under the first one's name: with two names it could be trained on and held out as well.
     """
-    found: list[Document] = []
+    found: dict[pathlib.Path, Document] = {}
     for pattern in (patterns or "standard-library").split(","):
         path = pathlib.Path(pattern)
         if pattern in SOURCES:
@@ -156,9 +159,14 @@ def documents(patterns: str) -> list[Document]:
         else:
             some = under(path, "**/*.py") if pattern and path.is_dir() else _matching(pattern)
         if not some:
+            if pattern and path.is_dir():
+                raise ValueError(
+                    f"{pattern!r}: a folder without .py files; for others name them, as {pattern.rstrip('/')}/**/*.txt"
+                )
             raise ValueError(f"{pattern!r}: no such file, and nothing matches it")
-        found += some
-    return found
+        for document in some:
+            found.setdefault(document.path.resolve(), document)
+    return list(found.values())
 
 
 def stream(found: Sequence[Document], encoder: Bytes | FromFile, separator: int | None, limit: int | None = None) -> np.ndarray:
@@ -177,7 +185,7 @@ def stream(found: Sequence[Document], encoder: Bytes | FromFile, separator: int 
 
 def sequences(tokens: np.ndarray, count: int, length: int, seed: int) -> np.ndarray:
     """`count` distinct cuts [count, length + 1] at multiples of `length`, drawn by `seed`; ValueError if there are fewer."""
-    available = (tokens.size - 1) // length
+    available = max(0, tokens.size - 1) // length
     if available < count:
         raise ValueError(f"{tokens.size} tokens hold {available} sequences of {length}, but {count} are asked for")
     starts = np.random.default_rng(seed).permutation(available)[:count] * length

@@ -122,3 +122,12 @@ def test_ones_own_text_and_a_loss_budget(tmp_path):
     chosen = [s["pattern"] for s in metrics["steps"]].index(metrics["pattern"])
     assert all(loss <= allowed for loss in losses[: chosen + 1])
     assert chosen > 0 and (chosen + 1 == len(losses) or losses[chosen + 1] > allowed)
+
+
+def test_a_file_that_is_held_out_is_not_searched_on(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("word")
+    found, held_out = search.split(f"{tmp_path}/*.txt", f"{tmp_path}/3.txt")
+    assert [d.name for d in found] == ["0.txt", "1.txt", "2.txt"] and [d.name for d in held_out] == ["3.txt"]
+    with pytest.raises(ValueError, match=r"--data=.*1.txt: --held_out=.*\*.txt names all of its files"):
+        search.split(f"{tmp_path}/1.txt", f"{tmp_path}/*.txt", "data")

@@ -104,3 +104,22 @@ def test_a_tokenizer_is_made_once(folder):
     before = path.read_bytes()
     text.train_tokenizer(text.documents(f"{folder}/file1.py"), 300, path, 1)
     assert path.read_bytes() == before
+
+
+def test_a_file_found_twice_counts_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(20):
+        (tmp_path / "a" / f"{i}.txt").write_text("word")
+    found = text.documents(f"{tmp_path}/**/*.txt,{tmp_path}/a/*.txt")
+    assert len(found) == 20 and all(d.name.startswith("a/") for d in found)
+
+
+def test_a_folder_without_python_files_is_not_called_missing(tmp_path):
+    (tmp_path / "a.txt").write_text("word")
+    with pytest.raises(ValueError, match=r"a folder without \.py files; for others name them, as .*/\*\*/\*\.txt"):
+        text.documents(str(tmp_path))
+
+
+def test_text_that_is_too_short_holds_no_sequence():
+    with pytest.raises(ValueError, match="0 tokens hold 0 sequences"):
+        text.sequences(np.zeros(0, np.int32), 1, 20, seed=0)
