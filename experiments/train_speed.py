@@ -85,7 +85,7 @@ def model(layers: int, context: int, topk: int, pattern: str) -> tuple[Config, S
         "index_topk": topk,
         "max_position_embeddings": context,
     }
-    repeated = (pattern * (-(-layers // len(pattern))))[:layers]
+    repeated = (pattern * layers)[:layers]
     return Config.from_hf(fields), Schedule.parse(repeated, layers, f"--train_pattern={pattern}")
 
 

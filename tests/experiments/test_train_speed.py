@@ -58,3 +58,8 @@ def test_it_writes_what_it_measured(tmp_path, capsys):
 def test_wrong_flags_are_named(wrong, message, tmp_path):
     with flagsaver.flagsaver(**wrong), pytest.raises(ValueError, match=message):
         train_speed.run(str(tmp_path), 0)
+
+
+def test_a_pattern_that_is_empty_is_named():
+    with pytest.raises(ValueError, match="--train_pattern="):
+        train_speed.model(4, 256, 16, "")
