@@ -32,10 +32,16 @@ def pack(
     """The documents' tokens in an order drawn by `seed`, each followed by `separator`, int32, mapped from `path`.
 
     limit: stop once there are so many tokens. The file is written some documents at a time, so a corpus larger than memory
-    will do, and kept: a later call with the same documents (names and sizes) maps it again. ValueError for documents
-    without a token.
+    will do, and kept: a later call with the same encoder and documents (names and sizes) maps it again. ValueError for
+    documents without a token.
     """
-    about = {"encoder": encoder.name, "separator": separator, "seed": seed, "documents": _checksum(documents), "limit": limit}
+    about = {
+        "encoder": encoder.identity,
+        "separator": separator,
+        "seed": seed,
+        "documents": _checksum(documents),
+        "limit": limit,
+    }
     described = path.with_suffix(".json")
     if not (path.exists() and described.exists() and json.loads(described.read_text(encoding="utf-8")) == about):
         described.unlink(missing_ok=True)
@@ -53,7 +59,8 @@ def pack(
         if not beside.stat().st_size:
             raise ValueError(f"{len(documents)} document(s): hold no token")
         os.replace(beside, path)
-        described.write_text(json.dumps(about), encoding="utf-8")
+        beside.write_text(json.dumps(about), encoding="utf-8")
+        os.replace(beside, described)
     return np.memmap(path, "<i4", mode="r")
 
 

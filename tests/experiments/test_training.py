@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import struct
 import threading
 
@@ -59,6 +60,35 @@ def test_what_is_packed_is_kept_until_a_document_changes(tmp_path):
     (tmp_path / "0.txt").write_bytes(b"AAAA")
     assert data.pack(found, text.Bytes(), None, path, 0).size == 9
     assert data.pack(found, text.Bytes(), None, path, 1).size == 9
+
+
+def test_what_another_tokenizer_packed_is_not_kept(tmp_path):
+    found = documents(tmp_path, [3, 5])
+    for folder, size in (("one", 257), ("two", 270)):
+        (tmp_path / folder).mkdir()
+        text.train_tokenizer(found, size, tmp_path / folder / "tokenizer.json", 0)
+    one, two = (text.tokenizer(tmp_path / folder) for folder in ("one", "two"))
+    before = np.array(data.pack(found, one, 0, tmp_path / "tokens.bin", 0))
+    after = data.pack(found, two, 0, tmp_path / "tokens.bin", 0)
+    assert one.name == two.name and after.size < before.size
+
+
+def test_a_kill_while_packing_leaves_nothing_half_written(tmp_path, monkeypatch):
+    found, replace = documents(tmp_path, [3, 5]), os.replace
+    for last in (1, 2):  # killed before this file is put in its place
+        taken = []
+
+        def killed(a, b, last=last, taken=taken):
+            taken.append(b)
+            if len(taken) == last:
+                raise KeyboardInterrupt
+            replace(a, b)
+
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.pack(found, text.Bytes(), None, tmp_path / "tokens.bin", last)
+        monkeypatch.setattr(os, "replace", replace)
+        assert data.pack(found, text.Bytes(), None, tmp_path / "tokens.bin", last).size == 8
 
 
 def test_nothing_to_pack_is_said(tmp_path):
