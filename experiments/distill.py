@@ -118,10 +118,18 @@ def run(output_dir: str, seed: int) -> None:
     target = output.directory / "checkpoint"
     if target.exists() and not values.resume:
         raise ValueError(f"{target}: exists; choose another --output_dir, or --resume")
+    training.check_free(output.directory, values.resume)
+    plan = stages(values.context, dtype)
+    if not any(stage.steps for stage in plan):
+        raise ValueError("--warmup_steps=0 --sparse_steps=0: nothing is trained")
     encoder, end = text.tokenizer(checkpoint), search.separator(config)
     train_documents, held_out_documents = search.split(_DATA.value, values.held_out, "data")
     cuts = search.draw(held_out_documents, "--held_out", encoder, end, values.held_out_sequences, values.context, config, seed)
-    tokens = data.pack(train_documents, encoder, end, output.directory / "tokens.bin", seed)
+    try:
+        tokens = data.pack(train_documents, encoder, end, output.directory / "tokens.bin", seed)
+        data.Rows(tokens, values.context, (seed,))  # before anything takes long: are there enough for a row?
+    except ValueError as error:
+        raise ValueError(f"--data={_DATA.value}: {error}") from None
     if (largest := int(tokens.max())) >= config.vocab_size:
         raise ValueError(f"--data: token {largest} of the {encoder.name} tokenizer, but vocab_size is {config.vocab_size}")
     print(f"{checkpoint}: {base.pattern} -> {schedule.pattern}; {dtype} on {device()['kind']}")
@@ -132,7 +140,6 @@ def run(output_dir: str, seed: int) -> None:
         "the schedule, untrained": training.evaluate(stored, cuts, config, schedule, dtype),
     }
     began = time.perf_counter()
-    plan = stages(values.context, dtype)
     look = max(1, min([50, *(stage.steps // 5 for stage in plan if stage.steps)]))
     saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=look)
     trained = training.train(stored, tokens, plan, config, schedule, output, seed=seed, resume=values.resume, saving=saving)

@@ -228,14 +228,17 @@ def plan(recipe: Recipe) -> list[Stage]:
 def within_the_limit(
     recipe: Recipe, params: Params, config: Config, schedule: Schedule, output: Output, deadline: float
 ) -> list[Stage]:
-    """The stages, cut by the speed of their steps to what ends before the deadline.
+    """The stages, cut by the speed of their steps to what ends before the deadline, if there is one.
 
-    The numbers are kept in the output's folder: a resumed run takes them from there.
+    The numbers are kept in the output's folder: a resumed run takes them from there, and cuts nothing where the run that it
+    goes on with did not, whatever time it is given itself.
     """
     stages, path = plan(recipe), output.directory / PLAN
-    if not math.isfinite(deadline):
+    planned = options.RESUME.value and path.exists()
+    if not planned and (not math.isfinite(deadline) or training.begun(output.directory)):
+        path.unlink(missing_ok=True)  # of another run
         return stages
-    if not (options.RESUME.value and path.exists()):
+    if not planned:
         costs = [training.seconds_per_step(params, stage, config, schedule) for stage in stages]
         left = deadline - recipe.finish_seconds - time.perf_counter()
         fitted = training.fit(stages, costs, recipe.shares, left)
@@ -312,6 +315,7 @@ def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
     deadline = began + options.seconds_to_spend(math.inf)
     output, recipe = Output.create(output_dir), RECIPES[_RECIPE.value]
+    training.check_free(output.directory, options.RESUME.value)
     target = output.directory / "checkpoint"
     config, schedule = Config.from_hf(recipe.fields), Schedule.all_full(recipe.fields["num_hidden_layers"])
     with concurrent.futures.ThreadPoolExecutor() as pool:  # programs compile while the text is read

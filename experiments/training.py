@@ -32,6 +32,7 @@ from indexcache_jax import distill
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, abstract, shape_structs
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.search import fingerprint
 
 LOG = "train.jsonl"
 CHECKPOINTS = "training"
@@ -244,8 +245,8 @@ class _Run:
     def speeds(self) -> dict[str, float]:
         return {name: statistics.median(rates[1:]) for name, rates in self.rates.items() if len(rates) > 1}
 
-    def about(self, config: Config, schedule: Schedule) -> dict[str, Any]:
-        """What must not change under a run that is resumed."""
+    def about(self, params: Params, config: Config, schedule: Schedule) -> dict[str, Any]:
+        """What must not change under a run that is resumed; `params` are those it started from."""
         sample = np.asarray(self.tokens[:: max(1, self.tokens.size // 4096)])
         return {
             "seed": self.seed,
@@ -253,6 +254,7 @@ class _Run:
             "tokens": [int(self.tokens.size), int(sample.sum())],
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "model": json.loads(json.dumps(config.to_hf())),
+            "weights": fingerprint(params, [])["weights"],
         }
 
 
@@ -283,16 +285,15 @@ def train(
         return Trained(params, {})
     if saving.every is None:
         return _without_checkpoints(run, params, config, schedule, output, saving, roles)
-    about = run.about(config, schedule) | ({} if roles is None else {"roles": jax.tree.map(np.ndarray.tolist, roles)})
+    check_free(output.directory, resume)
+    about = run.about(params, config, schedule) | ({} if roles is None else {"roles": jax.tree.map(np.ndarray.tolist, roles)})
     folder = (output.directory / CHECKPOINTS).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=saving.keep, cleanup_tmp_directories=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
         done = 0
         stage = run.stage(done)
         if (latest := manager.latest_step()) is not None:
-            if not resume:
-                raise ValueError(f"{folder}: holds an earlier run; --resume goes on with it, or choose another --output_dir")
-            _check_same(manager.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"], about, folder)
+            check_same(manager.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"], about, folder)
             done = latest
             stage = run.stage(done)
         state = start(params, run.stages[stage], config, schedule)
@@ -330,7 +331,7 @@ def _without_checkpoints(
     try:
         for stage, first in zip(run.stages, run.starts, strict=True):
             steps, state = range(first, first + stage.steps), start(params, stage, config, schedule)
-            params, _ = _some_steps(run, params, state, steps, config, schedule, metrics, saving, output.directory, roles)
+            params, _ = _some_steps(run, params, state, steps, config, schedule, metrics, saving, None, roles)
     finally:
         metrics.close()
     return Trained(params, run.speeds())
@@ -341,10 +342,36 @@ def _save(manager: ocp.CheckpointManager, step: int, params: Params, state: Any,
     manager.save(step, args=ocp.args.Composite(weights=weights, about=ocp.args.JsonSave(about)))
 
 
-def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any], folder: pathlib.Path) -> None:
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], place: pathlib.Path) -> None:
+    """ValueError that names the first thing in which what was `saved` at a place differs from what is asked for now."""
     for field, value in now.items():
         if saved.get(field) != value:
-            raise ValueError(f"{folder}: was made with another {field}: {saved.get(field)!r} there, {value!r} here")
+            name, there, here = _differing(field, saved.get(field), value)
+            raise ValueError(f"{place}: was made with another {name}: {there!r} there, {here!r} here")
+
+
+def _differing(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """The innermost name, such as stages[1].steps, under which two values differ."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping) and there.keys() == here.keys():
+        key = next(key for key in here if there[key] != here[key])
+        return _differing(f"{name}.{key}", there[key], here[key])
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        i = next(i for i in range(len(here)) if there[i] != here[i])
+        return _differing(f"{name}[{i}]", there[i], here[i])
+    return name, there, here
+
+
+def begun(directory: pathlib.Path) -> bool:
+    """Whether a run's output folder holds checkpoints to go on from."""
+    folder = directory / CHECKPOINTS
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def check_free(directory: pathlib.Path, resume: bool) -> None:
+    """ValueError for a folder that holds an earlier run, and not `resume`: before anything there is written over."""
+    if not resume and begun(directory):
+        folder = (directory / CHECKPOINTS).absolute()
+        raise ValueError(f"{folder}: holds an earlier run; --resume goes on with it, or choose another --output_dir")
 
 
 def _some_steps(
@@ -356,10 +383,10 @@ def _some_steps(
     schedule: Schedule,
     metrics: Metrics,
     saving: Saving,
-    folder: pathlib.Path,
+    folder: pathlib.Path | None,
     roles: distill.Roles | None,
 ) -> tuple[Params, Any]:
-    """Steps within one stage, their metrics written and found finite."""
+    """Steps within one stage, their metrics written and found finite. folder: of the checkpoints, if there are any."""
     stage_index = run.stage(steps.start)
     stage, rows = run.stages[stage_index], run.rows(stage_index)
     pending: list[jax.Array] = []
@@ -375,7 +402,8 @@ def _some_steps(
                 if not all(math.isfinite(value) for value in row):
                     metrics.flush()
                     shown = ", ".join(f"{name} {value}" for name, value in zip(METRICS, row, strict=True))
-                    raise ValueError(f"{stage.name}: step {number} is not finite ({shown}); {folder} keeps the last good state")
+                    kept = "" if folder is None else f"; {folder} keeps the last good state"
+                    raise ValueError(f"{stage.name}: step {number} is not finite ({shown}){kept}")
                 metrics.write(number, stage.name, dict(zip(METRICS, row, strict=True)))
             metrics.flush()
             rate = len(pending) * stage.sequences * stage.context / (time.perf_counter() - began)

@@ -159,11 +159,12 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
         ("--pattern=FS", "--pattern=FS"),
         ("--data=none*.txt", "none*.txt"),
         ("--retention=2", None),
+        ("--warmup_steps=0 --sparse_steps=0", "--warmup_steps=0 --sparse_steps=0"),
     ],
 )
 def test_bad_flags_are_named(checkpoint, texts, tmp_path, flag, message):
     found = subprocess.run(
-        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--pattern="] if message is None else []), flag],
+        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--pattern="] if message is None else []), *flag.split()],
         env=environment(tmp_path / "cache"),
         cwd=ROOT,
         capture_output=True,

@@ -199,9 +199,9 @@ def test_training_lowers_the_divergence():
     assert metrics[-5:, 1].mean() < 0.9 * metrics[:5, 1].mean()
 
 
-def train(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, **saving):
+def train(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, params=CASE.params, **saving):
     return training.train(
-        CASE.params,
+        params,
         tokens,
         stages,
         CASE.config,
@@ -253,7 +253,11 @@ def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(
     [
         (dict(resume=False), "--resume goes on with it"),
         (dict(seed=1), "another seed"),
-        (dict(stages=(WARMUP, dataclasses.replace(SPARSE, model_rate=1.0))), "another stages"),
+        (
+            dict(stages=(WARMUP, dataclasses.replace(SPARSE, model_rate=1.0))),
+            rf"another stages\[1\]\.model_rate: {SPARSE.model_rate!r} there, 1\.0 here",
+        ),
+        (dict(params=jax.tree.map(lambda a: 2 * a, CASE.params)), "another weights"),
         (dict(tokens=TOKENS[:-1]), "another tokens"),
     ],
 )
@@ -270,6 +274,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     steps = [entry["step"] for entry in training.read_log(tmp_path)]
     saved = sorted(int(p.name) for p in (tmp_path / training.CHECKPOINTS).iterdir() if p.name.isdigit())
     assert steps == list(range(len(steps))) and saved[-1] == len(steps)
+
+
+def test_a_run_without_checkpoints_promises_none(tmp_path):
+    broken = jax.tree.map(lambda a: a * jnp.nan, CASE.params)
+    with pytest.raises(ValueError, match=r"step 0 is not finite \([^)]*\)$"):
+        train(tmp_path, params=broken, every=None)
 
 
 def scalars(folder):
