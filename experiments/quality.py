@@ -62,6 +62,7 @@ _ORDER = flags.DEFINE_integer("ngram_order", 8, "tokens that must have occurred 
 _LONG = flags.DEFINE_integer("long_range", 1024, "and how many positions back, at least, they last did", lower_bound=1)
 _PROMPTS = flags.DEFINE_integer("retrieval_prompts", 8, "retrieval prompts of each task and seed", lower_bound=1)
 
+KINDS = ("uniform", "searched", "similarity")  # of schedules, at every retention
 OWN = " (own layer only)"
 ROWS = "rows.jsonl"
 PLAN = "plan.json"
@@ -206,7 +207,7 @@ def plan(studied: Model) -> list[Stage]:
 def distilled(
     studied: Model, name: str, schedule: Schedule, stages: list[Stage], tokens: np.ndarray, output: Output, seed: int
 ) -> Params:
-    """The checkpoint after both stages, in the dtype to compute in. S layers keep the indexers they came with."""
+    """The checkpoint after both stages, in the dtype to compute in. S layers keep an indexer, which nothing reads."""
     looks = max(1, min([50, *(stage.steps // 4 for stage in stages if stage.steps)]))
     trained = training.train(
         studied.stored,
@@ -241,8 +242,8 @@ class Rows:
         if lines and not resume:
             raise ValueError(f"{path}: holds an earlier run; --resume goes on with it, or choose another --output_dir")
         entries = [json.loads(line) for line in lines]
-        if entries and (other := next((k for k, v in about.items() if entries[0].get(k) != v), None)):
-            raise ValueError(f"{path}: was made with another {other}: {entries[0].get(other)!r} there, {about[other]!r} here")
+        if entries:
+            training.check_same(entries[0], about, path)
         for entry in entries[1:]:
             self._known[entry["part"], entry["seed"], entry["name"]] = entry["value"]
         self._file = path.open("r+b" if lines else "wb")
@@ -254,6 +255,9 @@ class Rows:
     def _append(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
+
+    def begun(self, part: str) -> bool:
+        return any(key[0] == part for key in self._known)
 
     def has(self, part: str, seed: int, name: str) -> bool:
         return (part, seed, name) in self._known
@@ -377,16 +381,19 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
 
 
 def within_the_limit(
-    studied: Model, stages: list[Stage], runs: int, other_seconds: float, output: Output, deadline: float
+    studied: Model, stages: list[Stage], runs: int, begun: bool, other_seconds: float, output: Output, deadline: float
 ) -> list[Stage]:
     """The stages of one distillation, cut so that `runs` of them, with other_seconds each for the rest, end in time.
 
-    The numbers are kept in the output's folder: a resumed run takes them from there.
+    All rows of a table are trained alike, and the report says how long: the numbers are kept in the output's folder, a
+    resumed run takes them from there, and cuts nothing where distillations have `begun` uncut, whatever time it is given.
     """
     path = output.directory / PLAN
-    if not math.isfinite(deadline) or not runs:
+    planned = options.RESUME.value and path.exists()
+    if not planned and (not math.isfinite(deadline) or not runs or begun):
+        path.unlink(missing_ok=True)  # of another run
         return stages
-    if not (options.RESUME.value and path.exists()):
+    if not planned:
         roles = roles_of(studied.base)
         costs = [training.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
         each = (deadline - FINISH_SECONDS - time.perf_counter()) / runs - other_seconds
@@ -399,6 +406,21 @@ def within_the_limit(
     return [dataclasses.replace(stage, steps=n) for stage, n in zip(stages, steps, strict=True)]
 
 
+def check_flags() -> None:
+    """ValueError for what would else come to light when the searches are done."""
+    values = flags.FLAGS
+    search_experiment.share("retention", options.RETENTION.value)
+    for retention in values.retentions:
+        search_experiment.share("retentions", retention)
+    for flag in ("sequences", "held_out_sequences"):
+        if values[flag].value % values.batch_size:
+            raise ValueError(f"--batch_size={values.batch_size}: does not divide --{flag}={values[flag].value}")
+    free = ["DSA", *(f"{retention} {kind}" for retention in values.retentions for kind in KINDS)]
+    known = [*free, *(name + OWN for name in free)]
+    if unknown := [name for name in _DISTILLED.value if name and name not in known]:
+        raise ValueError(f"--distilled: {unknown[0]!r} is not one of {', '.join(map(repr, known))}")
+
+
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
     deadline = began + options.seconds_to_spend(math.inf)
@@ -406,6 +428,7 @@ def run(output_dir: str, seed: int) -> None:
     search_experiment.positive(
         batch_size=values.batch_size, held_out_sequences=values.held_out_sequences, sequences=values.sequences
     )
+    check_flags()
     checkpoint = options.CHECKPOINT.value or str(options.DEMO)
     studied, found = load(checkpoint), domains()
     output, seeds = Output.create(output_dir), range(seed, seed + _SEEDS.value)
@@ -426,9 +449,6 @@ def run(output_dir: str, seed: int) -> None:
     for s in seeds:
         cuts, on = drawn[s]
         searches[s] = Found(**rows.once("schedules", s, "", functools.partial(schedules, studied, cuts, output, s)))
-        known = [*searches[s].patterns, *(name + OWN for name in searches[s].patterns)]
-        if unknown := [name for name in wanted if name not in known]:
-            raise ValueError(f"--distilled: {unknown[0]!r} is not one of {', '.join(map(repr, known))}")
         for name, pattern in searches[s].patterns.items():
             started = time.perf_counter()
             untrained = functools.partial(measure, studied.params, studied.config, studied.base, Schedule(pattern), on)
@@ -440,7 +460,8 @@ def run(output_dir: str, seed: int) -> None:
     trained: Scores = {}
     jobs = [(s, name) for s in seeds for name in wanted]
     to_do = sum(not rows.has("distilled", s, name) for s, name in jobs)
-    stages = within_the_limit(studied, stages, to_do, statistics.median(times) + 2.0, output, deadline)
+    begun_ = rows.begun("distilled")
+    stages = within_the_limit(studied, stages, to_do, begun_, statistics.median(times) + 2.0, output, deadline)
     tokens_of = functools.cache(lambda s: training_tokens(studied, found, stages, output, s))
     for s, name in jobs:
         if not rows.has("distilled", s, name) and time.perf_counter() > deadline - FINISH_SECONDS:

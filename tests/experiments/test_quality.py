@@ -5,13 +5,17 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import checkpoints_convert
 from experiments import quality, retrieval, training
+from experiments.report import Output
 from indexcache_jax import forward
 from indexcache_jax.schedule import Schedule
 from tests.tiny_models import GLM_FIELDS, Case
@@ -70,13 +74,49 @@ def test_rows_survive_a_kill_and_are_not_made_twice(tmp_path):
         file.write(b'{"part": "free", "seed": 1, "na')
     with pytest.raises(ValueError, match="holds an earlier run; --resume"):
         quality.Rows(path, about, resume=False)
-    with pytest.raises(ValueError, match="another flags: {'context': 3} there, {'context': 4} here"):
+    with pytest.raises(ValueError, match=r"another flags\.context: 3 there, 4 here"):
         quality.Rows(path, {"flags": {"context": 4}}, resume=True)
     rows = quality.Rows(path, about, resume=True)
     assert rows.once("free", 0, "DSA", lambda: pytest.fail("made twice")) == {"loss": 1.5}
     assert not rows.has("free", 1, "DSA") and rows.once("free", 1, "DSA", lambda: [2]) == [2]
     rows.close()
     assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(retention="none"), "--retention=none"),
+        (dict(retentions=["1/2", "0"]), "--retentions=0"),
+        (dict(batch_size=2, sequences=2, held_out_sequences=3), "--batch_size=2: does not divide --held_out_sequences=3"),
+        (dict(retentions=["1/3"], distilled=["DSA", "1/2 uniform"]), "--distilled: '1/2 uniform' is not one of 'DSA', '1/3 u"),
+    ],
+)
+def test_flags_are_looked_at_before_anything_takes_long(given, message):
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
+        quality.check_flags()
+    quality.check_flags()
+
+
+def test_a_resumed_run_trains_as_long_as_the_rows_that_are_there(tmp_path, monkeypatch):
+    flags.FLAGS.mark_as_parsed()
+    stages = [training.Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
+    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.0)
+    studied, output = quality.Model(*[None] * 7), Output.create(str(tmp_path))
+    monkeypatch.setattr(quality, "roles_of", lambda base: None)
+    ends = time.perf_counter() + quality.FINISH_SECONDS
+
+    def steps(runs, begun, seconds, resume=True):
+        with flagsaver.flagsaver(resume=resume):
+            fitted = quality.within_the_limit(studied, stages, runs, begun, 0.0, output, ends + seconds)
+        return [stage.steps for stage in fitted]
+
+    cut = steps(2, False, 41, resume=False)
+    assert sum(cut) == pytest.approx(20, abs=2)
+    assert steps(1, True, np.inf) == steps(1, True, 900) == steps(0, True, np.inf) == cut
+    assert steps(2, False, np.inf, resume=False) == [100, 100]
+    assert steps(1, True, 41) == [100, 100]  # the rows that are there were not cut
 
 
 @pytest.mark.parametrize("pattern", ["FFF", "FSF"])
