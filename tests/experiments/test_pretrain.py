@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from absl.testing import flagsaver
 import checkpoints_convert
 import experiments.run  # noqa: F401  (its flags go into every results.json)
 from experiments import options, pretrain, retrieval, text, training
+from experiments.report import Output
 from experiments.training import Stage
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
@@ -53,6 +55,31 @@ def test_the_shipped_model_is_the_one_described():
     config, schedule, params = checkpoints_convert.load(options.DEMO)
     assert config == Config.from_hf(pretrain.DEMO) and schedule == Schedule.all_full(12)
     assert params.embedding.dtype == jnp.bfloat16
+
+
+def test_a_resumed_run_keeps_to_the_steps_it_began_with(tmp_path, monkeypatch):
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.0)
+    recipe, output = pretrain.RECIPES["demo"], Output.create(str(tmp_path))
+
+    def steps(seconds, resume):
+        with flagsaver.flagsaver(resume=resume):
+            deadline = time.perf_counter() + seconds
+            fitted = pretrain.within_the_limit(recipe, *[None] * 3, output, deadline)
+        return [stage.steps for stage in fitted]
+
+    whole = [stage.steps for stage in recipe.stages]
+    cut = steps(120, resume=False)
+    assert sum(cut) == pytest.approx(100, abs=4)
+    assert steps(np.inf, resume=True) == steps(500, resume=True) == cut
+    assert steps(np.inf, resume=False) == whole
+    (tmp_path / training.CHECKPOINTS / "500").mkdir(parents=True)
+    assert steps(120, resume=True) == whole  # which is what those checkpoints are of
+    plan = tmp_path / pretrain.PLAN
+    plan.write_text("of that run")
+    with flagsaver.flagsaver(time_limit=1.0), pytest.raises(ValueError, match="holds an earlier run; --resume"):
+        pretrain.run(str(tmp_path), 0)
+    assert plan.read_text() == "of that run"
 
 
 @pytest.mark.slow
