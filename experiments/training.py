@@ -58,7 +58,7 @@ class Stage:
     ramp: int = 100
     accumulate: int = 1
     clip: float = 1.0  # of the gradient's norm, of the model and of the indexers apart
-    weight_decay: float = 0.1  # of matrices
+    weight_decay: float = 0.1  # of matrices, the embedding left out
     balance_speed: float = 0.0  # of the router's bias
     cross_layer: bool = True
     compute_dtype: str = "bfloat16"
