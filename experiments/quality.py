@@ -68,6 +68,7 @@ ROWS = "rows.jsonl"
 PLAN = "plan.json"
 WARMUP_SHARE = 0.6  # of the time that --time_limit leaves a distillation
 FINISH_SECONDS = 10.0  # of --time_limit, for plots and the report
+LEAST_STEPS = 10  # of a stage that --time_limit cuts: in fewer the rate hardly rises, and what they make is no distillation
 # 30B, mean of five long-context benchmarks (arXiv 2603.12201, tables 2 and 3): to compare orders with, not numbers.
 PAPER = {
     "DSA": 50.2,
@@ -387,6 +388,7 @@ def within_the_limit(
 
     All rows of a table are trained alike, and the report says how long: the numbers are kept in the output's folder, a
     resumed run takes them from there, and cuts nothing where distillations have `begun` uncut, whatever time it is given.
+    No stages where the time is not enough for any distillation.
     """
     path = output.directory / PLAN
     planned = options.RESUME.value and path.exists()
@@ -401,6 +403,9 @@ def within_the_limit(
         entries = [{"stage": s.name, "steps": s.steps, "seconds_per_step": c} for s, c in zip(fitted, costs, strict=True)]
         shown_ = ", ".join(f"{entry['stage']} {entry['steps']} x {entry['seconds_per_step']:.3f} s" for entry in entries)
         print(f"{each:.1f} s for each of {runs} distillations: {shown_}", flush=True)
+        if any(cut.steps < min(LEAST_STEPS, whole.steps) for cut, whole in zip(fitted, stages, strict=True)):
+            print(f"--time_limit={options.TIME_LIMIT.value:g}: too little for them; --resume with more makes up for it")
+            return []
         output.write(PLAN, json.dumps(entries, indent=1) + "\n")
     steps = [entry["steps"] for entry in json.loads(path.read_text(encoding="utf-8"))]
     return [dataclasses.replace(stage, steps=n) for stage, n in zip(stages, steps, strict=True)]
@@ -462,6 +467,7 @@ def run(output_dir: str, seed: int) -> None:
     to_do = sum(not rows.has("distilled", s, name) for s, name in jobs)
     begun_ = rows.begun("distilled")
     stages = within_the_limit(studied, stages, to_do, begun_, statistics.median(times) + 2.0, output, deadline)
+    jobs = jobs if stages else []
     tokens_of = functools.cache(lambda s: training_tokens(studied, found, stages, output, s))
     for s, name in jobs:
         if not rows.has("distilled", s, name) and time.perf_counter() > deadline - FINISH_SECONDS:

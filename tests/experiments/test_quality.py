@@ -112,11 +112,13 @@ def test_a_resumed_run_trains_as_long_as_the_rows_that_are_there(tmp_path, monke
             fitted = quality.within_the_limit(studied, stages, runs, begun, 0.0, output, ends + seconds)
         return [stage.steps for stage in fitted]
 
-    cut = steps(2, False, 41, resume=False)
-    assert sum(cut) == pytest.approx(20, abs=2)
+    with flagsaver.flagsaver(time_limit=41.0):
+        assert steps(2, False, 30, resume=False) == []  # so little time distils nothing
+    cut = steps(2, False, 61, resume=False)
+    assert sum(cut) == pytest.approx(30, abs=2)
     assert steps(1, True, np.inf) == steps(1, True, 900) == steps(0, True, np.inf) == cut
     assert steps(2, False, np.inf, resume=False) == [100, 100]
-    assert steps(1, True, 41) == [100, 100]  # the rows that are there were not cut
+    assert steps(1, True, 61) == [100, 100]  # the rows that are there were not cut
 
 
 @pytest.mark.parametrize("pattern", ["FFF", "FSF"])
