@@ -204,7 +204,10 @@ def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     train_files, held_out_files = [d for d in found if not d.held_out], [d for d in found if d.held_out]
     encoder: text.Bytes | text.FromFile = text.Bytes()
     if recipe.vocabulary is not None:
-        encoder = text.train_tokenizer(train_files, recipe.vocabulary, output.directory / "tokenizer.json", seed)
+        path = output.directory / "tokenizer.json"
+        if not options.RESUME.value:
+            path.unlink(missing_ok=True)  # of a run that was given up, and might have read other text
+        encoder = text.train_tokenizer(train_files, recipe.vocabulary, path, seed)
     woven = recipe.woven if options.WOVEN.value is None else options.WOVEN.value
     longest = max(stage.steps * stage.sequences * stage.context for stage in plan(recipe))
     limit = None if recipe.vocabulary is None else longest

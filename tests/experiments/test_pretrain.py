@@ -131,6 +131,8 @@ def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monke
     )
     flags.FLAGS.mark_as_parsed()
     given = dict(corpus=f"{tmp_path}/corpus/*.py", recipe="medium")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("of a run that was given up")
     with flagsaver.flagsaver(**given, time_limit=0.5):
         pretrain.run(str(tmp_path / "out"), 0)
     steps = {entry["stage"]: entry["steps"] for entry in json.loads((tmp_path / "out" / "plan.json").read_text())}
