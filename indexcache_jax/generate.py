@@ -273,6 +273,9 @@ def generate(
             )
     check_prompts(prompts, config, cache_len - max_new_tokens - len(document))
     weights = params if isinstance(params, Weights) else serving.weights_of(params, config, schedule)
+    if (held := [p.full for p in weights.layers]) != list(schedule.is_full):
+        pattern = "".join("F" if full else "S" for full in held)
+        raise ValueError(f"schedule pattern {schedule.pattern}: these weights are those of {pattern}; see serving.restrict")
     rows = len(prompts)
     options = dict(latent_dtype=latent_dtype, index_dtype=index_dtype)
 

@@ -21,7 +21,7 @@ from indexcache_jax import attention, indexer, moe
 from indexcache_jax.cache import Cache, write
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
-from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, slots
+from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, check_schedule, slots
 from indexcache_jax.rope import angles
 from indexcache_jax.schedule import Schedule
 from pallas_kernels.blocks import map_queries
@@ -124,6 +124,7 @@ def walk(
     remember: Callable[[int], Remember] = lambda layer: only_these,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """All layers over embedded tokens x [B, S, D]: hidden states before the final norm, and the F layers' indices."""
+    check_schedule(params, schedule)
     full_slots, (dense, sparse) = slots(schedule.full_layers), mlp_layers(config)
     dense_slots, moe_slots = slots(dense), slots(sparse)
     indices, selections = None, []

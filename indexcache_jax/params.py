@@ -296,6 +296,16 @@ def slots(layers: tuple[int, ...]) -> Mapping[int, int]:
     return {layer: slot for slot, layer in enumerate(layers)}
 
 
+def check_schedule(params: Params, schedule: Schedule) -> None:
+    """ValueError where `params` have not one indexer for every F layer: a stack gives its last for a place beyond its end."""
+    held = params.indexer.keys.shape[0]
+    if held != schedule.num_full:
+        raise ValueError(
+            f"schedule pattern {schedule.pattern}: {schedule.num_full} F layers, but these params hold {held} indexers; "
+            "load them with this schedule, or see params.with_schedule"
+        )
+
+
 def with_schedule(params: Params, schedule: Schedule, new: Schedule) -> Params:
     """Params of `schedule` as `new` wants them: without the indexers of the layers that become S.
 

@@ -35,7 +35,7 @@ from indexcache_jax import moe
 from indexcache_jax.config import Config
 from indexcache_jax.model import Positions, mlp_layers, place
 from indexcache_jax.norm import layer_norm, rms_norm
-from indexcache_jax.params import MLP, MoE, Params, at_layer, init, slots
+from indexcache_jax.params import MLP, MoE, Params, at_layer, check_schedule, init, slots
 from indexcache_jax.rope import rotate
 from indexcache_jax.schedule import Schedule
 from pallas_kernels.decode_layer import api as decode_layer
@@ -162,7 +162,11 @@ _convert = jax.jit(_one, static_argnames=("full", "experts"))
 
 
 def weights_of(params: Params, config: Config, schedule: Schedule) -> Weights:
-    """`params` of a model under `schedule` for inference. Both exist until the caller drops `params`."""
+    """`params` of a model under `schedule` for inference. Both exist until the caller drops `params`.
+
+    ValueError where `params` are not those of `schedule`.
+    """
+    check_schedule(params, schedule)
     full_slots, (dense, sparse) = slots(schedule.full_layers), mlp_layers(config)
     mlp_slots = {**slots(dense), **slots(sparse)}
     layers = tuple(

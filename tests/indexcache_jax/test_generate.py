@@ -267,6 +267,19 @@ def test_restricted_weights_are_the_model_under_the_other_schedule():
         serving.restrict(whole, case.config, Schedule("FFFF"))
 
 
+@pytest.mark.parametrize(("of", "asked"), [("FFFFF", "FSFSF"), ("FSFSF", "FFFFF")])
+def test_weights_of_another_schedule_are_refused(of, asked):
+    case, schedule = model("glm", of), Schedule(asked)
+    held, needed = of.count("F"), asked.count("F")
+    with pytest.raises(ValueError, match=f"{asked}: {needed} F layers, but these params hold {held} indexers"):
+        generate(case.params, prompts_of(case), case.config, schedule, 1)
+    with pytest.raises(ValueError, match=f"{asked}: {needed} F layers, but these params hold {held} indexers"):
+        forward(case.params, case.tokens, case.config, schedule)
+    weights = serving.weights_of(case.params, case.config, case.schedule)
+    with pytest.raises(ValueError, match=f"{asked}: these weights are those of {of}"):
+        generate(weights, prompts_of(case), case.config, schedule, 1)
+
+
 def test_random_weights_have_the_shapes_of_the_model():
     case = CASES["glm-mixed"]
     made = serving.random_weights(jax.random.key(0), case.config, jnp.float32)
