@@ -60,16 +60,16 @@ class Sampling:
 
 def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     """One token [B] int32 a row from logits [B, V] float32; `keys` [B] are the rows' own."""
-    if sampling.temperature == 0:
+    if sampling.temperature < jnp.finfo(jnp.float32).tiny:  # as a divisor it would be 0
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature  # the best one is finite whatever it is
     vocabulary = logits.shape[-1]
     count = min(sampling.top_k or vocabulary, vocabulary)
     if count < vocabulary or sampling.top_p < 1:
         best = jax.lax.top_k(logits, count)[0]  # [B, count], descending
         probabilities = jax.nn.softmax(best, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        last = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1
+        last = jnp.maximum(jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1, 0)  # top_p may round to 0
         logits = jnp.where(logits < jnp.take_along_axis(best, last, axis=-1), -jnp.inf, logits)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

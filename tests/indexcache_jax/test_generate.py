@@ -148,6 +148,7 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
         (Sampling(1.0, top_p=0.7), {0, 1}),
         (Sampling(1.0, top_p=0.4), {0}),
         (Sampling(1.0, top_k=3, top_p=0.85), {0, 1}),  # of the three kept, two have 0.84 + 0.01
+        (Sampling(1.0, top_p=1e-46), {0}),
         (Sampling(1e-3), {0}),
         (Sampling(0.0), {0}),
     ],
@@ -163,6 +164,14 @@ def test_sampling_draws_from_what_it_keeps_and_by_probability(sampling, kept):
     expected = np.where(np.isin(np.arange(4), list(kept)), probabilities, 0)
     expected = expected / expected.sum() if sampling.temperature == 1 else np.eye(4)[0]
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / n, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-39, 2e-38, 1e-30])
+@pytest.mark.parametrize("rest", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_a_temperature_near_0_is_greedy(temperature, rest):
+    logits = jnp.tile(jnp.array([200.0, -300.0, 201.0, 7.0]), (50, 1))
+    drawn = sample(logits, Sampling(temperature, **rest), jax.random.split(jax.random.key(0), 50))
+    assert set(drawn.tolist()) == {2}
 
 
 @pytest.mark.parametrize(
