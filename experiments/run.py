@@ -24,7 +24,7 @@ EXPERIMENTS = (
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", "search", EXPERIMENTS, "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
-_SEED = flags.DEFINE_integer("seed", 0, "of every random choice")
+_SEED = flags.DEFINE_integer("seed", 0, "of every random choice", lower_bound=0, upper_bound=2**31 - 1)
 
 
 def experiment_of(arguments: list[str]) -> str:

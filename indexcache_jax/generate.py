@@ -262,15 +262,17 @@ def generate(
         raise ValueError(f"generate: max_new_tokens {max_new_tokens} and chunk {chunk} must be at least 1")
     if len(prompts) == 0:
         return []
+    if not -(2**31) <= seed < 2**31:
+        raise ValueError(f"generate: seed {seed} is not an integer of 32 bits")
+    prompt = max(map(len, prompts))
+    longest = len(document) + prompt + max_new_tokens
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"a document of {len(document)} tokens, a prompt of {prompt} and {max_new_tokens} new ones exceed the model's "
+            f"{config.max_position_embeddings} positions (max_position_embeddings)"
+        )
     if cache_len is None:
-        prompt = max(map(len, prompts))
-        longest = len(document) + prompt + max_new_tokens
         cache_len = -(-longest // ROUND) * ROUND
-        if longest > config.max_position_embeddings:
-            raise ValueError(
-                f"a document of {len(document)} tokens, a prompt of {prompt} and {max_new_tokens} new ones exceed the model's "
-                f"{config.max_position_embeddings} positions (max_position_embeddings)"
-            )
     check_prompts(prompts, config, cache_len - max_new_tokens - len(document))
     weights = params if isinstance(params, Weights) else serving.weights_of(params, config, schedule)
     if (held := [p.full for p in weights.layers]) != list(schedule.is_full):
@@ -296,6 +298,8 @@ def generate(
     stops, steps = set(stop_tokens), min(STEPS, max_new_tokens)
     done = [row[-1] in stops for row in found]
     count = 1
+    if progress is not None:
+        progress("decode", rows)
     while count < max_new_tokens and not all(done):
         needed = len(document) + max(map(len, prompts)) + count - 1 + steps
         keys = visible_keys(min(needed, cache_len), cache_len)

@@ -203,6 +203,8 @@ def test_sampling_refuses_values_out_of_range(fields, name):
         ([[1], [1] * 30], {"cache_len": 32}, "prompt 1: 30 tokens are more than the 26"),
         ([[1] * 255], {}, "exceed the model's 256 positions"),
         ([[1]], {"document": [1] * 250}, "exceed the model's 256 positions"),
+        ([[1] * 255], {"cache_len": 512}, "exceed the model's 256 positions"),
+        ([[1]], {"seed": 2**31}, "seed 2147483648 is not an integer of 32 bits"),
         ([[1]], {"document": [98]}, "token 98"),
         ([[1]], {"new": 0}, "max_new_tokens 0"),
         ([[1]], {"chunk": 0}, "chunk 0"),
