@@ -8,6 +8,7 @@ After a kill --resume keeps the lines that are there and goes on after them; bat
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import os
@@ -66,7 +67,7 @@ def parse(line: str, encoder: text.Bytes | text.FromFile) -> list[int]:
     """The tokens of one line; ValueError says what is wrong."""
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(fields, dict) or ("prompt" in fields) == ("tokens" in fields):
         raise ValueError('not an object with either "prompt" or "tokens"')
@@ -81,12 +82,12 @@ def parse(line: str, encoder: text.Bytes | text.FromFile) -> list[int]:
 
 
 def requests(path: pathlib.Path, encoder: text.Bytes | text.FromFile, config: Config, room: int) -> Iterator[Request]:
-    """Every line of the file that is not blank."""
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    """Every line of the file that is not blank. Only a line feed ends one: strings may hold what else Unicode breaks at."""
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            tokens = parse(line, encoder)
+            tokens = parse(line.decode(), encoder)
             check_prompts([tokens], config, room)
             yield Request(number, tokens)
         except ValueError as error:
@@ -168,6 +169,8 @@ def run(output_dir: str, seed: int) -> None:
     path = pathlib.Path(_PROMPTS.value)
     if not path.is_file():
         raise ValueError(f"--prompts={path}: no such file")
+    if _DOCUMENT.value and not pathlib.Path(_DOCUMENT.value).is_file():
+        raise ValueError(f"--document={_DOCUMENT.value}: no such file")
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     directory = options.CHECKPOINT.value or str(options.DEMO)
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -178,9 +181,16 @@ def run(output_dir: str, seed: int) -> None:
     if _DOCUMENT.value:
         document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist()
     most = _CACHE_LEN.value or config.max_position_embeddings
+    if most > config.max_position_embeddings:
+        raise ValueError(
+            f"--cache_len={most}: the model has {config.max_position_embeddings} positions (max_position_embeddings)"
+        )
     room = most - len(document) - _NEW.value
     if room < 1:
-        raise ValueError(f"--cache_len={most}: no room for a prompt beside {len(document)} and --max_new_tokens={_NEW.value}")
+        raise ValueError(
+            f"--cache_len={most}: no room for a prompt beside the document's {len(document)} tokens and "
+            f"--max_new_tokens={_NEW.value}"
+        )
     found = list(requests(path, encoder, config, room))
     if not found:
         raise ValueError(f"--prompts={path}: holds no lines")
@@ -208,7 +218,7 @@ def run(output_dir: str, seed: int) -> None:
         target.replace(target.with_name(f"previous-{OUTPUT}"))
     kept = finished(output, about, found)
     output.write(ABOUT, json.dumps(about) + "\n")
-    begun, meter = time.perf_counter(), Meter(len(found), kept)
+    begun, meter, written = time.perf_counter(), Meter(len(found), kept), 0
     with open(target, "a", encoding="utf-8") as out:
         size = WINDOW * _ROWS.value
         for first in range(kept // size * size, len(found), size):
@@ -235,11 +245,12 @@ def run(output_dir: str, seed: int) -> None:
                         "tokens": tokens,
                         "finish": "stop" if stopped else "length",
                     }
+                    written += len(tokens) if request.line in missing else 0
                 meter.done += len(missing)
                 write()
             write()
     print(file=sys.stderr)
-    finish(output, schedule, found, kept, meter, time.perf_counter() - begun)
+    finish(output, schedule, found, kept, written, meter, time.perf_counter() - begun)
 
 
 def complete(
@@ -277,8 +288,10 @@ def complete(
     )[: len(batch)]
 
 
-def finish(output: Output, schedule: Schedule, found: Sequence[Request], kept: int, meter: Meter, seconds: float) -> None:
-    """results.json and report.md, then a ValueError if a line could not be done."""
+def finish(
+    output: Output, schedule: Schedule, found: Sequence[Request], kept: int, written: int, meter: Meter, seconds: float
+) -> None:
+    """results.json and report.md, then a ValueError if a line could not be done. `written`: new tokens of the completions."""
     bad = [r for r in found if r.error]
     metrics = {
         "schedule": schedule.pattern,
@@ -287,14 +300,14 @@ def finish(output: Output, schedule: Schedule, found: Sequence[Request], kept: i
         "errors": {r.line: r.error for r in bad},
         "seconds": seconds,
         "prompt_tokens": meter.tokens["prefill"],
-        "new_tokens": meter.tokens["decode"],
+        "new_tokens": written,
         "prompt_tokens_per_second": meter.rate("prefill"),
         "new_tokens_per_second": meter.rate("decode"),
     }
     rows = [
         [name.replace("_", " "), value if not isinstance(value, float) else f"{value:.1f}"] for name, value in metrics.items()
     ]
-    about = "Rates include compilation; copies that fill up a last batch count as prompts."
+    about = "Prompt tokens and rates count the copies that fill up a last batch; rates include compilation."
     output.finish("generate", metrics, "\n\n".join(["# Completions", about, markdown_table(["what", "value"], rows)]))
     print(f"{len(found) - len(bad)} of {len(found)} prompts in {seconds:.1f} s, written to {output.directory / OUTPUT}")
     if bad:

@@ -20,6 +20,7 @@ CONFIG = Config.from_hf(DEMO)
     ("line", "message"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
         ('"text"', 'not an object with either "prompt" or "tokens"'),
         ("{}", "not an object with either"),
         ('{"prompt": "a", "tokens": [1]}', "not an object with either"),
@@ -46,6 +47,20 @@ def test_every_line_keeps_its_number_and_its_own_error(tmp_path):
     assert found[0] == Request(1, [97, 98])
     for request, message in zip(found[1:], ["is empty", "not JSON", "8 tokens are more than the 4", "token 999"], strict=True):
         assert request.error.startswith(message) and request.tokens == ()
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b\u0085c"}\r\n\r\n{"tokens": [7]}'.encode())
+    expected = "a\u2028b\u0085c".encode()
+    assert list(requests(path, text.Bytes(), CONFIG, room=20)) == [Request(1, list(expected)), Request(3, [7])]
+
+
+def test_bytes_that_are_no_text_are_said_and_not_replaced(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "caf\xe9"}\n{"prompt": "b"}\n')
+    bad, good = requests(path, text.Bytes(), CONFIG, room=20)
+    assert "can't decode byte 0xe9" in bad.error and bad.tokens == () and good == Request(2, [98])
 
 
 def test_batches_hold_requests_of_about_one_length():
@@ -132,6 +147,8 @@ def run(tmp_path, *flags):
         (["--prompts={p}", "--top_p=2"], "top_p: 2.0"),
         (["--prompts={p}", "--stop_tokens=9999"], "--stop_tokens=9999"),
         (["--prompts={p}", "--cache_len=10"], "--cache_len=10: no room"),
+        (["--prompts={p}", "--cache_len=4097"], "--cache_len=4097: the model has 4096 positions"),
+        (["--prompts={p}", "--document=nowhere.txt"], "--document=nowhere.txt: no such file"),
         (["--prompts={p}", "--max_new_tokens=0"], "--max_new_tokens=0"),
     ],
 )
@@ -158,6 +175,7 @@ def test_completions_come_out_in_order_and_the_rest_is_done(tmp_path):
         assert line["completion"] == bytes(t for t in line["tokens"] if t < 256).decode(errors="replace")
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert metrics["prompts"] == 4 and list(metrics["errors"]) == ["2"]
+    assert metrics["new_tokens"] == sum(len(line.get("tokens", ())) for line in lines)
 
 
 @pytest.mark.slow
