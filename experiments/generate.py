@@ -29,7 +29,7 @@ from experiments import options, text
 from experiments.report import Output, markdown_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
-from indexcache_jax.generate import CHUNK, MIN_KEYS, Sampling, check_prompts, generate, power_of_two
+from indexcache_jax.generate import CHUNK, MIN_KEYS, Sampling, check_prompts, generate, power_of_two, prefill_document
 from indexcache_jax.schedule import Schedule
 
 for _name in ("checkpoint", "dtype", "resume"):
@@ -219,6 +219,10 @@ def run(output_dir: str, seed: int) -> None:
     kept = finished(output, about, found)
     output.write(ABOUT, json.dumps(about) + "\n")
     begun, meter, written = time.perf_counter(), Meter(len(found), kept), 0
+    shared = None  # the document's cache
+    if document and any(not r.error for r in found[kept:]):
+        kinds: dict[str, Any] = {"latent_dtype": _LATENTS.value or None, "index_dtype": _KEYS.value or None}
+        shared = prefill_document(weights, document, config, schedule, chunk=_CHUNK.value, progress=meter, **kinds)
     with open(target, "a", encoding="utf-8") as out:
         size = WINDOW * _ROWS.value
         for first in range(kept // size * size, len(found), size):
@@ -236,7 +240,7 @@ def run(output_dir: str, seed: int) -> None:
                 missing = {r.line for r in batch} & {r.line for r in waiting}
                 if not missing:
                     continue
-                completed = complete(batch, weights, config, schedule, document, sampling, seed, stops, meter)
+                completed = complete(batch, weights, config, schedule, shared, sampling, seed, stops, meter)
                 for request, tokens in zip(batch, completed, strict=True):
                     stopped = tokens[-1] in stops
                     lines[request.line] = {
@@ -258,7 +262,7 @@ def complete(
     weights: serving.Weights,
     config: Config,
     schedule: Schedule,
-    document: Sequence[int],
+    document: serving.Cache | None,
     sampling: Sampling,
     seed: int,
     stops: Sequence[int],
@@ -266,7 +270,8 @@ def complete(
 ) -> list[list[int]]:
     """The new tokens of every request. The last batch is filled up with copies, for a program that exists already."""
     rows = [*batch, *[batch[-1]] * (_ROWS.value - len(batch))]
-    needed = len(document) + max(len(r.tokens) for r in rows) + _NEW.value
+    before = 0 if document is None else int(document.lengths[0])
+    needed = before + max(len(r.tokens) for r in rows) + _NEW.value
     # Few different lengths of cache, because each is a program.
     cache_len = power_of_two(needed, MIN_KEYS, _CACHE_LEN.value or config.max_position_embeddings)
     return generate(
@@ -281,7 +286,7 @@ def complete(
         cache_len=cache_len,
         latent_dtype=_LATENTS.value or None,
         index_dtype=_KEYS.value or None,
-        document=document,
+        document=document or (),
         ids=[r.line for r in rows],
         chunk=_CHUNK.value,
         progress=meter,

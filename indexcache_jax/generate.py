@@ -1,8 +1,9 @@
 """Batched generation: ragged prompts in chunks, then many steps a program, without the host between tokens.
 
-Memory is the weights, the cache and one chunk: about (4 D + 2 k (D + 3 I)) x 2 bytes a token of it (D hidden, I an
-expert's width, k experts a token), and at most 1 GiB of index scores. A chunk costs what the keys that exist cost, not the
-cache's size: the kernels for Hopper skip what is beyond, elsewhere the cache is cut to the next power of two.
+Memory is the weights, the cache, that of a shared document, and one chunk: about (4 D + 2 k (D + 3 I)) x 2 bytes a token of
+it (D hidden, I an expert's width, k experts a token), and at most 1 GiB of index scores. A chunk costs what the keys that
+exist cost, not the cache's size: the kernels for Hopper skip what is beyond, elsewhere the cache is cut to the next power of
+two.
 
 A decode program holds the whole model once and loops over its steps on the device, caches updated in place. What a step
 launches is `serving.step`'s business: for a single row on Hopper two kernels an S layer and four an F layer, else a few
@@ -210,17 +211,41 @@ def decode(
     return out, cache
 
 
+def _check(name: str, tokens: Sequence[int], config: Config, room: int) -> None:
+    if len(tokens) == 0:
+        raise ValueError(f"{name}: is empty")
+    if len(tokens) > room:
+        raise ValueError(f"{name}: {len(tokens)} tokens are more than the {room} that the cache has room for")
+    array = np.asarray(tokens)
+    outside = (array < 0) | (array >= config.vocab_size)
+    if outside.any():
+        raise ValueError(f"{name}: token {array[outside][0]} is not one of the model's {config.vocab_size}")
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], config: Config, room: int) -> None:
     """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room`."""
     for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {i}: is empty")
-        if len(prompt) > room:
-            raise ValueError(f"prompt {i}: {len(prompt)} tokens are more than the {room} that the cache has room for")
-        tokens = np.asarray(prompt)
-        outside = (tokens < 0) | (tokens >= config.vocab_size)
-        if outside.any():
-            raise ValueError(f"prompt {i}: token {tokens[outside][0]} is not one of the model's {config.vocab_size}")
+        _check(f"prompt {i}", prompt, config, room)
+
+
+def prefill_document(
+    weights: Weights,
+    document: Sequence[int],
+    config: Config,
+    schedule: Schedule,
+    *,
+    latent_dtype: Any = None,
+    index_dtype: Any = None,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> Cache:
+    """The cache, of one row, of a document that several calls of `generate` share; arguments are as there."""
+    room = -(-len(document) // ROUND) * ROUND
+    _check("document", document, config, room)
+    cache = serving.init_cache(
+        config, schedule, 1, room, weights.embedding.dtype, latent_dtype=latent_dtype, index_dtype=index_dtype
+    )
+    return prefill(weights, [np.asarray(document)], cache, config, chunk=chunk, progress=progress)[1]
 
 
 def generate(
@@ -236,7 +261,7 @@ def generate(
     cache_len: int | None = None,
     latent_dtype: Any = None,
     index_dtype: Any = None,
-    document: Sequence[int] = (),
+    document: Sequence[int] | Cache = (),
     ids: Sequence[int] | None = None,
     chunk: int = CHUNK,
     progress: Progress | None = None,
@@ -250,7 +275,8 @@ def generate(
       stop_tokens: a row is done once it has drawn one of them.
       cache_len: tokens a row has room for, prompt and document included; default what these prompts need.
       latent_dtype, index_dtype: what the cache is kept in, as of `serving.init_cache`; default the dtype of the weights.
-      document: tokens before every prompt. They are prefilled once and their cache is copied to every row.
+      document: tokens before every prompt. They are prefilled once and their cache is copied to every row; a caller with
+        several batches does it once for all with `prefill_document`, whose cache stays as it is.
       ids: what the requests are drawn by; default their places in `prompts`.
       chunk: prompt tokens of a row at a time, which bounds memory.
       progress: told of every piece of work done.
@@ -265,31 +291,29 @@ def generate(
     if not -(2**31) <= seed < 2**31:
         raise ValueError(f"generate: seed {seed} is not an integer of 32 bits")
     prompt = max(map(len, prompts))
-    longest = len(document) + prompt + max_new_tokens
+    before = int(document.lengths[0]) if isinstance(document, Cache) else len(document)
+    longest = before + prompt + max_new_tokens
     if longest > config.max_position_embeddings:
         raise ValueError(
-            f"a document of {len(document)} tokens, a prompt of {prompt} and {max_new_tokens} new ones exceed the model's "
+            f"a document of {before} tokens, a prompt of {prompt} and {max_new_tokens} new ones exceed the model's "
             f"{config.max_position_embeddings} positions (max_position_embeddings)"
         )
     if cache_len is None:
         cache_len = -(-longest // ROUND) * ROUND
-    check_prompts(prompts, config, cache_len - max_new_tokens - len(document))
+    check_prompts(prompts, config, cache_len - max_new_tokens - before)
     weights = params if isinstance(params, Weights) else serving.weights_of(params, config, schedule)
     if (held := [p.full for p in weights.layers]) != list(schedule.is_full):
         pattern = "".join("F" if full else "S" for full in held)
         raise ValueError(f"schedule pattern {schedule.pattern}: these weights are those of {pattern}; see serving.restrict")
     rows = len(prompts)
-    options = dict(latent_dtype=latent_dtype, index_dtype=index_dtype)
-
-    def empty(batch: int) -> Cache:
-        return serving.init_cache(config, schedule, batch, cache_len, weights.embedding.dtype, **options)
-
-    if len(document):
-        check_prompts([document], config, cache_len)
-        _, cache = prefill(weights, [np.asarray(document)], empty(1), config, chunk=chunk, progress=progress)
-        cache = serving.fork(cache, rows)
+    kinds = dict(latent_dtype=latent_dtype, index_dtype=index_dtype)
+    if before:
+        if not isinstance(document, Cache):
+            document = prefill_document(weights, document, config, schedule, chunk=chunk, progress=progress, **kinds)
+        cache = serving.fork(document, rows, cache_len)
+        del document  # a caller that shares it keeps it
     else:
-        cache = empty(rows)
+        cache = serving.init_cache(config, schedule, rows, cache_len, weights.embedding.dtype, **kinds)
     logits, cache = prefill(weights, [np.asarray(p) for p in prompts], cache, config, chunk=chunk, progress=progress)
 
     drawn_by = jnp.asarray(range(rows) if ids is None else ids, jnp.int32)
@@ -301,7 +325,7 @@ def generate(
     if progress is not None:
         progress("decode", rows)
     while count < max_new_tokens and not all(done):
-        needed = len(document) + max(map(len, prompts)) + count - 1 + steps
+        needed = before + prompt + count - 1 + steps
         keys = visible_keys(min(needed, cache_len), cache_len)
         drawn, cache = decode(
             weights, token, cache, config, steps=steps, keys=keys, sampling=sampling, seed=seed, ids=drawn_by, count=count

@@ -269,11 +269,21 @@ def bytes_per_token(config: Config, schedule: Schedule, latent_dtype: Any, index
     )
 
 
-def fork(cache: Cache, copies: int) -> Cache:
-    """Every row `copies` times, next to each other: one prefilled document, many questions. `cache` stays as it is."""
+def fork(cache: Cache, copies: int, max_len: int | None = None) -> Cache:
+    """Every row `copies` times, next to each other: one prefilled document, many questions. `cache` stays as it is.
+
+    `max_len`: tokens that a row has room for, which must be those it holds at least; default as in `cache`.
+    """
     if copies < 1:
         raise ValueError(f"fork: copies {copies} must be at least 1")
-    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), cache)
+    layers = jax.tree.map(lambda x: _copies(x, copies, max_len or cache.max_len), cache.layers)
+    return Cache(layers, jnp.repeat(cache.lengths, copies))
+
+
+@functools.partial(jax.jit, static_argnames=("copies", "max_len"))
+def _copies(x: jax.Array, copies: int, max_len: int) -> jax.Array:
+    x = jnp.repeat(x[:, :max_len], copies, axis=0)
+    return jnp.pad(x, [(0, 0), (0, max_len - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
 
 
 def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:

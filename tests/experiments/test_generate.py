@@ -175,6 +175,9 @@ def test_completions_come_out_in_order_and_the_rest_is_done(tmp_path):
         assert line["completion"] == bytes(t for t in line["tokens"] if t < 256).decode(errors="replace")
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert metrics["prompts"] == 4 and list(metrics["errors"]) == ["2"]
+    document_tokens = len(document.read_bytes())  # prefilled once for both batches
+    filled = [1, 16, 22, 22]  # three prompts in batches of two, the last one filled up
+    assert metrics["prompt_tokens"] == document_tokens + sum(filled)
     assert metrics["new_tokens"] == sum(len(line.get("tokens", ())) for line in lines)
 
 

@@ -11,7 +11,17 @@ import pytest
 
 from indexcache_jax import forward, serving
 from indexcache_jax.config import Config, preset
-from indexcache_jax.generate import Sampling, chunk_width, decode, generate, prefill, prefill_chunk, sample, visible_keys
+from indexcache_jax.generate import (
+    Sampling,
+    chunk_width,
+    decode,
+    generate,
+    prefill,
+    prefill_chunk,
+    prefill_document,
+    sample,
+    visible_keys,
+)
 from indexcache_jax.schedule import Schedule
 from tests.tiny_models import CASES, DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
 
@@ -84,6 +94,12 @@ def test_a_document_shared_by_all_prompts_is_as_if_it_stood_in_each(case_name="g
     expected, gap = greedy_by_forwards(case, whole)
     assert gap > 1e-4
     assert run(case, questions, document=document) == expected == run(case, whole)
+    weights = serving.weights_of(case.params, case.config, case.schedule)
+    cache = prefill_document(weights, document, case.config, case.schedule, chunk=CHUNK)
+    told = []
+    again = functools.partial(run, case, document=cache, progress=lambda phase, tokens: told.append((phase, tokens)))
+    assert again(questions[:1]) + again(questions[1:], cache_len=49) == expected  # less room than the document's own cache
+    assert sum(tokens for phase, tokens in told if phase == "prefill") == sum(map(len, questions))
 
 
 def test_a_fork_leaves_the_cache_it_was_made_of():
@@ -205,7 +221,7 @@ def test_sampling_refuses_values_out_of_range(fields, name):
         ([[1]], {"document": [1] * 250}, "exceed the model's 256 positions"),
         ([[1] * 255], {"cache_len": 512}, "exceed the model's 256 positions"),
         ([[1]], {"seed": 2**31}, "seed 2147483648 is not an integer of 32 bits"),
-        ([[1]], {"document": [98]}, "token 98"),
+        ([[1]], {"document": [98]}, "document: token 98"),
         ([[1]], {"new": 0}, "max_new_tokens 0"),
         ([[1]], {"chunk": 0}, "chunk 0"),
     ],
