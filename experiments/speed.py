@@ -17,7 +17,8 @@ How much neighbouring queries of a prompt select alike decides how much of the g
 tokens give them little in common, where real text gives them much: the overlap of this run is in the report.
 
 A model that is cut to fewer layers than it has is measured without its dense layers, embedding and head, and times are
-multiplied by the number of layers left out; such rows say "scaled". Their full cache is what fits beside the layers there are.
+multiplied by how many times as many layers the whole has; such rows say "scaled". Their full cache is what fits beside the
+layers there are.
 
 For one H200 set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, so that the cache gets what the weights leave, and
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false: cuBLAS picks its algorithm in milliseconds where Triton tries dozens of
@@ -60,9 +61,9 @@ _LATENT = flags.DEFINE_enum("latent_cache", "bf16", ["fp8", "bf16"], "what laten
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "through all schedules, as far as --time_limit allows")
 flags.declare_key_flag("time_limit")
 _FULL = flags.DEFINE_list("full_lengths", [], "lengths at which the full cache is measured too; default all of --lengths")
-_ROWS = flags.DEFINE_integer("full_rows", 0, "rows of the full cache; default as many as fit")
+_ROWS = flags.DEFINE_integer("full_rows", 0, "rows of the full cache; default as many as fit", lower_bound=0)
 _RUN = flags.DEFINE_integer("token_run", 1, "times that each random token of a prompt stands in a row: neighbours select alike")
-_PRICE = flags.DEFINE_float("gpu_hour_price", 3.0, "of one device, for the cost of a million tokens")
+_PRICE = flags.DEFINE_float("gpu_hour_price", 3.0, "of one device, for the cost of a million tokens", lower_bound=0)
 
 SECONDS = 330.0  # by default, of a run
 CUT_LAYERS = 4  # of a model that does not fit one device
@@ -693,6 +694,7 @@ def plot(output: Output, records: list[dict[str, Any]], title: str) -> None:
 
 
 def integers(flag: str, values: list[str]) -> Iterator[int]:
+    """ValueError, naming the flag, for what is not a number of at least 1."""
     for value in values:
         if not value.isdecimal() or int(value) < 1:
             raise ValueError(f"--{flag}={value}: not a number of at least 1")
@@ -703,6 +705,9 @@ def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
     output = Output.create(output_dir)
     shape = model(_PRESET.value, options.NUM_LAYERS.value)
+    for name, values in (("lengths", _LENGTHS.value), ("patterns", _PATTERNS.value)):
+        if not values:
+            raise ValueError(f"--{name}=: name at least one")
     lengths, chunk = sorted(integers("lengths", _LENGTHS.value)), _CHUNK.value
     for name, value in (
         ("chunk_size", chunk),

@@ -244,6 +244,8 @@ def run(tmp_path, *flags):
     ("flag", "message"),
     [
         ("--lengths=100", "--lengths=100: not a multiple of --chunk_size=10240"),
+        ("--lengths=", "--lengths=: name at least one"),
+        ("--patterns=", "--patterns=: name at least one"),
         ("--lengths=1k", "--lengths=1k: not a number"),
         ("--rounds=0", "--rounds=0"),
         ("--token_run=0", "--token_run=0"),
