@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ import jax
 GLM = "glm_moe_dsa"
 DEEPSEEK = "deepseek_v32"
 ARCHITECTURES = {GLM: "GlmMoeDsaForCausalLM", DEEPSEEK: "DeepseekV32ForCausalLM"}
+# Far above any model's, so that lists of layers and experts, which are made before a weight is seen, stay short.
+MOST = {"num_layers": 10_000, "n_routed_experts": 100_000}
 
 
 @jax.tree_util.register_static
@@ -42,6 +45,15 @@ class Rope:
             raise ValueError(f"rope_parameters.rope_theta: {self.theta!r} is not positive")
         if self.type == "yarn" and not self.factor >= 1:
             raise ValueError(f"rope_parameters.factor: {self.factor!r} is below 1")
+        if self.type == "yarn":  # its frequencies take these numbers' logarithms and divide by them
+            for field, value, above in (
+                ("rope_theta", self.theta, 1),
+                ("beta_fast", self.beta_fast, 0),
+                ("beta_slow", self.beta_slow, 0),
+                ("original_max_position_embeddings", self.original_max_position, 0),
+            ):
+                if not value > above:
+                    raise ValueError(f"rope_parameters.{field}: {value!r} is not above {above}")
 
     def _gain(self, mscale: float) -> float:
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -116,6 +128,10 @@ class Config:
                     raise ValueError(
                         f"{_HF_NAMES.get(field.name, field.name)}: {value!r} is not an integer of at least {least}"
                     )
+                if value > MOST.get(field.name, value):
+                    raise ValueError(f"{_HF_NAMES.get(field.name, field.name)}: {value} is above {MOST[field.name]}")
+        if not self.rms_norm_eps >= 0:
+            raise ValueError(f"rms_norm_eps: {self.rms_norm_eps!r} is negative")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim: {self.qk_rope_head_dim} is odd")
         if self.index_head_dim < self.qk_rope_head_dim:
@@ -160,6 +176,12 @@ class Config:
                 raise ValueError(f"{name}: missing from the config")
             return value
 
+        def flag(name: str, default: bool) -> bool:
+            value = get(name, default)
+            if not isinstance(value, bool):  # "false", as a string, would count as true
+                raise ValueError(f"{name}: {value!r} is neither true nor false")
+            return value
+
         def optional_int(name: str) -> int | None:
             value = fields.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -169,11 +191,11 @@ class Config:
         num_layers = get("num_hidden_layers")
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_hidden_layers: {num_layers!r} is not an integer of at least 1")
+        if num_layers > MOST["num_layers"]:  # before a list as long is made
+            raise ValueError(f"num_hidden_layers: {num_layers} is above {MOST['num_layers']}")
         heads = get("num_attention_heads")
-        if get("num_key_value_heads", heads) != heads:
-            raise ValueError(
-                f"num_key_value_heads: {fields['num_key_value_heads']!r} differs from num_attention_heads {heads!r}"
-            )
+        if (pairs := get("num_key_value_heads", heads)) != heads:
+            raise ValueError(f"num_key_value_heads: {pairs!r} differs from num_attention_heads {heads!r}")
         if get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act: {fields['hidden_act']!r} is not supported, only 'silu'")
         if get("scoring_func", "sigmoid") != "sigmoid":
@@ -203,17 +225,17 @@ class Config:
             n_group=get("n_group", 1 if glm else 8),
             topk_group=get("topk_group", 1 if glm else 4),
             routed_scaling_factor=_number("routed_scaling_factor", get("routed_scaling_factor", 2.5)),
-            norm_topk_prob=bool(get("norm_topk_prob", True)),
+            norm_topk_prob=flag("norm_topk_prob", True),
             moe_layers=_moe_layers(fields, num_layers),
             index_n_heads=get("index_n_heads", 32 if glm else 64),
             index_head_dim=get("index_head_dim", 128),
             index_topk=get("index_topk", 2048),
-            index_rope_interleave=bool(get("indexer_rope_interleave", glm)),
+            index_rope_interleave=flag("indexer_rope_interleave", glm),
             rope=_rope(fields),
             max_position_embeddings=get("max_position_embeddings", 202752 if glm else 163840),
             rms_norm_eps=_number("rms_norm_eps", get("rms_norm_eps", 1e-5 if glm else 1e-6)),
-            attention_bias=bool(get("attention_bias", False)),
-            tie_word_embeddings=bool(get("tie_word_embeddings", False)),
+            attention_bias=flag("attention_bias", False),
+            tie_word_embeddings=flag("tie_word_embeddings", False),
             initializer_range=_number("initializer_range", get("initializer_range", 0.02)),
             bos_token_id=optional_int("bos_token_id"),
             eos_token_ids=eos,
@@ -294,7 +316,7 @@ def read_config_json(source: Mapping[str, Any] | str | pathlib.Path) -> dict[str
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a checkpoint directory holds a config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: holds {type(fields).__name__}, not an object")
@@ -304,6 +326,8 @@ def read_config_json(source: Mapping[str, Any] | str | pathlib.Path) -> dict[str
 def _family(fields: Mapping[str, Any]) -> str:
     architectures = fields.get("architectures") or []
     model_type = fields.get("model_type")
+    if not isinstance(architectures, (list, tuple)):
+        raise ValueError(f"architectures: {architectures!r} is not a list")
     if architectures:
         for family, architecture in ARCHITECTURES.items():
             if architecture in architectures:
@@ -317,6 +341,8 @@ def _family(fields: Mapping[str, Any]) -> str:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}: {value!r} is not a number")
+    if not abs(value) <= sys.float_info.max:  # NaN too; json reads NaN, Infinity and integers of any length
+        raise ValueError(f"{name}: {value!r} is not finite")
     return float(value)
 
 
@@ -363,6 +389,8 @@ def _rope(fields: Mapping[str, Any]) -> Rope:
     longest = fields.get("max_position_embeddings")
     longest = None if longest is None else _number("max_position_embeddings", longest)
     original = number("original_max_position_embeddings", longest or 4096.0)
+    if original < 1:
+        raise ValueError(f"{name}.original_max_position_embeddings: {original!r} is below 1")
     return Rope(
         theta=theta,
         type=rope_type,

@@ -201,6 +201,18 @@ def test_yarn_gains():
         ({"scoring_func": "softmax"}, r"scoring_func: 'softmax' is not supported"),
         ({"topk_method": "greedy"}, r"topk_method: 'greedy' is not supported"),
         ({"rms_norm_eps": "small"}, r"rms_norm_eps: 'small' is not a number"),
+        ({"rms_norm_eps": -1e-5}, r"rms_norm_eps: -1e-05 is negative"),
+        ({"rms_norm_eps": math.nan}, r"rms_norm_eps: nan is not finite"),
+        ({"routed_scaling_factor": math.inf}, r"routed_scaling_factor: inf is not finite"),
+        ({"routed_scaling_factor": 10**400}, r"routed_scaling_factor: 10+ is not finite"),
+        ({"norm_topk_prob": "false"}, r"norm_topk_prob: 'false' is neither true nor false"),
+        ({"indexer_rope_interleave": "false"}, r"indexer_rope_interleave: 'false' is neither"),
+        ({"attention_bias": 0}, r"attention_bias: 0 is neither"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings: 'false' is neither"),
+        ({"num_hidden_layers": 10**12, "mlp_layer_types": None}, r"num_hidden_layers: 1000000000000 is above 10000"),
+        ({"n_routed_experts": 10**12}, r"n_routed_experts: 1000000000000 is above 100000"),
+        ({"architectures": 7}, r"architectures: 7 is not a list"),
+        ({"architectures": "GlmMoeDsaForCausalLM"}, r"architectures: 'GlmMoeDsaForCausalLM' is not a list"),
         ({"routed_scaling_factor": [2.5]}, r"routed_scaling_factor: \[2.5\] is not a number"),
         ({"bos_token_id": "a"}, r"bos_token_id: 'a' is not an integer"),
         ({"eos_token_id": ["a"]}, r"eos_token_id: \['a'\] is not"),
@@ -212,6 +224,13 @@ def test_yarn_gains():
         ({"rope_scaling": YARN | {"truncate": False}}, r"rope_scaling.truncate: False is not supported"),
         ({"rope_theta": "big"}, r"rope_theta: 'big' is not a number"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, r"rope_parameters.factor: 0.5 is below 1"),
+        ({"rope_scaling": YARN | {"beta_fast": -1}}, r"rope_parameters.beta_fast: -1.0 is not above 0"),
+        ({"rope_scaling": YARN | {"beta_slow": math.nan}}, r"rope_scaling.beta_slow: nan is not finite"),
+        ({"rope_scaling": YARN | {"rope_theta": 1}}, r"rope_parameters.rope_theta: 1.0 is not above 1"),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+            r"rope_scaling.original_max_position_embeddings: 0.0 is below 1",
+        ),
         ({"rope_scaling": YARN | {"mscale": "x"}}, r"rope_scaling.mscale: 'x' is not a number"),
     ],
 )
@@ -224,6 +243,9 @@ def test_a_config_file_that_is_not_one_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         Config.from_hf(tmp_path)
     (tmp_path / "config.json").write_text('{"vocab_size": 97')
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read as JSON"):
+        Config.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json: cannot be read as JSON"):
         Config.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
