@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import zlib
@@ -161,6 +162,11 @@ class Evaluator:
             full = jnp.array(wanted[flip].is_full)
             loss = layerwise.finish(self.params, state, jnp.int32(branch), full, tokens[:, 1:], self.config, self.schedule)
             found[flip] = float(loss)
+            if not math.isfinite(found[flip]):  # the lowest of such losses means nothing
+                raise ValueError(
+                    f"loss of {wanted[flip].pattern} on batch {number} is {found[flip]}: the weights hold NaN or infinity, "
+                    f"or {self.params.embedding.dtype} arithmetic overflows"
+                )
             self.progress(num_layers - branch)
             if self.log is not None:
                 self.log.add(wanted[flip], number, found[flip])

@@ -123,6 +123,14 @@ def test_evaluator_of_params_without_some_indexers(params):
         evaluator.loss(ALL)
 
 
+def test_a_loss_that_is_not_finite_ends_the_search(params, tmp_path):
+    broken = params.replace(final_norm=params.final_norm.at[0].set(jnp.nan))
+    log = search.Log(tmp_path / "log", {})
+    with pytest.raises(ValueError, match="loss of FFFFFF on batch 0 is nan"):
+        search.greedy(search.Evaluator(broken, CONFIG, ALL, [tokens(0)], log), ALL)
+    assert log.get(ALL, 0) is None
+
+
 def test_evaluator_wants_batches_of_one_shape(params):
     with pytest.raises(ValueError, match="one shape is needed"):
         search.Evaluator(params, CONFIG, ALL, [tokens(0), tokens(0, length=30)])
