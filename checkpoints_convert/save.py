@@ -167,7 +167,7 @@ def _write(
     checkpoint.check(tree)
     dtypes = {path: leaf_dtype(checkpoint, path, tensor, dtype) for path, tensor in leaves(tree)}
     fields = config.to_hf() | schedule.to_hf() | {"dtype": dtypes["embedding"].name}
-    with new_directory(directory.absolute()) as partial:
+    with new_directory(directory) as partial:
         if format == "orbax":
             _write_orbax(partial, checkpoint, tree, dtypes, progress)
         else:
@@ -292,9 +292,10 @@ def _write_safetensors(
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory beside `path` to write into, which takes its name once all is written and on disk.
 
-    ValueError where `path` is there and is not an empty directory. What is left of it after an error is removed; a
-    killed process leaves `.NAME.*.partial`.
+    ValueError where `path` is there and is not an empty directory. Where it is a link, that is what it leads to. What is
+    left of it after an error is removed; a killed process leaves `.NAME.*.partial`.
     """
+    path = path.resolve()  # a directory cannot take the name of a link
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path}: exists and is not an empty directory")
     path.parent.mkdir(parents=True, exist_ok=True)

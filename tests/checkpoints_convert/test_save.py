@@ -106,6 +106,16 @@ def test_an_existing_directory_is_not_written_into(tmp_path):
     load(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_written_through(tmp_path, exists):
+    if exists:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "saved").symlink_to("elsewhere")
+    save(tmp_path / "saved", MIXED.params, MIXED.config, MIXED.schedule)
+    load(tmp_path / "elsewhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "saved"]
+
+
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match="format: 'gguf' is not one of safetensors, orbax"):
         save(tmp_path / "saved", MIXED.params, MIXED.config, MIXED.schedule, format="gguf")
