@@ -280,12 +280,15 @@ def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 def run(output_dir: str, seed: int) -> None:
     checkpoint = options.CHECKPOINT.value or str(options.DEMO)
     positive(
-        sequences=_SEQUENCES.value, held_out_sequences=options.HELD_OUT_SEQUENCES.value, batch_size=options.BATCH_SIZE.value
+        sequences=_SEQUENCES.value,
+        held_out_sequences=options.HELD_OUT_SEQUENCES.value,
+        batch_size=options.BATCH_SIZE.value,
+        blocks=_BLOCKS.value,
     )
     retentions = [share("retentions", value) for value in _RETENTIONS.value]
     target = share("retention", options.RETENTION.value)
     budget = _LOSS_BUDGET.value
-    if budget is not None and (budget < 0 or _STRATEGY.value != "greedy"):
+    if budget is not None and (not budget >= 0 or _STRATEGY.value != "greedy"):
         raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with warnings.catch_warnings():

@@ -69,6 +69,8 @@ def test_the_last_step_within_the_budget():
         (["--calibration=no*such.txt"], "no*such.txt"),
         (["--context=100"], "--context=100: must be above index_topk = 128"),
         (["--sequences=0"], "--sequences=0"),
+        (["--blocks=0"], "--blocks=0: must be at least 1"),
+        (["--loss_budget=nan"], "--loss_budget=nan: must be at least 0"),
         (["--batch_size=4", "--sequences=6"], "--batch_size=4: does not divide"),
     ],
 )
