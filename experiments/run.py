@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        reads = {f.name for f in flags.FLAGS.get_key_flags_for_module(f"experiments.{name}")}
+        go_on = "; the same command with --resume goes on from here" if "resume" in reads else ""
+        print(f"interrupted{go_on}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import fractions
 import json
 import math
+import pathlib
 import shlex
 import statistics
 import time
@@ -18,6 +19,7 @@ import tqdm
 from absl import flags
 
 import checkpoints_convert
+from checkpoints_convert.orbax_io import is_orbax
 from experiments import options, text
 from experiments.report import Output, device, markdown_table, text_table
 from indexcache_jax import search, serving
@@ -102,6 +104,14 @@ def settings(schedule: Schedule, checkpoint: str, config: Config) -> list[Settin
             usage = f"not supported: transformers runs every layer of a {ARCHITECTURES[config.family]} as full"
         found.append(Setting(engine, fields, usage))
     return found
+
+
+def for_engines(checkpoint: str) -> tuple[str, str]:
+    """The directory that engines are to read, and the command that makes it, "" where `checkpoint` is of their format."""
+    if not is_orbax(pathlib.Path(checkpoint)):
+        return checkpoint, ""
+    made = f"{checkpoint.rstrip('/')}-safetensors"
+    return made, f"python -m checkpoints_convert {shlex.quote(checkpoint)} {shlex.quote(made)} --format=safetensors"
 
 
 def separator(config: Config) -> int | None:
@@ -362,7 +372,8 @@ def report_on(
     header, cells = table(rows)
     removed = 1 - chosen.num_full / chosen.num_layers
     summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
-    pasted = settings(chosen, checkpoint, config)
+    directory, first = for_engines(checkpoint)
+    pasted = settings(chosen, directory, config)
     metrics = {
         "pattern": chosen.pattern,
         "removed": removed,
@@ -382,6 +393,8 @@ def report_on(
         f"{batch} x {options.CONTEXT.value} tokens, the schedules taking turns."
     )
     lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
+    if first:
+        lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"
     report = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
     report += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
     output.finish("search", metrics, report)

@@ -2,10 +2,11 @@
 
 How a time is taken: weights are random, made on the device, and all schedules share them. A prompt goes in chunk by chunk
 and every chunk is waited for, so that one long prefill gives the time of every shorter one. Rounds go through the
-schedules in turn; a figure is the median over the rounds. One request decodes from the cache that its prefill left. The
-full cache is as many rows as fit, each a copy of that request's cache; its rate is that of all rows together. A step's
-time is that of a program of many steps, divided. Rows fit where weights, their cache, the first layer's part of a request and
-what the compiler says a program needs beside them fit; where they do not after all, fewer are tried.
+schedules in turn; a figure is the median over the rounds and one more, which the look at the shares needs. One request
+decodes from the cache that its prefill left. The full cache is as many rows as fit, each a copy of that request's cache; its
+rate is that of all rows together. A step's time is that of a program of many steps, divided. Rows fit where weights, their
+cache, the first layer's part of a request and what the compiler says a program needs beside them fit; where they do not
+after all, fewer are tried.
 
 Shares are the times of kernels by their names, seen through CUPTI in the chunk that ends at each length and in a decode
 program; a whole prefill's are those of its chunks, interpolated between the ones that were looked at. A stage without a
@@ -769,6 +770,8 @@ def run(output_dir: str, seed: int) -> None:
     prompt = random_prompt(seed, shape.config.vocab_size, lengths[-1], _RUN.value)
     measured = Run(bench, prompt, began + options.seconds_to_spend(SECONDS), update)
     about["rounds"] = measured.all(_ROUNDS.value)
+    if not any(row.prefill for row in measured.rows.values()):
+        raise ValueError(f"--time_limit={options.seconds_to_spend(SECONDS):g}: over before the first prefill")
     update()
     scaled = "" if shape.scale == 1 else f", times scaled to {shape.layers}"
     plot(output, records(), f"{about['model']}{scaled}, on {jax.devices()[0].device_kind}")

@@ -288,6 +288,8 @@ def generate(
         raise ValueError(f"generate: max_new_tokens {max_new_tokens} and chunk {chunk} must be at least 1")
     if len(prompts) == 0:
         return []
+    if ids is not None and len(ids) != len(prompts):
+        raise ValueError(f"generate: {len(ids)} ids for {len(prompts)} prompts")
     if not -(2**31) <= seed < 2**31:
         raise ValueError(f"generate: seed {seed} is not an integer of 32 bits")
     prompt = max(map(len, prompts))

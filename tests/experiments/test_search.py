@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from experiments import search
+import checkpoints_convert
+from experiments import options, search
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from tests.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS
@@ -52,6 +53,14 @@ def test_settings_are_what_each_engine_reads():
     assert "indexer_types" in found["transformers"] and '"index_topk_pattern": "FFSFS"' in found["tensorrt-llm"]
     deepseek = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "x", Config.from_hf(DEEPSEEK_FIELDS))}
     assert deepseek["transformers"].startswith("not supported")
+
+
+def test_engines_are_given_safetensors(tmp_path):
+    config, schedule, params = checkpoints_convert.load(options.DEMO)
+    checkpoints_convert.save(tmp_path / "a b", params, config, schedule, format="orbax")
+    directory, command = search.for_engines(f"{tmp_path}/a b/")
+    assert command == f"python -m checkpoints_convert '{tmp_path}/a b/' '{directory}' --format=safetensors"
+    assert directory == f"{tmp_path}/a b-safetensors" and search.for_engines(str(options.DEMO)) == (str(options.DEMO), "")
 
 
 def test_the_last_step_within_the_budget():

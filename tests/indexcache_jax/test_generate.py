@@ -235,6 +235,11 @@ def test_nothing_to_do():
     assert run(model("glm", "FSSSS"), []) == []
 
 
+def test_every_prompt_has_an_id():
+    with pytest.raises(ValueError, match="1 ids for 2 prompts"):
+        run(model("glm", "FSSSS"), [[1], [2]], ids=[7])
+
+
 def test_prefill_names_the_row_that_does_not_fit():
     case = model("glm", "FSSSS")
     weights = serving.weights_of(case.params, case.config, case.schedule)
