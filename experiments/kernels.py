@@ -184,6 +184,11 @@ def on_hopper() -> bool:
 # ---- the operations
 
 
+def without(kernel: Callable[..., Any], stages: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """The variants of a Case: the kernel with each of these stages left out, by what that is called."""
+    return {name: functools.partial(kernel, leave_out=stage) for name, stage in stages.items()}
+
+
 def index_scores(
     sizes: Sizes, batch: int, queries: int, keys: int, heads: int, dtype: Any, *, causal: bool = False, part: int = 1
 ) -> Case:
@@ -218,13 +223,15 @@ def index_scores(
     if not on_hopper():
         return Case(in_xla, [x[:4] for x in sets], flops=2 * visible * heads * HEAD_DIM)
     work: dict[str, Any] = dict(bytes=read + written) if queries == 1 else dict(flops=2 * visible * heads * HEAD_DIM)
-    left_out = {
-        "without the product": "product",
-        "without the epilogue": "epilogue",
-        "scores and maxima not written": "stores",
-        "keys not copied": "copies",
-    }
-    variants = {name: functools.partial(kernel, leave_out=stage) for name, stage in left_out.items()}
+    variants = without(
+        kernel,
+        {
+            "without the product": "product",
+            "without the epilogue": "epilogue",
+            "scores and maxima not written": "stores",
+            "keys not copied": "copies",
+        },
+    )
     return Case(kernel, sets, reference=(in_xla, fewer, s // n), variants=variants if queries > 1 else {}, **work)
 
 
@@ -251,10 +258,7 @@ def top_k(sizes: Sizes, rows: int, width: int, *, maxima: bool) -> Case:
     sets = [
         (normal(shape, jnp.float32, seed), block_maxima(shape, seed) if maxima else None, positions, lengths) for seed in seeds
     ]
-    variants = {
-        "without the final search": functools.partial(kernel, leave_out="search"),
-        "scores read and compared only": functools.partial(kernel, leave_out="append"),
-    }
+    variants = without(kernel, {"without the final search": "search", "scores read and compared only": "append"})
     return Case(kernel, sets, bytes=4 * m * t, reference=(in_xla, (sets[0][0], visible), 1), variants=variants)
 
 
@@ -333,13 +337,15 @@ def attention(
         flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), None, indices.reshape(-1, k), None
         return mosaic_gpu_attention.attend(*flat, tasks, scale=LATENT**-0.5, leave_out=leave_out)
 
-    left_out = {
-        "latents not gathered": "gather",
-        "latents only gathered": "all but gather",
-        "without softmax": "softmax",
-        "without the product with values": "values",
-    }
-    variants = {name: functools.partial(stages, leave_out=stage) for name, stage in left_out.items()}
+    variants = without(
+        stages,
+        {
+            "latents not gathered": "gather",
+            "latents only gathered": "all but gather",
+            "without softmax": "softmax",
+            "without the product with values": "values",
+        },
+    )
     return Case(
         functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
         sets,
@@ -407,17 +413,14 @@ def table(sizes: Sizes) -> list[Row]:
 
     bf16 = jnp.bfloat16
     prefill: dict[str, Any] = dict(part=16)
-    fp8_cut: dict[str, Any] = dict(
-        causal=True,
-        part=16,
+    cut = prefill | dict(causal=True)
+    fp8_cut = cut | dict(
         target=4.2,
         note="neither the products nor the epilogue (relu, weights, the sum over heads) limits alone: each by itself takes "
         "about 0.6 of the whole, and four warpgroups hide most of one behind the other. Writing the scores costs 8 %, copying "
         "the keys nothing.",
     )
-    bf16_cut: dict[str, Any] = dict(
-        causal=True,
-        part=16,
+    bf16_cut = cut | dict(
         target=6.4,
         note="the products limit: without the epilogue they take 0.84 of the whole, at 751 TFLOP/s, where the matmul of the "
         "same run reached 704. The rest is what they do not hide of the epilogue. That the time falls by 8 % if keys are not "

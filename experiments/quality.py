@@ -184,9 +184,8 @@ def schedules(studied: Model, cuts: np.ndarray, output: Output, seed: int) -> di
     alike = search.similarities(studied.params, studied.config, studied.base, batches)
     found = {"DSA": studied.base}
     for retention, size in sizes.items():
-        found[f"{retention} uniform"] = Schedule.uniform(layers, size)
-        found[f"{retention} searched"] = search.with_at_most(steps, size).schedule
-        found[f"{retention} similarity"] = search.most_similar(alike, size)
+        of_kinds = Schedule.uniform(layers, size), search.with_at_most(steps, size).schedule, search.most_similar(alike, size)
+        found |= {f"{retention} {kind}": schedule for kind, schedule in zip(KINDS, of_kinds, strict=True)}
     losses = search.Evaluator(studied.params, studied.config, studied.base, batches)
     tried = [
         {
