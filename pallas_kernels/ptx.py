@@ -146,8 +146,10 @@ def barrier_init_done() -> None:
     asm("fence.mbarrier_init.release.cluster;")
 
 
-def barrier_arrive(address: Value, predicate: Value) -> None:
-    asm("@$1 mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];", [address, predicate], "r,b")
+def barrier_arrive(address: Value, predicate: Value | None = None) -> None:
+    """An arrival of every thread, or of those for which `predicate` holds."""
+    only, given = ("", []) if predicate is None else ("@$1 ", [predicate])
+    asm(f"{only}mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];", [address, *given], ",".join("rb"[: 1 + len(given)]))
 
 
 def barrier_arrive_after_copies(address: Value) -> None:
@@ -177,8 +179,14 @@ def copy_async(target: Value, source: Value, size: Value, pieces: int, target_st
     asm("\n".join(lines), [target, source, size], "r,l,r")
 
 
-def copies_done() -> None:
-    asm("cp.async.wait_all;")
+def copies_commit() -> None:
+    """Makes a group of this thread's cp.async since the last one."""
+    asm("cp.async.commit_group;")
+
+
+def copies_done(pending: int = 0) -> None:
+    """This thread waits until its cp.async have landed, all but those of its last `pending` groups."""
+    asm(f"cp.async.wait_group {pending};" if pending else "cp.async.wait_all;")
 
 
 def load_global(address: Value) -> Value:

@@ -266,7 +266,7 @@ def _publish(barriers, slot) -> None:
     @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR))
     def publish(ctx, barriers, slot):
         address = ptx.add(ptx.shared_address(barriers), WEIGHED, ptx.shift_left(ptx.scalar(slot), 3))
-        ptx.barrier_arrive(address, ptx.compare("eq", ptx.constant(0), 0))
+        ptx.barrier_arrive(address)
 
     publish(barriers, slot)
 
@@ -281,7 +281,7 @@ def _free(barriers, slot, half) -> None:
     def free(ctx, barriers, slot, half):
         base = ptx.add(ptx.shared_address(barriers), EMPTY)
         address = ptx.add(base, ptx.shift_left(ptx.scalar(slot), 4), ptx.shift_left(ptx.scalar(half), 3))
-        ptx.barrier_arrive(address, ptx.compare("eq", ptx.constant(0), 0))
+        ptx.barrier_arrive(address)
 
     free(barriers, slot, half)
 
@@ -379,7 +379,7 @@ class _ScaledRows:
             if with_rotary:
                 ptx.store_shared_products(ptx.add(self.to_rotary, slot * 8192 + i * 2048), rotary, scale)
         ptx.proxy_fence()
-        ptx.barrier_arrive(full, ptx.compare("eq", ptx.constant(0), 0))
+        ptx.barrier_arrive(full)
 
 
 def _gather(
@@ -522,7 +522,7 @@ def _await_queries(barriers, parity) -> None:
         address = ptx.add(ptx.shared_address(barriers), QUERIES)
         ptx.copies_done()
         ptx.proxy_fence()
-        ptx.barrier_arrive(address, ptx.compare("eq", ptx.constant(0), 0))
+        ptx.barrier_arrive(address)
         ptx.barrier_wait(address, ptx.scalar(parity))
 
     wait(barriers, parity)

@@ -119,7 +119,9 @@ class Warpgroup:
         self.chip, self.rank, self.name = chip, rank, (rank, number)
         self.threads = 128 * number + np.arange(128)
         self.active = np.ones(128, bool)
-        self.copies: list[Callable[[], None]] = []
+        self.copies: list[Callable[[], None]] = []  # not yet on their way
+        self.group: list[list[bool]] = []  # whether they have landed, of those on their way since the last commit
+        self.groups: list[list[list[bool]]] = []
         self.under_way: list[list[Callable[[], None]]] = [[]]  # groups of products
 
     def spread(self, x):
@@ -186,10 +188,13 @@ class Warpgroup:
 
     def _copies_so_far(self, then: Callable[[], None]):
         copies, self.copies = self.copies, []
+        landed = [False]
+        self.group.append(landed)
 
         def land():
             for copy in copies:
                 copy()
+            landed[0] = True
             then()
 
         self.chip.landing.append((self.name, land))
@@ -198,9 +203,16 @@ class Warpgroup:
         barrier = self.chip.barrier(address)
         self._copies_so_far(lambda: barrier.arrive(128))
 
-    def copies_done(self):
+    def copies_commit(self):
         self._copies_so_far(lambda: None)
-        self.chip.wait(self.name, lambda: all(name != self.name for name, _ in self.chip.landing))
+        self.groups.append(self.group)
+        self.group = []
+
+    def copies_done(self, pending=0):
+        if not pending:
+            self.copies_commit()
+        waited_for, self.groups = self.groups[: len(self.groups) - pending], self.groups[len(self.groups) - pending :]
+        self.chip.wait(self.name, lambda: all(landed for group in waited_for for (landed,) in group))
 
     # -- barriers
 
@@ -208,7 +220,7 @@ class Warpgroup:
         for one in address[self.active]:
             self.chip.barriers[int(one)] = Barrier(arrivals)
 
-    def barrier_arrive(self, address, predicate):
+    def barrier_arrive(self, address, predicate=True):
         self.chip.barrier(address).arrive(int((self.active & predicate).sum()))
         self.chip.wait(self.name, None)
 
@@ -391,6 +403,7 @@ OWN: dict[str, Callable] = {
         Warpgroup.load_words_or_zeros,
         Warpgroup.copy_async,
         Warpgroup.barrier_arrive_after_copies,
+        Warpgroup.copies_commit,
         Warpgroup.copies_done,
         Warpgroup.barrier_init,
         Warpgroup.barrier_arrive,
