@@ -10,7 +10,7 @@ import pytest
 
 from indexcache_jax import serving
 from indexcache_jax.config import Config, preset
-from indexcache_jax.generate import generate, prefill_chunk
+from indexcache_jax.generate import Sampling, generate, prefill_chunk, prefill_document
 from indexcache_jax.schedule import Schedule
 from pallas_kernels import hopper
 
@@ -82,3 +82,18 @@ def test_a_row_generates_alone_what_it_generates_in_a_batch_of_copies():
     """Greedy tokens of one prompt in a batch of three copies are three times the same."""
     rows = generate(weights(), [PROMPTS[1]] * 3, CONFIG, SCHEDULE, 40, chunk=512)
     assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 40
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"index_dtype": jnp.float8_e4m3fn, "latent_dtype": jnp.float8_e4m3fn}], ids=["bf16", "all fp8"]
+)
+def test_a_documents_cache_serves_several_batches(options):
+    """Sampled answers are those with the document given as tokens, and those of one id and question are the same."""
+    questions, sampling = [PROMPTS[2], PROMPTS[2][:9], PROMPTS[2]], Sampling(temperature=0.8, top_p=0.9, top_k=50)
+    run = functools.partial(
+        generate, weights(), questions, CONFIG, SCHEDULE, 20, sampling=sampling, ids=[4, 5, 4], chunk=512, **options
+    )
+    cache = prefill_document(weights(), PROMPTS[0], CONFIG, SCHEDULE, chunk=512, **options)
+    answers = run(document=cache)
+    assert run(document=cache) == answers == run(document=PROMPTS[0])
+    assert answers[0] == answers[2] != answers[1]
