@@ -416,15 +416,15 @@ def table(sizes: Sizes) -> list[Row]:
     cut = prefill | dict(causal=True)
     fp8_cut = cut | dict(
         target=4.2,
-        note="neither the products nor the epilogue (relu, weights, the sum over heads) limits alone: each by itself takes "
-        "about 0.6 of the whole, and four warpgroups hide most of one behind the other. Writing the scores costs 8 %, copying "
-        "the keys nothing.",
+        note="neither the products nor the epilogue (relu, weights, the sum over heads) limits alone: either by itself takes a "
+        "little more than half of the whole, and four warpgroups hide a part of one behind the other. Writing the scores costs "
+        "little, copying the keys nothing.",
     )
     bf16_cut = cut | dict(
         target=6.4,
-        note="the products limit: without the epilogue they take 0.84 of the whole, at 751 TFLOP/s, where the matmul of the "
-        "same run reached 704. The rest is what they do not hide of the epilogue. That the time falls by 8 % if keys are not "
-        "copied, and not at all where scores are not written, is not explained by the bytes; power is a guess.",
+        note="the products limit: without the epilogue they take most of the whole, at more than the rate of the run's large "
+        "matmul. The rest is what they do not hide of the epilogue. That the time falls if keys are not copied, and does not "
+        "where scores are not written, is not explained by the bytes; power is a guess.",
     )
     add("scores fp8, 4096 x 122880, Hi 32", index_scores, 1, 4096, 122880, 32, FP8, public=(4.27, "DeepGEMM"), **prefill)
     add("scores fp8, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, FP8, **fp8_cut)
