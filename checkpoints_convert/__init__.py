@@ -3,12 +3,14 @@
     config, schedule, params = load(directory)
     save(directory, params, config, schedule, format="safetensors")
     convert(source, directory)     as a command: python -m checkpoints_convert SRC DST
+    Layers(directory)              reads a layer when it is asked for it
 
 No torch, no pickle. Headers are checked before memory is allocated for what they claim, and names in a checkpoint
 never become paths outside it.
 """
 
+from checkpoints_convert.layers import Layers
 from checkpoints_convert.load import load
 from checkpoints_convert.save import convert, save
 
-__all__ = ["convert", "load", "save"]
+__all__ = ["Layers", "convert", "load", "save"]

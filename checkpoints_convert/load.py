@@ -15,6 +15,7 @@ import numpy as np
 
 from checkpoints_convert.checkpoint import check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
 from checkpoints_convert.huggingface import HuggingFaceCheckpoint
+from checkpoints_convert.orbax_io import OrbaxCheckpoint
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, Tensor, abstract, leaves
 from indexcache_jax.schedule import Schedule
@@ -39,15 +40,8 @@ def load(
     ValueError names the file and the tensor or field for whatever is missing, misshapen, truncated or unsupported, and
     all headers are checked before a weight is read. Stored tensors without a use are left out, with a warning.
     """
-    check_dtype(dtype)
-    checkpoint = open_checkpoint(directory)
-    schedule = resolve_schedule(checkpoint, schedule)
-    tree = abstract(checkpoint.config, schedule)
-    checkpoint.check(tree)
+    checkpoint, schedule, tree = opened(directory, schedule, dtype)
     placements = _per_leaf(tree, shardings)
-    if isinstance(checkpoint, HuggingFaceCheckpoint):
-        for line in checkpoint.left_out(schedule):
-            warnings.warn(f"{directory}: {line}", stacklevel=2)
 
     def one(path: str, tensor: Tensor, sharding: jax.sharding.Sharding | None) -> jax.Array:
         return _place(
@@ -56,6 +50,21 @@ def load(
 
     arrays = [one(path, tensor, sharding) for (path, tensor), sharding in zip(leaves(tree), placements, strict=True)]
     return checkpoint.config, schedule, jax.tree.unflatten(jax.tree.structure(tree), arrays)
+
+
+def opened(
+    directory: str | pathlib.Path, schedule: Schedule | str | None, dtype: Any
+) -> tuple[HuggingFaceCheckpoint | OrbaxCheckpoint, Schedule, Params]:
+    """(checkpoint, schedule, abstract tree) that `load` reads, all headers checked; warns of what is left out."""
+    check_dtype(dtype)
+    checkpoint = open_checkpoint(directory)
+    schedule = resolve_schedule(checkpoint, schedule)
+    tree = abstract(checkpoint.config, schedule)
+    checkpoint.check(tree)
+    if isinstance(checkpoint, HuggingFaceCheckpoint):
+        for line in checkpoint.left_out(schedule):
+            warnings.warn(f"{directory}: {line}", stacklevel=3)
+    return checkpoint, schedule, tree
 
 
 def _per_leaf(tree: Params, shardings: Any) -> list[jax.sharding.Sharding | None]:
@@ -79,17 +88,17 @@ def _place(
         parts = dict(sharding.addressable_devices_indices_map(tensor.shape))
         on_cpu = all(device.platform == "cpu" for device in parts)
     if tensor.layers is None:
-        out = _aligned(tensor.shape, dtype)
+        out = aligned(tensor.shape, dtype)
         fill(None, out)
         return jax.device_put(out) if sharding is None else jax.make_array_from_callback(out.shape, sharding, out.__getitem__)
     if on_cpu and len(parts) == 1:
-        out = _aligned(tensor.shape, dtype)
+        out = aligned(tensor.shape, dtype)
         for slot, layer in enumerate(tensor.layers):
             fill(layer, out[slot])
         return jax.device_put(out, sharding)
     shape = tensor.shape if sharding is None else sharding.shard_shape(tensor.shape)
     buffers = {device: jnp.zeros(shape, dtype, device=device) for device in parts}
-    stage = _aligned(tensor.layer_shape, dtype)
+    stage = aligned(tensor.layer_shape, dtype)
     for slot, layer in enumerate(tensor.layers):
         here = {d: index for d, index in parts.items() if slot in range(*index[0].indices(len(tensor.layers)))}
         if here:
@@ -109,7 +118,7 @@ def _set_layer(stack: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array
     return jax.lax.dynamic_update_index_in_dim(stack, layer, slot, axis=0)
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """np.empty that jax.device_put turns into a CPU array without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)

@@ -11,7 +11,8 @@ import shlex
 import statistics
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,12 +23,12 @@ import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
 from experiments import options, text
 from experiments.report import Output, device, markdown_table, text_table
-from indexcache_jax import search, serving
+from indexcache_jax import overlap, search, serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
 from indexcache_jax.generate import prefill
-from indexcache_jax.overlap import overlap
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
+from indexcache_jax.streamed import StreamedEvaluator
 
 LOG = "evaluations.jsonl"
 TIMED_RUNS = 3
@@ -52,6 +53,10 @@ _LOSS_BUDGET = flags.DEFINE_float(
 _STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
 _BLOCKS = flags.DEFINE_integer("blocks", 1, "contiguous blocks of layers; greedy commits the best flip of each per step")
 _TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill, for which the weights are in memory twice")
+_STREAM = flags.DEFINE_bool(
+    "stream", False, "read the weights layer by layer, for a model larger than the device; prefill is not measured then"
+)
+_STREAM_MEMORY = flags.DEFINE_float("stream_memory", 64.0, "GB of host memory for hidden states, with --stream", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,124 @@ class Setting:
     engine: str
     fields: dict[str, Any]
     usage: str
+
+
+class Model(Protocol):
+    """What is searched."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """That of the checkpoint."""
+
+    def evaluator(
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+    ) -> search.Evaluator | StreamedEvaluator: ...
+
+    def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
+        """What an evaluation depends on."""
+
+    def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
+        """Of the F layers' selections [num_full, num_full]."""
+
+    def prefill_seconds(self, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
+        """Of tokens [B, S] under each schedule; None where it is not measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A model whose params are on the device."""
+
+    config: Config
+    schedule: Schedule
+    params: Params
+
+    def evaluator(
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+    ) -> search.Evaluator:
+        return search.Evaluator(self.params, self.config, self.schedule, batches, log, progress)
+
+    def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
+        dtype = str(self.params.embedding.dtype)
+        return {"pattern": self.schedule.pattern, "dtype": dtype, **search.fingerprint(self.params, batches)}
+
+    def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
+        return overlap.overlap(self.params, self.config, self.schedule, batches)
+
+    def prefill_seconds(self, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
+        """The median, the schedules taking turns, into an empty cache."""
+        if not _TIME.value:
+            return [None for _ in schedules]
+        weights = serving.weights_of(self.params, self.config, self.schedule)
+        models = [serving.restrict(weights, self.config, schedule) for schedule in schedules]
+        times: list[list[float]] = [[] for _ in schedules]
+        fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
+        warm_up = {0, fewest}  # a program is one layer's, F or S: these two run all of them
+        for round in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
+            for i, (model, schedule, taken) in enumerate(zip(models, schedules, times, strict=True)):
+                if round == 0 and i not in warm_up:
+                    continue
+                batch, length = tokens.shape
+                cache = serving.init_cache(self.config, schedule, batch, length, self.params.embedding.dtype)
+                jax.block_until_ready(cache)
+                began = time.perf_counter()
+                prefill(model, list(tokens), cache, self.config)[0].block_until_ready()
+                if round:
+                    taken.append(time.perf_counter() - began)
+        return [statistics.median(taken) for taken in times]
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A model whose weights stay in the checkpoint."""
+
+    layers: checkpoints_convert.Layers
+
+    @property
+    def config(self) -> Config:
+        return self.layers.config
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.layers.schedule
+
+    def evaluator(
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+    ) -> StreamedEvaluator:
+        return StreamedEvaluator(self.layers, batches, log, progress, int(1e9 * _STREAM_MEMORY.value))
+
+    def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
+        """The first and the last layer speak for all: reading every one takes as long as a step of the search."""
+        ends, last = self.layers.ends(), self.config.num_layers - 1
+        weights = search.fingerprint((ends, self.layers.layer(0), self.layers.layer(last)), batches)
+        return {"pattern": self.schedule.pattern, "dtype": str(ends.embedding.dtype), **weights}
+
+    def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
+        queries = overlap.spread(batches[0].shape[1] - 1, self.config.index_topk)
+        with tqdm.tqdm(total=len(batches) * self.config.num_layers, unit="layer", desc="overlap") as bar:
+            found = self.evaluator(batches, bar.update).selections(self.schedule, range(len(batches)), queries)
+        return overlap.mean_overlap(found, self.config.index_topk)
+
+    def prefill_seconds(self, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
+        return [None for _ in schedules]
+
+
+def opened(checkpoint: str, dtype: str) -> Model:
+    """The checkpoint, streamed or in memory. ValueError where it does not fit the device's memory."""
+    if _STREAM.value:
+        return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype))
+    stats = jax.devices()[0].memory_stats() or {}
+    if room := stats.get("bytes_limit"):
+        with warnings.catch_warnings(action="ignore"):  # they come once more, with the weights
+            size = checkpoints_convert.Layers(checkpoint, dtype=dtype).num_bytes
+        if size > room:
+            raise ValueError(
+                f"--checkpoint={checkpoint}: its weights take {size / 1e9:.0f} GB as {dtype}, the device has "
+                f"{room / 1e9:.0f}; --stream reads them layer by layer"
+            )
+    return InMemory(*checkpoints_convert.load(checkpoint, dtype=dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,31 +295,6 @@ def batches(cuts: np.ndarray) -> list[np.ndarray]:
     return np.split(cuts, len(cuts) // options.BATCH_SIZE.value)
 
 
-def prefill_seconds(
-    params: Params, config: Config, base: Schedule, schedules: list[Schedule], tokens: np.ndarray
-) -> list[float | None]:
-    """Median seconds to prefill tokens [B, S] into an empty cache under each schedule, the schedules taking turns."""
-    if not _TIME.value:
-        return [None for _ in schedules]
-    weights = serving.weights_of(params, config, base)
-    models = [serving.restrict(weights, config, schedule) for schedule in schedules]
-    times: list[list[float]] = [[] for _ in schedules]
-    fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
-    warm_up = {0, fewest}  # a program is one layer's, F or S: these two run all of them
-    for round in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
-        for i, (model, schedule, taken) in enumerate(zip(models, schedules, times, strict=True)):
-            if round == 0 and i not in warm_up:
-                continue
-            batch, length = tokens.shape
-            cache = serving.init_cache(config, schedule, batch, length, params.embedding.dtype)
-            jax.block_until_ready(cache)
-            began = time.perf_counter()
-            prefill(model, list(tokens), cache, config)[0].block_until_ready()
-            if round:
-                taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
-
-
 def plot_losses(output: Output, steps: list[search.Step], rows: list[Row], budget: float | None) -> None:
     from matplotlib.figure import Figure
 
@@ -234,22 +332,22 @@ def plot_overlap(output: Output, matrix: np.ndarray, base: Schedule, chosen: Sch
 
 
 def find(
-    params: Params, config: Config, base: Schedule, calibration: list[np.ndarray], sizes: list[int], output: Output
+    model: Model, calibration: list[np.ndarray], sizes: list[int], output: Output
 ) -> tuple[list[search.Step], dict[int, Schedule]]:
     """The search's steps and the schedule it found for each number of F layers."""
+    config, base = model.config, model.schedule
     with tqdm.tqdm(unit="layer", desc="search", smoothing=0.05) as bar:
-        if _STRATEGY.value == "similarity":
+        if isinstance(model, InMemory) and _STRATEGY.value == "similarity":
             bar.total = len(calibration) * sum(range(1, config.num_layers + 1))
-            matrix = search.similarities(params, config, base, calibration, bar.update)
+            matrix = search.similarities(model.params, config, base, calibration, bar.update)
             return [], {size: search.most_similar(matrix, size) for size in sizes}
         path = output.directory / LOG
         if path.exists() and not options.RESUME.value:
             path.replace(path.with_name(f"previous-{LOG}"))
-        about = {"pattern": base.pattern, "dtype": str(params.embedding.dtype), **search.fingerprint(params, calibration)}
-        log = search.Log(path, about)
+        log = search.Log(path, model.about(calibration))
         smallest = min(sizes)
         bar.total = len(calibration) * search.layers_to_run(base, smallest, _BLOCKS.value)
-        losses = search.Evaluator(params, config, base, calibration, log, bar.update)
+        losses = model.evaluator(calibration, bar.update, log)
         steps = search.greedy(losses, base, num_full=smallest, blocks=_BLOCKS.value)
         if _LOSS_BUDGET.value is not None and steps[-1].loss <= (most := steps[0].loss * (1 + _LOSS_BUDGET.value)):
             steps += search.greedy(losses, steps[-1].schedule, max_loss=most, blocks=_BLOCKS.value)[1:]
@@ -300,10 +398,13 @@ def run(output_dir: str, seed: int) -> None:
     budget = _LOSS_BUDGET.value
     if budget is not None and (not budget >= 0 or _STRATEGY.value != "greedy"):
         raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
+    if _STREAM.value and _STRATEGY.value != "greedy":
+        raise ValueError(f"--strategy={_STRATEGY.value}: needs the whole model in memory, so not with --stream")
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
-        config, base, params = checkpoints_convert.load(checkpoint, dtype=dtype)
+        model = opened(checkpoint, dtype)
+    config, base = model.config, model.schedule
     context = options.CONTEXT.value
     if not config.index_topk < context <= config.max_position_embeddings:
         raise ValueError(
@@ -324,7 +425,7 @@ def run(output_dir: str, seed: int) -> None:
     print(f"{len(drawn[0])} sequences of {context} tokens to search on, {len(drawn[1])} to evaluate on")
 
     sizes = sorted({min(base.num_full, kept(config.num_layers, r)) for r in [*retentions, target]}, reverse=True)
-    steps, found = find(params, config, base, calibration, sizes, output)
+    steps, found = find(model, calibration, sizes, output)
     if budget is not None:
         chosen = within_budget(steps, budget).schedule
     elif (size := min(base.num_full, kept(config.num_layers, target))) in found:
@@ -349,11 +450,11 @@ def run(output_dir: str, seed: int) -> None:
         named.append(("within the budget", chosen))
     schedules = [schedule for _, schedule in named]
     with tqdm.tqdm(total=len(schedules) * len(held_out) * config.num_layers, unit="layer", desc="held-out") as bar:
-        evaluator = search.Evaluator(params, config, base, held_out, progress=bar.update)
-        held_out_losses = [evaluator.loss(schedule) for schedule in schedules]
-    times = prefill_seconds(params, config, base, schedules, held_out[0][:, :-1])
+        held_out_losses = model.evaluator(held_out, bar.update).losses(schedules)
+        bar.total = bar.n  # streamed schedules share layers
+    times = model.prefill_seconds(schedules, held_out[0][:, :-1])
     rows = [Row(n, s, loss, t) for (n, s), loss, t in zip(named, held_out_losses, times, strict=True)]
-    matrix = overlap(params, config, base, calibration[:2])
+    matrix = model.overlap(calibration[:2])
     plot_losses(output, steps or [search.Step(base, rows[0].held_out_loss)], rows, budget)
     plot_overlap(output, matrix, base, chosen)
     report_on(output, checkpoint, config, rows, steps, chosen, matrix, len(held_out[0]))
@@ -388,10 +489,10 @@ def report_on(
         "overlap": matrix.round(4).tolist(),
         "settings": {s.engine: s.fields for s in pasted},
     }
-    note = (
-        f"Losses in nats per token, on held-out text. Prefill: the median of {TIMED_RUNS} runs over "
-        f"{batch} x {options.CONTEXT.value} tokens, the schedules taking turns."
-    )
+    note = "Losses in nats per token, on held-out text."
+    if rows[0].seconds is not None:
+        tokens = f"{batch} x {options.CONTEXT.value} tokens"
+        note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
     lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
     if first:
         lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"

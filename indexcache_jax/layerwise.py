@@ -81,6 +81,14 @@ def advance(params: Params, state: State, layer: jax.Array, full: jax.Array, con
     return _layer(params, state, layer, full, config, schedule)
 
 
+def single(params: Params, state: State, config: Config, full: bool) -> State:
+    """The state after the only layer of `params` and `config`, run as F or S; as S its params need no indexer."""
+    p = model.attention_layer(params, 0, 0 if full else None)
+    state = State(*model.attention_block(p, state.x, state.indices, _positions(state.x, config), config, full))
+    mlp = at_layer(params.moe if config.moe_layers[0] else params.dense, 0)
+    return dataclasses.replace(state, x=model.mlp_block(mlp, at_layer(params.mlp_norm, 0), state.x, config))
+
+
 @jax.jit
 def hidden_states(params: Params, tokens: jax.Array, full: jax.Array, config: Config, schedule: Schedule) -> jax.Array:
     """Hidden states [B, S, D] of whole rows tokens [B, S] after all layers, with the choices full [L]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,25 +31,32 @@ def shared(indices: jax.Array) -> jax.Array:
     return jax.lax.map(of_query, indices.swapaxes(0, 1), batch_size=16)
 
 
-def overlap(params: Params, config: Config, schedule: Schedule, batches: Iterable[np.ndarray], queries: int = 64) -> np.ndarray:
-    """Mean overlap [num_full, num_full] between the F layers' selections on tokens [B, S+1].
+def spread(width: int, index_topk: int, count: int = 64) -> np.ndarray:
+    """At most `count` positions, evenly spread over those of `width` that see more than index_topk keys.
 
-    It is read off `queries` positions of every row, evenly spread over those that see more than index_topk keys: before,
-    everybody selects everything. ValueError where a row has no such position.
+    Before those everybody selects everything. ValueError where there is none.
     """
-    sums, count = np.zeros((schedule.num_full, schedule.num_full)), 0
+    if width <= index_topk:
+        raise ValueError(f"rows of {width} tokens: no query sees more than index_topk = {index_topk} keys")
+    return np.unique(np.linspace(index_topk, width - 1, count).astype(int))
+
+
+def mean_overlap(selections: Sequence[np.ndarray], index_topk: int) -> np.ndarray:
+    """Mean overlap [N, N] between the selections [N, Q, k] of N layers, of several batches."""
+    sums = sum(np.asarray(jnp.sum(shared(jnp.asarray(found)), axis=0)) for found in selections)
+    return sums / (sum(found.shape[1] for found in selections) * index_topk)
+
+
+def overlap(params: Params, config: Config, schedule: Schedule, batches: Iterable[np.ndarray], queries: int = 64) -> np.ndarray:
+    """Mean overlap [num_full, num_full] between the F layers' selections on tokens [B, S+1], at `queries` of `spread`."""
+    selections = []
     for tokens in batches:
-        s = tokens.shape[1] - 1
-        if s <= config.index_topk:
-            raise ValueError(f"rows of {s} tokens: no query sees more than index_topk = {config.index_topk} keys")
-        picked = np.unique(np.linspace(config.index_topk, s - 1, queries).astype(int))
+        picked = spread(tokens.shape[1] - 1, config.index_topk, queries)
         state = layerwise.start(params, jnp.asarray(tokens[:, :-1]), config)
         rows = []
         for layer, full in enumerate(schedule.is_full):
             state = layerwise.advance(params, state, jnp.int32(layer), jnp.array(full), config, schedule)
             if full:
                 rows.append(state.indices[:, picked].reshape(-1, state.indices.shape[-1]))
-        found = shared(jnp.stack(rows))
-        sums += np.asarray(jnp.sum(found, axis=0))
-        count += found.shape[0]
-    return sums / (count * config.index_topk)
+        selections.append(np.asarray(jnp.stack(rows)))
+    return mean_overlap(selections, config.index_topk)

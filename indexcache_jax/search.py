@@ -106,6 +106,14 @@ class Log:
         self._file.close()
 
 
+def check_finite(loss: float, schedule: Schedule, batch: int, dtype: Any) -> float:
+    """The loss. ValueError where it is NaN or infinite: the lowest of such losses means nothing."""
+    if math.isfinite(loss):
+        return loss
+    why = f"the weights hold NaN or infinity, or {dtype} arithmetic overflows"
+    raise ValueError(f"loss of {schedule.pattern} on batch {batch} is {loss}: {why}")
+
+
 class Evaluator:
     """Mean losses of one model under any schedule on fixed batches [B, S+1] of one shape.
 
@@ -120,7 +128,7 @@ class Evaluator:
         schedule: Schedule,
         batches: Sequence[np.ndarray],
         log: Log | None = None,
-        progress: Callable[[int], None] = lambda layers: None,
+        progress: Callable[[int], object] = lambda layers: None,
     ) -> None:
         if len({batch.shape for batch in batches}) != 1:
             raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
@@ -129,6 +137,9 @@ class Evaluator:
 
     def loss(self, schedule: Schedule) -> float:
         return self._mean(schedule, (None,))[None]
+
+    def losses(self, schedules: Sequence[Schedule]) -> list[float]:
+        return [self.loss(schedule) for schedule in schedules]
 
     def flips(self, schedule: Schedule, layers: Sequence[int]) -> dict[int, float]:
         found = self._mean(schedule, layers)
@@ -161,12 +172,7 @@ class Evaluator:
                 self.progress(1)
             full = jnp.array(wanted[flip].is_full)
             loss = layerwise.finish(self.params, state, jnp.int32(branch), full, tokens[:, 1:], self.config, self.schedule)
-            found[flip] = float(loss)
-            if not math.isfinite(found[flip]):  # the lowest of such losses means nothing
-                raise ValueError(
-                    f"loss of {wanted[flip].pattern} on batch {number} is {found[flip]}: the weights hold NaN or infinity, "
-                    f"or {self.params.embedding.dtype} arithmetic overflows"
-                )
+            found[flip] = check_finite(float(loss), wanted[flip], number, self.params.embedding.dtype)
             self.progress(num_layers - branch)
             if self.log is not None:
                 self.log.add(wanted[flip], number, found[flip])
@@ -245,7 +251,7 @@ def similarities(
     config: Config,
     schedule: Schedule,
     batches: Sequence[np.ndarray],
-    progress: Callable[[int], None] = lambda layers: None,
+    progress: Callable[[int], object] = lambda layers: None,
 ) -> np.ndarray:
     """[L, L]: cosine of layer i's attention output with its own indices and with those of layer j <= i; NaN elsewhere.
 
@@ -296,8 +302,8 @@ def most_similar(similarity: np.ndarray, num_full: int) -> Schedule:
     return Schedule("".join("F" if i in full_layers else "S" for i in range(num_layers)))
 
 
-def fingerprint(params: Params, batches: Sequence[np.ndarray]) -> dict[str, int]:
-    """Checksums of the weights (of up to 4096 numbers of each tensor) and of the batches: what a log is about."""
+def fingerprint(params: Any, batches: Sequence[np.ndarray]) -> dict[str, int]:
+    """Checksums of the weights, a tree of arrays (of up to 4096 numbers of each), and of the batches: what a log is about."""
     weights = 0
     for leaf in jax.tree.leaves(params):
         flat = leaf.reshape(-1)

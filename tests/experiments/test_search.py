@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -71,6 +72,18 @@ def test_the_last_step_within_the_budget():
     assert search.within_budget(steps, 0.0).schedule.pattern == "FFFF"
 
 
+def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10_000_000})
+    monkeypatch.setattr(search.jax, "devices", lambda: [device])
+    for stream in (False, True):
+        monkeypatch.setattr(search, "_STREAM", types.SimpleNamespace(value=stream))
+        if stream:
+            assert isinstance(search.opened(str(options.DEMO), "float32"), search.Streamed)
+        else:
+            with pytest.raises(ValueError, match="take 0 GB as float32, the device has 0; --stream reads them"):
+                search.opened(str(options.DEMO), "float32")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +94,7 @@ def test_the_last_step_within_the_budget():
         (["--blocks=0"], "--blocks=0: must be at least 1"),
         (["--loss_budget=nan"], "--loss_budget=nan: must be at least 0"),
         (["--batch_size=4", "--sequences=6"], "--batch_size=4: does not divide"),
+        (["--stream", "--strategy=similarity"], "--strategy=similarity: needs the whole model in memory"),
     ],
 )
 @pytest.mark.slow
@@ -111,6 +125,22 @@ def test_the_shipped_checkpoint_searched_beats_uniform(tmp_path):
     again = command(*arguments, "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert json.loads((tmp_path / "results.json").read_text())["metrics"]["steps"] == results["metrics"]["steps"]
+
+
+@pytest.mark.slow
+def test_a_streamed_search_finds_what_one_in_memory_does(tmp_path):
+    arguments = ["--retentions=1/2", "--retention=1/2", "--sequences=2", "--held_out_sequences=1", "--context=400"]
+    found = []
+    for options_ in (["--stream", "--stream_memory=0"], ["--notime_prefill"]):
+        done = command(f"--output_dir={tmp_path}/out", *arguments, *options_)
+        assert done.returncode == 0, done.stderr[-2000:]
+        metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
+        losses = [step.pop("loss") for step in metrics["steps"]] + [s.pop("held_out_loss") for s in metrics["schedules"]]
+        found.append((losses, [list(step.pop("candidates").values()) for step in metrics["steps"]], metrics))
+    (streamed, flips, rest), (in_memory, flips_in_memory, rest_in_memory) = found
+    assert streamed == pytest.approx(in_memory, abs=1e-6) and rest == rest_in_memory
+    for one, other in zip(flips, flips_in_memory, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
 
 
 @pytest.mark.slow
