@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Collection, Iterable, Iterator
+from concurrent import futures
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ from indexcache_jax.config import Config, read_config_json
 from indexcache_jax.params import Params, Source, Tensor, abstract, leaves
 from indexcache_jax.schedule import Schedule
 
-SLAB_BYTES = 2**20  # read, decoded and transposed at once: what passes through host memory beyond the result
+SLAB_BYTES = 2**20  # read, decoded and transposed at once by a reader: what passes through host memory beyond the result
+READERS = min(16, os.cpu_count() or 1)
 _WEIGHTS = ("BF16", "F32", "F16", "F8_E4M3")
 _SCALES = ("F32", "BF16", "F8_E8M0", "U8")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -97,12 +100,22 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{self.list_file}: tensor {name} is missing{why}{more}")
 
     def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
-        """Writes one layer of a leaf (layer None: the leaf) into `out`, of tensor.layer_shape and the wanted dtype."""
-        for source in tensor.sources:
+        """Writes one layer of a leaf (layer None: the leaf) into `out`, of tensor.layer_shape and the wanted dtype.
+
+        Its parts, such as experts, are read side by side: decoding and transposing are a core's work, not the disk's.
+        """
+
+        def one(source: Source) -> None:
             entry = self._find(source.name.format(layer=layer))
             assert entry is not None, "check() comes first"
             for start, stop, slab in self._slabs(entry, source, out.dtype):
                 source.part(out, start, stop)[...] = source.read(slab)
+
+        if len(tensor.sources) == 1:
+            one(tensor.sources[0])
+            return
+        with futures.ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(one, tensor.sources))
 
     def copies(self, names: Iterable[str], dtype: Any) -> list[tuple[Spec, Iterator[np.ndarray]]]:
         """What to write for a copy of stored tensors: as they are, but FP8 with its scale in `dtype` (None: the model's).
