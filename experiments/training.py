@@ -194,6 +194,13 @@ def step(
     return params, state, jnp.stack([found.language, found.indexer, share, optax.tree.norm(grads)])
 
 
+@functools.partial(jax.jit, static_argnames="kind")
+def _finite(params: Params, kind: str) -> Any:
+    """Of each tensor that a stage of this kind trains, whether it is finite."""
+    trained, _ = split(params, distill.trainable(params, kind))
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), trained)
+
+
 class Metrics:
     """train.jsonl and TensorBoard events of a run that goes on at `step`: later entries of an earlier process are dropped."""
 
@@ -276,8 +283,9 @@ def train(
     `params` of any dtype stay as they are: training starts from a copy. roles: the schedule to train for, where it is not
     the `schedule` of the params.
 
-    resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss or gradient is
-    not finite (the checkpoints before it stay); for a folder that holds another run, or one and not `resume`.
+    resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss, a gradient or a
+    weight to be saved or returned is not finite (the checkpoints before it stay); for a folder that holds another run, or
+    one and not `resume`.
     """
     run = _Run([stage for stage in stages if stage.steps], tokens, seed)
     params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
@@ -386,13 +394,17 @@ def _some_steps(
     folder: pathlib.Path | None,
     roles: distill.Roles | None,
 ) -> tuple[Params, Any]:
-    """Steps within one stage, their metrics written and found finite. folder: of the checkpoints, if there are any."""
+    """Steps within one stage, their metrics written. folder: of the checkpoints, if there are any.
+
+    ValueError where a metric is not finite, or a weight after the last step: its loss came before its update.
+    """
     stage_index = run.stage(steps.start)
     stage, rows = run.stages[stage_index], run.rows(stage_index)
     pending: list[jax.Array] = []
     began = time.perf_counter()
     batches = prefetch(lambda at: jax.device_put(run.batch(rows, at)), steps)
     length = jnp.int32(stage.steps)
+    kept = f"; {folder} keeps the last good state" if folder is not None and steps.start else ""  # steps start at a save
     for at, tokens in zip(steps, batches, strict=True):
         params, state, found = step(params, state, tokens, config, schedule, stage.program, length, roles)
         pending.append(found)
@@ -402,7 +414,6 @@ def _some_steps(
                 if not all(math.isfinite(value) for value in row):
                     metrics.flush()
                     shown = ", ".join(f"{name} {value}" for name, value in zip(METRICS, row, strict=True))
-                    kept = "" if folder is None else f"; {folder} keeps the last good state"
                     raise ValueError(f"{stage.name}: step {number} is not finite ({shown}){kept}")
                 metrics.write(number, stage.name, dict(zip(METRICS, row, strict=True)))
             metrics.flush()
@@ -414,6 +425,10 @@ def _some_steps(
                 flush=True,
             )
             pending, began = [], time.perf_counter()
+    finite = jax.device_get(_finite(params, stage.kind))
+    if broken := [jax.tree_util.keystr(path) for path, whole in jax.tree_util.tree_leaves_with_path(finite) if not whole]:
+        shown = f"{broken[0]}, the first of {len(broken)}"
+        raise ValueError(f"{stage.name}: the weights after step {steps[-1]} are not finite ({shown}){kept}")
     return params, state
 
 

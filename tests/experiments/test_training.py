@@ -276,10 +276,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     assert steps == list(range(len(steps))) and saved[-1] == len(steps)
 
 
-def test_a_run_without_checkpoints_promises_none(tmp_path):
+@pytest.mark.parametrize("every", [1, None])
+def test_weights_that_the_last_step_broke_are_neither_saved_nor_returned(tmp_path, every):
+    """Step 3 has a rate of 0; after step 4, whose loss and gradient are finite, decay alone is beyond float32."""
+    wild = dataclasses.replace(SPARSE, steps=2, model_rate=1e30, weight_decay=1e20)
+    message = r"sparse: the weights after step 4 are not finite \(\.attention\.\w+, the first of \d+\)"
+    kept = "" if every is None else ".*training keeps the last good state"
+    with pytest.raises(ValueError, match=f"{message}{kept}$"):
+        train(tmp_path, (WARMUP, wild), every=every)
+    assert [entry["step"] for entry in training.read_log(tmp_path)] == list(range(5))
+    if every is not None:
+        saved = [int(p.name) for p in (tmp_path / training.CHECKPOINTS).iterdir() if p.name.isdigit()]
+        assert max(saved) == 4
+
+
+@pytest.mark.parametrize("every", [2, None])
+def test_a_run_without_checkpoints_promises_none(tmp_path, every):
     broken = jax.tree.map(lambda a: a * jnp.nan, CASE.params)
     with pytest.raises(ValueError, match=r"step 0 is not finite \([^)]*\)$"):
-        train(tmp_path, params=broken, every=None)
+        train(tmp_path, params=broken, every=every)
 
 
 def scalars(folder):
