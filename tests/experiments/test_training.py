@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +200,7 @@ def test_training_lowers_the_divergence():
     assert metrics[-5:, 1].mean() < 0.9 * metrics[:5, 1].mean()
 
 
-def train(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, params=CASE.params, **saving):
+def trained(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, params=CASE.params, **saving):
     return training.train(
         params,
         tokens,
@@ -210,7 +211,11 @@ def train(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, 
         seed=seed,
         resume=resume,
         saving=Saving(**({"every": 2, "keep": 2, "log_every": 1} | saving)),
-    ).params
+    )
+
+
+def train(*arguments, **options):
+    return trained(*arguments, **options).params
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +244,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(uninterrupted, tmp_path, monkeyp
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert (tmp_path / training.LOG).read_text() == (whole / training.LOG).read_text()
     assert [entry["step"] for entry in training.read_log(tmp_path)] == list(range(6))
+
+
+def test_time_is_of_all_processes_but_for_what_a_kill_undid(tmp_path, monkeypatch):
+    """Steps take 1 s, and 3 s once resumed. The kill in step 5 undoes step 4; the first step of a process is no rate."""
+    real, clock, taken = training.step, [0.0], []
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def timed(*arguments):
+        if len(taken) == 5:
+            taken.append("killed")
+            raise KeyboardInterrupt
+        taken.append("step")
+        clock[0] += 3.0 if "killed" in taken else 1.0
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "step", timed)
+    stages = [dataclasses.replace(WARMUP, steps=8)]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, stages)
+    for _ in range(2):  # the second finds it finished
+        found = trained(tmp_path, stages, resume=True)
+        assert found.seconds == 4 * 1.0 + 4 * 3.0
+        assert found.tokens_per_second == {"warm-up": (24 / 1.0 + 24 / 3.0) / 2}  # the median of three of each
 
 
 def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(uninterrupted):
