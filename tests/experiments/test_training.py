@@ -61,6 +61,8 @@ def test_what_is_packed_is_kept_until_a_document_changes(tmp_path):
     (tmp_path / "0.txt").write_bytes(b"AAAA")
     assert data.pack(found, text.Bytes(), None, path, 0).size == 9
     assert data.pack(found, text.Bytes(), None, path, 1).size == 9
+    (tmp_path / "0.txt").write_bytes(b"AAZA")
+    assert ord("Z") in data.pack(found, text.Bytes(), None, path, 1)
 
 
 def test_what_another_tokenizer_packed_is_not_kept(tmp_path):
