@@ -289,6 +289,7 @@ def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(
         ),
         (dict(params=jax.tree.map(lambda a: 2 * a, CASE.params)), "another weights"),
         (dict(tokens=TOKENS[:-1]), "another tokens"),
+        (dict(tokens=TOKENS[::-1]), "another tokens"),
     ],
 )
 def test_another_run_is_not_continued(uninterrupted, change, message):
