@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
 import queue
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -32,8 +32,8 @@ def pack(
     """The documents' tokens in an order drawn by `seed`, each followed by `separator`, int32, mapped from `path`.
 
     limit: stop once there are so many tokens. The file is written some documents at a time, so a corpus larger than memory
-    will do, and kept: a later call with the same encoder and documents (names and sizes) maps it again. ValueError for
-    documents without a token.
+    will do, and kept: a later call with the same encoder and documents (names and contents) maps it again. ValueError
+    for documents without a token.
     """
     about = {
         "encoder": encoder.identity,
@@ -77,9 +77,14 @@ def _portions(documents: Sequence[Document]) -> Iterator[list[bytes]]:
         yield some
 
 
-def _checksum(documents: Sequence[Document]) -> int:
-    listing = "\n".join(f"{d.name} {d.path.stat().st_size}" for d in documents)
-    return zlib.crc32(listing.encode())
+def _checksum(documents: Sequence[Document]) -> str:
+    """Of names and contents, which are read in pieces: a document edited at equal length is another one."""
+    found = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        with open(document.path, "rb") as file:
+            content = hashlib.file_digest(file, "blake2b").hexdigest()
+        found.update(f"{document.name} {content}\n".encode())
+    return found.hexdigest()
 
 
 @functools.lru_cache(maxsize=4)  # drawing an order takes longer than making a batch

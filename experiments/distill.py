@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-import time
 from typing import Any
 
 import jax
@@ -139,16 +138,14 @@ def run(output_dir: str, seed: int) -> None:
         "as it came": training.evaluate(loaded, cuts, config, base, dtype),
         "the schedule, untrained": training.evaluate(stored, cuts, config, schedule, dtype),
     }
-    began = time.perf_counter()
     look = max(1, min([50, *(stage.steps // 5 for stage in plan if stage.steps)]))
     saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=look)
     trained = training.train(stored, tokens, plan, config, schedule, output, seed=seed, resume=values.resume, saving=saving)
-    seconds = time.perf_counter() - began
     shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
     written = export(target, trained.params, stored, config, schedule, checkpoint)
     rows["distilled"] = training.evaluate(written, cuts, config, schedule, dtype)
     rates = speeds(trained, plan, config, schedule)
-    finish(output, checkpoint, base, schedule, rows, plan, rates, tokens, seconds)
+    finish(output, checkpoint, base, schedule, rows, plan, rates, tokens, trained.seconds)
 
 
 def speeds(trained: training.Trained, plan: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:

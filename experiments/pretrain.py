@@ -330,14 +330,12 @@ def run(output_dir: str, seed: int) -> None:
         steps.result()
         print(f"text and programs ready after {time.perf_counter() - began:.0f} s")
         stages = within_the_limit(recipe, params, config, schedule, output, deadline)
-        started = time.perf_counter()
         saving = training.Saving()
         resume = options.RESUME.value
         trained = training.train(
             params, found.tokens, stages, config, schedule, output, seed=seed, resume=resume, saving=saving
         )
         params = trained.params
-        seconds = time.perf_counter() - started
         evaluation.result()
     stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), params, abstract(config, schedule))
     shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
@@ -353,7 +351,7 @@ def run(output_dir: str, seed: int) -> None:
         "held_out_sequences": len(found.cuts),
         "ngram_loss": ngram_loss,
         "retrieval": retrieval.accuracy(stored, config, schedule, schedule, asked),
-        "seconds": seconds,
+        "seconds": trained.seconds,
         "seed": seed,
     }
     card = model_card(metrics, stages, found, config, schedule)

@@ -16,6 +16,7 @@ import math
 import pathlib
 import statistics
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -87,9 +88,14 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """tokens_per_second: a stage's median between two looks at the metrics, without the first, in which it compiles."""
+    """Times are of all processes that a run took, without what their kills undid.
+
+    seconds: up to the last step. tokens_per_second: a stage's median between two looks at the metrics, without a
+    process's first, in which it compiles.
+    """
 
     params: Params
+    seconds: float
     tokens_per_second: dict[str, float]
 
 
@@ -194,6 +200,13 @@ def step(
     return params, state, jnp.stack([found.language, found.indexer, share, optax.tree.norm(grads)])
 
 
+@functools.partial(jax.jit, static_argnames="kind")
+def _finite(params: Params, kind: str) -> Any:
+    """Of each tensor that a stage of this kind trains, whether it is finite."""
+    trained, _ = split(params, distill.trainable(params, kind))
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), trained)
+
+
 class Metrics:
     """train.jsonl and TensorBoard events of a run that goes on at `step`: later entries of an earlier process are dropped."""
 
@@ -221,13 +234,19 @@ class Metrics:
 
 
 class _Run:
-    """Where a run is: a step counted over all stages, and what belongs to it in a checkpoint."""
+    """Where a run is: a step counted over all stages, and what belongs to it in a checkpoint.
+
+    seconds, rates: of this process and the earlier ones, the rates in tokens/s and by stage.
+    """
 
     def __init__(self, stages: Sequence[Stage], tokens: np.ndarray, seed: int) -> None:
         self.stages, self.tokens, self.seed = stages, tokens, seed
         self.starts = [sum(s.steps for s in stages[:i]) for i in range(len(stages))]
         self.total = sum(s.steps for s in stages)
+        self.seconds = 0.0
         self.rates: dict[str, list[float]] = {}
+        self._compiled: set[str] = set()
+        self._counted = time.perf_counter()
 
     def stage(self, step: int) -> int:
         """The stage that takes the given step; after the last step, the last stage."""
@@ -242,16 +261,31 @@ class _Run:
         found = rows.batch((step - self.starts[i]) * stage.sequences, stage.sequences)
         return found.reshape(stage.accumulate, stage.rows, -1)
 
-    def speeds(self) -> dict[str, float]:
-        return {name: statistics.median(rates[1:]) for name, rates in self.rates.items() if len(rates) > 1}
+    def add_rate(self, rate: float, stage: str) -> None:
+        """A rate between two looks at a stage; this process's first, in which it compiles, is dropped."""
+        if stage in self._compiled:
+            self.rates.setdefault(stage, []).append(rate)
+        self._compiled.add(stage)
+
+    def add_seconds(self) -> None:
+        """Those since the last call, or since this process began."""
+        now = time.perf_counter()
+        self.seconds += now - self._counted
+        self._counted = now
+
+    def spent(self) -> dict[str, Any]:
+        """The times for a checkpoint; a copy, as it is written while steps go on."""
+        return {"seconds": self.seconds, "rates": {name: [*rates] for name, rates in self.rates.items()}}
+
+    def trained(self, params: Params) -> Trained:
+        return Trained(params, self.seconds, {name: statistics.median(rates) for name, rates in self.rates.items()})
 
     def about(self, params: Params, config: Config, schedule: Schedule) -> dict[str, Any]:
         """What must not change under a run that is resumed; `params` are those it started from."""
-        sample = np.asarray(self.tokens[:: max(1, self.tokens.size // 4096)])
         return {
             "seed": self.seed,
             "schedule": schedule.pattern,
-            "tokens": [int(self.tokens.size), int(sample.sum())],
+            "tokens": [int(self.tokens.size), zlib.crc32(np.ascontiguousarray(self.tokens).data)],
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "model": json.loads(json.dumps(config.to_hf())),
             "weights": fingerprint(params, [])["weights"],
@@ -276,13 +310,14 @@ def train(
     `params` of any dtype stay as they are: training starts from a copy. roles: the schedule to train for, where it is not
     the `schedule` of the params.
 
-    resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss or gradient is
-    not finite (the checkpoints before it stay); for a folder that holds another run, or one and not `resume`.
+    resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss, a gradient or a
+    weight to be saved or returned is not finite (the checkpoints before it stay); for a folder that holds another run, or
+    one and not `resume`.
     """
     run = _Run([stage for stage in stages if stage.steps], tokens, seed)
     params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
     if not run.total:
-        return Trained(params, {})
+        return run.trained(params)
     if saving.every is None:
         return _without_checkpoints(run, params, config, schedule, output, saving, roles)
     check_free(output.directory, resume)
@@ -293,7 +328,9 @@ def train(
         done = 0
         stage = run.stage(done)
         if (latest := manager.latest_step()) is not None:
-            check_same(manager.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"], about, folder)
+            saved = manager.restore(latest, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            check_same(saved, about, folder)
+            run.seconds, run.rates = saved["spent"]["seconds"], saved["spent"]["rates"]
             done = latest
             stage = run.stage(done)
         state = start(params, run.stages[stage], config, schedule)
@@ -312,10 +349,10 @@ def train(
                 done = stop
                 if run.stage(done) != stage:
                     state = start(params, run.stages[run.stage(done)], config, schedule)
-                _save(manager, done, params, state, about)
+                _save(manager, done, params, state, about | {"spent": run.spent()})
         finally:
             metrics.close()
-    return Trained(params, run.speeds())
+    return run.trained(params)
 
 
 def _without_checkpoints(
@@ -334,7 +371,7 @@ def _without_checkpoints(
             params, _ = _some_steps(run, params, state, steps, config, schedule, metrics, saving, None, roles)
     finally:
         metrics.close()
-    return Trained(params, run.speeds())
+    return run.trained(params)
 
 
 def _save(manager: ocp.CheckpointManager, step: int, params: Params, state: Any, about: dict[str, Any]) -> None:
@@ -386,13 +423,17 @@ def _some_steps(
     folder: pathlib.Path | None,
     roles: distill.Roles | None,
 ) -> tuple[Params, Any]:
-    """Steps within one stage, their metrics written and found finite. folder: of the checkpoints, if there are any."""
+    """Steps within one stage, their metrics written. folder: of the checkpoints, if there are any.
+
+    ValueError where a metric is not finite, or a weight after the last step: its loss came before its update.
+    """
     stage_index = run.stage(steps.start)
     stage, rows = run.stages[stage_index], run.rows(stage_index)
     pending: list[jax.Array] = []
     began = time.perf_counter()
     batches = prefetch(lambda at: jax.device_put(run.batch(rows, at)), steps)
     length = jnp.int32(stage.steps)
+    kept = f"; {folder} keeps the last good state" if folder is not None and steps.start else ""  # steps start at a save
     for at, tokens in zip(steps, batches, strict=True):
         params, state, found = step(params, state, tokens, config, schedule, stage.program, length, roles)
         pending.append(found)
@@ -402,18 +443,22 @@ def _some_steps(
                 if not all(math.isfinite(value) for value in row):
                     metrics.flush()
                     shown = ", ".join(f"{name} {value}" for name, value in zip(METRICS, row, strict=True))
-                    kept = "" if folder is None else f"; {folder} keeps the last good state"
                     raise ValueError(f"{stage.name}: step {number} is not finite ({shown}){kept}")
                 metrics.write(number, stage.name, dict(zip(METRICS, row, strict=True)))
             metrics.flush()
             rate = len(pending) * stage.sequences * stage.context / (time.perf_counter() - began)
-            run.rates.setdefault(stage.name, []).append(rate)
+            run.add_rate(rate, stage.name)
             means = ", ".join(f"{name} {value:.4f}" for name, value in zip(METRICS, values.mean(axis=0), strict=True))
             print(
                 f"{stage.name}: step {at + 1 - run.starts[stage_index]}/{stage.steps}, {means}, {rate:,.0f} tokens/s",
                 flush=True,
             )
             pending, began = [], time.perf_counter()
+    finite = jax.device_get(_finite(params, stage.kind))
+    if broken := [jax.tree_util.keystr(path) for path, whole in jax.tree_util.tree_leaves_with_path(finite) if not whole]:
+        shown = f"{broken[0]}, the first of {len(broken)}"
+        raise ValueError(f"{stage.name}: the weights after step {steps[-1]} are not finite ({shown}){kept}")
+    run.add_seconds()
     return params, state
 
 

@@ -144,7 +144,8 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     assert len(training.read_log(tmp_path / "killed")) == 60
     weights = [tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    found = json.loads((tmp_path / "whole" / "results.json").read_text())["metrics"]
+    found, resumed = (json.loads((tmp_path / name / "results.json").read_text())["metrics"] for name in ("whole", "killed"))
+    assert set(resumed["speed"]) == set(found["speed"]) == {"matmul_tflops", "warm-up", "sparse"}  # of all processes
     assert found["pattern"] == "FSF" and set(found["held_out"]) == {"as it came", "the schedule, untrained", "distilled"}
     assert found["held_out"]["distilled"]["indexer"] < found["held_out"]["the schedule, untrained"]["indexer"]
     again = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole"), timeout=600, **options)

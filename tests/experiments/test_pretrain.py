@@ -140,7 +140,9 @@ def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monke
     assert len(training.read_log(tmp_path / "out")) == sum(steps.values())
     encoder = text.tokenizer(tmp_path / "out" / "checkpoint")
     assert isinstance(encoder, text.FromFile) and encoder.decode(encoder.encode(b"alpha beta")) == "alpha beta"
-    log = (tmp_path / "out" / "train.jsonl").read_text()
+    log, found = (tmp_path / "out" / "train.jsonl").read_text(), tmp_path / "out" / "results.json"
+    times = [json.loads(found.read_text())["metrics"][name] for name in ("seconds", "tokens_per_second")]
     with flagsaver.flagsaver(**given, time_limit=1000.0, resume=True):
         pretrain.run(str(tmp_path / "out"), 0)  # with the steps chosen then
     assert (tmp_path / "out" / "train.jsonl").read_text() == log
+    assert [json.loads(found.read_text())["metrics"][name] for name in ("seconds", "tokens_per_second")] == times

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,8 @@ def test_what_is_packed_is_kept_until_a_document_changes(tmp_path):
     (tmp_path / "0.txt").write_bytes(b"AAAA")
     assert data.pack(found, text.Bytes(), None, path, 0).size == 9
     assert data.pack(found, text.Bytes(), None, path, 1).size == 9
+    (tmp_path / "0.txt").write_bytes(b"AAZA")
+    assert ord("Z") in data.pack(found, text.Bytes(), None, path, 1)
 
 
 def test_what_another_tokenizer_packed_is_not_kept(tmp_path):
@@ -199,7 +202,7 @@ def test_training_lowers_the_divergence():
     assert metrics[-5:, 1].mean() < 0.9 * metrics[:5, 1].mean()
 
 
-def train(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, params=CASE.params, **saving):
+def trained(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, params=CASE.params, **saving):
     return training.train(
         params,
         tokens,
@@ -210,7 +213,11 @@ def train(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, 
         seed=seed,
         resume=resume,
         saving=Saving(**({"every": 2, "keep": 2, "log_every": 1} | saving)),
-    ).params
+    )
+
+
+def train(*arguments, **options):
+    return trained(*arguments, **options).params
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +248,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(uninterrupted, tmp_path, monkeyp
     assert [entry["step"] for entry in training.read_log(tmp_path)] == list(range(6))
 
 
+def test_time_is_of_all_processes_but_for_what_a_kill_undid(tmp_path, monkeypatch):
+    """Steps take 1 s, and 3 s once resumed. The kill in step 5 undoes step 4; the first step of a process is no rate."""
+    real, clock, taken = training.step, [0.0], []
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def timed(*arguments):
+        if len(taken) == 5:
+            taken.append("killed")
+            raise KeyboardInterrupt
+        taken.append("step")
+        clock[0] += 3.0 if "killed" in taken else 1.0
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "step", timed)
+    stages = [dataclasses.replace(WARMUP, steps=8)]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, stages)
+    for _ in range(2):  # the second finds it finished
+        found = trained(tmp_path, stages, resume=True)
+        assert found.seconds == 4 * 1.0 + 4 * 3.0
+        assert found.tokens_per_second == {"warm-up": (24 / 1.0 + 24 / 3.0) / 2}  # the median of three of each
+
+
 def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(uninterrupted):
     folder, expected = uninterrupted
     assert sorted(int(p.name) for p in (folder / training.CHECKPOINTS).iterdir() if p.name.isdigit()) == [4, 6]
@@ -259,6 +289,7 @@ def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(
         ),
         (dict(params=jax.tree.map(lambda a: 2 * a, CASE.params)), "another weights"),
         (dict(tokens=TOKENS[:-1]), "another tokens"),
+        (dict(tokens=TOKENS[::-1]), "another tokens"),
     ],
 )
 def test_another_run_is_not_continued(uninterrupted, change, message):
@@ -276,10 +307,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     assert steps == list(range(len(steps))) and saved[-1] == len(steps)
 
 
-def test_a_run_without_checkpoints_promises_none(tmp_path):
+@pytest.mark.parametrize("every", [1, None])
+def test_weights_that_the_last_step_broke_are_neither_saved_nor_returned(tmp_path, every):
+    """Step 3 has a rate of 0; after step 4, whose loss and gradient are finite, decay alone is beyond float32."""
+    wild = dataclasses.replace(SPARSE, steps=2, model_rate=1e30, weight_decay=1e20)
+    message = r"sparse: the weights after step 4 are not finite \(\.attention\.\w+, the first of \d+\)"
+    kept = "" if every is None else ".*training keeps the last good state"
+    with pytest.raises(ValueError, match=f"{message}{kept}$"):
+        train(tmp_path, (WARMUP, wild), every=every)
+    assert [entry["step"] for entry in training.read_log(tmp_path)] == list(range(5))
+    if every is not None:
+        saved = [int(p.name) for p in (tmp_path / training.CHECKPOINTS).iterdir() if p.name.isdigit()]
+        assert max(saved) == 4
+
+
+@pytest.mark.parametrize("every", [2, None])
+def test_a_run_without_checkpoints_promises_none(tmp_path, every):
     broken = jax.tree.map(lambda a: a * jnp.nan, CASE.params)
     with pytest.raises(ValueError, match=r"step 0 is not finite \([^)]*\)$"):
-        train(tmp_path, params=broken, every=None)
+        train(tmp_path, params=broken, every=every)
 
 
 def scalars(folder):
