@@ -20,7 +20,7 @@ from experiments import data, options, search, text, training
 from experiments.report import Output, device, markdown_table, text_table
 from experiments.training import Saving, Stage
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params
+from indexcache_jax.params import Params, with_schedule
 from indexcache_jax.schedule import Schedule
 
 SHARED_FLAGS = ("checkpoint", "retention", "context", "batch_size", "held_out", "held_out_sequences", "dtype", "resume")
@@ -107,7 +107,7 @@ def run(output_dir: str, seed: int) -> None:
     search.positive(batch_size=values.batch_size, held_out_sequences=values.held_out_sequences)
     config, base, loaded = checkpoints_convert.load(checkpoint)
     schedule = target_schedule(base)
-    stored = training.under(loaded, base, schedule)
+    stored = with_schedule(loaded, base, schedule)
     if not config.index_topk < values.context <= config.max_position_embeddings:
         raise ValueError(
             f"--context={values.context}: must be above index_topk = {config.index_topk}, up to which everything is "

@@ -565,15 +565,6 @@ def read_log(directory: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
 
 
-def under(params: Params, base: Schedule, schedule: Schedule) -> Params:
-    """Params made for `base` with the indexers of the F layers of `schedule` alone; ValueError where one has none."""
-    if schedule.num_layers != base.num_layers or (lacking := [i for i in schedule.full_layers if not base.is_full[i]]):
-        where = f"layer {lacking[0]} has no indexer" if schedule.num_layers == base.num_layers else "another number of layers"
-        raise ValueError(f"schedule {schedule.pattern}: {where} in a checkpoint of {base.pattern}")
-    kept = np.array([base.full_layers.index(i) for i in schedule.full_layers])
-    return dataclasses.replace(params, indexer=jax.tree.map(lambda a: a[kept], params.indexer))
-
-
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """Mean losses in nats a token."""

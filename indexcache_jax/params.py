@@ -63,7 +63,10 @@ class MoE:
 
 @flax.struct.dataclass
 class Params:
-    """All weights of a model. Stacks: one entry per layer, per F layer (`indexer`), per dense or per expert layer."""
+    """All weights of a model. Stacks: one entry per layer, per F layer (`indexer`), per dense or per expert layer.
+
+    full_layers: which layers the `indexer` stack runs over, static.
+    """
 
     embedding: Any  # [V, D]
     input_norm: Any  # [L, D]
@@ -74,6 +77,7 @@ class Params:
     moe: MoE | None
     final_norm: Any  # [D]
     head: Any  # [D, V]; None where embeddings are tied
+    full_layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +247,7 @@ def abstract(config: Config, schedule: Schedule) -> Params:
         else None,
         final_norm=vector(None, "model.norm.weight", D, "embed"),
         head=None if c.tie_word_embeddings else linear(None, "lm_head.weight", D, V, ("embed", "vocab")),
+        full_layers=full,
     )
 
 
@@ -297,23 +302,25 @@ def slots(layers: tuple[int, ...]) -> Mapping[int, int]:
 
 
 def check_schedule(params: Params, schedule: Schedule) -> None:
-    """ValueError where `params` have not one indexer for every F layer: a stack gives its last for a place beyond its end."""
-    held = params.indexer.keys.shape[0]
-    if held != schedule.num_full:
+    """ValueError where `params` have not the indexers of the F layers: another layer's would select in silence."""
+    if params.full_layers != schedule.full_layers:
         raise ValueError(
-            f"schedule pattern {schedule.pattern}: {schedule.num_full} F layers, but these params hold {held} indexers; "
-            "load them with this schedule, or see params.with_schedule"
+            f"schedule pattern {schedule.pattern}: F are the layers {list(schedule.full_layers)}, but these params hold the "
+            f"indexers of {list(params.full_layers)}; load them with this schedule, or see params.with_schedule"
         )
 
 
 def with_schedule(params: Params, schedule: Schedule, new: Schedule) -> Params:
     """Params of `schedule` as `new` wants them: without the indexers of the layers that become S.
 
-    ValueError where `new` has another number of layers or an F layer that `schedule` has no indexer for.
+    ValueError where `params` are not those of `schedule`, and where `new` has another number of layers or an F layer that
+    `schedule` has no indexer for.
     """
+    check_schedule(params, schedule)
     if new.num_layers != schedule.num_layers:
         raise ValueError(f"schedule pattern: {new.pattern} has {new.num_layers} entries for {schedule.num_layers} layers")
     if lacking := [layer for layer in new.full_layers if not schedule.is_full[layer]]:
         raise ValueError(f"schedule pattern: layer {lacking[0]} of {new.pattern} is F, but the params hold no indexer for it")
     kept = jnp.array([slots(schedule.full_layers)[layer] for layer in new.full_layers])
-    return dataclasses.replace(params, indexer=jax.tree.map(lambda stack: stack[kept], params.indexer))
+    indexer = jax.tree.map(lambda stack: stack[kept], params.indexer)
+    return dataclasses.replace(params, indexer=indexer, full_layers=new.full_layers)

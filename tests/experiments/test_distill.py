@@ -17,7 +17,7 @@ import pytest
 import checkpoints_convert
 from experiments import distill, training
 from indexcache_jax import forward
-from indexcache_jax.schedule import Schedule
+from indexcache_jax.params import with_schedule
 from tests.tiny_models import GLM_FIELDS, Case
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def texts(tmp_path_factory):
 
 def trained_indexers():
     """Params for the target schedule whose indexers, and nothing else, have moved."""
-    params = training.under(BASE.params, BASE.schedule, TARGET.schedule)
+    params = with_schedule(BASE.params, BASE.schedule, TARGET.schedule)
     return dataclasses.replace(params, indexer=jax.tree.map(lambda a: 1.25 * a + 0.01, params.indexer))
 
 
@@ -84,7 +84,7 @@ def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
     assert len(indices) == 2
     np.testing.assert_allclose(ours, logits, atol=5e-5, rtol=0)
     untrained = np.asarray(
-        forward(training.under(BASE.params, BASE.schedule, TARGET.schedule), TARGET.tokens, BASE.config, TARGET.schedule)
+        forward(with_schedule(BASE.params, BASE.schedule, TARGET.schedule), TARGET.tokens, BASE.config, TARGET.schedule)
     )
     assert np.abs(untrained - ours).max() > 1e-2
 
@@ -174,8 +174,3 @@ def test_bad_flags_are_named(checkpoint, texts, tmp_path, flag, message):
     )
     line = found.stderr.strip().splitlines()[-1]
     assert found.returncode == 1 and line.startswith("error: ") and (message or "--retention=2") in line
-
-
-def test_a_pattern_longer_than_the_checkpoint_is_refused():
-    with pytest.raises(ValueError, match="another number of layers"):
-        training.under(BASE.params, BASE.schedule, Schedule("FSFS"))

@@ -17,6 +17,7 @@ import checkpoints_convert
 from experiments import quality, retrieval, training
 from experiments.report import Output
 from indexcache_jax import forward
+from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
 from tests.tiny_models import GLM_FIELDS, Case
 
@@ -127,7 +128,7 @@ def test_measures_are_those_of_the_forward_pass(pattern):
     rng = np.random.default_rng(0)
     cuts = rng.integers(97, 123, (2, 41)).astype(np.int32)
     far = rng.random((2, 40)) < 0.3
-    own = forward(training.under(BASE.params, BASE.schedule, schedule), cuts[:, :-1], BASE.config, schedule)
+    own = forward(with_schedule(BASE.params, BASE.schedule, schedule), cuts[:, :-1], BASE.config, schedule)
     logp = np.asarray(jax.nn.log_softmax(own))
     losses = -np.take_along_axis(logp, cuts[:, 1:, None], axis=-1)[..., 0]
     found = quality.measure(BASE.params, BASE.config, BASE.schedule, schedule, quality.Sample(cuts, far, {}))

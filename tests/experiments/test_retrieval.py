@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import retrieval, text, training
+from experiments import retrieval, text
 from indexcache_jax import forward
+from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
 from tests.tiny_models import GLM_FIELDS, Case
 
@@ -92,7 +93,7 @@ def test_nothing_is_woven_into_nothing():
 def test_an_answer_counts_where_all_of_it_is_likeliest(pattern):
     schedule = Schedule(pattern)
     tokens = np.random.default_rng(0).integers(97, 123, 41).astype(np.int32)
-    own = forward(training.under(BASE.params, BASE.schedule, schedule), tokens[None, :-1], BASE.config, schedule)
+    own = forward(with_schedule(BASE.params, BASE.schedule, schedule), tokens[None, :-1], BASE.config, schedule)
     likeliest = np.asarray(jnp.argmax(own, axis=-1))[0]
     # One prompt whose answer is what the model would say, and one that differs from it in one place.
     answer = np.zeros(41, bool)

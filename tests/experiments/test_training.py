@@ -19,8 +19,7 @@ from experiments import data, text, training
 from experiments.report import Output
 from experiments.training import Saving, Stage
 from indexcache_jax.distill import roles_of
-from indexcache_jax.params import init
-from indexcache_jax.schedule import Schedule
+from indexcache_jax.params import with_schedule
 from tests.tiny_models import GLM_FIELDS, Case
 
 CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 258}, "FS", 0)
@@ -356,18 +355,6 @@ def test_a_log_cut_off_in_a_line_is_taken_up_at_the_step(tmp_path):
     assert [(e["step"], e["language"]) for e in training.read_log(tmp_path)] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
 
 
-def test_indexers_of_a_schedule_are_the_checkpoints_own():
-    base, schedule = Schedule("FFSF"), Schedule("FSSF")
-    config = Case(GLM_FIELDS | {"num_hidden_layers": 4}, "FFSF", 0).config
-    params = init(jax.random.key(0), config, base)
-    kept = training.under(params, base, schedule)
-    np.testing.assert_array_equal(kept.indexer.keys, params.indexer.keys[np.array([0, 2])])
-    with pytest.raises(ValueError, match="layer 2 has no indexer"):
-        training.under(params, base, Schedule("FFFS"))
-    with pytest.raises(ValueError, match="another number of layers"):
-        training.under(params, base, Schedule("FF"))
-
-
 def test_flops_count_what_a_token_needs():
     """Against products counted one by one."""
     case = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}, "FS", 0)
@@ -437,7 +424,7 @@ def test_a_schedule_as_data_trains_as_one_compiled_in(stage, all_full):
         arguments = CASE.config, all_full.schedule, stage.program, length, roles
         params, state, metrics = training.step(params, state, rows, *arguments)
     np.testing.assert_allclose(metrics, expected_metrics[-1], rtol=1e-4)
-    kept = training.under(params, all_full.schedule, CASE.schedule)
+    kept = with_schedule(params, all_full.schedule, CASE.schedule)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, expected)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from indexcache_jax.config import Config, preset
-from indexcache_jax.params import abstract, at_layer, count, init, leaves, shape_structs, slots
+from indexcache_jax.params import abstract, at_layer, count, init, leaves, shape_structs, slots, with_schedule
 from indexcache_jax.schedule import Schedule
 from tests.tiny_models import CASES, GLM_FIELDS, UNUSUAL, checkpoint_shapes, to_params
 
@@ -137,3 +137,19 @@ def test_layers_are_sliced_by_number_or_by_tracer():
     assert at_layer(stack, 1)["a"].tolist() == [2, 3]
     assert jax.jit(at_layer)(stack, jnp.int32(2))["a"].tolist() == [4, 5]
     assert slots((0, 3, 4)) == {0: 0, 3: 1, 4: 2}
+
+
+def test_a_schedules_params_are_the_indexers_of_its_own_layers():
+    base, schedule = Schedule("FFSF"), Schedule("FSSF")
+    config = Config.from_hf(GLM_FIELDS | {"num_hidden_layers": 4})
+    params = init(jax.random.key(0), config, base)
+    kept = with_schedule(params, base, schedule)
+    np.testing.assert_array_equal(kept.indexer.keys, params.indexer.keys[np.array([0, 2])])
+    assert kept.full_layers == (0, 3)
+    for of, new, message in (
+        (base, "FFFS", "layer 2 of FFFS is F"),
+        (base, "FF", "2 entries for 4 layers"),
+        (Schedule("FSFF"), "FSSF", r"FSFF: F are the layers \[0, 2, 3\], but these params hold the indexers of \[0, 1, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_schedule(params, of, Schedule(new))
