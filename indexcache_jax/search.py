@@ -106,6 +106,12 @@ class Log:
         self._file.close()
 
 
+def check_shapes(batches: Sequence[np.ndarray]) -> None:
+    """ValueError unless all batches have one shape."""
+    if len({batch.shape for batch in batches}) != 1:
+        raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
+
+
 def check_finite(loss: float, schedule: Schedule, batch: int, dtype: Any) -> float:
     """The loss. ValueError where it is NaN or infinite: the lowest of such losses means nothing."""
     if math.isfinite(loss):
@@ -130,8 +136,7 @@ class Evaluator:
         log: Log | None = None,
         progress: Callable[[int], object] = lambda layers: None,
     ) -> None:
-        if len({batch.shape for batch in batches}) != 1:
-            raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
+        check_shapes(batches)
         self.params, self.config, self.schedule = params, config, schedule
         self.batches, self.log, self.progress = list(batches), log, progress
 

@@ -27,7 +27,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.layerwise import State
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import Log, check_finite
+from indexcache_jax.search import Log, check_finite, check_shapes
 
 MEMORY = 64 * 2**30
 ROWS = "rows"
@@ -83,8 +83,7 @@ class StreamedEvaluator:
         progress: Callable[[int], object] = lambda layers: None,
         memory: int = MEMORY,
     ) -> None:
-        if len({batch.shape for batch in batches}) != 1:
-            raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
+        check_shapes(batches)
         self.layers, self.batches, self.log, self.progress, self.memory = layers, list(batches), log, progress, memory
         self.config = layers.config
         rows, devices = batches[0].shape[0], jax.local_devices()
@@ -158,34 +157,38 @@ class StreamedEvaluator:
 
     def _walk(self, wanted: dict[int, list[Schedule]], see: Callable[[int, int, State], None]) -> dict[tuple[int, str], State]:
         """The states on the host after all layers, by batch and pattern; `see` is shown those after each layer."""
-        states = {}  # by batch and the letters of the layers so far
+        states: dict[tuple[int, str], State] = {}  # by batch and the letters of the layers so far
         for number in wanted:
             tokens = self._by_rows(self.batches[number][:, :-1])
             states[number, ""] = jax.device_get(layerwise.start(self._ends, tokens, self.config))
         for layer, params in self._read():
-            config = dataclasses.replace(self.config, num_layers=1, moe_layers=self.config.moe_layers[layer : layer + 1])
-            without = dataclasses.replace(params, indexer=None)  # type: ignore[arg-type]  # one program, whether or not an S layer has one
-            above: dict[tuple[int, str], State] = {}
-            running: list[tuple[tuple[int, str], State]] = []  # on its way back to the host while the next one is computed
-
-            def land(count: int, layer: int = layer, above: Any = above, running: Any = running) -> None:
-                while len(running) > count:
-                    key, state = running.pop(0)
-                    above[key] = jax.device_get(state)
-                    see(layer, key[0], above[key])
-                    self.progress(1)
-
-            for number, below in list(states):
-                state = states.pop((number, below))
-                for letter in sorted({s.pattern[layer] for s in wanted[number] if s.pattern[:layer] == below}):
-                    is_full = letter == "F"
-                    given = jax.tree.map(self._by_rows, state)
-                    after = _apply(params if is_full else without, given, config, is_full, self._mesh)
-                    running.append(((number, below + letter), after))
-                    land(1)
-            land(0)
+            above = {}
+            for key, state in self._through(layer, params, states, wanted):
+                above[key] = state
+                see(layer, key[0], state)
+                self.progress(1)
             states = above
         return states
+
+    def _through(
+        self, layer: int, params: Params, states: dict[tuple[int, str], State], wanted: dict[int, list[Schedule]]
+    ) -> Iterator[tuple[tuple[int, str], State]]:
+        """The states after a layer, on the host; those before it are taken out of `states` as they are used."""
+        config = dataclasses.replace(self.config, num_layers=1, moe_layers=self.config.moe_layers[layer : layer + 1])
+        # One program for S layers, whether or not they have an indexer.
+        without = dataclasses.replace(params, indexer=jax.tree.map(lambda _: None, params.indexer))
+        running = None  # on its way back while the next one is computed
+        for number, below in list(states):
+            state = states.pop((number, below))
+            for letter in sorted({s.pattern[layer] for s in wanted[number] if s.pattern[:layer] == below}):
+                is_full = letter == "F"
+                given = jax.tree.map(self._by_rows, state)
+                after = _apply(params if is_full else without, given, config, is_full, self._mesh)
+                if running is not None:
+                    yield running[0], jax.device_get(running[1])
+                running = (number, below + letter), after
+        if running is not None:
+            yield running[0], jax.device_get(running[1])
 
     def _read(self) -> Iterator[tuple[int, Params]]:
         """The layers on the devices, each read while the one before is in use."""

@@ -133,11 +133,6 @@ def block_barrier() -> None:
     asm("bar.sync 0;")
 
 
-def warp_barrier() -> None:
-    """All threads of the warp meet; what they did before, one of them may announce to others after."""
-    asm("bar.warp.sync 0xffffffff;")
-
-
 def barrier_init(address: Value, arrivals: int) -> None:
     asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [address], "r")
 
@@ -148,8 +143,11 @@ def barrier_init_done() -> None:
 
 def barrier_arrive(address: Value, predicate: Value | None = None) -> None:
     """An arrival of every thread, or of those for which `predicate` holds."""
-    only, given = ("", []) if predicate is None else ("@$1 ", [predicate])
-    asm(f"{only}mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];", [address, *given], ",".join("rb"[: 1 + len(given)]))
+    arrive = "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];"
+    if predicate is None:
+        asm(arrive, [address], "r")
+    else:
+        asm(f"@$1 {arrive}", [address, predicate], "r,b")
 
 
 def barrier_arrive_after_copies(address: Value) -> None:

@@ -382,7 +382,6 @@ PURE: dict[str, Callable] = {
     "to_bfloat16_pair": _pair,
     "from_bfloat16_pair": _halves,
     "matrix": lambda address: address,
-    "warp_barrier": lambda: None,
     "proxy_fence": lambda: None,
     "barrier_init_done": lambda: None,
     "barrier": lambda identity, threads: None,
