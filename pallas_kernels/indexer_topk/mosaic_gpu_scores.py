@@ -2,8 +2,10 @@
 
 One block of threads per multiprocessor stays for the whole launch: `math` warpgroups and one that copies. The keys are the
 rows of the matrix product (64 a warpgroup), queries x heads its columns (128: 4 queries of 32 heads, 2 of 64), so the
-sum over heads runs along a row of the accumulator: first within a thread, then over the 4 lanes that share a row. That
-order is the same for every shape of launch, so a score depends on its query and key alone.
+sum over heads runs along a row of the accumulator, whose columns 4 lanes share, every fourth pair each. The columns are in
+such an order that a lane has those of one query: all of them in a tile of 4 queries, where no lane needs what another one
+has, a half or a quarter in a tile of 2 or 1. Four parts of the heads are added in the same order in each of these tiles,
+so a score depends on its query and key alone.
 
 A unit of work is a tile of queries and a run of key tiles: the queries and their weights stay (shared memory and
 registers) while keys stream past. Units run through all queries of a batch row before the next run of keys, so that
@@ -155,46 +157,42 @@ def _relu(x: Any, saturate: bool) -> Any:
     return arith.maximumf(x, _f32(0.0))  # NaN stays
 
 
-def _sums_of_thread(acc: Any, weights: Any, queries: int, saturate: bool) -> list[Any]:
-    """The thread's part of the head sum: of each query the two rows 8 apart that it holds."""
+def _sums_of_lane(acc: Any, weights: Any, queries: int, saturate: bool, lane: Any) -> list[Any]:
+    """The head sums that are this lane's; `_Place` tells which, of its query in the two rows 8 apart that it has.
+
+    Heads 8 i + 2 part + (0, 1) are a part of four, the parts (0 + 2) + (1 + 3) are the sum.
+    """
     tiles = acc.shape[1] // 8
     products = acc.registers.reshape(tiles, 2)
     columns = [[_element(w, e) for e in range(2)] for w in weights.registers.reshape(tiles)]
+
     sums = []
-    for query in range(queries):
-        for half in range(2):
+    for half in range(2):
+        parts = []
+        for first in range(queries):
             total = None
-            for tile in range(query * tiles // queries, (query + 1) * tiles // queries):
+            for tile in range(first, tiles, queries):
                 for e in range(2):
                     x = _relu(_element(products[tile, half], e), saturate and _saturates(tile))
                     x = fragmented_array.mulf(x, columns[tile][e])
                     total = x if total is None else fragmented_array.addf(total, x)
-            sums.append(total)
+            parts.append(total)
+        while (n := len(parts) // 2) > 0:
+            parts = [fragmented_array.addf(parts[i], parts[n + i]) for i in range(n)]
+        sums += parts
+    for step in {4: (), 2: (1,), 1: (2, 1)}[queries]:  # the distance of lanes that have other heads of the same query
+        if len(sums) == 1:
+            sums = [fragmented_array.addf(sums[0], utils.shfl_bfly(sums[0], step))]
+        else:  # a row for each of the two lanes
+            upper, (low, high) = _lane_bit(lane, step), sums
+            mine, other = arith.select(upper, high, low), arith.select(upper, low, high)
+            sums = [fragmented_array.addf(mine, utils.shfl_bfly(other, step))]
     return sums
-
-
-def _sum_over_lanes(parts: list[Any], lane: Any) -> list[Any]:
-    """Adds the 4 lanes of a row; while there are several sums, each step halves them between the two lanes.
-
-    8 parts leave a lane 2 sums, 4 parts one; of 2 parts two lanes have the same.
-    """
-    for step in (2, 1):
-        if len(parts) == 1:
-            parts = [fragmented_array.addf(parts[0], utils.shfl_bfly(parts[0], step))]
-            continue
-        upper, n = _lane_bit(lane, step), len(parts) // 2
-        parts = [
-            fragmented_array.addf(
-                arith.select(upper, parts[n + i], parts[i]), utils.shfl_bfly(arith.select(upper, parts[i], parts[n + i]), step)
-            )
-            for i in range(n)
-        ]
-    return parts
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Which query and row half a lane's sums belong to after `_sum_over_lanes`."""
+    """Which query and row half the sums of `_sums_of_lane` belong to."""
 
     queries: int
 
@@ -246,7 +244,7 @@ def _finish(
         return
     place = _Place(config.queries)
     lane, warp = _lane_and_warp()
-    sums = _sum_over_lanes(_sums_of_thread(acc, weights, config.queries, config.saturate), lane)
+    sums = _sums_of_lane(acc, weights, config.queries, config.saturate, lane)
     query, half = place.query(lane), place.half(lane)
     row = arith.addi(arith.addi(arith.shli(warp, _i32(4)), arith.shrui(lane, _i32(2))), arith.shli(half, _i32(3)))
     seen = arith.subi(limit, arith.addi(first, row))  # keys from this one on that the query sees
@@ -476,6 +474,18 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
     )
 
 
+def _in_columns(x: jax.Array, queries: int) -> jax.Array:
+    """[B, S, Hi, ...] -> [B, S' * Hi, ...], as the columns of tiles of `queries`, which S' is a multiple of.
+
+    Of every 8 columns each query has 8 / queries, neighbouring heads: with 4 queries, column 8 t + 2 i + e is head 2 t + e of
+    query i.
+    """
+    b, s, heads, *rest = x.shape
+    x = jnp.pad(x, [(0, -s % queries if axis == 1 else 0) for axis in range(x.ndim)])
+    x = x.reshape(b, -1, queries, heads * queries // 8, 8 // queries, *rest)
+    return jnp.swapaxes(x, 2, 3).reshape(b, -1, *rest)
+
+
 def scores(
     queries: jax.Array,
     keys: jax.Array,
@@ -502,17 +512,16 @@ def scores(
       [B, S', T'] float32 and [B, S', T' / 16] float32, S' >= S and T' >= T rounded up to whole tiles. In the 256 keys where
       a tile's last visible key lies, hidden ones are -inf; beyond, and in rows from S on, nothing is written. NaN is -inf.
     """
-    b, s, heads, width = queries.shape
-    t = keys.shape[1]
+    (b, s, heads, _), t = queries.shape, keys.shape[1]
     config = config or default_config(b, s, heads, t, queries.dtype)
     if config.saturate:  # saturation makes 0 of a NaN
         is_nan = jnp.any(lax.bitcast_convert_type(queries, jnp.uint8) & 0x7F == 0x7F, axis=-1)
         head_weights = jnp.where(is_nan, jnp.nan, head_weights)
     kernel = _build(b, s, heads, t, queries.dtype, take_all, config)
     arguments = (
-        queries.reshape(b, s * heads, width),
+        _in_columns(queries, config.queries),
         keys,
-        head_weights.reshape(b, s * heads),
+        _in_columns(head_weights, config.queries),
         q_positions,
         kv_lengths,
         *((key_scales,) if key_scales is not None else ()),

@@ -1,5 +1,8 @@
 """The GPU implementations of indexer_topk against NumPy and the reference: `pytest tests/gpu` on a machine with a GPU."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +59,8 @@ def test_infinite_scores(implementation):
 
 @on_hopper
 @pytest.mark.parametrize(
-    "number_format, heads, queries", [("fp8", 32, 16), ("bfloat16", 32, 16), ("fp8", 64, 5), ("bfloat16", 64, 1)]
+    "number_format, heads, queries",
+    [("fp8", 32, 16), ("bfloat16", 32, 16), ("fp8", 64, 5), ("bfloat16", 64, 1), ("fp8", 16, 7), ("bfloat16", 8, 3)],
 )
 def test_scores_and_their_block_maxima(number_format, heads, queries):
     """Within rounding of the reference, hidden ones and NaN as -inf, and the maxima those of the scores."""
@@ -80,6 +84,32 @@ def test_scores_and_their_block_maxima(number_format, heads, queries):
         np.testing.assert_allclose(scores[i, j, :seen], want, atol=tolerance)
         assert np.all(np.isneginf(scores[i, j, seen:end]))
         np.testing.assert_array_equal(maxima[i, j, : end // 16], scores[i, j, :end].reshape(-1, 16).max(1))
+
+
+@on_hopper
+@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("heads", mosaic_gpu_scores.HEADS)
+def test_a_score_is_the_same_in_tiles_of_every_number_of_queries(number_format, heads):
+    rng = np.random.default_rng(0)
+    b, s, t = 2, 6, 1000
+    q, k, w = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((b, s, heads, 128), (b, t, 128), (b, s, heads))
+    )
+    scales = None
+    if number_format == "fp8":
+        (q, q_scales), (k, scales) = fp8.quantise(q), fp8.quantise(k)
+        w = w * q_scales
+    else:
+        q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
+    positions, lengths = jnp.full((b, s), t - 1, jnp.int32), jnp.full((b,), t, jnp.int32)
+    config = mosaic_gpu_scores.default_config(b, s, heads, t, q.dtype)
+    found = []
+    for queries in (1, 2, 4):
+        if queries * heads <= mosaic_gpu_scores.COLUMNS:
+            run = functools.partial(mosaic_gpu_scores.scores, config=dataclasses.replace(config, queries=queries))
+            found.append(np.asarray(jax.jit(run)(q, k, w, scales, positions, lengths)[0])[:, :s, :t])
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 @on_hopper
