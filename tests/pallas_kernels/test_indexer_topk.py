@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,3 +301,55 @@ def test_interpreted_triton_selection():
         visible = jnp.asarray(visible, jnp.int32)
         out = triton.select(scores, visible, k, interpret=True)
         np.testing.assert_array_equal(out, reference.select(scores, visible, k))
+
+
+@pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+@pytest.mark.parametrize("heads", [8, 32, 64])
+def test_head_sums_of_hoppers_tiles_have_one_order_whatever_the_number_of_queries(heads, monkeypatch):
+    """The epilogue of a warp, on arrays of its 32 lanes, where wgmma puts 16 keys and the columns of 1, 2 and 4 queries."""
+    from pallas_kernels.indexer_topk import mosaic_gpu_scores as kernel
+
+    lanes = np.arange(32)
+    numpy = types.SimpleNamespace(
+        andi=np.bitwise_and,
+        shrui=np.right_shift,
+        select=np.where,
+        cmpi=lambda predicate, a, b: predicate(a, b),
+        CmpIPredicate=types.SimpleNamespace(ne=np.not_equal),
+    )
+    monkeypatch.setattr(kernel, "arith", numpy)
+    monkeypatch.setattr(kernel, "_i32", int)
+    monkeypatch.setattr(kernel, "_element", lambda x, i: x[i])
+    monkeypatch.setattr(kernel, "_relu", lambda x, saturate: np.maximum(x, 0))
+    monkeypatch.setattr(kernel, "fragmented_array", types.SimpleNamespace(mulf=np.multiply, addf=np.add))
+    monkeypatch.setattr(kernel, "utils", types.SimpleNamespace(shfl_bfly=lambda x, distance: x[lanes ^ distance]))
+
+    rng = np.random.default_rng(0)
+    products = rng.standard_normal((4, heads, 16)).astype(np.float32)
+    weights = rng.standard_normal((4, heads)).astype(np.float32)
+    exact = np.einsum("qhk,qh->qk", np.maximum(products, 0).astype(np.float64), weights)
+
+    def scores(queries: int) -> np.ndarray:
+        """[4, 16], tile by tile."""
+        found = np.full((4, 16), np.nan, np.float32)
+        for first in range(0, 4, queries):
+            tile = slice(first, first + queries)
+            by_column = np.asarray(kernel._in_columns(products[None, tile], queries))[0]
+            weight = np.asarray(kernel._in_columns(weights[None, tile], queries))[0]
+            acc, of_columns = np.empty((queries * heads // 8, 2), object), np.empty(queries * heads // 8, object)
+            for i in range(len(acc)):
+                columns = [8 * i + 2 * (lanes % 4) + e for e in range(2)]
+                of_columns[i] = [weight[c] for c in columns]
+                for half in range(2):
+                    acc[i, half] = [by_column[c, lanes // 4 + 8 * half] for c in columns]
+            registers = types.SimpleNamespace(shape=(64, queries * heads), registers=acc)
+            sums = kernel._sums_of_lane(registers, types.SimpleNamespace(registers=of_columns), queries, False, lanes)
+            place = kernel._Place(queries)
+            for i, x in enumerate(sums):
+                found[first + place.query(lanes), lanes // 4 + 8 * (place.half(lanes) + i)] = x
+        return found
+
+    alone = scores(1)
+    np.testing.assert_allclose(alone, exact, atol=1e-5 * np.abs(exact).max())
+    for queries in (2, 4):
+        np.testing.assert_array_equal(scores(queries), alone)
