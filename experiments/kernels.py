@@ -414,23 +414,11 @@ def table(sizes: Sizes) -> list[Row]:
     bf16 = jnp.bfloat16
     prefill: dict[str, Any] = dict(part=16)
     cut = prefill | dict(causal=True)
-    fp8_cut = cut | dict(
-        target=4.2,
-        note="neither the products nor the epilogue (relu, weights, the sum over heads) limits alone: either by itself takes a "
-        "little more than half of the whole, and four warpgroups hide a part of one behind the other. Writing the scores costs "
-        "little, copying the keys nothing.",
-    )
-    bf16_cut = cut | dict(
-        target=6.4,
-        note="the products limit: without the epilogue they take most of the whole, at more than the rate of the run's large "
-        "matmul. The rest is what they do not hide of the epilogue. That the time falls if keys are not copied, and does not "
-        "where scores are not written, is not explained by the bytes; power is a guess.",
-    )
     add("scores fp8, 4096 x 122880, Hi 32", index_scores, 1, 4096, 122880, 32, FP8, public=(4.27, "DeepGEMM"), **prefill)
-    add("scores fp8, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, FP8, **fp8_cut)
+    add("scores fp8, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, FP8, target=4.2, **cut)
     add("scores fp8, 2048 x 204800, Hi 32", index_scores, 1, 2048, 204800, 32, FP8, public=(3.74, "DeepGEMM"), **prefill)
     add("scores fp8, 4096 x 122880, Hi 64", index_scores, 1, 4096, 122880, 64, FP8, public=(8.02, "DeepGEMM"), **prefill)
-    add("scores bf16, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, bf16, **bf16_cut)
+    add("scores bf16, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, bf16, target=6.4, **cut)
     for b, t, ms in ((1, 122880, 0.0118), (8, 122880, 0.0426), (8, 204800, 0.0641), (64, 61440, 0.136)):
         add(f"scores fp8, decode, {b} x {t}, Hi 32", index_scores, b, 1, t, 32, FP8, public=(ms, "DeepGEMM, paged"))
 

@@ -44,11 +44,12 @@ def why_not(
 
 
 def block_rows(batch: int, queries: int, keys: int) -> int:
-    """Queries of each batch row whose scores exist at a time: even blocks of whole tiles."""
+    """Queries of each batch row whose scores exist at a time: even blocks of whole units of the scores kernel."""
     most = max(4, min(BLOCK_ROWS, SCORE_BYTES // (4 * keys)) // batch)
-    blocks = -(-queries // most)
+    unit = max(n for n in (4, 8, 16) if n <= most)
+    blocks = -(-queries // (most // unit * unit))
     rows = -(-queries // blocks)
-    return rows if blocks == 1 else -(-rows // 4) * 4
+    return rows if blocks == 1 else -(-rows // unit) * unit
 
 
 def _padded(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -7,22 +7,27 @@ such an order that a lane has those of one query: all of them in a tile of 4 que
 has, a half or a quarter in a tile of 2 or 1. Four parts of the heads are added in the same order in each of these tiles,
 so a score depends on its query and key alone.
 
-A unit of work is a tile of queries and a run of key tiles: the queries and their weights stay (shared memory and
-registers) while keys stream past. Units run through all queries of a batch row before the next run of keys, so that
-all multiprocessors read the same keys at the same time, from L2. Key tiles that no query of the tile sees are skipped;
-their scores stay unwritten. Where a tile is cut by what a query sees, the hidden scores are -inf, and NaN becomes -inf
-too, so that the maxima are those of the visible scores.
+A unit of work is as many tiles of queries as there are math warpgroups, one for each, and a run of key tiles, which all of
+them multiply: the queries and their weights stay (shared memory and registers) while keys stream past. Units run through
+all queries of a batch row before the next run of keys, so that all multiprocessors read the same keys at the same time,
+from L2. Key tiles that no query of the unit sees are skipped; their scores stay unwritten. Where a tile is cut by what a
+query sees, the hidden scores are -inf, and NaN becomes -inf too, so that the maxima are those of the visible scores. Few
+queries have fewer tiles in a unit, whose warpgroups then divide larger key tiles.
 
-Why these blocks: 4 x 64 keys and 128 columns give 4 math warpgroups 112 registers each (64 of them accumulators), which
-keeps the tensor cores busy while other warpgroups are in the epilogue; the epilogue is what limits 8-bit inputs (its
-432 clocks a 64 x 128 tile stand against 256 of the product). relu (a maximum) uses the integer pipe at half rate, so
-for 8-bit inputs half of the relus are saturating multiplications on the other pipe: exact, because |q . k| is below 2^25.
+Why these blocks: 64 keys and 128 columns give each of 4 math warpgroups 112 registers (64 of them accumulators), which
+keeps the tensor cores busy while other warpgroups are in the epilogue. The kernel runs at the power limit of the GPU, so
+what costs energy costs time. Key tiles shared by four tiles of queries are the fewest keys from L2: 4096 queries of 32 heads
+and 122880 keys take 3.97 ms in 8 bits and 6.05 ms in bfloat16 with four tiles, 4.03 and 6.27 ms with two, 4.17 and 6.63 ms
+with one, at 1690, 1680 and 1605 MHz in 8 bits (an H200, each for a second). Two warpgroups of 256 columns were slower, 4.31
+and 6.53 ms. The epilogue limits 8-bit inputs before the product does. relu (a maximum) uses the integer pipe at half rate,
+so for 8-bit inputs half of the relus are saturating multiplications on the other pipe: exact, because |q . k| is below 2^25.
 Both operands arrive by TMA and are only read by wgmma, so no fence stands between them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,7 +47,8 @@ WIDTH = 128  # Di of the kernel
 HEADS = (8, 16, 32, 64)  # Hi of the kernel
 KEYS = 64  # of a warpgroup
 COLUMNS = 128  # queries x heads of a full tile
-MAX_RUN = 96
+MAX_RUN = 128
+SHARED_BYTES = 224_000  # for keys and queries, of 232448
 # What a launch can leave out, for measuring what it costs.
 STAGES = ("product", "epilogue", "stores", "copies")
 # By math warpgroups; the copying one helps.
@@ -53,8 +59,9 @@ _LOW = float("-inf")
 
 @dataclasses.dataclass(frozen=True)
 class ScoresConfig:
-    """math: warpgroups that multiply; queries: of a tile; stages: key tiles in flight; query_slots: query tiles in
-    flight; run: most key tiles of a unit; saturate: half of the relus by saturation (8-bit inputs only).
+    """math: warpgroups that multiply; queries: of a tile; tiles: of queries in a unit, each of math / tiles warpgroups;
+    stages: key tiles in flight; query_slots: units whose queries are in flight; run: most key tiles of a unit; saturate:
+    half of the relus by saturation (8-bit inputs only).
 
     leave_out: only for measuring what stages cost, one of STAGES; the scores are without meaning then. Barriers are waited
     for and arrived at as ever. "product" takes a warpgroup's first accumulator for every tile, "epilogue" makes nothing of
@@ -63,6 +70,7 @@ class ScoresConfig:
     """
 
     queries: int
+    tiles: int = 1
     math: int = 4
     stages: int = 4
     query_slots: int = 2
@@ -75,6 +83,8 @@ class ScoresConfig:
             raise ValueError(f"ScoresConfig: queries {self.queries} is not 1, 2 or 4")
         if self.math not in _REGISTERS:
             raise ValueError(f"ScoresConfig: math {self.math} is not one of {sorted(_REGISTERS)}")
+        if self.tiles < 1 or self.math % self.tiles:
+            raise ValueError(f"ScoresConfig: {self.math} math warpgroups are not divided evenly by {self.tiles} tiles")
         if min(self.stages, self.query_slots, self.run) < 1:
             raise ValueError(f"ScoresConfig: stages, query_slots and run must be positive: {self}")
         if self.leave_out not in ("", *STAGES):
@@ -82,7 +92,12 @@ class ScoresConfig:
 
     @property
     def keys(self) -> int:
-        return KEYS * self.math
+        """Of a key tile."""
+        return KEYS * self.math // self.tiles
+
+    @property
+    def unit_queries(self) -> int:
+        return self.queries * self.tiles
 
 
 def best_run(key_tiles: int, other_units: int) -> int:
@@ -96,15 +111,18 @@ def best_run(key_tiles: int, other_units: int) -> int:
 
 
 def default_config(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype) -> ScoresConfig:
-    """Tiles of up to 128 columns, and what of keys in flight shared memory holds."""
-    eight_bit = jnp.dtype(dtype).itemsize == 1
+    """Tiles of up to 128 columns, up to one for each warpgroup, and what of keys in flight shared memory holds."""
+    itemsize = jnp.dtype(dtype).itemsize
     tile = max(n for n in (1, 2, 4) if n <= queries and n * heads <= COLUMNS)
-    return ScoresConfig(
-        queries=tile,
-        stages=4 if eight_bit else 3,
-        query_slots=2 if eight_bit else 1,
-        run=best_run(-(-keys // (4 * KEYS)), batch * -(-queries // tile)),
-        saturate=eight_bit and queries >= 4,
+    tiles = max(n for n in (1, 2, 4) if n == 1 or n * tile <= queries)
+    config = ScoresConfig(queries=tile, tiles=tiles, query_slots=2 // itemsize, saturate=itemsize == 1 and queries >= 4)
+    row_bytes = WIDTH * itemsize + 4  # of a query's head with its weight, or of a key with its scale
+    room = SHARED_BYTES - config.query_slots * config.unit_queries * heads * row_bytes
+    stages = room // (config.keys * row_bytes)
+    return dataclasses.replace(
+        config,
+        stages=stages if stages < 4 else 8 if stages >= 8 else 4,  # the slots of a power of two are counted cheaply
+        run=best_run(-(-keys // config.keys), batch * -(-queries // config.unit_queries)),
     )
 
 
@@ -274,9 +292,11 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
     itemsize = jnp.dtype(dtype).itemsize
     scaled = itemsize == 1
     columns, tile_keys = config.queries * heads, config.keys
-    query_tiles, key_tiles = -(-queries // config.queries), -(-keys // tile_keys)
+    if config.tiles > 1 and columns % 32:  # TMA writes a tile's weights to a multiple of 128 bytes
+        raise ValueError(f"ScoresConfig: {config.tiles} tiles of {columns} columns, which is not a multiple of 32")
+    query_groups, key_tiles = -(-queries // config.unit_queries), -(-keys // tile_keys)
     runs = -(-key_tiles // config.run)
-    units = batch * runs * query_tiles
+    units = batch * runs * query_groups
     blocks = min(hopper.MULTIPROCESSORS, units)
     transforms = (plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128))
     place = _Place(config.queries)
@@ -290,26 +310,28 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
         scales_gm, refs = (refs[5], refs[6:]) if scaled else (None, refs[5:])
         scores_gm, maxima_gm, q_sm, k_sm, w_sm, scales_sm, q_full, q_empty, k_full, k_empty = refs
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        # The tile of queries and the keys of a key tile that are the warpgroup's.
+        own_tile, own_keys = lax.rem(warpgroup, config.tiles), lax.div(warpgroup, config.tiles) * KEYS
 
         def slot_of(tiles: Any) -> Any:
             power = config.stages & (config.stages - 1) == 0
             return tiles & (config.stages - 1) if power else lax.rem(tiles, config.stages)
 
+        def limits(b: Any, query: Any, number: int) -> list[Any]:
+            """How many keys each of so many queries sees; the last one's if they are beyond it."""
+            length = jnp.minimum(lengths_gm[b], keys)
+            positions = (positions_gm[b, jnp.minimum(query + i, queries - 1)] for i in range(number))
+            return [jnp.minimum(position + 1, length) for position in positions]
+
         def for_units(start: Any, work: Any) -> None:
-            """carry = work(batch row, first query, first key tile, key tiles, limits, carry) for units that see keys."""
+            """carry = work(batch row, first query, first key tile, key tiles, carry) for units that see keys."""
 
             def unit(u: Any, carry: Any) -> Any:
                 number = block + u * blocks
-                tile, rest = lax.rem(number, query_tiles), lax.div(number, query_tiles)
+                group, rest = lax.rem(number, query_groups), lax.div(number, query_groups)
                 run, b = lax.rem(rest, runs), lax.div(rest, runs)
-                length = jnp.minimum(lengths_gm[b], keys)
-                limits = []
-                for i in range(config.queries):
-                    position = positions_gm[b, jnp.minimum(tile * config.queries + i, queries - 1)]
-                    limits.append(jnp.minimum(position + 1, length))
-                furthest = limits[0]
-                for limit in limits[1:]:
-                    furthest = jnp.maximum(furthest, limit)
+                query = group * config.unit_queries
+                furthest = functools.reduce(jnp.maximum, limits(b, query, config.unit_queries))
                 first = run * config.run
                 seen = lax.div(furthest + (tile_keys - 1), tile_keys)
                 count = jnp.minimum(seen - first, config.run)
@@ -317,7 +339,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
                 needed = jnp.logical_and(furthest > take_all, count > 0)
                 return lax.cond(
                     needed,
-                    lambda carry: work(b, tile * config.queries, first, count, limits, carry),
+                    lambda carry: work(b, query, first, count, carry),
                     lambda carry: carry,
                     carry,
                 )
@@ -368,14 +390,16 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
         @pl.when(warpgroup < config.math)
         def _multiply() -> None:
             plgpu.set_max_registers(registers.worker, action="increase")
-            rows = pl.ds(warpgroup * KEYS, KEYS)
+            rows, own_columns = pl.ds(own_keys, KEYS), pl.ds(own_tile * columns, columns)
 
-            def work(b: Any, query: Any, first: Any, count: Any, limits: list[Any], carry: Any) -> Any:
+            def work(b: Any, query: Any, first: Any, count: Any, carry: Any) -> Any:
                 done, tiles, kept = carry
                 q_slot = lax.rem(done, config.query_slots)
                 plgpu.barrier_wait(q_full.at[q_slot])
-                weights = weights_for_epilogue(plgpu.load(w_sm.at[q_slot], layout=_ACC.reduce(0), optimized=False))
-                limit = limit_of_thread(limits)
+                weights = plgpu.load(w_sm.at[q_slot, own_columns], layout=_ACC.reduce(0), optimized=False)
+                weights = weights_for_epilogue(weights)
+                query += own_tile * config.queries
+                limit = limit_of_thread(limits(b, query, config.queries))
 
                 def step(t: Any, carry: Any) -> Any:
                     tiles, kept = carry
@@ -385,7 +409,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
 
                     # With nothing between the fresh accumulator and wgmma the compiler drops its zeroing.
                     def product(acc: Any) -> Any:
-                        plgpu.wgmma(acc, k_sm.at[slot, rows], q_sm.at[q_slot].transpose((1, 0)))
+                        plgpu.wgmma(acc, k_sm.at[slot, rows], q_sm.at[q_slot, own_columns].transpose((1, 0)))
                         return acc[...]
 
                     acc_type = plgpu.ACC((KEYS, columns), jnp.float32)
@@ -394,7 +418,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
                     else:
                         acc = pl.run_scoped(product, acc_type)
                     plgpu.barrier_arrive(k_empty.at[slot])
-                    epilogue(acc, weights, scales, limit, b, query, (first + t) * tile_keys + warpgroup * KEYS)
+                    epilogue(acc, weights, scales, limit, b, query, (first + t) * tile_keys + own_keys)
                     return tiles + 1, kept
 
                 tiles, kept = lax.fori_loop(0, count, step, (tiles, kept))
@@ -410,7 +434,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
         def _copy() -> None:
             plgpu.set_max_registers(registers.helper, action="decrease")
 
-            def work(b: Any, query: Any, first: Any, count: Any, limits: list[Any], carry: Any) -> Any:
+            def work(b: Any, query: Any, first: Any, count: Any, carry: Any) -> Any:
                 done, tiles = carry
                 q_slot = lax.rem(done, config.query_slots)
 
@@ -418,9 +442,10 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
                 def _() -> None:
                     plgpu.barrier_wait(q_empty.at[q_slot])
 
-                rows = pl.ds(query * heads, columns)
-                plgpu.copy_gmem_to_smem(q_gm.at[b, rows], q_sm.at[q_slot], q_full.at[q_slot])
-                plgpu.copy_gmem_to_smem(w_gm.at[b, rows], w_sm.at[q_slot], q_full.at[q_slot])
+                for tile in range(config.tiles):
+                    rows, to = pl.ds(query * heads + tile * columns, columns), pl.ds(tile * columns, columns)
+                    plgpu.copy_gmem_to_smem(q_gm.at[b, rows], q_sm.at[q_slot, to], q_full.at[q_slot])
+                    plgpu.copy_gmem_to_smem(w_gm.at[b, rows], w_sm.at[q_slot, to], q_full.at[q_slot])
 
                 def step(t: Any, tiles: Any) -> Any:
                     slot = slot_of(tiles)
@@ -449,7 +474,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
 
             for_units((jnp.int32(0), jnp.int32(0)), work)
 
-    rows, width = query_tiles * config.queries, key_tiles * tile_keys
+    rows, width = query_groups * config.unit_queries, key_tiles * tile_keys
     return plgpu.kernel(
         indexer_scores,
         out_type=[
@@ -457,11 +482,11 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
             jax.ShapeDtypeStruct((batch, rows, width // BLOCK), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((config.query_slots, columns, WIDTH), dtype, transforms=transforms),
+            plgpu.SMEM((config.query_slots, config.tiles * columns, WIDTH), dtype, transforms=transforms),
             plgpu.SMEM((config.stages, tile_keys, WIDTH), dtype, transforms=transforms),
-            plgpu.SMEM((config.query_slots, columns), jnp.float32),
+            plgpu.SMEM((config.query_slots, config.tiles * columns), jnp.float32),
             plgpu.SMEM((config.stages, tile_keys), jnp.float32) if scaled else None,
-            plgpu.Barrier(num_arrivals=2, num_barriers=config.query_slots),
+            plgpu.Barrier(num_arrivals=2 * config.tiles, num_barriers=config.query_slots),
             plgpu.Barrier(num_arrivals=config.math, num_barriers=config.query_slots),
             plgpu.Barrier(num_arrivals=1 + scaled, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=config.math, num_barriers=config.stages),
@@ -474,14 +499,14 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
     )
 
 
-def _in_columns(x: jax.Array, queries: int) -> jax.Array:
-    """[B, S, Hi, ...] -> [B, S' * Hi, ...], as the columns of tiles of `queries`, which S' is a multiple of.
+def _in_columns(x: jax.Array, queries: int, multiple: int = 1) -> jax.Array:
+    """[B, S, Hi, ...] -> [B, S' * Hi, ...], as the columns of tiles of `queries`, S' whole multiples of so many tiles.
 
     Of every 8 columns each query has 8 / queries, neighbouring heads: with 4 queries, column 8 t + 2 i + e is head 2 t + e of
     query i.
     """
     b, s, heads, *rest = x.shape
-    x = jnp.pad(x, [(0, -s % queries if axis == 1 else 0) for axis in range(x.ndim)])
+    x = jnp.pad(x, [(0, -s % (queries * multiple) if axis == 1 else 0) for axis in range(x.ndim)])
     x = x.reshape(b, -1, queries, heads * queries // 8, 8 // queries, *rest)
     return jnp.swapaxes(x, 2, 3).reshape(b, -1, *rest)
 
@@ -519,9 +544,9 @@ def scores(
         head_weights = jnp.where(is_nan, jnp.nan, head_weights)
     kernel = _build(b, s, heads, t, queries.dtype, take_all, config)
     arguments = (
-        _in_columns(queries, config.queries),
+        _in_columns(queries, config.queries, config.tiles),
         keys,
-        _in_columns(head_weights, config.queries),
+        _in_columns(head_weights, config.queries, config.tiles),
         q_positions,
         kv_lengths,
         *((key_scales,) if key_scales is not None else ()),

@@ -89,9 +89,9 @@ def test_scores_and_their_block_maxima(number_format, heads, queries):
 @on_hopper
 @pytest.mark.parametrize("number_format", FORMATS)
 @pytest.mark.parametrize("heads", mosaic_gpu_scores.HEADS)
-def test_a_score_is_the_same_in_tiles_of_every_number_of_queries(number_format, heads):
+def test_a_score_is_the_same_in_units_of_every_shape(number_format, heads):
     rng = np.random.default_rng(0)
-    b, s, t = 2, 6, 1000
+    b, s, t = 2, 21, 1000
     q, k, w = (
         jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((b, s, heads, 128), (b, t, 128), (b, s, heads))
     )
@@ -101,15 +101,19 @@ def test_a_score_is_the_same_in_tiles_of_every_number_of_queries(number_format, 
         w = w * q_scales
     else:
         q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
-    positions, lengths = jnp.full((b, s), t - 1, jnp.int32), jnp.full((b,), t, jnp.int32)
+    positions, lengths = jnp.full((b, s), t - 1, jnp.int32).at[0, 3:9].set(100), jnp.array([t, t // 2], jnp.int32)
     config = mosaic_gpu_scores.default_config(b, s, heads, t, q.dtype)
     found = []
-    for queries in (1, 2, 4):
-        if queries * heads <= mosaic_gpu_scores.COLUMNS:
-            run = functools.partial(mosaic_gpu_scores.scores, config=dataclasses.replace(config, queries=queries))
-            found.append(np.asarray(jax.jit(run)(q, k, w, scales, positions, lengths)[0])[:, :s, :t])
+    for queries, tiles in ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)):
+        columns = queries * heads
+        if columns <= mosaic_gpu_scores.COLUMNS and (tiles == 1 or columns % 32 == 0):
+            unit = dataclasses.replace(config, queries=queries, tiles=tiles, stages=2, run=2)
+            run = functools.partial(mosaic_gpu_scores.scores, config=unit)
+            scores = np.asarray(jax.jit(run)(q, k, w, scales, positions, lengths)[0])
+            seen = np.minimum(np.asarray(positions) + 1, np.asarray(lengths)[:, None])
+            found.append([scores[i, j, : seen[i, j]] for i, j in np.ndindex(b, s)])
     for other in found[1:]:
-        np.testing.assert_array_equal(other, found[0])
+        np.testing.assert_array_equal(np.concatenate(other), np.concatenate(found[0]))
 
 
 @on_hopper

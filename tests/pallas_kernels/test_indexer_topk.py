@@ -82,7 +82,8 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.parametrize(
-    "batch, queries, keys", [(1, 4096, 122_880), (1, 5000, 4096), (8, 1, 10**6), (64, 3, 10**6), (2, 7, 300)]
+    "batch, queries, keys",
+    [(1, 4096, 122_880), (1, 5000, 4096), (8, 1, 10**6), (64, 3, 10**6), (2, 7, 300), (60, 40, 4096), (100, 50, 4096)],
 )
 def test_score_blocks_cover_the_queries_within_the_documented_size(batch, queries, keys):
     rows = mosaic_gpu.block_rows(batch, queries, keys)
@@ -91,6 +92,29 @@ def test_score_blocks_cover_the_queries_within_the_documented_size(batch, querie
     smallest = rows <= 4
     assert smallest or (batch * rows <= mosaic_gpu.BLOCK_ROWS and 4 * batch * rows * keys <= mosaic_gpu.SCORE_BYTES)
     assert rows == queries or rows % 4 == 0
+    padded = -(-rows // (unit := _scores_config(batch, rows, 32, keys, jnp.bfloat16).unit_queries)) * unit
+    assert smallest or batch * padded <= mosaic_gpu.BLOCK_ROWS
+
+
+def _scores_config(*args):
+    from pallas_kernels.indexer_topk import mosaic_gpu_scores
+
+    return mosaic_gpu_scores.default_config(*args)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 8, 15, 16, 1024])
+def test_default_units_of_the_scores_kernel_fit_a_multiprocessor(queries, heads):
+    from pallas_kernels.indexer_topk import mosaic_gpu_scores as kernel
+
+    for dtype in (jnp.float8_e4m3fn, jnp.bfloat16):
+        config = kernel.default_config(2, queries, heads, 10_000, dtype)
+        assert config.unit_queries < 2 * queries and config.queries * heads <= kernel.COLUMNS
+        row_bytes = kernel.WIDTH * jnp.dtype(dtype).itemsize + 4
+        rows = config.query_slots * config.unit_queries * heads + config.stages * config.keys
+        assert config.stages >= 2 and rows * row_bytes <= kernel.SHARED_BYTES
+    with pytest.raises(ValueError, match="4 math warpgroups are not divided evenly by 3 tiles"):
+        kernel.ScoresConfig(queries=4, tiles=3)
 
 
 # ---- 8 bits
