@@ -112,6 +112,11 @@ def thread() -> Value:
     return utils.thread_idx()
 
 
+def opaque(x: Value) -> Value:
+    """x, of which the compiler knows nothing: what is computed from it stays where it is written."""
+    return asm("mov.b32 $0, $1;", [x], "=r,r", i32())
+
+
 when = utils.when
 
 
@@ -204,15 +209,6 @@ def store_shared(address: Value, value: Value) -> None:
     asm("st.shared.b32 [$0], $1;", [address, value], "r,r")
 
 
-def copy_shared_to_global(target: Value, source: Value, predicate: Value) -> None:
-    """Copies 16 bytes."""
-    asm(
-        "{\n.reg .b32 a, b, c, d;\nld.shared.v4.b32 {a, b, c, d}, [$1];\n@$2 st.global.v4.b32 [$0], {a, b, c, d};\n}",
-        [target, source, predicate],
-        "l,r,b",
-    )
-
-
 def store_shared_zeros(address: Value) -> None:
     """Writes 16 bytes."""
     asm("{\n.reg .b32 z;\nmov.b32 z, 0;\nst.shared.v4.b32 [$0], {z, z, z, z};\n}", [address], "r")
@@ -271,9 +267,10 @@ def load_peer_words(address: Value) -> list[Value]:
     return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
 
 
-def store_global_words(address: Value, words: Sequence[Value], predicate: Value) -> None:
-    """16 bytes."""
-    asm("@$5 st.global.v4.b32 [$0], {$1, $2, $3, $4};", [address, *words, predicate], "l,r,r,r,r,b")
+def store_global_words(address: Value, words: Sequence[Value], predicate: Value, *, passing: bool = False) -> None:
+    """16 bytes; `passing` ones are the first that L2 gives up, so that it keeps what this kernel reads again."""
+    how = ".cs" if passing else ""
+    asm(f"@$5 st.global{how}.v4.b32 [$0], {{$1, $2, $3, $4}};", [address, *words, predicate], "l,r,r,r,r,b")
 
 
 def exp2(x: Value) -> Value:
@@ -370,6 +367,19 @@ def inverse(x: Value) -> Value:
 def lane_distant(x: Value, distance: int) -> Value:
     """x of the lane whose number differs by the bit `distance`."""
     return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", f32())
+
+
+def transposed_among_lanes(words: Sequence[Value], lane: Value) -> list[Value]:
+    """Four words of four neighbouring lanes: lane q gets word q of each, in the lanes' order."""
+    words = list(words)
+    for distance in (1, 2):
+        upper = compare("ne", bit_and(lane, distance), 0)
+        for low in range(4):
+            if not low & distance:
+                high = low | distance
+                received = utils.shfl_bfly(select(upper, words[low], words[high]), distance)
+                words[low], words[high] = select(upper, received, words[low]), select(upper, words[high], received)
+    return words
 
 
 def load_shared_floats(address: Value) -> list[Value]:

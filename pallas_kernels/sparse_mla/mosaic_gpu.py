@@ -154,9 +154,7 @@ def _in_tiles(
         pairs = -(-k // PAIR)
         splits = splits_of(b * s * max(1, heads // TILE), pairs)
         tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=pairs, splits=splits)
-        lists = _in_blocks(indices, PAIR)
-        # A decode step has full lists or short contexts, and a further launch would cost more than it saves.
-        counts = blocks_to_visit(lists, PAIR) if splits == 1 and s > 1 else None
+        lists, counts = _in_blocks(indices, PAIR), None
 
     out = mosaic_gpu_attention.attend(
         queries.reshape(b * s * heads, width),

@@ -8,11 +8,14 @@ b % 2 makes its logits and its softmax weights P; every warpgroup owns 256 of th
 goes to the other one through shared memory, over the 64 rotary columns of its own block, which nobody needs any more.
 While one warpgroup is in its softmax the other one multiplies. Slots are freed and refilled by halves of 256 columns.
 
-Whether a warpgroup issues the logits of its next block before or after the values of the other's block depends on which
-comes first, its block or the other's weights: waiting for the block would hold up the values, whose slot the gathering
-warpgroup needs, and waiting for the weights the logits, and with them the next weights. The arithmetic and its order are the
-same. 4096 queries, random selections, against asking for the block alone, medians of one run on an H200: 64 heads 2.43 ms
-against 2.54 at 122880 keys and 2.10 against 2.29 at 10240, 128 heads 4.49 against 4.68.
+For a pair of blocks warpgroup 0 makes its logits, its weights, its values, and then its values of the other block.
+Warpgroup 1 makes its logits and their maxima while the other one makes its weights, whose running maximum it needs; then its
+weights, while its values of the other block are under way, and its own values. The next task's queries are loaded as soon as
+the last logits are made, while the last values are multiplied, and results go from registers to global memory, so that
+nothing waits for their place, and past the latents in L2. Against an order that each step chose by what had come, a block or
+the other's weights, and queries and results that took turns in one place, 4096 queries of 2048 random ones of 122880 keys
+take 2.34 ms instead of 2.44 with 64 heads, 4.40 instead of 4.55 with 128, 0.79 instead of 0.83 with 20 heads and three
+queries a tile, with 8-bit latents the same (in turn in one process on an H200, 1 to 2 % from one time to the next).
 
 What orders whom: gathered latents by full[slot][half], an arrival of every gathering thread after its copies, and a fence of
 the reader's before wgmma; marks by marked[slot]; the weights of a block by weighed[slot]; slots for reuse by
@@ -26,7 +29,10 @@ The running maximum is exact up to LAZY powers of two: weights grow to at most 2
 float32 in the registers of a warpgroup, is rescaled, and a warp whose rows all kept their maximum skips the rescaling.
 
 Why these blocks: wgmma takes 64 rows; two slots of 64 keys (147 KB) and one query tile (74 KB) fill shared memory; the
-accumulators take 128 of 216 registers. No unit is full then: what limits is the latency of two key blocks in flight.
+accumulators take 128 of 216 registers. A pair of blocks takes 6000 clocks, in 4350 of which the tensor cores would be done:
+two blocks in flight do not hide that weights, the other block's weights, its values and the refilling of their slots follow
+one another. And the GPU is at its power limit, of which the gathering alone takes six sevenths, so its clock is a fifth lower
+than it could be.
 """
 
 from __future__ import annotations
@@ -66,6 +72,7 @@ REGISTERS_SCALED = hopper.RegisterSplit(workers=2, worker=200, helper=104)
 
 # The kernel's own barriers, 8 bytes each: full[slot][half], empty[slot][half], marked[slot], queries, weighed[slot].
 FULL, EMPTY, MARKED, QUERIES, WEIGHED, BARRIER_WORDS = 0, 32, 64, 80, 88, 32
+LOOKS = 12  # the hardware's barrier at which a warpgroup looks at a list, and those after it the others
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _REF = plgpu.RefType()
@@ -96,6 +103,8 @@ class Tasks:
             raise ValueError(f"more than {TILE} heads must be a multiple of {TILE}, not {self.heads}")
         if not 1 <= self.packed <= MAX_PACKED or (self.packed > 1 and self.packed * self.heads > TILE):
             raise ValueError(f"{self.packed} queries of {self.heads} heads do not fit a tile of {TILE} rows")
+        if self.packed > 1 and self.splits > 1:
+            raise ValueError(f"lists of {self.packed} queries are not split, here into {self.splits}")
         if self.packed > 1 and self.keys > 1 << OWNER_SHIFT:
             raise ValueError(f"{self.keys} keys do not fit the {OWNER_SHIFT} bits of a packed entry")
         if not 1 <= self.splits <= MAX_SPLITS or self.pairs < 1 or self.pairs % self.splits:
@@ -151,8 +160,7 @@ def _opaque(x: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(_SCALAR,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
     def move(ctx, x):
-        moved = ptx.asm("mov.b32 $0, $1;", [ptx.scalar(x)], "=r,r", ptx.i32())
-        return mgpu.FragmentedArray.splat(moved, (), is_signed=True)
+        return mgpu.FragmentedArray.splat(ptx.opaque(ptx.scalar(x)), (), is_signed=True)
 
     return move(x)
 
@@ -229,35 +237,32 @@ def _wait(barriers, kind: int, slot, half, parity, *, fence: bool) -> None:
     wait(barriers, slot, half, parity)
 
 
-def _is_full_first(barriers, slot, parity, weights_parity) -> jax.Array:
-    """Waits until both halves of a slot are full or the other slot's block has its weights, and says whether the former.
-
-    Where threads have seen different things, whose turn came in between, the answer for all of them is the latter.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(_REF, _SCALAR, _SCALAR, _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR)
+def _pairs_to_visit(lists, which, pairs: int):
+    """Pairs of key blocks of a list up to the last one with an entry that is set, at least 1: a warpgroup looks together."""
+    thread = ptx.thread()
+    at = ptx.offset(ptx.global_address(lists), ptx.add(ptx.mul(which, pairs), pairs - 1), 4 * PAIR)
+    at = ptx.offset(at, ptx.bit_and(thread, 127), 4)
+    # The shuffle tells the compiler that the number is the same in a warp; loops over wgmma would be very slow without it.
+    return ptx.asm(
+        "{\n.reg .pred p;\n.reg .b32 entry, id, n;\n.reg .b64 a;\n"
+        f"mov.b32 n, {pairs};\nmov.b64 a, $1;\nshr.u32 id, $2, 7;\nadd.u32 id, id, {LOOKS};\n"
+        "LOOK:\n"
+        "setp.eq.s32 p, n, 1;\n@p bra FOUND;\n"
+        "ld.global.nc.b32 entry, [a];\nsetp.ge.s32 p, entry, 0;\nbarrier.cta.red.or.pred p, id, 128, p;\n@p bra FOUND;\n"
+        f"sub.s32 n, n, 1;\nsub.s64 a, a, {4 * PAIR};\nbra LOOK;\n"
+        "FOUND:\nshfl.sync.idx.b32 $0, n, 0, 31, 0xffffffff;\n}",
+        [at, thread],
+        "=r,l,r",
+        ptx.i32(),
     )
-    def test(ctx, barriers, slot, parity, weights_parity):
-        slot, base = ptx.scalar(slot), ptx.shared_address(barriers)
-        full = ptx.add(base, FULL, ptx.shift_left(slot, 4))
-        weighed = ptx.add(base, WEIGHED, ptx.shift_left(ptx.bit_xor(slot, 1), 3))
-        found = ptx.asm(
-            "{\n.reg .pred p, q;\n.reg .b32 id;\n"
-            "POLL:\n"
-            "mbarrier.test_wait.parity.shared::cta.b64 p, [$1], $2;\n"
-            "mbarrier.test_wait.parity.shared::cta.b64 q, [$1+8], $2;\nand.pred p, p, q;\n@p bra FOUND;\n"
-            "mbarrier.test_wait.parity.shared::cta.b64 q, [$3], $4;\n@q bra FOUND;\n"
-            "nanosleep.u32 20;\nbra POLL;\n"
-            "FOUND:\n"
-            "add.u32 id, $5, 10;\nbarrier.cta.red.and.pred q, id, 128, p;\nselp.b32 $0, 1, 0, q;\n}",
-            [full, ptx.scalar(parity), weighed, ptx.scalar(weights_parity), slot],
-            "=r,r,r,r,r,r",
-            ptx.i32(),
-        )
-        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
-    return test(barriers, slot, parity, weights_parity)
+
+def _pairs_of_list(lists, which, pairs: int) -> jax.Array:
+    @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
+    def find(ctx, lists, which):
+        return mgpu.FragmentedArray.splat(_pairs_to_visit(lists, ptx.scalar(which), pairs), (), is_signed=True)
+
+    return find(lists, which)
 
 
 def _publish(barriers, slot) -> None:
@@ -266,6 +271,7 @@ def _publish(barriers, slot) -> None:
     @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR))
     def publish(ctx, barriers, slot):
         address = ptx.add(ptx.shared_address(barriers), WEIGHED, ptx.shift_left(ptx.scalar(slot), 3))
+        ptx.proxy_fence()
         ptx.barrier_arrive(address)
 
     publish(barriers, slot)
@@ -419,9 +425,6 @@ def _gather(
             batch = ptx.div(tile, tasks.tiles_per_batch)
             rows = mover.place(latents, optional.get("scales"), columns, rotary, batch, tasks.keys)
             entries_at = ptx.offset(ptx.offset(from_lists, which, 4 * PAIR * tasks.pairs), split, 4 * PAIR * share)
-            pairs = ptx.constant(share)
-            if "counts" in optional:
-                pairs = ptx.load_global(ptx.offset(ptx.global_address(optional["counts"]), which, 4))
 
             def entries(pair):
                 at = ptx.offset(entries_at, pair, 4 * PAIR)
@@ -449,7 +452,12 @@ def _gather(
                         rows.finish(begun, slot, half, slot != half, full)
                 return [ptx.add(done, 1), *following]
 
-            return ptx.loop(pairs, [carry[0], *entries(ptx.constant(0))], step)[:1]
+            first = entries(ptx.constant(0))  # comes while the list's end is looked at
+            if "counts" in optional:
+                pairs = ptx.load_global(ptx.offset(ptx.global_address(optional["counts"]), which, 4))
+            else:
+                pairs = ptx.constant(share) if tasks.splits > 1 else _pairs_to_visit(lists, which, share)
+            return ptx.loop(pairs, [carry[0], *first], step)[:1]
 
         ptx.loop(ptx.scalar(num_tasks), [ptx.constant(0)], one_task)
         ptx.copies_done()
@@ -479,7 +487,8 @@ def _load_queries(queries, columns, rotary, row, rows, warpgroup, *, through_reg
 
     @plgpu.inline_mgpu(arg_types=(_REF, _TILED_REF, _TILED_REF, _SCALAR, _SCALAR, _SCALAR))
     def load(ctx, queries, columns, rotary, row, rows, warpgroup):
-        thread, half = ptx.bit_and(ptx.thread(), 127), ptx.scalar(warpgroup)
+        # Else all these addresses are kept in registers through the loop over a list, at whose end the next tile is loaded.
+        thread, half = ptx.bit_and(ptx.opaque(ptx.thread()), 127), ptx.scalar(warpgroup)
         chunk, line, in_tile = _line(thread)
         tile, swizzled = ptx.shift_right(line, 3), _in_line(in_tile, chunk)
         source = ptx.offset(ptx.offset(ptx.global_address(queries), ptx.scalar(row), ROW_BYTES), chunk, 16)
@@ -528,31 +537,31 @@ def _await_queries(barriers, parity) -> None:
     wait(barriers, parity)
 
 
-def _store_rows(staged, out, row, rows, column) -> None:
-    """Rows below `rows` of a staged [64, 256] half into out [.., 512] from `row` and `column` * 256 on, by a warpgroup."""
+def _store_rows(values, out, row, rows, column) -> None:
+    """Rows below `rows` of values [64, 256] into out [.., 512] from `row` and `column` * 256 on, in bfloat16, by a warpgroup.
 
-    @plgpu.inline_mgpu(arg_types=(_TILED_REF, _REF, _SCALAR, _SCALAR, _SCALAR))
-    def store(ctx, staged, out, row, rows, column):
+    Four lanes share a row, each with two of every 8 columns. Of every 32 columns they exchange theirs, so that each has 8 that
+    lie side by side and a row gets 64 bytes at once.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _REF, _SCALAR, _SCALAR, _SCALAR))
+    def store(ctx, values, out, row, rows, column):
+        by_column_tile = values.registers.reshape(VALUE_DIM // 16, 2)
         thread = ptx.bit_and(ptx.thread(), 127)
-        chunk, first = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)  # 16 of 512 bytes; rows first + 4 i
-        base = ptx.add(ptx.shared_address(staged), ptx.shift_left(ptx.shift_right(chunk, 3), 10))
+        lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
         to = ptx.offset(ptx.global_address(out), ptx.scalar(row), 2 * VALUE_DIM)
-        to = ptx.offset(ptx.offset(to, ptx.scalar(column), 512), chunk, 16)
-        for i in range(TILE // 4):
-            here = ptx.add(first, 4 * i)
-            line = ptx.bit_and(here, 7)
-            piece = ptx.bit_xor(ptx.bit_and(chunk, 7), line)
-            source = ptx.add(
-                base,
-                ptx.shift_left(ptx.shift_right(here, 3), 12),
-                ptx.shift_left(line, 7),
-                ptx.shift_left(piece, 4),
-            )
-            inside = ptx.compare("slt", here, ptx.scalar(rows))
-            ptx.copy_shared_to_global(ptx.offset(to, here, 2 * VALUE_DIM), source, inside)
-        utils.warpgroup_barrier()  # the next query tile comes into the same place
+        to = ptx.offset(ptx.offset(to, ptx.scalar(column), 512), ptx.bit_and(lane, 3), 16)
+        for half in range(2):
+            here = ptx.add(ptx.shift_left(warp, 4), ptx.shift_right(lane, 2), 8 * half)
+            inside, line = ptx.compare("slt", here, ptx.scalar(rows)), ptx.offset(to, here, 2 * VALUE_DIM)
+            for first in range(0, VALUE_DIM // 16, 4):
+                words = []
+                for pair in by_column_tile[first : first + 4, half]:
+                    words.append(ptx.to_bfloat16_pair(*(vector.extract(pair, [], [e]) for e in range(2))))
+                at = ptx.offset(line, ptx.constant(first), 16)
+                ptx.store_global_words(at, ptx.transposed_among_lanes(words, lane), inside, passing=True)
 
-    store(staged, out, row, rows, column)
+    store(values, out, row, rows, column)
 
 
 def _combine(staged, sums, out, tasks: Tasks, row, rows, split, warpgroup) -> None:
@@ -623,14 +632,16 @@ def attend(
       latents: [B * T, 576] bfloat16, or float8_e4m3fn with scales.
       scales: [B * T] float32, one a latent, or None.
       lists: [tasks.lists, tasks.pairs * 128] int32.
-      counts: [tasks.lists] int32, how many pairs of key blocks to visit, at least 1; None: all. Not with splits.
+      counts: [tasks.lists] int32, how many pairs of key blocks of a packed list to visit, at least 1. None where queries have
+        lists of their own: all of one that is split, for a decode step has full lists or short contexts, else up to the last
+        pair with an entry set, which the kernel finds.
       leave_out: one of STAGES; the result is without meaning then.
 
     Returns:
       [rows, 512] bfloat16; zeros where no key counts.
     """
-    if counts is not None and tasks.splits > 1:
-        raise ValueError("counts and splits exclude each other")
+    if (counts is None) != (tasks.packed == 1):
+        raise ValueError(f"packed lists have counts and others do not: {tasks.packed} queries a tile, counts {counts}")
     if leave_out not in ("", *STAGES):
         raise ValueError(f"leave_out {leave_out!r} is not one of {STAGES}")
     packed, splits, blocks = tasks.packed, tasks.splits, tasks.blocks
@@ -665,9 +676,9 @@ def attend(
             rows = jnp.minimum(tasks.rows_per_tile, batch_rows - local * tasks.rows_per_tile)
             return row, rows, tile // tasks.tiles_per_list
 
-        def load_queries(task):
+        def load_queries(task, half):
             row, rows, _ = place(task)
-            _load_queries(q_gmem, q_columns, q_rotary, row, rows, warpgroup, through_registers=splits > 1)
+            _load_queries(q_gmem, q_columns, q_rotary, row, rows, half, through_registers=splits > 1)
 
         def issue_logits(s_ref, slot, zero, parity):
             """Starts queries times keys of the block in `slot`."""
@@ -677,174 +688,157 @@ def attend(
             plgpu.wgmma(s_ref, q_columns.at[zero + 1], columns.at[slot, zero + 1].transpose((1, 0)))
             plgpu.wgmma(s_ref, q_rotary.at[zero], rotary.at[slot].transpose((1, 0)))
 
-        def masked_logits(s_ref, slot, zero, parity, pending):
-            """Base-2 logits [64, 64] of the block in `slot`, once at most `pending` later products are under way."""
+        def masked_logits(s_ref, slot, zero, parity):
+            """Base-2 logits [64, 64] of the block in `slot`, and the largest of each row."""
             _wait(barriers, MARKED, slot, zero, parity, fence=False)
             mark = plgpu.load(marks.at[slot], layout=_BY_COLUMN)
-            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=pending) * (scale * LOG2E)
+            s = plgpu.wgmma_accumulator_load(s_ref, wait_n=0) * (scale * LOG2E)
             if packed == 1:
-                return s + _per_column(mark, s)
-            query = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA) // tasks.heads
-            owner = jnp.minimum(query, packed - 1)
-            return jnp.where((_per_column(mark, s) >> (owner + OWNER_SHIFT)) & 1 == 1, s, MASKED)
+                s = s + _per_column(mark, s)
+            else:
+                query = plgpu.broadcasted_iota(jnp.int32, (TILE, TILE), 0, layout=plgpu.Layout.WGMMA) // tasks.heads
+                owner = jnp.minimum(query, packed - 1)
+                s = jnp.where((_per_column(mark, s) >> (owner + OWNER_SHIFT)) & 1 == 1, s, MASKED)
+            return s, _row_vector(0.0) if leave_out == "softmax" else s.max(axis=1)
 
-        def publish_weights(s, top, total, slot):
+        def publish_weights(s, block_top, top, total, slot):
             """The weights of a block, for the other warpgroup too, and how they change the running maximum and sum."""
             if leave_out == "softmax":
-                p16, factors = s.astype(bf16), _row_vector(1.0)
-                _meet()
-                rotary[slot] = p16
-                plgpu.commit_smem()
-                _publish(barriers, slot)
-                return p16, factors, top, total
-            block_top = s.max(axis=1)
-            new_top = jnp.where(block_top > top + LAZY, block_top, top)
-            p = jnp.exp2(s - _per_row(new_top, s))
-            factors = jnp.exp2(top - new_top)
+                new_top, p, factors = top, s, _row_vector(1.0)
+            else:
+                new_top = jnp.where(block_top > top + LAZY, block_top, top)
+                p = jnp.exp2(s - _per_row(new_top, s))
+                factors = jnp.exp2(top - new_top)
+                stats[0, slot] = new_top
+                total = total * factors + p.sum(axis=1)
             p16 = p.astype(bf16)
-            stats[0, slot] = new_top
             _meet()  # all warps' logits are there: none reads rotary columns any more
             rotary[slot] = p16
-            plgpu.commit_smem()
             _publish(barriers, slot)
-            return p16, factors, new_top, total * factors + p.sum(axis=1)
+            return p16, factors, new_top, total
 
         def own_values(o, p16, factors, o_ref, slot):
             """This warpgroup's value columns of the block in its own slot."""
-            if leave_out == "values":
-                _free(barriers, slot, slot)
-                return o
-            o_ref[...] = _rescale(o, factors)
-            plgpu.wgmma(o_ref, p16, columns.at[slot, slot])
-            o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
+            if leave_out != "values":
+                o_ref[...] = _rescale(o, factors)
+                plgpu.wgmma(o_ref, p16, columns.at[slot, slot])
+                o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
             _free(barriers, slot, slot)
             return o
 
-        def issue_other_values(carry, o_ref, own, other, zero, parity):
-            """Starts this warpgroup's value columns of the block in the other one's slot."""
-            o, top, total = carry
+        def issue_other_values(o, top, total, o_ref, own, other, zero, parity):
+            """Starts this warpgroup's value columns of the block in the other one's slot, once it has its weights."""
             _wait(barriers, WEIGHED, other, zero, parity, fence=False)
-            if leave_out == "softmax":
-                o_ref[...] = o
+            new_top, factors = top, _row_vector(1.0)
+            if leave_out != "softmax":
+                new_top = plgpu.load(stats.at[0, other], layout=_BY_ROW)
+                factors = jnp.exp2(top - new_top)
+            if leave_out != "values":
+                o_ref[...] = _rescale(o, factors)
                 plgpu.wgmma(o_ref, rotary.at[other], columns.at[other, own])
-                return top, total
-            new_top = plgpu.load(stats.at[0, other], layout=_BY_ROW)
-            factors = jnp.exp2(top - new_top)
-            if leave_out == "values":
-                return new_top, total * factors
-            o_ref[...] = _rescale(o, factors)
-            plgpu.wgmma(o_ref, rotary.at[other], columns.at[other, own])
             return new_top, total * factors
 
-        def other_values(carry, o_ref, own, other):
-            if leave_out == "values":
-                _free(barriers, other, own)
-                return carry[0]
-            o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
+        def other_values(o, o_ref, own, other):
+            if leave_out != "values":
+                o = plgpu.wgmma_accumulator_load(o_ref, wait_n=0)
             _free(barriers, other, own)
             return o
 
+        def first_of_pair(parity, then, carry):
+            """What warpgroup 0 does for a pair of blocks: its own, then its values of the other's, and then()."""
+
+            def scope(s_ref, o_ref):
+                zero, (o, top, total) = _opaque(jnp.int32(0)), carry
+                own, other = zero, zero + 1
+                issue_logits(s_ref, own, zero, parity)
+                s, block_top = masked_logits(s_ref, own, zero, parity)
+                p16, factors, top, total = publish_weights(s, block_top, top, total, own)
+                o = own_values(o, p16, factors, o_ref, own)
+                top, total = issue_other_values(o, top, total, o_ref, own, other, zero, parity)
+                then()
+                return other_values(o, o_ref, own, other), top, total
+
+            return pl.run_scoped(scope, s_type, o_type)
+
+        def second_of_pair(parity, carry):
+            """What warpgroup 1 does: its logits while the other one makes its weights, whose maximum it has to know."""
+
+            def scope(s_ref, o_ref):
+                zero, (o, top, total) = _opaque(jnp.int32(0)), carry
+                own, other = zero + 1, zero
+                issue_logits(s_ref, own, zero, parity)
+                s, block_top = masked_logits(s_ref, own, zero, parity)
+                top, total = issue_other_values(o, top, total, o_ref, own, other, zero, parity)
+                p16, factors, top, total = publish_weights(s, block_top, top, total, own)
+                o = other_values(o, o_ref, own, other)
+                return own_values(o, p16, factors, o_ref, own), top, total
+
+            return pl.run_scoped(scope, s_type, o_type)
+
+        def only_free(parity, carry):
+            for slot in range(2):
+                _wait(barriers, FULL, jnp.int32(slot), warpgroup, parity, fence=False)
+                _free(barriers, jnp.int32(slot), warpgroup)
+            return carry
+
         s_type, o_type = plgpu.ACC((TILE, TILE), f32), plgpu.ACC((TILE, VALUE_DIM // 2), f32)
 
-        def all_blocks(pairs, visited):
-            """The carry after all blocks of a list; `visited` pairs went before, which says the barriers' parity."""
+        def all_pairs(pairs, visited, then):
+            """The carry after all pairs of a list; `visited` pairs went before, which says the barriers' parity.
 
-            def only_free(parity):
-                for slot in range(2):
-                    _wait(barriers, FULL, jnp.int32(slot), warpgroup, parity, fence=False)
-                    _free(barriers, jnp.int32(slot), warpgroup)
-
-            def first(carry):
-                def scope(s_ref, o_ref):
-                    zero = _opaque(jnp.int32(0))
-                    o, top, total = carry
-                    issue_logits(s_ref, zero, zero, visited & 1)
-                    s = masked_logits(s_ref, zero, zero, visited & 1, pending=0)
-                    p16, factors, top, total = publish_weights(s, top, total, zero)
-                    return own_values(o, p16, factors, o_ref, zero), top, total
-
-                return pl.run_scoped(scope, s_type, o_type)
-
-            def step(i, carry):
-                parity, others_parity = (visited + i + 1 - warpgroup) & 1, (visited + i) & 1
-
-                def early(carry):
-                    def scope(s_ref, o_ref):
-                        zero, own = _opaque(jnp.int32(0)), _opaque(warpgroup)
-                        other = 1 - own
-                        issue_logits(s_ref, own, zero, parity)
-                        top, total = issue_other_values(carry, o_ref, own, other, zero, others_parity)
-                        s = masked_logits(s_ref, own, zero, parity, pending=0 if leave_out == "values" else 1)
-                        p16, factors, top, total = publish_weights(s, top, total, own)
-                        o = other_values(carry, o_ref, own, other)
-                        return own_values(o, p16, factors, o_ref, own), top, total
-
-                    return pl.run_scoped(scope, s_type, o_type)
-
-                def late(carry):
-                    def scope(s_ref, o_ref):
-                        zero, own = _opaque(jnp.int32(0)), _opaque(warpgroup)
-                        other = 1 - own
-                        top, total = issue_other_values(carry, o_ref, own, other, zero, others_parity)
-                        o = other_values(carry, o_ref, own, other)
-                        issue_logits(s_ref, own, zero, parity)
-                        s = masked_logits(s_ref, own, zero, parity, pending=0)
-                        p16, factors, top, total = publish_weights(s, top, total, own)
-                        return own_values(o, p16, factors, o_ref, own), top, total
-
-                    return pl.run_scoped(scope, s_type, o_type)
-
-                return jax.lax.cond(_is_full_first(barriers, warpgroup, parity, others_parity) != 0, early, late, carry)
-
-            def last(carry):
-                def scope(o_ref):
-                    zero = _opaque(jnp.int32(0))
-                    top, total = issue_other_values(carry, o_ref, zero, zero + 1, zero, (visited + pairs - 1) & 1)
-                    return other_values(carry, o_ref, zero, zero + 1), top, total
-
-                return pl.run_scoped(scope, o_type)
-
+            Warpgroup 0 calls then() once nobody reads the queries any more.
+            """
             nothing = plgpu.layout_cast(jnp.zeros((TILE, VALUE_DIM // 2), f32), plgpu.Layout.WGMMA)
             carry = (nothing, _row_vector(START), _row_vector(0.0))
+
+            def firsts(carry):
+                def step(i, carry):
+                    return first_of_pair((visited + i) & 1, lambda: pl.when(i == pairs - 1)(then), carry)
+
+                return jax.lax.fori_loop(0, pairs, step, carry)
+
+            def seconds(carry):
+                return jax.lax.fori_loop(0, pairs, lambda i, carry: second_of_pair((visited + i) & 1, carry), carry)
+
             if leave_out == "all but gather":
-                jax.lax.fori_loop(0, pairs, lambda i, _: only_free((visited + i) & 1), None)
-                return carry
-            carry = jax.lax.cond(warpgroup == 0, first, lambda carry: carry, carry)
-            carry = jax.lax.fori_loop(0, pairs - 1 + warpgroup, step, carry)
-            return jax.lax.cond(warpgroup == 0, last, lambda carry: carry, carry)
+                return jax.lax.fori_loop(0, pairs, lambda i, carry: only_free((visited + i) & 1, carry), carry)
+            return jax.lax.cond(warpgroup == 0, firsts, seconds, carry)
 
         def one_task(i, visited):
             task = block + i * blocks
             row, rows, which = place(task)
-            pairs = count_ref[which] if count_ref is not None else share
+            if count_ref is not None:
+                pairs = count_ref[which]
+            else:
+                pairs = share if splits > 1 else _pairs_of_list(list_gmem, which, share)
             _await_queries(barriers, i & 1)
-            o, top, total = all_blocks(pairs, visited)
+
+            def load_next_queries():
+                @pl.when(i + 1 < num_tasks)
+                def _():
+                    for half in range(2):
+                        load_queries(task + blocks, jnp.int32(half))
+
+            o, top, total = all_pairs(pairs, visited, load_next_queries)
 
             stats[1, warpgroup] = total
             plgpu.barrier_arrive(sums_ready.at[warpgroup])
             plgpu.barrier_wait(sums_ready.at[1 - warpgroup])
-            # Both are done with the queries now: the result takes their place on its way out.
             total = total + plgpu.load(stats.at[1, 1 - warpgroup], layout=_BY_ROW)
             o = o * _per_row(jnp.where(total > 0, 1.0 / total, 0.0), o)
-            q_columns[warpgroup] = o.astype(bf16)
-            if splits > 1:
-                stats[2, warpgroup] = jnp.where(total > 0, top + jnp.log2(total), START)
-            plgpu.commit_smem()
             if splits == 1:
-                _store_rows(q_columns.at[warpgroup], out, row, rows, warpgroup)
-            else:
+                _store_rows(o, out, row, rows, warpgroup)
+            else:  # other blocks read the result in the place of the queries, which both are done with now
+                q_columns[warpgroup] = o.astype(bf16)
+                stats[2, warpgroup] = jnp.where(total > 0, top + jnp.log2(total), START)
+                plgpu.commit_smem()
                 _combine(q_columns, stats.at[2, warpgroup], out, tasks, row, rows, task % splits, warpgroup)
-
-            @pl.when(i + 1 < num_tasks)
-            def _():
-                load_queries(task + blocks)
-
             return visited + pairs
 
         @pl.when(warpgroup < 2)
         def _():
             plgpu.set_max_registers(registers.worker, action="increase")
-            load_queries(block)
+            load_queries(block, warpgroup)
             jax.lax.fori_loop(0, num_tasks, one_task, jnp.int32(0))
 
     kernel = plgpu.kernel(

@@ -283,6 +283,19 @@ def test_blocks_to_visit_end_with_the_last_index():
     np.testing.assert_array_equal(mosaic_gpu.blocks_to_visit(jnp.asarray(indices), 128), [1, 1, 2, 3])
 
 
+def test_tasks_that_cannot_be_launched():
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention as kernel
+
+    with pytest.raises(ValueError, match="more than 64 heads must be a multiple of 64, not 65"):
+        kernel.Tasks(1, 1, 65, 1000, pairs=1)
+    with pytest.raises(ValueError, match="4 queries of 20 heads do not fit a tile"):
+        kernel.Tasks(1, 4, 20, 1000, pairs=1, packed=4)
+    with pytest.raises(ValueError, match="lists of 3 queries are not split, here into 2"):
+        kernel.Tasks(1, 3, 20, 1000, pairs=2, packed=3, splits=2)
+    with pytest.raises(ValueError, match="packed lists have counts and others do not: 3 queries a tile, counts None"):
+        kernel.attend(None, None, None, None, None, kernel.Tasks(1, 3, 20, 1000, pairs=2, packed=3), scale=1.0)
+
+
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys, packed", [(300, 2), (20_000, 3), (40_000, 7)])

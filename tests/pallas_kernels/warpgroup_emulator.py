@@ -384,6 +384,7 @@ PURE: dict[str, Callable] = {
     "matrix": lambda address: address,
     "proxy_fence": lambda: None,
     "barrier_init_done": lambda: None,
+    "opaque": lambda x: x,
     "barrier": lambda identity, threads: None,
     "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
 }
