@@ -47,7 +47,7 @@ WIDTH = 128  # Di of the kernel
 HEADS = (8, 16, 32, 64)  # Hi of the kernel
 KEYS = 64  # of a warpgroup
 COLUMNS = 128  # queries x heads of a full tile
-MAX_RUN = 128
+MAX_RUN = 128  # key tiles
 SHARED_BYTES = 224_000  # for keys and queries, of 232448
 # What a launch can leave out, for measuring what it costs.
 STAGES = ("product", "epilogue", "stores", "copies")
@@ -534,8 +534,9 @@ def scores(
       config: None for the default.
 
     Returns:
-      [B, S', T'] float32 and [B, S', T' / 16] float32, S' >= S and T' >= T rounded up to whole tiles. In the 256 keys where
-      a tile's last visible key lies, hidden ones are -inf; beyond, and in rows from S on, nothing is written. NaN is -inf.
+      [B, S', T'] float32 and [B, S', T' / 16] float32, S' >= S rounded up to whole units, T' >= T to whole key tiles.
+      In the key tile where a unit's last visible key lies, hidden ones are -inf; beyond, and in rows from S on, nothing is
+      written. NaN is -inf.
     """
     (b, s, heads, _), t = queries.shape, keys.shape[1]
     config = config or default_config(b, s, heads, t, queries.dtype)
