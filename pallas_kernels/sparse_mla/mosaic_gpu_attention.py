@@ -478,17 +478,18 @@ def _meet() -> None:
     meet()
 
 
-def _load_queries(queries, columns, rotary, row, rows, warpgroup, *, through_registers: bool) -> None:
-    """`rows` query rows from `row` on into the query tile, the rest of it zero: half of it by each computing warpgroup.
+def _load_queries(queries, columns, rotary, row, rows, half, *, through_registers: bool) -> None:
+    """A half of the query tile, 256 columns and 32 rows of the rotary ones: `rows` query rows from `row` on, then zeros.
 
-    By cp.async, or through registers for a cluster, whose results other blocks read in this place. A TMA copy into tiles of 8
-    rows would have to start at a multiple of 8.
+    Each computing warpgroup loads a half of the first tile, and warpgroup 0 both of the following ones. By cp.async, or
+    through registers for a cluster, whose results other blocks read in this place. A TMA copy into tiles of 8 rows would have
+    to start at a multiple of 8.
     """
 
     @plgpu.inline_mgpu(arg_types=(_REF, _TILED_REF, _TILED_REF, _SCALAR, _SCALAR, _SCALAR))
-    def load(ctx, queries, columns, rotary, row, rows, warpgroup):
+    def load(ctx, queries, columns, rotary, row, rows, half):
         # Else all these addresses are kept in registers through the loop over a list, at whose end the next tile is loaded.
-        thread, half = ptx.bit_and(ptx.opaque(ptx.thread()), 127), ptx.scalar(warpgroup)
+        thread, half = ptx.bit_and(ptx.opaque(ptx.thread()), 127), ptx.scalar(half)
         chunk, line, in_tile = _line(thread)
         tile, swizzled = ptx.shift_right(line, 3), _in_line(in_tile, chunk)
         source = ptx.offset(ptx.offset(ptx.global_address(queries), ptx.scalar(row), ROW_BYTES), chunk, 16)
@@ -520,7 +521,7 @@ def _load_queries(queries, columns, rotary, row, rows, warpgroup, *, through_reg
             for target, at, counts, pieces in runs:
                 ptx.copy_async(target, at, ptx.shift_left(counts, 4), pieces, 1024, 128)
 
-    load(queries, columns, rotary, row, rows, warpgroup)
+    load(queries, columns, rotary, row, rows, half)
 
 
 def _await_queries(barriers, parity) -> None:

@@ -86,20 +86,17 @@ def test_wrong_shapes_are_refused():
     [(1, 4096, 122_880), (1, 5000, 4096), (8, 1, 10**6), (64, 3, 10**6), (2, 7, 300), (60, 40, 4096), (100, 50, 4096)],
 )
 def test_score_blocks_cover_the_queries_within_the_documented_size(batch, queries, keys):
+    from pallas_kernels.indexer_topk import mosaic_gpu_scores
+
     rows = mosaic_gpu.block_rows(batch, queries, keys)
     blocks = -(-queries // rows)
     assert (blocks - 1) * rows < queries <= blocks * rows
     smallest = rows <= 4
     assert smallest or (batch * rows <= mosaic_gpu.BLOCK_ROWS and 4 * batch * rows * keys <= mosaic_gpu.SCORE_BYTES)
     assert rows == queries or rows % 4 == 0
-    padded = -(-rows // (unit := _scores_config(batch, rows, 32, keys, jnp.bfloat16).unit_queries)) * unit
+    unit = mosaic_gpu_scores.default_config(batch, rows, 32, keys, jnp.bfloat16).unit_queries
+    padded = -(-rows // unit) * unit
     assert smallest or batch * padded <= mosaic_gpu.BLOCK_ROWS
-
-
-def _scores_config(*args):
-    from pallas_kernels.indexer_topk import mosaic_gpu_scores
-
-    return mosaic_gpu_scores.default_config(*args)
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32, 64])
