@@ -18,7 +18,7 @@ from indexcache_jax.schedule import Schedule
 
 
 class Layers:
-    """A Hugging Face or orbax directory as the source of `indexcache_jax.streamed`; arguments and errors as for `load`.
+    """A Hugging Face or orbax directory as the source of `indexcache_jax.search.streamed`; arguments and errors as for `load`.
 
     Params are arrays on the host, as many as were asked for and None elsewhere. All headers are checked at once.
     """

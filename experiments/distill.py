@@ -16,9 +16,11 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments import data, options, search, text, training
-from experiments.report import Output, device, markdown_table, text_table
-from experiments.training import Saving, Stage
+from experiments import search
+from experiments.common import data, options, text
+from experiments.common import runs as training
+from experiments.common.report import Output, device, markdown_table, text_table
+from experiments.common.runs import Saving, Stage
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, with_schedule
 from indexcache_jax.schedule import Schedule

@@ -25,12 +25,13 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments import options, text
-from experiments.report import Output, markdown_table
-from indexcache_jax import search, serving
+from experiments.common import options, text
+from experiments.common.report import Output, markdown_table
+from indexcache_jax import serving
 from indexcache_jax.config import Config
 from indexcache_jax.generate import CHUNK, MIN_KEYS, Sampling, check_prompts, generate, power_of_two, prefill_document
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.search import greedy as search
 
 for _name in ("checkpoint", "dtype", "resume"):
     flags.declare_key_flag(_name)

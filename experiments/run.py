@@ -9,20 +9,9 @@ from types import ModuleType
 
 from absl import app, flags, logging
 
-EXPERIMENTS = (
-    "search",
-    "generate",
-    "speed",
-    "pretrain",
-    "distill",
-    "quality",
-    "kernels",
-    "compile",
-    "train_speed",
-    "precision",
-)
+from experiments.common.options import EXPERIMENTS
 
-_EXPERIMENT = flags.DEFINE_enum("experiment", "search", EXPERIMENTS, "what to run")
+_EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
 _SEED = flags.DEFINE_integer("seed", 0, "of every random choice", lower_bound=0, upper_bound=2**31 - 1)
 
@@ -31,12 +20,12 @@ def experiment_of(arguments: list[str]) -> str:
     """The experiment that a command line names; wrong names are left to absl, which says so."""
     joined = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
     apart = [b for a, b in itertools.pairwise(arguments) if a in ("-experiment", "--experiment")]
-    return next((name for name in [*joined, *apart] if name in EXPERIMENTS), EXPERIMENTS[0])
+    return next((name for name in [*joined, *apart] if name in EXPERIMENTS), next(iter(EXPERIMENTS)))
 
 
 def load(name: str) -> ModuleType:
     """The experiment's module, which has its own flags and `run(output_dir, seed)`."""
-    return importlib.import_module(f"experiments.{name}")
+    return importlib.import_module(EXPERIMENTS[name])
 
 
 def main(argv: list[str]) -> None:
@@ -50,7 +39,7 @@ def main(argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        reads = {f.name for f in flags.FLAGS.get_key_flags_for_module(f"experiments.{name}")}
+        reads = {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
         go_on = "; the same command with --resume goes on from here" if "resume" in reads else ""
         print(f"interrupted{go_on}", file=sys.stderr)
         sys.exit(130)

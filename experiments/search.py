@@ -21,14 +21,16 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments import options, text
-from experiments.report import Output, device, markdown_table, text_table
-from indexcache_jax import overlap, search, serving
+from experiments.common import options, text
+from experiments.common.report import Output, device, markdown_table, text_table
+from indexcache_jax import serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
 from indexcache_jax.generate import prefill
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
-from indexcache_jax.streamed import StreamedEvaluator
+from indexcache_jax.search import greedy as search
+from indexcache_jax.search import overlap
+from indexcache_jax.search.streamed import StreamedEvaluator
 
 LOG = "evaluations.jsonl"
 TIMED_RUNS = 3

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from tests import numpy_reference
-from tests.tiny_models import CASES
+from tests.support import numpy_reference
+from tests.support.tiny_models import CASES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is installed to compile with, no TPU is expected

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.checkpoints_convert import files
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests.tiny_models import Case
+from tests.support.tiny_models import Case
 
 ROOT = pathlib.Path(__file__).parents[2]  # where a subprocess finds the packages
 _DTYPES = {

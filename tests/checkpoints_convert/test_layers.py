@@ -7,7 +7,7 @@ import pytest
 from checkpoints_convert import Layers, load, save
 from indexcache_jax.params import abstract, leaves
 from tests.checkpoints_convert import files
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 MIXED = CASES["glm-mixed"]  # FFSFS, dense layers 0 and 1
 

@@ -12,7 +12,7 @@ import pytest
 from checkpoints_convert import load
 from indexcache_jax.schedule import Schedule
 from tests.checkpoints_convert import files
-from tests.tiny_models import CASES, GLM_FIELDS, Case, checkpoint_shapes, to_params
+from tests.support.tiny_models import CASES, GLM_FIELDS, Case, checkpoint_shapes, to_params
 
 MIXED = CASES["glm-mixed"]  # FFSFS, dense layers 0 and 1
 EXPERT = "model.layers.3.mlp.experts.5.up_proj.weight"

@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints_convert import load
 from tests.checkpoints_convert import files
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 MIXED = CASES["glm-mixed"]
 

@@ -12,7 +12,7 @@ import pytest
 from checkpoints_convert import load, orbax_io, save
 from indexcache_jax.params import Tensor, shape_structs
 from indexcache_jax.schedule import Schedule
-from tests.tiny_models import CASES, to_params
+from tests.support.tiny_models import CASES, to_params
 
 MIXED = CASES["glm-mixed"]
 

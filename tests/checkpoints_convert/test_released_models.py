@@ -5,7 +5,7 @@ import math
 from checkpoints_convert import fp8
 from indexcache_jax.config import Config, preset
 from indexcache_jax.schedule import Schedule
-from tests.tiny_models import checkpoint_shapes
+from tests.support.tiny_models import checkpoint_shapes
 
 _BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 

@@ -16,7 +16,7 @@ from checkpoints_convert.safetensors_io import read_directory
 from checkpoints_convert.save import parse_size
 from indexcache_jax.schedule import Schedule
 from tests.checkpoints_convert import files
-from tests.tiny_models import CASES, to_params
+from tests.support.tiny_models import CASES, to_params
 
 MIXED = CASES["glm-mixed"]
 FORMATS = ("safetensors", "orbax")

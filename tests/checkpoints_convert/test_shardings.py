@@ -10,7 +10,7 @@ import pytest
 
 from checkpoints_convert import load
 from tests.checkpoints_convert import files
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 MIXED = CASES["glm-mixed"]
 
@@ -20,7 +20,7 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from checkpoints_convert import load, save
 from indexcache_jax.params import abstract
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 case, tree = CASES["glm-mixed"], abstract(CASES["glm-mixed"].config, CASES["glm-mixed"].schedule)
 mesh = jax.make_mesh((2, 2), ("x", "y"))

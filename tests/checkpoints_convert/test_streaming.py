@@ -25,7 +25,7 @@ from checkpoints_convert import convert, load, save
 from indexcache_jax.config import Config
 from indexcache_jax.params import abstract, leaves
 from indexcache_jax.schedule import Schedule
-from tests.tiny_models import GLM_FIELDS
+from tests.support.tiny_models import GLM_FIELDS
 
 def status(field):
     lines = dict(line.split(":") for line in open("/proc/self/status"))

@@ -15,9 +15,9 @@ import transformers
 
 from checkpoints_convert import load, save
 from indexcache_jax import forward
-from tests import oracle
 from tests.checkpoints_convert import files
-from tests.tiny_models import CASES, GLM_FIELDS, Case, to_params
+from tests.support import oracle
+from tests.support.tiny_models import CASES, GLM_FIELDS, Case, to_params
 
 ATOL = 5e-5  # of logits of size 4, in float32
 NAMES = ["glm-all-full", "glm-mixed", "glm-one-indexer", "glm-unusual", "deepseek-all-full", "deepseek-unusual"]

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import checkpoints_convert
-from experiments import distill, training
+from experiments import distill
+from experiments.common import runs as training
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
-from tests.tiny_models import GLM_FIELDS, Case
+from tests.support.tiny_models import GLM_FIELDS, Case
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2, "vocab_size": 258, "eos_token_id": 256}

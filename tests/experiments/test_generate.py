@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from experiments import generate, text
+from experiments import generate
+from experiments.common import text
+from experiments.common.options import DEMO
+from experiments.common.report import Output
 from experiments.generate import Meter, Request, batches, parse, requests
-from experiments.options import DEMO
-from experiments.report import Output
 from indexcache_jax.config import Config
 
 CONFIG = Config.from_hf(DEMO)

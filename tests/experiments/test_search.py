@@ -11,10 +11,11 @@ import types
 import pytest
 
 import checkpoints_convert
-from experiments import options, search
+from experiments import search
+from experiments.common import options
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
-from tests.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS
+from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS
 
 ROOT = pathlib.Path(__file__).parents[2]
 

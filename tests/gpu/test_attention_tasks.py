@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import hopper
 from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
-from tests.pallas_kernels.attention_cases import numpy_attention, relative_error
+from tests.support.attention_cases import numpy_attention, relative_error
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 

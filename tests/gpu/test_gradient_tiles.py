@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from tests.pallas_kernels.attention_cases import relative_error
+from tests.support.attention_cases import relative_error
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 

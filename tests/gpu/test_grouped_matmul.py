@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import grouped_matmul, grouped_swiglu, hopper
-from tests.pallas_kernels.attention_cases import relative_error
-from tests.pallas_kernels.grouped_cases import MANY_ROWS, SIZES, inputs, numpy_products, numpy_swiglu
+from tests.support.attention_cases import relative_error
+from tests.support.grouped_cases import MANY_ROWS, SIZES, inputs, numpy_products, numpy_swiglu
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 needs_hopper = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import hopper
 from pallas_kernels.indexer_topk import fp8, mosaic_gpu_scores, mosaic_gpu_select, reference
-from tests.pallas_kernels import indexer_topk_properties as properties
+from tests.support import indexer_topk_properties as properties
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 FORMATS = list(properties.FORMATS)

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import hopper, sparse_mla
 from pallas_kernels.sparse_mla import fp8, mosaic_gpu, reference
-from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
+from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 needs_hopper = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))

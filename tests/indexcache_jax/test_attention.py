@@ -7,7 +7,7 @@ import numpy as np
 from indexcache_jax import attention
 from indexcache_jax.params import at_layer
 from indexcache_jax.rope import angles
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 
 def test_absorbed_equals_expanded_over_the_same_selection():

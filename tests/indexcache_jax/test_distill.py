@@ -16,7 +16,7 @@ from indexcache_jax.distill import averaged_divergence, divergence, losses
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Params, at_layer, shape_structs, slots
 from indexcache_jax.schedule import Schedule
-from tests.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
+from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
 
 # Two runs each: compiling gradients is what these tests spend their time on.
 CASES = {

@@ -23,7 +23,7 @@ from indexcache_jax.generate import (
     visible_keys,
 )
 from indexcache_jax.schedule import Schedule
-from tests.tiny_models import CASES, DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
+from tests.support.tiny_models import CASES, DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
 
 LENGTHS = (37, 5, 60)
 NEW = 6

@@ -13,8 +13,8 @@ from indexcache_jax import decode_step, forward, init_cache, model, prefill, sel
 from indexcache_jax.config import Config, preset
 from indexcache_jax.params import shape_structs
 from indexcache_jax.schedule import Schedule
-from tests import numpy_reference, recordings
-from tests.tiny_models import CASES, DEEPSEEK_FIELDS, DEEPSEEK_SHARED, GLM_FIELDS, RECORDED, Case
+from tests.support import numpy_reference, recordings
+from tests.support.tiny_models import CASES, DEEPSEEK_FIELDS, DEEPSEEK_SHARED, GLM_FIELDS, RECORDED, Case
 
 ATOL = 5e-5  # of logits of size 4, in float32
 

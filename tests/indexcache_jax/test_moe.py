@@ -8,7 +8,7 @@ import pytest
 
 from indexcache_jax import moe
 from indexcache_jax.params import at_layer
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 CASE = CASES["deepseek-all-full"]
 LAYER = at_layer(CASE.params.moe, 0)

@@ -8,7 +8,7 @@ import pytest
 from indexcache_jax.config import Config, preset
 from indexcache_jax.params import abstract, at_layer, count, init, leaves, shape_structs, slots, with_schedule
 from indexcache_jax.schedule import Schedule
-from tests.tiny_models import CASES, GLM_FIELDS, UNUSUAL, checkpoint_shapes, to_params
+from tests.support.tiny_models import CASES, GLM_FIELDS, UNUSUAL, checkpoint_shapes, to_params
 
 CONFIG = Config.from_hf(GLM_FIELDS)
 MIXED = Schedule("FFSFS")

@@ -14,7 +14,7 @@ from indexcache_jax.config import Config, preset
 from indexcache_jax.model import place
 from indexcache_jax.schedule import Schedule
 from pallas_kernels.decode_layer import mosaic_gpu, mosaic_gpu_parts
-from tests.pallas_kernels import ptx_emulator
+from tests.support import ptx_emulator
 
 SMALL = dict(
     hidden_size=256,

@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels import grouped_matmul, grouped_swiglu, hopper
 from pallas_kernels.grouped_matmul import api, mosaic_gpu, mosaic_gpu_prefill, mosaic_tpu, per_row, reference
-from tests.pallas_kernels.attention_cases import relative_error
-from tests.pallas_kernels.grouped_cases import MANY_ROWS, SIZES, inputs, numpy_products, numpy_swiglu
+from tests.support.attention_cases import relative_error
+from tests.support.grouped_cases import MANY_ROWS, SIZES, inputs, numpy_products, numpy_swiglu
 
 # What runs on a CPU; the kernel of the TPU interpreted, that of Hopper has tests of its own.
 IMPLEMENTATIONS = {

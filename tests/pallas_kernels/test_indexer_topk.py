@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels import indexer_topk
 from pallas_kernels.indexer_topk import fp8, mosaic_gpu, mosaic_gpu_select, reference, triton
-from tests.pallas_kernels import indexer_topk_properties as properties
-from tests.pallas_kernels.emulated_words import Machine
+from tests.support import indexer_topk_properties as properties
+from tests.support.emulated_words import Machine
 
 FORMATS = list(properties.FORMATS)
 

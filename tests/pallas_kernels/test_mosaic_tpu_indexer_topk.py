@@ -9,8 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import indexer_topk, tpu, tpu_sets
 from pallas_kernels.indexer_topk import int8, mosaic_tpu
-from tests.pallas_kernels import indexer_topk_properties as properties
-from tests.pallas_kernels.tpu_interpreter import interpreted
+from tests.support import indexer_topk_properties as properties
+from tests.support.tpu_interpreter import interpreted
 
 SHAPES = [((2, 5, 4, 16, 50), 8), ((1, 3, 32, 128, 1300), 64), ((3, 1, 1, 1, 7), 20)]
 

@@ -7,8 +7,8 @@ import pytest
 from indexcache_jax import model, serving
 from indexcache_jax.cache import init_cache
 from pallas_kernels.sparse_mla import mosaic_tpu
-from tests.pallas_kernels.tpu_interpreter import interpreted
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
+from tests.support.tpu_interpreter import interpreted
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import pytest
 
 from pallas_kernels import sparse_mla, tpu
 from pallas_kernels.sparse_mla import fp8, mosaic_tpu, reference
-from tests.pallas_kernels.attention_cases import Case, inputs, numpy_attention, relative_error, selections
-from tests.pallas_kernels.tpu_interpreter import interpreted
+from tests.support.attention_cases import Case, inputs, numpy_attention, relative_error, selections
+from tests.support.tpu_interpreter import interpreted
 
 SCALE = 0.11
 PROMPT = Case(2, 19, 4, 700, 90, 64, 16)

@@ -11,8 +11,8 @@ import pallas_kernels
 from pallas_kernels.index_divergence import reference as divergence_reference
 from pallas_kernels.selected_attention import bits
 from pallas_kernels.selected_attention import reference as attention_reference
-from tests.pallas_kernels.interpreted_products import multiply_plainly
-from tests.pallas_kernels.selection_cases import KINDS, SCALE, Case, assert_close, computed, indices_of, inputs, written_out
+from tests.support.interpreted_products import multiply_plainly
+from tests.support.selection_cases import KINDS, SCALE, Case, assert_close, computed, indices_of, inputs, written_out
 
 SMALL = Case(2, 37, 3, 16, 8, 2, 8)
 # A ragged end, several tiles of queries and of keys; the width of values below that of keys.

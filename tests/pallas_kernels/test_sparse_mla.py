@@ -7,9 +7,9 @@ import pytest
 
 from pallas_kernels import hopper, ptx, sparse_mla
 from pallas_kernels.sparse_mla import fp8, gradient, mosaic_gpu, reference, triton
-from tests.pallas_kernels import ptx_emulator, warpgroup_emulator
-from tests.pallas_kernels.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
-from tests.pallas_kernels.interpreted_products import multiply_plainly
+from tests.support import ptx_emulator, warpgroup_emulator
+from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
+from tests.support.interpreted_products import multiply_plainly
 
 SCALE = 0.11
 CASES = [Case(1, 5, 4, 40, 16, 64, 16), Case(2, 3, 20, 50, 33, 32, 16), Case(1, 2, 40, 64, 64, 16, 16)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from experiments.compile import TOPOLOGIES, kernels_of, topology_device, topology_reason
+from experiments.benchmarks.compile import TOPOLOGIES, kernels_of, topology_device, topology_reason
 from pallas_kernels import dispatch, grouped_matmul, indexer_topk, sparse_mla, tpu
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
 

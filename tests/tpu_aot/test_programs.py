@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compile, run  # noqa: F401  results record the flags that `run` defines
+from experiments import run  # noqa: F401  results record the flags that `run` defines
+from experiments.benchmarks import compile
 from indexcache_jax import moe
 from indexcache_jax.params import at_layer
 from pallas_kernels import dispatch, tpu
-from tests.tiny_models import CASES
+from tests.support.tiny_models import CASES
 
 needs_libtpu = pytest.mark.skipif(
     compile.topology_reason() is not None, reason=f"pip install 'indexcache-jax[tpu-aot]': {compile.topology_reason()}"

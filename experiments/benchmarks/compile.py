@@ -1,0 +1,265 @@
+"""Compiles what inference runs, a layer's prefill chunk and a decode step, for one TPU that need not be at hand.
+
+libtpu holds the whole compiler, Mosaic included, and describes topologies by name. What is printed comes from it: that the
+programs are accepted, how much HBM they hold, what its cost model counts, and how much VMEM each kernel has. Nothing here is
+measured; times are what the counts take at the chip's full rates, so less than any run would.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental.layout import Format, Layout
+
+from experiments.common import options
+from experiments.common.report import Output, markdown_table, text_table
+from indexcache_jax import serving
+from indexcache_jax.config import Config, preset
+from indexcache_jax.model import place
+from indexcache_jax.params import shape_structs
+from indexcache_jax.schedule import Schedule
+from pallas_kernels import dispatch, tpu
+
+TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2", "v6e:2x2")
+
+_TOPOLOGY = flags.DEFINE_enum("topology", "v5p:2x2x1", TOPOLOGIES, "programs are compiled for one of its chips")
+flags.declare_key_flag("num_layers")  # 0: all, or as many as fit
+_TOKENS = flags.DEFINE_integer("tokens", 131_072, "the cache's length")
+_CHUNK = flags.DEFINE_integer("chunk", 2048, "tokens of a prefill chunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program; bytes and operations of one run."""
+
+    name: str
+    seconds_to_compile: float
+    refused: str | None = None
+    arguments: int = 0  # of a decode step: all weights and the cache
+    temporaries: int = 0
+    code: int = 0
+    flops: float = 0.0
+    bytes_accessed: float = 0.0
+    kernels: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # calls and bytes of VMEM by name
+
+
+@functools.cache
+def _topology(name: str) -> jax.Device | str:
+    """The first chip of a topology, or why there is none."""
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a cloud's metadata server otherwise
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so there is nothing to exclude others from
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+    except Exception as error:  # whatever a library that is missing or does not run here raises
+        return str(error).splitlines()[0]
+
+
+def topology_reason(name: str = TOPOLOGIES[0]) -> str | None:
+    """Why nothing can be compiled for a topology here, None where it can."""
+    found = _topology(name)
+    return found if isinstance(found, str) else None
+
+
+def topology_device(name: str) -> jax.Device:
+    """The first chip of a topology such as "v5e:2x2", as libtpu describes it. NotImplementedError where that is missing."""
+    found = _topology(name)
+    if isinstance(found, str):
+        raise NotImplementedError(
+            f"--topology={name}: libtpu does not describe it, `pip install 'indexcache-jax[tpu-aot]'` installs it ({found})"
+        )
+    return found
+
+
+def row_major(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of `tree` on `sharding`, last axis minor.
+
+    Left to itself XLA lays [..., T, 576] out with T minor, as 576 is no multiple of 128, and turns it for every kernel.
+    """
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=Format(Layout(tuple(range(x.ndim))), sharding)), tree
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The shapes of a model for inference on one device: one row, `tokens` cached, bfloat16."""
+
+    config: Config
+    schedule: Schedule
+    device: jax.Device
+    tokens: int
+
+    @functools.cached_property
+    def sharding(self) -> jax.sharding.Sharding:
+        return jax.sharding.SingleDeviceSharding(self.device)
+
+    def on_device(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), tree)
+
+    @functools.cached_property
+    def weights(self) -> serving.Weights:
+        params = shape_structs(self.config, self.schedule, jnp.bfloat16)
+        return self.on_device(jax.eval_shape(lambda p: serving.weights_of(p, self.config, self.schedule), params))
+
+    @functools.cached_property
+    def cache(self) -> serving.Cache:
+        cache = jax.eval_shape(lambda: serving.init_cache(self.config, self.schedule, 1, self.tokens))
+        return row_major(cache, self.sharding)
+
+    def decode(self) -> jax.stages.Lowered:
+        """A decode step through all layers."""
+
+        def step(cache: serving.Cache, weights: serving.Weights, token: jax.Array) -> tuple[jax.Array, serving.Cache]:
+            return serving.step(weights, token, cache, self.config)
+
+        formats = jax.tree.map(lambda x: x.format, self.cache)
+        token = self.on_device(jax.ShapeDtypeStruct((1,), jnp.int32))
+        with dispatch.target(self.device):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.sharding, formats))
+            return jitted.lower(self.cache, self.weights, token)
+
+    def prefill(self, layer: int, chunk: int) -> jax.stages.Lowered:
+        """One layer over `chunk` tokens that fill the cache up."""
+        config, cache = self.config, self.cache.layers[layer]
+
+        def run(cache: serving.LayerCache, x: jax.Array, p: serving.Layer) -> tuple[jax.Array, Any, serving.LayerCache]:
+            lengths = jnp.full((1,), chunk)
+            positions = place(self.tokens - lengths, lengths, chunk, config)
+            return serving.layer(p, x, None, cache, positions, self.tokens, config)
+
+        formats = jax.tree.map(lambda x: x.format, cache)
+        x = self.on_device(jax.ShapeDtypeStruct((1, chunk, config.hidden_size), jnp.bfloat16))
+        with dispatch.target(self.device):
+            jitted = jax.jit(run, donate_argnums=(0, 1), out_shardings=(self.sharding, self.sharding, formats))
+            return jitted.lower(cache, x, self.weights.layers[layer])
+
+
+def kernels_of(hlo: str) -> dict[str, dict[str, int]]:
+    """Calls and the most VMEM, in bytes, of every Mosaic kernel in a compiled program's text."""
+    found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"calls": 0, "vmem": 0})
+    for line in hlo.splitlines():
+        if 'custom_call_target="tpu_custom_call"' not in line:
+            continue
+        name = re.match(r"\s*(?:ROOT )?%([A-Za-z_]\w*)", line)
+        used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
+        entry = found[name[1] if name else "?"]
+        entry["calls"] += 1
+        entry["vmem"] = max(entry["vmem"], int(used[1]) if used else 0)
+    return dict(sorted(found.items()))
+
+
+def compiled(name: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
+    """The program compiled, and what the compiler says of it."""
+    start = time.monotonic()
+    try:
+        executable = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Program(name, time.monotonic() - start, refused=str(error).splitlines()[0])
+    memory, cost, hlo = executable.memory_analysis(), executable.cost_analysis(), executable.as_text()
+    assert memory is not None and cost is not None and hlo is not None  # libtpu has all three
+    return Program(
+        name=name,
+        seconds_to_compile=time.monotonic() - start,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        flops=cost.get("flops", 0.0),
+        bytes_accessed=cost.get("bytes accessed", 0.0),
+        kernels=kernels_of(hlo),
+    )
+
+
+def shape(layers: int) -> tuple[Config, Schedule]:
+    """The 30B shape's first `layers` layers."""
+    fields = preset("30b") | {"num_hidden_layers": layers}
+    return Config.from_hf(fields), Schedule.from_hf(fields)
+
+
+def layers_that_fit(layers: int, hbm: int) -> int:
+    """The most layers whose bfloat16 weights take up to three quarters of `hbm` bytes; all `layers` if those do."""
+
+    def weights(count: int) -> int:
+        config, schedule = shape(count)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape_structs(config, schedule, jnp.bfloat16)))
+
+    return next((count for count in range(layers, 1, -1) if weights(count) <= hbm * 3 // 4), 1)
+
+
+def run(output_dir: str, seed: int) -> None:
+    every, asked = preset("30b")["num_hidden_layers"], options.NUM_LAYERS.value
+    if asked > every:
+        raise ValueError(f"--num_layers={asked}: the model has {every}")
+    if not 1 <= _CHUNK.value <= _TOKENS.value:
+        raise ValueError(f"--chunk={_CHUNK.value} is not between 1 and --tokens={_TOKENS.value}")
+    device = topology_device(_TOPOLOGY.value)
+    chip = tpu.CHIPS[device.device_kind]
+    layers = asked or layers_that_fit(every, chip.hbm)
+    model = Model(*shape(layers), device, _TOKENS.value)
+    output = Output.create(output_dir)
+    title = f"30B, {layers} of {every} layers, bfloat16, {_TOKENS.value} cached tokens, for one {chip.name} ({_TOPOLOGY.value})"
+    print(title)
+
+    # The decode step first: its arguments are what stays in HBM under every program.
+    lowered: dict[str, Callable[[], jax.stages.Lowered]] = {"decode step": model.decode}
+    for kind, experts in (("dense", False), ("expert", True)):
+        if experts in model.config.moe_layers:
+            layer = model.config.moe_layers.index(experts)
+            lowered[f"prefill, a layer with {kind} MLP"] = functools.partial(model.prefill, layer, _CHUNK.value)
+    programs = []
+    for name, lower in lowered.items():
+        print(f"compiling: {name}", flush=True)
+        programs.append(compiled(name, lower))
+    resident = programs[0].arguments
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.2f}"
+
+    def hbm(p: Program) -> int:
+        return resident + p.temporaries + p.code
+
+    def row(p: Program) -> list[str]:
+        if p.refused:
+            return [p.name, f"no: {p.refused}", *["-"] * 6]
+        sizes = gib(resident), gib(p.temporaries), f"{gib(hbm(p))} of {gib(chip.hbm)}"
+        milliseconds = f"{1e3 * p.flops / chip.bf16:.2f} / {1e3 * p.bytes_accessed / chip.bandwidth:.2f}"
+        return [p.name, "yes", *sizes, f"{p.flops / 1e12:.3f}", f"{p.bytes_accessed / 1e9:.2f}", milliseconds]
+
+    header = ["program", "accepted", "weights and cache, GiB", "temporary, GiB", "HBM, GiB"]
+    header += ["Tflop, estimate", "GB moved, estimate", "ms at full rate: arithmetic / memory, estimate"]
+    rows = [row(p) for p in programs]
+    kernel_rows = [
+        [p.name, name, entry["calls"], f"{entry['vmem'] / 2**20:.1f}", f"{entry['vmem'] / chip.vmem:.0%}"]
+        for p in programs
+        for name, entry in p.kernels.items()
+    ]
+    kernel_header = ["program", "kernel", "calls", "VMEM, MiB", f"of the {chip.vmem // 2**20} MiB of a core"]
+    print(text_table(header, rows), text_table(kernel_header, kernel_rows), sep="\n\n")
+    report = f"""# Compiled ahead of time: {title}
+
+Prefill goes layer by layer, {_CHUNK.value} tokens at a time, the last of them at the cache's end; a decode step is one
+program. HBM is what XLA's memory analysis says, with all weights and the whole cache in it. Operations and bytes are
+estimates: XLA's cost model, in which each of our kernels counts as if every key were visible and every page selected. Times
+are those counts at the chip's full rates. Nothing was run.
+
+{markdown_table(header, rows)}
+
+{markdown_table(kernel_header, kernel_rows)}
+"""
+    metrics = {
+        "chip": dataclasses.asdict(chip),
+        "layers": layers,
+        "programs": [dataclasses.asdict(p) | {"hbm": hbm(p), "fits": not p.refused and hbm(p) <= chip.hbm} for p in programs],
+    }
+    output.finish("compile", metrics, report)

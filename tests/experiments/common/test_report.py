@@ -1,0 +1,57 @@
+"""What an experiment leaves behind."""
+
+import json
+import sys
+
+import pytest
+from absl import flags
+from matplotlib.figure import Figure
+
+from experiments import run as _run  # they define the flags that results.json records
+from experiments import search as _search
+from experiments.common import report
+
+assert _run.EXPERIMENTS and _search.run
+
+
+@pytest.fixture(autouse=True)
+def parsed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--seed=3"])
+    for name in report.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["run.py"])
+
+
+def test_results_say_what_was_run_on_what(tmp_path):
+    output = report.Output.create(str(tmp_path / "a" / "b"))
+    output.finish("search", {"loss": 1.5}, "# Title")
+    results = json.loads((tmp_path / "a/b/results.json").read_text())
+    assert set(results) == {"experiment", "command", "flags", "versions", "device", "metrics"}
+    assert results["metrics"] == {"loss": 1.5} and results["command"] == "python -m experiments.run --seed=3"
+    assert results["versions"]["jax"] and results["device"]["platform"] and "retention" in results["flags"]
+    assert "--seed=3" in (tmp_path / "a/b/report.md").read_text()
+
+
+def test_a_command_names_the_variables_that_change_what_is_measured(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--a=1 --b")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+    assert report.command() == "XLA_FLAGS='--a=1 --b' python -m experiments.run --seed=3"
+
+
+def test_figures_are_png_and_nothing_partial_stays(tmp_path):
+    output = report.Output.create(str(tmp_path))
+    output.save_figure(Figure(), "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--output_dir="):
+        report.Output.create(str(tmp_path / "file" / "x"))
+
+
+def test_tables():
+    assert report.markdown_table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+    assert report.text_table(["a", "bb"], [["ccc", 1]]) == "a    bb\nccc  1"

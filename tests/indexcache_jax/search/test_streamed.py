@@ -1,0 +1,155 @@
+"""Losses by layers that are read when they are needed: those of the whole model, from as few passes as memory allows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from indexcache_jax.params import Params, abstract, leaves, with_schedule
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.search import greedy as search
+from indexcache_jax.search import overlap, streamed
+from tests.support.tiny_models import CASES, Case
+
+CASE = CASES["glm-mixed"]  # FFSFS, dense layers 0 and 1
+SCHEDULES = [Schedule(pattern) for pattern in ("FFSFS", "FSSFS", "FFSSS", "FSSSS")]
+
+
+class OneByOne:
+    """The layers of params in memory, and which were asked for."""
+
+    def __init__(self, case: Case = CASE, schedule: Schedule | None = None, params: Params | None = None) -> None:
+        self.config, self.schedule = case.config, schedule or case.schedule
+        self._params, self._tree = params or case.params, abstract(self.config, self.schedule)
+        self.asked: list[int] = []
+
+    def _some(self, place) -> Params:
+        """Of each leaf what `place` says of its tensor: a slot of the stack, "whole" or None."""
+        places = [place(tensor) for _, tensor in leaves(self._tree)]
+        found = [
+            None if at is None else np.asarray(leaf if at == "whole" else leaf[at : at + 1])
+            for at, leaf in zip(places, jax.tree.leaves(self._params), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(self._tree), found)
+
+    def ends(self) -> Params:
+        return self._some(lambda tensor: "whole" if tensor.layers is None else None)
+
+    def layer(self, layer: int) -> Params:
+        self.asked.append(layer)
+        return self._some(lambda tensor: tensor.layers.index(layer) if layer in (tensor.layers or ()) else None)
+
+
+def batches(count: int = 2, rows: int = 2, case: Case = CASE) -> list[np.ndarray]:
+    rng = np.random.RandomState(0)
+    return [rng.randint(0, case.config.vocab_size, (rows, 41)).astype(np.int32) for _ in range(count)]
+
+
+def whole(case: Case = CASE, **options) -> search.Evaluator:
+    return search.Evaluator(case.params, case.config, case.schedule, batches(case=case), **options)
+
+
+@pytest.mark.parametrize("name", ["glm-unusual", "deepseek-mixed"])
+def test_losses_are_those_of_the_model_in_memory(name):
+    case = CASES[name]
+    schedules = [case.schedule, *(case.schedule.shared(i) for i in case.schedule.full_layers[1:])]
+    found = streamed.StreamedEvaluator(OneByOne(case), batches(case=case)).losses(schedules)
+    np.testing.assert_allclose(found, whole(case).losses(schedules), atol=1e-6)
+
+
+def test_the_greedy_search_is_the_same():
+    layers = OneByOne()
+    steps = search.greedy(streamed.StreamedEvaluator(layers, batches()), CASE.schedule)
+    expected = search.greedy(whole(), CASE.schedule)
+    assert [s.schedule for s in steps] == [s.schedule for s in expected]
+    np.testing.assert_allclose([s.loss for s in steps], [s.loss for s in expected], atol=1e-6)
+    assert layers.asked == [0, 1, 2, 3, 4] * len(steps)  # a pass for the start and one for each step
+
+
+def test_memory_says_how_many_batches_a_pass_has():
+    config, width = CASE.config, 40
+    state = 2 * width * (4 * config.hidden_size + 4 * config.index_topk)  # bytes of two rows
+    everything = whole().losses(SCHEDULES)
+    for memory, passes in ((8 * state, 1), (8 * state - 1, 2), (0, 2)):
+        layers = OneByOne()
+        found = streamed.StreamedEvaluator(layers, batches(), memory=memory).losses(SCHEDULES)
+        assert layers.asked == [0, 1, 2, 3, 4] * passes
+        np.testing.assert_allclose(found, everything, atol=1e-6)
+
+
+def test_schedules_share_the_layers_below_their_difference():
+    ran = []
+    streamed.StreamedEvaluator(OneByOne(), batches(1), progress=ran.append).losses(SCHEDULES)
+    # One state after layer 0, two after 1 (F and S) and after 2, four after 3 and 4.
+    assert sum(ran) == 1 + 2 + 2 + 4 + 4
+
+
+def test_what_the_log_knows_is_not_run_again(tmp_path):
+    log = search.Log(tmp_path / "log", {})
+    first = streamed.StreamedEvaluator(OneByOne(), batches(), log).losses(SCHEDULES[:2])
+    layers = OneByOne()
+    again = streamed.StreamedEvaluator(layers, batches(), search.Log(tmp_path / "log", {}))
+    assert again.losses(SCHEDULES[:2]) == first and not layers.asked
+    again.losses(SCHEDULES)
+    assert layers.asked == [0, 1, 2, 3, 4]
+
+
+def test_selections_have_the_overlap_of_the_model_in_memory():
+    queries = overlap.spread(40, CASE.config.index_topk)
+    evaluator = streamed.StreamedEvaluator(OneByOne(), batches(), memory=0)
+    found = overlap.mean_overlap(evaluator.selections(CASE.schedule, range(2), queries), CASE.config.index_topk)
+    np.testing.assert_array_equal(found, overlap.overlap(CASE.params, CASE.config, CASE.schedule, batches()))
+
+
+def test_a_layer_without_an_indexer_cannot_be_full():
+    with pytest.raises(ValueError, match="FFFFS: layer 2 is F, but the weights have no indexer"):
+        streamed.StreamedEvaluator(OneByOne(), batches()).loss(Schedule("FFFFS"))
+
+
+def test_a_loss_that_is_not_finite_is_no_loss():
+    layers = OneByOne(params=CASE.params.replace(final_norm=CASE.params.final_norm.at[0].set(np.nan)))
+    with pytest.raises(ValueError, match="loss of FFSFS on batch 0 is nan"):
+        streamed.StreamedEvaluator(layers, batches()).loss(CASE.schedule)
+
+
+def test_a_layer_that_cannot_be_read_says_why():
+    class Torn(OneByOne):
+        def layer(self, layer: int) -> Params:
+            if layer == 3:
+                raise ValueError("layer 3 is torn")
+            return super().layer(layer)
+
+    with pytest.raises(ValueError, match="layer 3 is torn"):
+        streamed.StreamedEvaluator(Torn(), batches()).loss(CASE.schedule)
+
+
+def test_params_of_fewer_indexers_are_judged_as_they_are():
+    schedule = Schedule("FSSFS")
+    layers = OneByOne(schedule=schedule, params=with_schedule(CASE.params, CASE.schedule, schedule))
+    found = streamed.StreamedEvaluator(layers, batches()).loss(Schedule("FSSSS"))
+    assert found == pytest.approx(whole().loss(Schedule("FSSSS")), abs=1e-6)
+
+
+TWO_DEVICES = """
+import jax, numpy as np
+from indexcache_jax.search import streamed
+from tests.indexcache_jax.search.test_streamed import CASE, SCHEDULES, OneByOne, batches, whole
+
+assert len(jax.devices()) == 2
+for rows, devices in ((4, 2), (3, 1)):
+    evaluator = streamed.StreamedEvaluator(OneByOne(), batches(rows=rows))
+    assert evaluator._mesh.size == devices
+    expected = type(whole())(CASE.params, CASE.config, CASE.schedule, batches(rows=rows)).losses(SCHEDULES)
+    np.testing.assert_allclose(evaluator.losses(SCHEDULES), expected, atol=1e-6)
+"""
+
+
+def test_devices_share_the_rows():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", TWO_DEVICES], capture_output=True, text=True, cwd=root, env=environment)
+    assert done.returncode == 0, done.stderr
