@@ -9,8 +9,9 @@ import pytest
 
 from experiments import run  # noqa: F401  results record the flags that `run` defines
 from experiments.benchmarks import compile
-from indexcache_jax import moe
+from indexcache_jax import moe, serving
 from indexcache_jax.params import at_layer
+from indexcache_jax.serving import cache
 from pallas_kernels import dispatch, tpu
 from tests.support.tiny_models import CASES
 
@@ -110,3 +111,33 @@ def test_a_few_rows_read_the_experts_one_by_one():
     with jax.default_matmul_precision("highest"):
         one, other = moe._matrix_by_matrix(layer, tokens, *routing), moe._sorted_by_expert(layer, tokens, *routing)
     np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
+def test_a_cache_is_row_major_before_and_after_every_program(topology):
+    """By itself: the formats are the library's. Without them the compiler would turn latents of 576, and copy them."""
+    device = compile.topology_device(topology)
+    model = compile.Model(*compile.shape(2), device, 8192)
+    for executable in (model.decode().compile(), model.prefill(0, 512).compile()):
+        into = [f for f in jax.tree.leaves(executable.input_formats) if len(f.layout.major_to_minor) == 3]
+        *_, outputs = executable.output_formats
+        layouts = [f.layout.major_to_minor for f in jax.tree.leaves(outputs)]
+        assert {layout for layout in layouts if len(layout) == 3} == {(0, 1, 2)}
+        assert len(into) >= len([layout for layout in layouts if len(layout) == 3])
+    left_alone = jax.jit(lambda x: x.at[0, 0].set(1), donate_argnums=0)
+    latents = model.on_device(jax.ShapeDtypeStruct((1, 8192, 576), jnp.bfloat16))
+    turned = left_alone.lower(latents).compile().output_formats
+    assert turned.layout.major_to_minor != (0, 1, 2), "the compiler keeps it row-major by itself: formats are not needed"
+
+
+def test_a_cache_made_for_a_tpu_says_that_it_is_row_major():
+    class V5E:
+        platform, device_kind = "tpu", "TPU v5 lite"
+
+    case = CASES["glm-mixed"]
+    assert cache.formats(serving.init_cache(case.config, case.schedule, 1, 64)) is None  # elsewhere nothing has to be said
+    with dispatch.target(V5E):
+        formats = cache.formats(serving.init_cache(case.config, case.schedule, 1, 64, jnp.float8_e4m3fn))
+    assert all(f.layout.major_to_minor == tuple(range(len(f.layout.major_to_minor))) for f in jax.tree.leaves(formats.layers))
