@@ -36,7 +36,7 @@ from indexcache_jax.model import AttentionLayer, Positions, mlp_layers, place, t
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import MoE, Params, abstract, slots
 from indexcache_jax.schedule import Schedule
-from pallas_kernels import dispatch
+from pallas_kernels import device, dispatch
 from pallas_kernels.index_divergence import api as index_divergence
 from pallas_kernels.selected_attention import api as selected_attention
 from pallas_kernels.selected_attention import bits
@@ -226,7 +226,7 @@ def _fused(queries: jax.Array, values: jax.Array) -> bool:
     """Whether cuDNN's fused attention serves: on a GPU, in 16 bits, heads of a multiple of 8 up to 128."""
     width = queries.shape[-1]
     fits = width % 8 == 0 and values.shape[-1] <= width <= 128
-    return fits and jax.default_backend() == "gpu" and queries.dtype == jnp.bfloat16
+    return fits and device.platform() == "gpu" and queries.dtype == jnp.bfloat16
 
 
 def _causal(queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:

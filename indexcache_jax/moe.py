@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from indexcache_jax.config import Config
 from indexcache_jax.params import MLP, MoE
-from pallas_kernels import dispatch
+from pallas_kernels import device
 
 
 class Matrices(Protocol):
@@ -80,12 +80,12 @@ def routed(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Arra
 
 def _few_experts(config: Config) -> bool:
     # An accelerator multiplies a small model's tokens by every expert faster than it sorts them.
-    return dispatch.platform() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
+    return device.platform() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
 
 
 def _few_rows(experts: jax.Array, config: Config) -> bool:
     # Then a matrix for every row is less than what a TPU's grouped product reads. Hopper's reads the chosen ones alone.
-    return dispatch.platform() == "tpu" and 4 * experts.size <= config.n_routed_experts
+    return device.platform() == "tpu" and 4 * experts.size <= config.n_routed_experts
 
 
 def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:

@@ -28,7 +28,8 @@ from indexcache_jax.config import Config, preset
 from indexcache_jax.model import place
 from indexcache_jax.params import shape_structs
 from indexcache_jax.schedule import Schedule
-from pallas_kernels import dispatch, tpu
+from pallas_kernels import tpu
+from pallas_kernels.device import target
 
 TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2", "v6e:2x2")
 
@@ -126,7 +127,7 @@ class Model:
 
         formats = jax.tree.map(lambda x: x.format, self.cache)
         token = self.on_device(jax.ShapeDtypeStruct((1,), jnp.int32))
-        with dispatch.target(self.device):
+        with target(self.device):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.sharding, formats))
             return jitted.lower(self.cache, self.weights, token)
 
@@ -141,7 +142,7 @@ class Model:
 
         formats = jax.tree.map(lambda x: x.format, cache)
         x = self.on_device(jax.ShapeDtypeStruct((1, chunk, config.hidden_size), jnp.bfloat16))
-        with dispatch.target(self.device):
+        with target(self.device):
             jitted = jax.jit(run, donate_argnums=(0, 1), out_shardings=(self.sharding, self.sharding, formats))
             return jitted.lower(cache, x, self.weights.layers[layer])
 

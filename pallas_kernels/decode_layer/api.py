@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper
+from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer.arrays import Before, Ready
 
 MAX_HEADS = 128  # a block's share of the value and key matrices is of one head or two
@@ -79,8 +79,8 @@ def why_not(x: jax.Array, given: Before, after: Mapping[str, jax.Array], groups:
     latents, index_keys, weights = given.latents, given.index_keys, {**given.weights, **after}
     if reason := hopper.why_not():
         return reason
-    if (count := hopper.multiprocessors()) < hopper.MULTIPROCESSORS:
-        return f"it needs {hopper.MULTIPROCESSORS} multiprocessors at once, this device has {count}"
+    if (count := device.num_sms() or hopper.NUM_SMS) < hopper.NUM_SMS:
+        return f"it needs {hopper.NUM_SMS} multiprocessors at once, this device has {count}"
     if x.shape[:2] != (1, 1):
         return f"it is for a single token, not for {x.shape[0]} rows of {x.shape[1]}"
     kinds = {x.dtype, latents.dtype} | {w.dtype for name, w in weights.items() if name != "router_bias"}

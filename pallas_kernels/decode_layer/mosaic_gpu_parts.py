@@ -13,7 +13,7 @@ from typing import Any
 
 from pallas_kernels import hopper, ptx
 
-BLOCKS = hopper.MULTIPROCESSORS  # one on each, so that the grid can meet
+BLOCKS = hopper.NUM_SMS  # one on each, so that the grid can meet
 WARPS = 16
 THREADS = 32 * WARPS
 LOADS = 20  # 16 bytes each that a lane has under way: 80 of its 128 registers

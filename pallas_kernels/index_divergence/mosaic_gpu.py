@@ -54,7 +54,7 @@ from pallas_kernels.selected_attention.bits import WORD
 BLOCK_BYTES = 128 * 2**20  # of one block's float32 scores, and as many of its targets
 STAGES = 2
 MAX_WIDTH, MAX_INDEX_WIDTH = 192, 128  # narrower ones are padded to a multiple of PIECE
-FILLED = 2 * hopper.MULTIPROCESSORS  # blocks of threads that keep the device busy
+FILLED = 2 * hopper.NUM_SMS  # blocks of threads that keep the device busy
 
 
 def why_not(

@@ -17,6 +17,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import device
+
 SPREAD_BYTES = {"cpu": 16 * 2**20, "other": 512 * 2**20}  # of one block's dS over the whole context
 
 
@@ -79,7 +81,7 @@ def pull(
         of_kv = of_kv.at[:, :value_dim].add(product("nht,nhc->tc", spread(p), out_grad))
         return product("nhk,nkw->nhw", of_logits, selected), of_kv
 
-    budget = SPREAD_BYTES.get(jax.default_backend(), SPREAD_BYTES["other"])
+    budget = SPREAD_BYTES.get(device.platform(), SPREAD_BYTES["other"])
     rows = max(1, min(s, budget // (4 * b * h * t)))
     blocks = -(-s // rows)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import device
 from pallas_kernels.blocks import map_queries
 from pallas_kernels.sparse_mla import fp8
 
@@ -55,6 +56,6 @@ def sparse_mla(
 
         return jax.vmap(row)(q, latents, idx).astype(queries.dtype)
 
-    budget = GATHER_BYTES.get(jax.default_backend(), GATHER_BYTES["other"])
+    budget = GATHER_BYTES.get(device.platform(), GATHER_BYTES["other"])
     rows = max(1, min(s, budget // (b * k * width * latents.dtype.itemsize)))
     return map_queries(block, (queries, indices), rows)

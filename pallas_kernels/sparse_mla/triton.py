@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import device
 from pallas_kernels.sparse_mla import fp8, gradient
 
 MAX_HEADS, MIN_HEADS = 32, 16  # of a program
@@ -38,8 +39,8 @@ def why_not(
     value_dim: int,
     latent_scales: jax.Array | None = None,
 ) -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"it needs a GPU, JAX's default backend is {jax.default_backend()!r}"
+    if device.platform() != "gpu":
+        return f"it needs a GPU, the device compiled for is a {device.platform()!r}"
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Pallas Triton backend any more"
     rotary = latents.shape[2] - value_dim

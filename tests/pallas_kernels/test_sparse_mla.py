@@ -366,8 +366,8 @@ def test_the_sample_for_the_unions_is_whole_tiles_all_over(monkeypatch):
         assert not unions_pay_emulated(monkeypatch, mixed, 20, keys, packed)
 
 
-def few_heads_emulated(monkeypatch, queries, latents, indices, seed, multiprocessors=2):
-    """What the kernel for few heads makes of a case, each multiprocessor doing every `multiprocessors`-th query."""
+def few_heads_emulated(monkeypatch, queries, latents, indices, seed, num_sms=2):
+    """What the kernel for few heads makes of a case, each multiprocessor doing every `num_sms`-th query."""
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads as few
 
     b, s, h, width = queries.shape
@@ -376,7 +376,7 @@ def few_heads_emulated(monkeypatch, queries, latents, indices, seed, multiproces
     tasks = few.Tasks(b, s, h, latents.shape[1], lists.shape[1] // few.KEYS)
     flat = np.asarray(queries).reshape(-1, width), np.asarray(latents).reshape(-1, width), lists, counts
     with monkeypatch.context() as patch:
-        patch.setattr(hopper, "MULTIPROCESSORS", multiprocessors)
+        patch.setattr(hopper, "NUM_SMS", num_sms)
         out = warpgroup_emulator.run(patch, few, few.attend, *flat, tasks, scale=SCALE, seed=seed)
     return out.reshape(b, s, h, -1)
 

@@ -11,7 +11,7 @@ from experiments import run  # noqa: F401  results record the flags that `run` d
 from experiments.benchmarks import compile
 from indexcache_jax import moe
 from indexcache_jax.params import at_layer
-from pallas_kernels import dispatch, tpu
+from pallas_kernels import tpu
 from tests.support.tiny_models import CASES
 
 needs_libtpu = pytest.mark.skipif(
@@ -79,27 +79,6 @@ def test_kernels_are_read_from_a_programs_text():
         ["HloModule x", f"  %gmm {call}", f"  ROOT %gmm.3 {call}", f"  %indexer_topk.12 {call}", "  %y = f32[8] add"]
     )
     assert compile.kernels_of(text) == {"gmm": {"calls": 2, "vmem": 4096}, "indexer_topk": {"calls": 1, "vmem": 4096}}
-
-
-def test_programs_of_one_device_are_not_taken_for_another():
-    seen = []
-
-    @jax.jit
-    def f(x):
-        seen.append(dispatch.platform())
-        return x + 1
-
-    class V5P:
-        platform, device_kind = "tpu", "TPU v5"
-
-    f(1)
-    with dispatch.target(V5P):
-        f(1)
-        assert tpu.chip().name == "v5p" and tpu.why_not() is None
-    f(1)
-    assert seen == [jax.default_backend(), "tpu"]
-    with dispatch.target(type("Unknown", (), {"platform": "tpu", "device_kind": "TPU v99"})):
-        assert "v99" in tpu.why_not()
 
 
 def test_a_few_rows_read_the_experts_one_by_one():
