@@ -38,9 +38,8 @@ from indexcache_jax.norm import layer_norm, rms_norm
 from indexcache_jax.params import MLP, MoE, Params, at_layer, check_schedule, init, slots
 from indexcache_jax.rope import rotate
 from indexcache_jax.schedule import Schedule
+from pallas_kernels import quant
 from pallas_kernels.decode_layer import api as decode_layer
-from pallas_kernels.indexer_topk import fp8 as index_fp8
-from pallas_kernels.sparse_mla import fp8 as latent_fp8
 
 FP8 = jnp.float8_e4m3fn
 
@@ -302,11 +301,11 @@ def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array
 def _remember(cache: LayerCache, latents: jax.Array, keys: jax.Array | None, positions: jax.Array) -> LayerCache:
     latent_scales, index_keys, index_scales = cache.latent_scales, cache.index_keys, cache.index_scales
     if latent_scales is not None:
-        latents, scales = latent_fp8.quantise(latents)
+        latents, scales = quant.quantise_latents(latents)
         latent_scales = _write(latent_scales, scales, positions)
     if keys is not None and index_keys is not None:
         if index_scales is not None:
-            keys, scales = index_fp8.quantise(keys)
+            keys, scales = quant.quantise_index(keys)
             index_scales = _write(index_scales, scales, positions)
         index_keys = _write(index_keys, keys, positions)
     return LayerCache(_write(cache.latents, latents, positions), latent_scales, index_keys, index_scales)
@@ -335,7 +334,7 @@ def _select(
     assert cache.index_keys is not None  # an F layer's cache has them
     scales = None
     if cache.index_scales is not None:
-        queries, query_scales = index_fp8.quantise(queries)
+        queries, query_scales = quant.quantise_index(queries)
         weights, scales = weights * query_scales, cache.index_scales[:, :keys]
     return pallas_kernels.indexer_topk(
         queries,

@@ -350,7 +350,7 @@ def _store_index_vector(
             at = ptx.offset(ptx.offset(base, row, 2 * INDEX_WIDTH), ptx.add(ptx.shift_left(lane, 1), i), 4)
             ptx.store_global(at, ptx.to_bfloat16_pair(*vector[2 * i : 2 * i + 2]), always)
         return None
-    # As indexer_topk.fp8.quantise does: max(|x|, 1e-4) / 448 rounded up to a power of two.
+    # As quant.quantise_index does: max(|x|, 1e-4) / 448 rounded up to a power of two.
     sizes = [ptx.bit_and(ptx.bits_of(x), 0x7FFFFFFF) for x in vector]
     top = ptx.reduce_warp("max", ptx.maximum(ptx.maximum(sizes[0], sizes[1]), ptx.maximum(sizes[2], sizes[3])))
     finite = ptx.compare("slt", top, 0x7F800000)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import device
-from pallas_kernels.sparse_mla import fp8, gradient
+from pallas_kernels import device, quant
+from pallas_kernels.sparse_mla import gradient
 
 MAX_HEADS, MIN_HEADS = 32, 16  # of a program
 KEYS = 32  # of a block
@@ -125,5 +125,5 @@ def sparse_mla(
     latent_scales: jax.Array | None = None,
 ) -> jax.Array:
     if latent_scales is not None:
-        latents, indices = fp8.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+        latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
     return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

@@ -13,6 +13,7 @@ from indexcache_jax import serving
 from indexcache_jax.config import Config, preset
 from indexcache_jax.model import place
 from indexcache_jax.schedule import Schedule
+from pallas_kernels import quant
 from pallas_kernels.decode_layer import mosaic_gpu, mosaic_gpu_parts
 from tests.support import ptx_emulator
 
@@ -122,7 +123,7 @@ def inputs_in_xla(config, layer, cache, x, positions, monkeypatch):
     def select(queries, weights, cache, *_):
         seen["index_queries"], seen["index_weights"] = queries, weights
         if cache.index_scales is not None:
-            queries, scales = serving.index_fp8.quantise(queries)
+            queries, scales = quant.quantise_index(queries)
             seen["index_queries"], seen["index_weights"] = queries, weights * scales
         return jnp.zeros((1, 1, 4), jnp.int32)
 
