@@ -501,9 +501,11 @@ def step(weights: Weights, token: jax.Array, cache: Cache, config: Config, keys:
 
 def _before(p: Layer, cache: LayerCache, positions: Positions, config: Config) -> decode_layer.Before:
     c = config
-    weights = {"norm": p.norm, "down": p.down, "q_norm": p.q_norm, "kv_norm": p.kv_norm, "up": p.up, "k_up": p.k_up}
+    weights = {"norm": p.norm, "down": p.down, "q_norm": p.q_norm, "kv_norm": p.kv_norm, "k_up": p.k_up}
+    rows = c.num_heads * c.qk_head_dim
+    weights["up"] = p.up[:rows]
     if p.key_norm is not None and p.key_norm_bias is not None:
-        weights |= {"key_norm": p.key_norm, "key_norm_bias": p.key_norm_bias}
+        weights |= {"index_up": p.up[rows:], "key_norm": p.key_norm, "key_norm_bias": p.key_norm_bias}
     return decode_layer.Before(
         weights=weights,
         latents=cache.latents,
@@ -521,10 +523,11 @@ def _before(p: Layer, cache: LayerCache, positions: Positions, config: Config) -
 def _after(p: Layer) -> dict[str, jax.Array]:
     weights = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
     if isinstance(p.mlp, Dense):
-        return weights | {"router": p.mlp.gate_up, "shared_down": p.mlp.down}
+        return weights | {"shared_gate_up": p.mlp.gate_up, "shared_down": p.mlp.down}
     m = p.mlp
-    weights |= {"router": m.router, "router_bias": m.router_bias, "gate_up": m.gate_up, "expert_down": m.down}
-    return weights if m.shared_down is None else weights | {"shared_down": m.shared_down}
+    experts = m.router_bias.size
+    weights |= {"router": m.router[:experts], "router_bias": m.router_bias, "gate_up": m.gate_up, "expert_down": m.down}
+    return weights if m.shared_down is None else weights | {"shared_gate_up": m.router[experts:], "shared_down": m.shared_down}
 
 
 def _in_few_launches(p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config) -> bool:

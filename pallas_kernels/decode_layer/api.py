@@ -52,9 +52,9 @@ def layer_outputs(
 
     Args:
       x: the layer's input. context: [1, 1, H, C], what it attended to.
-      weights: v_up [H, dv, C], out [D, H dv], mlp_norm [D]; with experts router [E + 2 Is, D], the router and the shared
-        experts' gate and up projections, router_bias [E] float32, gate_up [E, D, 2, I], expert_down [E, I, D] and
-        shared_down [D, Is] where there are shared ones; without, router [2 F, D] and shared_down [D, F].
+      weights: v_up [H, dv, C], out [D, H dv], mlp_norm [D]; with experts router [E, D], router_bias [E] float32,
+        gate_up [E, D, 2, I], expert_down [E, I, D], and where there are shared ones shared_gate_up [2 Is, D] and
+        shared_down [D, Is]; in a dense layer these two alone, [2 F, D] and [D, F].
       chosen, normalised, scale: experts a token, whether their weights are made to sum to 1, what they are multiplied by.
       following, after: the next layer's, as for `attention_inputs`.
     """

@@ -12,8 +12,8 @@ import jax
 class Before:
     """A layer's attention before its token has come: weights, caches of one row and the token's place in them.
 
-    weights: norm [D], down [R + C + dr (+ Di + Hi), D], q_norm [R], kv_norm [C], up [H (dn + dr) (+ Hi Di), R],
-    k_up [H, C, dn], and where the layer selects key_norm and key_norm_bias [Di].
+    weights: norm [D], down [R + C + dr (+ Di + Hi), D], q_norm [R], kv_norm [C], up [H (dn + dr), R], k_up [H, C, dn], and
+    where the layer selects index_up [Hi Di, R], key_norm and key_norm_bias [Di].
     """
 
     weights: Mapping[str, jax.Array]

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import ptx
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.arrays import Before, Ready
-from pallas_kernels.decode_layer.mosaic_gpu_parts import Place, Product, Shared, Value
+from pallas_kernels.decode_layer.mosaic_gpu_parts import Place, Product, Rows, Shared, Value
 
 WIDTH, VALUE_DIM, ROTARY = 576, 512, 64  # of a latent
 INDEX_WIDTH = 128
@@ -161,7 +161,7 @@ class Down(Stage):
         self.vector, self.sums = shared.take(2 * p.hidden), shared.take(64)
         if a:
             first, end = parts.share(place, p.down)
-            self.product = Product(place, a["down"], p.hidden, first, end, parts.largest_share(p.down))
+            self.product = Product(place, Rows([(a["down"], p.down)]), p.hidden, first, end, parts.largest_share(p.down))
 
     def begin(self) -> None:
         self.product.begin()
@@ -183,7 +183,10 @@ class Up(Stage):
         self.vector, self.sums, self.own_sums = shared.take(2 * p.q_rank), shared.take(64), shared.take(64)
         if a:
             first, end = parts.share(place, p.up, ROTATES)
-            self.product = Product(place, a["up"], p.q_rank, first, end, parts.largest_share(p.up, ROTATES))
+            matrices = [(a["up"], p.heads * p.head_dim)]
+            if p.index_heads:
+                matrices.append((a["index_up"], p.index_heads * INDEX_WIDTH))
+            self.product = Product(place, Rows(matrices), p.q_rank, first, end, parts.largest_share(p.up, ROTATES))
 
     def begin(self) -> None:
         self.product.begin()
@@ -241,7 +244,9 @@ class Absorb(Stage):
         if a:
             rows = p.heads * VALUE_DIM
             self.first, end = parts.share(place, rows, INDEXES)
-            self.product = Product(place, a["k_up"], p.nope, self.first, end, parts.largest_share(rows, INDEXES))
+            self.product = Product(
+                place, Rows([(a["k_up"], rows)]), p.nope, self.first, end, parts.largest_share(rows, INDEXES)
+            )
 
     def begin(self) -> None:
         self.product.begin()
@@ -377,7 +382,7 @@ class Values(Stage):
         if a:
             rows = p.heads * p.value
             self.first, end = parts.share(place, rows)
-            self.product = Product(place, a["v_up"], VALUE_DIM, self.first, end, parts.largest_share(rows))
+            self.product = Product(place, Rows([(a["v_up"], rows)]), VALUE_DIM, self.first, end, parts.largest_share(rows))
 
     def begin(self) -> None:
         self.product.begin()
@@ -409,7 +414,7 @@ class Out(Stage):
         if a:
             first, end = parts.share(place, p.hidden)
             most = parts.largest_share(p.hidden)
-            self.product = Product(place, a["out"], p.heads * p.value, first, end, most)
+            self.product = Product(place, Rows([(a["out"], p.hidden)]), p.heads * p.value, first, end, most)
 
     def begin(self) -> None:
         self.product.begin()
@@ -434,7 +439,9 @@ class First(Stage):
         self.vector, self.sums = shared.take(2 * p.hidden), shared.take(64)
         if a:
             begin, end = parts.share(place, p.first)
-            self.product = Product(place, a["router"], p.hidden, begin, end, parts.largest_share(p.first))
+            counts = {"router": p.experts, "shared_gate_up": 2 * p.shared}
+            rows = Rows([(a[name], count) for name, count in counts.items() if count])
+            self.product = Product(place, rows, p.hidden, begin, end, parts.largest_share(p.first))
 
     def begin(self) -> None:
         self.product.begin()
@@ -545,7 +552,7 @@ class ExpertsSecond(Stage):
     def product(self, turn: int) -> Product:
         first = self.first(turn)
         end = ptx.select(self.exists(turn), ptx.add(first, self.width), first)
-        return Product(self.place, self.a["shared_down"], self.p.shared, first, end, self.width)
+        return Product(self.place, Rows([(self.a["shared_down"], self.p.hidden)]), self.p.shared, first, end, self.width)
 
     def columns(self, turn: int) -> parts.Columns:
         p, pieces = self.p, []
@@ -622,7 +629,9 @@ class DenseSecond(Stage):
         self.vector = shared.take(2 * p.shared)
         if a:
             first, end = parts.share(place, p.hidden)
-            self.product = Product(place, a["shared_down"], p.shared, first, end, parts.largest_share(p.hidden))
+            self.product = Product(
+                place, Rows([(a["shared_down"], p.hidden)]), p.shared, first, end, parts.largest_share(p.hidden)
+            )
 
     def begin(self) -> None:
         self.product.begin()
@@ -808,7 +817,7 @@ def layer_outputs(
     heads, value, _ = weights["v_up"].shape
     routed = "gate_up" in weights
     experts = weights["router_bias"].size if routed else 0
-    shared_width = (weights["router"].shape[0] - experts) // 2
+    shared_width = weights["shared_gate_up"].shape[0] // 2 if "shared_gate_up" in weights else 0
     width = weights["expert_down"].shape[1] if routed else 0
     p = Outputs(x.size, heads, value, eps, shared_width, experts, chosen if routed else 0, width, normalised, scale)
     operands: dict[str, Any] = {"x": x, "context": context, **weights, "counter": jax.new_ref(counter)}

@@ -163,24 +163,53 @@ def bring(place: Place, matrix: Value, row_bytes: int, first: Value, end: Value)
     ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, there)
 
 
+class Rows:
+    """The rows of one matrix, or of two with equally long rows, numbered as if the second stood below the first."""
+
+    def __init__(self, matrices: Sequence[tuple[Value, int]]):
+        """matrices: the address of each, and how many rows it has."""
+        (self.address, self.count), *second = matrices
+        self.second = second[0][0] if second else None
+
+    def at(self, row: Value, row_bytes: int) -> Value:
+        """The address of a row. A select between the two matrices, so that neighbouring lanes may read different ones."""
+        if self.second is None:
+            return ptx.offset(self.address, row, row_bytes)
+        in_first = ptx.compare("slt", row, self.count)
+        matrix = ptx.select(in_first, self.address, self.second)
+        return ptx.offset(matrix, ptx.select(in_first, row, ptx.sub(row, self.count)), row_bytes)
+
+    def moved(self, index: Value, scale: int) -> Rows:
+        """The same rows, `index` * `scale` bytes further on."""
+        matrices = [(ptx.offset(self.address, index, scale), self.count)]
+        return Rows(matrices if self.second is None else [*matrices, (ptx.offset(self.second, index, scale), 0)])
+
+    def bring(self, place: Place, row_bytes: int, first: Value, end: Value) -> None:
+        """Rows first .. end - 1 to L2."""
+        if self.second is None:
+            return bring(place, self.address, row_bytes, first, end)
+        bring(place, self.address, row_bytes, *(ptx.minimum(x, self.count) for x in (first, end)))
+        bring(place, self.second, row_bytes, *(ptx.sub(ptx.maximum(x, self.count), self.count) for x in (first, end)))
+
+
 class Product:
-    """Rows first .. end - 1 (at most `most`) of a matrix [N, K] times a vector: `begin` starts, `finish` ends it.
+    """Rows first .. end - 1 (at most `most`) of matrices [N, K] times a vector: `begin` starts, `finish` ends it.
 
     A row is read by as many lanes as its length divides into 16 bytes each, up to a whole warp.
     """
 
-    def __init__(self, place: Place, matrix: Value, width: int, first: Value, end: Value, most: int):
+    def __init__(self, place: Place, rows: Rows, width: int, first: Value, end: Value, most: int):
         self.lanes = next((lanes for lanes in (32, 16, 8, 4) if width % (8 * lanes) == 0), 0)
         if not self.lanes:
             raise ValueError(f"rows of {width} numbers do not divide into pieces of 32")
-        self.base, self.width, self.first, self.end = matrix, width, first, end
+        self.matrix, self.width, self.first, self.end = rows, width, first, end
         self.chunks = width // (8 * self.lanes)
-        rows = 32 // self.lanes
-        self.rounds = -(-most // (WARPS * rows))
+        of_warp = 32 // self.lanes
+        self.rounds = -(-most // (WARPS * of_warp))
         self.lane = ptx.bit_and(place.lane, self.lanes - 1)
-        self.own = ptx.add(first, ptx.mul(place.warp, rows), ptx.div(place.lane, self.lanes))
-        self.rows = WARPS * rows  # of a round
-        self.matrix = ptx.offset(matrix, self.lane, 16)
+        self.own = ptx.add(first, ptx.mul(place.warp, of_warp), ptx.div(place.lane, self.lanes))
+        self.rows = WARPS * of_warp  # of a round
+        self.own_part = rows.moved(self.lane, 16)
         pieces = [(turn, chunk) for turn in range(self.rounds) for chunk in range(self.chunks)]
         self.batches = [pieces[i : i + LOADS] for i in range(0, len(pieces), LOADS)]
         self.under_way: list[list[Value]] = []
@@ -193,7 +222,7 @@ class Product:
         for turn, chunk in self.batches[batch]:
             row = self.row(turn)
             exists = ptx.select(ptx.compare("slt", row, self.end), 1, 0)
-            address = ptx.offset(ptx.offset(self.matrix, row, 2 * self.width), ptx.constant(chunk), 16 * self.lanes)
+            address = ptx.offset(self.own_part.at(row, 2 * self.width), ptx.constant(chunk), 16 * self.lanes)
             found.append(ptx.load_words_or_zeros(address, exists, 4))
         return found
 
@@ -202,7 +231,7 @@ class Product:
 
     def bring(self, place: Place) -> None:
         """The same rows to L2, for a `begin` much later."""
-        bring(place, self.base, 2 * self.width, self.first, self.end)
+        self.matrix.bring(place, 2 * self.width, self.first, self.end)
 
     def finish(self, vector: Callable[[Value], Value], emit: Callable[[Value, Value, Value], None]) -> None:
         """`vector`: where a row's vector is in shared memory. emit(row, sum, whether this lane is to store it)."""
