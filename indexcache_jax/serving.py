@@ -499,20 +499,20 @@ def step(weights: Weights, token: jax.Array, cache: Cache, config: Config, keys:
 # ---- a single token, its layers' dense parts in one launch between two attentions
 
 
-def _before(p: Layer, cache: LayerCache, positions: Positions, config: Config) -> decode_layer.Before:
+def _before(p: Layer, cache: LayerCache, positions: Positions, config: Config) -> decode_layer.AttentionWeights:
     c = config
     weights = {"norm": p.norm, "down": p.down, "q_norm": p.q_norm, "kv_norm": p.kv_norm, "k_up": p.k_up}
     rows = c.num_heads * c.qk_head_dim
     weights["up"] = p.up[:rows]
     if p.key_norm is not None and p.key_norm_bias is not None:
         weights |= {"index_up": p.up[rows:], "key_norm": p.key_norm, "key_norm_bias": p.key_norm_bias}
-    return decode_layer.Before(
+    return decode_layer.AttentionWeights(
         weights=weights,
         latents=cache.latents,
         index_keys=cache.index_keys,
         index_scales=cache.index_scales,
         position=positions.queries,
-        angles=positions.angles,
+        cos_sin=positions.angles,
         eps=c.rms_norm_eps,
         latent_eps=c.latent_norm_eps,
         index_scale=c.index_n_heads**-0.5 * c.index_head_dim**-0.5,
@@ -538,14 +538,14 @@ def _in_few_launches(p: Layer, x: jax.Array, cache: LayerCache, positions: Posit
 
 @jax.jit
 def _inputs(
-    p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config, meetings: jax.Array
+    p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config, barrier_count: jax.Array
 ) -> tuple[tuple[jax.Array | None, ...], LayerCache, jax.Array]:
     """What the first layer's attention takes, its cache with the token in it, and how often the device's blocks have met."""
-    ready, meetings = decode_layer.attention_inputs(x, _before(p, cache, positions, config), _after(p), meetings)
-    return *_split(ready), meetings
+    ready, barrier_count = decode_layer.attention_inputs(x, _before(p, cache, positions, config), _after(p), barrier_count)
+    return *_split(ready), barrier_count
 
 
-def _split(ready: decode_layer.Ready) -> tuple[tuple[jax.Array | None, ...], LayerCache]:
+def _split(ready: decode_layer.AttentionOperands) -> tuple[tuple[jax.Array | None, ...], LayerCache]:
     cache = LayerCache(ready.latents, None, ready.index_keys, ready.index_scales)
     return (ready.queries, ready.index_queries, ready.index_weights), cache
 
@@ -587,22 +587,22 @@ def _outputs(
     following: tuple[Layer, LayerCache] | None,
     positions: Positions,
     config: Config,
-    meetings: jax.Array,
+    barrier_count: jax.Array,
 ) -> tuple[jax.Array, tuple[tuple[jax.Array | None, ...], LayerCache] | None, jax.Array]:
     """The layer's output, what the following layer's attention takes with its cache, and how often blocks have met."""
-    x, ready, meetings = decode_layer.layer_outputs(
+    x, ready, barrier_count = decode_layer.layer_outputs(
         x,
         context,
         _after(p),
-        meetings,
+        barrier_count,
         eps=config.rms_norm_eps,
-        chosen=config.num_experts_per_tok,
+        num_experts_per_token=config.num_experts_per_tok,
         normalised=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
-        following=None if following is None else _before(*following, positions, config),
-        after=None if following is None else _after(following[0]),
+        next_layer=None if following is None else _before(*following, positions, config),
+        next_outputs=None if following is None else _after(following[0]),
     )
-    return x, None if ready is None else _split(ready), meetings
+    return x, None if ready is None else _split(ready), barrier_count
 
 
 def _few_launches(
@@ -614,13 +614,13 @@ def _few_launches(
     config: Config,
 ) -> tuple[jax.Array, list[LayerCache]]:
     """All layers over a single token x [1, 1, D], and their caches."""
-    queries, cache, meetings = _inputs(layers[0], x, caches[0], positions, config, jnp.zeros((1,), jnp.int32))
+    queries, cache, barrier_count = _inputs(layers[0], x, caches[0], positions, config, jnp.zeros((1,), jnp.int32))
     indices, done = None, []
     for i, p in enumerate(layers):
         done.append(cache)
         context, indices = _attend(queries, indices, cache, positions, keys, config)
         following = (layers[i + 1], caches[i + 1]) if i + 1 < len(layers) else None
-        x, then, meetings = _outputs(p, x, context, following, positions, config, meetings)
+        x, then, barrier_count = _outputs(p, x, context, following, positions, config, barrier_count)
         if then is not None:
             queries, cache = then
     return x, done

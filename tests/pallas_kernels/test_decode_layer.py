@@ -44,14 +44,14 @@ class Reference:
     value: jax.Array
 
 
-def emulated_launch(monkeypatch):
-    """Stands for `_launch`: the same arguments, NumPy arrays in place of references."""
+def emulated_kernel_call(monkeypatch):
+    """Stands for `_call_kernel`: the same arguments, NumPy arrays in place of references."""
 
     def words(x):
         return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy()
 
-    def launch(name, stages, operands, outs):
-        counted = mosaic_gpu_parts.Shared()
+    def call_kernel(name, stages, operands, outs):
+        counted = mosaic_gpu_parts.SharedMemory()
         stages({}, None, counted)
         references = {n: x for n, x in operands.items() if isinstance(x, Reference)}
         operands = operands | {n: x.value for n, x in references.items()}
@@ -62,7 +62,7 @@ def emulated_launch(monkeypatch):
             arrays[n] = np.full(size, 0x7FC07FC0, np.int32)  # NaN until written
 
         def of_block(addresses, block, shared):
-            return stages(addresses, mosaic_gpu_parts.Place.here(block), mosaic_gpu_parts.Shared(shared))
+            return stages(addresses, mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared))
 
         ptx_emulator.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
         made = {n: jnp.asarray(arrays[n].view(kind).reshape(shape)) for n, (shape, kind) in shapes.items()}
@@ -70,14 +70,14 @@ def emulated_launch(monkeypatch):
             reference.value = made[n]
         return {n: made[n] for n in outs}
 
-    return launch
+    return call_kernel
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """With fewer multiprocessors than there are, so that they have more work each."""
+    """With fewer SMs than there are, so that they have more work each."""
     monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 17)
-    monkeypatch.setattr(mosaic_gpu, "_launch", emulated_launch(monkeypatch))
+    monkeypatch.setattr(mosaic_gpu, "_call_kernel", emulated_kernel_call(monkeypatch))
     for traced in ("_inputs", "_outputs"):
         monkeypatch.setattr(serving, traced, getattr(serving, traced).__wrapped__)
     monkeypatch.setattr(jax, "new_ref", Reference)
@@ -200,11 +200,11 @@ def run_outputs(config, layer, x, context, following=None, after=None):
         serving._after(layer),
         jnp.zeros((1,), jnp.int32),
         eps=config.rms_norm_eps,
-        chosen=config.num_experts_per_tok,
+        num_experts_per_token=config.num_experts_per_tok,
         normalised=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
-        following=following,
-        after=after,
+        next_layer=following,
+        next_outputs=after,
     )
     return y, ready
 
@@ -219,7 +219,7 @@ def context_of(config):
     ids=["experts", "unshared", "dense", "wide"],
 )
 def test_layer_outputs(emulated, monkeypatch, experts, fields):
-    """`wide`: more units of 16 columns than multiprocessors."""
+    """`wide`: more units of 16 columns than SMs."""
     config, layer, cache, x = make(experts=experts, **fields)
     context = context_of(config)
     middle, exact = outputs_in_xla(config, layer, x, context)
@@ -230,7 +230,7 @@ def test_layer_outputs(emulated, monkeypatch, experts, fields):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_two_layers_in_one_launch(emulated, monkeypatch, full):
+def test_two_layers_in_one_kernel(emulated, monkeypatch, full):
     config, layer, _, x = make()
     _, following, cache, _ = make(full=full)
     context, positions = context_of(config), positions_at(3, config)
