@@ -37,10 +37,10 @@ from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import MoE, Params, abstract, slots
 from indexcache_jax.positions import Positions, whole_rows
 from indexcache_jax.schedule import Schedule
-from pallas_kernels import dispatch
+from pallas_kernels import bits, device, dispatch
+from pallas_kernels.blocks import block_rows, map_queries
 from pallas_kernels.index_divergence import api as index_divergence
 from pallas_kernels.selected_attention import api as selected_attention
-from pallas_kernels.selected_attention import bits
 
 SCORE_BYTES = 512 * 2**20  # of one block's float32 logits, all attention and index heads and rows
 # Queries see only keys before them: those of the first quarter of a long row need no product with the other three.
@@ -212,7 +212,9 @@ def _attend(
     outs, kls = [], []
     for first, stop in itertools.pairwise(i * s // parts for i in range(parts + 1)):
         part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], inputs)
-        out, kl = _blockwise(functools.partial(block, stop), part, 4 * stop * (config.num_heads + config.index_n_heads))
+        bytes_per_query = 4 * queries.shape[0] * stop * (config.num_heads + config.index_n_heads)
+        rows = block_rows(stop - first, bytes_per_query, SCORE_BYTES)
+        out, kl = map_queries(jax.checkpoint(functools.partial(block, stop)), part, rows)
         outs.append(out)
         kls.append(jnp.sum(kl))
     return x + attention.output(p.attention, jnp.concatenate(outs, axis=1)), state, sum(kls, start=jnp.zeros(()))
@@ -227,7 +229,7 @@ def _fused(queries: jax.Array, values: jax.Array) -> bool:
     """Whether cuDNN's fused attention serves: on a GPU, in 16 bits, heads of a multiple of 8 up to 128."""
     width = queries.shape[-1]
     fits = width % 8 == 0 and values.shape[-1] <= width <= 128
-    return fits and jax.default_backend() == "gpu" and queries.dtype == jnp.bfloat16
+    return fits and device.platform() == "gpu" and queries.dtype == jnp.bfloat16
 
 
 def _causal(queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:
@@ -236,29 +238,6 @@ def _causal(queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float
     values = jnp.pad(values, ((0, 0),) * 3 + ((0, queries.shape[-1] - width),))
     out = jax.nn.dot_product_attention(queries, keys, values, scale=scale, is_causal=True, implementation="cudnn")
     return out[..., :width]
-
-
-def _blockwise(block: Any, inputs: Any, bytes_per_query: int) -> tuple[jax.Array, jax.Array]:
-    """`block(*inputs)` over blocks of queries of a tree of inputs [B, S, ...], each recomputed in the backward pass.
-
-    The last block is filled up with zeros, of which the results are dropped.
-    """
-    b, s = inputs[0].shape[:2]
-    blocks = min(s, -(-b * s * bytes_per_query // SCORE_BYTES))
-    rows = -(-s // blocks)
-    block = jax.checkpoint(block)
-    if blocks == 1:
-        return block(*inputs)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * rows - s)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(b, blocks, rows, *x.shape[2:]).swapaxes(0, 1)
-
-    def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(b, blocks * rows, *x.shape[3:])[:, :s]
-
-    out, kl = jax.lax.map(lambda xs: block(*xs), jax.tree.map(cut, inputs))
-    return join(out), join(kl)
 
 
 def losses(
@@ -348,7 +327,7 @@ def by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
 
     heads, index_heads, width = config.num_heads, config.index_n_heads, config.index_head_dim
     queries, values = shape(length, heads, config.qk_head_dim), shape(length, heads, config.v_head_dim)
-    words = shape(bits.words_of(length), length, dtype=jnp.int32)
+    words = shape(bits.num_words(length), length, dtype=jnp.int32)
     index = shape(length, index_heads, width), shape(length, width), shape(length, index_heads, dtype=jnp.float32)
     lse = shape(heads, length, dtype=jnp.float32)
     attend, diverge = selected_attention.BACKENDS, index_divergence.BACKENDS

@@ -11,12 +11,10 @@ import jax
 import pallas_kernels
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
-from pallas_kernels import dispatch, hopper
+from pallas_kernels import device, hopper, quant
 from pallas_kernels import grouped_matmul as grouped_matmul
 from pallas_kernels import grouped_swiglu as grouped_swiglu
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
-from pallas_kernels.indexer_topk import fp8 as index_fp8
-from pallas_kernels.sparse_mla import fp8 as latent_fp8
 
 
 def select(
@@ -57,17 +55,17 @@ def attend(
 
 def quantise_latents(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Latents [..., C + dr] in float8_e4m3fn, and their scales [...] float32."""
-    return latent_fp8.quantise(latents)
+    return quant.quantise_latents(latents)
 
 
 def quantise_index(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Index queries or keys [..., Di] in float8_e4m3fn, and their scales [...] float32."""
-    return index_fp8.quantise(vectors)
+    return quant.quantise_index(vectors)
 
 
 def platform() -> str:
     """The platform that programs are compiled for: "cpu", "gpu" or "tpu"."""
-    return dispatch.platform()
+    return device.platform()
 
 
 def skips_invisible_keys() -> bool:

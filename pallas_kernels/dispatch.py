@@ -1,19 +1,13 @@
-"""The choice among an operation's implementations, the same for all of them, and the device it is made for."""
+"""The choice among an operation's implementations, the same for all operations."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from pallas_kernels import hopper
-
-# Part of jit's cache key, so that what was traced for one device is not taken for another.
-_TARGET = jax.make_user_context(default_value=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +51,3 @@ def call(operation: str, backends: Mapping[str, Backend], implementation: str | 
     if reason := backends[implementation].why_not(*args, **options):
         raise NotImplementedError(f"{operation}: implementation {implementation!r} cannot serve: {reason}")
     return backends[implementation].run(*args, **options)
-
-
-@contextlib.contextmanager
-def target(device: jax.Device) -> Iterator[None]:
-    """What is traced inside is made for `device`, which need not be at hand: ahead-of-time compilation.
-
-    Without it that is the default device. `device` is one of a `jax.experimental.topologies` description.
-    """
-    with _TARGET((device.platform, device.device_kind)):
-        yield
-
-
-def platform() -> str:
-    """The platform implementations are chosen for: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend() if _TARGET.value is None else _TARGET.value[0]
-
-
-def device_kind() -> str:
-    """What that platform calls the device, such as "TPU v5 lite"."""
-    return jax.devices()[0].device_kind if _TARGET.value is None else _TARGET.value[1]

@@ -6,7 +6,9 @@ import dataclasses
 
 import jax
 
-MULTIPROCESSORS = 132  # of an H100 SXM and an H200: how many blocks a persistent kernel starts
+from pallas_kernels import device
+
+NUM_SMS = 132  # of an H100 SXM and an H200: how many thread blocks a persistent kernel starts
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
 WARPGROUP = 128  # threads
 
@@ -34,17 +36,11 @@ class RegisterSplit:
 
 
 def why_not() -> str | None:
-    """Why a Mosaic GPU kernel cannot run on the default device, None where it can."""
-    if jax.default_backend() != "gpu":
-        return f"it needs a Hopper GPU, JAX's default backend is {jax.default_backend()!r}"
+    """Why a Mosaic GPU kernel cannot run on the device compiled for, None where it can."""
+    if device.platform() != "gpu":
+        return f"it needs a Hopper GPU, the device compiled for is a {device.platform()!r}"
     if jax.version.__version_info__ < (0, 11):
         return f"it needs JAX 0.11 or newer on a GPU, this is {jax.__version__}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-    if capability != "9.0":
-        return f"it needs a Hopper GPU (compute capability 9.0), this one has {capability}"
+    if (capability := device.compute_capability()) != "9.0":
+        return f"it needs a Hopper GPU (compute capability 9.0), this one has {capability or 'an unknown one'}"
     return None
-
-
-def multiprocessors() -> int:
-    """Of the default device: how many blocks of a whole multiprocessor each run at once."""
-    return getattr(jax.devices()[0], "core_count", MULTIPROCESSORS)

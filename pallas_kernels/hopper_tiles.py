@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.selected_attention.bits import WORD
+from pallas_kernels.bits import WORD_BITS
 
 ROWS, WARPGROUPS = 64, 2
 TILE = ROWS * WARPGROUPS  # what queries and keys are padded to
@@ -92,17 +92,17 @@ def add_product(total: jax.Array, a: Any, b: Any) -> jax.Array:
 def selected_by_row(words: Any, first: Any, columns: int) -> jax.Array:
     """The mask [ROWS, columns] of queries as rows, `first` the first of them in words [columns / 32, queries]."""
     place = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=WGMMA)
-    *others, found = (by_row(vector(words.at[i, pl.ds(first, ROWS)], BY_ROW), columns) for i in range(columns // WORD))
+    *others, found = (by_row(vector(words.at[i, pl.ds(first, ROWS)], BY_ROW), columns) for i in range(columns // WORD_BITS))
     for i, word in reversed(list(enumerate(others))):
-        found = jnp.where(place < (i + 1) * WORD, word, found)
-    return lax.shift_right_logical(found, place & (WORD - 1)) & 1 != 0
+        found = jnp.where(place < (i + 1) * WORD_BITS, word, found)
+    return lax.shift_right_logical(found, place & (WORD_BITS - 1)) & 1 != 0
 
 
 def selected_by_column(words: Any, first_word: Any, columns: int) -> jax.Array:
     """The mask [ROWS, columns] of keys as rows, from words [:, columns] of which the rows' own begin at `first_word`."""
     place = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=WGMMA)
-    low, high = (by_column(vector(words.at[first_word + i], BY_COLUMN)) for i in range(ROWS // WORD))
-    return lax.shift_right_logical(jnp.where(place < WORD, low, high), place & (WORD - 1)) & 1 != 0
+    low, high = (by_column(vector(words.at[first_word + i], BY_COLUMN)) for i in range(ROWS // WORD_BITS))
+    return lax.shift_right_logical(jnp.where(place < WORD_BITS, low, high), place & (WORD_BITS - 1)) & 1 != 0
 
 
 def launch(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...], scratch: Any, interpret: Any) -> Any:

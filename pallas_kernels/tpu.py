@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import device
 
 LANES = 128  # of a vector register; the last axis of what kernels hold is a multiple of it
 SUBLANES = 8  # 32-bit rows of a vector register
@@ -36,16 +36,16 @@ CHIPS = {
 
 def why_not() -> str | None:
     """Why a Mosaic TPU kernel cannot run on the device that is compiled for, None where it can."""
-    if dispatch.platform() != "tpu":
-        return f"it needs a TPU, the device compiled for is a {dispatch.platform()!r}"
-    if dispatch.device_kind() not in CHIPS:
-        return f"it knows the memories of {list(CHIPS)}, not of {dispatch.device_kind()!r}"
+    if device.platform() != "tpu":
+        return f"it needs a TPU, the device compiled for is a {device.platform()!r}"
+    if device.device_kind() not in CHIPS:
+        return f"it knows the memories of {list(CHIPS)}, not of {device.device_kind()!r}"
     return None
 
 
 def chip() -> Chip:
     """The chip compiled for; where it is none of CHIPS (interpreted kernels on a CPU) a v5e."""
-    return CHIPS.get(dispatch.device_kind(), CHIPS["TPU v5 lite"])
+    return CHIPS.get(device.device_kind(), CHIPS["TPU v5 lite"])
 
 
 def precision(dtype: Any) -> jax.lax.Precision:

@@ -29,7 +29,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving.cache import abstract, formats, shape_structs
 from indexcache_jax.serving.layer import layer_program
 from indexcache_jax.serving.model import step_program
-from pallas_kernels import dispatch, tpu
+from pallas_kernels import device, tpu
 
 TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2", "v6e:2x2")
 
@@ -110,7 +110,7 @@ class Model:
     def decode(self) -> jax.stages.Lowered:
         """A decode step through all layers."""
         token = self.on_device(jax.ShapeDtypeStruct((1,), jnp.int32))
-        with dispatch.target(self.device):
+        with device.target(self.device):
             program = step_program(formats(self.cache), donate=True)
             return program.lower(self.weights, token, self.cache, self.config)
 
@@ -120,7 +120,7 @@ class Model:
         x = self.on_device(jax.ShapeDtypeStruct((1, chunk, config.hidden_size), jnp.bfloat16))
         row = jax.ShapeDtypeStruct((1,), jnp.int32)
         positions = self.on_device(jax.eval_shape(lambda n: make_positions(n, n, chunk, config), row))
-        with dispatch.target(self.device):
+        with device.target(self.device):
             program = layer_program(formats(cache), donate=True)
             return program.lower(self.weights.layers[layer], x, None, cache, positions, self.tokens, config)
 

@@ -56,8 +56,6 @@ def output_weights(p: Layer) -> dict[str, jax.Array]:
 
 def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, config: Config) -> str | None:
     """Why these kernels cannot serve x [B, S, D] in all layers, None where they can."""
-    if not hasattr(decode_layer, "AttentionWeights"):  # TEMPORARY
-        return "temporary"
     for p, layer_cache in zip(weights.layers, cache.layers, strict=True):
         if p.down_bias is not None or p.out_bias is not None:
             return "it takes no biases of projections"
@@ -113,7 +111,7 @@ def _outputs(
         output_weights(p),
         barrier_count,
         eps=config.rms_norm_eps,
-        chosen=config.num_experts_per_tok,
+        num_experts_per_token=config.num_experts_per_tok,
         normalised=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
         next_layer=None if following is None else attention_weights(*following, positions, config),

@@ -1,11 +1,11 @@
-"""decode_layer: the dense parts of decoder layers for a single token, one launch between two attentions.
+"""decode_layer: the dense parts of decoder layers for a single token, one kernel between two attentions.
 
     h = rms_norm(x); q_latent, latent, ... = down h; up q_latent       attention_inputs: queries, and the token in the caches
     sparse_mla(queries, latents, indices)                              (and indexer_topk before it, where the layer selects)
     x + out (v_up context); + mlp(rms_norm(.))                         layer_outputs, with the next layer's inputs
 
-Only where a whole device reads weights for one token is that worth having, so there is no implementation for anything but
-Hopper: `why_not` says whether these two can be called, and whoever cannot call them writes the layer as XLA has it.
+This pays only where a whole device reads weights for one token, so there is no implementation for anything but Hopper:
+`why_not` says whether the kernels serve a layer; a caller whose layer they do not serve computes it in XLA.
 """
 
 from __future__ import annotations
@@ -15,72 +15,80 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper
-from pallas_kernels.decode_layer.arrays import Before, Ready
+from pallas_kernels import device, hopper
+from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
 
-MAX_HEADS = 128  # a block's share of the value and key matrices is of one head or two
+MAX_HEADS = 128  # a thread block's share of the value and key matrices is of one head or two
 
 
 def attention_inputs(
-    x: jax.Array, given: Before, after: Mapping[str, jax.Array], counter: jax.Array
-) -> tuple[Ready, jax.Array]:
-    """What the first layer's attention needs of x [1, 1, D], and the counter for the next call.
+    x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array], barrier_count: jax.Array
+) -> tuple[AttentionOperands, jax.Array]:
+    """What the first layer's attention takes, and the new barrier count.
 
     Args:
-      after: the weights of the same layer for `layer_outputs`; the first of them are brought to L2.
-      counter: [1] int32, 0 at the first of a sequence of calls: how often blocks have met.
+      x: [1, 1, D] bfloat16, the layer's input.
+      layer: the weights, caches and position.
+      outputs: the weights of the same layer that `layer_outputs` takes; the first of them are copied to L2.
+      barrier_count: [1] int32, arrivals at the grid barrier so far: zeros for the first call of a sequence, then the value
+        that the last call returned.
     """
     from pallas_kernels.decode_layer import mosaic_gpu
 
-    return mosaic_gpu.attention_inputs(x, given, after, counter)
+    return mosaic_gpu.attention_inputs(x, layer, outputs, barrier_count)
 
 
 def layer_outputs(
     x: jax.Array,
     context: jax.Array,
-    weights: Mapping[str, jax.Array],
-    counter: jax.Array,
+    outputs: Mapping[str, jax.Array],
+    barrier_count: jax.Array,
     *,
     eps: float,
-    chosen: int,
+    num_experts_per_token: int,
     normalised: bool,
     scale: float,
-    following: Before | None = None,
-    after: Mapping[str, jax.Array] | None = None,
-) -> tuple[jax.Array, Ready | None, jax.Array]:
-    """x + attention and MLP of a layer, [1, 1, D]; what the following layer's attention needs of it; the counter.
+    next_layer: AttentionWeights | None = None,
+    next_outputs: Mapping[str, jax.Array] | None = None,
+) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
+    """A layer's output [1, 1, D], what the next layer's attention takes (None without next_layer), the new barrier count.
 
     Args:
-      x: the layer's input. context: [1, 1, H, C], what it attended to.
-      weights: v_up [H, dv, C], out [D, H dv], mlp_norm [D]; with experts router [E + 2 Is, D], the router and the shared
-        experts' gate and up projections, router_bias [E] float32, gate_up [E, D, 2, I], expert_down [E, I, D] and
-        shared_down [D, Is] where there are shared ones; without, router [2 F, D] and shared_down [D, F].
-      chosen, normalised, scale: experts a token, whether their weights are made to sum to 1, what they are multiplied by.
-      following, after: the next layer's, as for `attention_inputs`.
+      x: [1, 1, D] bfloat16, the layer's input. context: [1, 1, H, C], the attention's result.
+      outputs: v_up [H, dv, C], out [D, H dv], mlp_norm [D]; with experts router [E, D], router_bias [E] float32,
+        gate_up [E, D, 2, I], expert_down [E, I, D], and where there are shared ones shared_gate_up [2 Is, D] and
+        shared_down [D, Is]; in a dense layer these two alone, [2 F, D] and [D, F].
+      barrier_count: as for `attention_inputs`.
+      eps: of the norm before the MLP.
+      normalised, scale: whether the weights of a token's experts are made to sum to 1, and what they are multiplied by.
+      next_layer, next_outputs: of the next layer, as for `attention_inputs`.
     """
     from pallas_kernels.decode_layer import mosaic_gpu
 
     return mosaic_gpu.layer_outputs(
         x,
         context,
-        weights,
-        counter,
+        outputs,
+        barrier_count,
         eps=eps,
-        chosen=chosen,
+        num_experts_per_token=num_experts_per_token,
         normalised=normalised,
         scale=scale,
-        following=following,
-        after=after,
+        next_layer=next_layer,
+        next_outputs=next_outputs,
     )
 
 
-def why_not(x: jax.Array, given: Before, after: Mapping[str, jax.Array], groups: int = 1) -> str | None:
-    """Why these kernels cannot serve a layer, None where they can; `groups` are those that experts are chosen within."""
-    latents, index_keys, weights = given.latents, given.index_keys, {**given.weights, **after}
+def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array], groups: int = 1) -> str | None:
+    """Why these kernels cannot serve a layer, None where they can.
+
+    groups: into how many the experts are divided, of which a token's experts come from a few (n_group).
+    """
+    latents, index_keys, weights = layer.latents, layer.index_keys, {**layer.weights, **outputs}
     if reason := hopper.why_not():
         return reason
-    if (count := hopper.multiprocessors()) < hopper.MULTIPROCESSORS:
-        return f"it needs {hopper.MULTIPROCESSORS} multiprocessors at once, this device has {count}"
+    if (count := device.num_sms() or hopper.NUM_SMS) < hopper.NUM_SMS:
+        return f"it needs {hopper.NUM_SMS} SMs at once, this device has {count}"
     if x.shape[:2] != (1, 1):
         return f"it is for a single token, not for {x.shape[0]} rows of {x.shape[1]}"
     kinds = {x.dtype, latents.dtype} | {w.dtype for name, w in weights.items() if name != "router_bias"}

@@ -1,17 +1,17 @@
 """The dense parts of a decoder layer for one token on Hopper: two kernels around the attention.
 
-With one token a layer reads its weights once and computes next to nothing, so its time is the number of launches, each of
-which drains the device, and how fast weights stream. Here one block of threads stays on every multiprocessor for a whole
-kernel, and its stages are separated by meetings of the grid (`ptx.grid_arrive`, `ptx.grid_wait`): a stage's first weights
-are loaded before the meeting, which does not decide them, so that they stream while the blocks wait for each other and
-build the stage's input, and every block builds all of it for itself.
+With one token a layer reads its weights once and computes next to nothing, so its time is the number of kernel calls, each
+of which drains the device, and how fast weights stream. Here one thread block stays on every SM for a whole kernel, and its
+stages are separated by grid barriers (`ptx.grid_arrive`, `ptx.grid_wait`). A stage's first weights do not depend on what the
+barrier waits for, so they are loaded before it and stream while the thread blocks wait for each other and compute the stage's
+input, which every thread block computes whole for itself.
 
 `attention_inputs`: norm and the projections down | latent norms, rope, cache, the projections up | absorption, index
 queries. `layer_outputs`: value projection | output projection and residual | norm, router and shared experts' first
 matrix | choice and first matrices of the experts | second matrices and residual; or the three of a dense layer.
 
-What passes between the stages are the vectors themselves, float32, through L2. No sum is split between blocks, so the
-results do not depend on the order in which blocks run.
+Stages pass float32 vectors to each other through L2. No sum is split between thread blocks, so the results do not depend on
+the order in which they run.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
-from pallas_kernels.decode_layer.arrays import Before, Ready
-from pallas_kernels.decode_layer.mosaic_gpu_parts import Place, Product, Shared, Value
+from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
+from pallas_kernels.decode_layer.mosaic_gpu_parts import Product, SharedMemory, Thread, Value
 
 WIDTH, VALUE_DIM, ROTARY = 576, 512, 64  # of a latent
 INDEX_WIDTH = 128
-ROTATES, INDEXES = 1, 2  # the blocks, counted from the last, that do the small things of a stage, and no rows of it
+# Thread blocks, counted from the last, that apply rope or make index queries instead of taking rows of a matrix.
+ROPE_BLOCK, INDEX_BLOCK = 1, 2
 EXPERT_LANES, OUTPUT_LANES = 4, 2  # lanes across the columns of a unit: 32 of the experts' first, 16 of their second matrix
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
@@ -82,7 +83,7 @@ class Outputs:
     eps: float
     shared: int
     experts: int = 0
-    chosen: int = 0
+    num_experts_per_token: int = 0
     width: int = 0  # of an expert
     normalised: bool = True
     scale: float = 1.0
@@ -92,38 +93,39 @@ class Outputs:
         return self.experts + 2 * self.shared
 
 
-# ---- what the stages are made of
+# ---- what the stages are results of
 
 
 class Stage:
-    """`begin` may load what no other block writes in this kernel, `run` is the work after the grid has met.
+    """The work between two grid barriers: `begin` before the first of them, `run` after it.
 
-    `ahead` brings to L2 what later stages or kernels read, at this stage's beginning.
+    `begin` may load only what no thread block writes in this kernel. `prefetches` run after it: they copy to L2 what later
+    stages or kernels read.
     """
 
-    ahead: Sequence[Callable[[], None]] = ()
+    prefetches: Sequence[Callable[[], None]] = ()
 
     def begin(self) -> None: ...
 
     def run(self) -> None: ...
 
 
-def _in_sequence(stages: Sequence[Stage], counter: Value) -> None:
+def _in_sequence(stages: Sequence[Stage], barrier_count: Value) -> None:
     for i, stage in enumerate(stages):
-        target = ptx.grid_arrive(counter, parts.BLOCKS) if i else None
+        target = ptx.grid_arrive(barrier_count, parts.BLOCKS) if i else None
         stage.begin()
-        for bring in stage.ahead:
-            bring()
+        for prefetch in stage.prefetches:
+            prefetch()
         if target is not None:
-            ptx.grid_wait(counter, target)
+            ptx.grid_wait(barrier_count, target)
         stage.run()
 
 
-def _store_number(base: Value) -> Callable[[Value, Value, Value], None]:
+def _float32_sink(base: Value) -> Callable[[Value, Value, Value], None]:
     return lambda row, total, stores: ptx.store_global(ptx.offset(base, row, 4), ptx.bits_of(total), stores)
 
 
-def _store_rounded(base: Value) -> Callable[[Value, Value, Value], None]:
+def _rounded_sink(base: Value) -> Callable[[Value, Value, Value], None]:
     return lambda row, total, stores: ptx.store_global(ptx.offset(base, row, 4), ptx.bits_of(ptx.rounded(total)), stores)
 
 
@@ -136,17 +138,17 @@ def _half_of(word: Value, i: Value) -> Value:
     return ptx.select(ptx.compare("eq", ptx.bit_and(i, 1), 0), low, high)
 
 
-def _bfloat16_at(base: Value, i: Value, load: Callable[[Value], Value]) -> Value:
+def _load_bfloat16(base: Value, i: Value, load: Callable[[Value], Value]) -> Value:
     return _half_of(load(ptx.offset(base, ptx.shift_right(i, 1), 4)), i)
 
 
-def _number_at(base: Value, i: Value) -> Value:
+def _load_float32(base: Value, i: Value) -> Value:
     return ptx.float_of(ptx.load_fresh(ptx.offset(base, i, 4)))
 
 
-def _pack(place: Place, pairs: int, pair: Callable[[Value], tuple[Value, Value]], target: Value) -> None:
+def _write_bfloat16(thread: Thread, pairs: int, pair: Callable[[Value], tuple[Value, Value]], target: Value) -> None:
     sink = parts.to_shared(target)
-    for i, exists in parts.in_turn(place, pairs):
+    for i, exists in parts.indices_of_thread(thread, pairs):
         sink(i, ptx.to_bfloat16_pair(*pair(i)), exists)
 
 
@@ -156,12 +158,12 @@ def _pack(place: Place, pairs: int, pair: Callable[[Value], tuple[Value, Value]]
 class Down(Stage):
     """norm(x) times the projections down -> down [Nd] float32."""
 
-    def __init__(self, p: Inputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.vector, self.sums = shared.take(2 * p.hidden), shared.take(64)
+    def __init__(self, p: Inputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.vector, self.sums = shared.allocate(2 * p.hidden), shared.allocate(64)
         if a:
-            first, end = parts.share(place, p.down)
-            self.product = Product(place, a["down"], p.hidden, first, end, parts.largest_share(p.down))
+            first, end = parts.block_share(thread, p.down)
+            self.product = Product(thread, a["down"], p.hidden, first, end, parts.largest_block_share(p.down))
 
     def begin(self) -> None:
         self.product.begin()
@@ -170,35 +172,38 @@ class Down(Stage):
         pair = _bfloat16_pair(self.a["x"], ptx.load_fresh)
         sink = parts.to_shared(self.vector)
         eps = self.p.eps
-        parts.normalise(self.place, self.p.hidden // 2, pair, self.a["norm"], eps, self.sums, sink, in_bfloat16=True)
+        parts.normalise(self.thread, self.p.hidden // 2, pair, self.a["norm"], eps, self.sums, sink, in_bfloat16=True)
         ptx.block_barrier()
-        self.product.finish(lambda row: self.vector, _store_number(self.a["down_out"]))
+        self.product.finish(lambda row: self.vector, _float32_sink(self.a["down_out"]))
 
 
 class Up(Stage):
-    """The query latent times the projections up -> up [Nu] float32; one block writes the token to the caches."""
+    """The query latent times the projections up -> up [Nu] float32; one thread block writes the token to the caches."""
 
-    def __init__(self, p: Inputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.vector, self.sums, self.own_sums = shared.take(2 * p.q_rank), shared.take(64), shared.take(64)
+    def __init__(self, p: Inputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.vector, self.sums, self.own_sums = shared.allocate(2 * p.q_rank), shared.allocate(64), shared.allocate(64)
         if a:
-            first, end = parts.share(place, p.up, ROTATES)
-            self.product = Product(place, a["up"], p.q_rank, first, end, parts.largest_share(p.up, ROTATES))
+            matrices = [(a["up"], p.heads * p.head_dim)]
+            if p.index_heads:
+                matrices.append((a["index_up"], p.index_heads * INDEX_WIDTH))
+            self.rows = parts.BlockRows.of(thread, matrices, ROPE_BLOCK)
+            self.product = Product(thread, self.rows.matrix, p.q_rank, self.rows.first, self.rows.end, self.rows.most)
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
-        p, a, place = self.p, self.a, self.place
+        p, a, thread = self.p, self.a, self.thread
         pair, sink = parts.fresh_pair(a["down_out"]), parts.to_shared(self.vector)
-        parts.normalise(place, p.q_rank // 2, pair, a["q_norm"], p.latent_eps, self.sums, sink, in_bfloat16=False)
+        parts.normalise(thread, p.q_rank // 2, pair, a["q_norm"], p.latent_eps, self.sums, sink, in_bfloat16=False)
         ptx.block_barrier()
-        self.product.finish(lambda row: self.vector, _store_rounded(a["up_out"]))
-        with ptx.when(place.is_block_before_end(ROTATES)):
-            self.remember()
+        self.product.finish(lambda row: self.vector, _rounded_sink(ptx.offset(a["up_out"], self.rows.offset, 4)))
+        with ptx.when(thread.is_block_from_end(ROPE_BLOCK)):
+            self.write_latent()
 
-    def remember(self) -> None:
-        p, a, place = self.p, self.a, self.place
+    def write_latent(self) -> None:
+        p, a, thread = self.p, self.a, self.thread
         position = ptx.minimum(ptx.load_global(a["position"]), p.max_len - 1)
         row = ptx.offset(a["latents"], position, 2 * WIDTH)
         latent = ptx.offset(a["down_out"], ptx.constant(p.q_rank), 4)
@@ -207,47 +212,47 @@ class Up(Stage):
             ptx.store_global(ptx.offset(row, i, 4), word, exists)
 
         pair = parts.fresh_pair(latent)
-        parts.normalise(place, VALUE_DIM // 2, pair, a["kv_norm"], p.latent_eps, self.own_sums, sink, in_bfloat16=False)
-        with ptx.when(ptx.compare("eq", place.warp, 0)):
-            turned = _turned_pair(a, place.lane, *pair(ptx.add(place.lane, VALUE_DIM // 2)))
-            word = ptx.to_bfloat16_pair(*turned)
-            at = ptx.offset(row, ptx.add(place.lane, VALUE_DIM // 2), 4)
-            ptx.store_global(at, word, ptx.compare("sge", place.lane, 0))
+        parts.normalise(thread, VALUE_DIM // 2, pair, a["kv_norm"], p.latent_eps, self.own_sums, sink, in_bfloat16=False)
+        with ptx.when(ptx.compare("eq", thread.warp, 0)):
+            rotated_pair = _rotate_pair(a, thread.lane, *pair(ptx.add(thread.lane, VALUE_DIM // 2)))
+            word = ptx.to_bfloat16_pair(*rotated_pair)
+            at = ptx.offset(row, ptx.add(thread.lane, VALUE_DIM // 2), 4)
+            ptx.store_global(at, word, ptx.compare("sge", thread.lane, 0))
         if p.index_heads:
-            with ptx.when(ptx.compare("eq", place.warp, parts.WARPS - 1)):
-                self.remember_key(position)
+            with ptx.when(ptx.compare("eq", thread.warp, parts.WARPS - 1)):
+                self.write_index_key(position)
 
-    def remember_key(self, position: Value) -> None:
-        p, a, lane = self.p, self.a, self.place.lane
+    def write_index_key(self, position: Value) -> None:
+        p, a, lane = self.p, self.a, self.thread.lane
         at = ptx.offset(ptx.offset(a["down_out"], ptx.constant(p.latent_end), 4), lane, 16)
         key = [ptx.float_of(word) for word in ptx.load_fresh_words(at)]
-        mean = ptx.times(parts.sum_of_warp(ptx.plus(*key)), ptx.number(1 / INDEX_WIDTH))
+        mean = ptx.times(parts.warp_sum(ptx.plus(*key)), ptx.number(1 / INDEX_WIDTH))
         key = [ptx.minus(x, mean) for x in key]
         squares = ptx.plus(*(ptx.times(x, x) for x in key))
-        variance = ptx.times(parts.sum_of_warp(squares), ptx.number(1 / INDEX_WIDTH))
+        variance = ptx.times(parts.warp_sum(squares), ptx.number(1 / INDEX_WIDTH))
         factor = ptx.rsqrt(ptx.plus(variance, ptx.number(1e-6)))
-        weights, biases = _four(a["key_norm"], lane), _four(a["key_norm_bias"], lane)
+        weights, biases = _load_lane_values(a["key_norm"], lane), _load_lane_values(a["key_norm_bias"], lane)
         key = [ptx.plus(ptx.times(ptx.times(x, factor), w), b) for x, w, b in zip(key, weights, biases, strict=True)]
-        key = _turned_front(p, a, lane, key)
+        key = _rotate_front(p, a, lane, key)
         _store_index_vector(p, key, lane, a["index_keys"], position, a.get("index_scales"))
 
 
 class Absorb(Stage):
     """Queries [H, 576]: each head's part without rope times its key matrix, and the rotated part; index queries."""
 
-    def __init__(self, p: Inputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.vectors = shared.take(2 * 2 * p.nope)
+    def __init__(self, p: Inputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.vectors = shared.allocate(2 * 2 * p.nope)
         if a:
             rows = p.heads * VALUE_DIM
-            self.first, end = parts.share(place, rows, INDEXES)
-            self.product = Product(place, a["k_up"], p.nope, self.first, end, parts.largest_share(rows, INDEXES))
+            self.first, end = parts.block_share(thread, rows, INDEX_BLOCK)
+            self.product = Product(thread, a["k_up"], p.nope, self.first, end, parts.largest_block_share(rows, INDEX_BLOCK))
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
-        p, a, place = self.p, self.a, self.place
+        p, a, thread = self.p, self.a, self.thread
         # A share is below VALUE_DIM rows, so it is of one head or two.
         head = ptx.minimum(ptx.div(self.first, VALUE_DIM), p.heads - 1)
         pairs = p.nope // 2
@@ -256,7 +261,7 @@ class Absorb(Stage):
             which = ptx.minimum(ptx.add(head, ptx.div(i, pairs)), p.heads - 1)
             return parts.fresh_pair(a["up_out"])(ptx.add(ptx.mul(which, p.head_dim // 2), ptx.rem(i, pairs)))
 
-        _pack(place, 2 * pairs, pair, self.vectors)
+        _write_bfloat16(thread, 2 * pairs, pair, self.vectors)
         ptx.block_barrier()
 
         def vector(row: Value) -> Value:
@@ -268,89 +273,89 @@ class Absorb(Stage):
             ptx.store_global_bfloat16(ptx.offset(a["queries"], at, 2), total, stores)
 
         self.product.finish(vector, emit)
-        with ptx.when(place.is_block_before_end(ROTATES)):
+        with ptx.when(thread.is_block_from_end(ROPE_BLOCK)):
             self.rotate()
         if p.index_heads:
-            with ptx.when(place.is_block_before_end(INDEXES)):
+            with ptx.when(thread.is_block_from_end(INDEX_BLOCK)):
                 self.index_queries()
 
     def rotate(self) -> None:
         p, a = self.p, self.a
-        for i, exists in parts.in_turn(self.place, p.heads * ROTARY // 2):
+        for i, exists in parts.indices_of_thread(self.thread, p.heads * ROTARY // 2):
             head, j = ptx.shift_right(i, 5), ptx.bit_and(i, 31)
             source = ptx.add(ptx.mul(head, p.head_dim // 2), p.nope // 2, j)
-            turned = _turned_pair(a, j, *parts.fresh_pair(a["up_out"])(source))
+            rotated_pair = _rotate_pair(a, j, *parts.fresh_pair(a["up_out"])(source))
             target = ptx.add(ptx.mul(head, WIDTH // 2), VALUE_DIM // 2, j)
-            ptx.store_global(ptx.offset(a["queries"], target, 4), ptx.to_bfloat16_pair(*turned), exists)
+            ptx.store_global(ptx.offset(a["queries"], target, 4), ptx.to_bfloat16_pair(*rotated_pair), exists)
 
     def index_queries(self) -> None:
-        p, a, place = self.p, self.a, self.place
+        p, a, thread = self.p, self.a, self.thread
         queries = ptx.offset(a["up_out"], ptx.constant(p.heads * p.head_dim), 4)
         weights = ptx.offset(a["down_out"], ptx.constant(p.latent_end + INDEX_WIDTH), 4)
-        for turn in range(-(-p.index_heads // parts.WARPS)):
-            head = ptx.add(place.warp, turn * parts.WARPS)
+        for r in range(-(-p.index_heads // parts.WARPS)):
+            head = ptx.add(thread.warp, r * parts.WARPS)
             with ptx.when(ptx.compare("slt", head, p.index_heads)):
-                at = ptx.offset(ptx.offset(queries, head, 4 * INDEX_WIDTH), place.lane, 16)
+                at = ptx.offset(ptx.offset(queries, head, 4 * INDEX_WIDTH), thread.lane, 16)
                 query = [ptx.float_of(word) for word in ptx.load_fresh_words(at)]
-                query = _turned_front(p, a, place.lane, query)
-                scale = _store_index_vector(p, query, place.lane, a["index_queries"], head, None)
-                weight = ptx.times(_number_at(weights, head), ptx.number(p.index_scale))
+                query = _rotate_front(p, a, thread.lane, query)
+                scale = _store_index_vector(p, query, thread.lane, a["index_queries"], head, None)
+                weight = ptx.times(_load_float32(weights, head), ptx.number(p.index_scale))
                 if scale is not None:
                     weight = ptx.times(weight, scale)
-                leads = ptx.compare("eq", place.lane, 0)
+                leads = ptx.compare("eq", thread.lane, 0)
                 ptx.store_global(ptx.offset(a["index_weights"], head, 4), ptx.bits_of(weight), leads)
 
 
-def _four(base: Value, lane: Value) -> list[Value]:
-    """The lane's four of bfloat16 numbers, of which a lane has four."""
+def _load_lane_values(base: Value, lane: Value) -> list[Value]:
+    """The four bfloat16 values of this lane, elements 4 lane .. 4 lane + 3, as float32."""
     words = [ptx.load_global(ptx.offset(base, ptx.add(ptx.shift_left(lane, 1), i), 4)) for i in range(2)]
     return [x for word in words for x in ptx.from_bfloat16_pair(word)]
 
 
-def _angle(a: Mapping[str, Value], j: Value) -> tuple[Value, Value]:
+def _load_cos_sin(a: Mapping[str, Value], j: Value) -> tuple[Value, Value]:
     cos, sin = (ptx.load_global(ptx.offset(a[name], j, 4)) for name in ("cos", "sin"))
     return ptx.float_of(cos), ptx.float_of(sin)
 
 
-def _turned(first: Value, second: Value, cos: Value, sin: Value) -> tuple[Value, Value]:
-    turned = ptx.minus(ptx.times(first, cos), ptx.times(second, sin))
-    return turned, ptx.plus(ptx.times(second, cos), ptx.times(first, sin))
+def _rotate(first: Value, second: Value, cos: Value, sin: Value) -> tuple[Value, Value]:
+    rotated_pair = ptx.minus(ptx.times(first, cos), ptx.times(second, sin))
+    return rotated_pair, ptx.plus(ptx.times(second, cos), ptx.times(first, sin))
 
 
-def _turned_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -> tuple[Value, Value]:
-    return _turned(first, second, *_angle(a, j))
+def _rotate_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -> tuple[Value, Value]:
+    return _rotate(first, second, *_load_cos_sin(a, j))
 
 
-def _turned_front(p: Inputs, a: Mapping[str, Value], lane: Value, vector: Sequence[Value]) -> list[Value]:
-    """A vector of 128 numbers, four a lane, with its first 64 rotated and all rounded to bfloat16."""
+def _rotate_front(p: Inputs, a: Mapping[str, Value], lane: Value, vector: Sequence[Value]) -> list[Value]:
+    """Rope on the first 64 of a vector's 128 numbers, of which a lane has four; all are rounded to bfloat16."""
     rotated = ptx.compare("slt", lane, ROTARY // 4)
     out: list[Value] = []
     if p.index_interleaved:
         for i in range(2):
             j = ptx.bit_and(ptx.add(ptx.shift_left(lane, 1), i), ROTARY // 2 - 1)
-            out += _turned_pair(a, j, *vector[2 * i : 2 * i + 2])
+            out += _rotate_pair(a, j, *vector[2 * i : 2 * i + 2])
     else:
         in_front = ptx.compare("eq", ptx.bit_and(lane, ROTARY // 8), 0)
         for i, x in enumerate(vector):
             other = ptx.lane_distant(x, ROTARY // 8)
             j = ptx.bit_and(ptx.add(ptx.shift_left(lane, 2), i), ROTARY // 2 - 1)
-            cos, sin = _angle(a, j)
-            before, after = _turned(x, other, cos, sin)[0], _turned(other, x, cos, sin)[1]
-            out.append(ptx.select(in_front, before, after))
+            cos, sin = _load_cos_sin(a, j)
+            first, second = _rotate(x, other, cos, sin)[0], _rotate(other, x, cos, sin)[1]
+            out.append(ptx.select(in_front, first, second))
     return [ptx.rounded(ptx.select(rotated, new, old)) for new, old in zip(out, vector, strict=True)]
 
 
 def _store_index_vector(
     p: Inputs, vector: Sequence[Value], lane: Value, base: Value, row: Value, scales: Value | None
 ) -> Value | None:
-    """Row `row` of [.., 128] as the index cache keeps it; returns its scale where it has one."""
+    """Stores a vector as row `row` of [.., 128], in the index cache's format; returns its scale if that is e4m3."""
     always = ptx.compare("sge", lane, 0)
     if not p.index_scaled:
         for i in range(2):
             at = ptx.offset(ptx.offset(base, row, 2 * INDEX_WIDTH), ptx.add(ptx.shift_left(lane, 1), i), 4)
             ptx.store_global(at, ptx.to_bfloat16_pair(*vector[2 * i : 2 * i + 2]), always)
         return None
-    # As indexer_topk.fp8.quantise does: max(|x|, 1e-4) / 448 rounded up to a power of two.
+    # As quant.quantise_index does: max(|x|, 1e-4) / 448 rounded up to a power of two.
     sizes = [ptx.bit_and(ptx.bits_of(x), 0x7FFFFFFF) for x in vector]
     top = ptx.reduce_warp("max", ptx.maximum(ptx.maximum(sizes[0], sizes[1]), ptx.maximum(sizes[2], sizes[3])))
     finite = ptx.compare("slt", top, 0x7F800000)
@@ -371,13 +376,13 @@ def _store_index_vector(
 class Values(Stage):
     """Each head's context times its value matrix -> values [H dv] float32."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.vectors = shared.take(2 * 2 * VALUE_DIM)
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.vectors = shared.allocate(2 * 2 * VALUE_DIM)
         if a:
             rows = p.heads * p.value
-            self.first, end = parts.share(place, rows)
-            self.product = Product(place, a["v_up"], VALUE_DIM, self.first, end, parts.largest_share(rows))
+            self.first, end = parts.block_share(thread, rows)
+            self.product = Product(thread, a["v_up"], VALUE_DIM, self.first, end, parts.largest_block_share(rows))
 
     def begin(self) -> None:
         self.product.begin()
@@ -388,7 +393,7 @@ class Values(Stage):
         head = ptx.minimum(ptx.div(self.first, p.value), p.heads - 1)
         last = p.heads * VALUE_DIM // 2 - 1
         sink = parts.to_shared(self.vectors)
-        for i, exists in parts.in_turn(self.place, VALUE_DIM):
+        for i, exists in parts.indices_of_thread(self.thread, VALUE_DIM):
             word = ptx.minimum(ptx.add(ptx.mul(head, VALUE_DIM // 2), i), last)
             sink(i, ptx.load_global(ptx.offset(self.a["context"], word, 4)), exists)
         ptx.block_barrier()
@@ -397,30 +402,30 @@ class Values(Stage):
             local = ptx.minimum(ptx.sub(ptx.div(row, p.value), head), 1)
             return ptx.add(self.vectors, ptx.mul(local, 2 * VALUE_DIM))
 
-        self.product.finish(vector, _store_number(self.a["values"]))
+        self.product.finish(vector, _float32_sink(self.a["values"]))
 
 
 class Out(Stage):
     """x + the output projection -> middle [D] bfloat16."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.vector = shared.take(2 * p.heads * p.value)
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.vector = shared.allocate(2 * p.heads * p.value)
         if a:
-            first, end = parts.share(place, p.hidden)
-            most = parts.largest_share(p.hidden)
-            self.product = Product(place, a["out"], p.heads * p.value, first, end, most)
+            first, end = parts.block_share(thread, p.hidden)
+            most = parts.largest_block_share(p.hidden)
+            self.product = Product(thread, a["out"], p.heads * p.value, first, end, most)
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
         p, a = self.p, self.a
-        _pack(self.place, p.heads * p.value // 2, parts.fresh_pair(a["values"]), self.vector)
+        _write_bfloat16(self.thread, p.heads * p.value // 2, parts.fresh_pair(a["values"]), self.vector)
         ptx.block_barrier()
 
         def emit(row: Value, total: Value, stores: Value) -> None:
-            x = _bfloat16_at(a["x"], ptx.minimum(row, p.hidden - 1), ptx.load_global)
+            x = _load_bfloat16(a["x"], ptx.minimum(row, p.hidden - 1), ptx.load_global)
             ptx.store_global_bfloat16(ptx.offset(a["middle"], row, 2), ptx.plus(x, ptx.rounded(total)), stores)
 
         self.product.finish(lambda row: self.vector, emit)
@@ -429,12 +434,14 @@ class Out(Stage):
 class First(Stage):
     """norm(middle) times the router and the shared experts' first matrix, or a dense layer's -> first float32."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.vector, self.sums = shared.take(2 * p.hidden), shared.take(64)
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.vector, self.sums = shared.allocate(2 * p.hidden), shared.allocate(64)
         if a:
-            begin, end = parts.share(place, p.first)
-            self.product = Product(place, a["router"], p.hidden, begin, end, parts.largest_share(p.first))
+            counts = {"router": p.experts, "shared_gate_up": 2 * p.shared}
+            matrices = [(a[name], count) for name, count in counts.items() if count]
+            self.rows = parts.BlockRows.of(thread, matrices)
+            self.product = Product(thread, self.rows.matrix, p.hidden, self.rows.first, self.rows.end, self.rows.most)
 
     def begin(self) -> None:
         self.product.begin()
@@ -442,28 +449,28 @@ class First(Stage):
     def run(self) -> None:
         p, a = self.p, self.a
         pair, sink = _bfloat16_pair(a["middle"], ptx.load_fresh), parts.to_shared(self.vector)
-        parts.normalise(self.place, p.hidden // 2, pair, a["mlp_norm"], p.eps, self.sums, sink, in_bfloat16=True)
+        parts.normalise(self.thread, p.hidden // 2, pair, a["mlp_norm"], p.eps, self.sums, sink, in_bfloat16=True)
         ptx.block_barrier()
-        self.product.finish(lambda row: self.vector, _store_number(a["first"]))
+        self.product.finish(lambda row: self.vector, _float32_sink(ptx.offset(a["first"], self.rows.offset, 4)))
 
 
-class Choice:
-    """The experts of the token, the same in every warp that asks."""
+class RoutedExperts:
+    """The token's experts and their weights, computed by every warp for itself."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place):
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread):
         scores, keys = [], []
         for start in range(0, p.experts, 32):
-            number = ptx.add(place.lane, start)
-            score = parts.sigmoid(_number_at(a["first"], number))
+            number = ptx.add(thread.lane, start)
+            score = parts.sigmoid(_load_float32(a["first"], number))
             bias = ptx.float_of(ptx.load_global(ptx.offset(a["router_bias"], number, 4)))
             scores.append(score)
-            keys.append(parts.ordered(ptx.plus(score, bias)))
-        self.experts = parts.best(place, keys, p.chosen)
+            keys.append(parts.sortable_bits(ptx.plus(score, bias)))
+        self.experts = parts.largest_keys(thread, keys, p.num_experts_per_token)
         self.weights = []
         for expert in self.experts:
             bits = ptx.constant(0)
             for i, score in enumerate(scores):
-                is_it = ptx.compare("eq", ptx.add(place.lane, 32 * i), expert)
+                is_it = ptx.compare("eq", ptx.add(thread.lane, 32 * i), expert)
                 bits = ptx.select(is_it, ptx.bits_of(score), bits)
             self.weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
         if p.normalised:
@@ -472,125 +479,128 @@ class Choice:
         self.weights = [ptx.times(w, ptx.number(p.scale)) for w in self.weights]
 
 
-def _one_of(number: Value, values: Sequence[Value]) -> Value:
-    """values[number]."""
-    found = values[0]
+def _select_value(number: Value, values: Sequence[Value]) -> Value:
+    """values[number], by selects."""
+    selected = values[0]
     for i, value in enumerate(values[1:], 1):
-        found = ptx.select(ptx.compare("eq", number, i), value, found)
-    return found
+        selected = ptx.select(ptx.compare("eq", number, i), value, selected)
+    return selected
 
 
 class ExpertsFirst(Stage):
-    """norm(middle), as `First` left it in shared memory, times the chosen experts' first matrices -> gate_up [k 2I] float32."""
+    """norm(middle) times the chosen experts' first matrices -> hidden [k 2I] float32. `vector`: norm(middle), from `First`."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared, vector: Value):
-        self.p, self.a, self.place, self.vector = p, a, place, vector
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory, vector: Value):
+        self.p, self.a, self.thread, self.vector = p, a, thread, vector
         self.columns = 8 * EXPERT_LANES
-        self.units = p.chosen * 2 * p.width // self.columns
-        self.turns = -(-self.units // parts.BLOCKS)
-        self.sums = shared.take(self.turns * parts.WARPS * 32 * EXPERT_LANES)
+        self.units = p.num_experts_per_token * 2 * p.width // self.columns
+        self.rounds = -(-self.units // parts.BLOCKS)
+        self.sums = shared.allocate(self.rounds * parts.WARPS * 32 * EXPERT_LANES)
 
     def run(self) -> None:
-        p, a, place = self.p, self.a, self.place
-        self.choice = Choice(p, a, place)
-        experts = self.choice.experts
+        p, a, thread = self.p, self.a, self.thread
+        self.routed = RoutedExperts(p, a, thread)
+        experts = self.routed.experts
         of_expert, row_bytes = 2 * p.width // self.columns, 2 * 2 * p.width
-        of_turn = parts.WARPS * 32 * EXPERT_LANES  # bytes of sums
+        round_bytes = parts.WARPS * 32 * EXPERT_LANES  # bytes of sums
 
         def factor(row: Value) -> Value:
             return _half_of(ptx.load_shared(ptx.add(self.vector, ptx.shift_left(ptx.shift_right(row, 1), 2))), row)
 
-        def one(unit: Value, sums: Value) -> None:
-            expert = _one_of(ptx.div(unit, of_expert), experts)
+        def sum_unit(unit: Value, sums: Value) -> None:
+            expert = _select_value(ptx.div(unit, of_expert), experts)
             base = ptx.offset(a["gate_up"], expert, p.hidden * row_bytes)
             base = ptx.offset(base, ptx.rem(unit, of_expert), 2 * self.columns)
-            columns = parts.Columns(place, [parts.Piece(base, factor)], p.hidden, row_bytes, EXPERT_LANES)
-            parts.sum_of_columns(place, columns.finish(), EXPERT_LANES, sums)
+            columns = parts.Columns(thread, [parts.WeightedRows(base, factor)], p.hidden, row_bytes, EXPERT_LANES)
+            parts.store_column_sums(thread, columns.finish(), EXPERT_LANES, sums)
 
-        for turn in range(self.turns):
-            unit = ptx.add(place.block, turn * parts.BLOCKS)
+        for r in range(self.rounds):
+            unit = ptx.add(thread.block, r * parts.BLOCKS)
             with ptx.when(ptx.compare("slt", unit, self.units)):
-                one(unit, ptx.add(self.sums, turn * of_turn))
+                sum_unit(unit, ptx.add(self.sums, r * round_bytes))
         ptx.block_barrier()
-        for column, exists in parts.in_turn(place, self.turns * self.columns):
+        for column, exists in parts.indices_of_thread(thread, self.rounds * self.columns):
             which, local = ptx.div(column, self.columns), ptx.rem(column, self.columns)
-            unit = ptx.add(place.block, ptx.mul(which, parts.BLOCKS))
-            total = parts.sum_of_warps(local, EXPERT_LANES, ptx.add(self.sums, ptx.mul(which, of_turn)))
+            unit = ptx.add(thread.block, ptx.mul(which, parts.BLOCKS))
+            total = parts.load_column_sum(local, EXPERT_LANES, ptx.add(self.sums, ptx.mul(which, round_bytes)))
             stores = ptx.both(exists, ptx.compare("slt", unit, self.units))
             at = ptx.add(ptx.mul(unit, self.columns), local)
             ptx.store_global(ptx.offset(a["hidden"], at, 4), ptx.bits_of(total), stores)
 
 
 class ExpertsSecond(Stage):
-    """middle + experts + shared experts -> y [D] bfloat16. A block has 16 columns of it, a warp one of the shared part."""
+    """middle + experts + shared experts -> y [D] bfloat16. A thread block computes 16 columns of it."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared, experts_first: ExpertsFirst):
-        self.p, self.a, self.place, self.before = p, a, place, experts_first
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory, experts_first: ExpertsFirst):
+        self.p, self.a, self.thread, self.before = p, a, thread, experts_first
         self.width = 8 * OUTPUT_LANES
         self.units = p.hidden // self.width
-        self.turns = -(-self.units // parts.BLOCKS)
-        self.vector, self.shared_vector = shared.take(4 * p.chosen * p.width), shared.take(2 * max(8, p.shared))
-        self.sums, self.shared_sums = shared.take(parts.WARPS * 32 * OUTPUT_LANES), shared.take(4 * self.width)
+        self.rounds = -(-self.units // parts.BLOCKS)
+        self.vector, self.shared_vector = (
+            shared.allocate(4 * p.num_experts_per_token * p.width),
+            shared.allocate(2 * max(8, p.shared)),
+        )
+        self.sums, self.shared_sums = shared.allocate(parts.WARPS * 32 * OUTPUT_LANES), shared.allocate(4 * self.width)
         if a:
-            self.products = [self.product(turn) for turn in range(self.turns)] if p.shared else []
+            self.products = [self.product(r) for r in range(self.rounds)] if p.shared else []
 
-    def first(self, turn: int) -> Value:
-        """The first column of a turn's unit; blocks without one read the last one's."""
-        unit = ptx.add(self.place.block, turn * parts.BLOCKS)
+    def first(self, r: int) -> Value:
+        """The first column of the block's 16 in round r; blocks without any read the last ones."""
+        unit = ptx.add(self.thread.block, r * parts.BLOCKS)
         return ptx.mul(ptx.minimum(unit, self.units - 1), self.width)
 
-    def exists(self, turn: int) -> Value:
-        return ptx.compare("slt", ptx.add(self.place.block, turn * parts.BLOCKS), self.units)
+    def exists(self, r: int) -> Value:
+        return ptx.compare("slt", ptx.add(self.thread.block, r * parts.BLOCKS), self.units)
 
-    def product(self, turn: int) -> Product:
-        first = self.first(turn)
-        end = ptx.select(self.exists(turn), ptx.add(first, self.width), first)
-        return Product(self.place, self.a["shared_down"], self.p.shared, first, end, self.width)
+    def product(self, r: int) -> Product:
+        first = self.first(r)
+        end = ptx.select(self.exists(r), ptx.add(first, self.width), first)
+        return Product(self.thread, self.a["shared_down"], self.p.shared, first, end, self.width)
 
-    def columns(self, turn: int) -> parts.Columns:
+    def columns(self, r: int) -> parts.Columns:
         p, pieces = self.p, []
-        for slot, expert in enumerate(self.before.choice.experts):
+        for slot, expert in enumerate(self.before.routed.experts):
             base = ptx.offset(self.a["expert_down"], expert, 2 * p.width * p.hidden)
             vector = ptx.add(self.vector, 4 * p.width * slot)
 
             def factor(row: Value, vector: Value = vector) -> Value:
                 return ptx.float_of(ptx.load_shared(ptx.add(vector, ptx.shift_left(row, 2))))
 
-            pieces.append(parts.Piece(ptx.offset(base, self.first(turn), 2), factor))
-        return parts.Columns(self.place, pieces, p.width, 2 * p.hidden, OUTPUT_LANES)
+            pieces.append(parts.WeightedRows(ptx.offset(base, self.first(r), 2), factor))
+        return parts.Columns(self.thread, pieces, p.width, 2 * p.hidden, OUTPUT_LANES)
 
     def begin(self) -> None:
-        """The experts are known already, what they multiply is not."""
+        """The experts are known before the barrier, what they multiply is not."""
         self.first_columns = self.columns(0)
         self.first_columns.begin()
         if self.products:
             self.products[0].begin()
 
     def run(self) -> None:
-        p, a, place = self.p, self.a, self.place
+        p, a, thread = self.p, self.a, self.thread
         if p.shared:
             gate = ptx.offset(a["first"], ptx.constant(p.experts), 4)
-            _pack(place, p.shared // 2, _activated(gate, p.shared), self.shared_vector)
-        for i, exists in parts.in_turn(place, p.chosen * p.width // 4):
+            _write_bfloat16(thread, p.shared // 2, _activated(gate, p.shared), self.shared_vector)
+        for i, exists in parts.indices_of_thread(thread, p.num_experts_per_token * p.width // 4):
             slot, four = ptx.div(i, p.width // 4), ptx.rem(i, p.width // 4)
             at = ptx.offset(ptx.offset(a["hidden"], slot, 8 * p.width), four, 16)
             gates = [ptx.rounded(ptx.float_of(word)) for word in ptx.load_fresh_words(at)]
             ups = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
             ups = [ptx.rounded(ptx.float_of(word)) for word in ups]
-            weight = _one_of(slot, self.before.choice.weights)
+            weight = _select_value(slot, self.before.routed.weights)
             hidden = [ptx.rounded(ptx.times(parts.silu(g), u)) for g, u in zip(gates, ups, strict=True)]
             words = [ptx.bits_of(ptx.times(x, weight)) for x in hidden]
             with ptx.when(exists):
                 ptx.store_shared_words(ptx.add(self.vector, ptx.shift_left(i, 4)), words)
         ptx.block_barrier()
-        for turn in range(self.turns):
-            self.unit(turn)
+        for r in range(self.rounds):
+            self.unit(r)
 
-    def unit(self, turn: int) -> None:
-        p, a, place = self.p, self.a, self.place
-        first, exists = self.first(turn), self.exists(turn)
-        columns = self.columns(turn) if turn else self.first_columns
-        parts.sum_of_columns(place, columns.finish(), OUTPUT_LANES, self.sums)
+    def unit(self, r: int) -> None:
+        p, a, thread = self.p, self.a, self.thread
+        first, exists = self.first(r), self.exists(r)
+        columns = self.columns(r) if r else self.first_columns
+        parts.store_column_sums(thread, columns.finish(), OUTPUT_LANES, self.sums)
         if p.shared:
 
             def emit(row: Value, total: Value, stores: Value) -> None:
@@ -598,49 +608,49 @@ class ExpertsSecond(Stage):
                     at = ptx.add(self.shared_sums, ptx.shift_left(ptx.sub(row, first), 2))
                     ptx.store_shared(at, ptx.bits_of(ptx.rounded(total)))
 
-            if turn:
-                self.products[turn].begin()
-            self.products[turn].finish(lambda row: self.shared_vector, emit)
+            if r:
+                self.products[r].begin()
+            self.products[r].finish(lambda row: self.shared_vector, emit)
         ptx.block_barrier()
-        with ptx.when(ptx.both(exists, ptx.compare("slt", place.thread, self.width))):
-            total = ptx.rounded(parts.sum_of_warps(place.thread, OUTPUT_LANES, self.sums))
+        with ptx.when(ptx.both(exists, ptx.compare("slt", thread.index, self.width))):
+            total = ptx.rounded(parts.load_column_sum(thread.index, OUTPUT_LANES, self.sums))
             if p.shared:
-                at = ptx.add(self.shared_sums, ptx.shift_left(place.thread, 2))
+                at = ptx.add(self.shared_sums, ptx.shift_left(thread.index, 2))
                 total = ptx.rounded(ptx.plus(total, ptx.float_of(ptx.load_shared(at))))
-            row = ptx.add(first, place.thread)
-            total = ptx.plus(_bfloat16_at(a["middle"], row, ptx.load_fresh), total)
+            row = ptx.add(first, thread.index)
+            total = ptx.plus(_load_bfloat16(a["middle"], row, ptx.load_fresh), total)
             ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), total, exists)
-        if turn + 1 < self.turns:
+        if r + 1 < self.rounds:
             ptx.block_barrier()
 
 
 class DenseSecond(Stage):
     """middle + a dense layer's second matrix -> out [D] bfloat16."""
 
-    def __init__(self, p: Outputs, a: Mapping[str, Value], place: Place, shared: Shared):
-        self.p, self.a, self.place = p, a, place
-        self.vector = shared.take(2 * p.shared)
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.vector = shared.allocate(2 * p.shared)
         if a:
-            first, end = parts.share(place, p.hidden)
-            self.product = Product(place, a["shared_down"], p.shared, first, end, parts.largest_share(p.hidden))
+            first, end = parts.block_share(thread, p.hidden)
+            self.product = Product(thread, a["shared_down"], p.shared, first, end, parts.largest_block_share(p.hidden))
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
         p, a = self.p, self.a
-        _pack(self.place, p.shared // 2, _activated(a["first"], p.shared), self.vector)
+        _write_bfloat16(self.thread, p.shared // 2, _activated(a["first"], p.shared), self.vector)
         ptx.block_barrier()
 
         def emit(row: Value, total: Value, stores: Value) -> None:
-            x = _bfloat16_at(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
+            x = _load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
             ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), ptx.plus(x, ptx.rounded(total)), stores)
 
         self.product.finish(lambda row: self.vector, emit)
 
 
 def _activated(gate: Value, width: int) -> Callable[[Value], tuple[Value, Value]]:
-    """silu(gate) * up of two neighbours; `up` stands `width` float32 numbers after `gate`."""
+    """pair(i) is silu(gate) * up at 2 i and 2 i + 1; `up` lies `width` float32 numbers after `gate`."""
 
     def pair(i: Value) -> tuple[Value, Value]:
         gates, ups = parts.fresh_pair(gate)(i), parts.fresh_pair(ptx.offset(gate, ptx.constant(width), 4))(i)
@@ -653,62 +663,66 @@ def _activated(gate: Value, width: int) -> Callable[[Value], tuple[Value, Value]
 # ---- the kernels
 
 
-def _input_stages(p: Inputs, a: Mapping[str, Value], place: Any, shared: Shared, *, alone: bool) -> list[Down | Up | Absorb]:
-    """`alone`: no stages of another layer before have brought the matrices."""
-    down, up, absorb = Down(p, a, place, shared), Up(p, a, place, shared), Absorb(p, a, place, shared)
+def _input_stages(
+    p: Inputs, a: Mapping[str, Value], thread: Any, shared: SharedMemory, *, is_first_kernel: bool
+) -> list[Down | Up | Absorb]:
+    """`is_first_kernel`: no earlier layer's stages have prefetched the matrices."""
+    down, up, absorb = Down(p, a, thread, shared), Up(p, a, thread, shared), Absorb(p, a, thread, shared)
     if a:
-        if alone:
-            down.ahead = [lambda: up.product.bring(place), lambda: absorb.product.bring(place)]
-        # While few multiprocessors attend, what comes after streams from memory.
-        absorb.ahead = [
-            lambda: parts.bring(place, a["next_v_up"], 2 * VALUE_DIM, *parts.share(place, p.heads * p.value)),
-            lambda: parts.bring(place, a["next_out"], 2 * p.heads * p.value, *parts.share(place, p.hidden)),
+        if is_first_kernel:
+            down.prefetches = [lambda: up.product.prefetch(thread), lambda: absorb.product.prefetch(thread)]
+        # The attention between the kernels leaves SMs idle: meanwhile its outputs' first matrices stream to L2.
+        absorb.prefetches = [
+            lambda: parts.prefetch(thread, a["next_v_up"], 2 * VALUE_DIM, *parts.block_share(thread, p.heads * p.value)),
+            lambda: parts.prefetch(thread, a["next_out"], 2 * p.heads * p.value, *parts.block_share(thread, p.hidden)),
         ]
     return [down, up, absorb]
 
 
-def _output_stages(p: Outputs, following: Inputs | None, a: Mapping[str, Value], place: Any, shared: Shared) -> list[Stage]:
-    values, out, first = Values(p, a, place, shared), Out(p, a, place, shared), First(p, a, place, shared)
+def _output_stages(
+    p: Outputs, next_layer: Inputs | None, a: Mapping[str, Value], thread: Any, shared: SharedMemory
+) -> list[Stage]:
+    values, out, first = Values(p, a, thread, shared), Out(p, a, thread, shared), First(p, a, thread, shared)
     stages: list[Stage] = [values, out, first]
     second: Stage
     if p.experts:
-        experts_first = ExpertsFirst(p, a, place, shared, first.vector)
+        experts_first = ExpertsFirst(p, a, thread, shared, first.vector)
         stages.append(experts_first)
-        second = experts = ExpertsSecond(p, a, place, shared, experts_first)
+        second = experts = ExpertsSecond(p, a, thread, shared, experts_first)
         products = experts.products if a else []
     else:
-        second = dense = DenseSecond(p, a, place, shared)
+        second = dense = DenseSecond(p, a, thread, shared)
         products = [dense.product] if a else []
     stages.append(second)
-    after: list[Down | Up | Absorb] = []
-    if following is not None:
-        after = _input_stages(following, {**a, "x": a["y"]} if a else a, place, shared, alone=False)
+    inputs: list[Down | Up | Absorb] = []
+    if next_layer is not None:
+        inputs = _input_stages(next_layer, {**a, "x": a["y"]} if a else a, thread, shared, is_first_kernel=False)
     if a:
-        values.ahead = [functools.partial(product.bring, place) for product in (first.product, *products)]
-        # While the experts are chosen nothing of this layer can stream.
-        stages[3].ahead = [functools.partial(stage.product.bring, place) for stage in after]
-    return [*stages, *after]
+        values.prefetches = [functools.partial(product.prefetch, thread) for product in (first.product, *products)]
+        # While the experts are num_experts_per_token nothing of this layer can stream.
+        stages[3].prefetches = [functools.partial(stage.product.prefetch, thread) for stage in inputs]
+    return [*stages, *inputs]
 
 
-def _launch(
+def _call_kernel(
     name: str,
-    stages: Callable[[Mapping[str, Value], Any, Shared], Sequence[Stage]],
+    stages: Callable[[Mapping[str, Value], Any, SharedMemory], Sequence[Stage]],
     operands: Mapping[str, Any],
     outs: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """Runs stages over named arrays; `outs` is what they write. Of the operands, references are written too."""
-    counted = Shared()
-    stages({}, None, counted)
+    """Calls a kernel whose `stages` read `operands` and write `outs` and the operands that are references, all by name."""
+    sizes = SharedMemory()
+    stages({}, None, sizes)
     names = [*operands, *outs, "shared"]
 
     def body(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs) + (_SCALAR,))
         def program(ctx: Any, *values: Any) -> None:
             *references, block = values
-            *given, memory = references
-            addresses = {n: ptx.global_address(v) for n, v in zip(names[:-1], given, strict=True)}
-            place = Place.here(ptx.scalar(block))
-            _in_sequence(stages(addresses, place, Shared(ptx.shared_address(memory))), addresses["counter"])
+            *arrays, memory = references
+            addresses = {n: ptx.global_address(v) for n, v in zip(names[:-1], arrays, strict=True)}
+            thread = Thread.current(ptx.scalar(block))
+            _in_sequence(stages(addresses, thread, SharedMemory(ptx.shared_address(memory))), addresses["barrier_count"])
 
         program(*refs, jax.lax.axis_index("block"))
 
@@ -716,7 +730,7 @@ def _launch(
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outs.values()),
-        scratch_types=(plgpu.SMEM((counted.used // 4,), jnp.int32),),
+        scratch_types=(plgpu.SMEM((sizes.used // 4,), jnp.int32),),
         grid=(parts.BLOCKS,),
         grid_names=("block",),
         num_threads=parts.THREADS // 128,
@@ -726,34 +740,36 @@ def _launch(
     return dict(zip(outs, kernel(*operands.values()), strict=True))
 
 
-def _inputs(hidden: int, given: Before, after: Mapping[str, jax.Array]) -> tuple[Inputs, dict[str, Any], dict[str, Any]]:
-    """Sizes, operands and outputs of the stages before an attention; `after` are the weights of those behind it."""
-    w = given.weights
-    full, scaled = given.index_keys is not None, given.index_scales is not None
+def _inputs(
+    hidden: int, layer: AttentionWeights, outputs: Mapping[str, jax.Array]
+) -> tuple[Inputs, dict[str, Any], dict[str, Any]]:
+    """Sizes, operands and outputs of the stages before an attention; `outputs`: the layer's weights for `layer_outputs`."""
+    w = layer.weights
+    full, scaled = layer.index_keys is not None, layer.index_scales is not None
     p = Inputs(
         hidden=hidden,
         q_rank=w["q_norm"].size,
         heads=w["k_up"].shape[0],
         nope=w["k_up"].shape[2],
-        value=after["v_up"].shape[1],
-        max_len=given.latents.size // WIDTH,
-        eps=given.eps,
-        latent_eps=given.latent_eps,
+        value=outputs["v_up"].shape[1],
+        max_len=layer.latents.size // WIDTH,
+        eps=layer.eps,
+        latent_eps=layer.latent_eps,
         index_heads=w["down"].shape[0] - w["q_norm"].size - WIDTH - INDEX_WIDTH if full else 0,
-        index_scale=given.index_scale,
-        index_interleaved=given.index_interleaved,
+        index_scale=layer.index_scale,
+        index_interleaved=layer.index_interleaved,
         index_scaled=scaled,
     )
-    cos, sin = given.angles
+    cos, sin = layer.cos_sin
     operands: dict[str, Any] = {
-        "position": given.position,
+        "position": layer.position,
         "cos": cos,
         "sin": sin,
-        "next_v_up": after["v_up"],
-        "next_out": after["out"],
+        "next_v_up": outputs["v_up"],
+        "next_out": outputs["out"],
         **w,
     }
-    for name, array in given.caches().items():
+    for name, array in layer.caches().items():
         operands[name] = jax.new_ref(array)
     outs = {
         "down_out": jax.ShapeDtypeStruct((p.down,), jnp.float32),
@@ -767,9 +783,11 @@ def _inputs(hidden: int, given: Before, after: Mapping[str, jax.Array]) -> tuple
     return p, operands, outs
 
 
-def _made(given: Before, operands: Mapping[str, Any], outs: Mapping[str, jax.Array]) -> Ready:
-    caches = {name: jax.freeze(operands[name]) for name in given.caches()}
-    return Ready(
+def _attention_operands(
+    layer: AttentionWeights, operands: Mapping[str, Any], outs: Mapping[str, jax.Array]
+) -> AttentionOperands:
+    caches = {name: jax.freeze(operands[name]) for name in layer.caches()}
+    return AttentionOperands(
         outs["queries"],
         caches["latents"],
         outs.get("index_queries"),
@@ -780,38 +798,40 @@ def _made(given: Before, operands: Mapping[str, Any], outs: Mapping[str, jax.Arr
 
 
 def attention_inputs(
-    x: jax.Array, given: Before, after: Mapping[str, jax.Array], counter: jax.Array
-) -> tuple[Ready, jax.Array]:
-    p, operands, outs = _inputs(x.size, given, after)
-    operands |= {"x": x, "counter": jax.new_ref(counter)}
+    x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array], barrier_count: jax.Array
+) -> tuple[AttentionOperands, jax.Array]:
+    p, operands, outs = _inputs(x.size, layer, outputs)
+    operands |= {"x": x, "barrier_count": jax.new_ref(barrier_count)}
 
-    def stages(a: Mapping[str, Value], place: Any, shared: Shared) -> Sequence[Stage]:
-        return _input_stages(p, a, place, shared, alone=True)
+    def stages(a: Mapping[str, Value], thread: Any, shared: SharedMemory) -> Sequence[Stage]:
+        return _input_stages(p, a, thread, shared, is_first_kernel=True)
 
-    made = _launch("decode_inputs", stages, operands, outs)
-    return _made(given, operands, made), jax.freeze(operands["counter"])
+    results = _call_kernel("decode_inputs", stages, operands, outs)
+    return _attention_operands(layer, operands, results), jax.freeze(operands["barrier_count"])
 
 
 def layer_outputs(
     x: jax.Array,
     context: jax.Array,
-    weights: Mapping[str, jax.Array],
-    counter: jax.Array,
+    outputs: Mapping[str, jax.Array],
+    barrier_count: jax.Array,
     *,
     eps: float,
-    chosen: int,
+    num_experts_per_token: int,
     normalised: bool,
     scale: float,
-    following: Before | None,
-    after: Mapping[str, jax.Array] | None,
-) -> tuple[jax.Array, Ready | None, jax.Array]:
-    heads, value, _ = weights["v_up"].shape
-    routed = "gate_up" in weights
-    experts = weights["router_bias"].size if routed else 0
-    shared_width = (weights["router"].shape[0] - experts) // 2
-    width = weights["expert_down"].shape[1] if routed else 0
-    p = Outputs(x.size, heads, value, eps, shared_width, experts, chosen if routed else 0, width, normalised, scale)
-    operands: dict[str, Any] = {"x": x, "context": context, **weights, "counter": jax.new_ref(counter)}
+    next_layer: AttentionWeights | None,
+    next_outputs: Mapping[str, jax.Array] | None,
+) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
+    heads, value, _ = outputs["v_up"].shape
+    routed = "gate_up" in outputs
+    experts = outputs["router_bias"].size if routed else 0
+    shared_width = outputs["shared_gate_up"].shape[0] // 2 if "shared_gate_up" in outputs else 0
+    width = outputs["expert_down"].shape[1] if routed else 0
+    p = Outputs(
+        x.size, heads, value, eps, shared_width, experts, num_experts_per_token if routed else 0, width, normalised, scale
+    )
+    operands: dict[str, Any] = {"x": x, "context": context, **outputs, "barrier_count": jax.new_ref(barrier_count)}
     outs: dict[str, Any] = {
         "values": jax.ShapeDtypeStruct((heads * value,), jnp.float32),
         "middle": jax.ShapeDtypeStruct((p.hidden,), jnp.bfloat16),
@@ -819,16 +839,16 @@ def layer_outputs(
         "y": jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
     }
     if routed:
-        outs["hidden"] = jax.ShapeDtypeStruct((p.chosen * 2 * width,), jnp.float32)
-    then: Inputs | None = None
-    if following is not None:
-        assert after is not None
-        then, more_operands, more_outs = _inputs(x.size, following, after)
+        outs["hidden"] = jax.ShapeDtypeStruct((p.num_experts_per_token * 2 * width,), jnp.float32)
+    next_sizes: Inputs | None = None
+    if next_layer is not None:
+        assert next_outputs is not None
+        next_sizes, more_operands, more_outs = _inputs(x.size, next_layer, next_outputs)
         operands, outs = operands | more_operands, outs | more_outs
 
-    def stages(a: Mapping[str, Value], place: Any, shared: Shared) -> list[Stage]:
-        return _output_stages(p, then, a, place, shared)
+    def stages(a: Mapping[str, Value], thread: Any, shared: SharedMemory) -> list[Stage]:
+        return _output_stages(p, next_sizes, a, thread, shared)
 
-    made = _launch("decode_outputs" if then is None else "decode_outputs_inputs", stages, operands, outs)
-    ready = None if following is None else _made(following, operands, made)
-    return made["y"], ready, jax.freeze(operands["counter"])
+    results = _call_kernel("decode_outputs" if next_sizes is None else "decode_outputs_inputs", stages, operands, outs)
+    attention = None if next_layer is None else _attention_operands(next_layer, operands, results)
+    return results["y"], attention, jax.freeze(operands["barrier_count"])

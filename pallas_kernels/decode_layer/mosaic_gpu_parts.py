@@ -1,8 +1,8 @@
-"""The parts of the decode kernels: what all threads of a block, or of a warp, do together, written in `ptx` words.
+"""The parts of the decode kernels: what all threads of a thread block, or of a warp, do together, written with `ptx`.
 
-One vector times a matrix costs what reading the matrix costs, if enough of it is under way. So the loads of a product are
+A vector times a matrix takes the time of reading the matrix, if enough loads are in flight. So the loads of a product are
 issued together, 16 bytes a lane, as many as registers hold; the first of them before the vector is known (`begin`), while
-the grid meets and the vector is made. The vector is in shared memory as bfloat16, which every input of a product is.
+the thread blocks wait at the grid barrier and compute the vector. The vector lies in shared memory as bfloat16.
 """
 
 from __future__ import annotations
@@ -13,61 +13,97 @@ from typing import Any
 
 from pallas_kernels import hopper, ptx
 
-BLOCKS = hopper.MULTIPROCESSORS  # one on each, so that the grid can meet
+BLOCKS = hopper.NUM_SMS  # one on each SM, so that all reach the grid barrier
 WARPS = 16
 THREADS = 32 * WARPS
-LOADS = 20  # 16 bytes each that a lane has under way: 80 of its 128 registers
-PIECE = 8192  # bytes brought to L2 by one instruction
-PIECES = 256  # of a matrix, at most, by one block
-COLUMN_LOADS = 16  # where 8 sums need registers too
+LOADS_IN_FLIGHT = 20  # of 16 bytes, by a lane: 80 of its 128 registers
+PREFETCH_BYTES = 8192  # copied to L2 by one instruction
+MAX_PREFETCHES = 256  # instructions of a thread block for one matrix
+COLUMN_LOADS_IN_FLIGHT = 16  # fewer, because 8 sums need registers too
 
 Value = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where this thread is."""
+class Thread:
+    """Which thread this is: its block, its index in the block, its lane and its warp."""
 
     block: Value
-    thread: Value
+    index: Value
     lane: Value
     warp: Value
 
     @staticmethod
-    def here(block: Value) -> Place:
+    def current(block: Value) -> Thread:
         thread = ptx.thread()
-        return Place(block, thread, ptx.bit_and(thread, 31), ptx.shift_right(thread, 5))
+        return Thread(block, thread, ptx.bit_and(thread, 31), ptx.shift_right(thread, 5))
 
-    def is_block_before_end(self, number: int) -> Value:
-        """1 for the last block."""
+    def is_block_from_end(self, number: int) -> Value:
+        """Whether this thread is of the block with this number counted from the end, 1 for the last."""
         return ptx.compare("eq", self.block, BLOCKS - number)
 
 
-class Shared:
-    """Shared memory, given out piece by piece; without an address it only counts."""
+class SharedMemory:
+    """Allocates shared memory from `base` on; without `base` it only adds up the sizes, in `used`."""
 
     def __init__(self, base: Value | None = None):
         self.base, self.used = base, 0
 
-    def take(self, size: int) -> Value:
+    def allocate(self, size: int) -> Value:
         start, self.used = self.used, self.used + -(-size // 16) * 16
         return None if self.base is None else ptx.add(self.base, start)
 
 
-def share(place: Place, count: int, spared: int = 0) -> tuple[Value, Value]:
-    """The part first .. end - 1 of `count` things that is this block's, as even as can be; the last `spared` have none."""
+def block_share(thread: Thread, count: int, spared: int = 0) -> tuple[Value, Value]:
+    """The rows first .. end - 1 of `count` that this thread block takes: even shares, none for the last `spared` blocks."""
     blocks = BLOCKS - spared
-    first = ptx.div(ptx.mul(place.block, count), blocks)
-    end = ptx.div(ptx.mul(ptx.add(place.block, 1), count), blocks)
+    first = ptx.div(ptx.mul(thread.block, count), blocks)
+    end = ptx.div(ptx.mul(ptx.add(thread.block, 1), count), blocks)
     return ptx.minimum(first, count), ptx.minimum(end, count)
 
 
-def largest_share(count: int, spared: int = 0) -> int:
+@dataclasses.dataclass(frozen=True)
+class BlockRows:
+    """The rows first .. end - 1 of `matrix` that this thread block takes.
+
+    They are the rows `offset` + first, ... of all matrices laid below each other; no thread block takes more than `most`.
+    """
+
+    matrix: Value
+    first: Value
+    end: Value
+    offset: Value
+    most: int
+
+    @staticmethod
+    def of(thread: Thread, matrices: Sequence[tuple[Value, int]], spared: int = 0) -> BlockRows:
+        """Shares the rows of one or two matrices, given as addresses and numbers of rows, among all but the last blocks.
+
+        Every thread block takes rows of one matrix, so that two cost a lane no more registers than one does.
+        """
+        (address, count), *second = matrices
+        blocks = BLOCKS - spared
+        if not second:
+            return BlockRows(address, *block_share(thread, count, spared), ptx.constant(0), largest_block_share(count, spared))
+        ((address2, count2),) = second
+
+        def largest(blocks_of_first: int) -> int:
+            return max(-(-count // blocks_of_first), -(-count2 // (blocks - blocks_of_first)))
+
+        border = min(range(1, blocks), key=largest)
+        is_first = ptx.compare("slt", thread.block, border)
+        block = ptx.select(is_first, thread.block, ptx.sub(thread.block, border))
+        rows, sharing = ptx.select(is_first, count, count2), ptx.select(is_first, border, blocks - border)
+        first, end = (ptx.minimum(ptx.div(ptx.mul(ptx.add(block, i), rows), sharing), rows) for i in range(2))
+        return BlockRows(ptx.select(is_first, address, address2), first, end, ptx.select(is_first, 0, count), largest(border))
+
+
+def largest_block_share(count: int, spared: int = 0) -> int:
     return -(-count // (BLOCKS - spared))
 
 
-def sum_of_warp(x: Value, lanes: int = 32) -> Value:
-    """The sum over groups of `lanes` neighbouring lanes, for all of them, always in the same order."""
+def warp_sum(x: Value, lanes: int = 32) -> Value:
+    """The sum over groups of `lanes` neighbouring lanes, in every lane of the group, always added in the same order."""
     distance = lanes // 2
     while distance:
         x = ptx.plus(x, ptx.lane_distant(x, distance))
@@ -75,27 +111,27 @@ def sum_of_warp(x: Value, lanes: int = 32) -> Value:
     return x
 
 
-def sum_of_block(place: Place, x: Value, sums: Value) -> Value:
-    """The sum over all threads, for all of them. `sums`: 16 floats of shared memory of its own."""
-    total = ptx.bits_of(sum_of_warp(x))
-    with ptx.when(ptx.compare("eq", place.lane, 0)):
-        ptx.store_shared(ptx.add(sums, ptx.shift_left(place.warp, 2)), total)
+def block_sum(thread: Thread, x: Value, sums: Value) -> Value:
+    """The sum over all threads of a block, in every thread. `sums`: 64 bytes of shared memory that nothing else uses."""
+    total = ptx.bits_of(warp_sum(x))
+    with ptx.when(ptx.compare("eq", thread.lane, 0)):
+        ptx.store_shared(ptx.add(sums, ptx.shift_left(thread.warp, 2)), total)
     ptx.block_barrier()
     parts = [ptx.float_of(word) for i in range(WARPS // 4) for word in ptx.load_shared_words(ptx.add(sums, 16 * i))]
     return ptx.plus(*parts)
 
 
-def in_turn(place: Place, count: int) -> list[tuple[Value, Value]]:
-    """(index, whether it exists) of the things that are this thread's, which the threads take side by side."""
-    found = []
+def indices_of_thread(thread: Thread, count: int) -> list[tuple[Value, Value]]:
+    """(i, whether i < count) of the indices that this thread takes: thread t takes t, t + THREADS, ..."""
+    indices = []
     for start in range(0, count, THREADS):
-        index = ptx.add(place.thread, start)
-        found.append((ptx.minimum(index, count - 1), ptx.compare("slt", index, count)))
-    return found
+        index = ptx.add(thread.index, start)
+        indices.append((ptx.minimum(index, count - 1), ptx.compare("slt", index, count)))
+    return indices
 
 
 def normalise(
-    place: Place,
+    thread: Thread,
     pairs: int,
     pair: Callable[[Value], tuple[Value, Value]],
     weights: Value,
@@ -105,16 +141,16 @@ def normalise(
     *,
     in_bfloat16: bool,
 ) -> None:
-    """RMSNorm of 2 `pairs` numbers. sink(i, word, exists) takes the i-th pair as bfloat16.
+    """RMSNorm of 2 `pairs` numbers; sink(i, word, exists) receives the i-th pair as two bfloat16 in a word.
 
     With `in_bfloat16` the normalised number is rounded before its weight is applied, as activations in bfloat16 are.
     """
-    mine = [(i, exists, *pair(i)) for i, exists in in_turn(place, pairs)]
+    mine = [(i, exists, *pair(i)) for i, exists in indices_of_thread(thread, pairs)]
     total = ptx.number(0.0)
     for _, exists, low, high in mine:
         square = ptx.plus(ptx.times(low, low), ptx.times(high, high))
         total = ptx.plus(total, ptx.select(exists, square, ptx.number(0.0)))
-    mean = ptx.times(sum_of_block(place, total, sums), ptx.number(1 / (2 * pairs)))
+    mean = ptx.times(block_sum(thread, total, sums), ptx.number(1 / (2 * pairs)))
     factor = ptx.rsqrt(ptx.plus(mean, ptx.number(eps)))
     for i, exists, *numbers in mine:
         of_pair = ptx.from_bfloat16_pair(ptx.load_global(ptx.offset(weights, i, 4)))
@@ -126,7 +162,7 @@ def normalise(
 
 
 def to_shared(address: Value) -> Callable[[Value, Value, Value], None]:
-    """A sink that puts word i at its place from the shared address on."""
+    """A sink that stores word i at word i of the shared memory at `address`."""
 
     def sink(i: Value, word: Value, exists: Value) -> None:
         with ptx.when(exists):
@@ -136,7 +172,7 @@ def to_shared(address: Value) -> Callable[[Value, Value, Value], None]:
 
 
 def fresh_pair(base: Value) -> Callable[[Value], tuple[Value, Value]]:
-    """The i-th two of float32 numbers of another block."""
+    """pair(i) loads numbers 2 i and 2 i + 1 of float32 numbers at `base` that another thread block wrote in this kernel."""
 
     def pair(i: Value) -> tuple[Value, Value]:
         low, high = ptx.load_fresh_pair(ptx.offset(base, i, 8))
@@ -154,13 +190,13 @@ def sigmoid(x: Value) -> Value:
     return ptx.divide_floats(ptx.number(1.0), ptx.plus(powers, ptx.number(1.0)))
 
 
-def bring(place: Place, matrix: Value, row_bytes: int, first: Value, end: Value) -> None:
-    """Rows first .. end - 1 of a matrix to L2, for a stage or a kernel to come; a thread a piece."""
+def prefetch(thread: Thread, matrix: Value, row_bytes: int, first: Value, end: Value) -> None:
+    """Copies rows first .. end - 1 of a matrix to L2, where a later stage or kernel finds them."""
     size = ptx.mul(ptx.sub(end, first), row_bytes)
-    start = ptx.mul(ptx.minimum(place.thread, PIECES), PIECE)
-    piece = ptx.minimum(ptx.sub(size, start), PIECE)
-    there = ptx.both(ptx.compare("sgt", piece, 0), ptx.compare("slt", place.thread, PIECES))
-    ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, there)
+    start = ptx.mul(ptx.minimum(thread.index, MAX_PREFETCHES), PREFETCH_BYTES)
+    piece = ptx.minimum(ptx.sub(size, start), PREFETCH_BYTES)
+    exists = ptx.both(ptx.compare("sgt", piece, 0), ptx.compare("slt", thread.index, MAX_PREFETCHES))
+    ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, exists)
 
 
 class Product:
@@ -169,62 +205,66 @@ class Product:
     A row is read by as many lanes as its length divides into 16 bytes each, up to a whole warp.
     """
 
-    def __init__(self, place: Place, matrix: Value, width: int, first: Value, end: Value, most: int):
+    def __init__(self, thread: Thread, matrix: Value, width: int, first: Value, end: Value, most: int):
         self.lanes = next((lanes for lanes in (32, 16, 8, 4) if width % (8 * lanes) == 0), 0)
         if not self.lanes:
             raise ValueError(f"rows of {width} numbers do not divide into pieces of 32")
-        self.base, self.width, self.first, self.end = matrix, width, first, end
+        self.matrix, self.width, self.first, self.end = matrix, width, first, end
         self.chunks = width // (8 * self.lanes)
-        rows = 32 // self.lanes
-        self.rounds = -(-most // (WARPS * rows))
-        self.lane = ptx.bit_and(place.lane, self.lanes - 1)
-        self.own = ptx.add(first, ptx.mul(place.warp, rows), ptx.div(place.lane, self.lanes))
-        self.rows = WARPS * rows  # of a round
-        self.matrix = ptx.offset(matrix, self.lane, 16)
-        pieces = [(turn, chunk) for turn in range(self.rounds) for chunk in range(self.chunks)]
-        self.batches = [pieces[i : i + LOADS] for i in range(0, len(pieces), LOADS)]
-        self.under_way: list[list[Value]] = []
+        of_warp = 32 // self.lanes
+        self.rounds = -(-most // (WARPS * of_warp))
+        self.lane = ptx.bit_and(thread.lane, self.lanes - 1)
+        self.first_row = ptx.add(first, ptx.mul(thread.warp, of_warp), ptx.div(thread.lane, self.lanes))
+        self.rows = WARPS * of_warp  # of a round
+        self.lane_matrix = ptx.offset(matrix, self.lane, 16)
+        pieces = [(r, chunk) for r in range(self.rounds) for chunk in range(self.chunks)]
+        self.batches = [pieces[i : i + LOADS_IN_FLIGHT] for i in range(0, len(pieces), LOADS_IN_FLIGHT)]
+        self.in_flight: list[list[Value]] = []
 
-    def row(self, turn: int) -> Value:
-        return ptx.add(self.own, turn * self.rows)
+    def row(self, r: int) -> Value:
+        return ptx.add(self.first_row, r * self.rows)
 
     def _load(self, batch: int) -> list[list[Value]]:
-        found = []
-        for turn, chunk in self.batches[batch]:
-            row = self.row(turn)
+        loaded = []
+        for r, chunk in self.batches[batch]:
+            row = self.row(r)
             exists = ptx.select(ptx.compare("slt", row, self.end), 1, 0)
-            address = ptx.offset(ptx.offset(self.matrix, row, 2 * self.width), ptx.constant(chunk), 16 * self.lanes)
-            found.append(ptx.load_words_or_zeros(address, exists, 4))
-        return found
+            address = ptx.offset(ptx.offset(self.lane_matrix, row, 2 * self.width), ptx.constant(chunk), 16 * self.lanes)
+            loaded.append(ptx.load_words_or_zeros(address, exists, 4))
+        return loaded
 
     def begin(self) -> None:
-        self.under_way = self._load(0)
+        self.in_flight = self._load(0)
 
-    def bring(self, place: Place) -> None:
-        """The same rows to L2, for a `begin` much later."""
-        bring(place, self.base, 2 * self.width, self.first, self.end)
+    def prefetch(self, thread: Thread) -> None:
+        """Copies the rows to L2, where a later `begin` finds them."""
+        prefetch(thread, self.matrix, 2 * self.width, self.first, self.end)
 
     def finish(self, vector: Callable[[Value], Value], emit: Callable[[Value, Value, Value], None]) -> None:
-        """`vector`: where a row's vector is in shared memory. emit(row, sum, whether this lane is to store it)."""
+        """Sums the rows' products and passes them on.
+
+        vector(row): the shared address of the vector that this row is multiplied by.
+        emit(row, sum, stores): receives a row's sum in every lane; `stores` is set in the one lane that is to store it.
+        """
         leads = ptx.select(ptx.compare("eq", self.lane, 0), 1, 0)
         total = ptx.number(0.0)
         for batch, pieces in enumerate(self.batches):
-            words = self.under_way if batch == 0 else self._load(batch)
-            for (turn, chunk), piece in zip(pieces, words, strict=True):
-                row = self.row(turn)
+            words = self.in_flight if batch == 0 else self._load(batch)
+            for (r, chunk), piece in zip(pieces, words, strict=True):
+                row = self.row(r)
                 if chunk == 0:
                     total = ptx.number(0.0)
                 at = ptx.add(vector(row), ptx.shift_left(ptx.add(self.lane, chunk * self.lanes), 4))
                 total = ptx.add_dot(total, piece, ptx.load_shared_words(at))
                 if chunk == self.chunks - 1:
                     stores = ptx.bit_and(leads, ptx.select(ptx.compare("slt", row, self.end), 1, 0))
-                    emit(row, sum_of_warp(total, self.lanes), ptx.compare("ne", stores, 0))
-        self.under_way = []
+                    emit(row, warp_sum(total, self.lanes), ptx.compare("ne", stores, 0))
+        self.in_flight = []
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """`rows` rows of a column sum: where the first one's columns begin, and what row i is multiplied by."""
+class WeightedRows:
+    """Some rows of a column sum: where the columns of the first one begin, and what row i is multiplied by."""
 
     base: Value
     factor: Callable[[Value], Value]
@@ -233,76 +273,76 @@ class Piece:
 class Columns:
     """The sum over all rows of factor * row, 8 `lanes` columns wide: `begin` starts it, `finish` ends it.
 
-    Every piece has `rows` rows, `row_bytes` from one to the next. `lanes` lanes read a row, a warp 32 / lanes rows next to
-    each other.
+    Every element of `matrices` has `rows` rows, `row_bytes` from one to the next. `lanes` lanes read a row, a warp reads
+    32 / lanes neighbouring rows.
     """
 
-    def __init__(self, place: Place, pieces: Sequence[Piece], rows: int, row_bytes: int, lanes: int):
+    def __init__(self, thread: Thread, matrices: Sequence[WeightedRows], rows: int, row_bytes: int, lanes: int):
         at_once = THREADS // lanes
         if rows % at_once:
             raise ValueError(f"{rows} rows are not a multiple of {at_once}")
-        self.own = ptx.add(ptx.mul(place.warp, 32 // lanes), ptx.div(place.lane, lanes))
+        self.first_row = ptx.add(ptx.mul(thread.warp, 32 // lanes), ptx.div(thread.lane, lanes))
         self.row_bytes = row_bytes
         steps = []
-        for piece in pieces:
-            address = ptx.offset(ptx.offset(piece.base, self.own, row_bytes), ptx.bit_and(place.lane, lanes - 1), 16)
-            steps += [(address, piece.factor, start) for start in range(0, rows, at_once)]
-        self.batches = [steps[i : i + COLUMN_LOADS] for i in range(0, len(steps), COLUMN_LOADS)]
-        self.under_way: list[list[Value]] = []
+        for matrix in matrices:
+            address = ptx.offset(ptx.offset(matrix.base, self.first_row, row_bytes), ptx.bit_and(thread.lane, lanes - 1), 16)
+            steps += [(address, matrix.factor, start) for start in range(0, rows, at_once)]
+        self.batches = [steps[i : i + COLUMN_LOADS_IN_FLIGHT] for i in range(0, len(steps), COLUMN_LOADS_IN_FLIGHT)]
+        self.in_flight: list[list[Value]] = []
 
     def _load(self, batch: int) -> list[list[Value]]:
         starts = [(address, ptx.constant(start)) for address, _, start in self.batches[batch]]
         return [ptx.load_words(ptx.offset(address, start, self.row_bytes)) for address, start in starts]
 
     def begin(self) -> None:
-        self.under_way = self._load(0)
+        self.in_flight = self._load(0)
 
     def finish(self) -> list[Value]:
         """This lane's 8 sums."""
         totals = [ptx.number(0.0)] * 8
         for i, batch in enumerate(self.batches):
-            words = self.under_way if i == 0 and self.under_way else self._load(i)
+            words = self.in_flight if i == 0 and self.in_flight else self._load(i)
             for (_, factor, start), piece in zip(batch, words, strict=True):
-                totals = ptx.add_multiples(totals, piece, factor(ptx.add(self.own, start)))
+                totals = ptx.add_multiples(totals, piece, factor(ptx.add(self.first_row, start)))
         return totals
 
 
-def sum_of_columns(place: Place, totals: Sequence[Value], lanes: int, target: Value) -> None:
-    """Adds the lanes of a warp that have the same columns; puts the warp's 8 `lanes` sums at a shared address of its own."""
+def store_column_sums(thread: Thread, totals: Sequence[Value], lanes: int, target: Value) -> None:
+    """Adds what the lanes of a warp have for the same columns and stores the warp's 8 `lanes` sums in its part of `target`."""
     totals = list(totals)
     distance = 16
     while distance >= lanes:
         totals = [ptx.plus(x, ptx.lane_distant(x, distance)) for x in totals]
         distance //= 2
-    address = ptx.add(target, ptx.mul(place.warp, 32 * lanes), ptx.shift_left(place.lane, 5))
-    with ptx.when(ptx.compare("slt", place.lane, lanes)):
+    address = ptx.add(target, ptx.mul(thread.warp, 32 * lanes), ptx.shift_left(thread.lane, 5))
+    with ptx.when(ptx.compare("slt", thread.lane, lanes)):
         for half in range(2):
             words = [ptx.bits_of(x) for x in totals[4 * half : 4 * half + 4]]
             ptx.store_shared_words(ptx.add(address, 16 * half), words)
 
 
-def sum_of_warps(column: Value, lanes: int, source: Value) -> Value:
-    """One column's sum over what the warps put at `source`, after a barrier."""
+def load_column_sum(column: Value, lanes: int, source: Value) -> Value:
+    """The sum of a column over the warps' sums that `store_column_sums` stored at `source`; needs a barrier between them."""
     address = ptx.add(source, ptx.shift_left(column, 2))
     parts = [ptx.float_of(ptx.load_shared(ptx.add(address, 32 * lanes * warp))) for warp in range(WARPS)]
     return ptx.plus(*parts)
 
 
-def best(place: Place, keys: Sequence[Value], count: int) -> list[Value]:
-    """The numbers of the `count` largest keys of a warp, whose lane l has those of numbers l, l + 32, ...
+def largest_keys(thread: Thread, keys: Sequence[Value], count: int) -> list[Value]:
+    """The numbers of the `count` largest keys of a warp, largest first; `keys` of lane l belong to numbers l, l + 32, ...
 
     Keys are unsigned and above 0; of equal ones the lowest number comes first.
     """
-    keys, found = list(keys), []
+    keys, numbers = list(keys), []
     for _ in range(count):
         top = ptx.reduce_warp("max", _largest(keys))
         number = ptx.constant(0x7FFFFFFF)
         for i, key in reversed(list(enumerate(keys))):
-            number = ptx.select(ptx.compare("eq", key, top), ptx.add(place.lane, 32 * i), number)
+            number = ptx.select(ptx.compare("eq", key, top), ptx.add(thread.lane, 32 * i), number)
         number = ptx.reduce_warp("min", number)
-        keys = [ptx.select(ptx.compare("eq", ptx.add(place.lane, 32 * i), number), 0, key) for i, key in enumerate(keys)]
-        found.append(number)
-    return found
+        keys = [ptx.select(ptx.compare("eq", ptx.add(thread.lane, 32 * i), number), 0, key) for i, key in enumerate(keys)]
+        numbers.append(number)
+    return numbers
 
 
 def _largest(keys: Sequence[Value]) -> Value:
@@ -312,8 +352,8 @@ def _largest(keys: Sequence[Value]) -> Value:
     return top
 
 
-def ordered(x: Value) -> Value:
-    """A float32's order as unsigned numbers above 0, NaN above all."""
+def sortable_bits(x: Value) -> Value:
+    """An unsigned number above 0 for a float32, so that both are ordered alike; that of NaN is the largest."""
     bits = ptx.bits_of(x)
     negative = ptx.compare("slt", bits, 0)
     return ptx.select(negative, ptx.bit_xor(bits, -1), ptx.bit_xor(bits, -0x80000000))

@@ -137,7 +137,7 @@ def multiply(rows: jax.Array, matrices: jax.Array, tiles: jax.Array, blocks: Blo
     kernel = plgpu.kernel(
         grouped_matmul_tiles,
         out_type=jax.ShapeDtypeStruct((m, n), rows.dtype),
-        grid=(min(hopper.MULTIPROCESSORS, grid[0] * grid[1]),),
+        grid=(min(hopper.NUM_SMS, grid[0] * grid[1]),),
         grid_names=("block",),
         interpret=interpret,
     )

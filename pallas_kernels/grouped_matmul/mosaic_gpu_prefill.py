@@ -118,7 +118,7 @@ def multiply(
     width = matrices.shape[2] // (1 + gated)  # of the result
     cluster = tiling.cluster
     columns, steps = width // (n * cluster), k // BLOCK_K  # columns of a cluster
-    blocks = min(hopper.MULTIPROCESSORS // cluster, tiles.shape[1] * columns)
+    blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
     shared = "member" if cluster > 1 else None
     parts = 1 + gated  # of the columns of a tile in a matrix
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import device
 
 
 def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
-    if dispatch.platform() == "tpu":
+    if device.platform() == "tpu":
         return "on a TPU XLA would copy the matrices first"
     if 4 * rows.shape[0] > matrices.shape[0]:
         return f"{rows.shape[0]} rows are too many for {matrices.shape[0]} matrices: it reads one for every row"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import bits, dispatch
 from pallas_kernels.index_divergence import reference
-from pallas_kernels.selected_attention import bits
 
 BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.index_divergence.mosaic_gpu", "index_divergence"),
@@ -46,7 +45,7 @@ def index_divergence(
     """
     (b, s, hi, di), (_, _, h, d), t = index_queries.shape, queries.shape, keys.shape[1]
     arrays = (index_queries, index_keys, head_weights, queries, keys, lse, words)
-    expected = (b, s, hi, di), (b, t, di), (b, s, hi), (b, s, h, d), (b, t, h, d), (b, h, s), (b, bits.words_of(t), s)
+    expected = (b, s, hi, di), (b, t, di), (b, s, hi), (b, s, h, d), (b, t, h, d), (b, h, s), (b, bits.num_words(t), s)
     if tuple(x.shape for x in arrays) != expected or words.dtype != jnp.int32:
         raise ValueError(f"index_divergence: these do not fit together: {', '.join(str(x.shape) for x in arrays)}")
     constants = jax.lax.stop_gradient(arrays[3:])

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.bits import WORD_BITS
 from pallas_kernels.hopper_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -49,12 +50,11 @@ from pallas_kernels.hopper_tiles import (
     to_tiles,
     vector,
 )
-from pallas_kernels.selected_attention.bits import WORD
 
 BLOCK_BYTES = 128 * 2**20  # of one block's float32 scores, and as many of its targets
 STAGES = 2
 MAX_WIDTH, MAX_INDEX_WIDTH = 192, 128  # narrower ones are padded to a multiple of PIECE
-FILLED = 2 * hopper.MULTIPROCESSORS  # blocks of threads that keep the device busy
+FILLED = 2 * hopper.NUM_SMS  # blocks of threads that keep the device busy
 
 
 def why_not(
@@ -99,7 +99,7 @@ def _target(first, q, k, lse, words, heads: int, scale: float, interpret: Any) -
         rows = pl.ds(i * TILE + group * ROWS, ROWS)
 
         def context(run: Any) -> None:
-            source = words_ref.at[batch, pl.ds(j * (TILE // WORD), TILE // WORD), rows]
+            source = words_ref.at[batch, pl.ds(j * (TILE // WORD_BITS), TILE // WORD_BITS), rows]
             plgpu.copy_gmem_to_smem(source, words_sm.at[group], barriers.at[group])
             plgpu.barrier_wait(barriers.at[group])
             total = run(filled((ROWS, TILE), 0))
@@ -123,7 +123,7 @@ def _target(first, q, k, lse, words, heads: int, scale: float, interpret: Any) -
 
     grid, names = (t // TILE, r // TILE, b), ("keys", "queries", "batch")
     scratch = (
-        plgpu.SMEM((WARPGROUPS, TILE // WORD, ROWS), jnp.int32),
+        plgpu.SMEM((WARPGROUPS, TILE // WORD_BITS, ROWS), jnp.int32),
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
     run = launch(target_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
@@ -143,7 +143,7 @@ def _scores(first, q, k, w, words, interpret: Any) -> jax.Array:
         def context(run: Any) -> None:
             # Each warpgroup has a copy of the keys, so that neither waits for the other.
             barrier = barriers.at[group]
-            source = words_ref.at[batch, pl.ds(j * (TILE // WORD), TILE // WORD), rows]
+            source = words_ref.at[batch, pl.ds(j * (TILE // WORD_BITS), TILE // WORD_BITS), rows]
             plgpu.copy_gmem_to_smem(source, words_sm.at[group], barrier)
             plgpu.copy_gmem_to_smem(k_ref.at[batch, pl.ds(j * TILE, TILE)], k_sm.at[group], barrier)
             plgpu.barrier_wait(barrier)
@@ -163,7 +163,7 @@ def _scores(first, q, k, w, words, interpret: Any) -> jax.Array:
     grid, names = (t // TILE, r // TILE, b), ("keys", "queries", "batch")
     scratch = (
         smem(WARPGROUPS, TILE, width),
-        plgpu.SMEM((WARPGROUPS, TILE // WORD, ROWS), jnp.int32),
+        plgpu.SMEM((WARPGROUPS, TILE // WORD_BITS, ROWS), jnp.int32),
         plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
     )
     run = launch(scores_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
@@ -279,7 +279,7 @@ def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients:
     q, iq = to_tiles(flat(queries), 1, rows), to_tiles(flat(index_queries), 1, rows)
     k, ik = to_tiles(flat(keys), 1), to_tiles(index_keys, 1)
     w = to_tiles(head_weights.astype(jnp.float32).swapaxes(1, 2), 2, rows)
-    lse, words = to_tiles(lse * LOG2E, 2, rows), to_tiles(to_tiles(words, 1, TILE // WORD), 2, rows)
+    lse, words = to_tiles(lse * LOG2E, 2, rows), to_tiles(to_tiles(words, 1, TILE // WORD_BITS), 2, rows)
 
     def step(carry: Any, i: jax.Array) -> Any:
         total, of_keys = carry

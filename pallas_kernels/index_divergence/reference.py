@@ -7,9 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selected_attention import bits
+from pallas_kernels import bits
+from pallas_kernels.blocks import block_rows, split
 
-SCORE_BYTES = 512 * 2**20  # of one block's float32 logits, all attention and index heads
+LOGIT_BYTES = 512 * 2**20  # of one block's float32 logits, all attention and index heads
 
 
 def diverge(
@@ -26,7 +27,7 @@ def diverge(
     """All queries at once, summed."""
     precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
-    mask = bits.mask(words, keys.shape[1])
+    mask = bits.unpack(words, keys.shape[1])
     logits = product("bqhd,bthd->bhqt", queries, keys) * scale - lse[..., None]
     target = jax.lax.stop_gradient(jnp.mean(jnp.exp(jnp.where(mask[:, None], logits, -jnp.inf)), axis=1))
     dots = jax.nn.relu(product("bqhd,btd->bhqt", index_queries, index_keys))
@@ -39,18 +40,12 @@ def diverge(
 def index_divergence(*arrays: jax.Array, scale: float) -> jax.Array:
     index_queries, index_keys, head_weights, queries, keys, lse, words = arrays
     b, s, h, _ = queries.shape
-    row = 4 * b * keys.shape[1] * (h + index_queries.shape[2])
-    blocks = min(s, -(-row * s // SCORE_BYTES))
-    rows = -(-s // blocks)
-
-    def cut(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.pad(x, [(0, blocks * rows - s if i == axis else 0) for i in range(x.ndim)])
-        x = x.reshape(*x.shape[:axis], blocks, rows, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+    rows = block_rows(s, 4 * b * keys.shape[1] * (h + index_queries.shape[2]), LOGIT_BYTES)
 
     @jax.checkpoint
     def block(iq: jax.Array, w: jax.Array, q: jax.Array, lse: jax.Array, words: jax.Array) -> jax.Array:
         return diverge(iq, index_keys, w, q, keys, lse, words, scale=scale)
 
-    blocked = cut(index_queries, 1), cut(head_weights, 1), cut(queries, 1), cut(lse, 2), cut(words, 2)
-    return jnp.sum(jax.lax.map(lambda xs: block(*xs), blocked))
+    per_query = (index_queries, 1), (head_weights, 1), (queries, 1), (lse, 2), (words, 2)
+    # A padded query selects nothing, so its divergence is zero.
+    return jnp.sum(jax.lax.map(lambda xs: block(*xs), tuple(split(x, rows, axis) for x, axis in per_query)))

@@ -1,11 +1,11 @@
 """indexer_topk: the lightning indexer's scores and the exact selection of the best k, as one operation.
 
-Keys may be kept in 8 bits, about half of a bfloat16 cache. It then holds what `fp8.quantise` returns for the keys,
+Keys may be kept in 8 bits, about half of a bfloat16 cache. It then holds what `quant.quantise_index` returns for the keys,
 float8_e4m3fn [B, T, Di] and float32 scales [B, T]; queries are quantised when they are made, and their scales, which
 are positive, go through relu into the head weights:
 
-    from pallas_kernels.indexer_topk import fp8
-    small_queries, query_scales = fp8.quantise(queries)  # [B, S, Hi, Di], [B, S, Hi]
+    from pallas_kernels import quant
+    small_queries, query_scales = quant.quantise_index(queries)  # [B, S, Hi, Di], [B, S, Hi]
     indexer_topk(small_queries, small_keys, head_weights * query_scales, key_scales=key_scales, ...)
 """
 
@@ -50,8 +50,9 @@ def indexer_topk(
       kv_lengths: [B] integers; how many of the T keys exist.
       implementation: None picks the best for the backend; "mosaic_tpu" is for TPUs, "mosaic_gpu" for Hopper, "triton" for
         older GPUs, "xla" runs anywhere and is the reference.
-      key_scales: [B, T] float32, for queries and keys in float8_e4m3fn (`fp8.quantise`) or int8 (`int8.quantise`): the
-        score of key t is multiplied by its scale. The scales of the queries are folded into head_weights by the caller.
+      key_scales: [B, T] float32, for queries and keys in float8_e4m3fn (`quant.quantise_index`) or int8
+        (`quant.quantise_int8`): the score of key t is multiplied by its scale. The scales of the queries are folded into
+        head_weights by the caller.
 
     Returns:
       [B, S, k_select] int32 positions, ascending, -1 in the tail where fewer are visible. Ties are cut lowest position

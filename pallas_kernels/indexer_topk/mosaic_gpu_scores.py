@@ -105,7 +105,7 @@ def best_run(key_tiles: int, other_units: int) -> int:
 
     def last_to_end(run: int) -> float:
         units = other_units * -(-key_tiles // run)
-        return -(-units // hopper.MULTIPROCESSORS) * (run + 0.5)
+        return -(-units // hopper.NUM_SMS) * (run + 0.5)
 
     return min(range(1, min(key_tiles, MAX_RUN) + 1), key=last_to_end)
 
@@ -297,7 +297,7 @@ def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, ta
     query_groups, key_tiles = -(-queries // config.unit_queries), -(-keys // tile_keys)
     runs = -(-key_tiles // config.run)
     units = batch * runs * query_groups
-    blocks = min(hopper.MULTIPROCESSORS, units)
+    blocks = min(hopper.NUM_SMS, units)
     transforms = (plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128))
     place = _Place(config.queries)
     per_thread = plgpu.Layout.WG_STRIDED((128,), vec_size=1)

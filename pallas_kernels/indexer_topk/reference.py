@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import device
 from pallas_kernels.blocks import map_queries
 
 # Of float32 scores per batch row; independent of B, so that B cannot change a result. On a CPU a block that stays in its
@@ -77,6 +78,6 @@ def indexer_topk(
         shortest = jnp.searchsorted(jnp.array(prefixes), jnp.max(seen))
         return jax.lax.switch(shortest, [functools.partial(against, prefix) for prefix in prefixes])
 
-    budget = SCORE_BYTES.get(jax.default_backend(), SCORE_BYTES["other"])
+    budget = SCORE_BYTES.get(device.platform(), SCORE_BYTES["other"])
     rows = max(1, min(s, budget // (4 * max(t, 1))))
     return map_queries(block, (queries, head_weights, visible), rows)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import device
 from pallas_kernels.blocks import map_queries
 from pallas_kernels.indexer_topk import reference
 
@@ -37,8 +38,8 @@ def why_not(
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
 ) -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"it needs a GPU, JAX's default backend is {jax.default_backend()!r}"
+    if device.platform() != "gpu":
+        return f"it needs a GPU, the device compiled for is a {device.platform()!r}"
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Pallas Triton backend any more"
     if 0 in queries.shape or 0 in keys.shape:

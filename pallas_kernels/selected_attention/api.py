@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.selected_attention import bits, reference
+from pallas_kernels import bits, dispatch
+from pallas_kernels.selected_attention import reference
 
 BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.selected_attention.mosaic_gpu", "selected_attention"),
@@ -38,7 +38,7 @@ def selected_attention(
       ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
     """
     (b, s, h, d), t = queries.shape, keys.shape[1]
-    expected = (b, t, h, d), (b, t, h), (b, bits.words_of(t), s)
+    expected = (b, t, h, d), (b, t, h), (b, bits.num_words(t), s)
     if (keys.shape, values.shape[:3], words.shape) != expected or words.dtype != jnp.int32:
         shapes = f"queries {queries.shape}, keys {keys.shape}, values {values.shape}, words {words.shape} {words.dtype}"
         raise ValueError(f"selected_attention: these do not fit together: {shapes}")

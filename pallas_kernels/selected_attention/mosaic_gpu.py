@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.bits import WORD_BITS
 from pallas_kernels.hopper_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -49,7 +50,6 @@ from pallas_kernels.hopper_tiles import (
     to_tiles,
     vector,
 )
-from pallas_kernels.selected_attention.bits import WORD
 
 KEYS = 128  # of a streamed tile, forward
 STREAMED = 64  # rows of a streamed tile, backward
@@ -113,7 +113,7 @@ def _forward(
         specs = [
             streamed(KEYS, width, lambda i: (i, 0)),
             streamed(KEYS, value_width, lambda i: (i, 0)),
-            plgpu.BlockSpec((KEYS // WORD, TILE), lambda i: (i, tile)),
+            plgpu.BlockSpec((KEYS // WORD_BITS, TILE), lambda i: (i, tile)),
         ]
         pipeline = stream(step, context, (tile * (TILE // KEYS) + TILE // KEYS,), specs, STAGES[0])
         pipeline(k_ref.at[batch, :, head], v_ref.at[batch, :, head], words_ref.at[batch])
@@ -168,7 +168,7 @@ def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: A
         specs = [
             streamed(STREAMED, width, lambda i: (i, 0)),
             streamed(STREAMED, value_width, lambda i: (i, 0)),
-            plgpu.BlockSpec((STREAMED // WORD, TILE), lambda i: (i, tile)),
+            plgpu.BlockSpec((STREAMED // WORD_BITS, TILE), lambda i: (i, tile)),
         ]
         pipeline = stream(step, context, (tile * (TILE // STREAMED) + TILE // STREAMED,), specs, STAGES[1])
         pipeline(k_ref.at[batch, :, head], v_ref.at[batch, :, head], words_ref.at[batch])
@@ -214,7 +214,7 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
         def step(_, q_sm, grad_sm, words_sm, lse_sm, delta_sm, carry):
             logits = product(k_sm.at[group], q_sm.transpose((1, 0)), ROWS, STREAMED)
             p = jnp.exp2(logits * (scale * LOG2E) - by_column(vector(lse_sm.at[0], BY_COLUMN)))
-            p = jnp.where(selected_by_column(words_sm, group * (ROWS // WORD), STREAMED), p, 0.0).astype(grad_sm.dtype)
+            p = jnp.where(selected_by_column(words_sm, group * (ROWS // WORD_BITS), STREAMED), p, 0.0).astype(grad_sm.dtype)
             of_p = product(v_sm.at[group], grad_sm.transpose((1, 0)), ROWS, STREAMED)
             of_logits = p.astype(jnp.float32) * (of_p - by_column(vector(delta_sm.at[0], BY_COLUMN)))
             return add_products(carry, (of_logits.astype(q_sm.dtype), q_sm), (p, grad_sm))
@@ -222,7 +222,7 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
         specs = [
             streamed(STREAMED, width, lambda i: (first + i, 0)),
             streamed(STREAMED, value_width, lambda i: (first + i, 0)),
-            plgpu.BlockSpec((TILE // WORD, STREAMED), lambda i: (tile, first + i)),
+            plgpu.BlockSpec((TILE // WORD_BITS, STREAMED), lambda i: (tile, first + i)),
             plgpu.BlockSpec((1, STREAMED), lambda i: (head, first + i)),
             plgpu.BlockSpec((1, STREAMED), lambda i: (head, first + i)),
         ]
@@ -244,7 +244,7 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
 
 def padded(q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Whole tiles: what is added is selected by nobody and selects nothing."""
-    words = to_tiles(to_tiles(words, 1, TILE // WORD), 2)
+    words = to_tiles(to_tiles(words, 1, TILE // WORD_BITS), 2)
     return to_tiles(q, 1), to_tiles(k, 1), to_tiles(v, 1), words
 
 

@@ -7,7 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selected_attention import bits
+from pallas_kernels import bits
+from pallas_kernels.blocks import block_rows, map_queries
 
 LOGIT_BYTES = 512 * 2**20  # of one block's float32 logits
 
@@ -18,7 +19,7 @@ def attend(
     """All queries at once: [B, S, H, V] in the dtype of values and [B, H, S] float32."""
     precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
-    mask = bits.mask(words, keys.shape[1])[:, None]
+    mask = bits.unpack(words, keys.shape[1])[:, None]
     logits = jnp.where(mask, product("bqhd,bthd->bhqt", queries, keys) * scale, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0.0, top)
@@ -33,13 +34,6 @@ def selected_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     b, s, h, _ = queries.shape
-    blocks = min(s, -(-4 * b * h * s * keys.shape[1] // LOGIT_BYTES))
-    rows = -(-s // blocks)
     block = jax.checkpoint(lambda q, w: attend(q, keys, values, w, scale=scale))
-    queries = jnp.pad(queries, ((0, 0), (0, blocks * rows - s), (0, 0), (0, 0)))
-    words = jnp.pad(words, ((0, 0), (0, 0), (0, blocks * rows - s)))
-    queries = queries.reshape(b, blocks, rows, h, -1).swapaxes(0, 1)
-    words = words.reshape(b, words.shape[1], blocks, rows).transpose(2, 0, 1, 3)
-    out, lse = jax.lax.map(lambda xs: block(*xs), (queries, words))
-    out = out.swapaxes(0, 1).reshape(b, blocks * rows, h, -1)[:, :s]
-    return out, lse.transpose(1, 2, 0, 3).reshape(b, h, blocks * rows)[:, :, :s]
+    rows = block_rows(s, 4 * b * h * keys.shape[1], LOGIT_BYTES)
+    return map_queries(block, (queries, words), rows, axes=(1, 2), out_axes=(1, 2))

@@ -1,11 +1,12 @@
 """sparse_mla: multi-query attention over selected latents, the absorbed form of multi-head latent attention.
 
 For inference the latents may be kept in 8 bits, 580 bytes a token instead of 1152 at C+R = 512+64. A cache then holds
-what `fp8.quantise` returns for new latents, float8_e4m3fn [B, T, C+R] and float32 scales [B, T]; queries stay as they are:
+what `quant.quantise_latents` returns for new latents, float8_e4m3fn [B, T, C+R] and float32 scales [B, T]; queries are not
+quantised:
 
-    from pallas_kernels.sparse_mla import fp8
-    small, scales = fp8.quantise(latents)
-    sparse_mla(queries, small, indices, latent_scales=scales, ...)
+    from pallas_kernels import quant
+    codes, scales = quant.quantise_latents(latents)
+    sparse_mla(queries, codes, indices, latent_scales=scales, ...)
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def sparse_mla(
       value_dim: C.
       implementation: None picks the best for the backend; "mosaic_tpu" is for TPUs, "mosaic_gpu" for Hopper, "triton" for
         older GPUs, "xla" runs anywhere and is the reference.
-      latent_scales: [B, T] float32, for latents kept as float8_e4m3fn (`fp8.quantise`): a latent then is the product,
+      latent_scales: [B, T] float32, for latents kept as float8_e4m3fn (`quant.quantise_latents`): a latent then is the product,
         rounded to the dtype of `queries`. For inference: no gradient reaches such latents.
 
     Returns:

@@ -17,6 +17,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import device
+from pallas_kernels.blocks import merge, split
+
 SPREAD_BYTES = {"cpu": 16 * 2**20, "other": 512 * 2**20}  # of one block's dS over the whole context
 
 
@@ -79,13 +82,8 @@ def pull(
         of_kv = of_kv.at[:, :value_dim].add(product("nht,nhc->tc", spread(p), out_grad))
         return product("nhk,nkw->nhw", of_logits, selected), of_kv
 
-    budget = SPREAD_BYTES.get(jax.default_backend(), SPREAD_BYTES["other"])
+    budget = SPREAD_BYTES.get(device.platform(), SPREAD_BYTES["other"])
     rows = max(1, min(s, budget // (4 * b * h * t)))
-    blocks = -(-s // rows)
-
-    def cut(x: jax.Array, fill: int = 0) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * rows - s)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
-        return x.reshape(b, blocks, rows, *x.shape[2:]).swapaxes(0, 1)
 
     def step(total: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q, idx, out_grad = block
@@ -93,6 +91,6 @@ def pull(
         return total + of_latents, of_queries.astype(queries.dtype)
 
     start = jnp.zeros(latents.shape, jnp.float32)
-    of_latents, of_queries = jax.lax.scan(step, start, (cut(queries), cut(indices, -1), cut(cotangent)))
-    of_queries = of_queries.swapaxes(0, 1).reshape(b, blocks * rows, h, w)[:, :s]
-    return of_queries, of_latents.astype(latents.dtype)
+    blocked = split(queries, rows), split(indices, rows, fill=-1), split(cotangent, rows)
+    of_latents, of_queries = jax.lax.scan(step, start, blocked)
+    return merge(of_queries, s), of_latents.astype(latents.dtype)

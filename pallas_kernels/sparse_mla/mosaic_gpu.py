@@ -24,7 +24,7 @@ from pallas_kernels.sparse_mla import gradient
 
 WIDTH, VALUE_DIM = 576, 512  # what the kernel is laid out for; mosaic_gpu_attention.py says how
 TILE, PAIR = 64, 128
-PACKED_QUERIES = 2 * hopper.MULTIPROCESSORS  # B * S from which the unions pay for the kernel that builds them
+PACKED_QUERIES = 2 * hopper.NUM_SMS  # B * S from which the unions pay for the kernel that builds them
 
 # Key blocks of the unions for each key block of the lists, below which tiles of several queries are faster. 4096 queries of
 # 20 heads on an H200, three a tile: 2.39, 1.59, 1.26, 1.03 and 0.87 ms where neighbours share 0, 50, 70, 85 and 95 % of their
@@ -99,7 +99,7 @@ def splits_of(tiles: int, pairs: int) -> int:
     """Into how many even parts lists of `pairs` pairs of key blocks are split, so that the device is full."""
     from pallas_kernels.sparse_mla import mosaic_gpu_attention
 
-    most = min(mosaic_gpu_attention.MAX_SPLITS, max(1, hopper.MULTIPROCESSORS // tiles))
+    most = min(mosaic_gpu_attention.MAX_SPLITS, max(1, hopper.NUM_SMS // tiles))
     return max(parts for parts in range(1, pairs + 1) if pairs % parts == 0 and parts <= most)
 
 

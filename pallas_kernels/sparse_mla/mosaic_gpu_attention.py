@@ -140,7 +140,7 @@ class Tasks:
     @property
     def blocks(self) -> int:
         """Of the grid: persistent ones, or one for each task of a cluster."""
-        return self.count if self.splits > 1 else min(hopper.MULTIPROCESSORS, self.count)
+        return self.count if self.splits > 1 else min(hopper.NUM_SMS, self.count)
 
 
 def _per_row(values: jax.Array, like: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ class Tasks:
 
     @property
     def grid(self) -> int:
-        return min(hopper.MULTIPROCESSORS, self.count)
+        return min(hopper.NUM_SMS, self.count)
 
 
 MOST_UNITS = 3 * UNITS - 1  # of the ring: `Memory` says why

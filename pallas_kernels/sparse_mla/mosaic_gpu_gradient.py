@@ -21,6 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import bits
+from pallas_kernels.bits import WORD_BITS
+from pallas_kernels.blocks import merge, split
 from pallas_kernels.hopper_tiles import (
     BY_ROW,
     LOG2E,
@@ -41,8 +44,6 @@ from pallas_kernels.hopper_tiles import (
     to_tiles,
     vector,
 )
-from pallas_kernels.selected_attention import bits
-from pallas_kernels.selected_attention.bits import WORD
 from pallas_kernels.sparse_mla import gradient
 
 STAGES = 4
@@ -62,7 +63,7 @@ def _denominators(q: jax.Array, kv: jax.Array, words: jax.Array, taken: jax.Arra
         rows = pl.ds(i * TILE + group * ROWS, ROWS)
 
         def context(run: Any) -> None:
-            source = words_ref.at[batch, pl.ds(j * (TILE // WORD), TILE // WORD), rows]
+            source = words_ref.at[batch, pl.ds(j * (TILE // WORD_BITS), TILE // WORD_BITS), rows]
             plgpu.copy_gmem_to_smem(source, words_sm.at[group], barriers.at[group])
             plgpu.barrier_wait(barriers.at[group])
             logits = run(filled((ROWS, TILE), 0))
@@ -85,7 +86,7 @@ def _denominators(q: jax.Array, kv: jax.Array, words: jax.Array, taken: jax.Arra
 
     parts = jax.ShapeDtypeStruct((b, t // TILE, m), jnp.float32)
     scratch = (
-        plgpu.SMEM((WARPGROUPS, TILE // WORD, ROWS), jnp.int32),
+        plgpu.SMEM((WARPGROUPS, TILE // WORD_BITS, ROWS), jnp.int32),
         plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
@@ -109,7 +110,7 @@ def _pairs(q, kv, grad, words, taken, denominators, delta, scale: float, interpr
 
         def context(run: Any) -> None:
             barrier = barriers.at[group]
-            source = words_ref.at[batch, pl.ds(j * (TILE // WORD), TILE // WORD), rows]
+            source = words_ref.at[batch, pl.ds(j * (TILE // WORD_BITS), TILE // WORD_BITS), rows]
             plgpu.copy_gmem_to_smem(source, words_sm.at[group], barrier)
             plgpu.copy_gmem_to_smem(lse_ref.at[batch, rows], rows_sm.at[group, 0], barrier)
             plgpu.copy_gmem_to_smem(delta_ref.at[batch, rows], rows_sm.at[group, 1], barrier)
@@ -139,7 +140,7 @@ def _pairs(q, kv, grad, words, taken, denominators, delta, scale: float, interpr
 
     pairs = jax.ShapeDtypeStruct((b, m, t), jnp.bfloat16)
     scratch = (
-        plgpu.SMEM((WARPGROUPS, TILE // WORD, ROWS), jnp.int32),
+        plgpu.SMEM((WARPGROUPS, TILE // WORD_BITS, ROWS), jnp.int32),
         plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.float32),
         smem(WARPGROUPS, ROWS, TILE),
         smem(WARPGROUPS, ROWS, TILE),
@@ -195,17 +196,11 @@ def pull_ascending(
     """`pull` for lists without repetitions."""
     b, s, h, width = queries.shape
     t = latents.shape[1]
-    words = to_tiles(bits.pack(indices, t), 1, TILE // WORD)
+    words = to_tiles(bits.pack(indices, t), 1, TILE // WORD_BITS)
     # The products below take all latents: what no query selects may be anything, and must not be.
-    used = bits.mask(jnp.bitwise_or.reduce(words, axis=2, keepdims=True), t)[:, 0, :, None]
+    used = bits.unpack(jnp.bitwise_or.reduce(words, axis=2, keepdims=True), t)[:, 0, :, None]
     kv = to_tiles(jnp.where(used, latents, 0), 1)
     count = block_queries(b, s, h, kv.shape[1])
-    blocks = -(-s // count)
-
-    def cut(x: jax.Array, axis: int) -> jax.Array:
-        """[..., S, ...] -> [blocks, ..., count, ...], zeros at the end."""
-        x = jnp.pad(x, [(0, blocks * count - s if i == axis else 0) for i in range(x.ndim)])
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, count, *x.shape[axis + 1 :]), axis, 0)
 
     def step(of_latents: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, out, grad, words = block
@@ -213,7 +208,7 @@ def pull_ascending(
         q, grad = (to_tiles(x.reshape(b, count * h, -1), 1) for x in (q, grad))
         words = to_tiles(jnp.repeat(words, h, axis=2), 2)
         delta = to_tiles(delta.reshape(b, -1), 1)
-        tiles = words.reshape(b, -1, TILE // WORD, words.shape[2] // TILE, TILE)
+        tiles = words.reshape(b, -1, TILE // WORD_BITS, words.shape[2] // TILE, TILE)
         taken = jnp.any(tiles != 0, axis=(2, 4)).swapaxes(1, 2).astype(jnp.int32)
         denominators = _denominators(q, kv, words, taken, scale, interpret)
         wide = jnp.pad(grad, ((0, 0), (0, 0), (0, width - value_dim)))
@@ -225,7 +220,6 @@ def pull_ascending(
         return of_latents + of_kv, of_queries[:, : count * h].reshape(b, count, h, width)
 
     start = jnp.zeros(kv.shape, jnp.float32)
-    blocked = cut(queries, 1), cut(out, 1), cut(cotangent.astype(queries.dtype), 1), cut(words, 2)
+    blocked = *(split(x, count) for x in (queries, out, cotangent.astype(queries.dtype))), split(words, count, axis=2)
     of_latents, of_queries = lax.scan(step, start, blocked)
-    of_queries = jnp.moveaxis(of_queries, 0, 1).reshape(b, blocks * count, h, width)[:, :s]
-    return of_queries, of_latents[:, :t].astype(latents.dtype)
+    return merge(of_queries, s), of_latents[:, :t].astype(latents.dtype)

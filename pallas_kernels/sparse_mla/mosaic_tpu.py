@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu, tpu_sets
-from pallas_kernels.sparse_mla import fp8, gradient
+from pallas_kernels import quant, tpu, tpu_sets
+from pallas_kernels.sparse_mla import gradient
 from pallas_kernels.tpu import LANES, SUBLANES
 
 TILE = 256  # keys of a step of the running softmax over pages
@@ -388,5 +388,5 @@ def sparse_mla(
     latent_scales: jax.Array | None = None,
 ) -> jax.Array:
     if latent_scales is not None:
-        latents, indices = fp8.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+        latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
     return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

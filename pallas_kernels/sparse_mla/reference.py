@@ -11,8 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import device, quant
 from pallas_kernels.blocks import map_queries
-from pallas_kernels.sparse_mla import fp8
 
 GATHER_BYTES = {"cpu": 4 * 2**20, "other": 256 * 2**20}
 
@@ -43,7 +43,7 @@ def sparse_mla(
 ) -> jax.Array:
     b, s, _, width = queries.shape
     if latent_scales is not None:
-        latents, indices = fp8.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+        latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
     k = indices.shape[2]
 
     def block(q: jax.Array, idx: jax.Array) -> jax.Array:
@@ -55,6 +55,6 @@ def sparse_mla(
 
         return jax.vmap(row)(q, latents, idx).astype(queries.dtype)
 
-    budget = GATHER_BYTES.get(jax.default_backend(), GATHER_BYTES["other"])
+    budget = GATHER_BYTES.get(device.platform(), GATHER_BYTES["other"])
     rows = max(1, min(s, budget // (b * k * width * latents.dtype.itemsize)))
     return map_queries(block, (queries, indices), rows)

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.sparse_mla import fp8, gradient
+from pallas_kernels import device, quant
+from pallas_kernels.sparse_mla import gradient
 
 MAX_HEADS, MIN_HEADS = 32, 16  # of a program
 KEYS = 32  # of a block
@@ -38,8 +39,8 @@ def why_not(
     value_dim: int,
     latent_scales: jax.Array | None = None,
 ) -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"it needs a GPU, JAX's default backend is {jax.default_backend()!r}"
+    if device.platform() != "gpu":
+        return f"it needs a GPU, the device compiled for is a {device.platform()!r}"
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"JAX {jax.__version__} has no Pallas Triton backend any more"
     rotary = latents.shape[2] - value_dim
@@ -124,5 +125,5 @@ def sparse_mla(
     latent_scales: jax.Array | None = None,
 ) -> jax.Array:
     if latent_scales is not None:
-        latents, indices = fp8.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+        latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
     return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

@@ -82,7 +82,7 @@ def test_equals_numpy_and_repeats_itself(launch):
     given = jax.device_put((*flat, None if scales is None else scales.reshape(-1), *lists_of(indices, tasks)))
 
     run = jax.jit(lambda *given: attention.attend(*given, tasks, scale=SCALE))
-    with mock.patch.object(hopper, "MULTIPROCESSORS", 2):  # several tasks for each persistent block
+    with mock.patch.object(hopper, "NUM_SMS", 2):  # several tasks for each persistent block
         out, again = np.asarray(run(*given)), np.asarray(run(*given))
     expected = numpy_attention(queries, exact, indices, SCALE, attention.VALUE_DIM)
     np.testing.assert_array_equal(out, again)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper
-from pallas_kernels.indexer_topk import fp8, mosaic_gpu_scores, mosaic_gpu_select, reference
+from pallas_kernels import hopper, quant
+from pallas_kernels.indexer_topk import mosaic_gpu_scores, mosaic_gpu_select, reference
 from tests.support import indexer_topk_properties as properties
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -69,7 +69,7 @@ def test_scores_and_their_block_maxima(number_format, heads, queries):
     q, k, w = (rng.standard_normal(shape) for shape in ((b, queries, heads, 128), (b, t, 128), (b, queries, heads)))
     q, k, w, scales = jnp.asarray(q), jnp.asarray(k).at[0, 5].set(jnp.nan), jnp.asarray(w, jnp.float32), None
     if number_format == "fp8":
-        (q, q_scales), (k, scales) = fp8.quantise(q), fp8.quantise(k)
+        (q, q_scales), (k, scales) = quant.quantise_index(q), quant.quantise_index(k)
         w = w * q_scales
     else:
         q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
@@ -97,7 +97,7 @@ def test_a_score_is_the_same_in_units_of_every_shape(number_format, heads):
     )
     scales = None
     if number_format == "fp8":
-        (q, q_scales), (k, scales) = fp8.quantise(q), fp8.quantise(k)
+        (q, q_scales), (k, scales) = quant.quantise_index(q), quant.quantise_index(k)
         w = w * q_scales
     else:
         q, k = q.astype(jnp.bfloat16), k.astype(jnp.bfloat16)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import hopper
-from pallas_kernels.selected_attention import bits
+from pallas_kernels import bits, hopper
 from tests.support.selection_cases import KINDS, SCALE, Case, assert_close, computed, indices_of, inputs, written_out
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))

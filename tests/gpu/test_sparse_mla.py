@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, sparse_mla
-from pallas_kernels.sparse_mla import fp8, mosaic_gpu, reference
+from pallas_kernels import hopper, quant, sparse_mla
+from pallas_kernels.sparse_mla import mosaic_gpu, reference
 from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -142,10 +142,10 @@ def test_unions_hold_every_key_once_with_its_owners(kind):
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[8]], ids=str)
 def test_8_bit_latents(implementation, case):
     queries, latents = inputs(case)
-    small, scales = fp8.quantise(latents)
+    small, scales = quant.quantise_latents(latents)
     indices = jnp.asarray(selections(case, "ascending"))
     out = _compiled(implementation, case.c)(queries, small, indices, latent_scales=scales)
-    products = fp8.dequantise(small, scales, jnp.float32)
+    products = quant.dequantise_latents(small, scales, jnp.float32)
     assert relative_error(out, _reference(case.c)(queries, products, indices)) < 6e-3
 
 

@@ -9,10 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from indexcache_jax import serving
+from indexcache_jax import ops, serving
 from indexcache_jax.config import Config, preset
-from indexcache_jax.model import place
+from indexcache_jax.positions import make_positions
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat, fused
+from indexcache_jax.serving import layer as layers
 from pallas_kernels.decode_layer import mosaic_gpu, mosaic_gpu_parts
 from tests.support import ptx_emulator
 
@@ -43,14 +45,14 @@ class Reference:
     value: jax.Array
 
 
-def emulated_launch(monkeypatch):
-    """Stands for `_launch`: the same arguments, NumPy arrays in place of references."""
+def emulated_kernel_call(monkeypatch):
+    """Stands for `_call_kernel`: the same arguments, NumPy arrays in place of references."""
 
     def words(x):
         return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy()
 
-    def launch(name, stages, operands, outs):
-        counted = mosaic_gpu_parts.Shared()
+    def call_kernel(name, stages, operands, outs):
+        counted = mosaic_gpu_parts.SharedMemory()
         stages({}, None, counted)
         references = {n: x for n, x in operands.items() if isinstance(x, Reference)}
         operands = operands | {n: x.value for n, x in references.items()}
@@ -61,7 +63,7 @@ def emulated_launch(monkeypatch):
             arrays[n] = np.full(size, 0x7FC07FC0, np.int32)  # NaN until written
 
         def of_block(addresses, block, shared):
-            return stages(addresses, mosaic_gpu_parts.Place.here(block), mosaic_gpu_parts.Shared(shared))
+            return stages(addresses, mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared))
 
         ptx_emulator.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
         made = {n: jnp.asarray(arrays[n].view(kind).reshape(shape)) for n, (shape, kind) in shapes.items()}
@@ -69,16 +71,16 @@ def emulated_launch(monkeypatch):
             reference.value = made[n]
         return {n: made[n] for n in outs}
 
-    return launch
+    return call_kernel
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """With fewer multiprocessors than there are, so that they have more work each."""
+    """With fewer SMs than there are, so that they have more work each."""
     monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 17)
-    monkeypatch.setattr(mosaic_gpu, "_launch", emulated_launch(monkeypatch))
-    for traced in ("_inputs", "_outputs"):
-        monkeypatch.setattr(serving, traced, getattr(serving, traced).__wrapped__)
+    monkeypatch.setattr(mosaic_gpu, "_call_kernel", emulated_kernel_call(monkeypatch))
+    for traced in ("_first_queries", "_outputs"):
+        monkeypatch.setattr(fused, traced, getattr(fused, traced).__wrapped__)
     monkeypatch.setattr(jax, "new_ref", Reference)
     monkeypatch.setattr(jax, "freeze", lambda reference: reference.value)
 
@@ -108,7 +110,7 @@ def make(experts=True, full=True, index_dtype=ml_dtypes.float8_e4m3fn, **fields)
     schedule = Schedule("F")
     if not full:
         layer = serving.restrict(dataclasses.replace(weights, layers=(layer, layer)), config, Schedule("FS")).layers[1]
-    cache = serving.init_cache(config, schedule, 1, MAX_LEN, jnp.bfloat16, index_dtype=index_dtype).layers[0]
+    cache = serving.init_cache(config, schedule, 1, MAX_LEN, CacheFormat(jnp.bfloat16, index_dtype)).layers[0]
     if not full:
         cache = dataclasses.replace(cache, index_keys=None, index_scales=None)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 1, config.hidden_size)), jnp.bfloat16)
@@ -119,25 +121,22 @@ def inputs_in_xla(config, layer, cache, x, positions, monkeypatch):
     """What the layer in XLA hands to the selection and to the attention, and its cache."""
     seen = {}
 
-    def select(queries, weights, cache, *_):
-        seen["index_queries"], seen["index_weights"] = queries, weights
-        if cache.index_scales is not None:
-            queries, scales = serving.index_fp8.quantise(queries)
-            seen["index_queries"], seen["index_weights"] = queries, weights * scales
+    def select(queries, keys, head_weights, *_):
+        seen["index_queries"], seen["index_weights"] = queries, head_weights
         return jnp.zeros((1, 1, 4), jnp.int32)
 
-    def attend(queries, latents, indices, *, value_dim, **_):
+    def attend(queries, latents, indices, config, *_):
         seen["queries"] = queries
-        return jnp.zeros((*queries.shape[:-1], value_dim), queries.dtype)
+        return jnp.zeros((*queries.shape[:-1], config.kv_lora_rank), queries.dtype)
 
     @jax.jit
     def run(layer, cache, x, positions):
-        _, _, cache = serving.attention(layer, x, jnp.zeros((1, 1, 4), jnp.int32), cache, positions, MAX_LEN, config)
+        _, _, cache = layers.attention(layer, x, jnp.zeros((1, 1, 4), jnp.int32), cache, positions, MAX_LEN, config)
         return seen, cache
 
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "_select", select)
-        patch.setattr(serving.pallas_kernels, "sparse_mla", attend)
+        patch.setattr(ops, "select", select)
+        patch.setattr(ops, "attend", attend)
         return run(layer, cache, x, positions)
 
 
@@ -149,7 +148,7 @@ def close(ours, exact, what, *, scale=2.0**-7):
 
 
 def positions_at(position, config):
-    return place(jnp.array([position]), jnp.array([1]), 1, config)
+    return make_positions(jnp.array([position]), jnp.array([1]), 1, config)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +165,7 @@ def test_attention_inputs(emulated, monkeypatch, full, index_dtype, interleaved,
     assert config.index_rope_interleave == interleaved
     positions = positions_at(position, config)
     exact, new_cache = inputs_in_xla(config, layer, cache, x, positions, monkeypatch)
-    given, after = serving._before(layer, cache, positions, config), serving._after(layer)
+    given, after = fused.attention_weights(layer, cache, positions, config), fused.output_weights(layer)
     ready, _ = mosaic_gpu.attention_inputs(x, given, after, jnp.zeros((1,), jnp.int32))
     compare(ready, exact, new_cache)
 
@@ -188,22 +187,22 @@ def compare(ready, exact, new_cache):
 @functools.partial(jax.jit, static_argnums=0)
 def outputs_in_xla(config, layer, x, context):
     heads = jnp.einsum("bshc,hvc->bshv", context, layer.v_up)
-    middle = x + serving.linear(heads.reshape(1, 1, -1), layer.out)
-    return middle, serving.mlp(layer, middle, config)
+    middle = x + layers.linear(heads.reshape(1, 1, -1), layer.out)
+    return middle, layers.mlp(layer, middle, config)
 
 
 def run_outputs(config, layer, x, context, following=None, after=None):
     y, ready, _ = mosaic_gpu.layer_outputs(
         x,
         context,
-        serving._after(layer),
+        fused.output_weights(layer),
         jnp.zeros((1,), jnp.int32),
         eps=config.rms_norm_eps,
-        chosen=config.num_experts_per_tok,
+        num_experts_per_token=config.num_experts_per_tok,
         normalised=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
-        following=following,
-        after=after,
+        next_layer=following,
+        next_outputs=after,
     )
     return y, ready
 
@@ -218,7 +217,7 @@ def context_of(config):
     ids=["experts", "unshared", "dense", "wide"],
 )
 def test_layer_outputs(emulated, monkeypatch, experts, fields):
-    """`wide`: more units of 16 columns than multiprocessors."""
+    """`wide`: more units of 16 columns than SMs."""
     config, layer, cache, x = make(experts=experts, **fields)
     context = context_of(config)
     middle, exact = outputs_in_xla(config, layer, x, context)
@@ -229,11 +228,11 @@ def test_layer_outputs(emulated, monkeypatch, experts, fields):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_two_layers_in_one_launch(emulated, monkeypatch, full):
+def test_two_layers_in_one_kernel(emulated, monkeypatch, full):
     config, layer, _, x = make()
     _, following, cache, _ = make(full=full)
     context, positions = context_of(config), positions_at(3, config)
-    given, after = serving._before(following, cache, positions, config), serving._after(following)
+    given, after = fused.attention_weights(following, cache, positions, config), fused.output_weights(following)
     y, ready = run_outputs(config, layer, x, context, given, after)
     close(y, outputs_in_xla(config, layer, x, context)[1], "y")
     compare(ready, *inputs_in_xla(config, following, cache, y, positions, monkeypatch))
@@ -241,7 +240,7 @@ def test_two_layers_in_one_launch(emulated, monkeypatch, full):
 
 def test_experts_of_equal_scores_are_those_that_top_k_takes(emulated, monkeypatch):
     config, layer, cache, x = make()
-    router = layer.mlp.router.at[: config.n_routed_experts].set(layer.mlp.router[3])  # all logits equal
+    router = jnp.broadcast_to(layer.mlp.router[3], layer.mlp.router.shape)  # all logits equal
     bias = jnp.zeros_like(layer.mlp.router_bias).at[jnp.array([7, 30])].set(0.5)
     layer = dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, router=router, router_bias=bias))
     middle, exact = outputs_in_xla(config, layer, x, context_of(config))
@@ -257,9 +256,9 @@ def test_a_decode_step_of_whole_layers(emulated, monkeypatch):
     weights = serving.restrict(random_weights(config), config, schedule)
     found = []
     for served in (False, True):
-        monkeypatch.setattr(serving.decode_layer, "why_not", lambda *_, served=served: None if served else "not now")
+        monkeypatch.setattr(fused, "why_not", lambda *_, served=served: None if served else "not now")
         step = serving.step if served else jax.jit(serving.step)
-        cache, logits = serving.init_cache(config, schedule, 1, MAX_LEN, jnp.bfloat16, index_dtype=jnp.float8_e4m3fn), []
+        cache, logits = serving.init_cache(config, schedule, 1, MAX_LEN, CacheFormat(index_dtype=jnp.float8_e4m3fn)), []
         for token in (5, 6):
             out, cache = step(weights, jnp.array([token]), cache, config)
             logits.append(np.asarray(out))

@@ -40,7 +40,7 @@ def test_hoppers_kernel_for_many_rows_interpreted_equals_numpy(monkeypatch, name
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     sizes = MANY_ROWS[name]
-    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 3)  # several tiles a block
+    monkeypatch.setattr(hopper, "NUM_SMS", 3)  # several tiles a block
     rows, matrices, group_sizes = inputs(sizes, 192, 256)
     tiling = mosaic_gpu_prefill.Tiling(n=64 if gated else 128, stages=2, slots=1 if gated else 2, gated=gated)
     out = mosaic_gpu_prefill.forward(

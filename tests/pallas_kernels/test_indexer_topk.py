@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import indexer_topk
-from pallas_kernels.indexer_topk import fp8, mosaic_gpu, mosaic_gpu_select, reference, triton
+from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, reference, triton
 from tests.support import indexer_topk_properties as properties
 from tests.support.emulated_words import Machine
 
@@ -112,47 +112,6 @@ def test_default_units_of_the_scores_kernel_fit_a_multiprocessor(queries, heads)
         assert config.stages >= 2 and rows * row_bytes <= kernel.SHARED_BYTES
     with pytest.raises(ValueError, match="4 math warpgroups are not divided evenly by 3 tiles"):
         kernel.ScoresConfig(queries=4, tiles=3)
-
-
-# ---- 8 bits
-
-
-def test_quantised_vectors_have_power_of_two_scales_and_small_errors():
-    x = jax.random.normal(jax.random.key(0), (50, 128)) * jnp.logspace(-6, 4, 50)[:, None]
-    values, scales = fp8.quantise(x)
-    assert values.dtype == jnp.float8_e4m3fn and scales.dtype == jnp.float32
-    assert np.all(np.log2(scales) % 1 == 0)
-    largest = np.maximum(np.abs(x).max(-1), 1e-4)
-    assert np.all(scales * 448 >= largest) and np.all(scales * 224 < largest)
-    restored = values.astype(jnp.float32) * scales[:, None]
-    assert np.all(np.abs(restored - x) <= np.maximum(np.abs(x) / 16, scales[:, None] * 2.0**-10))
-
-
-def test_quantised_powers_of_two_are_exact():
-    values, scales = fp8.quantise(jnp.array([[448.0, 7.0], [0.0, 0.0], [3.5, -1.75]]))
-    np.testing.assert_array_equal(scales, [1, 2.0**-22, 2.0**-7])
-    np.testing.assert_array_equal(values.astype(jnp.float32), [[448, 7], [0, 0], [448, -224]])
-
-
-def test_what_is_not_finite_gets_no_scale():
-    _, scales = fp8.quantise(jnp.array([[1.0, jnp.nan], [jnp.inf, 1.0], [1.0, 1.0]]))
-    assert np.isnan(scales).tolist() == [True, True, False]
-
-
-def test_rotation_keeps_products_and_spreads_outliers():
-    q, k = jax.random.normal(jax.random.key(1), (2, 64))
-    matrix = fp8.hadamard(64)
-    np.testing.assert_allclose((q @ matrix) @ (k @ matrix), q @ k, rtol=1e-4)
-    outlier = jnp.zeros((64,)).at[5].set(10.0)
-    values, scale = fp8.quantise(outlier, rotate=True)
-    np.testing.assert_allclose(np.abs(values.astype(jnp.float32) * scale), 1.25, rtol=0.07)
-
-
-def test_widths_that_cannot_be_quantised():
-    with pytest.raises(ValueError, match="129"):
-        fp8.quantise(jnp.ones((129,)))
-    with pytest.raises(ValueError, match="96"):
-        fp8.quantise(jnp.ones((96,)), rotate=True)
 
 
 # ---- the Hopper selection, its program run on NumPy

@@ -7,8 +7,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import indexer_topk, tpu, tpu_sets
-from pallas_kernels.indexer_topk import int8, mosaic_tpu
+from pallas_kernels import indexer_topk, quant, tpu, tpu_sets
+from pallas_kernels.indexer_topk import mosaic_tpu
 from tests.support import indexer_topk_properties as properties
 from tests.support.tpu_interpreter import interpreted
 
@@ -110,14 +110,6 @@ def test_rows_fit_the_chips(chip, heads, keys, at_least):
 # ---- 8 bits
 
 
-def test_int8_vectors_and_their_scales():
-    x = jax.random.normal(jax.random.key(0), (50, 128)) * jnp.logspace(-6, 4, 50)[:, None]
-    values, scales = int8.quantise(x)
-    assert values.dtype == jnp.int8 and scales.dtype == jnp.float32
-    assert np.all(np.abs(values.astype(jnp.float32) * scales[:, None] - x) <= 0.501 * scales[:, None])
-    assert np.isnan(int8.quantise(jnp.array([[1.0, jnp.nan], [1.0, jnp.inf]]))[1]).all()
-
-
 @pytest.mark.slow
 def test_int8_scores_are_near_those_of_float32():
     rng = np.random.default_rng(5)
@@ -125,7 +117,7 @@ def test_int8_scores_are_near_those_of_float32():
     weights = rng.random((1, 4, 8))
     options = dict(k_select=200, q_positions=np.full((1, 4), 1499), kv_lengths=np.full((1,), 1500))
     exact = indexer_topk(*(jnp.asarray(x, jnp.float32) for x in (queries, keys, weights)), **options)
-    (small, fold), (small_keys, scales) = int8.quantise(jnp.asarray(queries)), int8.quantise(jnp.asarray(keys))
+    (small, fold), (small_keys, scales) = quant.quantise_int8(jnp.asarray(queries)), quant.quantise_int8(jnp.asarray(keys))
     with interpreted():
         out = mosaic_tpu.indexer_topk(small, small_keys, weights * fold, **options, key_scales=scales)
     shared = [np.intersect1d(a, b).size for a, b in zip(np.asarray(exact)[0], np.asarray(out)[0], strict=True)]

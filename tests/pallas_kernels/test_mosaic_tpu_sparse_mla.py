@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import sparse_mla, tpu
-from pallas_kernels.sparse_mla import fp8, mosaic_tpu, reference
+from pallas_kernels import quant, sparse_mla, tpu
+from pallas_kernels.sparse_mla import mosaic_tpu, reference
 from tests.support.attention_cases import Case, inputs, numpy_attention, relative_error, selections
 from tests.support.tpu_interpreter import interpreted
 
@@ -107,7 +107,7 @@ def test_a_query_that_selects_nan_gets_nan_and_no_other():
 def test_8_bit_latents_are_their_products():
     for case in (PROMPT, STEP):
         queries, latents = inputs(case)
-        small, scales = fp8.quantise(latents)
+        small, scales = quant.quantise_latents(latents)
         indices = chosen(case, "ascending")
         with interpreted():
             out = sparse_mla(

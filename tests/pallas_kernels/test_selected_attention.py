@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels
+from pallas_kernels import bits
 from pallas_kernels.index_divergence import reference as divergence_reference
-from pallas_kernels.selected_attention import bits
 from pallas_kernels.selected_attention import reference as attention_reference
 from tests.support.interpreted_products import multiply_plainly
 from tests.support.selection_cases import KINDS, SCALE, Case, assert_close, computed, indices_of, inputs, written_out
@@ -21,22 +21,6 @@ xla = (
     functools.partial(pallas_kernels.selected_attention, scale=SCALE, implementation="xla"),
     functools.partial(pallas_kernels.index_divergence, scale=SCALE, implementation="xla"),
 )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bits_hold_a_selection(kind):
-    given = inputs(SMALL, kind, jnp.float32)
-    words = bits.pack(jnp.asarray(indices_of(given.mask)), SMALL.s)
-    assert words.shape == (SMALL.b, 2, SMALL.s)
-    np.testing.assert_array_equal(bits.mask(words, SMALL.s), given.mask)
-
-
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
-def test_causal_bits(size):
-    words = bits.causal(2, size, size)
-    np.testing.assert_array_equal(
-        bits.mask(words, size), np.broadcast_to(np.tril(np.ones((size, size), bool)), (2, size, size))
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,7 +38,7 @@ def test_blocks_do_not_change_the_reference(monkeypatch):
     words = bits.pack(jnp.asarray(indices_of(given.mask)), SMALL.s)
     row = 4 * SMALL.b * SMALL.s
     monkeypatch.setattr(attention_reference, "LOGIT_BYTES", 5 * row * SMALL.heads)
-    monkeypatch.setattr(divergence_reference, "SCORE_BYTES", 5 * row * (SMALL.heads + SMALL.index_heads))
+    monkeypatch.setattr(divergence_reference, "LOGIT_BYTES", 5 * row * (SMALL.heads + SMALL.index_heads))
     assert_close(computed(*xla, given, words, 1.0), written_out(given, 1.0), 1e-5, 1e-5)
 
 

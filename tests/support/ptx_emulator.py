@@ -272,9 +272,12 @@ def run(monkeypatch, module, function, *arguments):
 
 
 def run_grid(monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: int, shared_bytes: int, stages) -> None:
-    """Runs the stages of a grid whose blocks meet between them: stages(addresses by name, number of the block, address of
-    its shared memory) gives one block's, each of which has `begin` and `run`. `arrays` are of 32-bit words and are changed."""
-    made = []
+    """Runs the stages of a grid of thread blocks with a grid barrier between any two stages.
+
+    stages(addresses by name, number of the block, address of its shared memory) returns one block's stages, each with
+    `begin`, `prefetches` and `run`. `arrays` are of 32-bit words; the kernel's writes go to them.
+    """
+    grid = []
 
     def as_block(block, action):
         # What lanes without work compute from garbage may overflow.
@@ -291,12 +294,12 @@ def run_grid(monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: i
             addresses = {name: block.address(array) for name, array in arrays.items()}
             return stages(addresses, block.spread(number), block.address(shared))
 
-        made.append((block, as_block(block, start)))
-    for turn in range(len(made[0][1])):
-        # Every block before this turn has ended the one before it; `begin` may run while others have not.
-        for block, own in made:
-            as_block(block, own[turn].begin)
-            for bring in own[turn].ahead:
-                as_block(block, bring)
-        for block, own in made:
-            as_block(block, own[turn].run)
+        grid.append((block, as_block(block, start)))
+    for i in range(len(grid[0][1])):
+        # Every block before this stage has ended the one before it; `begin` may run while others have not.
+        for block, stages_of_block in grid:
+            as_block(block, stages_of_block[i].begin)
+            for prefetch in stages_of_block[i].prefetches:
+                as_block(block, prefetch)
+        for block, stages_of_block in grid:
+            as_block(block, stages_of_block[i].run)

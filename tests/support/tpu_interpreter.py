@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # says whether races were found; nothing public does
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dispatch
+from pallas_kernels.device import target
 
 V5E = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 
@@ -18,7 +18,7 @@ V5E = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
 def interpreted(device=V5E, *, detect_races: bool = True) -> Iterator[None]:
     """Implementations are chosen for `device`, and their kernels interpreted; fails where two accesses could race."""
     pltpu.reset_tpu_interpret_mode_state()
-    with dispatch.target(device), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=detect_races)):
+    with target(device), pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=detect_races)):
         yield
     found = interpret_pallas_call.races is not None and interpret_pallas_call.races.races_found
     pltpu.reset_tpu_interpret_mode_state()

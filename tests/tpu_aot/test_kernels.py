@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from experiments.benchmarks.compile import TOPOLOGIES, kernels_of, topology_device, topology_reason
-from pallas_kernels import dispatch, grouped_matmul, indexer_topk, sparse_mla, tpu
+from pallas_kernels import grouped_matmul, indexer_topk, sparse_mla, tpu
+from pallas_kernels.device import target
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +35,7 @@ def compiled_kernels(topology, operation, *arrays, **named):
     def struct(array):
         return jax.ShapeDtypeStruct(*array, sharding=SingleDeviceSharding(device))
 
-    with dispatch.target(device):
+    with target(device):
         lowered = jax.jit(operation).lower(*map(struct, arrays), **{name: struct(array) for name, array in named.items()})
         found = kernels_of(lowered.compile().as_text())
     chip = tpu.CHIPS[device.device_kind]
@@ -134,7 +135,7 @@ def test_kernels_compile_inside_shard_map():
     }
     specs = tuple(spec for _, _, spec in shapes.values())
     arrays = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in shapes.values()]
-    with dispatch.target(device):
+    with target(device):
         run = jax.jit(jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=over_queries, check_vma=False))
         found = kernels_of(run.lower(*arrays).compile().as_text())
     assert set(found) == {"indexer_topk", "sparse_mla_unite", "sparse_mla_pages"}

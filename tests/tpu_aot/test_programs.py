@@ -12,7 +12,7 @@ from experiments.benchmarks import compile
 from indexcache_jax import moe, serving
 from indexcache_jax.params import at_layer
 from indexcache_jax.serving import cache
-from pallas_kernels import dispatch, tpu
+from pallas_kernels import device, tpu
 from tests.support.tiny_models import CASES
 
 needs_libtpu = pytest.mark.skipif(
@@ -82,27 +82,6 @@ def test_kernels_are_read_from_a_programs_text():
     assert compile.kernels_of(text) == {"gmm": {"calls": 2, "vmem": 4096}, "indexer_topk": {"calls": 1, "vmem": 4096}}
 
 
-def test_programs_of_one_device_are_not_taken_for_another():
-    seen = []
-
-    @jax.jit
-    def f(x):
-        seen.append(dispatch.platform())
-        return x + 1
-
-    class V5P:
-        platform, device_kind = "tpu", "TPU v5"
-
-    f(1)
-    with dispatch.target(V5P):
-        f(1)
-        assert tpu.chip().name == "v5p" and tpu.why_not() is None
-    f(1)
-    assert seen == [jax.default_backend(), "tpu"]
-    with dispatch.target(type("Unknown", (), {"platform": "tpu", "device_kind": "TPU v99"})):
-        assert "v99" in tpu.why_not()
-
-
 def test_a_few_rows_read_the_experts_one_by_one():
     case = CASES["deepseek-all-full"]
     layer = at_layer(case.params.moe, 0)
@@ -138,6 +117,6 @@ def test_a_cache_made_for_a_tpu_says_that_it_is_row_major():
 
     case = CASES["glm-mixed"]
     assert cache.formats(serving.init_cache(case.config, case.schedule, 1, 64)) is None  # elsewhere nothing has to be said
-    with dispatch.target(V5E):
+    with device.target(V5E):
         formats = cache.formats(serving.init_cache(case.config, case.schedule, 1, 64, jnp.float8_e4m3fn))
     assert all(f.layout.major_to_minor == tuple(range(len(f.layout.major_to_minor))) for f in jax.tree.leaves(formats.layers))
