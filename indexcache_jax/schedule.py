@@ -77,7 +77,7 @@ class Schedule:
         if self.num_layers != num_layers:
             raise ValueError(f"schedule pattern: {_show(self.pattern)} has {self.num_layers} entries for {num_layers} layers")
 
-    def shared(self, layer: int) -> Schedule:
+    def with_shared(self, layer: int) -> Schedule:
         """This schedule with `layer` turned into S: one flip of the search."""
         return Schedule(self.pattern[:layer] + "S" + self.pattern[layer + 1 :])
 

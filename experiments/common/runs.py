@@ -33,7 +33,7 @@ from indexcache_jax import distill
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, abstract, shape_structs
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search.greedy import fingerprint
+from indexcache_jax.search import fingerprint
 
 LOG = "train.jsonl"
 CHECKPOINTS = "training"

@@ -71,9 +71,9 @@ def test_only_full_layers_serve(layer):
 
 
 def test_a_flip_shares_one_more_layer_but_never_the_first():
-    assert Schedule("FFFF").shared(2) == Schedule("FFSF")
+    assert Schedule("FFFF").with_shared(2) == Schedule("FFSF")
     with pytest.raises(ValueError, match="starts with S"):
-        Schedule("FFFF").shared(0)
+        Schedule("FFFF").with_shared(0)
 
 
 # Reading a pattern.
