@@ -24,7 +24,8 @@ from checkpoints_convert.orbax_io import is_orbax
 from experiments.common import options, text
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import search, serving
-from indexcache_jax.config import ARCHITECTURES, GLM, Config
+from indexcache_jax.config import Config
+from indexcache_jax.config_json import ARCHITECTURES, GLM
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
 from indexcache_jax.search import overlap

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from indexcache_jax import search
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
 from indexcache_jax.params import init
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import streamed
 from pallas_kernels import hopper

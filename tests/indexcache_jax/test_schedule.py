@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import ENGINES, Schedule
 
 
