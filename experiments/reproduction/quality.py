@@ -41,7 +41,7 @@ from experiments.common.runs import Saving, Stage
 from experiments.reproduction import ngram, retrieval
 from indexcache_jax import model, search
 from indexcache_jax.config import Config
-from indexcache_jax.distill import roles_of
+from indexcache_jax.distill import traced_schedule
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
@@ -227,7 +227,7 @@ def distilled(
         seed=seed,
         resume=False,
         saving=Saving(every=None, log_every=looks),
-        roles=roles_of(schedule, cross_layer=not name.endswith(OWN)),
+        roles=traced_schedule(schedule, cross_layer=not name.endswith(OWN)),
     )
     return jax.tree.map(lambda a, b: a.astype(b.dtype), trained.params, studied.params)
 
@@ -375,7 +375,7 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
     one, batch = (jax.ShapeDtypeStruct((n, context), dtype) for n in (1, rows))
     number, choice, choices = (jax.ShapeDtypeStruct(*of) for of in (((), dtype), ((), bool), ((layers,), bool)))
     state = jax.eval_shape(layerwise.start, params, batch, config)
-    roles = roles_of(base)
+    roles = traced_schedule(base)
     programs: list[Callable[[], Any]] = [
         lambda: layerwise.hidden_states.lower(params, one, choices, config, base).compile(),
         lambda: layerwise.advance.lower(params, state, number, choice, config, base).compile(),
@@ -403,7 +403,7 @@ def within_the_limit(
         path.unlink(missing_ok=True)  # of another run
         return stages
     if not planned:
-        roles = roles_of(studied.base)
+        roles = traced_schedule(studied.base)
         costs = [training.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
         each = (deadline - FINISH_SECONDS - time.perf_counter()) / runs - other_seconds
         fitted = training.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))

@@ -47,7 +47,7 @@ def _mlp(params: Params, x: jax.Array, layer: jax.Array, config: Config) -> jax.
     """The hidden states [B, S, D] after the MLP of `layer`, dense or of experts; with both kinds, one is chosen at run time."""
     norm = at_layer(params.mlp_norm, layer)
 
-    def block(stack: MLP | MoE, layers: tuple[int, ...]) -> jax.Array:
+    def block(stack: MLP | MoE | None, layers: tuple[int, ...]) -> jax.Array:
         return model.mlp_block(at_layer(stack, _slots(layers, config)[layer]), norm, x, config)
 
     dense = functools.partial(block, params.dense, config.dense_layers)
