@@ -6,15 +6,22 @@ call to a kernel can be wrapped for the devices that share it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 import pallas_kernels
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
-from pallas_kernels import device, hopper, quant
+from pallas_kernels import bits, device, dispatch, hopper, quant
 from pallas_kernels import grouped_matmul as grouped_matmul
 from pallas_kernels import grouped_swiglu as grouped_swiglu
+from pallas_kernels import index_divergence as index_divergence
+from pallas_kernels import selected_attention as selected_attention
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
+from pallas_kernels.index_divergence import api as index_divergence_api
+from pallas_kernels.selected_attention import api as selected_attention_api
 
 
 def select(
@@ -51,6 +58,28 @@ def attend(
     return pallas_kernels.sparse_mla(
         queries, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank, latent_scales=latent_scales
     )
+
+
+def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
+    """Whether the kernels of selected attention and of the index divergence run both for activations of this shape.
+
+    Otherwise attention and divergence are computed in XLA.
+    """
+
+    def shape(*sizes: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct((batch, *sizes), dtype)
+
+    heads, index_heads, width = config.num_heads, config.index_n_heads, config.index_head_dim
+    queries, values = shape(length, heads, config.qk_head_dim), shape(length, heads, config.v_head_dim)
+    selection_bits = shape(bits.num_words(length), length, dtype=jnp.int32)
+    index = shape(length, index_heads, width), shape(length, width), shape(length, index_heads, dtype=jnp.float32)
+    lse = shape(heads, length, dtype=jnp.float32)
+    attend, diverge = selected_attention_api.BACKENDS, index_divergence_api.BACKENDS
+    implementations = (
+        dispatch.best(attend, queries, queries, values, selection_bits, scale=1.0),
+        dispatch.best(diverge, *index, queries, queries, lse, selection_bits, scale=1.0),
+    )
+    return "xla" not in implementations
 
 
 def quantise_latents(latents: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -44,8 +44,7 @@ from absl import flags
 from experiments.common import options
 from experiments.common.profiling import KERNEL_BY_KERNEL, kernels_of
 from experiments.common.report import Output, markdown_table, text_table
-from indexcache_jax import config as configs
-from indexcache_jax import serving
+from indexcache_jax import presets, serving
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, prefill_chunk
@@ -144,7 +143,7 @@ class Model:
 
 def model(name: str, num_layers: int) -> Model:
     """The preset, cut to `num_layers` expert layers where that is not 0, and the two largest always."""
-    whole = Config.from_hf(options.DEMO if name == "demo" else configs.preset(name))
+    whole = Config.from_hf(options.DEMO if name == "demo" else presets.preset(name))
     if num_layers == 0 and name in ("glm-5", "deepseek-v3.2"):
         num_layers = CUT_LAYERS
     if num_layers == 0 or num_layers == whole.num_layers:

@@ -22,7 +22,6 @@ from experiments.common import options, profiling
 from experiments.common import runs as training
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Stage
-from indexcache_jax import distill
 from indexcache_jax.config import Config
 from indexcache_jax.params import init
 from indexcache_jax.schedule import Schedule
@@ -167,7 +166,7 @@ def run(output_dir: str, seed: int) -> None:
         raise ValueError(f"--train_topk={_TOPK.value}: must be below --train_context={context}")
     config, schedule = model(layers, context, _TOPK.value, _PATTERN.value)
     matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
-    way = "kernels" if distill.by_kernels(1, context, jnp.bfloat16, config) else "XLA"
+    way = "kernels" if ops.trains_by_kernels(1, context, jnp.bfloat16, config) else "XLA"
     print(f"{layers} layers, {schedule.pattern}, context {context}, top {_TOPK.value}, {way} on {device()['kind']}", flush=True)
     speeds: dict[str, Speed] = {}
     for kind in _STAGES.value:

@@ -39,14 +39,13 @@ from experiments.common import runs as training
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Saving, Stage
 from experiments.reproduction import ngram, retrieval
-from indexcache_jax import model
+from indexcache_jax import model, search
 from indexcache_jax.config import Config
-from indexcache_jax.distill import roles_of
+from indexcache_jax.distill import traced_schedule
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import greedy as search
 from indexcache_jax.search import layerwise
-from indexcache_jax.search.overlap import overlap
+from indexcache_jax.search.overlap import layer_overlap
 
 for _name in (
     *("checkpoint", "context", "batch_size", "held_out_sequences", "dtype", "resume", "retention"),
@@ -164,7 +163,7 @@ def searched(studied: Model, cuts: np.ndarray, num_full: int, output: Output, na
     about = {"pattern": studied.base.pattern, "dtype": studied.dtype, **search.fingerprint(studied.params, batches)}
     log = search.Log(output.directory / f"search-{name}.jsonl", about)
     losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
-    steps = search.greedy(losses, studied.base, num_full=num_full, blocks=flags.FLAGS.blocks)
+    steps = search.greedy_search(losses, studied.base, num_full=num_full, blocks=flags.FLAGS.blocks)
     log.close()
     return steps
 
@@ -189,13 +188,17 @@ def schedules(studied: Model, cuts: np.ndarray, output: Output, seed: int) -> di
     alike = search.similarities(studied.params, studied.config, studied.base, batches)
     found = {"DSA": studied.base}
     for retention, size in sizes.items():
-        of_kinds = Schedule.uniform(layers, size), search.with_at_most(steps, size).schedule, search.most_similar(alike, size)
+        of_kinds = (
+            Schedule.uniform(layers, size),
+            search.first_step_with_at_most(steps, size).schedule,
+            search.most_similar(alike, size),
+        )
         found |= {f"{retention} {kind}": schedule for kind, schedule in zip(KINDS, of_kinds, strict=True)}
     losses = search.Evaluator(studied.params, studied.config, studied.base, batches)
     tried = [
         {
             "full": before.schedule.num_full,
-            "likeness": [search.likeness(alike, before.schedule.shared(layer)) for layer in step.candidates],
+            "likeness": [search.total_similarity(alike, before.schedule.with_shared(layer)) for layer in step.candidates],
             "loss": list(step.candidates.values()),
         }
         for before, step in itertools.pairwise(steps)
@@ -224,7 +227,7 @@ def distilled(
         seed=seed,
         resume=False,
         saving=Saving(every=None, log_every=looks),
-        roles=roles_of(schedule, cross_layer=not name.endswith(OWN)),
+        roles=traced_schedule(schedule, cross_layer=not name.endswith(OWN)),
     )
     return jax.tree.map(lambda a, b: a.astype(b.dtype), trained.params, studied.params)
 
@@ -339,7 +342,7 @@ def domain_matrix(studied: Model, found: dict[str, Domain], seed: int, output: O
     rows = {"DSA": studied.base, "uniform": Schedule.uniform(layers, size)}
     for name, chosen in cuts.items():
         steps = searched(studied, chosen, size, output, f"{name}-{seed}-{size}")
-        rows[f"searched on {name}"] = search.with_at_most(steps, size).schedule
+        rows[f"searched on {name}"] = search.first_step_with_at_most(steps, size).schedule
     return {
         row: {
             name: search.Evaluator(studied.params, studied.config, studied.base, search_experiment.batches(on)).loss(schedule)
@@ -372,7 +375,7 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
     one, batch = (jax.ShapeDtypeStruct((n, context), dtype) for n in (1, rows))
     number, choice, choices = (jax.ShapeDtypeStruct(*of) for of in (((), dtype), ((), bool), ((layers,), bool)))
     state = jax.eval_shape(layerwise.start, params, batch, config)
-    roles = roles_of(base)
+    roles = traced_schedule(base)
     programs: list[Callable[[], Any]] = [
         lambda: layerwise.hidden_states.lower(params, one, choices, config, base).compile(),
         lambda: layerwise.advance.lower(params, state, number, choice, config, base).compile(),
@@ -400,7 +403,7 @@ def within_the_limit(
         path.unlink(missing_ok=True)  # of another run
         return stages
     if not planned:
-        roles = roles_of(studied.base)
+        roles = traced_schedule(studied.base)
         costs = [training.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
         each = (deadline - FINISH_SECONDS - time.perf_counter()) / runs - other_seconds
         fitted = training.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
@@ -513,7 +516,7 @@ def training_tokens(studied: Model, found: dict[str, Domain], stages: list[Stage
 
 
 def overlap_of(studied: Model, cuts: np.ndarray) -> list[list[float]]:
-    found = overlap(studied.params, studied.config, studied.base, search_experiment.batches(cuts))
+    found = layer_overlap(studied.params, studied.config, studied.base, search_experiment.batches(cuts))
     return [[round(float(value), 4) for value in row] for row in found]
 
 

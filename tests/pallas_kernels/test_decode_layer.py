@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from indexcache_jax import ops, serving
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
 from indexcache_jax.positions import make_positions
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused
 from indexcache_jax.serving import layer as layers
