@@ -22,6 +22,7 @@ from experiments.common import options, profiling
 from experiments.common import runs as training
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Stage
+from indexcache_jax import ops
 from indexcache_jax.config import Config
 from indexcache_jax.params import init
 from indexcache_jax.schedule import Schedule
