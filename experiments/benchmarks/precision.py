@@ -7,6 +7,7 @@ the hidden states that the unrounded model has below it, so that a layer's figur
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +18,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments import search
-from experiments.common import options, text
+from experiments.common import inputs, options, text
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import serving
 from indexcache_jax.config import Config
@@ -122,12 +122,12 @@ HEADER = [
 ]
 
 
-def rows(found: Mapping[str, Mapping[str, Any]], config: Config, schedule: Schedule, dtype: Any) -> list[list[str]]:
+def rows(measured: Mapping[str, Mapping[str, Any]], config: Config, schedule: Schedule, dtype: Any) -> list[list[str]]:
     """The table, the unrounded cache first."""
     size = serving.bytes_per_token(config, schedule, jnp.dtype(dtype), jnp.dtype(dtype))
-    exact = next(iter(found.values()))["loss_unrounded"]
+    exact = next(iter(measured.values()))["loss_unrounded"]
     table = [[f"{dtype}", f"{size:,}", f"{exact:.4f}", "", "", "", "", ""]]
-    for name, one in found.items():
+    for name, one in measured.items():
         kinds = CACHES[name]
         latent, index = (jnp.dtype(kinds.get(part, dtype)) for part in ("latent_dtype", "index_dtype"))
         alike = one["selected_alike"]
@@ -146,37 +146,44 @@ def rows(found: Mapping[str, Mapping[str, Any]], config: Config, schedule: Sched
     return table
 
 
-def run(output_dir: str, seed: int) -> None:
-    values = flags.FLAGS
-    search.positive(held_out_sequences=values.held_out_sequences)
-    checkpoint = options.CHECKPOINT.value or str(options.DEMO)
-    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config, schedule, params = checkpoints_convert.load(checkpoint, dtype=jnp.dtype(dtype))
-    if not config.index_topk < values.context <= config.max_position_embeddings:
-        raise ValueError(
-            f"--context={values.context}: must be above index_topk = {config.index_topk}, up to which everything is "
-            f"selected, and at most {config.max_position_embeddings}, the model's longest"
-        )
-    output, encoder = Output.create(output_dir), text.tokenizer(checkpoint)
-    documents = text.documents(values.held_out) if values.held_out else search.split("", "", "held_out")[1]
-    cuts = search.draw(
-        documents,
-        "--held_out",
-        encoder,
-        search.separator(config),
-        values.held_out_sequences,
-        values.context,
-        config,
-        seed,
-    )
-    name = options.CHECKPOINT.value or "the shipped checkpoint"
-    print(f"{name}: {schedule.pattern}; {len(cuts)} x {values.context} tokens; {dtype} on {device()['kind']}")
-    weights = serving.weights_of(params, config, schedule)
-    del params
-    found = measure(weights, cuts, config, schedule)
-    table = rows(found, config, schedule, dtype)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A checkpoint, the form of its weights that inference runs, and cuts [N, S+1] of held-out text."""
+
+    checkpoint: inputs.Checkpoint
+    config: Config
+    schedule: Schedule
+    weights: Weights
+    cuts: np.ndarray
+
+
+def read_inputs(seed: int) -> Inputs:
+    """All that is read; without --held_out a tenth of the standard library's sources."""
+    options.check_positive("held_out_sequences")
+    checkpoint = inputs.checkpoint()
+    config, schedule, params = checkpoints_convert.load(checkpoint.directory, dtype=jnp.dtype(checkpoint.dtype))
+    reader = inputs.reader(checkpoint.directory, config)
+    given = options.HELD_OUT.value
+    documents = text.documents(given) if given else inputs.split("", given, "held_out").held_out
+    cuts = reader.draw(documents, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
+    about = f"{schedule.pattern}; {len(cuts)} x {reader.context} tokens; {checkpoint.dtype} on {device()['kind']}"
+    print(f"{checkpoint.name}: {about}")
+    return Inputs(checkpoint, config, schedule, serving.weights_of(params, config, schedule), cuts)
+
+
+def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output) -> None:
+    """Writes results.json and report.md, and prints the table."""
+    name, pattern = given.checkpoint.name, given.schedule.pattern
+    table = rows(measured, given.config, given.schedule, given.checkpoint.dtype)
     about = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
-    report = f"# 8 bits in the cache of {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
-    report += f"{len(cuts)} sequences of {values.context} tokens, losses in nats a token; schedule `{schedule.pattern}`.\n"
-    output.finish("precision", {"checkpoint": name, "pattern": schedule.pattern, "caches": found}, report)
+    count, length = given.cuts[:, 1:].shape
+    text = f"# 8 bits in the cache of {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
+    text += f"{count} sequences of {length} tokens, losses in nats a token; schedule `{pattern}`.\n"
+    output.finish("precision", {"checkpoint": name, "pattern": pattern, "caches": measured}, text)
     print(f"\n{text_table(HEADER, table)}\n\nwritten to {output.directory}/")
+
+
+def run(output_dir: str, seed: int) -> None:
+    given = read_inputs(seed)
+    output = Output.create(output_dir)
+    report(measure(given.weights, given.cuts, given.config, given.schedule), given, output)

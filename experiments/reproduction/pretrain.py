@@ -36,14 +36,8 @@ from indexcache_jax.search import layerwise
 from pallas_kernels.indexer_topk.reference import select
 
 _RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium"], "the model and how it is trained")
-_CORPUS = flags.DEFINE_string(
-    "corpus",
-    "",
-    "text to train on, comma-separated: globs, folders of .py files, standard-library, installed-code, installed-prose; "
-    "default the recipe's own",
-)
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
-for _name in ("resume", "time_limit", "woven"):
+for _name in ("text", "woven", "resume", "time_limit"):
     flags.declare_key_flag(_name)
 
 PLAN = "plan.json"
@@ -64,6 +58,10 @@ class Recipe:
     woven: float = 0.0  # share of the text with retrieval tasks in it
     held_out: int = 64  # sequences to evaluate on
     finish_seconds: float = 20.0  # of --time_limit, kept for evaluation and saving
+
+    def shape(self) -> tuple[Config, Schedule]:
+        """The model's; every layer is F."""
+        return Config.from_hf(self.fields), Schedule.all_full(self.fields["num_hidden_layers"])
 
 
 DEMO: dict[str, Any] = {
@@ -202,8 +200,8 @@ class Data:
 
 def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     """The corpus, encoded and split. What is made of it is kept in the output's folder."""
-    found = text.documents(_CORPUS.value or recipe.corpus)
-    train_files, held_out_files = [d for d in found if not d.held_out], [d for d in found if d.held_out]
+    documents = text.documents(options.TEXT.value or recipe.corpus)
+    train_files, held_out_files = [d for d in documents if not d.held_out], [d for d in documents if d.held_out]
     encoder: text.Bytes | text.FromFile = text.Bytes()
     if recipe.vocabulary is not None:
         path = output.directory / "tokenizer.json"
@@ -316,47 +314,86 @@ def baseline(found: Data) -> float | None:
     return ngram.loss(train_bytes, held_out_bytes, NGRAM)
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The recipe's model, its text, the n-gram's loss on that, and the weights that training starts from."""
+
+    recipe: Recipe
+    config: Config
+    schedule: Schedule
+    data: Data
+    ngram_loss: float | None
+    params: Params
+
+
+def read_inputs(recipe: Recipe, output: Output, seed: int) -> Inputs:
+    """Reads and encodes the text, and makes the weights."""
+    config, schedule = recipe.shape()
+    found = prepare(recipe, config, output, seed)
+    params = init(jax.random.key(seed), config, schedule, jnp.float32)
+    return Inputs(recipe, config, schedule, found, baseline(found), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The trained model as it is stored, and what was measured on held-out text."""
+
+    stages: list[Stage]
+    trained: training.Trained
+    stored: Params
+    losses: dict[str, float]
+    retrieval: dict[str, float]
+
+
+def pretrain(given: Inputs, evaluation: concurrent.futures.Future[None], output: Output, deadline: float, seed: int) -> Result:
+    """Trains through all stages, writes the checkpoint and evaluates it. evaluation: done when its programs are compiled."""
+    config, schedule = given.config, given.schedule
+    stages = within_the_limit(given.recipe, given.params, config, schedule, output, deadline)
+    resume, saving = options.RESUME.value, training.Saving()
+    trained = training.train(
+        given.params, given.data.tokens, stages, config, schedule, output, seed=seed, resume=resume, saving=saving
+    )
+    evaluation.result()
+    stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), trained.params, abstract(config, schedule))
+    target = output.directory / "checkpoint"
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
+    checkpoints_convert.save(target, stored, config, schedule, companions_of=output.directory)
+    losses = evaluate(stored, given.data.cuts, config, schedule, seed)
+    asked = retrieval.prompts(given.data.cuts, given.data.encoder, config.max_position_embeddings, PROMPTS, seed)
+    return Result(stages, trained, stored, losses, retrieval.accuracy(stored, config, schedule, schedule, asked))
+
+
+def report(result: Result, given: Inputs, output: Output, seed: int) -> None:
+    """Writes the model card beside the weights, results.json and report.md, and prints the card."""
+    metrics = {
+        "recipe": _RECIPE.value,
+        "corpus": options.TEXT.value or given.recipe.corpus,
+        "stages": [dataclasses.asdict(stage) for stage in result.stages],
+        "tokens_per_second": result.trained.tokens_per_second,
+        "held_out_loss": result.losses,
+        "held_out_sequences": len(given.data.cuts),
+        "ngram_loss": given.ngram_loss,
+        "retrieval": result.retrieval,
+        "seconds": result.trained.seconds,
+        "seed": seed,
+    }
+    card = model_card(metrics, result.stages, given.data, given.config, given.schedule)
+    (output.directory / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
+    output.finish("pretrain", metrics, card)
+    print(card)
+
+
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
     deadline = began + options.seconds_to_spend(math.inf)
-    output, recipe = Output.create(output_dir), RECIPES[_RECIPE.value]
+    output = Output.create(output_dir)
     training.check_free(output.directory, options.RESUME.value)
-    target = output.directory / "checkpoint"
-    config, schedule = Config.from_hf(recipe.fields), Schedule.all_full(recipe.fields["num_hidden_layers"])
+    recipe = RECIPES[_RECIPE.value]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # programs compile while the text is read
-        steps = pool.submit(training.compile_steps, plan(recipe), config, schedule)
-        evaluation = pool.submit(compile_evaluation, config, schedule)
-        found = prepare(recipe, config, output, seed)
-        ngram_loss = baseline(found)
-        params = init(jax.random.key(seed), config, schedule, jnp.float32)
+        steps = pool.submit(training.compile_steps, plan(recipe), *recipe.shape())
+        evaluation = pool.submit(compile_evaluation, *recipe.shape())
+        given = read_inputs(recipe, output, seed)
         steps.result()
         print(f"text and programs ready after {time.perf_counter() - began:.0f} s")
-        stages = within_the_limit(recipe, params, config, schedule, output, deadline)
-        saving = training.Saving()
-        resume = options.RESUME.value
-        trained = training.train(
-            params, found.tokens, stages, config, schedule, output, seed=seed, resume=resume, saving=saving
-        )
-        params = trained.params
-        evaluation.result()
-    stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), params, abstract(config, schedule))
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
-    checkpoints_convert.save(target, stored, config, schedule, companions_of=output.directory)
-    losses = evaluate(stored, found.cuts, config, schedule, seed)
-    asked = retrieval.prompts(found.cuts, found.encoder, config.max_position_embeddings, PROMPTS, seed)
-    metrics = {
-        "recipe": _RECIPE.value,
-        "corpus": _CORPUS.value or recipe.corpus,
-        "stages": [dataclasses.asdict(stage) for stage in stages],
-        "tokens_per_second": trained.tokens_per_second,
-        "held_out_loss": losses,
-        "held_out_sequences": len(found.cuts),
-        "ngram_loss": ngram_loss,
-        "retrieval": retrieval.accuracy(stored, config, schedule, schedule, asked),
-        "seconds": trained.seconds,
-        "seed": seed,
-    }
-    card = model_card(metrics, stages, found, config, schedule)
-    (target / "README.md").write_text(card, encoding="utf-8")
-    output.finish("pretrain", metrics, card)
-    print(card)
+        result = pretrain(given, evaluation, output, deadline, seed)
+    report(result, given, output, seed)

@@ -76,7 +76,7 @@ def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
 def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
     pytest.importorskip("torch", reason="the oracle needs torch")
     pytest.importorskip("transformers", reason="the oracle needs transformers")
-    from tests import oracle
+    from tests.support import oracle
 
     params = trained_indexers()
     distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
@@ -93,8 +93,8 @@ def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
 def arguments(checkpoint, texts, output, *more):
     flags = {
         "checkpoint": checkpoint,
-        "pattern": "FSF",
-        "data": f"{texts}/[0-3].txt",
+        "schedule": "FSF",
+        "text": f"{texts}/[0-3].txt",
         "held_out": texts / "4.txt",
         "context": 24,
         "held_out_sequences": 2,
@@ -158,15 +158,16 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     "flag, message",
     [
         ("--context=8", "--context=8"),
-        ("--pattern=FS", "--pattern=FS"),
-        ("--data=none*.txt", "none*.txt"),
+        ("--schedule=FS", "--schedule=FS"),
+        ("--schedule=FSF,FFF", "--schedule=FSF,FFF: this experiment takes one"),
+        ("--text=none*.txt", "none*.txt"),
         ("--retention=2", None),
         ("--warmup_steps=0 --sparse_steps=0", "--warmup_steps=0 --sparse_steps=0"),
     ],
 )
 def test_bad_flags_are_named(checkpoint, texts, tmp_path, flag, message):
     found = subprocess.run(
-        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--pattern="] if message is None else []), *flag.split()],
+        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--schedule="] if message is None else []), *flag.split()],
         env=environment(tmp_path / "cache"),
         cwd=ROOT,
         capture_output=True,

@@ -99,7 +99,7 @@ def test_a_run_trains_all_stages_and_leaves_a_checkpoint_with_its_card(tmp_path,
     recipe = pretrain.Recipe(FIELDS, stages, (0.5, 0.3, 0.2), separator=256)
     monkeypatch.setitem(pretrain.RECIPES, "demo", recipe)
     flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(corpus=str(tmp_path / "corpus"), steps_scale=0.5):
+    with flagsaver.flagsaver(text=str(tmp_path / "corpus"), steps_scale=0.5):
         pretrain.run(str(tmp_path / "out"), 0)
     entries = training.read_log(tmp_path / "out")
     assert [sum(e["stage"] == s.name for e in entries) for s in stages] == [20, 10, 5]
@@ -132,7 +132,7 @@ def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monke
         pretrain, "plan", lambda recipe: [dataclasses.replace(s, steps=min(s.steps, 5000)) for s in recipe.stages]
     )
     flags.FLAGS.mark_as_parsed()
-    given = dict(corpus=f"{tmp_path}/corpus/*.py", recipe="medium")
+    given = dict(text=f"{tmp_path}/corpus/*.py", recipe="medium")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.json").write_text("of a run that was given up")
     with flagsaver.flagsaver(**given, time_limit=0.5):
