@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -28,9 +27,10 @@ from experiments.common import inputs, options, text
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import serving
 from indexcache_jax.config import Config
-from indexcache_jax.generate import CHUNK, MIN_KEYS, Sampling, check_prompts, generate, power_of_two, prefill_document
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import greedy as search
+from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_document
+from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
 
 for _name in ("checkpoint", "dtype", "chunk", "latent_cache", "index_cache", "resume"):
     flags.declare_key_flag(_name)
@@ -153,10 +153,7 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How completions are made. cache_len: positions of a row at most; chunk: prompt tokens of a row at a time.
-
-    latent_cache, index_cache: "fp8", "bf16", or None for the weights' dtype.
-    """
+    """How completions are made. cache_len: positions of a row at most; chunk: prompt tokens of a row at a time."""
 
     sampling: Sampling
     seed: int
@@ -165,16 +162,7 @@ class Settings:
     rows_per_batch: int
     cache_len: int
     chunk: int
-    latent_cache: str | None
-    index_cache: str | None
-
-    @property
-    def cache_dtypes(self) -> dict[str, Any]:
-        """As `serving.init_cache` takes them."""
-        return {
-            "latent_dtype": inputs.CACHE_DTYPES[self.latent_cache],
-            "index_dtype": inputs.CACHE_DTYPES[self.index_cache],
-        }
+    cache_format: CacheFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +239,12 @@ def about(settings: Settings, document: Sequence[int], schedule: Schedule, weigh
         "stop_tokens": list(settings.stop_tokens),
         "rows_per_batch": settings.rows_per_batch,
         "max_new_tokens": settings.max_new_tokens,
-        "cache": [settings.cache_len, settings.chunk, settings.latent_cache, settings.index_cache],
+        "cache": [
+            settings.cache_len,
+            settings.chunk,
+            settings.cache_format.latent_dtype.name,
+            settings.cache_format.index_dtype.name,
+        ],
     }
 
 
@@ -262,7 +255,7 @@ def read_inputs(seed: int) -> Inputs:
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     checkpoint = inputs.checkpoint()
     encoder = text.tokenizer(checkpoint.directory)
-    config, schedule, params = checkpoints_convert.load(checkpoint.directory, dtype=jnp.dtype(checkpoint.dtype))
+    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
     settings = Settings(
         sampling=sampling,
         seed=seed,
@@ -271,13 +264,11 @@ def read_inputs(seed: int) -> Inputs:
         rows_per_batch=_ROWS.value,
         cache_len=_CACHE_LEN.value or config.max_position_embeddings,
         chunk=options.CHUNK.value or CHUNK,
-        latent_cache=options.LATENT_CACHE.value,
-        index_cache=options.INDEX_CACHE.value,
+        cache_format=inputs.cache_format(checkpoint.dtype, checkpoint.dtype),
     )
     document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist() if _DOCUMENT.value else []
     every = read_requests(encoder, config, room_for_a_prompt(config, document))
-    made_with = about(settings, document, schedule, search.fingerprint(params, [])["weights"], checkpoint.dtype)
-    weights = serving.weights_of(params, config, schedule)
+    made_with = about(settings, document, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
     return Inputs(config, schedule, weights, encoder, document, every, settings, made_with)
 
 
@@ -338,9 +329,9 @@ def complete_all(given: Inputs, output: Output) -> Result:
             given.document,
             given.config,
             given.schedule,
+            cache_format=given.settings.cache_format,
             chunk=given.settings.chunk,
             progress=meter,
-            **given.settings.cache_dtypes,
         )
     with open(output.directory / OUTPUT, "a", encoding="utf-8") as out:
         size = WINDOW * given.settings.rows_per_batch
@@ -393,12 +384,12 @@ def complete(batch: Sequence[Request], given: Inputs, document: serving.Cache | 
         sampling=settings.sampling,
         seed=settings.seed,
         stop_tokens=settings.stop_tokens,
-        cache_len=power_of_two(needed, MIN_KEYS, settings.cache_len),  # few different lengths, because each is a program
+        cache_len=power_of_two(needed, MIN_KV_LENGTH, settings.cache_len),  # few different lengths, because each is a program
+        cache_format=settings.cache_format,
         document=document or (),
         ids=[r.line for r in rows],
         chunk=settings.chunk,
         progress=meter,
-        **settings.cache_dtypes,
     )[: len(batch)]
 
 

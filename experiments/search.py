@@ -24,7 +24,6 @@ from experiments.common import inputs, options, plots
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
-from indexcache_jax.generate import prefill
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
 from indexcache_jax.search import greedy as search
@@ -321,14 +320,13 @@ def run_search(model: Model, given: Inputs, output: Output) -> Result:
 def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
     """The median time of prefilling tokens [B, S] into an empty cache under each schedule, the schedules taking turns.
 
-    The weights are read once more, in the form that inference runs. None for every schedule where nothing is to be measured.
+    The weights are read from the checkpoint once more, as inference runs them, so that they are in memory once where the
+    caller has let go of the search's. None for every schedule where nothing is to be measured.
     """
     if _STREAM.value or not _TIME.value:
         return [None for _ in schedules]
     with warnings.catch_warnings(action="ignore"):  # they came when the model was opened
-        config, base, params = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype)
-    weights = serving.weights_of(params, config, base)
-    del params
+        config, _, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
     batch, length = tokens.shape
     models = [serving.restrict(weights, config, schedule) for schedule in schedules]
     seconds: list[list[float]] = [[] for _ in schedules]
@@ -341,7 +339,7 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
             cache = serving.init_cache(config, schedule, batch, length, weights.embedding.dtype)
             jax.block_until_ready(cache)
             began = time.perf_counter()
-            prefill(model, list(tokens), cache, config)[0].block_until_ready()
+            serving.prefill_prompts(model, list(tokens), cache, config)[0].block_until_ready()
             if round:
                 seconds[i].append(time.perf_counter() - began)
     return [statistics.median(times) for times in seconds]

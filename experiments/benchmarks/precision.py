@@ -24,41 +24,46 @@ from indexcache_jax import serving
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
-from indexcache_jax.serving import FP8, Weights
+from indexcache_jax.serving import FP8, CacheFormat, Weights
 
 for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype"):
     flags.declare_key_flag(_name)
 
-CACHES: dict[str, dict[str, Any]] = {
-    "fp8 index keys": {"index_dtype": FP8},
-    "fp8 latents": {"latent_dtype": FP8},
-    "fp8 both": {"index_dtype": FP8, "latent_dtype": FP8},
-}
+# The parts of a cache that are kept in 8 bits.
+CACHES = {"fp8 index keys": ("index_dtype",), "fp8 latents": ("latent_dtype",), "fp8 both": ("index_dtype", "latent_dtype")}
 QUERIES = 64  # of a sequence, whose selections are compared
 BLOCK = 256  # tokens whose logits exist at a time
 
-_layer = jax.jit(serving.layer, static_argnames="keys")  # unlike inference's own it keeps its arguments
+
+def cache_format(cache: str | None, dtype: Any) -> CacheFormat:
+    """The format of one of CACHES beside `dtype`; None is all of it in `dtype`."""
+    return dataclasses.replace(CacheFormat.of(dtype), **dict.fromkeys(() if cache is None else CACHES[cache], FP8))
 
 
 def walk(
-    weights: Weights, tokens: jax.Array, config: Config, schedule: Schedule, given: list[jax.Array] | None = None, **kinds: Any
+    weights: Weights,
+    tokens: jax.Array,
+    config: Config,
+    schedule: Schedule,
+    form: CacheFormat,
+    given: list[jax.Array] | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Hidden states [1, S, D] before every layer and after the last, and the F layers' indices [1, S, k] of tokens [1, S].
 
-    `given`: hidden states that stand before the layers instead of the ones that the layers below made. `kinds`: of the
-    cache, as `serving.init_cache` takes them.
+    `given`: hidden states that the layers take instead of those that the layers below made.
     """
     s = tokens.shape[1]
-    cache = serving.init_cache(config, schedule, 1, s, weights.embedding.dtype, **kinds)
+    cache = serving.init_cache(config, schedule, 1, s, form)
     x, positions = serving.embed(weights.embedding, tokens, cache.lengths, jnp.full((1,), s, jnp.int32), config)
-    states, selections, indices = [x], [], None
-    for i, (p, one) in enumerate(zip(weights.layers, cache.layers, strict=True)):
-        x, found, _ = _layer(p, x if given is None else given[i], None if p.full else indices, one, positions, s, config)
-        if p.full:
-            assert found is not None  # an F layer selects
-            indices = found
-            selections.append(found)
+    states, selections = [x], []
+
+    def record(layer: int, x: jax.Array, selected: jax.Array | None) -> jax.Array:
         states.append(x)
+        if selected is not None:
+            selections.append(selected)
+        return x if given is None else given[layer + 1]
+
+    serving.walk(weights, x if given is None else given[0], cache, positions, s, config, visit=record)
     return states, selections
 
 
@@ -81,19 +86,20 @@ def selected_alike(exact: list[jax.Array], rounded: list[jax.Array], k: int) -> 
 
 def measure(weights: Weights, cuts: np.ndarray, config: Config, schedule: Schedule) -> dict[str, dict[str, Any]]:
     """By cache: losses in nats a token, KL, agreement of the likeliest token, and what the F layers select alike."""
-    head = Weights(weights.embedding, (), weights.final_norm, weights.head)
+    dtype = weights.embedding.dtype
     sums = {name: np.zeros(4) for name in CACHES}
     alike: dict[str, list[np.ndarray]] = {name: [] for name in CACHES}
     for number, cut in enumerate(cuts):
         tokens, targets = jnp.asarray(cut[None, :-1]), jnp.asarray(cut[1:])
-        states, selections = walk(weights, tokens, config, schedule)
-        for name, kinds in CACHES.items():
-            rounded, _ = walk(weights, tokens, config, schedule, **kinds)
+        states, selections = walk(weights, tokens, config, schedule, cache_format(None, dtype))
+        for name in CACHES:
+            form = cache_format(name, dtype)
+            rounded, _ = walk(weights, tokens, config, schedule, form)
             for first in range(0, targets.size, BLOCK):
                 part = slice(first, first + BLOCK)
-                found = _compare(head, states[-1][0, part], rounded[-1][0, part], targets[part], config)
+                found = _compare(weights.ends, states[-1][0, part], rounded[-1][0, part], targets[part], config)
                 sums[name] += np.asarray(found, np.float64)
-            _, chosen = walk(weights, tokens, config, schedule, states, **kinds)
+            _, chosen = walk(weights, tokens, config, schedule, form, states)
             alike[name].append(selected_alike(selections, chosen, config.index_topk))
         print(f"sequence {number + 1}/{len(cuts)}", flush=True)
     result = {}
@@ -124,17 +130,15 @@ HEADER = [
 
 def rows(measured: Mapping[str, Mapping[str, Any]], config: Config, schedule: Schedule, dtype: Any) -> list[list[str]]:
     """The table, the unrounded cache first."""
-    size = serving.bytes_per_token(config, schedule, jnp.dtype(dtype), jnp.dtype(dtype))
+    size = serving.bytes_per_token(config, schedule, dtype)
     exact = next(iter(measured.values()))["loss_unrounded"]
     table = [[f"{dtype}", f"{size:,}", f"{exact:.4f}", "", "", "", "", ""]]
     for name, one in measured.items():
-        kinds = CACHES[name]
-        latent, index = (jnp.dtype(kinds.get(part, dtype)) for part in ("latent_dtype", "index_dtype"))
         alike = one["selected_alike"]
         table.append(
             [
                 name,
-                f"{serving.bytes_per_token(config, schedule, latent, index):,}",
+                f"{serving.bytes_per_token(config, schedule, cache_format(name, dtype)):,}",
                 f"{one['loss']:.4f}",
                 f"{100 * (one['loss'] / exact - 1):+.2f} %",
                 f"{one['divergence']:.5f}",
@@ -148,7 +152,7 @@ def rows(measured: Mapping[str, Mapping[str, Any]], config: Config, schedule: Sc
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A checkpoint, the form of its weights that inference runs, and cuts [N, S+1] of held-out text."""
+    """A checkpoint, its weights as inference runs them, and cuts [N, S+1] of held-out text."""
 
     checkpoint: inputs.Checkpoint
     config: Config
@@ -161,14 +165,14 @@ def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
-    config, schedule, params = checkpoints_convert.load(checkpoint.directory, dtype=jnp.dtype(checkpoint.dtype))
+    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
     reader = inputs.reader(checkpoint.directory, config)
     given = options.HELD_OUT.value
     documents = text.documents(given) if given else inputs.split("", given, "held_out").held_out
     cuts = reader.draw(documents, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     about = f"{schedule.pattern}; {len(cuts)} x {reader.context} tokens; {checkpoint.dtype} on {device()['kind']}"
     print(f"{checkpoint.name}: {about}")
-    return Inputs(checkpoint, config, schedule, serving.weights_of(params, config, schedule), cuts)
+    return Inputs(checkpoint, config, schedule, weights, cuts)
 
 
 def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output) -> None:

@@ -18,8 +18,9 @@ from experiments.common import options, text
 from experiments.common.runs import Stage
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import FP8, CacheFormat
 
-CACHE_DTYPES: dict[str | None, Any] = {None: None, "fp8": jnp.float8_e4m3fn, "bf16": jnp.bfloat16}
+CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's flags may say
 
 # ---- the model and its schedule
 
@@ -79,6 +80,15 @@ def only_schedule() -> str | None:
     if len(entries) > 1:
         raise ValueError(f"--schedule={','.join(entries)}: this experiment takes one schedule")
     return entries[0] if entries else None
+
+
+# ---- inference
+
+
+def cache_format(latent_dtype: Any, index_dtype: Any) -> CacheFormat:
+    """What --latent_cache and --index_cache ask for, or the dtypes given for those that are not set."""
+    latent, index = options.LATENT_CACHE.value, options.INDEX_CACHE.value
+    return CacheFormat(CACHE_DTYPES[latent] if latent else latent_dtype, CACHE_DTYPES[index] if index else index_dtype)
 
 
 # ---- text

@@ -34,6 +34,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -58,24 +59,22 @@ _ROWS = flags.DEFINE_integer("full_rows", 0, "rows of the full cache; default as
 _RUN = flags.DEFINE_integer("token_run", 1, "times that each random token of a prompt stands in a row: neighbours select alike")
 _PRICE = flags.DEFINE_float("gpu_hour_price", 3.0, "of one device, for the cost of a million tokens", lower_bound=0)
 
-# What --schedule, --chunk and the caches are by default.
+# What --schedule and --chunk are by default.
 SCHEDULES = (options.ALL_F, "1/2", "1/4")
 CHUNK = 10240
-LATENT_CACHE, INDEX_CACHE = "bf16", "fp8"
 SECONDS = 330.0  # by default, of a run
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What is measured. schedules: by the entries of --schedule; latent_cache, index_cache: "fp8" or "bf16"."""
+    """What is measured. schedules: by the entries of --schedule; prompt: the tokens of the longest length."""
 
     model: Model
     schedules: dict[str, Schedule]
     sizes: Sizes
-    latent_cache: str
-    index_cache: str
+    cache_format: serving.CacheFormat
     rounds: int
-    prompt: np.ndarray  # [tokens of the longest length]
+    prompt: np.ndarray
 
     @property
     def model_name(self) -> str:
@@ -114,8 +113,7 @@ def read_inputs(seed: int) -> Inputs:
         model=shape,
         schedules={entry: shape.schedule(entry) for entry in dict.fromkeys(options.SCHEDULE.value or SCHEDULES)},
         sizes=sizes,
-        latent_cache=options.LATENT_CACHE.value or LATENT_CACHE,
-        index_cache=options.INDEX_CACHE.value or INDEX_CACHE,
+        cache_format=inputs.cache_format(jnp.bfloat16, serving.FP8),
         rounds=_ROUNDS.value,
         prompt=random_prompt(seed, shape.config.vocab_size, sizes.lengths[-1], _RUN.value),
     )
@@ -131,8 +129,7 @@ def make_bench(given: Inputs, seed: int) -> Bench:
         weights={entry: serving.restrict(whole, shape.config, schedule) for entry, schedule in given.schedules.items()},
         schedules=given.schedules,
         sizes=given.sizes,
-        latent_dtype=inputs.CACHE_DTYPES[given.latent_cache],
-        index_dtype=inputs.CACHE_DTYPES[given.index_cache],
+        cache_format=given.cache_format,
     )
 
 
@@ -141,10 +138,11 @@ class Reporter:
 
     def __init__(self, given: Inputs, output: Output) -> None:
         self.given, self.output = given, output
+        names = {dtype: name for name, dtype in inputs.CACHE_DTYPES.items()}
         self.about: dict[str, Any] = {
             "model": given.model_name,
-            "index_cache": given.index_cache,
-            "latent_cache": given.latent_cache,
+            "index_cache": names[given.cache_format.index_dtype],
+            "latent_cache": names[given.cache_format.latent_dtype],
             "chunk": given.sizes.chunk,
         }
 

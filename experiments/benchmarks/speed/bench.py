@@ -15,15 +15,17 @@ from experiments.benchmarks.speed.models import Model
 from experiments.common.profiling import KERNEL_BY_KERNEL
 from indexcache_jax import serving
 from indexcache_jax.config import Config
-from indexcache_jax.generate import ROUND, decode, last_logits, prefill_chunk, visible_keys
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat, prefill_chunk
+from indexcache_jax.serving.cache import formats
+from indexcache_jax.serving.generation import CACHE_MULTIPLE, decode_program, padded_kv_length
+from indexcache_jax.serving.layer import LayerFunction, layer_program, run_layer_in_place
+from indexcache_jax.serving.model import last_hidden, last_logits
 
 ROWS_WITHOUT_MEMORY_FIGURES = 3
 MARGIN = 2 * 2**30  # bytes of device memory left free, for what libraries take and the allocator rounds up
 
-profiled_layer = jax.jit(
-    serving.layer, static_argnames="keys", donate_argnames=("x", "cache"), compiler_options=KERNEL_BY_KERNEL
-)
+profiled_layer = layer_program(None, donate=True, compiler_options=tuple(KERNEL_BY_KERNEL.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Sizes:
 
     def room(self, length: int) -> int:
         """Positions of a cache that holds `length` tokens and what is decoded after them."""
-        return length + -(-self.steps // ROUND) * ROUND
+        return length + -(-self.steps // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
 
 @dataclasses.dataclass
@@ -53,8 +55,7 @@ class Bench:
     weights: dict[str, serving.Weights]
     schedules: dict[str, Schedule]
     sizes: Sizes
-    latent_dtype: Any
-    index_dtype: Any
+    cache_format: CacheFormat
     decode_one: dict[str, Any] = dataclasses.field(default_factory=dict)  # compiled, by pattern
     decode_full: dict[tuple[str, int], tuple[int, Any]] = dataclasses.field(default_factory=dict)  # rows and program
 
@@ -63,17 +64,10 @@ class Bench:
         return self.model.config
 
     def cache(self, pattern: str, batch: int, max_len: int) -> serving.Cache:
-        return serving.init_cache(
-            self.config,
-            self.schedules[pattern],
-            batch,
-            max_len,
-            latent_dtype=self.latent_dtype,
-            index_dtype=self.index_dtype,
-        )
+        return serving.init_cache(self.config, self.schedules[pattern], batch, max_len, self.cache_format)
 
     def bytes_per_token(self, pattern: str) -> int:
-        return serving.bytes_per_token(self.config, self.schedules[pattern], self.latent_dtype, self.index_dtype)
+        return serving.bytes_per_token(self.config, self.schedules[pattern], self.cache_format)
 
     def full_rows(self, pattern: str, length: int, asked: int, temporaries: int = 0) -> int:
         """Rows of `length` tokens that fit beside the weights and a program's temporary memory, at least one."""
@@ -90,7 +84,7 @@ class Bench:
     def lower_decode(self, pattern: str, batch: int, max_len: int) -> Any:
         cache = jax.eval_shape(lambda: self.cache(pattern, batch, max_len))
         token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        return decode.lower(self.weights[pattern], token, cache, self.config, steps=self.sizes.steps)
+        return decode_program(formats(cache)).lower(self.weights[pattern], token, cache, self.config, steps=self.sizes.steps)
 
     def compile_full(self, pattern: str, length: int, rows: int) -> None:
         self.decode_full[pattern, length] = rows, self.lower_decode(pattern, rows, self.sizes.room(length)).compile()
@@ -113,14 +107,13 @@ class Bench:
             Schedule("F"),
             1,
             self.sizes.max_len,
-            latent_dtype=self.latent_dtype,
-            index_dtype=self.index_dtype,
+            self.cache_format,
         ).layers[0]
         if not p.full:
             one = dataclasses.replace(one, index_keys=None, index_scales=None)
-        keys = visible_keys(self.sizes.max_len, self.sizes.max_len)
-        indices = None if p.full else jnp.zeros((1, self.sizes.chunk, min(self.config.index_topk, keys)), jnp.int32)
-        return jax.block_until_ready(serving.prefill_layer(p, x, indices, one, positions, keys, self.config)[0])
+        kv_length = padded_kv_length(self.sizes.max_len, self.sizes.max_len)
+        indices = None if p.full else jnp.zeros((1, self.sizes.chunk, min(self.config.index_topk, kv_length)), jnp.int32)
+        return jax.block_until_ready(run_layer_in_place(p, x, indices, one, positions, kv_length, self.config)[0])
 
     def compile(self, asked_rows: int) -> None:
         """All programs, at the same time on the host's cores."""
@@ -152,13 +145,13 @@ class Bench:
     # Runs.
 
     def prefill_chunk(
-        self, pattern: str, tokens: jax.Array, cache: serving.Cache, layer: Callable[..., Any] = serving.prefill_layer
+        self, pattern: str, tokens: jax.Array, cache: serving.Cache, layer: LayerFunction = run_layer_in_place
     ) -> tuple[jax.Array, serving.Cache]:
         lengths = jnp.full((1,), self.sizes.chunk, jnp.int32)
-        keys = visible_keys(self.sizes.max_len, self.sizes.max_len)
+        kv_length = padded_kv_length(self.sizes.max_len, self.sizes.max_len)
         weights = self.weights[pattern]
-        x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, keys, layer)
-        return last_logits(weights, x, lengths, self.config), cache
+        x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, kv_length, layer)
+        return last_logits(weights, last_hidden(x, lengths, jnp.zeros_like(x[:, 0])), self.config), cache
 
     def decode(self, program: Any, pattern: str, cache: serving.Cache) -> tuple[jax.Array, serving.Cache]:
         token = jnp.zeros_like(cache.lengths)

@@ -17,7 +17,8 @@ from experiments.benchmarks.speed.rows import Row, record
 from experiments.benchmarks.speed.stages import Profile
 from experiments.benchmarks.speed.tables import cells
 from indexcache_jax import serving
-from indexcache_jax.generate import visible_keys
+from indexcache_jax.serving.generation import padded_kv_length
+from indexcache_jax.serving.layer import run_layer_in_place
 
 PAIRS = 64  # neighbouring queries whose selections are compared in every F layer
 TIMED = 3  # decode programs a figure
@@ -149,13 +150,15 @@ class Rounds:
         weights, lengths = bench.weights[pattern], jnp.full((1,), bench.sizes.chunk, jnp.int32)
         cache = at(cache, length - bench.sizes.chunk)
         x, positions = serving.embed(weights.embedding, self.chunk_at(length), cache.lengths, lengths, bench.config)
-        indices, overlaps = None, []
-        keys = visible_keys(bench.sizes.max_len, bench.sizes.max_len)
-        for p, one in zip(weights.layers, cache.layers, strict=True):
-            x, selected, _ = serving.prefill_layer(p, x, None if p.full else indices, one, positions, keys, bench.config)
-            if p.full:
-                indices = selected
-                overlaps.append(neighbours_overlap(indices))
+        overlaps = []
+
+        def record(layer: int, x: jax.Array, selected: jax.Array | None) -> jax.Array:
+            if selected is not None:
+                overlaps.append(neighbours_overlap(selected))
+            return x
+
+        kv_length = padded_kv_length(bench.sizes.max_len, bench.sizes.max_len)
+        serving.walk(weights, x, cache, positions, kv_length, bench.config, run_layer_in_place, record)
         self.overlap[pattern] = float(np.mean(jax.device_get(overlaps)))
 
     def full_step(self, pattern: str, one: serving.Cache, length: int) -> float:

@@ -7,6 +7,7 @@ from absl.testing import flagsaver
 
 from experiments.common import inputs, options, text
 from indexcache_jax.config import Config
+from indexcache_jax.serving import CacheFormat
 
 CONFIG = Config.from_hf(options.DEMO)
 
@@ -108,3 +109,9 @@ def test_values_below_one_are_named():
     options.check_positive("batch_size", "chunk")  # whose default is None
     with flagsaver.flagsaver(sequences=0), pytest.raises(ValueError, match="--sequences=0: must be at least 1"):
         options.check_positive("batch_size", "sequences")
+
+
+def test_a_cache_is_kept_in_what_the_flags_say():
+    assert inputs.cache_format("float32", "bfloat16") == CacheFormat("float32", "bfloat16")
+    with flagsaver.flagsaver(latent_cache="fp8", index_cache="bf16"):
+        assert inputs.cache_format("float32", "float32") == CacheFormat("float8_e4m3fn", "bfloat16")
