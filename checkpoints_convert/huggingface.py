@@ -17,7 +17,8 @@ import numpy as np
 
 from checkpoints_convert import fp8
 from checkpoints_convert.safetensors_io import INDEX, NAMES, SINGLE, Entry, Spec, read_directory
-from indexcache_jax.config import Config, read_config_json
+from indexcache_jax.config import Config
+from indexcache_jax.config_json import read_config_json
 from indexcache_jax.params import abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Part, Source, Tensor, as_stored, leaves, whole

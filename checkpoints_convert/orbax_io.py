@@ -22,7 +22,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from checkpoints_convert.trees import Leaf, Leaves
-from indexcache_jax.config import Config, read_config_json
+from indexcache_jax.config import Config
+from indexcache_jax.config_json import read_config_json
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Part, Tensor, leaves

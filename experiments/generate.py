@@ -25,10 +25,9 @@ from absl import flags
 import checkpoints_convert
 from experiments.common import inputs, options, text
 from experiments.common.report import Output, markdown_table
-from indexcache_jax import serving
+from indexcache_jax import search, serving
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import greedy as search
 from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_document
 from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
 

@@ -22,11 +22,11 @@ import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
 from experiments.common import inputs, options, plots
 from experiments.common.report import Output, device, markdown_table, text_table
-from indexcache_jax import serving
-from indexcache_jax.config import ARCHITECTURES, GLM, Config
+from indexcache_jax import search, serving
+from indexcache_jax.config import Config
+from indexcache_jax.config_json import ARCHITECTURES, GLM
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
-from indexcache_jax.search import greedy as search
 from indexcache_jax.search import overlap
 from indexcache_jax.search.streamed import StreamedEvaluator
 
@@ -92,7 +92,7 @@ class InMemory:
         return {"pattern": self.schedule.pattern, "dtype": dtype, **search.fingerprint(self.params, batches)}
 
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
-        return overlap.overlap(self.params, self.config, self.schedule, batches)
+        return overlap.layer_overlap(self.params, self.config, self.schedule, batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,14 +260,14 @@ def find(
         smallest = min(sizes)
         bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
         losses = model.evaluator(calibration, bar.update, log)
-        steps = search.greedy(losses, base, num_full=smallest, blocks=goal.blocks)
+        steps = search.greedy_search(losses, base, num_full=smallest, blocks=goal.blocks)
         if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
-            steps += search.greedy(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]
+            steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]
         log.close()
         bar.total = bar.n
         bar.refresh()
     reached = [size for size in sizes if size >= steps[-1].schedule.num_full]
-    return steps, {size: search.with_at_most(steps, size).schedule for size in reached}
+    return steps, {size: search.first_step_with_at_most(steps, size).schedule for size in reached}
 
 
 def within_budget(steps: list[search.Step], budget: float) -> search.Step:

@@ -1,8 +1,9 @@
 """IndexCache for DeepSeek Sparse Attention: schedules, models, search and distillation as pure functions in JAX."""
 
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
 from indexcache_jax.model import forward, selections
 from indexcache_jax.params import Params, init
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import (
     Cache,

@@ -1,4 +1,4 @@
-"""Rotary position embedding: plain and yarn frequencies, both layouts of the rotated pairs."""
+"""Rotary position embedding: plain and yarn frequencies, both layouts of the rotated pairs (docs/model.md, Rope)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from indexcache_jax.config import Config
 
-CosSin = tuple[jax.Array, jax.Array]
+CosSin = tuple[jax.Array, jax.Array]  # cosines and sines, [B, S, dr / 2] float32 each
 
 
 def frequencies(config: Config) -> np.ndarray:
-    """Angle per position of each rotated pair, [dr / 2] float64.
+    """The angle in radians by which each pair turns from one position to the next, [dr / 2] float64.
 
     Plain: theta^(-2j / dr). Yarn divides the slow ones by `factor` and blends linearly between the pairs that turn
     beta_fast and beta_slow times within the original context.
@@ -25,6 +25,7 @@ def frequencies(config: Config) -> np.ndarray:
         return plain
 
     def pair_turning(times: float) -> float:
+        """The pair, as a fraction of an index, that turns so many times within the original context."""
         return dim * math.log(rope.original_max_position / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low = max(math.floor(pair_turning(rope.beta_fast)), 0)
@@ -40,7 +41,7 @@ def cos_sin(positions: jax.Array, config: Config) -> CosSin:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
-    """Rotates the pairs of x [B, S, ..., dr] in float32 and returns x's dtype.
+    """x [B, S, ..., dr] with its pairs rotated by cos and sin [B, S, dr / 2], in float32, returned in x's dtype.
 
     Interleaved pairs are (x[2j], x[2j+1]); otherwise (x[j], x[j + dr / 2]). The result keeps the layout of x.
     """

@@ -1,4 +1,6 @@
-"""Schedule: which layers run their indexer (F) and which reuse indices (S), as one static value (SPEC.md 1.3).
+"""Schedule: which layers run their indexer (F) and which reuse indices (S), as one static value.
+
+The rules that give a schedule, and what each engine reads, are in docs/model.md, Schedules.
 
 A schedule has no array leaves: jit specialises on it, so an S layer is compiled without an indexer, its weights or
 its key cache.
@@ -43,18 +45,22 @@ class Schedule:
 
     @property
     def num_layers(self) -> int:
+        """L, the number of layers."""
         return len(self.pattern)
 
     @property
     def is_full(self) -> tuple[bool, ...]:
+        """For every layer whether it is F."""
         return tuple(letter == "F" for letter in self.pattern)
 
     @property
     def full_layers(self) -> tuple[int, ...]:
+        """The numbers of the F layers, ascending."""
         return tuple(i for i, full in enumerate(self.is_full) if full)
 
     @property
     def num_full(self) -> int:
+        """How many layers are F."""
         return self.pattern.count("F")
 
     @property
@@ -67,7 +73,10 @@ class Schedule:
         return tuple(sources)
 
     def serves(self, layer: int) -> tuple[int, ...]:
-        """The layers that read the indices of F layer `layer`: itself and the S layers up to the next F."""
+        """The layers that attend with the indices of F layer `layer`: itself and the S layers up to the next F.
+
+        Raises ValueError for a layer that is not F.
+        """
         if not (0 <= layer < self.num_layers and self.is_full[layer]):
             raise ValueError(f"layer {layer} of {self.pattern} is not an F layer")
         return tuple(i for i, source in enumerate(self.source) if source == layer)
@@ -77,17 +86,18 @@ class Schedule:
         if self.num_layers != num_layers:
             raise ValueError(f"schedule pattern: {_show(self.pattern)} has {self.num_layers} entries for {num_layers} layers")
 
-    def shared(self, layer: int) -> Schedule:
-        """This schedule with `layer` turned into S: one flip of the search."""
+    def with_shared(self, layer: int) -> Schedule:
+        """This schedule with `layer` turned from F to S, as one flip of the search; ValueError for layer 0."""
         return Schedule(self.pattern[:layer] + "S" + self.pattern[layer + 1 :])
 
     @classmethod
     def all_full(cls, num_layers: int) -> Schedule:
+        """The schedule in which every layer runs its indexer: plain DeepSeek Sparse Attention."""
         return cls("F" * num_layers)
 
     @classmethod
     def parse(cls, text: str | Sequence[str], num_layers: int | None = None, field: str = "schedule pattern") -> Schedule:
-        """From "FSSF" or ["full", "shared", ...] (either letter case).
+        """The schedule that "FSSF" or ["full", "shared", ...] spells, in either letter case.
 
         Raises ValueError that names `field` and shows the value for other entries, a first layer that is not F, or a
         length other than `num_layers`.
@@ -108,7 +118,10 @@ class Schedule:
 
     @classmethod
     def from_freq(cls, num_layers: int, freq: int, offset: int = DEFAULT_OFFSET) -> Schedule:
-        """The released rule: layer i is F iff max(i - offset + 1, 0) mod freq == 0. ValueError for freq or offset below 1."""
+        """The rule of GLM-5.2's config.json: layer i is F where max(i - offset + 1, 0) mod freq == 0.
+
+        freq and offset are index_topk_freq and index_skip_topk_offset. Raises ValueError for a number below 1.
+        """
         for field, value in (("num_hidden_layers", num_layers), ("index_topk_freq", freq), ("index_skip_topk_offset", offset)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field}: {value!r} is not an integer of at least 1")
@@ -116,7 +129,10 @@ class Schedule:
 
     @classmethod
     def uniform(cls, num_layers: int, num_full: int) -> Schedule:
-        """`num_full` F layers spread evenly from layer 0: the baseline at any retention, also where no freq gives it."""
+        """The schedule of `num_full` F layers spread evenly from layer 0: what searched schedules are compared with.
+
+        Raises ValueError unless num_full is between 1 and num_layers.
+        """
         if not 1 <= num_full <= num_layers:
             raise ValueError(f"num_full: {num_full!r} is not between 1 and {num_layers}")
         full = {i * num_layers // num_full for i in range(num_full)}
@@ -124,26 +140,28 @@ class Schedule:
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> Schedule:
-        """The schedule a config.json asks for: indexer_types, else index_topk_pattern, else freq and offset, else all F.
+        """The schedule that a config.json asks for (docs/model.md, Schedules).
 
-        Null means absent. Fields that disagree: the first of that order wins, with a warning.
+        The first field of indexer_types, index_topk_pattern, index_topk_freq (with index_skip_topk_offset) that is not null
+        decides, with a warning where a later one disagrees; all layers are F where none is there. Raises ValueError that
+        names the field at fault.
         """
         num_layers = fields.get("num_hidden_layers")
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_hidden_layers: {num_layers!r} is not an integer of at least 1")
-        found: dict[str, Schedule] = {}
+        by_field: dict[str, Schedule] = {}
         for field in ("indexer_types", "index_topk_pattern"):
             if fields.get(field) is not None:
-                found[field] = cls.parse(fields[field], num_layers, field)
+                by_field[field] = cls.parse(fields[field], num_layers, field)
         if fields.get("index_topk_freq") is not None:
             offset = fields.get("index_skip_topk_offset")
-            found["index_topk_freq"] = cls.from_freq(
+            by_field["index_topk_freq"] = cls.from_freq(
                 num_layers, fields["index_topk_freq"], DEFAULT_OFFSET if offset is None else offset
             )
-        if not found:
+        if not by_field:
             return cls.all_full(num_layers)
-        winner, schedule = next(iter(found.items()))
-        for field, other in found.items():
+        winner, schedule = next(iter(by_field.items()))
+        for field, other in by_field.items():
             # A freq of 1 is every config class's default, not a statement against the list beside it.
             if other != schedule and not (field == "index_topk_freq" and fields[field] == 1):
                 warnings.warn(f"{field} gives {other.pattern}, but {winner} gives {schedule.pattern} and wins", stacklevel=2)
@@ -160,10 +178,10 @@ class Schedule:
         }
 
     def to_engine(self, engine: str) -> dict[str, Any]:
-        """The setting to paste, as a dict (precedences of SPEC.md 1.3). ValueError for an unknown engine.
+        """The setting that makes an inference engine use this schedule, as a dict (docs/model.md, Schedules).
 
         transformers: config.json, or `from_pretrained(path, **setting)`; sglang: --json-model-override-args;
-        vllm: --hf-overrides; tensorrt-llm: config.json.
+        vllm: --hf-overrides; tensorrt-llm: config.json. Raises ValueError for another engine.
         """
         fields = self.to_hf()
         if engine == "transformers":

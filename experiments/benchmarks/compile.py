@@ -23,8 +23,9 @@ from absl import flags
 from experiments.common import options
 from experiments.common.report import Output, markdown_table, text_table
 from indexcache_jax import params, serving, tensors
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
 from indexcache_jax.positions import make_positions
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving.cache import abstract, formats, shape_structs
 from indexcache_jax.serving.layer import layer_program

@@ -81,7 +81,7 @@ def selected_alike(exact: list[jax.Array], rounded: list[jax.Array], k: int) -> 
     s = exact[0].shape[1]
     picked = np.unique(np.linspace(k, s - 1, QUERIES).astype(int))
     pairs = [jnp.stack([a[0, picked], b[0, picked]]) for a, b in zip(exact, rounded, strict=True)]
-    return np.array([float(jnp.mean(overlap.shared(pair)[:, 0, 1])) / k for pair in pairs])
+    return np.array([float(jnp.mean(overlap.intersection_sizes(pair)[:, 0, 1])) / k for pair in pairs])
 
 
 def measure(weights: Weights, cuts: np.ndarray, config: Config, schedule: Schedule) -> dict[str, dict[str, Any]]:

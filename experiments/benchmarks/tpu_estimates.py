@@ -17,8 +17,9 @@ import numpy as np
 
 from checkpoints_convert import load
 from experiments.common.report import markdown_table
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
 from indexcache_jax.model import selections
+from indexcache_jax.presets import preset
 from pallas_kernels import tpu, tpu_sets
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
 from pallas_kernels.sparse_mla import mosaic_tpu as attention_kernel

@@ -33,7 +33,7 @@ from indexcache_jax import distill
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, abstract, shape_structs
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search.greedy import fingerprint
+from indexcache_jax.search import fingerprint
 
 LOG = "train.jsonl"
 CHECKPOINTS = "training"
@@ -157,7 +157,7 @@ def step(
     schedule: Schedule,
     stage: Stage,
     steps: jax.Array | int | None = None,
-    roles: distill.Roles | None = None,
+    roles: distill.TracedSchedule | None = None,
 ) -> tuple[Params, Any, jax.Array]:
     """One update on tokens [accumulate, rows, S+1]: params, optimiser state and METRICS [4], means over the micro-batches.
 
@@ -176,7 +176,7 @@ def step(
             sparse=stage.kind == "sparse",
             cross_layer=stage.cross_layer,
             compute_dtype=jnp.dtype(stage.compute_dtype),
-            roles=roles,
+            traced=roles,
         )
         total = {"dense": found.language, "warmup": found.indexer, "sparse": found.language + found.indexer}[stage.kind]
         return total, found
@@ -194,9 +194,9 @@ def step(
     updates, state = optimiser(stage, config, schedule, steps).update(grads, state, trained)
     params = merge(optax.apply_updates(trained, updates), frozen)
     if params.moe is not None and stage.balance_speed:
-        bias = distill.balance(params.moe.router_bias, found.loads, stage.balance_speed)
+        bias = distill.balance(params.moe.router_bias, found.tokens_per_expert, stage.balance_speed)
         params = dataclasses.replace(params, moe=dataclasses.replace(params.moe, router_bias=bias))
-    share = jnp.max(found.loads / jnp.sum(found.loads, axis=-1, keepdims=True), initial=0.0)
+    share = jnp.max(found.tokens_per_expert / jnp.sum(found.tokens_per_expert, axis=-1, keepdims=True), initial=0.0)
     return params, state, jnp.stack([found.language, found.indexer, share, optax.tree.norm(grads)])
 
 
@@ -303,7 +303,7 @@ def train(
     seed: int,
     resume: bool,
     saving: Saving,
-    roles: distill.Roles | None = None,
+    roles: distill.TracedSchedule | None = None,
 ) -> Trained:
     """Float32 params after all stages on a stream of tokens. Checkpoints and metrics go into the output's folder.
 
@@ -362,7 +362,7 @@ def _without_checkpoints(
     schedule: Schedule,
     output: Output,
     saving: Saving,
-    roles: distill.Roles | None,
+    roles: distill.TracedSchedule | None,
 ) -> Trained:
     metrics = Metrics(output.directory, 0)
     try:
@@ -421,7 +421,7 @@ def _some_steps(
     metrics: Metrics,
     saving: Saving,
     folder: pathlib.Path | None,
-    roles: distill.Roles | None,
+    roles: distill.TracedSchedule | None,
 ) -> tuple[Params, Any]:
     """Steps within one stage, their metrics written. folder: of the checkpoints, if there are any.
 
@@ -462,7 +462,9 @@ def _some_steps(
     return params, state
 
 
-def compile_steps(stages: Sequence[Stage], config: Config, schedule: Schedule, roles: distill.Roles | None = None) -> None:
+def compile_steps(
+    stages: Sequence[Stage], config: Config, schedule: Schedule, roles: distill.TracedSchedule | None = None
+) -> None:
     """Compiles the stages' steps side by side; calls of `step` with these find them compiled."""
     params = shape_structs(config, schedule, jnp.float32)
 
@@ -477,7 +479,12 @@ def compile_steps(stages: Sequence[Stage], config: Config, schedule: Schedule, r
 
 
 def seconds_per_step(
-    params: Params, stage: Stage, config: Config, schedule: Schedule, roles: distill.Roles | None = None, repeats: int = 3
+    params: Params,
+    stage: Stage,
+    config: Config,
+    schedule: Schedule,
+    roles: distill.TracedSchedule | None = None,
+    repeats: int = 3,
 ) -> float:
     """How long a step takes here, once compiled, on random tokens and a copy of the params.
 

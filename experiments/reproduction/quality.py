@@ -38,14 +38,13 @@ from experiments.common.options import ALL_F
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Saving, Stage
 from experiments.reproduction import ngram, retrieval
-from indexcache_jax import model
+from indexcache_jax import model, search
 from indexcache_jax.config import Config
-from indexcache_jax.distill import roles_of
+from indexcache_jax.distill import traced_schedule
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import greedy as search
 from indexcache_jax.search import layerwise
-from indexcache_jax.search.overlap import overlap
+from indexcache_jax.search.overlap import layer_overlap
 
 for _name in (
     *("checkpoint", "dtype", "context", "text", "sequences", "held_out_sequences", "batch_size", "woven"),
@@ -152,7 +151,7 @@ def searched(studied: Model, cuts: np.ndarray, num_full: int, output: Output, na
     about = {"pattern": studied.base.pattern, "dtype": studied.dtype, **search.fingerprint(studied.params, batches)}
     log = search.Log(output.directory / f"search-{name}.jsonl", about)
     losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
-    steps = search.greedy(losses, studied.base, num_full=num_full, blocks=options.BLOCKS.value)
+    steps = search.greedy_search(losses, studied.base, num_full=num_full, blocks=options.BLOCKS.value)
     log.close()
     return steps
 
@@ -180,7 +179,7 @@ def schedules(studied: Model, cuts: np.ndarray, output: Output, seed: int) -> di
     for retention, size in sizes.items():
         of_kinds = (
             Schedule.uniform(layers, size),
-            search.with_at_most(steps, size).schedule,
+            search.first_step_with_at_most(steps, size).schedule,
             search.most_similar(similarity, size),
         )
         named |= {f"{retention} {kind}": schedule for kind, schedule in zip(KINDS, of_kinds, strict=True)}
@@ -188,7 +187,9 @@ def schedules(studied: Model, cuts: np.ndarray, output: Output, seed: int) -> di
     tried = [
         {
             "full": before.schedule.num_full,
-            "similarity": [search.likeness(similarity, before.schedule.shared(layer)) for layer in step.candidates],
+            "similarity": [
+                search.total_similarity(similarity, before.schedule.with_shared(layer)) for layer in step.candidates
+            ],
             "loss": list(step.candidates.values()),
         }
         for before, step in itertools.pairwise(steps)
@@ -213,7 +214,7 @@ def distilled(
         seed=seed,
         resume=False,
         saving=Saving(every=None, log_every=log_every),
-        roles=roles_of(schedule, cross_layer=not name.endswith(OWN)),
+        roles=traced_schedule(schedule, cross_layer=not name.endswith(OWN)),
     )
     return jax.tree.map(lambda a, b: a.astype(b.dtype), trained.params, studied.params)
 
@@ -329,7 +330,7 @@ def domain_matrix(studied: Model, domains: dict[str, Domain], seed: int, output:
     rows = {ALL_F: studied.base, "uniform": Schedule.uniform(layers, size)}
     for name, chosen in cuts.items():
         steps = searched(studied, chosen, size, output, f"{name}-{seed}-{size}")
-        rows[f"searched on {name}"] = search.with_at_most(steps, size).schedule
+        rows[f"searched on {name}"] = search.first_step_with_at_most(steps, size).schedule
     return {
         row: {
             name: search.Evaluator(studied.params, studied.config, studied.base, inputs.batches(on)).loss(schedule)
@@ -359,7 +360,7 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
     one, batch = (jax.ShapeDtypeStruct((n, context), dtype) for n in (1, rows))
     number, choice, choices = (jax.ShapeDtypeStruct(*of) for of in (((), dtype), ((), bool), ((layers,), bool)))
     state = jax.eval_shape(layerwise.start, params, batch, config)
-    roles = roles_of(base)
+    roles = traced_schedule(base)
     programs: list[Callable[[], Any]] = [
         lambda: layerwise.hidden_states.lower(params, one, choices, config, base).compile(),
         lambda: layerwise.advance.lower(params, state, number, choice, config, base).compile(),
@@ -387,7 +388,7 @@ def within_the_limit(
         path.unlink(missing_ok=True)  # of another run
         return stages
     if not planned:
-        roles = roles_of(studied.base)
+        roles = traced_schedule(studied.base)
         costs = [training.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
         each = (deadline - FINISH_SECONDS - time.perf_counter()) / runs - other_seconds
         fitted = training.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
@@ -501,7 +502,7 @@ def training_tokens(given: Inputs, stages: list[Stage], output: Output, seed: in
 
 def overlap_of(studied: Model, cuts: np.ndarray) -> list[list[float]]:
     """The mean overlap of the layers' selections [L][L] on cuts [N, S+1], to four digits."""
-    matrix = overlap(studied.params, studied.config, studied.base, inputs.batches(cuts))
+    matrix = layer_overlap(studied.params, studied.config, studied.base, inputs.batches(cuts))
     return [[round(float(value), 4) for value in row] for row in matrix]
 
 

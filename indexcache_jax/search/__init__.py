@@ -1,0 +1,44 @@
+"""Finding a schedule: which layers of a DSA model keep their indexer (F) and which reuse a lower layer's indices (S).
+
+    evaluator = search.Evaluator(params, config, schedule, batches)
+    steps = search.greedy_search(evaluator, schedule, num_full=10)
+    search.first_step_with_at_most(steps, 12).schedule.pattern
+
+The greedy search compares losses, from a model in memory (`Evaluator`) or one whose weights are read layer by layer
+(`StreamedEvaluator`). `most_similar` is the paper's cheaper and worse way, and `layer_overlap` shows what layers share.
+"""
+
+from indexcache_jax.search.evaluator import BatchEvaluator, Evaluator, fingerprint
+from indexcache_jax.search.greedy import (
+    Log,
+    LossOracle,
+    Step,
+    candidates,
+    first_step_with_at_most,
+    greedy_search,
+    layers_to_run,
+)
+from indexcache_jax.search.overlap import intersection_sizes, layer_overlap, mean_overlap
+from indexcache_jax.search.similarity import most_similar, similarities, total_similarity
+from indexcache_jax.search.streamed import Layers, StreamedEvaluator
+
+__all__ = [
+    "BatchEvaluator",
+    "Evaluator",
+    "Layers",
+    "Log",
+    "LossOracle",
+    "Step",
+    "StreamedEvaluator",
+    "candidates",
+    "fingerprint",
+    "first_step_with_at_most",
+    "greedy_search",
+    "intersection_sizes",
+    "layer_overlap",
+    "layers_to_run",
+    "mean_overlap",
+    "most_similar",
+    "similarities",
+    "total_similarity",
+]

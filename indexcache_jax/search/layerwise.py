@@ -1,8 +1,8 @@
-"""A model walked one layer at a time by programs that serve every schedule.
+"""A model run one layer at a time, by programs that compile once for all schedules.
 
-`forward` specialises on its schedule, which is right for inference and wrong for a search that tries hundreds. Here the
-layer's number and its F/S choice are traced: every function compiles once for one shape of batch, whatever the number of
-layers and schedules. A traced choice compiles both branches and runs one.
+`model.forward` specialises on its schedule, which is right for inference and wrong for a search that tries hundreds. Here
+the layer's number and its F/S choice are traced: every function compiles once for one shape of batch, whatever the number
+of layers and schedules. A traced choice compiles both branches and runs one.
 
 The price is that a layer's weights are sliced out of their stacks while the program runs; beside a layer's work on a
 calibration batch that is little.
@@ -19,46 +19,43 @@ import jax.numpy as jnp
 
 from indexcache_jax import model
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, at_layer
-from indexcache_jax.positions import Positions, whole_rows
+from indexcache_jax.params import MLP, MoE, Params, at_layer
+from indexcache_jax.positions import whole_rows
 from indexcache_jax.schedule import Schedule
 
 
 @flax.struct.dataclass
 class State:
-    """What one layer hands to the next: hidden states x [B, S, D] and indices [B, S, k] (-1 before the first layer)."""
+    """What one layer passes to the next: hidden states x [B, S, D] and indices [B, S, k] (-1 before the first layer)."""
 
     x: jax.Array
     indices: jax.Array
 
 
-def _positions(x: jax.Array, config: Config) -> Positions:
-    return whole_rows(x, config)
-
-
 def _slots(layers: tuple[int, ...], config: Config) -> jax.Array:
-    """Place of every layer on the axis that stacks `layers`; 0 for those that are not in it, which must not be read."""
+    """For every layer its slot in the stack of `layers`; 0 for a layer that has none, which must not read it."""
     return jnp.array([layers.index(i) if i in layers else 0 for i in range(config.num_layers)], jnp.int32)
 
 
 def _attention(params: Params, state: State, layer: jax.Array, full: jax.Array, config: Config, schedule: Schedule) -> State:
+    """The state after the attention of `layer`, its residual included."""
     p = model.attention_layer(params, layer, _slots(schedule.full_layers, config)[layer])
-    return State(*model.attention_block(p, state.x, state.indices, _positions(state.x, config), config, full))
+    return State(*model.attention_block(p, state.x, state.indices, whole_rows(state.x, config), config, full))
 
 
 def _mlp(params: Params, x: jax.Array, layer: jax.Array, config: Config) -> jax.Array:
+    """The hidden states [B, S, D] after the MLP of `layer`, dense or of experts; with both kinds, one is chosen at run time."""
     norm = at_layer(params.mlp_norm, layer)
-    stacks = zip((params.dense, params.moe), (config.dense_layers, config.expert_layers), strict=True)
-    branches = [
-        functools.partial(
-            lambda stack, layers: model.mlp_block(at_layer(stack, _slots(layers, config)[layer]), norm, x, config), s, n
-        )
-        for s, n in stacks
-        if n
-    ]
-    if len(branches) == 1:
-        return branches[0]()
-    dense, experts = branches
+
+    def block(stack: MLP | MoE | None, layers: tuple[int, ...]) -> jax.Array:
+        return model.mlp_block(at_layer(stack, _slots(layers, config)[layer]), norm, x, config)
+
+    dense = functools.partial(block, params.dense, config.dense_layers)
+    experts = functools.partial(block, params.moe, config.expert_layers)
+    if not config.expert_layers:
+        return dense()
+    if not config.dense_layers:
+        return experts()
     return jax.lax.cond(jnp.array(config.moe_layers)[layer], experts, dense)
 
 
@@ -69,28 +66,34 @@ def _layer(params: Params, state: State, layer: jax.Array, full: jax.Array, conf
 
 @jax.jit
 def start(params: Params, tokens: jax.Array, config: Config) -> State:
-    """The state before layer 0 of whole rows tokens [B, S]."""
+    """The state before layer 0, of rows of tokens [B, S] without padding."""
     k = min(config.index_topk, tokens.shape[1])
     return State(model.embed(params, tokens), jnp.full((*tokens.shape, k), -1, jnp.int32))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def advance(params: Params, state: State, layer: jax.Array, full: jax.Array, config: Config, schedule: Schedule) -> State:
-    """The state after `layer`, run as F where `full` (traced) is True. `schedule` says which layers have an indexer."""
+    """The state after `layer`, run as F where `full` is True and as S where it is False; both are traced.
+
+    `schedule` is the one the params are for: its F layers have an indexer.
+    """
     return _layer(params, state, layer, full, config, schedule)
 
 
 def single(params: Params, state: State, config: Config, full: bool) -> State:
-    """The state after the only layer of `params` and `config`, run as F or S; as S its params need no indexer."""
+    """The state after the only layer of `params` and `config`, run as F or S; an S layer's params need no indexer."""
     p = model.attention_layer(params, 0, 0 if full else None)
-    state = State(*model.attention_block(p, state.x, state.indices, _positions(state.x, config), config, full))
+    state = State(*model.attention_block(p, state.x, state.indices, whole_rows(state.x, config), config, full))
     mlp = at_layer(params.moe if config.moe_layers[0] else params.dense, 0)
     return dataclasses.replace(state, x=model.mlp_block(mlp, at_layer(params.mlp_norm, 0), state.x, config))
 
 
 @jax.jit
 def hidden_states(params: Params, tokens: jax.Array, full: jax.Array, config: Config, schedule: Schedule) -> jax.Array:
-    """Hidden states [B, S, D] of whole rows tokens [B, S] after all layers, with the choices full [L]."""
+    """Hidden states [B, S, D] after all layers, of rows of tokens [B, S] without padding.
+
+    full [L] bool, traced: which layers run as F. `schedule` is the one the params are for.
+    """
     state = start(params, tokens, config)
     return jax.lax.fori_loop(0, config.num_layers, lambda i, s: _layer(params, s, i, full[i], config, schedule), state).x
 
@@ -99,7 +102,10 @@ def hidden_states(params: Params, tokens: jax.Array, full: jax.Array, config: Co
 def finish(
     params: Params, state: State, layer: jax.Array, full: jax.Array, targets: jax.Array, config: Config, schedule: Schedule
 ) -> jax.Array:
-    """Mean loss in nats of targets [B, S] after `layer` and all above it, with the choices full [L]."""
+    """The mean loss in nats a token of targets [B, S], from the state before `layer`: the layers from there on are run.
+
+    full [L] bool, traced: which layers run as F. `schedule` is the one the params are for.
+    """
     state = jax.lax.fori_loop(layer, config.num_layers, lambda i, s: _layer(params, s, i, full[i], config, schedule), state)
     return jnp.mean(model.token_losses(params, state.x, targets, config))
 
@@ -108,9 +114,10 @@ def finish(
 def compare(
     params: Params, state: State, layer: jax.Array, other: jax.Array, config: Config, schedule: Schedule
 ) -> tuple[State, jax.Array]:
-    """The state after F layer `layer`, and how like its attention output is to the one with indices `other` [B, S, k].
+    """The state after `layer` run as F, and the similarity of its attention output with indices `other` [B, S, k].
 
-    The likeness is the cosine of a token's two outputs, averaged over tokens (paper, appendix C).
+    The similarity is the cosine between a token's outputs with the layer's own indices and with the other ones, averaged
+    over tokens (paper, appendix C).
     """
     own = _attention(params, state, layer, jnp.array(True), config, schedule)
     with_other = _attention(params, dataclasses.replace(state, indices=other), layer, jnp.array(False), config, schedule)

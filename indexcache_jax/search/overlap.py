@@ -1,4 +1,4 @@
-"""How much the selections of two layers have in common: |A n B| / k, the measure of the paper's heat maps."""
+"""Overlap of two layers' selections: the share |A and B| / k of indices in both, as in the paper's heat maps."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from indexcache_jax.search import layerwise
 
 
 @jax.jit
-def shared(indices: jax.Array) -> jax.Array:
-    """Sizes of the intersections [Q, N, N] of the selections [N, Q, k] of N layers (-1: none)."""
-    n, q, k = indices.shape
+def intersection_sizes(indices: jax.Array) -> jax.Array:
+    """How many positions each two of N layers have both selected, [Q, N, N] int32.
+
+    indices [N, Q, k]: the layers' selections for Q queries, ascending, -1 where fewer than k keys were visible.
+    """
+    k = indices.shape[-1]
 
     def of_query(rows: jax.Array) -> jax.Array:  # [N, k]
-        # Both lists ascend, so a position is in the other one where a search finds it.
+        # Both lists ascend, so a position is in the other one if a binary search finds it there.
         def pair(a: jax.Array, b: jax.Array) -> jax.Array:
-            places = jnp.minimum(jnp.searchsorted(b, a), k - 1)
-            return jnp.sum((b[places] == a) & (a >= 0))
+            slots = jnp.minimum(jnp.searchsorted(b, a), k - 1)
+            return jnp.sum((b[slots] == a) & (a >= 0))
 
-        filled = jnp.where(rows < 0, jnp.iinfo(jnp.int32).max, rows)
-        return jax.vmap(lambda a: jax.vmap(lambda b: pair(a, b))(filled))(rows)
+        ascending = jnp.where(rows < 0, jnp.iinfo(jnp.int32).max, rows)
+        return jax.vmap(lambda a: jax.vmap(lambda b: pair(a, b))(ascending))(rows)
 
     return jax.lax.map(of_query, indices.swapaxes(0, 1), batch_size=16)
 
 
 def spread(width: int, index_topk: int, count: int = 64) -> np.ndarray:
-    """At most `count` positions, evenly spread over those of `width` that see more than index_topk keys.
+    """At most `count` positions, ascending, spread evenly over those of `width` that see more than index_topk keys.
 
-    Before those everybody selects everything. ValueError where there is none.
+    Queries that see fewer keys select all of them in every layer. Raises ValueError where no query sees more.
     """
     if width <= index_topk:
         raise ValueError(f"rows of {width} tokens: no query sees more than index_topk = {index_topk} keys")
@@ -42,21 +45,27 @@ def spread(width: int, index_topk: int, count: int = 64) -> np.ndarray:
 
 
 def mean_overlap(selections: Sequence[np.ndarray], index_topk: int) -> np.ndarray:
-    """Mean overlap [N, N] between the selections [N, Q, k] of N layers, of several batches."""
-    sums = sum(np.asarray(jnp.sum(shared(jnp.asarray(found)), axis=0)) for found in selections)
-    return sums / (sum(found.shape[1] for found in selections) * index_topk)
+    """The mean overlap [N, N] of each two of N layers, over all queries of several batches' selections [N, Q, k]."""
+    sizes = sum(np.asarray(jnp.sum(intersection_sizes(jnp.asarray(indices)), axis=0)) for indices in selections)
+    return sizes / (sum(indices.shape[1] for indices in selections) * index_topk)
 
 
-def overlap(params: Params, config: Config, schedule: Schedule, batches: Iterable[np.ndarray], queries: int = 64) -> np.ndarray:
-    """Mean overlap [num_full, num_full] between the F layers' selections on tokens [B, S+1], at `queries` of `spread`."""
+def layer_overlap(
+    params: Params, config: Config, schedule: Schedule, batches: Iterable[np.ndarray], queries: int = 64
+) -> np.ndarray:
+    """The mean overlap [num_full, num_full] of the F layers' selections on batches of tokens [B, S+1].
+
+    queries: how many positions of every row are compared, evenly spread over those with a choice (`spread`).
+    Raises ValueError where no query sees more than index_topk keys.
+    """
     selections = []
     for tokens in batches:
-        picked = spread(tokens.shape[1] - 1, config.index_topk, queries)
+        compared = spread(tokens.shape[1] - 1, config.index_topk, queries)
         state = layerwise.start(params, jnp.asarray(tokens[:, :-1]), config)
-        rows = []
+        by_layer = []
         for layer, full in enumerate(schedule.is_full):
             state = layerwise.advance(params, state, jnp.int32(layer), jnp.array(full), config, schedule)
             if full:
-                rows.append(state.indices[:, picked].reshape(-1, state.indices.shape[-1]))
-        selections.append(np.asarray(jnp.stack(rows)))
+                by_layer.append(state.indices[:, compared].reshape(-1, state.indices.shape[-1]))
+        selections.append(np.asarray(jnp.stack(by_layer)))
     return mean_overlap(selections, config.index_topk)

@@ -1,9 +1,9 @@
-"""Losses of a model whose weights stay where they are stored: what the search needs of a model larger than its devices.
+"""Losses of a model larger than its devices: weights are read layer by layer from where they are stored.
 
 The layers are visited once, from the first to the last, and each is applied to the hidden states of every schedule that
 is asked about: schedules share what lies below the first layer in which they differ. So one step of a greedy search reads
-the weights once for as many calibration batches as `memory` holds hidden states of, and the next layer is read while the
-devices work on this one.
+the weights once for as many calibration batches as host memory holds hidden states of, and the next layer is read while
+the devices work on this one.
 
 Devices split the rows of a batch, each with the whole layer: a row's arithmetic is that of a single device.
 """
@@ -12,42 +12,50 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from indexcache_jax import model
+from indexcache_jax import model, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
-from indexcache_jax.search.greedy import Log, check_finite, check_shapes
+from indexcache_jax.search.evaluator import BatchEvaluator, Missing, Progress, no_progress
+from indexcache_jax.search.greedy import Log
 from indexcache_jax.search.layerwise import State
 
-MEMORY = 64 * 2**30
-ROWS = "rows"
+HIDDEN_STATE_BYTES = 64 * 2**30  # of host memory, at most, for the hidden states of one pass over the layers
+DATA = "data"  # the mesh axis that splits the rows of a batch, as in sharding.SERVING
+REPLICATED = PartitionSpec()
+
+Pass = dict[int, list[Schedule]]  # batch numbers, and the schedules that one pass over the layers runs on each batch
+StateKey = tuple[int, str]  # a batch number, and the letters of a schedule up to some layer
 
 
 class Layers(Protocol):
-    """A source of weights. Params are arrays on the host; what was not asked for is None."""
+    """A source of weights to read layer by layer: Params of host arrays, with None where nothing was asked for."""
 
     config: Config
 
     @property
     def schedule(self) -> Schedule:
-        """Which layers have an indexer."""
+        """The schedule that the weights are for: its F layers have an indexer."""
 
     def ends(self) -> Params:
         """Embedding, final norm and head."""
 
     def layer(self, layer: int) -> Params:
-        """Every stack with this layer alone, or None where it has no part in it."""
+        """Every stack with this layer alone, None for the stacks that it has no part in."""
+
+
+def _batch_spec(mesh: Mesh) -> PartitionSpec:
+    return sharding.spec(("batch",), sharding.SERVING, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("full", "mesh"), donate_argnames="state")
@@ -57,23 +65,37 @@ def _apply(params: Params, state: State, config: Config, full: bool, mesh: Mesh)
     def on_rows(params: Params, state: State) -> State:
         return layerwise.single(params, state, config, full)
 
-    return jax.shard_map(on_rows, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P(ROWS), check_vma=False)(params, state)
+    rows = _batch_spec(mesh)
+    return jax.shard_map(on_rows, mesh=mesh, in_specs=(REPLICATED, rows), out_specs=rows, check_vma=False)(params, state)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _mean_loss(ends: Params, x: jax.Array, targets: jax.Array, config: Config, mesh: Mesh) -> jax.Array:
+    """The mean loss in nats a token of targets [B, S], from hidden states x [B, S, D] after the last layer."""
+
     def on_rows(ends: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
         return model.token_losses(ends, x, targets, config)
 
-    specs = P(), P(ROWS), P(ROWS)
-    return jnp.mean(jax.shard_map(on_rows, mesh=mesh, in_specs=specs, out_specs=P(ROWS), check_vma=False)(ends, x, targets))
+    rows = _batch_spec(mesh)
+    specs = REPLICATED, rows, rows
+    return jnp.mean(jax.shard_map(on_rows, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(ends, x, targets))
 
 
-class StreamedEvaluator:
-    """`search.Evaluator` for weights that are read layer by layer, on fixed batches [B, S+1] of one shape.
+class StreamedEvaluator(BatchEvaluator):
+    """Mean losses under any schedule of a model whose weights are read layer by layer, on fixed batches [B, S+1].
 
-    memory: bytes of host memory for hidden states; at least one batch is in it at a time. As many devices as divide B
-    take part. `log` and `progress` are as there; losses are logged when a pass over the layers has ended.
+    Args:
+        layers: the source of the weights.
+        batches: rows of inputs and their successors, int32, all of one shape.
+        log: holds every loss that was measured, and answers for those it holds. Losses are added when a pass ends.
+        progress: called with the number of layers run on a batch, each time some were.
+        memory: bytes of host memory for hidden states. At least one batch is in it at a time, under all its schedules.
+
+    As many local devices take part as divide B.
+
+    Raises:
+        ValueError: the batches differ in shape; when asked for a loss: a schedule has an F layer without an indexer, or the
+            loss is not finite.
     """
 
     def __init__(
@@ -81,90 +103,72 @@ class StreamedEvaluator:
         layers: Layers,
         batches: Sequence[np.ndarray],
         log: Log | None = None,
-        progress: Callable[[int], object] = lambda layers: None,
-        memory: int = MEMORY,
+        progress: Progress = no_progress,
+        memory: int = HIDDEN_STATE_BYTES,
     ) -> None:
-        check_shapes(batches)
-        self.layers, self.batches, self.log, self.progress, self.memory = layers, list(batches), log, progress, memory
-        self.config = layers.config
+        ends = layers.ends()
+        super().__init__(layers.config, layers.schedule, ends.embedding.dtype, batches, log, progress)
+        self.layers, self.memory = layers, memory
         rows, devices = batches[0].shape[0], jax.local_devices()
-        self._mesh = Mesh(np.array(devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]), (ROWS,))
-        self._ends = self._everywhere(layers.ends())
-
-    def loss(self, schedule: Schedule) -> float:
-        return self.losses([schedule])[0]
-
-    def flips(self, schedule: Schedule, layers: Sequence[int]) -> dict[int, float]:
-        return dict(zip(layers, self.losses([schedule.shared(layer) for layer in layers]), strict=True))
-
-    def losses(self, schedules: Sequence[Schedule]) -> list[float]:
-        """The mean loss of each of several schedules, from as few passes over the layers as memory allows."""
-        for schedule in schedules:
-            self._check(schedule)
-        found: dict[tuple[str, int], float] = {}
-        missing: list[tuple[int, list[Schedule]]] = []  # batch, and what to find on it
-        for number in range(len(self.batches)):
-            known = {s.pattern: None if self.log is None else self.log.get(s, number) for s in schedules}
-            found |= {(pattern, number): loss for pattern, loss in known.items() if loss is not None}
-            if lacking := [s for s in dict.fromkeys(schedules) if known[s.pattern] is None]:
-                missing.append((number, lacking))
-        for together in self._passes(missing):
-            for schedule, number, loss in self._pass(together):
-                found[schedule.pattern, number] = check_finite(loss, schedule, number, self._ends.embedding.dtype)
-                if self.log is not None:
-                    self.log.add(schedule, number, loss)
-        return [float(np.mean([found[s.pattern, n] for n in range(len(self.batches))])) for s in schedules]
+        count = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+        self._mesh = Mesh(np.array(devices[:count]), (DATA,))
+        self._ends = self._replicate(ends)
 
     def selections(self, schedule: Schedule, numbers: Sequence[int], queries: np.ndarray) -> list[np.ndarray]:
-        """Of each of the batches `numbers` the indices [num_full, B * Q, k] that the F layers select for `queries` [Q]."""
+        """The indices that the F layers select for some queries of every row, on the batches of these numbers.
+
+        queries [Q]: positions in a row. Returns for each batch [num_full, B * Q, k] int32, rows outermost.
+        Raises ValueError for a schedule with an F layer that has no indexer.
+        """
         self._check(schedule)
-        found: list[list[np.ndarray]] = [[] for _ in numbers]
+        by_batch: list[list[np.ndarray]] = [[] for _ in numbers]
 
         def keep(layer: int, number: int, state: State) -> None:
             if schedule.is_full[layer]:
-                chosen = np.asarray(state.indices)[:, queries]
-                found[numbers.index(number)].append(chosen.reshape(-1, chosen.shape[-1]))
+                indices = np.asarray(state.indices)[:, queries]
+                by_batch[numbers.index(number)].append(indices.reshape(-1, indices.shape[-1]))
 
-        for together in self._passes([(number, [schedule]) for number in numbers]):
-            self._walk(together, keep)
-        return [np.stack(rows) for rows in found]
+        for batches in self._passes([(number, [schedule]) for number in numbers]):
+            self._walk(batches, keep)
+        return [np.stack(selections) for selections in by_batch]
 
-    def _check(self, schedule: Schedule) -> None:
-        if lacking := [i for i in schedule.full_layers if not self.layers.schedule.is_full[i]]:
-            raise ValueError(f"schedule {schedule.pattern}: layer {lacking[0]} is F, but the weights have no indexer for it")
+    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, float]]:
+        for batches in self._passes(missing):
+            states = self._walk(batches)
+            for number, schedules in batches.items():
+                targets = self._split_rows(self.batches[number][:, 1:])
+                for schedule in schedules:
+                    x = self._split_rows(states[number, schedule.pattern].x)
+                    yield schedule, number, float(_mean_loss(self._ends, x, targets, self.config, self._mesh))
 
-    def _passes(self, wanted: list[tuple[int, list[Schedule]]]) -> Iterator[dict[int, list[Schedule]]]:
-        """`wanted` cut so that the states of a part fit the memory."""
+    def _passes(self, missing: Missing) -> Iterator[Pass]:
+        """The batches and schedules in groups, each with no more hidden states than `memory` holds (or of one batch)."""
         rows, width = self.batches[0].shape[0], self.batches[0].shape[1] - 1
-        of_token = self.config.hidden_size * self._ends.embedding.dtype.itemsize + 4 * min(self.config.index_topk, width)
-        room = self.memory // (rows * width * of_token)
-        part: dict[int, list[Schedule]] = {}
-        for number, schedules in wanted:
-            if part and sum(map(len, part.values())) + len(schedules) > room:
-                yield part
-                part = {}
-            part[number] = schedules
-        if part:
-            yield part
+        token_bytes = self.config.hidden_size * np.dtype(self.dtype).itemsize + 4 * min(self.config.index_topk, width)
+        most_states = self.memory // (rows * width * token_bytes)
+        group: Pass = {}
+        for number, schedules in missing:
+            if group and sum(map(len, group.values())) + len(schedules) > most_states:
+                yield group
+                group = {}
+            group[number] = schedules
+        if group:
+            yield group
 
-    def _pass(self, wanted: dict[int, list[Schedule]]) -> Iterator[tuple[Schedule, int, float]]:
-        """The loss of each schedule on each batch."""
-        states = self._walk(wanted, lambda layer, number, state: None)
-        for number, schedules in wanted.items():
-            targets = self._by_rows(self.batches[number][:, 1:])
-            for schedule in schedules:
-                x = self._by_rows(states[number, schedule.pattern].x)
-                yield schedule, number, float(_mean_loss(self._ends, x, targets, self.config, self._mesh))
+    def _walk(
+        self, batches: Pass, see: Callable[[int, int, State], None] = lambda layer, number, state: None
+    ) -> dict[StateKey, State]:
+        """The states on the host after all layers, by batch number and pattern, from one pass over the layers.
 
-    def _walk(self, wanted: dict[int, list[Schedule]], see: Callable[[int, int, State], None]) -> dict[tuple[int, str], State]:
-        """The states on the host after all layers, by batch and pattern; `see` is shown those after each layer."""
-        states: dict[tuple[int, str], State] = {}  # by batch and the letters of the layers so far
-        for number in wanted:
-            tokens = self._by_rows(self.batches[number][:, :-1])
+        `see(layer, batch number, state)` is called with every state after every layer.
+        """
+        states: dict[StateKey, State] = {}
+        for number in batches:
+            tokens = self._split_rows(self.batches[number][:, :-1])
             states[number, ""] = jax.device_get(layerwise.start(self._ends, tokens, self.config))
         for layer, params in self._read():
             above = {}
-            for key, state in self._through(layer, params, states, wanted):
+            for key, state in self._through(layer, params, states, batches):
                 above[key] = state
                 see(layer, key[0], state)
                 self.progress(1)
@@ -172,19 +176,19 @@ class StreamedEvaluator:
         return states
 
     def _through(
-        self, layer: int, params: Params, states: dict[tuple[int, str], State], wanted: dict[int, list[Schedule]]
-    ) -> Iterator[tuple[tuple[int, str], State]]:
+        self, layer: int, params: Params, states: dict[StateKey, State], batches: Mapping[int, Sequence[Schedule]]
+    ) -> Iterator[tuple[StateKey, State]]:
         """The states after a layer, on the host; those before it are taken out of `states` as they are used."""
         config = dataclasses.replace(self.config, num_layers=1, moe_layers=self.config.moe_layers[layer : layer + 1])
         # One program for S layers, whether or not they have an indexer.
-        without = dataclasses.replace(params, indexer=jax.tree.map(lambda _: None, params.indexer))
-        running = None  # on its way back while the next one is computed
+        without_indexer = dataclasses.replace(params, indexer=jax.tree.map(lambda _: None, params.indexer))
+        running: tuple[StateKey, State] | None = None  # copied to the host while the devices compute the next one
         for number, below in list(states):
             state = states.pop((number, below))
-            for letter in sorted({s.pattern[layer] for s in wanted[number] if s.pattern[:layer] == below}):
-                is_full = letter == "F"
-                given = jax.tree.map(self._by_rows, state)
-                after = _apply(params if is_full else without, given, config, is_full, self._mesh)
+            for letter in sorted({s.pattern[layer] for s in batches[number] if s.pattern[:layer] == below}):
+                full = letter == "F"
+                on_devices = jax.tree.map(self._split_rows, state)
+                after = _apply(params if full else without_indexer, on_devices, config, full, self._mesh)
                 if running is not None:
                     yield running[0], jax.device_get(running[1])
                 running = (number, below + letter), after
@@ -192,22 +196,22 @@ class StreamedEvaluator:
             yield running[0], jax.device_get(running[1])
 
     def _read(self) -> Iterator[tuple[int, Params]]:
-        """The layers on the devices, each read while the one before is in use."""
+        """The layers' numbers and weights on the devices, each read while the one before is in use."""
 
-        def one(layer: int) -> Params:
-            return self._everywhere(self.layers.layer(layer))
+        def read(layer: int) -> Params:
+            return self._replicate(self.layers.layer(layer))
 
         with futures.ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(one, 0)
+            following = reader.submit(read, 0)
             for layer in range(self.config.num_layers):
-                params = coming.result()
+                params = following.result()
                 if layer + 1 < self.config.num_layers:
-                    coming = reader.submit(one, layer + 1)
+                    following = reader.submit(read, layer + 1)
                 yield layer, params
-                del params
+                del params  # or two layers would stay on the devices while a third is read
 
-    def _everywhere(self, params: Params) -> Params:
-        return jax.device_put(params, NamedSharding(self._mesh, P()))
+    def _replicate(self, params: Params) -> Params:
+        return jax.device_put(params, NamedSharding(self._mesh, REPLICATED))
 
-    def _by_rows(self, x: Any) -> jax.Array:
-        return jax.device_put(x, NamedSharding(self._mesh, P(ROWS)))
+    def _split_rows(self, x: Any) -> jax.Array:
+        return jax.device_put(x, NamedSharding(self._mesh, _batch_spec(self._mesh)))

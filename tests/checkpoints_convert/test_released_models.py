@@ -3,7 +3,8 @@
 import math
 
 from checkpoints_convert import fp8
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from tests.support.tiny_models import checkpoint_shapes
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from indexcache_jax import serving
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, decode, fused
 from indexcache_jax.serving.cache import append

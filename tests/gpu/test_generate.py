@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from indexcache_jax import serving
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_chunk, prefill_document
 from pallas_kernels import hopper

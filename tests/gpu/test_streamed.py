@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax.config import Config, preset
+from indexcache_jax import search
+from indexcache_jax.config import Config
 from indexcache_jax.params import init
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import greedy as search
 from indexcache_jax.search import streamed
 from pallas_kernels import hopper
 from tests.indexcache_jax.search.test_streamed import OneByOne

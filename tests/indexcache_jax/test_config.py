@@ -7,7 +7,9 @@ import math
 import jax
 import pytest
 
-from indexcache_jax.config import DEEPSEEK, GLM, PRESETS, Config, Rope, preset, read_config_json
+from indexcache_jax.config import Config, Rope
+from indexcache_jax.config_json import DEEPSEEK, GLM, read_config_json
+from indexcache_jax.presets import PRESETS, preset
 from indexcache_jax.schedule import Schedule
 
 TINY = {
@@ -190,8 +192,8 @@ def test_yarn_gains():
         ({"index_topk": 0}, r"index_topk: 0 is not an integer of at least 1"),
         ({"n_shared_experts": -1}, r"n_shared_experts: -1 is not an integer of at least 0"),
         ({"n_routed_experts": ...}, r"n_routed_experts: missing"),
-        ({"n_group": 8}, r"n_group: 8 does not cut 8 experts into groups of at least 2"),
-        ({"n_group": 3}, r"n_group: 3 does not cut 8 experts"),
+        ({"n_group": 8}, r"n_group: 8 experts cannot be divided into 8 equal groups of at least 2"),
+        ({"n_group": 3}, r"n_group: 8 experts cannot be divided into 3 equal groups"),
         ({"topk_group": 2}, r"topk_group: 2 is above n_group 1"),
         ({"num_experts_per_tok": 9}, r"num_experts_per_tok: 9 is above the 8 experts"),
         ({"first_k_dense_replace": "2"}, r"first_k_dense_replace: '2' is not"),

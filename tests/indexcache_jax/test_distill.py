@@ -320,9 +320,9 @@ def test_bfloat16_arithmetic_is_close_and_leaves_float32_gradients():
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
-def test_loads_count_every_token_of_every_expert_layer():
+def test_every_token_of_every_expert_layer_is_counted():
     case = CASES["glm"]
-    found = jax.jit(lambda p: ours(p, case, False).loads)(case.params)
+    found = jax.jit(lambda p: ours(p, case, False).tokens_per_expert)(case.params)
     assert found.shape == (2, 8)
     np.testing.assert_array_equal(found.sum(1), 2 * 25 * case.config.num_experts_per_tok)
 
@@ -361,10 +361,10 @@ def test_sparse_needs_indexers():
 
 @both_stages
 @pytest.mark.parametrize("cross_layer", [True, False])
-def test_roles_as_data_are_the_schedule_compiled_in(sparse, cross_layer):
+def test_a_traced_schedule_is_the_schedule_compiled_in(sparse, cross_layer):
     fields = CASES["glm"].fields | {"num_hidden_layers": 3}
     whole, part = (Case(fields, pattern, 2, (26, 26)) for pattern in ("FFF", "FSF"))
-    roles = jax.tree.map(jnp.asarray, distill.roles_of(part.schedule, cross_layer))
+    traced = jax.tree.map(jnp.asarray, distill.traced_schedule(part.schedule, cross_layer))
 
     def gradient(case, **options):
         def total(params):
@@ -374,7 +374,7 @@ def test_roles_as_data_are_the_schedule_compiled_in(sparse, cross_layer):
         (_, found), of = jax.jit(jax.value_and_grad(total, has_aux=True))(case.params)
         return found, of
 
-    found, of = gradient(whole, roles=roles)
+    found, of = gradient(whole, traced=traced)
     expected, of_expected = gradient(part, cross_layer=cross_layer)
     np.testing.assert_allclose((found.language, found.indexer), (expected.language, expected.indexer), rtol=1e-5)
     assert float(expected.indexer) > 1e-3
@@ -383,9 +383,9 @@ def test_roles_as_data_are_the_schedule_compiled_in(sparse, cross_layer):
     assert_close(dataclasses.replace(of, indexer=slots_kept), of_expected)
 
 
-def test_roles_need_all_indexers():
+def test_a_traced_schedule_needs_all_indexers():
     case = CASES["glm"]
-    with pytest.raises(ValueError, match="roles need the indexers of all layers.*FFSS"):
+    with pytest.raises(ValueError, match="traced schedule needs the indexers of all layers.*FFSS"):
         losses(
             case.params,
             case.tokens,
@@ -393,5 +393,5 @@ def test_roles_need_all_indexers():
             case.schedule,
             indexers=True,
             sparse=False,
-            roles=distill.roles_of(case.schedule),
+            traced=distill.traced_schedule(case.schedule),
         )

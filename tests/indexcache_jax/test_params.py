@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
 from indexcache_jax.params import abstract, at_layer, init, shape_structs, slots, with_schedule
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import count, leaves
 from tests.support.tiny_models import CASES, GLM_FIELDS, UNUSUAL, checkpoint_shapes, to_params

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.rope import cos_sin, frequencies, rotate
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import ENGINES, Schedule
 
 
@@ -71,9 +72,9 @@ def test_only_full_layers_serve(layer):
 
 
 def test_a_flip_shares_one_more_layer_but_never_the_first():
-    assert Schedule("FFFF").shared(2) == Schedule("FFSF")
+    assert Schedule("FFFF").with_shared(2) == Schedule("FFSF")
     with pytest.raises(ValueError, match="starts with S"):
-        Schedule("FFFF").shared(0)
+        Schedule("FFFF").with_shared(0)
 
 
 # Reading a pattern.

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from indexcache_jax import serving
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
 from indexcache_jax.model import place
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from pallas_kernels.decode_layer import mosaic_gpu, mosaic_gpu_parts
 from tests.support import ptx_emulator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from experiments.common import inputs, options
-from indexcache_jax import config as configs
+from indexcache_jax import presets
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 
@@ -44,7 +44,7 @@ class Model:
 
 def model(name: str, num_layers: int) -> Model:
     """The preset, cut to `num_layers` expert layers where that is not 0, and the two largest always."""
-    whole = Config.from_hf(options.DEMO if name == "demo" else configs.preset(name))
+    whole = Config.from_hf(options.DEMO if name == "demo" else presets.preset(name))
     if num_layers == 0 and name in ("glm-5", "deepseek-v3.2"):
         num_layers = CUT_LAYERS
     if num_layers == 0 or num_layers == whole.num_layers:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import tpu_estimates
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from pallas_kernels import tpu
 
 

@@ -19,7 +19,7 @@ from experiments.common import data, text
 from experiments.common import runs as training
 from experiments.common.report import Output
 from experiments.common.runs import Saving, Stage
-from indexcache_jax.distill import roles_of
+from indexcache_jax.distill import traced_schedule
 from indexcache_jax.params import with_schedule
 from tests.support.tiny_models import GLM_FIELDS, Case
 
@@ -419,7 +419,7 @@ def test_a_schedule_as_data_trains_as_one_compiled_in(stage, all_full):
         jax.tree.map(jnp.copy, all_full.params),
         training.start(all_full.params, stage, CASE.config, all_full.schedule),
     )
-    roles = roles_of(CASE.schedule)
+    roles = traced_schedule(CASE.schedule)
     for _ in range(2):
         length = jnp.int32(stage.steps)
         arguments = CASE.config, all_full.schedule, stage.program, length, roles

@@ -109,7 +109,7 @@ def test_a_resumed_run_trains_as_long_as_the_rows_that_are_there(tmp_path, monke
     stages = [training.Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
     monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.0)
     studied, output = quality.Model(*[None] * 6), Output.create(str(tmp_path))
-    monkeypatch.setattr(quality, "roles_of", lambda base: None)
+    monkeypatch.setattr(quality, "traced_schedule", lambda base: None)
     ends = time.perf_counter() + quality.FINISH_SECONDS
 
     def steps(runs, begun, seconds, resume=True):

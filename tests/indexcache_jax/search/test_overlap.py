@@ -6,20 +6,20 @@ import pytest
 
 from indexcache_jax import model
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search.overlap import overlap, shared
+from indexcache_jax.search.overlap import intersection_sizes, layer_overlap
 from tests.support.tiny_models import RECORDED
 
 
-def test_shared_counts_common_positions_and_no_padding():
+def test_intersections_count_common_positions_and_no_padding():
     rows = [[[0, 3, 5, 9], [1, 2, -1, -1]], [[3, 4, 5, 6], [2, -1, -1, -1]], [[9, 10, 11, 12], [0, 1, 2, 3]]]  # [N, Q, k]
     expected = [[len(({*a[q]} & {*b[q]}) - {-1}) for a in rows for b in rows] for q in range(2)]
-    np.testing.assert_array_equal(shared(jnp.array(rows)).reshape(2, 9), expected)
+    np.testing.assert_array_equal(intersection_sizes(jnp.array(rows)).reshape(2, 9), expected)
 
 
 def test_overlap_of_a_model():
     case = RECORDED["glm-mixed"]
     tokens = np.concatenate([case.tokens, case.tokens[:, :1]], axis=1)
-    found = overlap(case.params, case.config, case.schedule, [tokens[:1], tokens[1:]], queries=1000)
+    found = layer_overlap(case.params, case.config, case.schedule, [tokens[:1], tokens[1:]], queries=1000)
     indices = np.asarray(model.selections(case.params, jnp.asarray(case.tokens), case.config, case.schedule))  # [F, B, S, k]
     k = case.config.index_topk
     late = indices[:, :, k:].reshape(len(indices), -1, k)
@@ -31,4 +31,4 @@ def test_overlap_of_a_model():
 def test_rows_without_a_choice_are_refused():
     case = RECORDED["glm-mixed"]
     with pytest.raises(ValueError, match="rows of 8 tokens: no query sees more than index_topk = 8"):
-        overlap(case.params, case.config, case.schedule, [np.zeros((1, 9), np.int32)])
+        layer_overlap(case.params, case.config, case.schedule, [np.zeros((1, 9), np.int32)])

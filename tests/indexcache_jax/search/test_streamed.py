@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from indexcache_jax import search
 from indexcache_jax.params import Params, abstract, with_schedule
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import greedy as search
 from indexcache_jax.search import overlap, streamed
 from indexcache_jax.tensors import leaves
 from tests.support.tiny_models import CASES, Case
@@ -57,15 +57,15 @@ def whole(case: Case = CASE, **options) -> search.Evaluator:
 @pytest.mark.parametrize("name", ["glm-unusual", "deepseek-mixed"])
 def test_losses_are_those_of_the_model_in_memory(name):
     case = CASES[name]
-    schedules = [case.schedule, *(case.schedule.shared(i) for i in case.schedule.full_layers[1:])]
+    schedules = [case.schedule, *(case.schedule.with_shared(i) for i in case.schedule.full_layers[1:])]
     found = streamed.StreamedEvaluator(OneByOne(case), batches(case=case)).losses(schedules)
     np.testing.assert_allclose(found, whole(case).losses(schedules), atol=1e-6)
 
 
 def test_the_greedy_search_is_the_same():
     layers = OneByOne()
-    steps = search.greedy(streamed.StreamedEvaluator(layers, batches()), CASE.schedule)
-    expected = search.greedy(whole(), CASE.schedule)
+    steps = search.greedy_search(streamed.StreamedEvaluator(layers, batches()), CASE.schedule)
+    expected = search.greedy_search(whole(), CASE.schedule)
     assert [s.schedule for s in steps] == [s.schedule for s in expected]
     np.testing.assert_allclose([s.loss for s in steps], [s.loss for s in expected], atol=1e-6)
     assert layers.asked == [0, 1, 2, 3, 4] * len(steps)  # a pass for the start and one for each step
@@ -103,7 +103,7 @@ def test_selections_have_the_overlap_of_the_model_in_memory():
     queries = overlap.spread(40, CASE.config.index_topk)
     evaluator = streamed.StreamedEvaluator(OneByOne(), batches(), memory=0)
     found = overlap.mean_overlap(evaluator.selections(CASE.schedule, range(2), queries), CASE.config.index_topk)
-    np.testing.assert_array_equal(found, overlap.overlap(CASE.params, CASE.config, CASE.schedule, batches()))
+    np.testing.assert_array_equal(found, overlap.layer_overlap(CASE.params, CASE.config, CASE.schedule, batches()))
 
 
 def test_a_layer_without_an_indexer_cannot_be_full():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from indexcache_jax import serving, tensors
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, decode, prefill_chunk, prefill_prompts
 from indexcache_jax.serving.layer import layer

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from indexcache_jax import decode_step, init_cache, prefill, serving
-from indexcache_jax.config import Config, preset
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from tests.support import recordings
 from tests.support.tiny_models import CASES, RECORDED

@@ -1,0 +1,187 @@
+"""Mean losses of a model under any schedule, on fixed calibration batches: what a search compares.
+
+A flip at layer l changes nothing below l. `Evaluator.flips` therefore walks a batch up the layers once under the current
+schedule and branches off at every layer it flips: the layers from there on run with that one layer S. No state is stored
+but the walk's own, and the three programs that do it (layerwise.py) compile once.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.search import layerwise
+from indexcache_jax.search.greedy import Log
+
+Missing = list[tuple[int, list[Schedule]]]  # batch numbers, and the schedules whose loss on that batch is not known
+Progress = Callable[[int], object]  # called with a number of layers, each time that so many were run on a batch
+
+
+def no_progress(layers: int) -> None:
+    """Reports nothing."""
+
+
+class BatchEvaluator(abc.ABC):
+    """Mean losses under any schedule on fixed batches [B, S+1] of one shape, of which a log may hold some.
+
+    Subclasses say how losses are measured (`_measure`).
+
+    config, dtype: of the weights. schedule: the one that the weights are for, so only its F layers have an indexer.
+    log: holds every loss that was measured, and answers for those it holds.
+
+    Raises ValueError where the batches differ in shape, for a schedule with an F layer that has no indexer, and where a loss
+    is NaN or infinite: the lowest of such losses means nothing.
+    """
+
+    def __init__(
+        self, config: Config, schedule: Schedule, dtype: Any, batches: Sequence[np.ndarray], log: Log | None, progress: Progress
+    ) -> None:
+        if len({batch.shape for batch in batches}) != 1:
+            raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
+        self.config, self.schedule, self.dtype = config, schedule, dtype
+        self.batches, self.log, self.progress = list(batches), log, progress
+
+    @abc.abstractmethod
+    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, float]]:
+        """The losses that are missing, as they are measured: schedule, batch number, loss.
+
+        base: the schedule of which each one to measure is a flip; None where they have nothing in common.
+        """
+
+    def loss(self, schedule: Schedule) -> float:
+        """The mean loss in nats a token under `schedule`, over all batches."""
+        return self.losses([schedule])[0]
+
+    def losses(self, schedules: Sequence[Schedule]) -> list[float]:
+        """The mean loss in nats a token under each of the schedules, over all batches."""
+        return self._means(schedules, None)
+
+    def flips(self, schedule: Schedule, layers: Sequence[int]) -> dict[int, float]:
+        """For each of the layers, the mean loss under `schedule` with that layer alone turned from F to S."""
+        flipped = [schedule.with_shared(layer) for layer in layers]
+        return dict(zip(layers, self._means(flipped, schedule), strict=True))
+
+    def _means(self, schedules: Sequence[Schedule], base: Schedule | None) -> list[float]:
+        for schedule in schedules:
+            self._check(schedule)
+        losses: dict[tuple[Schedule, int], float] = {}
+        missing: Missing = []
+        for number in range(len(self.batches)):
+            unknown = []
+            for schedule in dict.fromkeys(schedules):
+                known = None if self.log is None else self.log.get(schedule, number)
+                if known is None:
+                    unknown.append(schedule)
+                else:
+                    losses[schedule, number] = known
+            if unknown:
+                missing.append((number, unknown))
+        for schedule, number, loss in self._measure(missing, base):
+            self._check_finite(loss, schedule, number)
+            losses[schedule, number] = loss
+            if self.log is not None:
+                self.log.add(schedule, number, loss)
+        return [float(np.mean([losses[schedule, n] for n in range(len(self.batches))])) for schedule in schedules]
+
+    def _check(self, schedule: Schedule) -> None:
+        if lacking := [i for i in schedule.full_layers if not self.schedule.is_full[i]]:
+            raise ValueError(f"schedule {schedule.pattern}: layer {lacking[0]} is F, but the weights have no indexer for it")
+
+    def _check_finite(self, loss: float, schedule: Schedule, number: int) -> None:
+        if not math.isfinite(loss):
+            why = f"the weights hold NaN or infinity, or {self.dtype} arithmetic overflows"
+            raise ValueError(f"loss of {schedule.pattern} on batch {number} is {loss}: {why}")
+
+
+class Evaluator(BatchEvaluator):
+    """Mean losses of a model in memory under any schedule, on fixed batches [B, S+1] of one shape.
+
+    Args:
+        params: the weights, on the device.
+        config: their shape.
+        schedule: the one the params are for: only its F layers can be F.
+        batches: rows of inputs and their successors, int32.
+        log: holds every loss that was measured, and answers for those it holds.
+        progress: called with the number of layers run on a batch, each time some were.
+
+    Raises:
+        ValueError: the batches differ in shape; when asked for a loss: a schedule has an F layer without an indexer, or the
+            loss is not finite.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: Config,
+        schedule: Schedule,
+        batches: Sequence[np.ndarray],
+        log: Log | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        super().__init__(config, schedule, params.embedding.dtype, batches, log, progress)
+        self.params = params
+
+    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, float]]:
+        for number, schedules in missing:
+            for schedule, loss in self._measure_batch(self.batches[number], schedules, base):
+                yield schedule, number, loss
+
+    def _measure_batch(
+        self, batch: np.ndarray, schedules: Sequence[Schedule], base: Schedule | None
+    ) -> Iterator[tuple[Schedule, float]]:
+        """The losses on one batch, in the order in which the schedules leave the walk under `base`."""
+        tokens = jnp.asarray(batch)
+        state = layerwise.start(self.params, tokens[:, :-1], self.config)
+        layer = 0
+        for schedule in sorted(schedules, key=lambda schedule: _first_difference(schedule, base)):
+            branch = _first_difference(schedule, base)
+            while layer < branch:
+                assert base is not None
+                full = jnp.array(base.is_full[layer])
+                state = layerwise.advance(self.params, state, jnp.int32(layer), full, self.config, self.schedule)
+                layer += 1
+                self.progress(1)
+            loss = layerwise.finish(
+                self.params,
+                state,
+                jnp.int32(branch),
+                jnp.array(schedule.is_full),
+                tokens[:, 1:],
+                self.config,
+                self.schedule,
+            )
+            self.progress(self.config.num_layers - branch)
+            yield schedule, float(loss)
+
+
+def _first_difference(schedule: Schedule, base: Schedule | None) -> int:
+    """The first layer in which two schedules differ, 0 where they do not or `base` is None."""
+    if base is None:
+        return 0
+    return next((i for i, (a, b) in enumerate(zip(schedule.pattern, base.pattern, strict=True)) if a != b), 0)
+
+
+def fingerprint(params: Any, batches: Sequence[np.ndarray]) -> dict[str, int]:
+    """Checksums of a tree of weights (of up to 4096 numbers of each array) and of the batches: what losses depend on.
+
+    A log of losses holds them, so that it is not continued with other weights or another text.
+    """
+    weights = 0
+    for leaf in jax.tree.leaves(params):
+        flat = leaf.reshape(-1)
+        sample = flat[:: max(1, flat.size // 4096)][:4096]
+        weights = zlib.crc32(np.asarray(sample.astype(jnp.float32)).tobytes(), weights)
+    tokens = 0
+    for batch in batches:
+        tokens = zlib.crc32(np.ascontiguousarray(batch, np.int32).tobytes(), tokens)
+    return {"weights": weights, "calibration tokens": tokens}

@@ -1,0 +1,78 @@
+"""The similarity search for a schedule (paper, appendix C): S layers take the indices that change their output least.
+
+A layer is judged by the cosine between its attention output with its own indices and with another layer's; dynamic
+programming then finds the schedule with the highest sum. It needs far fewer runs of the model than the greedy search, and
+is the paper's negative result: the cosine is local to a layer, while what counts is the loss at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.search import layerwise
+
+
+def similarities(
+    params: Params,
+    config: Config,
+    schedule: Schedule,
+    batches: Sequence[np.ndarray],
+    progress: Callable[[int], object] = lambda layers: None,
+) -> np.ndarray:
+    """How little each layer's attention output changes with a lower layer's indices: cosines [L, L] float64.
+
+    Entry [i, j], j <= i, is the cosine of layer i's output with its own indices and its output with those of layer j,
+    averaged over the tokens of batches [B, S+1]; entries above the diagonal are NaN. `progress` is called with the number
+    of layers run.
+
+    Raises ValueError unless every layer of `schedule`, the params' own, is F.
+    """
+    if schedule.num_full != schedule.num_layers:
+        raise ValueError(f"schedule {schedule.pattern}: the similarity search needs the indexers of all layers")
+    num_layers = config.num_layers
+    sums = np.full((num_layers, num_layers), np.nan)
+    sums[np.tril_indices(num_layers)] = 0.0
+    for tokens in batches:
+        state = layerwise.start(params, jnp.asarray(tokens[:, :-1]), config)
+        for source in range(num_layers):
+            state = layerwise.advance(params, state, jnp.int32(source), jnp.array(True), config, schedule)
+            sums[source, source] += 1.0
+            above = state
+            for layer in range(source + 1, num_layers):
+                above, cosine = layerwise.compare(params, above, jnp.int32(layer), state.indices, config, schedule)
+                sums[layer, source] += float(cosine)
+            progress(num_layers - source)
+    return sums / len(batches)
+
+
+def total_similarity(similarity: np.ndarray, schedule: Schedule) -> float:
+    """The sum over all layers of similarity [L, L] to the F layer whose indices they use: what `most_similar` maximises."""
+    return float(sum(similarity[layer, source] for layer, source in enumerate(schedule.source)))
+
+
+def most_similar(similarity: np.ndarray, num_full: int) -> Schedule:
+    """The schedule of `num_full` F layers with the highest `total_similarity` under similarity [L, L].
+
+    Of schedules with equal sums the one whose F layers are lower is taken. Raises ValueError for `num_full` out of range.
+    """
+    num_layers = len(similarity)
+    if not 1 <= num_full <= num_layers:
+        raise ValueError(f"num_full: {num_full!r} is not between 1 and {num_layers}")
+    # best[n][stop]: the highest sum over the layers below `stop` with n F layers, and those F layers.
+    best: list[dict[int, tuple[float, tuple[int, ...]]]] = [{0: (0.0, ())}]
+    for _ in range(num_full):
+        row: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for start, (total, full) in best[-1].items():
+            for stop in range(start + 1, num_layers + 1):
+                entry = (total + float(np.sum(similarity[start:stop, start])), (*full, start))
+                if stop not in row or entry[0] > row[stop][0]:
+                    row[stop] = entry
+        best.append(row)
+    full_layers = best[num_full][num_layers][1]
+    return Schedule("".join("F" if i in full_layers else "S" for i in range(num_layers)))
