@@ -143,6 +143,10 @@ def check_resumed(path: pathlib.Path, begun: bool, resume: bool) -> None:
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` once the block ends; a kill or an error before leaves `path` as it was."""
     beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        yield file
+    try:
+        with open(beside, "wb") as file:
+            yield file
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     os.replace(beside, path)
