@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
@@ -26,6 +25,7 @@ from absl import flags
 
 import checkpoints_convert
 from experiments.common import options, text
+from experiments.common.journal import Journal
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import serving
 from indexcache_jax.config import Config
@@ -102,32 +102,19 @@ def batches(window: Sequence[Request], rows: int) -> Iterator[list[Request]]:
         yield good[first : first + rows]
 
 
-def finished(output: Output, about: dict[str, Any], found: Sequence[Request]) -> int:
-    """How many prompts, from the first on, are done in the output folder; what follows them there is cut off.
+def completions(output: Output, about: dict[str, Any], found: Sequence[Request]) -> Journal:
+    """The journal of completions in the output folder; it holds those of the first prompts, in the order of the file.
 
-    ValueError where the completions were made with something else than `about`.
+    ValueError where they were made with something else than `about`, or are not of these prompts.
     """
-    path, described = output.directory / OUTPUT, output.directory / ABOUT
-    if not path.exists():
-        return 0
-    if not described.exists():
-        raise ValueError(f"--resume: {described} is missing, so what {path} was made with is not known")
-    for name, before in json.loads(described.read_text()).items():
-        if about.get(name) != before:
-            raise ValueError(f"--resume: {path} was made with {name} {before!r}, this run has {about.get(name)!r}")
-    whole, _, _ = path.read_bytes().rpartition(b"\n")  # a kill may leave half of the last line
-    lines = whole.splitlines()
-    if len(lines) > len(found):
-        raise ValueError(f"--resume: {path} has {len(lines)} lines for {len(found)} prompts")
-    for number, (line, request) in enumerate(zip(lines, found, strict=False), 1):
-        try:
-            of = json.loads(line)["line"]
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"--resume: {path}: line {number} is not a completion") from None
-        if of != request.line:
-            raise ValueError(f"--resume: {path}: line {number} is of prompt {of}, not of {request.line}")
-    os.truncate(path, len(whole) + 1 if lines else 0)
-    return len(lines)
+    path = output.directory / OUTPUT
+    journal = Journal(path, about, about_path=output.directory / ABOUT, fields={"line": int})
+    if len(journal.entries) > len(found):
+        raise ValueError(f"{path}: has {len(journal.entries)} lines for {len(found)} prompts")
+    for number, (entry, request) in enumerate(zip(journal.entries, found, strict=False), start=1):
+        if entry["line"] != request.line:
+            raise ValueError(f"{path}: line {number} is of prompt {entry['line']}, not of {request.line}")
+    return journal
 
 
 class Meter:
@@ -217,14 +204,14 @@ def run(output_dir: str, seed: int) -> None:
     target = output.directory / OUTPUT
     if target.exists() and not options.RESUME.value:
         target.replace(target.with_name(f"previous-{OUTPUT}"))
-    kept = finished(output, about, found)
-    output.write(ABOUT, json.dumps(about) + "\n")
+    journal = completions(output, about, found)
+    kept = len(journal.entries)
     begun, meter, written = time.perf_counter(), Meter(len(found), kept), 0
     shared = None  # the document's cache
     if document and any(not r.error for r in found[kept:]):
         kinds: dict[str, Any] = {"latent_dtype": _LATENTS.value or None, "index_dtype": _KEYS.value or None}
         shared = prefill_document(weights, document, config, schedule, chunk=_CHUNK.value, progress=meter, **kinds)
-    with open(target, "a", encoding="utf-8") as out:
+    with journal:
         size = WINDOW * _ROWS.value
         for first in range(kept // size * size, len(found), size):
             window = found[first : first + size]
@@ -234,8 +221,7 @@ def run(output_dir: str, seed: int) -> None:
 
             def write(waiting: list[Request] = waiting, lines: dict[int, dict[str, Any]] = lines) -> None:
                 while waiting and waiting[0].line in lines:
-                    out.write(json.dumps(lines[waiting.pop(0).line]) + "\n")
-                out.flush()
+                    journal.append(lines[waiting.pop(0).line])
 
             for batch in batches(window, _ROWS.value):
                 missing = {r.line for r in batch} & {r.line for r in waiting}

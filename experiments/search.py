@@ -22,6 +22,7 @@ from absl import flags
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
 from experiments.common import options, text
+from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
@@ -81,7 +82,7 @@ class Model(Protocol):
         """That of the checkpoint."""
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> search.Evaluator | StreamedEvaluator: ...
 
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class InMemory:
     params: Params
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> search.Evaluator:
         return search.Evaluator(self.params, self.config, self.schedule, batches, log, progress)
 
@@ -152,7 +153,7 @@ class Streamed:
         return self.layers.schedule
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> StreamedEvaluator:
         return StreamedEvaluator(self.layers, batches, log, progress, int(1e9 * _STREAM_MEMORY.value))
 
@@ -346,14 +347,13 @@ def find(
         path = output.directory / LOG
         if path.exists() and not options.RESUME.value:
             path.replace(path.with_name(f"previous-{LOG}"))
-        log = search.Log(path, model.about(calibration))
         smallest = min(sizes)
         bar.total = len(calibration) * search.layers_to_run(base, smallest, _BLOCKS.value)
-        losses = model.evaluator(calibration, bar.update, log)
-        steps = search.greedy(losses, base, num_full=smallest, blocks=_BLOCKS.value)
-        if _LOSS_BUDGET.value is not None and steps[-1].loss <= (most := steps[0].loss * (1 + _LOSS_BUDGET.value)):
-            steps += search.greedy(losses, steps[-1].schedule, max_loss=most, blocks=_BLOCKS.value)[1:]
-        log.close()
+        with LossJournal(path, model.about(calibration)) as log:
+            losses = model.evaluator(calibration, bar.update, log)
+            steps = search.greedy(losses, base, num_full=smallest, blocks=_BLOCKS.value)
+            if _LOSS_BUDGET.value is not None and steps[-1].loss <= (most := steps[0].loss * (1 + _LOSS_BUDGET.value)):
+                steps += search.greedy(losses, steps[-1].schedule, max_loss=most, blocks=_BLOCKS.value)[1:]
         bar.total = bar.n
         bar.refresh()
     reached = [size for size in sizes if size >= steps[-1].schedule.num_full]

@@ -18,7 +18,7 @@ MISSING = "(missing)"
 
 
 class Journal:
-    """A log of JSON objects in the file `path`: `entries` are those read from it and those appended since.
+    """A log of JSON objects in the file `path`. `entries`: those that it held when it was opened.
 
     about: what the entries depend on, JSON; the file's first line. None: the file has no such line, for a log whose owner
         is checked elsewhere.
@@ -60,20 +60,16 @@ class Journal:
             size += len(line)
         if about_path is not None and not exists:
             with replacing(about_path) as file:
-                file.write(json.dumps(about).encode() + b"\n")
+                file.write(_line(about or {}))
         self._file = open(self.path, "r+b" if exists else "wb")  # noqa: SIM115 (open for the journal's life)
         self._file.truncate(size)
         self._file.seek(size)
         if heading is not None and not size:
-            self._write(heading)
+            self.append(heading)
 
-    def append(self, entry: dict[str, Any]) -> None:
+    def append(self, entry: Mapping[str, Any]) -> None:
         """Adds an entry; it is in the operating system's hands on return, so that a kill leaves it there."""
-        self._write(entry)
-        self.entries.append(entry)
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.write(_line(entry))
         self._file.flush()
 
     def close(self) -> None:
@@ -89,6 +85,10 @@ class Journal:
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a log without a line about it; ValueError for one that is no JSON object."""
     return [_parse(line, path, number, {}) for number, line in enumerate(_whole_lines(path), start=1)]
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _whole_lines(path: pathlib.Path) -> list[bytes]:

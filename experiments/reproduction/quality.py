@@ -36,6 +36,8 @@ from experiments import distill
 from experiments import search as search_experiment
 from experiments.common import data, options, text
 from experiments.common import runs as training
+from experiments.common.journal import Journal
+from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Saving, Stage
 from experiments.reproduction import ngram, retrieval
@@ -162,11 +164,9 @@ def searched(studied: Model, cuts: np.ndarray, num_full: int, output: Output, na
     """The steps of a greedy search; its evaluations are kept in the output's folder."""
     batches = search_experiment.batches(cuts)
     about = {"pattern": studied.base.pattern, "dtype": studied.dtype, **search.fingerprint(studied.params, batches)}
-    log = search.Log(output.directory / f"search-{name}.jsonl", about)
-    losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
-    steps = search.greedy(losses, studied.base, num_full=num_full, blocks=flags.FLAGS.blocks)
-    log.close()
-    return steps
+    with LossJournal(output.directory / f"search-{name}.jsonl", about) as log:
+        losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
+        return search.greedy(losses, studied.base, num_full=num_full, blocks=flags.FLAGS.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,32 +234,15 @@ def run_folder(output: Output, name: str, seed: int) -> pathlib.Path:
 
 
 class Rows:
-    """What is finished, by part, seed and name, a JSON line each in a file about one checkpoint and one set of flags.
+    """The finished parts of the tables, by part, seed and name, in a `Journal` about one checkpoint and one set of flags.
 
-    ValueError for a file about something else, and for one that is there without `resume`. A last line cut off by a kill
-    is dropped.
+    ValueError as for a `Journal`.
     """
 
     def __init__(self, path: pathlib.Path, about: dict[str, Any], resume: bool) -> None:
-        self._known: dict[tuple[str, int, str], Any] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        lines = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
-        if lines and not resume:
-            raise ValueError(f"{path}: holds an earlier run; --resume goes on with it, or choose another --output_dir")
-        entries = [json.loads(line) for line in lines]
-        if entries:
-            training.check_same(entries[0], about, path)
-        for entry in entries[1:]:
-            self._known[entry["part"], entry["seed"], entry["name"]] = entry["value"]
-        self._file = path.open("r+b" if lines else "wb")
-        self._file.truncate(sum(map(len, lines)))
-        self._file.seek(0, 2)
-        if not lines:
-            self._append(about)
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+        fields = {"part": str, "seed": int, "name": str, "value": object}
+        self._journal = Journal(path, about, fields=fields, resume=resume)
+        self._known = {(row["part"], row["seed"], row["name"]): row["value"] for row in self._journal.entries}
 
     def begun(self, part: str) -> bool:
         return any(key[0] == part for key in self._known)
@@ -273,7 +256,7 @@ class Rows:
         if key not in self._known:
             began = time.perf_counter()
             self._known[key] = value = make()
-            self._append({"part": part, "seed": seed, "name": name, "value": value})
+            self._journal.append({"part": part, "seed": seed, "name": name, "value": value})
             seconds = time.perf_counter() - began
             numbers = {k: round(v, 4) for k, v in value.items() if isinstance(v, float)} if isinstance(value, dict) else {}
             shown_ = f": {numbers}" if numbers else ""
@@ -281,7 +264,7 @@ class Rows:
         return self._known[key]
 
     def close(self) -> None:
-        self._file.close()
+        self._journal.close()
 
 
 Scores = dict[str, dict[int, dict[str, float]]]  # of a table's rows, by seed

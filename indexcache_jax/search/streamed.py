@@ -27,7 +27,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
-from indexcache_jax.search.greedy import Log, check_finite, check_shapes
+from indexcache_jax.search.greedy import LossLog, check_finite, check_shapes
 from indexcache_jax.search.layerwise import State
 
 MEMORY = 64 * 2**30
@@ -80,7 +80,7 @@ class StreamedEvaluator:
         self,
         layers: Layers,
         batches: Sequence[np.ndarray],
-        log: Log | None = None,
+        log: LossLog | None = None,
         progress: Callable[[int], object] = lambda layers: None,
         memory: int = MEMORY,
     ) -> None:

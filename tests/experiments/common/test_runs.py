@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
 import struct
-import threading
 import types
 
 import jax
@@ -15,7 +13,7 @@ import optax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.common import data, text
+from experiments.common import data
 from experiments.common import runs as training
 from experiments.common.report import Output
 from experiments.common.runs import Saving, Stage

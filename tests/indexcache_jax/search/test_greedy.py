@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import greedy as search
 from indexcache_jax.search import layerwise
 from tests.support import numpy_reference
+from tests.support.loss_log import MemoryLog
 from tests.support.tiny_models import GLM_FIELDS, state, to_params
 
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 6}
@@ -125,9 +125,9 @@ def test_evaluator_of_params_without_some_indexers(params):
         evaluator.loss(ALL)
 
 
-def test_a_loss_that_is_not_finite_ends_the_search(params, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_search(params):
     broken = params.replace(final_norm=params.final_norm.at[0].set(jnp.nan))
-    log = search.Log(tmp_path / "log", {})
+    log = MemoryLog()
     with pytest.raises(ValueError, match="loss of FFFFFF on batch 0 is nan"):
         search.greedy(search.Evaluator(broken, CONFIG, ALL, [tokens(0)], log), ALL)
     assert log.get(ALL, 0) is None
@@ -188,14 +188,13 @@ class Killed(Exception):
     pass
 
 
-def test_resumes_after_a_kill_with_the_identical_result(params, tmp_path):
-    batches, about = [tokens(0), tokens(1)], {"weights": 1}
-    ran = []
+def test_resumes_after_a_kill_with_the_identical_result(params):
+    batches, log, ran = [tokens(0), tokens(1)], MemoryLog(), []
 
     def search_it(log, progress=ran.append):
         return search.greedy(search.Evaluator(params, CONFIG, ALL, batches, log, progress), ALL, num_full=2)
 
-    whole = search_it(search.Log(tmp_path / "whole", about))
+    whole = search_it(None)
     uninterrupted = sum(ran)
     ran.clear()
 
@@ -205,26 +204,13 @@ def test_resumes_after_a_kill_with_the_identical_result(params, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        search_it(search.Log(tmp_path / "log", about), until_killed)
-    with open(tmp_path / "log", "a") as file:
-        file.write('{"pattern": "FFFSFF", "batch": 0, "lo')  # cut off within a line
+        search_it(log, until_killed)
     ran.clear()
-    assert search_it(search.Log(tmp_path / "log", about)) == whole
+    assert search_it(log) == whole
     assert 0 < sum(ran) < 0.7 * uninterrupted
     ran.clear()
-    assert search_it(search.Log(tmp_path / "log", about)) == whole
+    assert search_it(log) == whole
     assert not ran
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert lines[0] == about and len({(e["pattern"], e["batch"]) for e in lines[1:]}) == len(lines) - 1
-
-
-def test_a_log_about_something_else_is_refused(tmp_path):
-    search.Log(tmp_path / "log", {"weights": 1, "dtype": "float32"}).close()
-    with pytest.raises(ValueError, match=r"another weights \(1 there, 2 here\)"):
-        search.Log(tmp_path / "log", {"weights": 2, "dtype": "float32"})
-    (tmp_path / "other").write_text("not JSON\n")
-    with pytest.raises(ValueError, match="line 1 is not an evaluation"):
-        search.Log(tmp_path / "other", {})
 
 
 def test_fingerprints_tell_weights_and_text_apart(params):
