@@ -17,13 +17,13 @@ from absl import flags
 
 import checkpoints_convert
 from experiments import search
-from experiments.common import data, options, text
-from experiments.common import runs as training
+from experiments.common import data, options, runs, text
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Saving, Stage
+from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage, flops_per_token
 
 SHARED_FLAGS = ("checkpoint", "retention", "context", "batch_size", "held_out", "held_out_sequences", "dtype", "resume")
 for _name in SHARED_FLAGS:
@@ -36,9 +36,15 @@ _WARMUP_STEPS = flags.DEFINE_integer(
 )
 _SPARSE_STEPS = flags.DEFINE_integer("sparse_steps", 4000, "steps of the sparse stage, which trains everything", lower_bound=0)
 _ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "times --batch_size sequences to a step", lower_bound=1)
-_WARMUP_RATE = flags.DEFINE_float("warmup_rate", 1e-3, "peak learning rate of the indexers in the warm-up", lower_bound=0)
-_INDEXER_RATE = flags.DEFINE_float("indexer_rate", 1e-4, "their peak learning rate in the sparse stage", lower_bound=0)
-_MODEL_RATE = flags.DEFINE_float("model_rate", 7.3e-6, "peak learning rate of the rest in the sparse stage", lower_bound=0)
+_WARMUP_LEARNING_RATE = flags.DEFINE_float(
+    "warmup_learning_rate", 1e-3, "peak learning rate of the indexers in the warm-up", lower_bound=0
+)
+_INDEXER_LEARNING_RATE = flags.DEFINE_float(
+    "indexer_learning_rate", 1e-4, "peak learning rate of the indexers in the sparse stage", lower_bound=0
+)
+_MODEL_LEARNING_RATE = flags.DEFINE_float(
+    "model_learning_rate", 7.3e-6, "peak learning rate of the rest in the sparse stage", lower_bound=0
+)
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "steps between checkpoints", lower_bound=1)
 _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
@@ -47,23 +53,23 @@ _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
 def stages(context: int, dtype: str) -> list[Stage]:
     """The stages the flags ask for."""
 
-    def stage(name: str, kind: str, steps: int, model_rate: float, indexer_rate: float) -> Stage:
+    def stage(name: str, kind: str, steps: int, model_learning_rate: float, indexer_learning_rate: float) -> Stage:
         return Stage(
             name,
             kind,
             steps,
             flags.FLAGS.batch_size,
             context,
-            model_rate,
-            indexer_rate,
+            model_learning_rate,
+            indexer_learning_rate,
             accumulate=_ACCUMULATE.value,
             cross_layer=_CROSS_LAYER.value,
             compute_dtype=dtype,
         )
 
     return [
-        stage("warm-up", "warmup", _WARMUP_STEPS.value, 0.0, _WARMUP_RATE.value),
-        stage("sparse", "sparse", _SPARSE_STEPS.value, _MODEL_RATE.value, _INDEXER_RATE.value),
+        stage("warm-up", "warmup", _WARMUP_STEPS.value, 0.0, _WARMUP_LEARNING_RATE.value),
+        stage("sparse", "sparse", _SPARSE_STEPS.value, _MODEL_LEARNING_RATE.value, _INDEXER_LEARNING_RATE.value),
     ]
 
 
@@ -119,7 +125,7 @@ def run(output_dir: str, seed: int) -> None:
     target = output.directory / "checkpoint"
     if target.exists() and not values.resume:
         raise ValueError(f"{target}: exists; choose another --output_dir, or --resume")
-    training.check_free(output.directory, values.resume)
+    runs.check_free(output.directory, values.resume)
     plan = stages(values.context, dtype)
     if not any(stage.steps for stage in plan):
         raise ValueError("--warmup_steps=0 --sparse_steps=0: nothing is trained")
@@ -137,26 +143,27 @@ def run(output_dir: str, seed: int) -> None:
     print(f"{len(train_documents)} documents, {tokens.size:,} tokens to train on; {len(cuts)} x {values.context} held out")
 
     rows = {
-        "as it came": training.evaluate(loaded, cuts, config, base, dtype),
-        "the schedule, untrained": training.evaluate(stored, cuts, config, schedule, dtype),
+        "as it came": runs.evaluate(loaded, cuts, config, base, dtype),
+        "the schedule, untrained": runs.evaluate(stored, cuts, config, schedule, dtype),
     }
     look = max(1, min([50, *(stage.steps // 5 for stage in plan if stage.steps)]))
     saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=look)
-    trained = training.train(stored, tokens, plan, config, schedule, output, seed=seed, resume=values.resume, saving=saving)
+    training_run = TrainingRun(tokens, plan, config, schedule, seed)
+    trained = runs.train(stored, training_run, output, resume=values.resume, saving=saving)
     shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
     written = export(target, trained.params, stored, config, schedule, checkpoint)
-    rows["distilled"] = training.evaluate(written, cuts, config, schedule, dtype)
+    rows["distilled"] = runs.evaluate(written, cuts, config, schedule, dtype)
     rates = speeds(trained, plan, config, schedule)
     finish(output, checkpoint, base, schedule, rows, plan, rates, tokens, trained.seconds)
 
 
-def speeds(trained: training.Trained, plan: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
+def speeds(trained: runs.Trained, plan: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
     """By stage tokens/s and, on an accelerator, the model FLOPs' share of the rate of a bfloat16 matmul of the same run."""
-    matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
     found: dict[str, Any] = {"matmul_tflops": None if matmul is None else matmul / 1e12}
     for stage in plan:
         if (rate := trained.tokens_per_second.get(stage.name)) is not None:
-            flops = training.flops_per_token(config, schedule, stage) * rate
+            flops = flops_per_token(config, schedule, stage) * rate
             found[stage.name] = {
                 "tokens_per_second": rate,
                 "model_tflops": flops / 1e12,
@@ -176,13 +183,13 @@ def finish(
     checkpoint: str,
     base: Schedule,
     schedule: Schedule,
-    rows: dict[str, training.HeldOut],
+    rows: dict[str, runs.HeldOut],
     plan: list[Stage],
     rates: dict[str, Any],
     tokens: np.ndarray,
     seconds: float,
 ) -> None:
-    entries = training.read_log(output.directory)
+    entries = runs.read_log(output.directory)
     plot(output, entries)
     header = ["", "indexers", "language loss", "indexers' divergence"]
     sizes = [base.num_full, schedule.num_full, schedule.num_full]
@@ -193,7 +200,15 @@ def finish(
     about_stages = markdown_table(
         ["stage", "steps", "sequences", "context", "model's rate", "indexers' rate", "tokens/s", "model FLOPs of matmul rate"],
         [
-            [s.name, s.steps, s.sequences, s.context, s.model_rate or "-", s.indexer_rate, *_speed_cells(rates.get(s.name))]
+            [
+                s.name,
+                s.steps,
+                s.sequences,
+                s.context,
+                s.model_learning_rate or "-",
+                s.indexer_learning_rate,
+                *_speed_cells(rates.get(s.name)),
+            ]
             for s in plan
         ],
     )

@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import options, profiling
-from experiments.common import runs as training
+from experiments.common import options, profiling, runs
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Stage
-from indexcache_jax import distill
+from indexcache_jax import distill, training
 from indexcache_jax.config import Config
 from indexcache_jax.params import init
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 
 flags.declare_key_flag("num_layers")
 _CONTEXT = flags.DEFINE_integer("train_context", 8192, "tokens of the sequence of a step", lower_bound=128)
@@ -113,7 +112,7 @@ def measure(
     config: Config, schedule: Schedule, stage: Stage, steps: int, matmul: float | None, seed: int, profile: bool = True
 ) -> Speed:
     params = jax.jit(init, static_argnums=3)(jax.random.key(seed), config, schedule, jnp.float32)
-    state = training.start(params, stage, config, schedule)
+    state = training.init_optimiser_state(params, stage, config, schedule)
     rng = np.random.default_rng(seed)
     tokens = jnp.asarray(rng.integers(config.vocab_size, size=(1, 1, stage.context + 1)), jnp.int32)
     began = time.perf_counter()
@@ -166,7 +165,7 @@ def run(output_dir: str, seed: int) -> None:
     if _TOPK.value >= context:
         raise ValueError(f"--train_topk={_TOPK.value}: must be below --train_context={context}")
     config, schedule = model(layers, context, _TOPK.value, _PATTERN.value)
-    matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
     way = "kernels" if distill.by_kernels(1, context, jnp.bfloat16, config) else "XLA"
     print(f"{layers} layers, {schedule.pattern}, context {context}, top {_TOPK.value}, {way} on {device()['kind']}", flush=True)
     speeds: dict[str, Speed] = {}

@@ -34,12 +34,11 @@ from absl import flags
 import checkpoints_convert
 from experiments import distill
 from experiments import search as search_experiment
-from experiments.common import data, options, text
-from experiments.common import runs as training
+from experiments.common import data, options, runs, text
 from experiments.common.journal import Journal
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Saving, Stage
+from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval
 from indexcache_jax import model
 from indexcache_jax.config import Config
@@ -49,11 +48,13 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import greedy as search
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.overlap import overlap
+from indexcache_jax.training import Stage
 
 for _name in (
     *("checkpoint", "context", "batch_size", "held_out_sequences", "dtype", "resume", "retention"),
     *("retentions", "sequences", "blocks", "time_limit", "woven"),
-    *("accumulate", "warmup_steps", "sparse_steps", "warmup_rate", "indexer_rate", "model_rate"),
+    *("accumulate", "warmup_steps", "sparse_steps"),
+    *("warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
 ):
     flags.declare_key_flag(_name)
 
@@ -214,18 +215,10 @@ def distilled(
 ) -> Params:
     """The checkpoint after both stages, in the dtype to compute in. S layers keep an indexer, which nothing reads."""
     looks = max(1, min([50, *(stage.steps // 4 for stage in stages if stage.steps)]))
-    trained = training.train(
-        studied.stored,
-        tokens,
-        stages,
-        studied.config,
-        studied.base,
-        Output.create(str(run_folder(output, name, seed))),
-        seed=seed,
-        resume=False,
-        saving=Saving(every=None, log_every=looks),
-        roles=roles_of(schedule, cross_layer=not name.endswith(OWN)),
-    )
+    roles = roles_of(schedule, cross_layer=not name.endswith(OWN))
+    training_run = TrainingRun(tokens, stages, studied.config, studied.base, seed, roles)
+    folder = Output.create(str(run_folder(output, name, seed)))
+    trained = runs.train(studied.stored, training_run, folder, resume=False, saving=Saving(every=None, log_every=looks))
     return jax.tree.map(lambda a, b: a.astype(b.dtype), trained.params, studied.params)
 
 
@@ -361,7 +354,7 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
         lambda: layerwise.advance.lower(params, state, number, choice, config, base).compile(),
         lambda: layerwise.finish.lower(params, state, number, choices, batch, config, base).compile(),
         lambda: layerwise.compare.lower(params, state, number, state.indices, config, base).compile(),
-        lambda: training.compile_steps([stage for stage in stages if stage.steps], config, base, roles),
+        lambda: runs.compile_steps([stage for stage in stages if stage.steps], config, base, roles),
     ]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for done in [pool.submit(program) for program in programs]:
@@ -369,9 +362,9 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
 
 
 def within_the_limit(
-    studied: Model, stages: list[Stage], runs: int, begun: bool, other_seconds: float, output: Output, deadline: float
+    studied: Model, stages: list[Stage], count: int, begun: bool, other_seconds: float, output: Output, deadline: float
 ) -> list[Stage]:
-    """The stages of one distillation, cut so that `runs` of them, with other_seconds each for the rest, end in time.
+    """The stages of one distillation, cut so that `count` of them, with other_seconds each for the rest, end in time.
 
     All rows of a table are trained alike, and the report says how long: the numbers are kept in the output's folder, a
     resumed run takes them from there, and cuts nothing where distillations have `begun` uncut, whatever time it is given.
@@ -379,17 +372,17 @@ def within_the_limit(
     """
     path = output.directory / PLAN
     planned = options.RESUME.value and path.exists()
-    if not planned and (not math.isfinite(deadline) or not runs or begun):
+    if not planned and (not math.isfinite(deadline) or not count or begun):
         path.unlink(missing_ok=True)  # of another run
         return stages
     if not planned:
         roles = roles_of(studied.base)
-        costs = [training.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
-        each = (deadline - FINISH_SECONDS - time.perf_counter()) / runs - other_seconds
-        fitted = training.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
+        costs = [runs.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
+        each = (deadline - FINISH_SECONDS - time.perf_counter()) / count - other_seconds
+        fitted = runs.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
         entries = [{"stage": s.name, "steps": s.steps, "seconds_per_step": c} for s, c in zip(fitted, costs, strict=True)]
         shown_ = ", ".join(f"{entry['stage']} {entry['steps']} x {entry['seconds_per_step']:.3f} s" for entry in entries)
-        print(f"{each:.1f} s for each of {runs} distillations: {shown_}", flush=True)
+        print(f"{each:.1f} s for each of {count} distillations: {shown_}", flush=True)
         if any(cut.steps < min(LEAST_STEPS, whole.steps) for cut, whole in zip(fitted, stages, strict=True)):
             print(f"--time_limit={options.TIME_LIMIT.value:g}: too little for them; --resume with more makes up for it")
             return []
@@ -505,13 +498,13 @@ def plot_training(output: Output, names: Sequence[str], seeds: Sequence[int]) ->
     from matplotlib.figure import Figure
 
     logs = {name: run_folder(output, name, seeds[0]) for name in names}
-    logs = {name: folder for name, folder in logs.items() if (folder / training.LOG).exists()}
+    logs = {name: folder for name, folder in logs.items() if (folder / runs.LOG).exists()}
     if not logs:
         return
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     for name, folder in logs.items():
-        entries = training.read_log(folder)
+        entries = runs.read_log(folder)
         axes.plot([entry["step"] for entry in entries], [entry["indexer"] for entry in entries], label=name, linewidth=1)
     axes.set(xlabel="step (warm-up, then sparse)", ylabel="nats per token, all F layers", title="Divergence of the indexers")
     axes.legend()
@@ -551,7 +544,7 @@ def finish(
     ]
     lines += [
         f"Distillation, {stage.name}: {stage.steps} steps of {stage.sequences} x {stage.context} tokens, rates "
-        f"{stage.model_rate:g} (model) and {stage.indexer_rate:g} (indexers)."
+        f"{stage.model_learning_rate:g} (model) and {stage.indexer_learning_rate:g} (indexers)."
         for stage in stages
     ]
     note = "\n".join(lines)

@@ -14,12 +14,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoints_convert
-from experiments.common import runs as training
+from experiments.common import runs
 from experiments.common.report import Output
 from experiments.reproduction import quality, retrieval
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -103,8 +104,8 @@ def test_flags_are_looked_at_before_anything_takes_long(given, message):
 
 def test_a_resumed_run_trains_as_long_as_the_rows_that_are_there(tmp_path, monkeypatch):
     flags.FLAGS.mark_as_parsed()
-    stages = [training.Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
-    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.0)
+    stages = [Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
+    monkeypatch.setattr(runs, "seconds_per_step", lambda *_: 1.0)
     studied, output = quality.Model(*[None] * 7), Output.create(str(tmp_path))
     monkeypatch.setattr(quality, "roles_of", lambda base: None)
     ends = time.perf_counter() + quality.FINISH_SECONDS
