@@ -76,7 +76,7 @@ def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
 def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
     pytest.importorskip("torch", reason="the oracle needs torch")
     pytest.importorskip("transformers", reason="the oracle needs transformers")
-    from tests import oracle
+    from tests.support import oracle
 
     params = trained_indexers()
     distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
