@@ -17,17 +17,18 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, inputs, options, plots
-from experiments.common import runs as training
+from experiments.common import data, inputs, options, plots, runs
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Saving, Stage
+from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage, flops_per_token
 
 for _name in (
     *("checkpoint", "dtype", "schedule", "retention", "context", "batch_size", "text", "held_out", "held_out_sequences"),
-    *("accumulate", "warmup_steps", "sparse_steps", "warmup_rate", "indexer_rate", "model_rate", "resume"),
+    *("accumulate", "warmup_steps", "sparse_steps", "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
+    "resume",
 ):
     flags.declare_key_flag(_name)
 
@@ -73,7 +74,7 @@ def check_output(output: Output) -> None:
     folder, resume = checkpoint_folder(output), options.RESUME.value
     if folder.exists() and not resume:
         raise ValueError(f"{folder}: exists; choose another --output_dir, or --resume")
-    training.check_free(output.directory, resume)
+    runs.check_free(output.directory, resume)
 
 
 def read_inputs(output_dir: str, seed: int) -> Inputs:
@@ -107,7 +108,7 @@ def read_inputs(output_dir: str, seed: int) -> Inputs:
 class Result:
     """Held-out losses before and after by the table's rows, tokens/s by stage (of `speeds`), and seconds of training."""
 
-    held_out: dict[str, training.HeldOut]
+    held_out: dict[str, runs.HeldOut]
     speeds: dict[str, Any]
     seconds: float
 
@@ -116,19 +117,17 @@ def distil(given: Inputs, seed: int) -> Result:
     """Trains, writes the checkpoint that results, and evaluates it beside what it came from."""
     config, schedule, dtype = given.config, given.schedule, given.checkpoint.dtype
     held_out = {
-        "as it came": training.evaluate(given.loaded, given.cuts, config, given.base, dtype),
-        "the schedule, untrained": training.evaluate(given.stored, given.cuts, config, schedule, dtype),
+        "as it came": runs.evaluate(given.loaded, given.cuts, config, given.base, dtype),
+        "the schedule, untrained": runs.evaluate(given.stored, given.cuts, config, schedule, dtype),
     }
     log_every = max(1, min([50, *(stage.steps // 5 for stage in given.stages if stage.steps)]))
     saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=log_every)
-    resume = options.RESUME.value
-    trained = training.train(
-        given.stored, given.tokens, given.stages, config, schedule, given.output, seed=seed, resume=resume, saving=saving
-    )
+    training_run = TrainingRun(given.tokens, given.stages, config, schedule, seed)
+    trained = runs.train(given.stored, training_run, given.output, resume=options.RESUME.value, saving=saving)
     folder = checkpoint_folder(given.output)
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier --resume
     written = export(folder, trained.params, given.stored, config, schedule, given.checkpoint.directory)
-    held_out["distilled"] = training.evaluate(written, given.cuts, config, schedule, dtype)
+    held_out["distilled"] = runs.evaluate(written, given.cuts, config, schedule, dtype)
     return Result(held_out, speeds(trained, given.stages, config, schedule), trained.seconds)
 
 
@@ -144,13 +143,13 @@ def export(
     return written
 
 
-def speeds(trained: training.Trained, stages: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
+def speeds(trained: runs.Trained, stages: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
     """By stage tokens/s and, on an accelerator, the model FLOPs' share of the rate of a bfloat16 matmul of the same run."""
-    matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
     by_stage: dict[str, Any] = {"matmul_tflops": None if matmul is None else matmul / 1e12}
     for stage in stages:
         if (tokens_per_second := trained.tokens_per_second.get(stage.name)) is not None:
-            flops = training.flops_per_token(config, schedule, stage) * tokens_per_second
+            flops = flops_per_token(config, schedule, stage) * tokens_per_second
             by_stage[stage.name] = {
                 "tokens_per_second": tokens_per_second,
                 "model_tflops": flops / 1e12,
@@ -182,7 +181,7 @@ def _speed_cells(speed: dict[str, float] | None) -> list[str]:
 def report(result: Result, given: Inputs) -> None:
     """Writes the plot, results.json and report.md, and prints the tables."""
     output, schedule = given.output, given.schedule
-    plot(output, training.read_log(output.directory))
+    plot(output, runs.read_log(output.directory))
     header = ["", "indexers", "language loss", "indexers' divergence"]
     sizes = [given.base.num_full, schedule.num_full, schedule.num_full]
     cells = [
@@ -190,7 +189,10 @@ def report(result: Result, given: Inputs) -> None:
         for (name, losses), size in zip(result.held_out.items(), sizes, strict=True)
     ]
     stage_rows = [
-        [s.name, s.steps, s.sequences, s.context, s.model_rate or "-", s.indexer_rate, *_speed_cells(result.speeds.get(s.name))]
+        [
+            *(s.name, s.steps, s.sequences, s.context, s.model_learning_rate or "-", s.indexer_learning_rate),
+            *_speed_cells(result.speeds.get(s.name)),
+        ]
         for s in given.stages
     ]
     about_stages = markdown_table(

@@ -11,19 +11,19 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 import checkpoints_convert
 from experiments.common import inputs, options, text
+from experiments.common.journal import Journal
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
@@ -97,32 +97,19 @@ def batches(window: Sequence[Request], rows: int) -> Iterator[list[Request]]:
         yield good[first : first + rows]
 
 
-def finished(output: Output, about: dict[str, Any], found: Sequence[Request]) -> int:
-    """How many prompts, from the first on, are done in the output folder; what follows them there is cut off.
+def completions(output: Output, about: dict[str, Any], found: Sequence[Request]) -> Journal:
+    """The journal of completions in the output folder; it holds those of the first prompts, in the order of the file.
 
-    ValueError where the completions were made with something else than `about`.
+    ValueError where they were made with something else than `about`, or are not of these prompts.
     """
-    path, described = output.directory / OUTPUT, output.directory / ABOUT
-    if not path.exists():
-        return 0
-    if not described.exists():
-        raise ValueError(f"--resume: {described} is missing, so what {path} was made with is not known")
-    for name, before in json.loads(described.read_text()).items():
-        if about.get(name) != before:
-            raise ValueError(f"--resume: {path} was made with {name} {before!r}, this run has {about.get(name)!r}")
-    whole, _, _ = path.read_bytes().rpartition(b"\n")  # a kill may leave half of the last line
-    lines = whole.splitlines()
-    if len(lines) > len(found):
-        raise ValueError(f"--resume: {path} has {len(lines)} lines for {len(found)} prompts")
-    for number, (line, request) in enumerate(zip(lines, found, strict=False), 1):
-        try:
-            of = json.loads(line)["line"]
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"--resume: {path}: line {number} is not a completion") from None
-        if of != request.line:
-            raise ValueError(f"--resume: {path}: line {number} is of prompt {of}, not of {request.line}")
-    os.truncate(path, len(whole) + 1 if lines else 0)
-    return len(lines)
+    path = output.directory / OUTPUT
+    journal = Journal(path, about, about_path=output.directory / ABOUT, fields={"line": int})
+    if len(journal.entries) > len(found):
+        raise ValueError(f"{path}: has {len(journal.entries)} lines for {len(found)} prompts")
+    for number, (entry, request) in enumerate(zip(journal.entries, found, strict=False), start=1):
+        if entry["line"] != request.line:
+            raise ValueError(f"{path}: line {number} is of prompt {entry['line']}, not of {request.line}")
+    return journal
 
 
 class Meter:
@@ -287,8 +274,8 @@ class Result:
 class Writer:
     """Writes the lines of one window of requests in their order, each as soon as all before it are known."""
 
-    def __init__(self, out: TextIO, waiting: Sequence[Request]) -> None:
-        self._out = out
+    def __init__(self, journal: Journal, waiting: Sequence[Request]) -> None:
+        self._journal = journal
         self._waiting = list(waiting)
         self._lines: dict[int, dict[str, Any]] = {r.line: {"line": r.line, "error": r.error} for r in waiting if r.error}
         self.errors = len(self._lines)
@@ -303,23 +290,21 @@ class Writer:
     def write(self) -> None:
         """Writes what is known up to the first line that is not."""
         while self._waiting and self._waiting[0].line in self._lines:
-            self._out.write(json.dumps(self._lines[self._waiting.pop(0).line]) + "\n")
-        self._out.flush()
+            self._journal.append(self._lines[self._waiting.pop(0).line])
 
 
-def resumed(output: Output, given: Inputs) -> int:
-    """How many requests an earlier run has done that this one goes on with; what is not resumed is moved aside."""
+def resumed(output: Output, given: Inputs) -> Journal:
+    """The journal of completions, with those that this run goes on from; what is not resumed is moved aside."""
     target = output.directory / OUTPUT
     if target.exists() and not options.RESUME.value:
         target.replace(target.with_name(f"previous-{OUTPUT}"))
-    done = finished(output, given.about, given.requests)
-    output.write(ABOUT, json.dumps(given.about) + "\n")
-    return done
+    return completions(output, given.about, given.requests)
 
 
 def complete_all(given: Inputs, output: Output) -> Result:
     """Completes every request that is not done yet and appends the lines to the output's file."""
-    done = resumed(output, given)
+    journal = resumed(output, given)
+    done = len(journal.entries)
     began, meter, new_tokens = time.perf_counter(), Meter(len(given.requests), done), 0
     document = None  # its cache
     if given.document and any(not r.error for r in given.requests[done:]):
@@ -332,11 +317,11 @@ def complete_all(given: Inputs, output: Output) -> Result:
             chunk=given.settings.chunk,
             progress=meter,
         )
-    with open(output.directory / OUTPUT, "a", encoding="utf-8") as out:
+    with journal:
         size = WINDOW * given.settings.rows_per_batch
         for first in range(done // size * size, len(given.requests), size):
             window = given.requests[first : first + size]
-            writer = Writer(out, window[max(0, done - first) :])
+            writer = Writer(journal, window[max(0, done - first) :])
             new_tokens += complete_window(window, writer, given, document, meter)
     print(file=sys.stderr)
     return Result(done, new_tokens, meter, time.perf_counter() - began)

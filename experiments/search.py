@@ -21,6 +21,7 @@ from absl import flags
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
 from experiments.common import inputs, options, plots
+from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
@@ -64,7 +65,7 @@ class Model(Protocol):
         """The checkpoint's own schedule, where the search starts."""
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> search.Evaluator | StreamedEvaluator: ...
 
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
@@ -83,7 +84,7 @@ class InMemory:
     params: Params
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> search.Evaluator:
         return search.Evaluator(self.params, self.config, self.schedule, batches, log, progress)
 
@@ -111,7 +112,7 @@ class Streamed:
         return self.layers.schedule
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> StreamedEvaluator:
         return StreamedEvaluator(self.layers, batches, log, progress, self.stream_memory)
 
@@ -256,14 +257,13 @@ def find(
         path = output.directory / LOG
         if path.exists() and not options.RESUME.value:
             path.replace(path.with_name(f"previous-{LOG}"))
-        log = search.Log(path, model.about(calibration))
         smallest = min(sizes)
         bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
-        losses = model.evaluator(calibration, bar.update, log)
-        steps = search.greedy_search(losses, base, num_full=smallest, blocks=goal.blocks)
-        if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
-            steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]
-        log.close()
+        with LossJournal(path, model.about(calibration)) as log:
+            losses = model.evaluator(calibration, bar.update, log)
+            steps = search.greedy_search(losses, base, num_full=smallest, blocks=goal.blocks)
+            if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
+                steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]
         bar.total = bar.n
         bar.refresh()
     reached = [size for size in sizes if size >= steps[-1].schedule.num_full]

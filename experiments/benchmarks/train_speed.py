@@ -20,14 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import inputs, options, profiling
-from experiments.common import runs as training
+from experiments.common import inputs, options, profiling, runs
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Stage
-from indexcache_jax import distill
+from indexcache_jax import distill, training
 from indexcache_jax.config import Config
 from indexcache_jax.params import init
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 
 for _name in ("num_layers", "schedule"):
     flags.declare_key_flag(_name)
@@ -162,7 +161,7 @@ def kernel_parts(step: Callable[[], Any]) -> tuple[dict[str, float], dict[str, f
 def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul: float | None, seed: int) -> Speed:
     """The median of so many steps. matmul: FLOP/s to hold the step's against, or None."""
     params = jax.jit(init, static_argnums=3)(jax.random.key(seed), config, schedule, jnp.float32)
-    state = training.start(params, stage, config, schedule)
+    state = training.init_optimiser_state(params, stage, config, schedule)
     rng = np.random.default_rng(seed)
     tokens = jnp.asarray(rng.integers(config.vocab_size, size=(1, 1, stage.context + 1)), jnp.int32)
     began = time.perf_counter()
@@ -201,7 +200,7 @@ class Result:
 
 def measure_all(given: Inputs, seed: int) -> Result:
     """Every stage, shown as it is measured."""
-    matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
     speeds: dict[str, Speed] = {}
     for stage in given.stages:
         speeds[stage.kind] = measure(given.config, given.schedule, stage, given.steps, matmul, seed)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import options, text
-from experiments.common.runs import Stage
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import FP8, CacheFormat
+from indexcache_jax.training import Stage
 
 CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's flags may say
 
@@ -182,21 +182,22 @@ def distillation_stages(context: int, dtype: str, cross_layer: bool = True) -> l
     cross_layer: indexers learn from all layers that they serve, not from their own alone.
     """
 
-    def stage(name: str, kind: str, steps: int, model_rate: float, indexer_rate: float) -> Stage:
+    def stage(name: str, kind: str, steps: int, model_learning_rate: float, indexer_learning_rate: float) -> Stage:
         return Stage(
             name,
             kind,
             steps,
             options.BATCH_SIZE.value,
             context,
-            model_rate,
-            indexer_rate,
+            model_learning_rate,
+            indexer_learning_rate,
             accumulate=options.ACCUMULATE.value,
             cross_layer=cross_layer,
             compute_dtype=dtype,
         )
 
+    sparse_rates = options.MODEL_LEARNING_RATE.value, options.INDEXER_LEARNING_RATE.value
     return [
-        stage("warm-up", "warmup", options.WARMUP_STEPS.value, 0.0, options.WARMUP_RATE.value),
-        stage("sparse", "sparse", options.SPARSE_STEPS.value, options.MODEL_RATE.value, options.INDEXER_RATE.value),
+        stage("warm-up", "warmup", options.WARMUP_STEPS.value, 0.0, options.WARMUP_LEARNING_RATE.value),
+        stage("sparse", "sparse", options.SPARSE_STEPS.value, *sparse_rates),
     ]

@@ -83,9 +83,15 @@ WARMUP_STEPS = flags.DEFINE_integer(
 )
 SPARSE_STEPS = flags.DEFINE_integer("sparse_steps", 4000, "steps of the sparse stage, which trains everything", lower_bound=0)
 ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "times --batch_size sequences to a step", lower_bound=1)
-WARMUP_RATE = flags.DEFINE_float("warmup_rate", 1e-3, "peak learning rate of the indexers in the warm-up", lower_bound=0)
-INDEXER_RATE = flags.DEFINE_float("indexer_rate", 1e-4, "their peak learning rate in the sparse stage", lower_bound=0)
-MODEL_RATE = flags.DEFINE_float("model_rate", 7.3e-6, "peak learning rate of the rest in the sparse stage", lower_bound=0)
+WARMUP_LEARNING_RATE = flags.DEFINE_float(
+    "warmup_learning_rate", 1e-3, "peak learning rate of the indexers in the warm-up", lower_bound=0
+)
+INDEXER_LEARNING_RATE = flags.DEFINE_float(
+    "indexer_learning_rate", 1e-4, "peak learning rate of the indexers in the sparse stage", lower_bound=0
+)
+MODEL_LEARNING_RATE = flags.DEFINE_float(
+    "model_learning_rate", 7.3e-6, "peak learning rate of the rest in the sparse stage", lower_bound=0
+)
 
 # ---- the run
 

@@ -32,11 +32,12 @@ import scipy.stats
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, inputs, options, plots, text
-from experiments.common import runs as training
+from experiments.common import data, inputs, options, plots, runs, text
+from experiments.common.journal import Journal
+from experiments.common.loss_journal import LossJournal
 from experiments.common.options import ALL_F
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Saving, Stage
+from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval
 from indexcache_jax import model, search
 from indexcache_jax.config import Config
@@ -45,11 +46,13 @@ from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.overlap import layer_overlap
+from indexcache_jax.training import Stage
 
 for _name in (
     *("checkpoint", "dtype", "context", "text", "sequences", "held_out_sequences", "batch_size", "woven"),
     *("retention", "retentions", "blocks", "resume", "time_limit"),
-    *("accumulate", "warmup_steps", "sparse_steps", "warmup_rate", "indexer_rate", "model_rate"),
+    *("accumulate", "warmup_steps", "sparse_steps"),
+    *("warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
 ):
     flags.declare_key_flag(_name)
 
@@ -149,11 +152,9 @@ def searched(studied: Model, cuts: np.ndarray, num_full: int, output: Output, na
     """The steps of a greedy search; its evaluations are kept in the output's folder."""
     batches = inputs.batches(cuts)
     about = {"pattern": studied.base.pattern, "dtype": studied.dtype, **search.fingerprint(studied.params, batches)}
-    log = search.Log(output.directory / f"search-{name}.jsonl", about)
-    losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
-    steps = search.greedy_search(losses, studied.base, num_full=num_full, blocks=options.BLOCKS.value)
-    log.close()
-    return steps
+    with LossJournal(output.directory / f"search-{name}.jsonl", about) as log:
+        losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
+        return search.greedy_search(losses, studied.base, num_full=num_full, blocks=options.BLOCKS.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,18 +205,10 @@ def distilled(
 ) -> Params:
     """The checkpoint after both stages, in the dtype to compute in. S layers keep an indexer, which nothing reads."""
     log_every = max(1, min([50, *(stage.steps // 4 for stage in stages if stage.steps)]))
-    trained = training.train(
-        studied.stored,
-        tokens,
-        stages,
-        studied.config,
-        studied.base,
-        Output.create(str(run_folder(output, name, seed))),
-        seed=seed,
-        resume=False,
-        saving=Saving(every=None, log_every=log_every),
-        roles=traced_schedule(schedule, cross_layer=not name.endswith(OWN)),
-    )
+    traced = traced_schedule(schedule, cross_layer=not name.endswith(OWN))
+    training_run = TrainingRun(tokens, stages, studied.config, studied.base, seed, traced)
+    folder = Output.create(str(run_folder(output, name, seed)))
+    trained = runs.train(studied.stored, training_run, folder, resume=False, saving=Saving(every=None, log_every=log_every))
     return jax.tree.map(lambda a, b: a.astype(b.dtype), trained.params, studied.params)
 
 
@@ -224,32 +217,15 @@ def run_folder(output: Output, name: str, seed: int) -> pathlib.Path:
 
 
 class Rows:
-    """What is finished, by part, seed and name, a JSON line each in a file about one checkpoint and one set of flags.
+    """The finished parts of the tables, by part, seed and name, in a `Journal` about one checkpoint and one set of flags.
 
-    ValueError for a file about something else, and for one that is there without `resume`. A last line cut off by a kill
-    is dropped.
+    ValueError as for a `Journal`.
     """
 
     def __init__(self, path: pathlib.Path, about: dict[str, Any], resume: bool) -> None:
-        self._known: dict[tuple[str, int, str], Any] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        lines = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
-        if lines and not resume:
-            raise ValueError(f"{path}: holds an earlier run; --resume goes on with it, or choose another --output_dir")
-        entries = [json.loads(line) for line in lines]
-        if entries:
-            training.check_same(entries[0], about, path)
-        for entry in entries[1:]:
-            self._known[entry["part"], entry["seed"], entry["name"]] = entry["value"]
-        self._file = path.open("r+b" if lines else "wb")
-        self._file.truncate(sum(map(len, lines)))
-        self._file.seek(0, 2)
-        if not lines:
-            self._append(about)
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+        fields = {"part": str, "seed": int, "name": str, "value": object}
+        self._journal = Journal(path, about, fields=fields, resume=resume)
+        self._known = {(row["part"], row["seed"], row["name"]): row["value"] for row in self._journal.entries}
 
     def begun(self, part: str) -> bool:
         return any(key[0] == part for key in self._known)
@@ -263,7 +239,7 @@ class Rows:
         if key not in self._known:
             began = time.perf_counter()
             self._known[key] = value = make()
-            self._append({"part": part, "seed": seed, "name": name, "value": value})
+            self._journal.append({"part": part, "seed": seed, "name": name, "value": value})
             seconds = time.perf_counter() - began
             numbers = {k: round(v, 4) for k, v in value.items() if isinstance(v, float)} if isinstance(value, dict) else {}
             shown_ = f": {numbers}" if numbers else ""
@@ -271,7 +247,7 @@ class Rows:
         return self._known[key]
 
     def close(self) -> None:
-        self._file.close()
+        self._journal.close()
 
 
 Scores = dict[str, dict[int, dict[str, float]]]  # of a table's rows, by seed
@@ -360,13 +336,13 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
     one, batch = (jax.ShapeDtypeStruct((n, context), dtype) for n in (1, rows))
     number, choice, choices = (jax.ShapeDtypeStruct(*of) for of in (((), dtype), ((), bool), ((layers,), bool)))
     state = jax.eval_shape(layerwise.start, params, batch, config)
-    roles = traced_schedule(base)
+    traced = traced_schedule(base)
     programs: list[Callable[[], Any]] = [
         lambda: layerwise.hidden_states.lower(params, one, choices, config, base).compile(),
         lambda: layerwise.advance.lower(params, state, number, choice, config, base).compile(),
         lambda: layerwise.finish.lower(params, state, number, choices, batch, config, base).compile(),
         lambda: layerwise.compare.lower(params, state, number, state.indices, config, base).compile(),
-        lambda: training.compile_steps([stage for stage in stages if stage.steps], config, base, roles),
+        lambda: runs.compile_steps([stage for stage in stages if stage.steps], config, base, traced),
     ]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for done in [pool.submit(program) for program in programs]:
@@ -374,9 +350,9 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
 
 
 def within_the_limit(
-    studied: Model, stages: list[Stage], runs: int, begun: bool, other_seconds: float, output: Output, deadline: float
+    studied: Model, stages: list[Stage], count: int, begun: bool, other_seconds: float, output: Output, deadline: float
 ) -> list[Stage]:
-    """The stages of one distillation, cut so that `runs` of them, with other_seconds each for the rest, end in time.
+    """The stages of one distillation, cut so that `count` of them, with other_seconds each for the rest, end in time.
 
     All rows of a table are trained alike, and the report says how long: the numbers are kept in the output's folder, a
     resumed run takes them from there, and cuts nothing where distillations have `begun` uncut, whatever time it is given.
@@ -384,17 +360,17 @@ def within_the_limit(
     """
     path = output.directory / PLAN
     planned = options.RESUME.value and path.exists()
-    if not planned and (not math.isfinite(deadline) or not runs or begun):
+    if not planned and (not math.isfinite(deadline) or not count or begun):
         path.unlink(missing_ok=True)  # of another run
         return stages
     if not planned:
-        roles = traced_schedule(studied.base)
-        costs = [training.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
-        each = (deadline - FINISH_SECONDS - time.perf_counter()) / runs - other_seconds
-        fitted = training.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
+        traced = traced_schedule(studied.base)
+        costs = [runs.seconds_per_step(studied.stored, s, studied.config, studied.base, traced) for s in stages]
+        each = (deadline - FINISH_SECONDS - time.perf_counter()) / count - other_seconds
+        fitted = runs.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
         entries = [{"stage": s.name, "steps": s.steps, "seconds_per_step": c} for s, c in zip(fitted, costs, strict=True)]
         shown_ = ", ".join(f"{entry['stage']} {entry['steps']} x {entry['seconds_per_step']:.3f} s" for entry in entries)
-        print(f"{each:.1f} s for each of {runs} distillations: {shown_}", flush=True)
+        print(f"{each:.1f} s for each of {count} distillations: {shown_}", flush=True)
         if any(cut.steps < min(LEAST_STEPS, whole.steps) for cut, whole in zip(fitted, stages, strict=True)):
             print(f"--time_limit={options.TIME_LIMIT.value:g}: too little for them; --resume with more makes up for it")
             return []
@@ -563,9 +539,9 @@ def measure_all(given: Inputs, rows: Rows, output: Output) -> Result:
         for seed in given.seeds
     ]
     heat = rows.once("overlap", first, "", lambda: overlap_of(studied, drawn[first][0]))
-    runs = sum(not rows.has("distilled", *job) for job in itertools.product(given.seeds, given.distilled))
+    count = sum(not rows.has("distilled", *job) for job in itertools.product(given.seeds, given.distilled))
     begun = rows.begun("distilled")
-    stages = within_the_limit(studied, given.stages, runs, begun, seconds + 2.0, output, given.deadline)
+    stages = within_the_limit(studied, given.stages, count, begun, seconds + 2.0, output, given.deadline)
     samples = {seed: sample_ for seed, (_, sample_) in drawn.items()}
     trained = score_distilled(given, searches, samples, stages, rows, output) if stages else {}
     return Result(searches, free, trained, matrices, np.array(heat), stages if given.distilled else [])
@@ -578,9 +554,9 @@ def plot_training(output: Output, names: Sequence[str], seed: int) -> None:
     """training.png: the divergence of every distillation of a seed over its steps; none where nothing was trained here."""
     folders = {name: run_folder(output, name, seed) for name in names}
     lines = {
-        name: [(entry["step"], entry["indexer"]) for entry in training.read_log(folder)]
+        name: [(entry["step"], entry["indexer"]) for entry in runs.read_log(folder)]
         for name, folder in folders.items()
-        if (folder / training.LOG).exists()
+        if (folder / runs.LOG).exists()
     }
     if lines:
         panel = plots.Panel("Divergence of the indexers", "nats per token, all F layers", lines)
@@ -624,7 +600,7 @@ def note(result: Result) -> str:
     ]
     lines += [
         f"Distillation, {stage.name}: {stage.steps} steps of {stage.sequences} x {stage.context} tokens, rates "
-        f"{stage.model_rate:g} (model) and {stage.indexer_rate:g} (indexers)."
+        f"{stage.model_learning_rate:g} (model) and {stage.indexer_learning_rate:g} (indexers)."
         for stage in result.stages
     ]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ import pytest
 
 import checkpoints_convert
 from experiments import distill
-from experiments.common import runs as training
+from experiments.common import runs
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from tests.support.tiny_models import GLM_FIELDS, Case
@@ -128,7 +128,7 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     }
     whole = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole"), timeout=600, **options)
     assert whole.returncode == 0, whole.stderr
-    log = tmp_path / "killed" / training.LOG
+    log = tmp_path / "killed" / runs.LOG
     command = arguments(checkpoint, texts, tmp_path / "killed", "--resume")
     kills = 0
     for lines in (1, 13, 37, 50):  # of the log: before and after stages end, while checkpoints are being written
@@ -141,8 +141,8 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     last = subprocess.run(command, timeout=600, **options)
     assert last.returncode == 0, last.stderr
     assert kills >= 2
-    assert log.read_text() == (tmp_path / "whole" / training.LOG).read_text()
-    assert len(training.read_log(tmp_path / "killed")) == 60
+    assert log.read_text() == (tmp_path / "whole" / runs.LOG).read_text()
+    assert len(runs.read_log(tmp_path / "killed")) == 60
     weights = [tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     found, resumed = (json.loads((tmp_path / name / "results.json").read_text())["metrics"] for name in ("whole", "killed"))

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 
 from experiments import run  # noqa: F401  run defines the flags that reports quote
 from experiments.benchmarks import train_speed
-from experiments.common import runs as training
+from indexcache_jax import training
 
 SMALL = {
     "vocab_size": 64,

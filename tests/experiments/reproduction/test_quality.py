@@ -14,12 +14,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoints_convert
-from experiments.common import runs as training
+from experiments.common import runs
 from experiments.common.report import Output
 from experiments.reproduction import quality, retrieval
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -106,15 +107,15 @@ def test_flags_are_looked_at_before_anything_takes_long(given, message):
 
 def test_a_resumed_run_trains_as_long_as_the_rows_that_are_there(tmp_path, monkeypatch):
     flags.FLAGS.mark_as_parsed()
-    stages = [training.Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
-    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.0)
+    stages = [Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
+    monkeypatch.setattr(runs, "seconds_per_step", lambda *_: 1.0)
     studied, output = quality.Model(*[None] * 6), Output.create(str(tmp_path))
     monkeypatch.setattr(quality, "traced_schedule", lambda base: None)
     ends = time.perf_counter() + quality.FINISH_SECONDS
 
-    def steps(runs, begun, seconds, resume=True):
+    def steps(count, begun, seconds, resume=True):
         with flagsaver.flagsaver(resume=resume):
-            fitted = quality.within_the_limit(studied, stages, runs, begun, 0.0, output, ends + seconds)
+            fitted = quality.within_the_limit(studied, stages, count, begun, 0.0, output, ends + seconds)
         return [stage.steps for stage in fitted]
 
     with flagsaver.flagsaver(time_limit=41.0):
