@@ -7,6 +7,7 @@ rest of the model on the language loss, each at its own rate. F layers start fro
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
@@ -16,63 +17,118 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments import search
-from experiments.common import data, options, text
-from experiments.common import runs as training
+from experiments.common import data, inputs, options, plots, runs
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Saving, Stage
+from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage, flops_per_token
 
-SHARED_FLAGS = ("checkpoint", "retention", "context", "batch_size", "held_out", "held_out_sequences", "dtype", "resume")
-for _name in SHARED_FLAGS:
+for _name in (
+    *("checkpoint", "dtype", "schedule", "retention", "context", "batch_size", "text", "held_out", "held_out_sequences"),
+    *("accumulate", "warmup_steps", "sparse_steps", "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
+    "resume",
+):
     flags.declare_key_flag(_name)
 
-_PATTERN = flags.DEFINE_string("pattern", "", "schedule to distil for, such as FSSF; default uniform at --retention")
-_DATA = flags.DEFINE_string("data", "", "text files to train on, a glob; default the Python standard library's sources")
-_WARMUP_STEPS = flags.DEFINE_integer(
-    "warmup_steps", 1000, "steps of the dense warm-up, which trains indexers alone", lower_bound=0
-)
-_SPARSE_STEPS = flags.DEFINE_integer("sparse_steps", 4000, "steps of the sparse stage, which trains everything", lower_bound=0)
-_ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "times --batch_size sequences to a step", lower_bound=1)
-_WARMUP_RATE = flags.DEFINE_float("warmup_rate", 1e-3, "peak learning rate of the indexers in the warm-up", lower_bound=0)
-_INDEXER_RATE = flags.DEFINE_float("indexer_rate", 1e-4, "their peak learning rate in the sparse stage", lower_bound=0)
-_MODEL_RATE = flags.DEFINE_float("model_rate", 7.3e-6, "peak learning rate of the rest in the sparse stage", lower_bound=0)
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "steps between checkpoints", lower_bound=1)
 _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
 
 
-def stages(context: int, dtype: str) -> list[Stage]:
-    """The stages the flags ask for."""
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A checkpoint, the schedule to train it for, and text.
 
-    def stage(name: str, kind: str, steps: int, model_rate: float, indexer_rate: float) -> Stage:
-        return Stage(
-            name,
-            kind,
-            steps,
-            flags.FLAGS.batch_size,
-            context,
-            model_rate,
-            indexer_rate,
-            accumulate=_ACCUMULATE.value,
-            cross_layer=_CROSS_LAYER.value,
-            compute_dtype=dtype,
-        )
+    loaded: its weights as they are; stored: those with the indexers of `schedule` alone. tokens: the stream to train on,
+    kept in `output`; cuts [N, S+1]: sequences to evaluate on.
+    """
 
-    return [
-        stage("warm-up", "warmup", _WARMUP_STEPS.value, 0.0, _WARMUP_RATE.value),
-        stage("sparse", "sparse", _SPARSE_STEPS.value, _MODEL_RATE.value, _INDEXER_RATE.value),
-    ]
+    output: Output
+    checkpoint: inputs.Checkpoint
+    config: Config
+    base: Schedule
+    loaded: Params
+    schedule: Schedule
+    stored: Params
+    stages: list[Stage]
+    tokens: np.ndarray
+    cuts: np.ndarray
 
 
 def target_schedule(base: Schedule) -> Schedule:
-    """--pattern, or uniform at --retention."""
-    if _PATTERN.value:
-        return Schedule.parse(_PATTERN.value, base.num_layers, f"--pattern={_PATTERN.value}")
-    share = search.share("retention", flags.FLAGS.retention)
-    return Schedule.uniform(base.num_layers, search.kept(base.num_layers, share))
+    """--schedule, or uniform at --retention."""
+    if (entry := inputs.only_schedule()) is not None:
+        return inputs.schedule(entry, base.num_layers)
+    return Schedule.uniform(base.num_layers, inputs.kept_at_retention(base.num_layers))
+
+
+def checkpoint_folder(output: Output) -> pathlib.Path:
+    """Where the distilled checkpoint goes."""
+    return output.directory / "checkpoint"
+
+
+def check_output(output: Output) -> None:
+    """ValueError for a folder that holds an earlier run which is not to be resumed."""
+    folder, resume = checkpoint_folder(output), options.RESUME.value
+    if folder.exists() and not resume:
+        raise ValueError(f"{folder}: exists; choose another --output_dir, or --resume")
+    runs.check_free(output.directory, resume)
+
+
+def read_inputs(output_dir: str, seed: int) -> Inputs:
+    """All that a distillation reads, checked before anything takes long."""
+    options.check_positive("batch_size", "held_out_sequences")
+    checkpoint = inputs.checkpoint()
+    config, base, loaded = checkpoints_convert.load(checkpoint.directory)
+    schedule = target_schedule(base)
+    stored = with_schedule(loaded, base, schedule)
+    reader = inputs.reader(checkpoint.directory, config)
+    output = Output.create(output_dir)
+    check_output(output)
+    stages = inputs.distillation_stages(reader.context, checkpoint.dtype, _CROSS_LAYER.value)
+    if not any(stage.steps for stage in stages):
+        raise ValueError("--warmup_steps=0 --sparse_steps=0: nothing is trained")
+    sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
+    cuts = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
+    try:
+        tokens = data.pack(sides.train, reader.encoder, reader.separator, output.directory / "tokens.bin", seed)
+        data.Rows(tokens, reader.context, (seed,))  # before anything takes long: are there enough for a row?
+    except ValueError as error:
+        raise ValueError(f"--text={options.TEXT.value}: {error}") from None
+    reader.check_tokens(tokens, "text")
+    print(f"{checkpoint.directory}: {base.pattern} -> {schedule.pattern}; {checkpoint.dtype} on {device()['kind']}")
+    about_text = f"{len(sides.train)} documents, {tokens.size:,} tokens to train on"
+    print(f"{about_text}; {len(cuts)} x {reader.context} held out")
+    return Inputs(output, checkpoint, config, base, loaded, schedule, stored, stages, tokens, cuts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Held-out losses before and after by the table's rows, tokens/s by stage (of `speeds`), and seconds of training."""
+
+    held_out: dict[str, runs.HeldOut]
+    speeds: dict[str, Any]
+    seconds: float
+
+
+def distil(given: Inputs, seed: int) -> Result:
+    """Trains, writes the checkpoint that results, and evaluates it beside what it came from."""
+    config, schedule, dtype = given.config, given.schedule, given.checkpoint.dtype
+    held_out = {
+        "as it came": runs.evaluate(given.loaded, given.cuts, config, given.base, dtype),
+        "the schedule, untrained": runs.evaluate(given.stored, given.cuts, config, schedule, dtype),
+    }
+    log_every = max(1, min([50, *(stage.steps // 5 for stage in given.stages if stage.steps)]))
+    saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=log_every)
+    training_run = TrainingRun(given.tokens, given.stages, config, schedule, seed)
+    trained = runs.train(given.stored, training_run, given.output, resume=options.RESUME.value, saving=saving)
+    folder = checkpoint_folder(given.output)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier --resume
+    written = export(folder, trained.params, given.stored, config, schedule, given.checkpoint.directory)
+    held_out["distilled"] = runs.evaluate(written, given.cuts, config, schedule, dtype)
+    return Result(held_out, speeds(trained, given.stages, config, schedule), trained.seconds)
 
 
 def export(
@@ -87,125 +143,76 @@ def export(
     return written
 
 
-def plot(output: Output, entries: list[dict[str, Any]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4))
-    for axes, name, title in zip(
-        figure.subplots(1, 2), ("indexer", "language"), ("divergence of the indexers", "language loss"), strict=True
-    ):
-        for stage in dict.fromkeys(entry["stage"] for entry in entries):
-            points = [(entry["step"], entry[name]) for entry in entries if entry["stage"] == stage]
-            axes.plot(*zip(*points, strict=True), label=stage, linewidth=1)
-        axes.set(xlabel="step", ylabel="nats per token", title=title)
-        axes.legend()
-    output.save_figure(figure, "training.png")
-
-
-def run(output_dir: str, seed: int) -> None:
-    values = flags.FLAGS
-    checkpoint = values.checkpoint or str(options.DEMO)
-    dtype = values.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    search.positive(batch_size=values.batch_size, held_out_sequences=values.held_out_sequences)
-    config, base, loaded = checkpoints_convert.load(checkpoint)
-    schedule = target_schedule(base)
-    stored = with_schedule(loaded, base, schedule)
-    if not config.index_topk < values.context <= config.max_position_embeddings:
-        raise ValueError(
-            f"--context={values.context}: must be above index_topk = {config.index_topk}, up to which everything is "
-            f"selected, and at most {config.max_position_embeddings}, the model's longest"
-        )
-    output = Output.create(output_dir)
-    target = output.directory / "checkpoint"
-    if target.exists() and not values.resume:
-        raise ValueError(f"{target}: exists; choose another --output_dir, or --resume")
-    training.check_free(output.directory, values.resume)
-    plan = stages(values.context, dtype)
-    if not any(stage.steps for stage in plan):
-        raise ValueError("--warmup_steps=0 --sparse_steps=0: nothing is trained")
-    encoder, end = text.tokenizer(checkpoint), search.separator(config)
-    train_documents, held_out_documents = search.split(_DATA.value, values.held_out, "data")
-    cuts = search.draw(held_out_documents, "--held_out", encoder, end, values.held_out_sequences, values.context, config, seed)
-    try:
-        tokens = data.pack(train_documents, encoder, end, output.directory / "tokens.bin", seed)
-        data.Rows(tokens, values.context, (seed,))  # before anything takes long: are there enough for a row?
-    except ValueError as error:
-        raise ValueError(f"--data={_DATA.value}: {error}") from None
-    if (largest := int(tokens.max())) >= config.vocab_size:
-        raise ValueError(f"--data: token {largest} of the {encoder.name} tokenizer, but vocab_size is {config.vocab_size}")
-    print(f"{checkpoint}: {base.pattern} -> {schedule.pattern}; {dtype} on {device()['kind']}")
-    print(f"{len(train_documents)} documents, {tokens.size:,} tokens to train on; {len(cuts)} x {values.context} held out")
-
-    rows = {
-        "as it came": training.evaluate(loaded, cuts, config, base, dtype),
-        "the schedule, untrained": training.evaluate(stored, cuts, config, schedule, dtype),
-    }
-    look = max(1, min([50, *(stage.steps // 5 for stage in plan if stage.steps)]))
-    saving = Saving(every=_SAVE_EVERY.value, keep=_KEEP.value, log_every=look)
-    trained = training.train(stored, tokens, plan, config, schedule, output, seed=seed, resume=values.resume, saving=saving)
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
-    written = export(target, trained.params, stored, config, schedule, checkpoint)
-    rows["distilled"] = training.evaluate(written, cuts, config, schedule, dtype)
-    rates = speeds(trained, plan, config, schedule)
-    finish(output, checkpoint, base, schedule, rows, plan, rates, tokens, trained.seconds)
-
-
-def speeds(trained: training.Trained, plan: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
+def speeds(trained: runs.Trained, stages: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
     """By stage tokens/s and, on an accelerator, the model FLOPs' share of the rate of a bfloat16 matmul of the same run."""
-    matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
-    found: dict[str, Any] = {"matmul_tflops": None if matmul is None else matmul / 1e12}
-    for stage in plan:
-        if (rate := trained.tokens_per_second.get(stage.name)) is not None:
-            flops = training.flops_per_token(config, schedule, stage) * rate
-            found[stage.name] = {
-                "tokens_per_second": rate,
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
+    by_stage: dict[str, Any] = {"matmul_tflops": None if matmul is None else matmul / 1e12}
+    for stage in stages:
+        if (tokens_per_second := trained.tokens_per_second.get(stage.name)) is not None:
+            flops = flops_per_token(config, schedule, stage) * tokens_per_second
+            by_stage[stage.name] = {
+                "tokens_per_second": tokens_per_second,
                 "model_tflops": flops / 1e12,
                 "of_matmul": None if matmul is None else flops / matmul,
             }
-    return found
+    return by_stage
 
 
-def _speed_cells(found: dict[str, float] | None) -> list[str]:
-    if found is None:
+def plot(output: Output, entries: list[dict[str, Any]]) -> None:
+    """training.png: divergence and language loss over the steps, a line a stage."""
+    stages = dict.fromkeys(entry["stage"] for entry in entries)
+    panels = [
+        plots.Panel(
+            title,
+            "nats per token",
+            {stage: [(entry["step"], entry[name]) for entry in entries if entry["stage"] == stage] for stage in stages},
+        )
+        for name, title in (("indexer", "divergence of the indexers"), ("language", "language loss"))
+    ]
+    plots.training_curves(output, panels, "step", (8, 3.4))
+
+
+def _speed_cells(speed: dict[str, float] | None) -> list[str]:
+    if speed is None:
         return ["-", "-"]
-    return [f"{found['tokens_per_second']:,.0f}", "-" if found["of_matmul"] is None else f"{found['of_matmul']:.1%}"]
+    return [f"{speed['tokens_per_second']:,.0f}", "-" if speed["of_matmul"] is None else f"{speed['of_matmul']:.1%}"]
 
 
-def finish(
-    output: Output,
-    checkpoint: str,
-    base: Schedule,
-    schedule: Schedule,
-    rows: dict[str, training.HeldOut],
-    plan: list[Stage],
-    rates: dict[str, Any],
-    tokens: np.ndarray,
-    seconds: float,
-) -> None:
-    entries = training.read_log(output.directory)
-    plot(output, entries)
+def report(result: Result, given: Inputs) -> None:
+    """Writes the plot, results.json and report.md, and prints the tables."""
+    output, schedule = given.output, given.schedule
+    plot(output, runs.read_log(output.directory))
     header = ["", "indexers", "language loss", "indexers' divergence"]
-    sizes = [base.num_full, schedule.num_full, schedule.num_full]
+    sizes = [given.base.num_full, schedule.num_full, schedule.num_full]
     cells = [
-        [name, size, f"{found.language:.4f}", f"{found.indexer:.4f}"]
-        for (name, found), size in zip(rows.items(), sizes, strict=True)
+        [name, size, f"{losses.language:.4f}", f"{losses.indexer:.4f}"]
+        for (name, losses), size in zip(result.held_out.items(), sizes, strict=True)
+    ]
+    stage_rows = [
+        [
+            *(s.name, s.steps, s.sequences, s.context, s.model_learning_rate or "-", s.indexer_learning_rate),
+            *_speed_cells(result.speeds.get(s.name)),
+        ]
+        for s in given.stages
     ]
     about_stages = markdown_table(
         ["stage", "steps", "sequences", "context", "model's rate", "indexers' rate", "tokens/s", "model FLOPs of matmul rate"],
-        [
-            [s.name, s.steps, s.sequences, s.context, s.model_rate or "-", s.indexer_rate, *_speed_cells(rates.get(s.name))]
-            for s in plan
-        ],
+        stage_rows,
     )
     note = "Nats per token on held-out text; the divergence is summed over the F layers, over the selected keys."
     metrics = {
-        "checkpoint": checkpoint,
+        "checkpoint": given.checkpoint.directory,
         "pattern": schedule.pattern,
-        "held_out": {name: {"language": found.language, "indexer": found.indexer} for name, found in rows.items()},
-        "tokens": int(tokens.size),
-        "seconds": seconds,
-        "speed": rates,
+        "held_out": {name: {"language": one.language, "indexer": one.indexer} for name, one in result.held_out.items()},
+        "tokens": int(given.tokens.size),
+        "seconds": result.seconds,
+        "speed": result.speeds,
     }
-    report = f"# Distillation for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n"
-    output.finish("distill", metrics, report + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
+    text = f"# Distillation for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n"
+    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\nwritten to {output.directory}/, with checkpoint/")
+
+
+def run(output_dir: str, seed: int) -> None:
+    given = read_inputs(output_dir, seed)
+    report(distil(given, seed), given)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
@@ -19,13 +18,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import options, text
+from experiments.common import inputs, options, text
+from experiments.common.journal import Journal
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
@@ -33,7 +31,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_document
 from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
 
-for _name in ("checkpoint", "dtype", "resume"):
+for _name in ("checkpoint", "dtype", "chunk", "latent_cache", "index_cache", "resume"):
     flags.declare_key_flag(_name)
 _PROMPTS = flags.DEFINE_string("prompts", "", 'JSONL file of {"prompt": "text"} or {"tokens": [1, 2, ...]}')
 _DOCUMENT = flags.DEFINE_string("document", "", "text file that stands before every prompt; prefilled once")
@@ -46,9 +44,6 @@ _STOP = flags.DEFINE_list("stop_tokens", [], "token numbers that end a completio
 _CACHE_LEN = flags.DEFINE_integer(
     "cache_len", 0, "tokens a row has room for, document and completion included; default the model's max_position_embeddings"
 )
-_CHUNK = flags.DEFINE_integer("prefill_chunk", CHUNK, "prompt tokens of a row at a time, which bounds memory")
-_LATENTS = flags.DEFINE_enum("kept_latents", "", ["", "float8_e4m3fn"], "keep the latent cache in 8 bits")
-_KEYS = flags.DEFINE_enum("kept_index_keys", "", ["", "float8_e4m3fn"], "keep the index keys in 8 bits")
 
 WINDOW = 8  # batches sorted by length together, so that a batch's rows are about as long
 OUTPUT = "completions.jsonl"
@@ -102,32 +97,19 @@ def batches(window: Sequence[Request], rows: int) -> Iterator[list[Request]]:
         yield good[first : first + rows]
 
 
-def finished(output: Output, about: dict[str, Any], found: Sequence[Request]) -> int:
-    """How many prompts, from the first on, are done in the output folder; what follows them there is cut off.
+def completions(output: Output, about: dict[str, Any], found: Sequence[Request]) -> Journal:
+    """The journal of completions in the output folder; it holds those of the first prompts, in the order of the file.
 
-    ValueError where the completions were made with something else than `about`.
+    ValueError where they were made with something else than `about`, or are not of these prompts.
     """
-    path, described = output.directory / OUTPUT, output.directory / ABOUT
-    if not path.exists():
-        return 0
-    if not described.exists():
-        raise ValueError(f"--resume: {described} is missing, so what {path} was made with is not known")
-    for name, before in json.loads(described.read_text()).items():
-        if about.get(name) != before:
-            raise ValueError(f"--resume: {path} was made with {name} {before!r}, this run has {about.get(name)!r}")
-    whole, _, _ = path.read_bytes().rpartition(b"\n")  # a kill may leave half of the last line
-    lines = whole.splitlines()
-    if len(lines) > len(found):
-        raise ValueError(f"--resume: {path} has {len(lines)} lines for {len(found)} prompts")
-    for number, (line, request) in enumerate(zip(lines, found, strict=False), 1):
-        try:
-            of = json.loads(line)["line"]
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"--resume: {path}: line {number} is not a completion") from None
-        if of != request.line:
-            raise ValueError(f"--resume: {path}: line {number} is of prompt {of}, not of {request.line}")
-    os.truncate(path, len(whole) + 1 if lines else 0)
-    return len(lines)
+    path = output.directory / OUTPUT
+    journal = Journal(path, about, about_path=output.directory / ABOUT, fields={"line": int})
+    if len(journal.entries) > len(found):
+        raise ValueError(f"{path}: has {len(journal.entries)} lines for {len(found)} prompts")
+    for number, (entry, request) in enumerate(zip(journal.entries, found, strict=False), start=1):
+        if entry["line"] != request.line:
+            raise ValueError(f"{path}: line {number} is of prompt {entry['line']}, not of {request.line}")
+    return journal
 
 
 class Meter:
@@ -152,7 +134,39 @@ class Meter:
         return self.tokens[phase] / self.seconds[phase] if self.seconds[phase] else 0.0
 
 
+# ---- reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How completions are made. cache_len: positions of a row at most; chunk: prompt tokens of a row at a time."""
+
+    sampling: Sampling
+    seed: int
+    stop_tokens: tuple[int, ...]
+    max_new_tokens: int
+    rows_per_batch: int
+    cache_len: int
+    chunk: int
+    cache_format: CacheFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A checkpoint's weights, the requests in the order of the file, and the document that stands before each of them."""
+
+    config: Config
+    schedule: Schedule
+    weights: serving.Weights
+    encoder: text.Bytes | text.FromFile
+    document: list[int]
+    requests: list[Request]
+    settings: Settings
+    about: dict[str, Any]  # what completions depend on: those of a run to be resumed must be about the same
+
+
 def stop_tokens(config: Config) -> tuple[int, ...]:
+    """--stop_tokens, or the checkpoint's own."""
     if not _STOP.value:
         return config.eos_token_ids
     for value in _STOP.value:
@@ -161,165 +175,238 @@ def stop_tokens(config: Config) -> tuple[int, ...]:
     return tuple(int(value) for value in _STOP.value)
 
 
-def run(output_dir: str, seed: int) -> None:
-    for name, flag in (("max_new_tokens", _NEW), ("rows_per_batch", _ROWS), ("prefill_chunk", _CHUNK)):
-        if flag.value < 1:
-            raise ValueError(f"--{name}={flag.value}: must be at least 1")
+def check_files() -> None:
+    """ValueError unless --prompts and, if it is given, --document name files."""
     if not _PROMPTS.value:
         raise ValueError("--prompts: name a JSONL file")
-    path = pathlib.Path(_PROMPTS.value)
-    if not path.is_file():
-        raise ValueError(f"--prompts={path}: no such file")
+    if not pathlib.Path(_PROMPTS.value).is_file():
+        raise ValueError(f"--prompts={_PROMPTS.value}: no such file")
     if _DOCUMENT.value and not pathlib.Path(_DOCUMENT.value).is_file():
         raise ValueError(f"--document={_DOCUMENT.value}: no such file")
-    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    directory = options.CHECKPOINT.value or str(options.DEMO)
-    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    encoder = text.tokenizer(directory)
-    config, schedule, weights = checkpoints_convert.load(directory, dtype=jnp.dtype(dtype), form="serving")
-    stops = stop_tokens(config)
-    document: list[int] = []
-    if _DOCUMENT.value:
-        document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist()
-    most = _CACHE_LEN.value or config.max_position_embeddings
-    if most > config.max_position_embeddings:
+
+
+def room_for_a_prompt(config: Config, document: Sequence[int]) -> int:
+    """Tokens of a prompt that fit into --cache_len beside the document and the completion; ValueError where none do."""
+    cache_len = _CACHE_LEN.value or config.max_position_embeddings
+    if cache_len > config.max_position_embeddings:
         raise ValueError(
-            f"--cache_len={most}: the model has {config.max_position_embeddings} positions (max_position_embeddings)"
+            f"--cache_len={cache_len}: the model has {config.max_position_embeddings} positions (max_position_embeddings)"
         )
-    room = most - len(document) - _NEW.value
+    room = cache_len - len(document) - _NEW.value
     if room < 1:
         raise ValueError(
-            f"--cache_len={most}: no room for a prompt beside the document's {len(document)} tokens and "
+            f"--cache_len={cache_len}: no room for a prompt beside the document's {len(document)} tokens and "
             f"--max_new_tokens={_NEW.value}"
         )
-    found = list(requests(path, encoder, config, room))
-    if not found:
+    return room
+
+
+def read_requests(encoder: text.Bytes | text.FromFile, config: Config, room: int) -> list[Request]:
+    """The lines of --prompts; those that cannot be done are named on stderr. ValueError where there are none."""
+    path = pathlib.Path(_PROMPTS.value)
+    every = list(requests(path, encoder, config, room))
+    if not every:
         raise ValueError(f"--prompts={path}: holds no lines")
-    for request in found:
+    for request in every:
         if request.error:
             print(f"{path}: line {request.line}: {request.error}", file=sys.stderr)
+    return every
 
-    about = {
-        "prompts": zlib.crc32(path.read_bytes()),
+
+def about(settings: Settings, document: Sequence[int], schedule: Schedule, weights: int, dtype: str) -> dict[str, Any]:
+    """What completions depend on. weights: their checksum."""
+    return {
+        "prompts": zlib.crc32(pathlib.Path(_PROMPTS.value).read_bytes()),
         "document": zlib.crc32(np.asarray(document, np.int32).tobytes()),
         "schedule": schedule.pattern,
-        "weights": search.fingerprint(weights, [])["weights"],
+        "weights": weights,
         "dtype": dtype,
-        "sampling": dataclasses.asdict(sampling) | {"seed": seed},
-        "stop_tokens": list(stops),
-        "rows_per_batch": _ROWS.value,
-        "max_new_tokens": _NEW.value,
-        "cache": [most, _CHUNK.value, _LATENTS.value, _KEYS.value],
+        "sampling": dataclasses.asdict(settings.sampling) | {"seed": settings.seed},
+        "stop_tokens": list(settings.stop_tokens),
+        "rows_per_batch": settings.rows_per_batch,
+        "max_new_tokens": settings.max_new_tokens,
+        "cache": [
+            settings.cache_len,
+            settings.chunk,
+            settings.cache_format.latent_dtype.name,
+            settings.cache_format.index_dtype.name,
+        ],
     }
-    output = Output.create(output_dir)
+
+
+def read_inputs(seed: int) -> Inputs:
+    """All that is read, checked before anything takes long."""
+    options.check_positive("max_new_tokens", "rows_per_batch", "chunk")
+    check_files()
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    checkpoint = inputs.checkpoint()
+    encoder = text.tokenizer(checkpoint.directory)
+    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    settings = Settings(
+        sampling=sampling,
+        seed=seed,
+        stop_tokens=stop_tokens(config),
+        max_new_tokens=_NEW.value,
+        rows_per_batch=_ROWS.value,
+        cache_len=_CACHE_LEN.value or config.max_position_embeddings,
+        chunk=options.CHUNK.value or CHUNK,
+        cache_format=inputs.cache_format(checkpoint.dtype, checkpoint.dtype),
+    )
+    document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist() if _DOCUMENT.value else []
+    every = read_requests(encoder, config, room_for_a_prompt(config, document))
+    made_with = about(settings, document, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
+    return Inputs(config, schedule, weights, encoder, document, every, settings, made_with)
+
+
+# ---- completing
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How many requests an earlier run had done, and the new tokens, progress and seconds of this one."""
+
+    done_before: int
+    new_tokens: int
+    meter: Meter
+    seconds: float
+
+
+class Writer:
+    """Writes the lines of one window of requests in their order, each as soon as all before it are known."""
+
+    def __init__(self, journal: Journal, waiting: Sequence[Request]) -> None:
+        self._journal = journal
+        self._waiting = list(waiting)
+        self._lines: dict[int, dict[str, Any]] = {r.line: {"line": r.line, "error": r.error} for r in waiting if r.error}
+        self.errors = len(self._lines)
+
+    def missing(self, batch: Sequence[Request]) -> set[int]:
+        """The numbers of the batch's lines that are still to be written."""
+        return {r.line for r in batch} & {r.line for r in self._waiting}
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._lines[line["line"]] = line
+
+    def write(self) -> None:
+        """Writes what is known up to the first line that is not."""
+        while self._waiting and self._waiting[0].line in self._lines:
+            self._journal.append(self._lines[self._waiting.pop(0).line])
+
+
+def resumed(output: Output, given: Inputs) -> Journal:
+    """The journal of completions, with those that this run goes on from; what is not resumed is moved aside."""
     target = output.directory / OUTPUT
     if target.exists() and not options.RESUME.value:
         target.replace(target.with_name(f"previous-{OUTPUT}"))
-    kept = finished(output, about, found)
-    output.write(ABOUT, json.dumps(about) + "\n")
-    begun, meter, written = time.perf_counter(), Meter(len(found), kept), 0
-    shared = None  # the document's cache
-    if document and any(not r.error for r in found[kept:]):
-        shared = prefill_document(
-            weights, document, config, schedule, cache_format=cache_format(weights), chunk=_CHUNK.value, progress=meter
+    return completions(output, given.about, given.requests)
+
+
+def complete_all(given: Inputs, output: Output) -> Result:
+    """Completes every request that is not done yet and appends the lines to the output's file."""
+    journal = resumed(output, given)
+    done = len(journal.entries)
+    began, meter, new_tokens = time.perf_counter(), Meter(len(given.requests), done), 0
+    document = None  # its cache
+    if given.document and any(not r.error for r in given.requests[done:]):
+        document = prefill_document(
+            given.weights,
+            given.document,
+            given.config,
+            given.schedule,
+            cache_format=given.settings.cache_format,
+            chunk=given.settings.chunk,
+            progress=meter,
         )
-    with open(target, "a", encoding="utf-8") as out:
-        size = WINDOW * _ROWS.value
-        for first in range(kept // size * size, len(found), size):
-            window = found[first : first + size]
-            waiting = window[max(0, kept - first) :]  # in the order in which they are written
-            lines: dict[int, dict[str, Any]] = {r.line: {"line": r.line, "error": r.error} for r in waiting if r.error}
-            meter.done += len(lines)
-
-            def write(waiting: list[Request] = waiting, lines: dict[int, dict[str, Any]] = lines) -> None:
-                while waiting and waiting[0].line in lines:
-                    out.write(json.dumps(lines[waiting.pop(0).line]) + "\n")
-                out.flush()
-
-            for batch in batches(window, _ROWS.value):
-                missing = {r.line for r in batch} & {r.line for r in waiting}
-                if not missing:
-                    continue
-                completed = complete(batch, weights, config, schedule, shared, sampling, seed, stops, meter)
-                for request, tokens in zip(batch, completed, strict=True):
-                    stopped = tokens[-1] in stops
-                    lines[request.line] = {
-                        "line": request.line,
-                        "completion": encoder.decode(tokens[:-1] if stopped else tokens),
-                        "tokens": tokens,
-                        "finish": "stop" if stopped else "length",
-                    }
-                    written += len(tokens) if request.line in missing else 0
-                meter.done += len(missing)
-                write()
-            write()
+    with journal:
+        size = WINDOW * given.settings.rows_per_batch
+        for first in range(done // size * size, len(given.requests), size):
+            window = given.requests[first : first + size]
+            writer = Writer(journal, window[max(0, done - first) :])
+            new_tokens += complete_window(window, writer, given, document, meter)
     print(file=sys.stderr)
-    finish(output, schedule, found, kept, written, meter, time.perf_counter() - begun)
+    return Result(done, new_tokens, meter, time.perf_counter() - began)
 
 
-def cache_format(weights: serving.Weights) -> CacheFormat:
-    """What --kept_latents and --kept_index_keys ask for; by default the dtype of the weights."""
-    dtype = weights.embedding.dtype
-    return CacheFormat(_LATENTS.value or dtype, _KEYS.value or dtype)
+def complete_window(
+    window: Sequence[Request], writer: Writer, given: Inputs, document: serving.Cache | None, meter: Meter
+) -> int:
+    """Completes the window's requests, batch by batch, and writes their lines; the new tokens of those."""
+    new_tokens = 0
+    meter.done += writer.errors
+    for batch in batches(window, given.settings.rows_per_batch):
+        if not (missing := writer.missing(batch)):
+            continue
+        for request, tokens in zip(batch, complete(batch, given, document, meter), strict=True):
+            stopped = tokens[-1] in given.settings.stop_tokens
+            writer.add(
+                {
+                    "line": request.line,
+                    "completion": given.encoder.decode(tokens[:-1] if stopped else tokens),
+                    "tokens": tokens,
+                    "finish": "stop" if stopped else "length",
+                }
+            )
+            new_tokens += len(tokens) if request.line in missing else 0
+        meter.done += len(missing)
+        writer.write()
+    writer.write()
+    return new_tokens
 
 
-def complete(
-    batch: Sequence[Request],
-    weights: serving.Weights,
-    config: Config,
-    schedule: Schedule,
-    document: serving.Cache | None,
-    sampling: Sampling,
-    seed: int,
-    stops: Sequence[int],
-    meter: Meter,
-) -> list[list[int]]:
+def complete(batch: Sequence[Request], given: Inputs, document: serving.Cache | None, meter: Meter) -> list[list[int]]:
     """The new tokens of every request. The last batch is filled up with copies, for a program that exists already."""
-    rows = [*batch, *[batch[-1]] * (_ROWS.value - len(batch))]
+    settings = given.settings
+    rows = [*batch, *[batch[-1]] * (settings.rows_per_batch - len(batch))]
     before = 0 if document is None else int(document.lengths[0])
-    needed = before + max(len(r.tokens) for r in rows) + _NEW.value
-    # Few different lengths of cache, because each is a program.
-    cache_len = power_of_two(needed, MIN_KV_LENGTH, _CACHE_LEN.value or config.max_position_embeddings)
+    needed = before + max(len(r.tokens) for r in rows) + settings.max_new_tokens
     return generate(
-        weights,
+        given.weights,
         [r.tokens for r in rows],
-        config,
-        schedule,
-        _NEW.value,
-        sampling=sampling,
-        seed=seed,
-        stop_tokens=stops,
-        cache_len=cache_len,
-        cache_format=cache_format(weights),
+        given.config,
+        given.schedule,
+        settings.max_new_tokens,
+        sampling=settings.sampling,
+        seed=settings.seed,
+        stop_tokens=settings.stop_tokens,
+        cache_len=power_of_two(needed, MIN_KV_LENGTH, settings.cache_len),  # few different lengths, because each is a program
+        cache_format=settings.cache_format,
         document=document or (),
         ids=[r.line for r in rows],
-        chunk=_CHUNK.value,
+        chunk=settings.chunk,
         progress=meter,
     )[: len(batch)]
 
 
-def finish(
-    output: Output, schedule: Schedule, found: Sequence[Request], kept: int, written: int, meter: Meter, seconds: float
-) -> None:
-    """results.json and report.md, then a ValueError if a line could not be done. `written`: new tokens of the completions."""
-    bad = [r for r in found if r.error]
+# ---- the report
+
+
+def report(result: Result, given: Inputs, output: Output) -> None:
+    """Writes results.json and report.md, then raises a ValueError if a line could not be done."""
+    every, meter = given.requests, result.meter
+    bad = [r for r in every if r.error]
     metrics = {
-        "schedule": schedule.pattern,
-        "prompts": len(found),
-        "of_them_done_before": kept,
+        "schedule": given.schedule.pattern,
+        "prompts": len(every),
+        "of_them_done_before": result.done_before,
         "errors": {r.line: r.error for r in bad},
-        "seconds": seconds,
+        "seconds": result.seconds,
         "prompt_tokens": meter.tokens["prefill"],
-        "new_tokens": written,
+        "new_tokens": result.new_tokens,
         "prompt_tokens_per_second": meter.rate("prefill"),
         "new_tokens_per_second": meter.rate("decode"),
     }
     rows = [
         [name.replace("_", " "), value if not isinstance(value, float) else f"{value:.1f}"] for name, value in metrics.items()
     ]
-    about = "Prompt tokens and rates count the copies that fill up a last batch; rates include compilation."
-    output.finish("generate", metrics, "\n\n".join(["# Completions", about, markdown_table(["what", "value"], rows)]))
-    print(f"{len(found) - len(bad)} of {len(found)} prompts in {seconds:.1f} s, written to {output.directory / OUTPUT}")
+    note = "Prompt tokens and rates count the copies that fill up a last batch; rates include compilation."
+    output.finish("generate", metrics, "\n\n".join(["# Completions", note, markdown_table(["what", "value"], rows)]))
+    print(f"{len(every) - len(bad)} of {len(every)} prompts in {result.seconds:.1f} s, written to {output.directory / OUTPUT}")
     if bad:
         lines = ", ".join(str(r.line) for r in bad[:10]) + (", ..." if len(bad) > 10 else "")
-        raise ValueError(f"{_PROMPTS.value}: {len(bad)} of {len(found)} lines could not be done: {lines}")
+        raise ValueError(f"{_PROMPTS.value}: {len(bad)} of {len(every)} lines could not be done: {lines}")
+
+
+def run(output_dir: str, seed: int) -> None:
+    given = read_inputs(seed)
+    output = Output.create(output_dir)
+    report(complete_all(given, output), given, output)

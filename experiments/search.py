@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import json
-import math
 import pathlib
 import shlex
 import statistics
@@ -21,7 +20,8 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import options, text
+from experiments.common import inputs, options, plots
+from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
@@ -33,64 +33,46 @@ from indexcache_jax.search.streamed import StreamedEvaluator
 
 LOG = "evaluations.jsonl"
 TIMED_RUNS = 3
+OVERLAP_BATCHES = 2
 
 for _name in (
-    "checkpoint",
-    "context",
-    "held_out",
-    "held_out_sequences",
-    "batch_size",
-    "dtype",
-    "retention",
-    "resume",
+    *("checkpoint", "dtype", "context", "text", "held_out", "sequences", "held_out_sequences", "batch_size"),
+    *("retention", "retentions", "blocks", "resume"),
 ):
     flags.declare_key_flag(_name)
-_CALIBRATION = flags.DEFINE_string("calibration", "", "text files, a glob; default the Python standard library's sources")
-_SEQUENCES = flags.DEFINE_integer("sequences", 2, "calibration sequences")
-_RETENTIONS = flags.DEFINE_list("retentions", ["1/2", "1/4", "1/8"], "shares of indexers kept that the table compares")
 _LOSS_BUDGET = flags.DEFINE_float(
     "loss_budget", None, "instead of --retention: keep flipping while the calibration loss grows by at most this share, as 0.01"
 )
 _STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
-_BLOCKS = flags.DEFINE_integer("blocks", 1, "contiguous blocks of layers; greedy commits the best flip of each per step")
-_TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill, for which the weights are in memory twice")
+_TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill under every schedule, once the search is done")
 _STREAM = flags.DEFINE_bool(
     "stream", False, "read the weights layer by layer, for a model larger than the device; prefill is not measured then"
 )
 _STREAM_MEMORY = flags.DEFINE_float("stream_memory", 64.0, "GB of host memory for hidden states, with --stream", 0.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """How to give a schedule to an engine: the config fields, and where they go."""
-
-    engine: str
-    fields: dict[str, Any]
-    usage: str
+# ---- what is searched
 
 
 class Model(Protocol):
-    """What is searched."""
+    """A checkpoint's model, of which losses and selections can be measured."""
 
     @property
     def config(self) -> Config: ...
 
     @property
     def schedule(self) -> Schedule:
-        """That of the checkpoint."""
+        """The checkpoint's own schedule, where the search starts."""
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> search.Evaluator | StreamedEvaluator: ...
 
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
-        """What an evaluation depends on."""
+        """What a loss depends on besides the schedule, for the log of the search."""
 
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
-        """Of the F layers' selections [num_full, num_full]."""
-
-    def prefill_seconds(self, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
-        """Of tokens [B, S] under each schedule; None where it is not measured."""
+        """Mean overlap |A n B| / k [num_full, num_full] of the F layers' selections."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +84,7 @@ class InMemory:
     params: Params
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> search.Evaluator:
         return search.Evaluator(self.params, self.config, self.schedule, batches, log, progress)
 
@@ -113,34 +95,13 @@ class InMemory:
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
         return overlap.layer_overlap(self.params, self.config, self.schedule, batches)
 
-    def prefill_seconds(self, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
-        """The median, the schedules taking turns, into an empty cache."""
-        if not _TIME.value:
-            return [None for _ in schedules]
-        weights = serving.from_params(self.params, self.config, self.schedule)
-        models = [serving.restrict(weights, self.config, schedule) for schedule in schedules]
-        times: list[list[float]] = [[] for _ in schedules]
-        fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
-        warm_up = {0, fewest}  # a program is one layer's, F or S: these two run all of them
-        for round in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
-            for i, (model, schedule, taken) in enumerate(zip(models, schedules, times, strict=True)):
-                if round == 0 and i not in warm_up:
-                    continue
-                batch, length = tokens.shape
-                cache = serving.init_cache(self.config, schedule, batch, length, self.params.embedding.dtype)
-                jax.block_until_ready(cache)
-                began = time.perf_counter()
-                serving.prefill_prompts(model, list(tokens), cache, self.config)[0].block_until_ready()
-                if round:
-                    taken.append(time.perf_counter() - began)
-        return [statistics.median(taken) for taken in times]
-
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """A model whose weights stay in the checkpoint."""
+    """A model whose weights stay in the checkpoint. stream_memory: bytes of host memory for hidden states."""
 
     layers: checkpoints_convert.Layers
+    stream_memory: int
 
     @property
     def config(self) -> Config:
@@ -151,9 +112,9 @@ class Streamed:
         return self.layers.schedule
 
     def evaluator(
-        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.Log | None = None
+        self, batches: list[np.ndarray], progress: Callable[[int], object], log: search.LossLog | None = None
     ) -> StreamedEvaluator:
-        return StreamedEvaluator(self.layers, batches, log, progress, int(1e9 * _STREAM_MEMORY.value))
+        return StreamedEvaluator(self.layers, batches, log, progress, self.stream_memory)
 
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
         """The first and the last layer speak for all: reading every one takes as long as a step of the search."""
@@ -164,17 +125,17 @@ class Streamed:
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
         queries = overlap.spread(batches[0].shape[1] - 1, self.config.index_topk)
         with tqdm.tqdm(total=len(batches) * self.config.num_layers, unit="layer", desc="overlap") as bar:
-            found = self.evaluator(batches, bar.update).selections(self.schedule, range(len(batches)), queries)
-        return overlap.mean_overlap(found, self.config.index_topk)
-
-    def prefill_seconds(self, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
-        return [None for _ in schedules]
+            selections = self.evaluator(batches, bar.update).selections(self.schedule, range(len(batches)), queries)
+        return overlap.mean_overlap(selections, self.config.index_topk)
 
 
-def opened(checkpoint: str, dtype: str) -> Model:
-    """The checkpoint, streamed or in memory. ValueError where it does not fit the device's memory."""
+def open_model(checkpoint: str, dtype: str) -> Model:
+    """The checkpoint's model, in memory or, with --stream, read as it is needed.
+
+    ValueError for one that is to be in memory and does not fit the device's.
+    """
     if _STREAM.value:
-        return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype))
+        return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype), int(1e9 * _STREAM_MEMORY.value))
     stats = jax.devices()[0].memory_stats() or {}
     if room := stats.get("bytes_limit"):
         with warnings.catch_warnings(action="ignore"):  # they come once more, with the weights
@@ -188,28 +149,212 @@ def opened(checkpoint: str, dtype: str) -> Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Goal:
+    """What a schedule is searched for. retentions: shares of F layers that the table compares; target: that of the result.
+
+    budget: the share by which the calibration loss may grow, which then decides instead of `target`, or None.
+    """
+
+    retentions: list[fractions.Fraction]
+    target: fractions.Fraction
+    budget: float | None
+    strategy: str
+    blocks: int
+
+    def sizes(self, base: Schedule) -> list[int]:
+        """The numbers of F layers at all retentions, the most first."""
+        return sorted({self.size(base, retention) for retention in [*self.retentions, self.target]}, reverse=True)
+
+    def size(self, base: Schedule, retention: fractions.Fraction) -> int:
+        """The number of F layers at a retention, but no more than the checkpoint has."""
+        return min(base.num_full, inputs.kept(base.num_layers, retention))
+
+    def label(self, base: Schedule, size: int) -> str:
+        """What the table calls a number of F layers: the retention asked for, else a fraction of the layers."""
+        asked = (r for r in self.retentions if inputs.kept(base.num_layers, r) == size)
+        return str(next(asked, f"{size}/{base.num_layers}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a search reads besides the model: batches [B, S+1] to search on and to evaluate on, and its goal."""
+
+    checkpoint: inputs.Checkpoint
+    calibration: list[np.ndarray]
+    held_out: list[np.ndarray]
+    goal: Goal
+
+
+def read_goal() -> Goal:
+    """The goal that the flags give; ValueError where they contradict each other."""
+    budget, strategy = _LOSS_BUDGET.value, _STRATEGY.value
+    if budget is not None and (not budget >= 0 or strategy != "greedy"):
+        raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
+    if _STREAM.value and strategy != "greedy":
+        raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
+    retentions = [inputs.share("retentions", value) for value in options.RETENTIONS.value]
+    return Goal(retentions, inputs.share("retention", options.RETENTION.value), budget, strategy, options.BLOCKS.value)
+
+
+def read_inputs(seed: int) -> tuple[Inputs, Model]:
+    """All that is read, checked before anything takes long. The model comes apart, so that it can be let go of first."""
+    options.check_positive("sequences", "held_out_sequences", "batch_size", "blocks")
+    goal, checkpoint = read_goal(), inputs.checkpoint()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}")
+        model = open_model(checkpoint.directory, checkpoint.dtype)
+    reader = inputs.reader(checkpoint.directory, model.config)
+    sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
+    calibration = reader.draw(sides.train, "text", options.SEQUENCES.value, seed)
+    held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
+    given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal)
+    config, base = model.config, model.schedule
+    on = f"{checkpoint.dtype} on {device()['kind']}"
+    print(f"{checkpoint.directory}: {config.num_layers} layers, {base.num_full} indexers; {on}")
+    print(f"{len(calibration)} sequences of {reader.context} tokens to search on, {len(held_out)} to evaluate on")
+    return given, model
+
+
+# ---- the search
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
-    """One schedule in the table. Losses in nats per token, time in seconds per batch; None where it was not measured."""
+    """One schedule of the table and its loss in nats per token."""
 
     name: str
     schedule: Schedule
     held_out_loss: float
-    seconds: float | None
 
 
-def share(flag: str, value: str) -> fractions.Fraction:
-    try:
-        found = fractions.Fraction(value)
-    except (ValueError, ZeroDivisionError):
-        found = fractions.Fraction(0)
-    if not 0 < found <= 1:
-        raise ValueError(f"--{flag}={value}: not a share such as 1/4 or 0.25")
-    return found
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a search found: its steps (none with the similarity DP), the table's rows, the first of them the checkpoint's own
+    schedule, the schedule it chose, and the mean overlap [num_full, num_full] of the F layers' selections."""
+
+    config: Config
+    base: Schedule
+    steps: list[search.Step]
+    rows: list[Row]
+    chosen: Schedule
+    overlap: np.ndarray
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        return [row.schedule for row in self.rows]
 
 
-def kept(num_layers: int, retention: fractions.Fraction) -> int:
-    """F layers at a retention, rounded up: 12 of 47 at 1/4."""
-    return math.ceil(num_layers * retention)
+def find(
+    model: Model, calibration: list[np.ndarray], goal: Goal, output: Output
+) -> tuple[list[search.Step], dict[int, Schedule]]:
+    """The search's steps, none with the similarity DP, and the schedule found for each number of F layers that was reached."""
+    config, base, sizes = model.config, model.schedule, goal.sizes(model.schedule)
+    with tqdm.tqdm(unit="layer", desc="search", smoothing=0.05) as bar:
+        if isinstance(model, InMemory) and goal.strategy == "similarity":
+            bar.total = len(calibration) * sum(range(1, config.num_layers + 1))
+            matrix = search.similarities(model.params, config, base, calibration, bar.update)
+            return [], {size: search.most_similar(matrix, size) for size in sizes}
+        path = output.directory / LOG
+        if path.exists() and not options.RESUME.value:
+            path.replace(path.with_name(f"previous-{LOG}"))
+        smallest = min(sizes)
+        bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
+        with LossJournal(path, model.about(calibration)) as log:
+            losses = model.evaluator(calibration, bar.update, log)
+            steps = search.greedy_search(losses, base, num_full=smallest, blocks=goal.blocks)
+            if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
+                steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]
+        bar.total = bar.n
+        bar.refresh()
+    reached = [size for size in sizes if size >= steps[-1].schedule.num_full]
+    return steps, {size: search.first_step_with_at_most(steps, size).schedule for size in reached}
+
+
+def within_budget(steps: list[search.Step], budget: float) -> search.Step:
+    """The last step before the calibration loss first exceeds the start's by more than `budget`."""
+    allowed = steps[0].loss * (1 + budget)
+    first_over = next((i for i, step in enumerate(steps) if step.loss > allowed), len(steps))
+    return steps[first_over - 1]
+
+
+def choose(steps: list[search.Step], by_size: dict[int, Schedule], base: Schedule, goal: Goal) -> Schedule:
+    """The schedule that the goal asks for, of those that were found."""
+    if goal.budget is not None:
+        return within_budget(steps, goal.budget).schedule
+    size = goal.size(base, goal.target)
+    if size not in by_size:
+        raise ValueError(f"--retention={goal.target}: --blocks={goal.blocks} keeps more layers F than that; use fewer blocks")
+    return by_size[size]
+
+
+def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goal: Goal) -> list[tuple[str, Schedule]]:
+    """The table's schedules with their names: the checkpoint's, and at every size a uniform one and the one found."""
+    strategy = "searched" if goal.strategy == "greedy" else "similarity"
+    named = [(options.ALL_F if base.num_full == base.num_layers else "as shipped", base)]
+    for size in goal.sizes(base):
+        uniform = Schedule.uniform(base.num_layers, size)
+        if all(base.is_full[layer] for layer in uniform.full_layers):
+            named.append((f"{goal.label(base, size)} uniform", uniform))
+        if size in by_size:
+            named.append((f"{goal.label(base, size)} {strategy}", by_size[size]))
+    if chosen not in [schedule for _, schedule in named]:
+        named.append(("within the budget", chosen))
+    return named
+
+
+def run_search(model: Model, given: Inputs, output: Output) -> Result:
+    """Searches, and evaluates what was found and what it is compared with on the held-out batches."""
+    base, goal = model.schedule, given.goal
+    steps, by_size = find(model, given.calibration, goal, output)
+    chosen = choose(steps, by_size, base, goal)
+    named = compared(by_size, base, chosen, goal)
+    schedules = [schedule for _, schedule in named]
+    total = len(schedules) * len(given.held_out) * model.config.num_layers
+    with tqdm.tqdm(total=total, unit="layer", desc="held-out") as bar:
+        losses = model.evaluator(given.held_out, bar.update).losses(schedules)
+        bar.total = bar.n  # streamed schedules share layers
+    rows = [Row(name, schedule, loss) for (name, schedule), loss in zip(named, losses, strict=True)]
+    return Result(model.config, base, steps, rows, chosen, model.overlap(given.calibration[:OVERLAP_BATCHES]))
+
+
+def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
+    """The median time of prefilling tokens [B, S] into an empty cache under each schedule, the schedules taking turns.
+
+    The weights are read from the checkpoint once more, as inference runs them, so that they are in memory once where the
+    caller has let go of the search's. None for every schedule where nothing is to be measured.
+    """
+    if _STREAM.value or not _TIME.value:
+        return [None for _ in schedules]
+    with warnings.catch_warnings(action="ignore"):  # they came when the model was opened
+        config, _, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    batch, length = tokens.shape
+    models = [serving.restrict(weights, config, schedule) for schedule in schedules]
+    seconds: list[list[float]] = [[] for _ in schedules]
+    fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
+    warm_up = {0, fewest}  # a program is one layer's, F or S: these two run all of them
+    for round in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
+        for i, (model, schedule) in enumerate(zip(models, schedules, strict=True)):
+            if round == 0 and i not in warm_up:
+                continue
+            cache = serving.init_cache(config, schedule, batch, length, weights.embedding.dtype)
+            jax.block_until_ready(cache)
+            began = time.perf_counter()
+            serving.prefill_prompts(model, list(tokens), cache, config)[0].block_until_ready()
+            if round:
+                seconds[i].append(time.perf_counter() - began)
+    return [statistics.median(times) for times in seconds]
+
+
+# ---- the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How to give a schedule to an engine: the config fields, and where they go."""
+
+    engine: str
+    fields: dict[str, Any]
+    usage: str
 
 
 def settings(schedule: Schedule, checkpoint: str, config: Config) -> list[Setting]:
@@ -238,69 +383,35 @@ def for_engines(checkpoint: str) -> tuple[str, str]:
     return made, f"python -m checkpoints_convert {shlex.quote(checkpoint)} {shlex.quote(made)} --format=safetensors"
 
 
-def separator(config: Config) -> int | None:
-    """The token that ends a document: the first of the model's end-of-text tokens, if it has one."""
-    return next((token for token in config.eos_token_ids if 0 <= token < config.vocab_size), None)
+def table(rows: list[Row], times: list[float | None]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells. times: seconds of prefill, None where it was not measured."""
+    header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "prefill s", "speed-up"]
+    first, first_time = rows[0], times[0]
+    layers = first.schedule.num_layers
+    cells = [
+        [
+            row.name,
+            row.schedule.pattern,
+            str(row.schedule.num_full),
+            f"{1 - row.schedule.num_full / layers:.0%}",
+            f"{row.held_out_loss:.4f}",
+            f"{row.held_out_loss / first.held_out_loss - 1:+.2%}",
+            "-" if seconds is None else f"{seconds:.3f}",
+            "-" if seconds is None or first_time is None else f"{first_time / seconds:.2f}x",
+        ]
+        for row, seconds in zip(rows, times, strict=True)
+    ]
+    return header, cells
 
 
-def positive(**values: int) -> None:
-    for flag, value in values.items():
-        if value < 1:
-            raise ValueError(f"--{flag}={value}: must be at least 1")
-
-
-def draw(
-    found: list[text.Document],
-    flag: str,
-    encoder: Any,
-    end: int | None,
-    sequences: int,
-    context: int,
-    config: Config,
-    seed: int,
-) -> np.ndarray:
-    """`sequences` cuts [N, context + 1] of the documents, which are taken in random order until there is enough of them."""
-    order = np.random.default_rng(seed).permutation(len(found))
-    tokens = text.stream([found[i] for i in order], encoder, end, limit=2 * sequences * context + 1)
-    if tokens.size and tokens.max() >= config.vocab_size:
-        raise ValueError(f"{flag}: token {tokens.max()} of the {encoder.name} tokenizer, but vocab_size is {config.vocab_size}")
-    try:
-        return text.sequences(tokens, sequences, context, seed)
-    except ValueError as error:
-        raise ValueError(f"{flag}: {error}; give more text, or less --context or fewer sequences") from None
-
-
-def split(calibration: str, held_out: str, flag: str = "calibration") -> tuple[list[text.Document], list[text.Document]]:
-    """Calibration and held-out documents; without --held_out, a share of the files by their names' hash.
-
-    A file that both name is held out.
-    """
-    found = text.documents(calibration)
-    if held_out:
-        kept_apart = text.documents(held_out)
-        paths = {d.path.resolve() for d in kept_apart}
-        if not (rest := [d for d in found if d.path.resolve() not in paths]):
-            raise ValueError(f"--{flag}={calibration}: --held_out={held_out} names all of its files, none is left")
-        return rest, kept_apart
-    sides = [d for d in found if not d.held_out], [d for d in found if d.held_out]
-    if not all(sides):
-        raise ValueError(
-            f"--{flag}={calibration}: {len(found)} file(s) are too few to keep some apart; name others with --held_out"
-        )
-    return sides
-
-
-def batches(cuts: np.ndarray) -> list[np.ndarray]:
-    if len(cuts) % options.BATCH_SIZE.value:
-        raise ValueError(f"--batch_size={options.BATCH_SIZE.value}: does not divide {len(cuts)} sequences")
-    return np.split(cuts, len(cuts) // options.BATCH_SIZE.value)
-
-
-def plot_losses(output: Output, steps: list[search.Step], rows: list[Row], budget: float | None) -> None:
+def plot_losses(output: Output, result: Result, budget: float | None) -> None:
+    """loss.png: loss against removed indexers, of the search's steps and of the table's schedules."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
+    rows = result.rows
+    steps = result.steps or [search.Step(result.base, rows[0].held_out_loss)]
     start = steps[0].schedule.num_full
     if steps[-1].candidates:
         axes.plot([start - s.schedule.num_full for s in steps], [s.loss for s in steps], "o-", label="searched, calibration")
@@ -316,188 +427,52 @@ def plot_losses(output: Output, steps: list[search.Step], rows: list[Row], budge
     output.save_figure(figure, "loss.png")
 
 
-def plot_overlap(output: Output, matrix: np.ndarray, base: Schedule, chosen: Schedule) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5.2))
-    axes = figure.subplots()
-    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
-    figure.colorbar(image, label="|A ∩ B| / k")
-    labels = [f"{layer} {'F' if chosen.is_full[layer] else 'S'}" for layer in base.full_layers]
-    step = -(-len(labels) // 26)
-    ticks = range(0, len(labels), step)
-    axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=90)
-    axes.set_yticks(ticks, [labels[i] for i in ticks])
-    axes.set(title="Overlap of the layers' selections", xlabel="layer, with its letter in the schedule", ylabel="layer")
-    output.save_figure(figure, "overlap.png")
-
-
-def find(
-    model: Model, calibration: list[np.ndarray], sizes: list[int], output: Output
-) -> tuple[list[search.Step], dict[int, Schedule]]:
-    """The search's steps and the schedule it found for each number of F layers."""
-    config, base = model.config, model.schedule
-    with tqdm.tqdm(unit="layer", desc="search", smoothing=0.05) as bar:
-        if isinstance(model, InMemory) and _STRATEGY.value == "similarity":
-            bar.total = len(calibration) * sum(range(1, config.num_layers + 1))
-            matrix = search.similarities(model.params, config, base, calibration, bar.update)
-            return [], {size: search.most_similar(matrix, size) for size in sizes}
-        path = output.directory / LOG
-        if path.exists() and not options.RESUME.value:
-            path.replace(path.with_name(f"previous-{LOG}"))
-        log = search.Log(path, model.about(calibration))
-        smallest = min(sizes)
-        bar.total = len(calibration) * search.layers_to_run(base, smallest, _BLOCKS.value)
-        losses = model.evaluator(calibration, bar.update, log)
-        steps = search.greedy_search(losses, base, num_full=smallest, blocks=_BLOCKS.value)
-        if _LOSS_BUDGET.value is not None and steps[-1].loss <= (most := steps[0].loss * (1 + _LOSS_BUDGET.value)):
-            steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=_BLOCKS.value)[1:]
-        log.close()
-        bar.total = bar.n
-        bar.refresh()
-    reached = [size for size in sizes if size >= steps[-1].schedule.num_full]
-    return steps, {size: search.first_step_with_at_most(steps, size).schedule for size in reached}
-
-
-def within_budget(steps: list[search.Step], budget: float) -> search.Step:
-    """The last step before the calibration loss first exceeds the start's by more than `budget`."""
-    allowed = steps[0].loss * (1 + budget)
-    first_over = next((i for i, step in enumerate(steps) if step.loss > allowed), len(steps))
-    return steps[first_over - 1]
-
-
-def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "prefill s", "speed-up"]
-    first = rows[0]
-    layers = first.schedule.num_layers
-    cells = [
-        [
-            row.name,
-            row.schedule.pattern,
-            str(row.schedule.num_full),
-            f"{1 - row.schedule.num_full / layers:.0%}",
-            f"{row.held_out_loss:.4f}",
-            f"{row.held_out_loss / first.held_out_loss - 1:+.2%}",
-            "-" if row.seconds is None else f"{row.seconds:.3f}",
-            "-" if row.seconds is None or first.seconds is None else f"{first.seconds / row.seconds:.2f}x",
-        ]
-        for row in rows
-    ]
-    return header, cells
-
-
-def run(output_dir: str, seed: int) -> None:
-    checkpoint = options.CHECKPOINT.value or str(options.DEMO)
-    positive(
-        sequences=_SEQUENCES.value,
-        held_out_sequences=options.HELD_OUT_SEQUENCES.value,
-        batch_size=options.BATCH_SIZE.value,
-        blocks=_BLOCKS.value,
-    )
-    retentions = [share("retentions", value) for value in _RETENTIONS.value]
-    target = share("retention", options.RETENTION.value)
-    budget = _LOSS_BUDGET.value
-    if budget is not None and (not budget >= 0 or _STRATEGY.value != "greedy"):
-        raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
-    if _STREAM.value and _STRATEGY.value != "greedy":
-        raise ValueError(f"--strategy={_STRATEGY.value}: needs the whole model in memory, so not with --stream")
-    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}")
-        model = opened(checkpoint, dtype)
-    config, base = model.config, model.schedule
-    context = options.CONTEXT.value
-    if not config.index_topk < context <= config.max_position_embeddings:
-        raise ValueError(
-            f"--context={context}: must be above index_topk = {config.index_topk}, below which all schedules are one, "
-            f"and at most {config.max_position_embeddings}, the model's longest"
-        )
-    encoder, end = text.tokenizer(checkpoint), separator(config)
-    sides = split(_CALIBRATION.value, options.HELD_OUT.value)
-    drawn = [
-        draw(side, flag, encoder, end, count, context, config, seed)
-        for side, flag, count in zip(
-            sides, ("--calibration", "--held_out"), (_SEQUENCES.value, options.HELD_OUT_SEQUENCES.value), strict=True
-        )
-    ]
-    calibration, held_out = (batches(cuts) for cuts in drawn)
-    output = Output.create(output_dir)
-    print(f"{checkpoint}: {config.num_layers} layers, {base.num_full} indexers; {dtype} on {device()['kind']}")
-    print(f"{len(drawn[0])} sequences of {context} tokens to search on, {len(drawn[1])} to evaluate on")
-
-    sizes = sorted({min(base.num_full, kept(config.num_layers, r)) for r in [*retentions, target]}, reverse=True)
-    steps, found = find(model, calibration, sizes, output)
-    if budget is not None:
-        chosen = within_budget(steps, budget).schedule
-    elif (size := min(base.num_full, kept(config.num_layers, target))) in found:
-        chosen = found[size]
-    else:
-        raise ValueError(f"--retention={target}: --blocks={_BLOCKS.value} keeps more layers F than that; use fewer blocks")
-
-    name = "searched" if _STRATEGY.value == "greedy" else "similarity"
-    named = [("all F" if base.num_full == base.num_layers else "as shipped", base)]
-    for size in sizes:
-        label = (
-            f"{size}/{config.num_layers}"
-            if size not in [kept(config.num_layers, r) for r in retentions]
-            else str(next(r for r in retentions if kept(config.num_layers, r) == size))
-        )
-        uniform = Schedule.uniform(config.num_layers, size)
-        if all(base.is_full[layer] for layer in uniform.full_layers):
-            named.append((f"{label} uniform", uniform))
-        if size in found:
-            named.append((f"{label} {name}", found[size]))
-    if chosen not in [schedule for _, schedule in named]:
-        named.append(("within the budget", chosen))
-    schedules = [schedule for _, schedule in named]
-    with tqdm.tqdm(total=len(schedules) * len(held_out) * config.num_layers, unit="layer", desc="held-out") as bar:
-        held_out_losses = model.evaluator(held_out, bar.update).losses(schedules)
-        bar.total = bar.n  # streamed schedules share layers
-    times = model.prefill_seconds(schedules, held_out[0][:, :-1])
-    rows = [Row(n, s, loss, t) for (n, s), loss, t in zip(named, held_out_losses, times, strict=True)]
-    matrix = model.overlap(calibration[:2])
-    plot_losses(output, steps or [search.Step(base, rows[0].held_out_loss)], rows, budget)
-    plot_overlap(output, matrix, base, chosen)
-    report_on(output, checkpoint, config, rows, steps, chosen, matrix, len(held_out[0]))
-
-
-def report_on(
-    output: Output,
-    checkpoint: str,
-    config: Config,
-    rows: list[Row],
-    steps: list[search.Step],
-    chosen: Schedule,
-    matrix: np.ndarray,
-    batch: int,
-) -> None:
-    header, cells = table(rows)
-    removed = 1 - chosen.num_full / chosen.num_layers
-    summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
-    directory, first = for_engines(checkpoint)
-    pasted = settings(chosen, directory, config)
-    metrics = {
-        "pattern": chosen.pattern,
-        "removed": removed,
+def metrics_of(result: Result, times: list[float | None], pasted: list[Setting]) -> dict[str, Any]:
+    """What results.json holds of a search."""
+    rows = zip(result.rows, times, strict=True)
+    return {
+        "pattern": result.chosen.pattern,
+        "removed": 1 - result.chosen.num_full / result.chosen.num_layers,
         "schedules": [
-            {"name": r.name, "pattern": r.schedule.pattern, "held_out_loss": r.held_out_loss, "prefill_seconds": r.seconds}
-            for r in rows
+            {"name": r.name, "pattern": r.schedule.pattern, "held_out_loss": r.held_out_loss, "prefill_seconds": seconds}
+            for r, seconds in rows
         ],
         "steps": [
             {"pattern": s.schedule.pattern, "loss": s.loss, "flipped": s.flipped, "candidates": dict(s.candidates)}
-            for s in steps
+            for s in result.steps
         ],
-        "overlap": matrix.round(4).tolist(),
+        "overlap": result.overlap.round(4).tolist(),
         "settings": {s.engine: s.fields for s in pasted},
     }
+
+
+def report(result: Result, times: list[float | None], given: Inputs, output: Output) -> None:
+    """Writes plots, results.json and report.md, and prints the table and how to use the schedule."""
+    plot_losses(output, result, given.goal.budget)
+    plots.overlap(output, result.overlap, result.base, result.chosen)
+    chosen, checkpoint = result.chosen, given.checkpoint.directory
+    header, cells = table(result.rows, times)
+    removed = 1 - chosen.num_full / chosen.num_layers
+    summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
+    directory, first = for_engines(checkpoint)
+    pasted = settings(chosen, directory, result.config)
     note = "Losses in nats per token, on held-out text."
-    if rows[0].seconds is not None:
-        tokens = f"{batch} x {options.CONTEXT.value} tokens"
+    if times[0] is not None:
+        tokens = f"{len(given.held_out[0])} x {options.CONTEXT.value} tokens"
         note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
     lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
     if first:
         lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"
-    report = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
-    report += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
-    output.finish("search", metrics, report)
+    text = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
+    text += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
+    output.finish("search", metrics_of(result, times, pasted), text)
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{summary}\n\n{lines}\n\nwritten to {output.directory}/")
+
+
+def run(output_dir: str, seed: int) -> None:
+    given, model = read_inputs(seed)
+    output = Output.create(output_dir)
+    result = run_search(model, given, output)
+    del model  # its weights make room for those of inference
+    times = prefill_seconds(given.checkpoint, result.schedules, given.held_out[0][:, :-1])
+    report(result, times, given, output)

@@ -35,9 +35,11 @@ from pallas_kernels import device, tpu
 TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2", "v6e:2x2")
 
 _TOPOLOGY = flags.DEFINE_enum("topology", "v5p:2x2x1", TOPOLOGIES, "programs are compiled for one of its chips")
-flags.declare_key_flag("num_layers")  # 0: all, or as many as fit
+for _name in ("num_layers", "chunk"):  # num_layers 0: all, or as many as fit
+    flags.declare_key_flag(_name)
 _TOKENS = flags.DEFINE_integer("tokens", 131_072, "the cache's length")
-_CHUNK = flags.DEFINE_integer("chunk", 2048, "tokens of a prefill chunk")
+
+CHUNK = 2048  # tokens of a prefill chunk, by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Program:
     flops: float = 0.0
     bytes_accessed: float = 0.0
     kernels: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # calls and bytes of VMEM by name
+
+    def hbm(self, resident: int) -> int:
+        """Bytes that a chip holds while it runs, beside `resident` bytes of weights and cache."""
+        return resident + self.temporaries + self.code
 
 
 @functools.cache
@@ -177,69 +183,113 @@ def layers_that_fit(layers: int, hbm: int) -> int:
     return next((count for count in range(layers, 1, -1) if weights(count) <= hbm * 3 // 4), 1)
 
 
-def run(output_dir: str, seed: int) -> None:
-    every, asked = preset("30b")["num_hidden_layers"], options.NUM_LAYERS.value
-    if asked > every:
-        raise ValueError(f"--num_layers={asked}: the model has {every}")
-    if not 1 <= _CHUNK.value <= _TOKENS.value:
-        raise ValueError(f"--chunk={_CHUNK.value} is not between 1 and --tokens={_TOKENS.value}")
-    device = topology_device(_TOPOLOGY.value)
-    chip = tpu.CHIPS[device.device_kind]
-    layers = asked or layers_that_fit(every, chip.hbm)
-    model = Model(*shape(layers), device, _TOKENS.value)
-    output = Output.create(output_dir)
-    title = f"30B, {layers} of {every} layers, bfloat16, {_TOKENS.value} cached tokens, for one {chip.name} ({_TOPOLOGY.value})"
-    print(title)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is compiled, and for which chip. layers: of the whole model; topology: as libtpu names it."""
 
-    # The decode step first: its arguments are what stays in HBM under every program.
+    model: Model
+    chunk: int
+    layers: int
+    topology: str
+
+    @property
+    def chip(self) -> tpu.Chip:
+        return tpu.CHIPS[self.model.device.device_kind]
+
+    @property
+    def title(self) -> str:
+        model = self.model
+        size = f"{model.config.num_layers} of {self.layers} layers, bfloat16, {model.tokens} cached tokens"
+        return f"30B, {size}, for one {self.chip.name} ({self.topology})"
+
+
+def read_inputs() -> Inputs:
+    """The 30B model, cut to what fits the chip where --num_layers does not say how far."""
+    layers, asked = preset("30b")["num_hidden_layers"], options.NUM_LAYERS.value
+    chunk = CHUNK if options.CHUNK.value is None else options.CHUNK.value
+    if asked > layers:
+        raise ValueError(f"--num_layers={asked}: the model has {layers}")
+    if not 1 <= chunk <= _TOKENS.value:
+        raise ValueError(f"--chunk={chunk} is not between 1 and --tokens={_TOKENS.value}")
+    device = topology_device(_TOPOLOGY.value)
+    model_layers = asked or layers_that_fit(layers, tpu.CHIPS[device.device_kind].hbm)
+    return Inputs(Model(*shape(model_layers), device, _TOKENS.value), chunk, layers, _TOPOLOGY.value)
+
+
+def compile_all(given: Inputs) -> list[Program]:
+    """The decode step, whose arguments are what stays in HBM under every program, and prefill of each kind of layer."""
+    model = given.model
     lowered: dict[str, Callable[[], jax.stages.Lowered]] = {"decode step": model.decode}
     for kind, experts in (("dense", False), ("expert", True)):
         if experts in model.config.moe_layers:
             layer = model.config.moe_layers.index(experts)
-            lowered[f"prefill, a layer with {kind} MLP"] = functools.partial(model.prefill, layer, _CHUNK.value)
+            lowered[f"prefill, a layer with {kind} MLP"] = functools.partial(model.prefill, layer, given.chunk)
     programs = []
     for name, lower in lowered.items():
         print(f"compiling: {name}", flush=True)
         programs.append(compiled(name, lower))
-    resident = programs[0].arguments
+    return programs
+
+
+def program_cells(program: Program, resident: int, chip: tpu.Chip) -> list[str]:
+    """A row of the report. resident: bytes of weights and cache."""
+    if program.refused:
+        return [program.name, f"no: {program.refused}", *["-"] * 6]
 
     def gib(size: float) -> str:
         return f"{size / 2**30:.2f}"
 
-    def hbm(p: Program) -> int:
-        return resident + p.temporaries + p.code
+    sizes = gib(resident), gib(program.temporaries), f"{gib(program.hbm(resident))} of {gib(chip.hbm)}"
+    milliseconds = f"{1e3 * program.flops / chip.bf16:.2f} / {1e3 * program.bytes_accessed / chip.bandwidth:.2f}"
+    return [
+        program.name,
+        "yes",
+        *sizes,
+        f"{program.flops / 1e12:.3f}",
+        f"{program.bytes_accessed / 1e9:.2f}",
+        milliseconds,
+    ]
 
-    def row(p: Program) -> list[str]:
-        if p.refused:
-            return [p.name, f"no: {p.refused}", *["-"] * 6]
-        sizes = gib(resident), gib(p.temporaries), f"{gib(hbm(p))} of {gib(chip.hbm)}"
-        milliseconds = f"{1e3 * p.flops / chip.bf16:.2f} / {1e3 * p.bytes_accessed / chip.bandwidth:.2f}"
-        return [p.name, "yes", *sizes, f"{p.flops / 1e12:.3f}", f"{p.bytes_accessed / 1e9:.2f}", milliseconds]
 
-    header = ["program", "accepted", "weights and cache, GiB", "temporary, GiB", "HBM, GiB"]
-    header += ["Tflop, estimate", "GB moved, estimate", "ms at full rate: arithmetic / memory, estimate"]
-    rows = [row(p) for p in programs]
+HEADER = ["program", "accepted", "weights and cache, GiB", "temporary, GiB", "HBM, GiB"]
+HEADER += ["Tflop, estimate", "GB moved, estimate", "ms at full rate: arithmetic / memory, estimate"]
+
+
+def report(programs: list[Program], given: Inputs, output: Output) -> None:
+    """Writes results.json and report.md, and prints the tables."""
+    chip, resident = given.chip, programs[0].arguments
+    rows = [program_cells(p, resident, chip) for p in programs]
     kernel_rows = [
         [p.name, name, entry["calls"], f"{entry['vmem'] / 2**20:.1f}", f"{entry['vmem'] / chip.vmem:.0%}"]
         for p in programs
         for name, entry in p.kernels.items()
     ]
     kernel_header = ["program", "kernel", "calls", "VMEM, MiB", f"of the {chip.vmem // 2**20} MiB of a core"]
-    print(text_table(header, rows), text_table(kernel_header, kernel_rows), sep="\n\n")
-    report = f"""# Compiled ahead of time: {title}
+    print(text_table(HEADER, rows), text_table(kernel_header, kernel_rows), sep="\n\n")
+    text = f"""# Compiled ahead of time: {given.title}
 
-Prefill goes layer by layer, {_CHUNK.value} tokens at a time, the last of them at the cache's end; a decode step is one
+Prefill goes layer by layer, {given.chunk} tokens at a time, the last of them at the cache's end; a decode step is one
 program. HBM is what XLA's memory analysis says, with all weights and the whole cache in it. Operations and bytes are
 estimates: XLA's cost model, in which each of our kernels counts as if every key were visible and every page selected. Times
 are those counts at the chip's full rates. Nothing was run.
 
-{markdown_table(header, rows)}
+{markdown_table(HEADER, rows)}
 
 {markdown_table(kernel_header, kernel_rows)}
 """
     metrics = {
         "chip": dataclasses.asdict(chip),
-        "layers": layers,
-        "programs": [dataclasses.asdict(p) | {"hbm": hbm(p), "fits": not p.refused and hbm(p) <= chip.hbm} for p in programs],
+        "layers": given.model.config.num_layers,
+        "programs": [
+            dataclasses.asdict(p) | {"hbm": p.hbm(resident), "fits": not p.refused and p.hbm(resident) <= chip.hbm}
+            for p in programs
+        ],
     }
-    output.finish("compile", metrics, report)
+    output.finish("compile", metrics, text)
+
+
+def run(output_dir: str, seed: int) -> None:
+    given = read_inputs()
+    output = Output.create(output_dir)
+    print(given.title)
+    report(compile_all(given), given, output)

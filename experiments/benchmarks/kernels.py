@@ -395,33 +395,42 @@ def baselines(sizes: Sizes) -> list[Row]:
     ]
 
 
-def table(sizes: Sizes) -> list[Row]:
-    """Every row. The published figures are those of one H200 with the L2 cache flushed, by CUDA events."""
-    rows: list[Row] = []
+# ---- the rows; published figures are those of one H200 with the L2 cache flushed, by CUDA events
 
-    def add(
-        name: str,
-        function: Callable[..., Case],
-        *shape: Any,
-        public: tuple[float, str] | None = None,
-        target: float | None = None,
-        note: str = "",
-        **how: Any,
-    ) -> None:
-        make = functools.partial(function, sizes, *shape, **how)
-        rows.append(Row(f"{name}, small", make) if sizes.small else Row(name, make, public, target, note))
 
+def _row(
+    sizes: Sizes,
+    name: str,
+    function: Callable[..., Case],
+    *shape: Any,
+    public: tuple[float, str] | None = None,
+    target: float | None = None,
+    note: str = "",
+    **how: Any,
+) -> Row:
+    """The row of `function` at a shape. Small shapes have no figures to be compared with."""
+    make = functools.partial(function, sizes, *shape, **how)
+    return Row(f"{name}, small", make) if sizes.small else Row(name, make, public, target, note)
+
+
+def score_rows(sizes: Sizes) -> Iterator[Row]:
+    """The indexer's scores alone."""
+    add = functools.partial(_row, sizes)
     bf16 = jnp.bfloat16
     prefill: dict[str, Any] = dict(part=16)
     cut = prefill | dict(causal=True)
-    add("scores fp8, 4096 x 122880, Hi 32", index_scores, 1, 4096, 122880, 32, FP8, public=(4.27, "DeepGEMM"), **prefill)
-    add("scores fp8, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, FP8, target=4.2, **cut)
-    add("scores fp8, 2048 x 204800, Hi 32", index_scores, 1, 2048, 204800, 32, FP8, public=(3.74, "DeepGEMM"), **prefill)
-    add("scores fp8, 4096 x 122880, Hi 64", index_scores, 1, 4096, 122880, 64, FP8, public=(8.02, "DeepGEMM"), **prefill)
-    add("scores bf16, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, bf16, target=6.4, **cut)
+    yield add("scores fp8, 4096 x 122880, Hi 32", index_scores, 1, 4096, 122880, 32, FP8, public=(4.27, "DeepGEMM"), **prefill)
+    yield add("scores fp8, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, FP8, target=4.2, **cut)
+    yield add("scores fp8, 2048 x 204800, Hi 32", index_scores, 1, 2048, 204800, 32, FP8, public=(3.74, "DeepGEMM"), **prefill)
+    yield add("scores fp8, 4096 x 122880, Hi 64", index_scores, 1, 4096, 122880, 64, FP8, public=(8.02, "DeepGEMM"), **prefill)
+    yield add("scores bf16, 4096 x 122880, Hi 32, causal, ragged", index_scores, 1, 4096, 122880, 32, bf16, target=6.4, **cut)
     for b, t, ms in ((1, 122880, 0.0118), (8, 122880, 0.0426), (8, 204800, 0.0641), (64, 61440, 0.136)):
-        add(f"scores fp8, decode, {b} x {t}, Hi 32", index_scores, b, 1, t, 32, FP8, public=(ms, "DeepGEMM, paged"))
+        yield add(f"scores fp8, decode, {b} x {t}, Hi 32", index_scores, b, 1, t, 32, FP8, public=(ms, "DeepGEMM, paged"))
 
+
+def selection_rows(sizes: Sizes) -> Iterator[Row]:
+    """The top-k alone."""
+    add = functools.partial(_row, sizes)
     selectors = "SGLang v2, vLLM"
     for m, t, ms, alone, given in (
         (1024, 10240, 0.034, None, None),
@@ -431,15 +440,24 @@ def table(sizes: Sizes) -> list[Row]:
         (8, 122880, 0.0131, None, None),
         (64, 122880, 0.033, None, None),
     ):
-        add(f"top-k, {m} x {t}, scores alone", top_k, m, t, maxima=False, public=(ms, selectors), target=alone)
-        add(f"top-k, {m} x {t}, block maxima given", top_k, m, t, maxima=True, public=(ms, selectors), target=given)
+        yield add(f"top-k, {m} x {t}, scores alone", top_k, m, t, maxima=False, public=(ms, selectors), target=alone)
+        yield add(f"top-k, {m} x {t}, block maxima given", top_k, m, t, maxima=True, public=(ms, selectors), target=given)
 
+
+def indexer_rows(sizes: Sizes) -> Iterator[Row]:
+    """indexer_topk as the model calls it."""
+    add = functools.partial(_row, sizes)
+    bf16 = jnp.bfloat16
     whole = "DeepGEMM + selector"
-    add("indexer_topk fp8, 4096 x 122880", whole_indexer, 1, 4096, 122880, FP8, public=(5.2, whole), target=4.7, part=16)
-    add("indexer_topk bf16, 4096 x 122880", whole_indexer, 1, 4096, 122880, bf16, part=16)
-    add("indexer_topk fp8, decode, 1 x 122880", whole_indexer, 1, 1, 122880, FP8, public=(0.022, whole), target=0.03)
-    add("indexer_topk fp8, decode, 8 x 122880", whole_indexer, 8, 1, 122880, FP8, public=(0.056, whole), target=0.06)
+    yield add("indexer_topk fp8, 4096 x 122880", whole_indexer, 1, 4096, 122880, FP8, public=(5.2, whole), target=4.7, part=16)
+    yield add("indexer_topk bf16, 4096 x 122880", whole_indexer, 1, 4096, 122880, bf16, part=16)
+    yield add("indexer_topk fp8, decode, 1 x 122880", whole_indexer, 1, 1, 122880, FP8, public=(0.022, whole), target=0.03)
+    yield add("indexer_topk fp8, decode, 8 x 122880", whole_indexer, 8, 1, 122880, FP8, public=(0.056, whole), target=0.06)
 
+
+def prefill_attention_rows(sizes: Sizes) -> Iterator[Row]:
+    """sparse_mla over many queries."""
+    add = functools.partial(_row, sizes)
     flash = "FlashMLA bf16"
     padded = "FlashMLA bf16, padded to 64 heads"
     few_heads = (
@@ -460,16 +478,21 @@ def table(sizes: Sizes) -> list[Row]:
         for t, ms, target in zip((10240, 61440, 122880), times, targets, strict=True):
             name = f"sparse MLA, 4096 x {t}, {heads} heads, random"
             note = few_heads if (heads, t) == (20, 122880) else ""
-            add(name, attention, 1, 4096, heads, t, public=(ms, whose), target=target, note=note, part=8)
+            yield add(name, attention, 1, 4096, heads, t, public=(ms, whose), target=target, note=note, part=8)
     for shared, target in ((0.85, 1.3), (0.7, None)):
         name = f"sparse MLA, 4096 x 122880, 20 heads, {shared:.0%} shared"
-        add(name, attention, 1, 4096, 20, 122880, shared=shared, public=(2.15, padded), target=target, part=8)
+        yield add(name, attention, 1, 4096, 20, 122880, shared=shared, public=(2.15, padded), target=target, part=8)
     for heads in (16, 32):
-        add(f"sparse MLA, 4096 x 122880, {heads} heads, random", attention, 1, 4096, heads, 122880, part=8)
+        yield add(f"sparse MLA, 4096 x 122880, {heads} heads, random", attention, 1, 4096, heads, 122880, part=8)
     for heads in (64, 20):
         name = f"sparse MLA, 4096 x 122880, {heads} heads, random, fp8 latents"
-        add(name, attention, 1, 4096, heads, 122880, scaled=True, note=packed if heads == 20 else "", part=8)
+        yield add(name, attention, 1, 4096, heads, 122880, scaled=True, note=packed if heads == 20 else "", part=8)
 
+
+def decode_attention_rows(sizes: Sizes) -> Iterator[Row]:
+    """sparse_mla over one query a row."""
+    add = functools.partial(_row, sizes)
+    flash = "FlashMLA bf16"
     for b, t, ms, whose, target in (
         (1, 122880, 0.0208, "FlashMLA fp8", 0.025),
         (8, 122880, 0.0251, "FlashMLA fp8", 0.029),
@@ -478,14 +501,23 @@ def table(sizes: Sizes) -> list[Row]:
     ):
         for scaled in (False, True):
             name = f"sparse MLA, decode, {b} x {t}, 64 heads" + ", fp8 latents" * scaled
-            add(name, attention, b, 1, 64, t, scaled=scaled, public=(ms, whose), target=target)
-    add("sparse MLA, decode, 8 x 122880, 20 heads", attention, 8, 1, 20, 122880)
+            yield add(name, attention, b, 1, 64, t, scaled=scaled, public=(ms, whose), target=target)
+    yield add("sparse MLA, decode, 8 x 122880, 20 heads", attention, 8, 1, 20, 122880)
 
-    add(
+
+def expert_rows(sizes: Sizes) -> Iterator[Row]:
+    """grouped_matmul."""
+    add = functools.partial(_row, sizes)
+    yield add(
         "grouped matmul, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, public=(1.16, "JAX's ragged_dot_mgpu")
     )
-    add("grouped matmul, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
-    return rows
+    yield add("grouped matmul, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
+
+
+def table(sizes: Sizes) -> list[Row]:
+    """Every row of the report, in its order."""
+    parts = (score_rows, selection_rows, indexer_rows, prefill_attention_rows, decode_attention_rows, expert_rows)
+    return [row for part in parts for row in part(sizes)]
 
 
 # ---- measuring
@@ -654,10 +686,17 @@ def kernel_times(program: Any, arguments: ProgramArguments) -> tuple[float, floa
     return sum(ms for _, ms in found) / calls, len(found) / calls
 
 
-def run(output_dir: str, seed: int) -> None:
-    del seed  # the arguments are drawn from fixed ones: the times do not depend on them
-    began = time.perf_counter()
-    output = Output.create(output_dir)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The shapes' scale, every row of the table, and those to measure, in the order in which they are measured."""
+
+    sizes: Sizes
+    rows: list[Row]
+    wanted: list[Row]
+
+
+def read_inputs() -> Inputs:
+    """The rows that --rows names; those with targets come first."""
     sizes = Sizes(small=not on_hopper())
     if sizes.small:
         print(f"small shapes and the XLA implementations only: {hopper.why_not()}", flush=True)
@@ -669,89 +708,127 @@ def run(output_dir: str, seed: int) -> None:
     wanted = [row for row in rows if pattern.search(row.name)]
     if not wanted:
         raise ValueError(f"--rows={_ROWS.value}: no row has such a name")
+    return Inputs(sizes, rows, sorted(wanted, key=lambda row: row.priority))
 
-    wanted.sort(key=lambda row: row.priority)
 
-    earlier = earlier_metrics(output)
-    measured: list[tuple[Measured, Case, Any]] = []  # with the compiled program
-    base: dict[str, float] = {}
+Ready = tuple[Row, Case, Any]  # with the compiled program
 
-    def left() -> float:
-        return began + options.seconds_to_spend(SECONDS) - time.perf_counter()
 
-    def finish() -> dict[str, Any]:
-        run = {"command": command(), "baselines": base, "seconds": time.perf_counter() - began}
-        run["complete"] = len(measured) == len(wanted)
-        metrics = merged(rows, earlier, run, [one.record(base) for one, _, _ in measured])
-        output.finish("kernels", metrics, report(rows, metrics))
+class Session:
+    """What one run has measured so far, written after each part of it."""
+
+    def __init__(self, given: Inputs, output: Output, began: float, pool: futures.Executor) -> None:
+        self.given, self.output, self.began = given, output, began
+        self._pool = pool
+        self._earlier = earlier_metrics(output)
+        self._base: dict[str, float] = {}
+        self.measured: list[tuple[Measured, Case, Any]] = []
+
+    def seconds_left(self) -> float:
+        return self.began + options.seconds_to_spend(SECONDS) - time.perf_counter()
+
+    def write(self) -> dict[str, Any]:
+        """results.json and report.md of what there is; returns the metrics."""
+        run = {"command": command(), "baselines": self._base, "seconds": time.perf_counter() - self.began}
+        run["complete"] = len(self.measured) == len(self.given.wanted)
+        records = [one.record(self._base) for one, _, _ in self.measured]
+        metrics = merged(self.given.rows, self._earlier, run, records)
+        self.output.finish("kernels", metrics, report(self.given.rows, metrics))
         return metrics
 
-    def measure_baselines(when: str) -> None:
-        for name, (row, case, program) in fixed.items():
-            one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
-            base[f"{name}{when}"] = one.rate
-            print(f"{row.name}: {one.rate:.4g} {'TFLOP/s' if case.flops else 'TB/s'}{when}", flush=True)
+    def compile(self, what: str, wanted: Iterable[tuple[Callable[..., Any], ProgramArguments]]) -> list[Any]:
+        """Programs, compiled while the next ones are traced and their arguments drawn; nothing is measured meanwhile."""
+        start = time.perf_counter()
+        programs = [one.result() for one in [compiled(function, arguments, self._pool) for function, arguments in wanted]]
+        print(f"{len(programs)} {what} compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        return programs
 
-    with futures.ThreadPoolExecutor() as pool:
+    def ready(self, what: str, rows: list[Row]) -> list[Ready]:
+        """The rows' cases and programs."""
+        cases: list[Case] = []
 
-        def build(what: str, wanted: Iterable[tuple[Callable[..., Any], ProgramArguments]]) -> list[Any]:
-            """Programs, compiled while the next ones are traced and their arguments drawn; nothing is measured meanwhile."""
-            start = time.perf_counter()
-            found = [one.result() for one in [compiled(function, arguments, pool) for function, arguments in wanted]]
-            print(f"{len(found)} {what} compiled in {time.perf_counter() - start:.0f} s", flush=True)
-            return found
+        def made() -> Iterator[tuple[Callable[..., Any], ProgramArguments]]:
+            for row in rows:
+                cases.append(row.make())
+                yield cases[-1].kernel, cases[-1].program_arguments
 
-        def ready(what: str, rows: list[Row]) -> list[tuple[Row, Case, Any]]:
-            cases: list[Case] = []
+        programs = self.compile(what, made())
+        return list(zip(rows, cases, programs, strict=True))
 
-            def made() -> Iterator[tuple[Callable[..., Any], ProgramArguments]]:
-                for row in rows:
-                    cases.append(row.make())
-                    yield cases[-1].kernel, cases[-1].program_arguments
-
-            programs = build(what, made())
-            return list(zip(rows, cases, programs, strict=True))
-
+    def measure_rows(self) -> None:
+        """The wanted rows as far as there is time, between two measurements of the baselines."""
         names = ("matmul_tflops", "matmul_fp8_tflops", "copy_tbps")
-        fixed = dict(zip(names, ready("baselines", baselines(sizes)), strict=True))
-        to_measure = ready("kernels", wanted)
-        measure_baselines("")
+        fixed = dict(zip(names, self.ready("baselines", baselines(self.given.sizes)), strict=True))
+        to_measure = self.ready("kernels", self.given.wanted)
+        self.measure_baselines(fixed, "")
         for row, case, program in to_measure:
-            if left() < 0:
+            if self.seconds_left() < 0:
                 print("nothing further is measured: --time_limit has passed", flush=True)
                 break
             one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
-            measured.append((one, case, program))
-            print("  ".join(cells(one.record(base))), flush=True)
-        measure_baselines("_at_the_end")
-        finish()
+            self.measured.append((one, case, program))
+            print("  ".join(cells(one.record(self._base))), flush=True)
+        self.measure_baselines(fixed, "_at_the_end")
+        self.write()
 
-        parts = [(one, case, name) for one, case, _ in measured if one.missed for name in case.variants]
-        if parts and _VARIANTS.value and left() > 0:
-            found = build("variants", ((case.variants[name], case.program_arguments) for _, case, name in parts))
-            for (one, case, name), program in zip(parts, found, strict=True):
-                one.variants[name] = statistics.median(milliseconds(program, case.program_arguments))
-                print(f"{one.row.name}, {name}: {time_of(one.variants[name])}", flush=True)
-            finish()
+    def measure_baselines(self, fixed: Mapping[str, Ready], when: str) -> None:
+        for name, (row, case, program) in fixed.items():
+            one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
+            self._base[f"{name}{when}"] = one.rate
+            print(f"{row.name}: {one.rate:.4g} {'TFLOP/s' if case.flops else 'TB/s'}{when}", flush=True)
 
-        compared = [(one, case.reference) for one, case, _ in measured if case.reference is not None]
-        if compared and left() > PROFILING_SECONDS:
-            found = build("XLA implementations", ((function, ([given], ())) for _, (function, given, _) in compared))
-            for (one, (_, given, factor)), program in zip(compared, found, strict=True):
-                if left() < PROFILING_SECONDS:
-                    print("no further XLA comparisons: --time_limit is near", flush=True)
-                    break
-                one.xla = factor * statistics.median(milliseconds(program, ([given], ())))
-                print(f"XLA, {one.row.name}: {one.xla:.4g} ms, {one.xla / one.ms:.1f} x ours", flush=True)
-    finish()
-    for one, case, program in measured:
-        if sizes.small or left() < 0:
-            break
-        try:
-            one.kernels, one.launches = kernel_times(program, case.program_arguments)
-        except ValueError as error:
-            print(error, flush=True)
-            break
-        print(f"kernels alone, {one.row.name}: {one.kernels:.4g} ms in {one.launches:g}", flush=True)
-    plot(output, finish()["rows"])
-    print(f"{len(measured)} rows in {time.perf_counter() - began:.0f} s, written to {output_dir}", flush=True)
+    def measure_variants(self) -> None:
+        """Rows that miss their target, with single stages left out."""
+        parts = [(one, case, name) for one, case, _ in self.measured if one.missed for name in case.variants]
+        if not (parts and _VARIANTS.value and self.seconds_left() > 0):
+            return
+        programs = self.compile("variants", ((case.variants[name], case.program_arguments) for _, case, name in parts))
+        for (one, case, name), program in zip(parts, programs, strict=True):
+            one.variants[name] = statistics.median(milliseconds(program, case.program_arguments))
+            print(f"{one.row.name}, {name}: {time_of(one.variants[name])}", flush=True)
+        self.write()
+
+    def compare_with_xla(self) -> None:
+        """What the rows' references take, as far as there is time."""
+        compared = [(one, case.reference) for one, case, _ in self.measured if case.reference is not None]
+        if not compared or self.seconds_left() <= PROFILING_SECONDS:
+            return
+        programs = self.compile("XLA implementations", ((function, ([given], ())) for _, (function, given, _) in compared))
+        for (one, (_, given, factor)), program in zip(compared, programs, strict=True):
+            if self.seconds_left() < PROFILING_SECONDS:
+                print("no further XLA comparisons: --time_limit is near", flush=True)
+                break
+            one.xla = factor * statistics.median(milliseconds(program, ([given], ())))
+            print(f"XLA, {one.row.name}: {one.xla:.4g} ms, {one.xla / one.ms:.1f} x ours", flush=True)
+
+    def profile(self) -> None:
+        """The times of the kernels alone, where CUPTI shows them."""
+        for one, case, program in self.measured:
+            if self.given.sizes.small or self.seconds_left() < 0:
+                break
+            try:
+                one.kernels, one.launches = kernel_times(program, case.program_arguments)
+            except ValueError as error:
+                print(error, flush=True)
+                break
+            print(f"kernels alone, {one.row.name}: {one.kernels:.4g} ms in {one.launches:g}", flush=True)
+
+
+def measure_all(given: Inputs, output: Output, began: float) -> list[dict[str, Any]]:
+    """Measures what there is time for, the most important first. The records of the report's rows."""
+    with futures.ThreadPoolExecutor() as pool:
+        session = Session(given, output, began, pool)
+        session.measure_rows()
+        session.measure_variants()
+        session.compare_with_xla()
+    session.write()
+    session.profile()
+    print(f"{len(session.measured)} rows in {time.perf_counter() - began:.0f} s, written to {output.directory}", flush=True)
+    return session.write()["rows"]
+
+
+def run(output_dir: str, seed: int) -> None:
+    del seed  # the arguments are drawn from fixed ones: the times do not depend on them
+    began = time.perf_counter()
+    output = Output.create(output_dir)
+    plot(output, measure_all(read_inputs(), output, began))

@@ -18,8 +18,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments import search
-from experiments.common import options, text
+from experiments.common import inputs, options, text
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import serving
 from indexcache_jax.config import Config
@@ -47,11 +46,11 @@ def walk(
     config: Config,
     schedule: Schedule,
     form: CacheFormat,
-    inputs: list[jax.Array] | None = None,
+    given: list[jax.Array] | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Hidden states [1, S, D] before every layer and after the last, and the F layers' indices [1, S, k] of tokens [1, S].
 
-    `inputs`: hidden states that the layers are given instead of those that the layers below made.
+    `given`: hidden states that the layers take instead of those that the layers below made.
     """
     s = tokens.shape[1]
     cache = serving.init_cache(config, schedule, 1, s, form)
@@ -62,9 +61,9 @@ def walk(
         states.append(x)
         if selected is not None:
             selections.append(selected)
-        return x if inputs is None else inputs[layer + 1]
+        return x if given is None else given[layer + 1]
 
-    serving.walk(weights, x if inputs is None else inputs[0], cache, positions, s, config, visit=record)
+    serving.walk(weights, x if given is None else given[0], cache, positions, s, config, visit=record)
     return states, selections
 
 
@@ -129,12 +128,12 @@ HEADER = [
 ]
 
 
-def rows(found: Mapping[str, Mapping[str, Any]], config: Config, schedule: Schedule, dtype: Any) -> list[list[str]]:
+def rows(measured: Mapping[str, Mapping[str, Any]], config: Config, schedule: Schedule, dtype: Any) -> list[list[str]]:
     """The table, the unrounded cache first."""
     size = serving.bytes_per_token(config, schedule, dtype)
-    exact = next(iter(found.values()))["loss_unrounded"]
+    exact = next(iter(measured.values()))["loss_unrounded"]
     table = [[f"{dtype}", f"{size:,}", f"{exact:.4f}", "", "", "", "", ""]]
-    for name, one in found.items():
+    for name, one in measured.items():
         alike = one["selected_alike"]
         table.append(
             [
@@ -151,35 +150,44 @@ def rows(found: Mapping[str, Mapping[str, Any]], config: Config, schedule: Sched
     return table
 
 
-def run(output_dir: str, seed: int) -> None:
-    values = flags.FLAGS
-    search.positive(held_out_sequences=values.held_out_sequences)
-    checkpoint = options.CHECKPOINT.value or str(options.DEMO)
-    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config, schedule, weights = checkpoints_convert.load(checkpoint, dtype=jnp.dtype(dtype), form="serving")
-    if not config.index_topk < values.context <= config.max_position_embeddings:
-        raise ValueError(
-            f"--context={values.context}: must be above index_topk = {config.index_topk}, up to which everything is "
-            f"selected, and at most {config.max_position_embeddings}, the model's longest"
-        )
-    output, encoder = Output.create(output_dir), text.tokenizer(checkpoint)
-    documents = text.documents(values.held_out) if values.held_out else search.split("", "", "held_out")[1]
-    cuts = search.draw(
-        documents,
-        "--held_out",
-        encoder,
-        search.separator(config),
-        values.held_out_sequences,
-        values.context,
-        config,
-        seed,
-    )
-    name = options.CHECKPOINT.value or "the shipped checkpoint"
-    print(f"{name}: {schedule.pattern}; {len(cuts)} x {values.context} tokens; {dtype} on {device()['kind']}")
-    found = measure(weights, cuts, config, schedule)
-    table = rows(found, config, schedule, dtype)
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A checkpoint, its weights as inference runs them, and cuts [N, S+1] of held-out text."""
+
+    checkpoint: inputs.Checkpoint
+    config: Config
+    schedule: Schedule
+    weights: Weights
+    cuts: np.ndarray
+
+
+def read_inputs(seed: int) -> Inputs:
+    """All that is read; without --held_out a tenth of the standard library's sources."""
+    options.check_positive("held_out_sequences")
+    checkpoint = inputs.checkpoint()
+    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    reader = inputs.reader(checkpoint.directory, config)
+    given = options.HELD_OUT.value
+    documents = text.documents(given) if given else inputs.split("", given, "held_out").held_out
+    cuts = reader.draw(documents, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
+    about = f"{schedule.pattern}; {len(cuts)} x {reader.context} tokens; {checkpoint.dtype} on {device()['kind']}"
+    print(f"{checkpoint.name}: {about}")
+    return Inputs(checkpoint, config, schedule, weights, cuts)
+
+
+def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output) -> None:
+    """Writes results.json and report.md, and prints the table."""
+    name, pattern = given.checkpoint.name, given.schedule.pattern
+    table = rows(measured, given.config, given.schedule, given.checkpoint.dtype)
     about = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
-    report = f"# 8 bits in the cache of {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
-    report += f"{len(cuts)} sequences of {values.context} tokens, losses in nats a token; schedule `{schedule.pattern}`.\n"
-    output.finish("precision", {"checkpoint": name, "pattern": schedule.pattern, "caches": found}, report)
+    count, length = given.cuts[:, 1:].shape
+    text = f"# 8 bits in the cache of {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
+    text += f"{count} sequences of {length} tokens, losses in nats a token; schedule `{pattern}`.\n"
+    output.finish("precision", {"checkpoint": name, "pattern": pattern, "caches": measured}, text)
     print(f"\n{text_table(HEADER, table)}\n\nwritten to {output.directory}/")
+
+
+def run(output_dir: str, seed: int) -> None:
+    given = read_inputs(seed)
+    output = Output.create(output_dir)
+    report(measure(given.weights, given.cuts, given.config, given.schedule), given, output)

@@ -12,29 +12,31 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import options, profiling
-from experiments.common import runs as training
+from experiments.common import inputs, options, profiling, runs
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Stage
-from indexcache_jax import ops
+from indexcache_jax import ops, training
 from indexcache_jax.config import Config
 from indexcache_jax.params import init
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 
-flags.declare_key_flag("num_layers")
+for _name in ("num_layers", "schedule"):
+    flags.declare_key_flag(_name)
 _CONTEXT = flags.DEFINE_integer("train_context", 8192, "tokens of the sequence of a step", lower_bound=128)
 _TOPK = flags.DEFINE_integer("train_topk", 512, "keys that a query selects in the sparse stage", lower_bound=1)
-_PATTERN = flags.DEFINE_string("train_pattern", "FSSS", "schedule, repeated over the layers")
 _STEPS = flags.DEFINE_integer("train_steps", 8, "steps timed, after two that are not", lower_bound=1)
 _STAGES = flags.DEFINE_list("train_stages", ["sparse", "warmup"], "stages timed, of sparse and warmup")
 
 LAYERS = 8
+SCHEDULE = "FSSS"  # by default; a pattern is repeated over the layers
 FIELDS = {
     "model_type": "glm_moe_dsa",
     "architectures": ["GlmMoeDsaForCausalLM"],
@@ -77,17 +79,22 @@ PARTS = {
     "nvjet": "products",
 }
 OTHER = "other"
+UNTIMED = 2  # steps before those that are timed
+SLOWEST, SLOWEST_SHOWN = 25, 15  # kernels by name, in results.json and on the terminal
 
 
-def model(layers: int, context: int, topk: int, pattern: str) -> tuple[Config, Schedule]:
+def model(layers: int, context: int, topk: int, entry: str) -> tuple[Config, Schedule]:
+    """The slice of the 30B shape, and the schedule that an entry of --schedule gives; a pattern is repeated over the layers."""
     fields = FIELDS | {
         "num_hidden_layers": layers,
         "first_k_dense_replace": layers,
         "index_topk": topk,
         "max_position_embeddings": context,
     }
-    repeated = (pattern * layers)[:layers]
-    return Config.from_hf(fields), Schedule.parse(repeated, layers, f"--train_pattern={pattern}")
+    config = Config.from_hf(fields)
+    if set(entry.upper()) <= {"F", "S"}:
+        return config, Schedule.parse((entry * layers)[:layers], layers, f"--schedule={entry}")
+    return config, inputs.schedule(entry, layers)
 
 
 def stage_of(kind: str, context: int) -> Stage:
@@ -96,7 +103,7 @@ def stage_of(kind: str, context: int) -> Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one stage. `parts`: milliseconds of a step's kernels by PARTS, `slowest` of the slowest single names."""
+    """Of one stage. parts: milliseconds of a step's kernels by PARTS; slowest: those of the slowest kernels by name."""
 
     seconds: float
     tokens_per_second: float
@@ -109,85 +116,125 @@ class Speed:
     slowest: dict[str, float]
 
 
-def measure(
-    config: Config, schedule: Schedule, stage: Stage, steps: int, matmul: float | None, seed: int, profile: bool = True
-) -> Speed:
-    params = jax.jit(init, static_argnums=3)(jax.random.key(seed), config, schedule, jnp.float32)
-    state = training.start(params, stage, config, schedule)
-    rng = np.random.default_rng(seed)
-    tokens = jnp.asarray(rng.integers(config.vocab_size, size=(1, 1, stage.context + 1)), jnp.int32)
-    began = time.perf_counter()
-    run = training.step.lower(params, state, tokens, config, schedule, stage=stage).compile()
-    compiled = time.perf_counter() - began
-    found = jnp.zeros(())
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is timed. topk: keys that a query selects; steps: timed; attention_by: what computes attention and divergence."""
 
-    def step() -> jax.Array:
-        nonlocal params, state, found
-        params, state, found = run(params, state, tokens, config, schedule)
-        return found
+    config: Config
+    schedule: Schedule
+    context: int
+    topk: int
+    stages: list[Stage]
+    steps: int
+    attention_by: str
 
-    times = []
-    for _ in range(2 + steps):
-        began = time.perf_counter()
-        jax.block_until_ready(step())
-        times.append(time.perf_counter() - began)
-    seconds = statistics.median(times[2:])
-    language, divergence = (float(x) for x in found[:2])
-    if not np.isfinite([language, divergence]).all():
-        raise ValueError(f"{stage.kind}: the losses are {language} and {divergence}")
+
+def read_inputs() -> Inputs:
+    """The model and the stages that the flags give."""
+    layers, context, topk = options.NUM_LAYERS.value or LAYERS, _CONTEXT.value, _TOPK.value
+    if unknown := [kind for kind in _STAGES.value if kind not in ("sparse", "warmup")]:
+        raise ValueError(f"--train_stages={unknown[0]}: not sparse or warmup")
+    if topk >= context:
+        raise ValueError(f"--train_topk={topk}: must be below --train_context={context}")
+    entry = inputs.only_schedule()
+    config, schedule = model(layers, context, topk, SCHEDULE if entry is None else entry)
+    attention_by = "kernels" if ops.trains_by_kernels(1, context, jnp.bfloat16, config) else "XLA"
+    print(
+        f"{layers} layers, {schedule.pattern}, context {context}, top {topk}, {attention_by} on {device()['kind']}", flush=True
+    )
+    stages = [stage_of(kind, context) for kind in _STAGES.value]
+    return Inputs(config, schedule, context, topk, stages, _STEPS.value, attention_by)
+
+
+def kernel_parts(step: Callable[[], Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of the kernels of one step, by PARTS and by name. Neither where there is no GPU."""
     parts: dict[str, float] = {}
     names: dict[str, float] = {}
-    if profile and jax.default_backend() == "gpu":
+    if jax.default_backend() == "gpu":
         for name, ms in profiling.kernels_of(step):
             part = next((part for key, part in PARTS.items() if key in name), OTHER)
             parts[part] = parts.get(part, 0.0) + ms
             names[name] = names.get(name, 0.0) + ms
-    rate = stage.context / seconds
-    flops = training.flops_per_token(config, schedule, stage) * rate
-    slowest = dict(sorted(names.items(), key=lambda item: -item[1])[:25])
+    return parts, dict(sorted(names.items(), key=lambda item: -item[1])[:SLOWEST])
+
+
+def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul: float | None, seed: int) -> Speed:
+    """The median of so many steps. matmul: FLOP/s to hold the step's against, or None."""
+    params = jax.jit(init, static_argnums=3)(jax.random.key(seed), config, schedule, jnp.float32)
+    state = training.init_optimiser_state(params, stage, config, schedule)
+    rng = np.random.default_rng(seed)
+    tokens = jnp.asarray(rng.integers(config.vocab_size, size=(1, 1, stage.context + 1)), jnp.int32)
+    began = time.perf_counter()
+    program = training.step.lower(params, state, tokens, config, schedule, stage=stage).compile()
+    compile_seconds = time.perf_counter() - began
+    metrics = jnp.zeros(())
+
+    def step() -> jax.Array:
+        nonlocal params, state, metrics
+        params, state, metrics = program(params, state, tokens, config, schedule)
+        return metrics
+
+    times = []
+    for _ in range(UNTIMED + steps):
+        began = time.perf_counter()
+        jax.block_until_ready(step())
+        times.append(time.perf_counter() - began)
+    seconds = statistics.median(times[UNTIMED:])
+    language, divergence = (float(x) for x in metrics[:2])
+    if not np.isfinite([language, divergence]).all():
+        raise ValueError(f"{stage.kind}: the losses are {language} and {divergence}")
+    tokens_per_second = stage.context / seconds
+    flops = training.flops_per_token(config, schedule, stage) * tokens_per_second
     share = None if matmul is None else flops / matmul
-    return Speed(seconds, rate, flops / 1e12, share, language, divergence, compiled, parts, slowest)
+    parts, slowest = kernel_parts(step)
+    return Speed(seconds, tokens_per_second, flops / 1e12, share, language, divergence, compile_seconds, parts, slowest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The speeds by stage, and the FLOP/s of a bfloat16 matmul, None on a CPU."""
+
+    speeds: dict[str, Speed]
+    matmul: float | None
+
+
+def measure_all(given: Inputs, seed: int) -> Result:
+    """Every stage, shown as it is measured."""
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
+    speeds: dict[str, Speed] = {}
+    for stage in given.stages:
+        speeds[stage.kind] = measure(given.config, given.schedule, stage, given.steps, matmul, seed)
+        print(text_table(HEADER, [cells(stage.kind, speeds[stage.kind])]), flush=True)
+    return Result(speeds, matmul)
 
 
 HEADER = ["stage", "ms a step", "tokens/s", "model TFLOP/s", "of the matmul's rate", "seconds to compile"]
 
 
 def cells(kind: str, speed: Speed) -> list[str]:
+    """A row of the report."""
     share = "-" if speed.of_matmul is None else f"{speed.of_matmul:.1%}"
     rate = f"{speed.tokens_per_second:,.0f}"
     return [kind, f"{1e3 * speed.seconds:.1f}", rate, f"{speed.model_tflops:.0f}", share, f"{speed.compile_seconds:.0f}"]
 
 
-def run(output_dir: str, seed: int) -> None:
-    output = Output.create(output_dir)
-    layers, context = options.NUM_LAYERS.value or LAYERS, _CONTEXT.value
-    if unknown := [kind for kind in _STAGES.value if kind not in ("sparse", "warmup")]:
-        raise ValueError(f"--train_stages={unknown[0]}: not sparse or warmup")
-    if _TOPK.value >= context:
-        raise ValueError(f"--train_topk={_TOPK.value}: must be below --train_context={context}")
-    config, schedule = model(layers, context, _TOPK.value, _PATTERN.value)
-    matmul = None if jax.default_backend() == "cpu" else training.matmul_rate()
-    way = "kernels" if ops.trains_by_kernels(1, context, jnp.bfloat16, config) else "XLA"
-    print(f"{layers} layers, {schedule.pattern}, context {context}, top {_TOPK.value}, {way} on {device()['kind']}", flush=True)
-    speeds: dict[str, Speed] = {}
-    for kind in _STAGES.value:
-        speeds[kind] = measure(config, schedule, stage_of(kind, context), _STEPS.value, matmul, seed)
-        print(text_table(HEADER, [cells(kind, speeds[kind])]), flush=True)
+def report(result: Result, given: Inputs, output: Output) -> None:
+    """Writes results.json and report.md, and prints the table and the slowest kernels."""
+    speeds, matmul = result.speeds, None if result.matmul is None else result.matmul / 1e12
     rows = [cells(kind, speed) for kind, speed in speeds.items()]
     parts = [[kind, part, f"{ms:.2f}"] for kind, speed in speeds.items() for part, ms in speed.parts.items()]
     metrics = {
-        "layers": layers,
-        "pattern": schedule.pattern,
-        "context": context,
-        "index_topk": _TOPK.value,
-        "way": way,
-        "matmul_tflops": None if matmul is None else matmul / 1e12,
+        "layers": given.config.num_layers,
+        "pattern": given.schedule.pattern,
+        "context": given.context,
+        "index_topk": given.topk,
+        "way": given.attention_by,
+        "matmul_tflops": matmul,
         "stages": {kind: dataclasses.asdict(speed) for kind, speed in speeds.items()},
     }
-    about = (
-        f"{layers} layers, `{schedule.pattern}`, context {context}, {_TOPK.value} selected keys, attention and divergence by "
-        f"{way}" + ("" if matmul is None else f"; bfloat16 matmul {matmul / 1e12:.0f} TFLOP/s") + "."
-    )
+    about = f"{given.config.num_layers} layers, `{given.schedule.pattern}`, context {given.context}, "
+    about += f"{given.topk} selected keys, attention and divergence by {given.attention_by}"
+    about += "." if matmul is None else f"; bfloat16 matmul {matmul:.0f} TFLOP/s."
     text = [f"# Speed of distillation\n\n{' '.join((__doc__ or '').split(chr(10) * 2, 1)[1].split())}", about]
     text.append(markdown_table(HEADER, rows))
     if parts:
@@ -196,6 +243,12 @@ def run(output_dir: str, seed: int) -> None:
     print(f"\n{about}\n\n{text_table(HEADER, rows)}")
     for kind, speed in speeds.items():
         print(f"\n{kind}: " + ", ".join(f"{part} {ms:.1f} ms" for part, ms in speed.parts.items()))
-        for name, ms in list(speed.slowest.items())[:15]:
+        for name, ms in list(speed.slowest.items())[:SLOWEST_SHOWN]:
             print(f"  {ms:8.2f}  {name[:110]}")
     print(f"\nwritten to {output.directory}/")
+
+
+def run(output_dir: str, seed: int) -> None:
+    output = Output.create(output_dir)
+    given = read_inputs()
+    report(measure_all(given, seed), given, output)

@@ -6,19 +6,20 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
+import math
 import pathlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from experiments.common.journal import replacing
 from experiments.common.text import Bytes, Document, FromFile
 
 T = TypeVar("T")
-PORTION_BYTES = 8 * 2**20  # of text encoded together
+PORTION_BYTES = 8 * 2**20  # of text that is encoded together
 
 
 def pack(
@@ -29,11 +30,12 @@ def pack(
     seed: int,
     limit: int | None = None,
 ) -> np.ndarray:
-    """The documents' tokens in an order drawn by `seed`, each followed by `separator`, int32, mapped from `path`.
+    """The tokens [N] int32 of the documents in an order drawn by `seed`, each document followed by `separator`.
 
-    limit: stop once there are so many tokens. The file is written some documents at a time, so a corpus larger than memory
-    will do, and kept: a later call with the same encoder and documents (names and contents) maps it again. ValueError
-    for documents without a token.
+    They are written to `path` some documents at a time and mapped from there, so a corpus may be larger than memory. The
+    file is kept: a later call with the same encoder, documents (names and contents), seed and limit maps it again.
+
+    limit: stop once there are so many tokens. ValueError for documents without a token.
     """
     about = {
         "encoder": encoder.identity,
@@ -42,64 +44,67 @@ def pack(
         "documents": _checksum(documents),
         "limit": limit,
     }
-    described = path.with_suffix(".json")
-    if not (path.exists() and described.exists() and json.loads(described.read_text(encoding="utf-8")) == about):
-        described.unlink(missing_ok=True)
-        beside = path.with_name(path.name + ".partial")
-        end = np.zeros(0, "<i4") if separator is None else np.array([separator], "<i4")
+    about_path, about_text = path.with_suffix(".json"), json.dumps(about).encode()
+    if not (path.exists() and about_path.exists() and about_path.read_bytes() == about_text):
+        about_path.unlink(missing_ok=True)
         order = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
-        most = float("inf") if limit is None else 4 * limit
-        with open(beside, "wb") as file:
-            for some in _portions(order):
-                for tokens in encoder.encode_many(some):
-                    if file.tell() < most:
-                        file.write(tokens.astype("<i4").tobytes() + end.tobytes())
-                if file.tell() >= most:
-                    break
-        if not beside.stat().st_size:
-            raise ValueError(f"{len(documents)} document(s): hold no token")
-        os.replace(beside, path)
-        beside.write_text(json.dumps(about), encoding="utf-8")
-        os.replace(beside, described)
+        with replacing(path) as file:
+            _write_tokens(file, order, encoder, separator, math.inf if limit is None else limit)
+            if not file.tell():
+                raise ValueError(f"{len(documents)} document(s): hold no token")
+        with replacing(about_path) as file:
+            file.write(about_text)
     return np.memmap(path, "<i4", mode="r")
 
 
+def _write_tokens(
+    file: BinaryIO, documents: Sequence[Document], encoder: Bytes | FromFile, separator: int | None, limit: float
+) -> None:
+    end = np.array([] if separator is None else [separator], "<i4").tobytes()
+    for contents in _portions(documents):
+        for tokens in encoder.encode_many(contents):
+            if file.tell() < 4 * limit:
+                file.write(tokens.astype("<i4").tobytes() + end)
+        if file.tell() >= 4 * limit:
+            return
+
+
 def _portions(documents: Sequence[Document]) -> Iterator[list[bytes]]:
-    """The documents' contents, PORTION_BYTES or a little more at a time."""
-    some, size = [], 0
+    """The documents' contents in lists that hold PORTION_BYTES together, or one document more."""
+    contents, size = [], 0
     for document in documents:
-        some.append(document.path.read_bytes())
-        size += len(some[-1])
+        contents.append(document.path.read_bytes())
+        size += len(contents[-1])
         if size >= PORTION_BYTES:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+            yield contents
+            contents, size = [], 0
+    if contents:
+        yield contents
 
 
 def _checksum(documents: Sequence[Document]) -> str:
-    """Of names and contents, which are read in pieces: a document edited at equal length is another one."""
-    found = hashlib.blake2b(digest_size=16)
+    """A checksum of the documents' names and contents."""
+    checksum = hashlib.blake2b(digest_size=16)
     for document in documents:
         with open(document.path, "rb") as file:
             content = hashlib.file_digest(file, "blake2b").hexdigest()
-        found.update(f"{document.name} {content}\n".encode())
-    return found.hexdigest()
+        checksum.update(f"{document.name} {content}\n".encode())
+    return checksum.hexdigest()
 
 
 @functools.lru_cache(maxsize=4)  # drawing an order takes longer than making a batch
 def _epoch(seed: tuple[int, ...], rows: int, length: int) -> tuple[int, np.ndarray]:
-    """The offset and the order of an epoch's rows."""
+    """An epoch's offset, from 0 to length - 1, and the order [rows] in which it goes through the rows."""
     rng = np.random.default_rng(seed)
     return int(rng.integers(length)), rng.permutation(rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Cuts of `length` + 1 tokens (inputs and their successors), numbered without end.
+    """Rows [length + 1] of a stream of tokens [N]: inputs and their successors, numbered without end.
 
     Every epoch goes once through the stream in a new order, from a new offset. Row i is a function of the seed and i
-    alone: a run that is resumed at row i sees what it would have seen. ValueError where the stream is shorter than a row.
+    alone: a run that is resumed at row i sees what it would have seen. ValueError where the stream is too short for a row.
     """
 
     tokens: np.ndarray
@@ -114,12 +119,13 @@ class Rows:
 
     @property
     def per_epoch(self) -> int:
-        return (self.tokens.size - 1) // self.length - 1  # one less, to have room for the offset
+        """Rows of one epoch; one less than the stream holds, to have room for the offset."""
+        return (self.tokens.size - 1) // self.length - 1
 
     def __getitem__(self, i: int) -> np.ndarray:
-        epoch, at = divmod(i, self.per_epoch)
+        epoch, position = divmod(i, self.per_epoch)
         offset, order = _epoch((*self.seed, epoch), self.per_epoch, self.length)
-        start = offset + int(order[at]) * self.length
+        start = offset + int(order[position]) * self.length
         return np.asarray(self.tokens[start : start + self.length + 1], np.int32)
 
     def batch(self, start: int, count: int) -> np.ndarray:

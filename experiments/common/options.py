@@ -1,6 +1,7 @@
-"""Flags that mean the same in several experiments.
+"""The flags that more than one experiment reads: each is defined here once and means the same everywhere.
 
 An experiment declares those it reads (`flags.declare_key_flag`), so that its results record them and its --help shows them.
+A flag that a single experiment reads is defined in that experiment's module. A default of None or "" is the experiment's own.
 """
 
 from __future__ import annotations
@@ -24,23 +25,77 @@ EXPERIMENTS = {
 }
 
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
+ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results
+
+# ---- the model and its schedule
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Hugging Face or orbax directory; default the small model shipped here")
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"
 )
-CONTEXT = flags.DEFINE_integer("context", 1536, "tokens of a sequence; must exceed the model's index_topk")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "sequences at a time")
-HELD_OUT = flags.DEFINE_string("held_out", "", "text files to evaluate on; default a tenth of the other files, kept apart")
-HELD_OUT_SEQUENCES = flags.DEFINE_integer("held_out_sequences", 4, "sequences to evaluate on")
-RETENTION = flags.DEFINE_string("retention", "1/4", "share of indexers that the schedule keeps")
-RESUME = flags.DEFINE_bool("resume", False, "go on from what --output_dir holds after a kill")
 NUM_LAYERS = flags.DEFINE_integer(
     "num_layers", 0, "cut the model to so many layers; 0 is the experiment's own choice", lower_bound=0
 )
+SCHEDULE = flags.DEFINE_list(
+    "schedule",
+    [],
+    "F or S for every layer, such as FSSF; or 'all F'; or the share of layers that are F, such as 1/4. speed takes several, "
+    "separated by commas; default the experiment's own",
+)
+RETENTION = flags.DEFINE_string("retention", "1/4", "share of indexers that the schedule keeps")
+RETENTIONS = flags.DEFINE_list("retentions", ["1/2", "1/4", "1/8"], "shares of indexers kept that the table compares")
+BLOCKS = flags.DEFINE_integer("blocks", 1, "contiguous blocks of layers; greedy commits the best flip of each per step")
+
+# ---- text
+
+TEXT = flags.DEFINE_string(
+    "text",
+    "",
+    "text to read, comma-separated: globs, folders of .py files, standard-library, installed-code, installed-prose; default "
+    "the Python standard library's sources, in pretrain the recipe's own",
+)
+HELD_OUT = flags.DEFINE_string("held_out", "", "text to evaluate on, named like --text; default a tenth of --text's files")
+CONTEXT = flags.DEFINE_integer("context", 1536, "tokens of a sequence; must exceed the model's index_topk")
+SEQUENCES = flags.DEFINE_integer("sequences", 2, "calibration sequences")
+HELD_OUT_SEQUENCES = flags.DEFINE_integer("held_out_sequences", 4, "sequences to evaluate on")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "sequences at a time")
 WOVEN = flags.DEFINE_float(
     "woven", None, "share of the training text with retrieval tasks in it; default the recipe's, or none", 0.0, 1.0
 )
+
+# ---- inference
+
+CACHES = ("fp8", "bf16")
+CHUNK = flags.DEFINE_integer(
+    "chunk", None, "prompt tokens of a row at a time, which bounds memory; default the experiment's own"
+)
+LATENT_CACHE = flags.DEFINE_enum(
+    "latent_cache", None, CACHES, "what latents are kept in; default bf16 in speed, in generate the weights' dtype"
+)
+INDEX_CACHE = flags.DEFINE_enum(
+    "index_cache", None, CACHES, "what index keys are kept in; default fp8 in speed, in generate the weights' dtype"
+)
+
+# ---- distillation
+
+WARMUP_STEPS = flags.DEFINE_integer(
+    "warmup_steps", 1000, "steps of the dense warm-up, which trains indexers alone", lower_bound=0
+)
+SPARSE_STEPS = flags.DEFINE_integer("sparse_steps", 4000, "steps of the sparse stage, which trains everything", lower_bound=0)
+ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "times --batch_size sequences to a step", lower_bound=1)
+WARMUP_LEARNING_RATE = flags.DEFINE_float(
+    "warmup_learning_rate", 1e-3, "peak learning rate of the indexers in the warm-up", lower_bound=0
+)
+INDEXER_LEARNING_RATE = flags.DEFINE_float(
+    "indexer_learning_rate", 1e-4, "peak learning rate of the indexers in the sparse stage", lower_bound=0
+)
+MODEL_LEARNING_RATE = flags.DEFINE_float(
+    "model_learning_rate", 7.3e-6, "peak learning rate of the rest in the sparse stage", lower_bound=0
+)
+
+# ---- the run
+
+RESUME = flags.DEFINE_bool("resume", False, "go on from what --output_dir holds after a kill")
 TIME_LIMIT = flags.DEFINE_float(
     "time_limit",
     None,
@@ -52,3 +107,11 @@ TIME_LIMIT = flags.DEFINE_float(
 def seconds_to_spend(default: float) -> float:
     """--time_limit, or the experiment's own."""
     return default if TIME_LIMIT.value is None else TIME_LIMIT.value
+
+
+def check_positive(*names: str) -> None:
+    """ValueError for the first of these flags whose value is below 1. None passes: it is the experiment's own default."""
+    for name in names:
+        value = flags.FLAGS[name].value
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}={value}: must be at least 1")

@@ -1,4 +1,4 @@
-"""What every experiment leaves behind: results.json, report.md and its plots, and the same table on the terminal."""
+"""What every experiment writes: results.json, report.md, plots, and tables for the report and the terminal."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from typing import Any
 import jax
 from absl import flags
 
+from experiments.common.journal import replacing
 from experiments.common.options import EXPERIMENTS
 
-# What changes a measurement and is no flag of ours.
+# Environment variables that change a measurement; they are no flags of ours.
 VARIABLES = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "indexcache-jax")
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """The versions of Python and of PACKAGES."""
+    version_of = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            version_of[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            version_of[package] = "not installed"
+    return version_of
 
 
 def device() -> dict[str, Any]:
+    """The first device's platform and kind, how many devices there are, and the host's CPU cores."""
     first = jax.devices()[0]
     return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count(), "cpu_cores": os.cpu_count()}
 
@@ -45,6 +48,8 @@ def command() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as Markdown."""
+
     def line(cells: Sequence[Any]) -> str:
         return "| " + " | ".join(str(c) for c in cells) + " |"
 
@@ -52,6 +57,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table for the terminal, its columns aligned at the left."""
     cells = [[str(c) for c in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
@@ -59,12 +65,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """An experiment's folder. Files are written beside and renamed, so that a reader never meets half of one."""
+    """An experiment's output folder. A file in it appears whole or not at all."""
 
     directory: pathlib.Path
 
     @classmethod
     def create(cls, directory: str) -> Output:
+        """The folder, made where it is not there; ValueError where it cannot be made."""
         path = pathlib.Path(directory)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -73,18 +80,15 @@ class Output:
         return cls(path)
 
     def write(self, name: str, text: str) -> None:
-        target = self.directory / name
-        beside = target.with_name(target.name + ".partial")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
+        with replacing(self.directory / name) as file:
+            file.write(text.encode())
 
     def save_figure(self, figure: Any, name: str) -> None:
-        beside = self.directory / (name + ".partial")
-        figure.savefig(beside, format="png", dpi=120, bbox_inches="tight")
-        os.replace(beside, self.directory / name)
+        with replacing(self.directory / name) as file:
+            figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
 
     def finish(self, experiment: str, metrics: dict[str, Any], report: str) -> None:
-        """Writes results.json and report.md."""
+        """Writes results.json and report.md, each with the command, the versions and the device that made them."""
         results = {
             "experiment": experiment,
             "command": command(),
@@ -95,6 +99,7 @@ class Output:
             "metrics": metrics,
         }
         self.write("results.json", json.dumps(results, indent=1) + "\n")
-        about = ", ".join(f"{k} {v}" for k, v in versions().items())
-        place = f"{device()['kind']} ({device()['platform']}, {device()['count']} device(s), {device()['cpu_cores']} CPU cores)"
-        self.write("report.md", f"{report.rstrip()}\n\n---\n`{command()}`\n\n{about}; {place}\n")
+        packages = ", ".join(f"{package} {version}" for package, version in versions().items())
+        on = device()
+        machine = f"{on['kind']} ({on['platform']}, {on['count']} device(s), {on['cpu_cores']} CPU cores)"
+        self.write("report.md", f"{report.rstrip()}\n\n---\n`{command()}`\n\n{packages}; {machine}\n")

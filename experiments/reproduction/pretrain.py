@@ -24,27 +24,21 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, options, text
-from experiments.common import runs as training
+from experiments.common import data, options, runs, text
 from experiments.common.report import Output, command, device, markdown_table, versions
-from experiments.common.runs import Stage
+from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, abstract, init, shape_structs
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.tensors import count
+from indexcache_jax.training import Stage
 from pallas_kernels.indexer_topk.reference import select
 
 _RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium"], "the model and how it is trained")
-_CORPUS = flags.DEFINE_string(
-    "corpus",
-    "",
-    "text to train on, comma-separated: globs, folders of .py files, standard-library, installed-code, installed-prose; "
-    "default the recipe's own",
-)
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
-for _name in ("resume", "time_limit", "woven"):
+for _name in ("text", "woven", "resume", "time_limit"):
     flags.declare_key_flag(_name)
 
 PLAN = "plan.json"
@@ -65,6 +59,10 @@ class Recipe:
     woven: float = 0.0  # share of the text with retrieval tasks in it
     held_out: int = 64  # sequences to evaluate on
     finish_seconds: float = 20.0  # of --time_limit, kept for evaluation and saving
+
+    def shape(self) -> tuple[Config, Schedule]:
+        """The model's; every layer is F."""
+        return Config.from_hf(self.fields), Schedule.all_full(self.fields["num_hidden_layers"])
 
 
 DEMO: dict[str, Any] = {
@@ -126,10 +124,10 @@ RECIPES = {
     "demo": Recipe(
         DEMO,
         (
-            Stage("dense, short context", "dense", 1600, 64, 1024, 3e-3, 0.0, final=0.4, balance_speed=1e-3),
-            Stage("dense, full context", "dense", 900, 16, 4096, 1.2e-3, 0.0, final=0.15, balance_speed=1e-3),
-            Stage("indexer warm-up", "warmup", 200, 8, 4096, 0.0, 3e-3, final=0.1),
-            Stage("sparse", "sparse", 250, 8, 4096, 2e-4, 1e-3, final=0.05, balance_speed=1e-4),
+            Stage("dense, short context", "dense", 1600, 64, 1024, 3e-3, 0.0, final_lr_fraction=0.4, balance_speed=1e-3),
+            Stage("dense, full context", "dense", 900, 16, 4096, 1.2e-3, 0.0, final_lr_fraction=0.15, balance_speed=1e-3),
+            Stage("indexer warm-up", "warmup", 200, 8, 4096, 0.0, 3e-3, final_lr_fraction=0.1),
+            Stage("sparse", "sparse", 250, 8, 4096, 2e-4, 1e-3, final_lr_fraction=0.05, balance_speed=1e-4),
         ),
         shares=(0.4, 0.3, 0.1, 0.2),
         separator=256,
@@ -137,11 +135,11 @@ RECIPES = {
     "medium": Recipe(
         MEDIUM,
         (
-            Stage("dense, short context", "dense", 2800, 32, 1024, 2e-3, 0.0, final=0.4),
+            Stage("dense, short context", "dense", 2800, 32, 1024, 2e-3, 0.0, final_lr_fraction=0.4),
             # Copying from far back is learned here: the loss was still falling after 640 steps.
-            Stage("dense, full context", "dense", 3000, 4, 8192, 8e-4, 0.0, final=0.1),
-            Stage("indexer warm-up", "warmup", 300, 4, 8192, 0.0, 3e-3, final=0.1),
-            Stage("sparse", "sparse", 300, 4, 8192, 1e-4, 1e-3, final=0.05),
+            Stage("dense, full context", "dense", 3000, 4, 8192, 8e-4, 0.0, final_lr_fraction=0.1),
+            Stage("indexer warm-up", "warmup", 300, 4, 8192, 0.0, 3e-3, final_lr_fraction=0.1),
+            Stage("sparse", "sparse", 300, 4, 8192, 1e-4, 1e-3, final_lr_fraction=0.05),
         ),
         shares=(0.3, 0.46, 0.09, 0.15),
         separator=0,
@@ -186,7 +184,7 @@ def evaluate(params: Params, cuts: np.ndarray, config: Config, schedule: Schedul
         sparse.append(layerwise.finish(params, state, jnp.int32(0), full, tokens[:, 1:], config, schedule))
     return {
         "sparse": float(np.mean(np.array(sparse))),
-        "dense": training.evaluate(params, cuts, config, schedule, "bfloat16", sparse=False).language,
+        "dense": runs.evaluate(params, cuts, config, schedule, "bfloat16", sparse=False).language,
         "random selection": float(np.mean(np.array(randomly))),
     }
 
@@ -203,8 +201,8 @@ class Data:
 
 def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     """The corpus, encoded and split. What is made of it is kept in the output's folder."""
-    found = text.documents(_CORPUS.value or recipe.corpus)
-    train_files, held_out_files = [d for d in found if not d.held_out], [d for d in found if d.held_out]
+    documents = text.documents(options.TEXT.value or recipe.corpus)
+    train_files, held_out_files = [d for d in documents if not d.held_out], [d for d in documents if d.held_out]
     encoder: text.Bytes | text.FromFile = text.Bytes()
     if recipe.vocabulary is not None:
         path = output.directory / "tokenizer.json"
@@ -241,13 +239,13 @@ def within_the_limit(
     """
     stages, path = plan(recipe), output.directory / PLAN
     planned = options.RESUME.value and path.exists()
-    if not planned and (not math.isfinite(deadline) or training.begun(output.directory)):
+    if not planned and (not math.isfinite(deadline) or runs.begun(output.directory)):
         path.unlink(missing_ok=True)  # of another run
         return stages
     if not planned:
-        costs = [training.seconds_per_step(params, stage, config, schedule) for stage in stages]
+        costs = [runs.seconds_per_step(params, stage, config, schedule) for stage in stages]
         left = deadline - recipe.finish_seconds - time.perf_counter()
-        fitted = training.fit(stages, costs, recipe.shares, left)
+        fitted = runs.fit(stages, costs, recipe.shares, left)
         entries = [{"stage": s.name, "steps": s.steps, "seconds_per_step": c} for s, c in zip(fitted, costs, strict=True)]
         shown = ", ".join(f"{entry['stage']} {entry['steps']} x {entry['seconds_per_step']:.3f} s" for entry in entries)
         print(f"{left:.0f} s for training: {shown}", flush=True)
@@ -268,14 +266,14 @@ def compile_evaluation(config: Config, schedule: Schedule) -> None:
         layerwise.finish.lower(params, state, number, choices, tokens, config, schedule),
         layerwise.advance.lower(params, state, number, choice, config, schedule),
         layerwise.hidden_states.lower(params, tokens, choices, config, schedule),
-        training.held_out.lower(params, cut, config, schedule, False, "bfloat16"),
+        runs.held_out.lower(params, cut, config, schedule, False, "bfloat16"),
     ):
         lowered.compile()
 
 
 def model_card(metrics: dict[str, Any], stages: list[Stage], found: Data, config: Config, schedule: Schedule) -> str:
     loss, unit = metrics["held_out_loss"], "byte" if isinstance(found.encoder, text.Bytes) else "token"
-    rows = [[s.name, s.steps, s.rows, s.context, s.model_rate or "-", s.indexer_rate or "-"] for s in stages]
+    rows = [[s.name, s.steps, s.rows, s.context, s.model_learning_rate or "-", s.indexer_learning_rate or "-"] for s in stages]
     losses = [
         ["this model, sparse (as trained)", f"{loss['sparse']:.4f}"],
         ["this model, dense attention", f"{loss['dense']:.4f}"],
@@ -317,47 +315,84 @@ def baseline(found: Data) -> float | None:
     return ngram.loss(train_bytes, held_out_bytes, NGRAM)
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The recipe's model, its text, the n-gram's loss on that, and the weights that training starts from."""
+
+    recipe: Recipe
+    config: Config
+    schedule: Schedule
+    data: Data
+    ngram_loss: float | None
+    params: Params
+
+
+def read_inputs(recipe: Recipe, output: Output, seed: int) -> Inputs:
+    """Reads and encodes the text, and makes the weights."""
+    config, schedule = recipe.shape()
+    found = prepare(recipe, config, output, seed)
+    params = init(jax.random.key(seed), config, schedule, jnp.float32)
+    return Inputs(recipe, config, schedule, found, baseline(found), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The trained model as it is stored, and what was measured on held-out text."""
+
+    stages: list[Stage]
+    trained: runs.Trained
+    stored: Params
+    losses: dict[str, float]
+    retrieval: dict[str, float]
+
+
+def pretrain(given: Inputs, evaluation: concurrent.futures.Future[None], output: Output, deadline: float, seed: int) -> Result:
+    """Trains through all stages, writes the checkpoint and evaluates it. evaluation: done when its programs are compiled."""
+    config, schedule = given.config, given.schedule
+    stages = within_the_limit(given.recipe, given.params, config, schedule, output, deadline)
+    training_run = TrainingRun(given.data.tokens, stages, config, schedule, seed)
+    trained = runs.train(given.params, training_run, output, resume=options.RESUME.value, saving=Saving())
+    evaluation.result()
+    stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), trained.params, abstract(config, schedule))
+    target = output.directory / "checkpoint"
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
+    checkpoints_convert.save(target, stored, config, schedule, companions_of=output.directory)
+    losses = evaluate(stored, given.data.cuts, config, schedule, seed)
+    asked = retrieval.prompts(given.data.cuts, given.data.encoder, config.max_position_embeddings, PROMPTS, seed)
+    return Result(stages, trained, stored, losses, retrieval.accuracy(stored, config, schedule, schedule, asked))
+
+
+def report(result: Result, given: Inputs, output: Output, seed: int) -> None:
+    """Writes the model card beside the weights, results.json and report.md, and prints the card."""
+    metrics = {
+        "recipe": _RECIPE.value,
+        "corpus": options.TEXT.value or given.recipe.corpus,
+        "stages": [dataclasses.asdict(stage) for stage in result.stages],
+        "tokens_per_second": result.trained.tokens_per_second,
+        "held_out_loss": result.losses,
+        "held_out_sequences": len(given.data.cuts),
+        "ngram_loss": given.ngram_loss,
+        "retrieval": result.retrieval,
+        "seconds": result.trained.seconds,
+        "seed": seed,
+    }
+    card = model_card(metrics, result.stages, given.data, given.config, given.schedule)
+    (output.directory / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
+    output.finish("pretrain", metrics, card)
+    print(card)
+
+
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
     deadline = began + options.seconds_to_spend(math.inf)
-    output, recipe = Output.create(output_dir), RECIPES[_RECIPE.value]
-    training.check_free(output.directory, options.RESUME.value)
-    target = output.directory / "checkpoint"
-    config, schedule = Config.from_hf(recipe.fields), Schedule.all_full(recipe.fields["num_hidden_layers"])
+    output = Output.create(output_dir)
+    runs.check_free(output.directory, options.RESUME.value)
+    recipe = RECIPES[_RECIPE.value]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # programs compile while the text is read
-        steps = pool.submit(training.compile_steps, plan(recipe), config, schedule)
-        evaluation = pool.submit(compile_evaluation, config, schedule)
-        found = prepare(recipe, config, output, seed)
-        ngram_loss = baseline(found)
-        params = init(jax.random.key(seed), config, schedule, jnp.float32)
+        steps = pool.submit(runs.compile_steps, plan(recipe), *recipe.shape())
+        evaluation = pool.submit(compile_evaluation, *recipe.shape())
+        given = read_inputs(recipe, output, seed)
         steps.result()
         print(f"text and programs ready after {time.perf_counter() - began:.0f} s")
-        stages = within_the_limit(recipe, params, config, schedule, output, deadline)
-        saving = training.Saving()
-        resume = options.RESUME.value
-        trained = training.train(
-            params, found.tokens, stages, config, schedule, output, seed=seed, resume=resume, saving=saving
-        )
-        params = trained.params
-        evaluation.result()
-    stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), params, abstract(config, schedule))
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
-    checkpoints_convert.save(target, stored, config, schedule, companions_of=output.directory)
-    losses = evaluate(stored, found.cuts, config, schedule, seed)
-    asked = retrieval.prompts(found.cuts, found.encoder, config.max_position_embeddings, PROMPTS, seed)
-    metrics = {
-        "recipe": _RECIPE.value,
-        "corpus": _CORPUS.value or recipe.corpus,
-        "stages": [dataclasses.asdict(stage) for stage in stages],
-        "tokens_per_second": trained.tokens_per_second,
-        "held_out_loss": losses,
-        "held_out_sequences": len(found.cuts),
-        "ngram_loss": ngram_loss,
-        "retrieval": retrieval.accuracy(stored, config, schedule, schedule, asked),
-        "seconds": trained.seconds,
-        "seed": seed,
-    }
-    card = model_card(metrics, stages, found, config, schedule)
-    (target / "README.md").write_text(card, encoding="utf-8")
-    output.finish("pretrain", metrics, card)
-    print(card)
+        result = pretrain(given, evaluation, output, deadline, seed)
+    report(result, given, output, seed)

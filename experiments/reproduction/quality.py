@@ -32,12 +32,12 @@ import scipy.stats
 from absl import flags
 
 import checkpoints_convert
-from experiments import distill
-from experiments import search as search_experiment
-from experiments.common import data, options, text
-from experiments.common import runs as training
+from experiments.common import data, inputs, options, plots, runs, text
+from experiments.common.journal import Journal
+from experiments.common.loss_journal import LossJournal
+from experiments.common.options import ALL_F
 from experiments.common.report import Output, device, markdown_table, text_table
-from experiments.common.runs import Saving, Stage
+from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval
 from indexcache_jax import model, search
 from indexcache_jax.config import Config
@@ -46,20 +46,23 @@ from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.overlap import layer_overlap
+from indexcache_jax.training import Stage
 
 for _name in (
-    *("checkpoint", "context", "batch_size", "held_out_sequences", "dtype", "resume", "retention"),
-    *("retentions", "sequences", "blocks", "time_limit", "woven"),
-    *("accumulate", "warmup_steps", "sparse_steps", "warmup_rate", "indexer_rate", "model_rate"),
+    *("checkpoint", "dtype", "context", "text", "sequences", "held_out_sequences", "batch_size", "woven"),
+    *("retention", "retentions", "blocks", "resume", "time_limit"),
+    *("accumulate", "warmup_steps", "sparse_steps"),
+    *("warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
 ):
     flags.declare_key_flag(_name)
 
 _SEEDS = flags.DEFINE_integer("seeds", 3, "how many seeds; fewer than 2 give no intervals", lower_bound=1)
-_CODE = flags.DEFINE_string("code", "standard-library", "text of the model's own domain: globs, or installed-code")
-_PROSE = flags.DEFINE_string("prose", "installed-prose", "text of another domain: globs")
+_OTHER_TEXT = flags.DEFINE_string(
+    "other_text", "installed-prose", "text of another domain than the model's own, named like --text"
+)
 _DISTILLED = flags.DEFINE_list(
     "distilled",
-    ["DSA", "1/2 uniform", "1/2 searched", "1/2 uniform (own layer only)", "1/4 uniform"],
+    [ALL_F, "1/2 uniform", "1/2 searched", "1/2 uniform (own layer only)", "1/4 uniform"],
     "schedules to train for; empty for none",
 )
 _ORDER = flags.DEFINE_integer("ngram_order", 8, "tokens that must have occurred before for a token to count as long-range", 1)
@@ -75,7 +78,7 @@ FINISH_SECONDS = 10.0  # of --time_limit, for plots and the report
 LEAST_STEPS = 10  # of a stage that --time_limit cuts: in fewer the rate hardly rises, and what they make is no distillation
 # 30B, mean of five long-context benchmarks (arXiv 2603.12201, tables 2 and 3): to compare orders with, not numbers.
 PAPER = {
-    "DSA": 50.2,
+    ALL_F: 50.2,
     "1/2 uniform": 47.4,
     "1/2 searched": 50.3,
     "1/4 uniform": 43.0,
@@ -83,7 +86,7 @@ PAPER = {
     "1/8 uniform": 35.3,
     "1/8 searched": 46.1,
 }
-PAPER_DISTILLED = {"DSA": 51.0, "1/2 uniform": 51.6, "1/2 searched": 50.6, f"1/2 uniform{OWN}": 49.8, "1/4 uniform": 50.6}
+PAPER_DISTILLED = {ALL_F: 51.0, "1/2 uniform": 51.6, "1/2 searched": 50.6, f"1/2 uniform{OWN}": 49.8, "1/4 uniform": 50.6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,60 +122,47 @@ def measure(params: Params, config: Config, base: Schedule, schedule: Schedule, 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The checkpoint under study and how its text is read."""
+    """The checkpoint under study and how its text is read. params: its weights in `dtype`; stored: as they are."""
 
     config: Config
     base: Schedule
-    params: Params  # in the dtype to compute in
+    params: Params
     stored: Params
-    encoder: text.Bytes | text.FromFile
-    separator: int | None
+    reader: inputs.Reader
     dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """Documents to calibrate and train on, and documents to evaluate on."""
+    """Documents to calibrate and train on and others to evaluate on, all of the flag's text."""
 
-    train: list[text.Document]
-    held_out: list[text.Document]
+    flag: str
+    sides: inputs.Sides
 
 
-def domains() -> dict[str, Domain]:
-    found = {
-        "code": text.documents(_CODE.value),
-        "prose": text.documents(_PROSE.value),
+def read_domains() -> dict[str, Domain]:
+    """The model's own domain, of --text, and another one; the tables call them after what they are by default."""
+    return {
+        "code": Domain("text", inputs.split(options.TEXT.value, None, "text")),
+        "prose": Domain("other_text", inputs.split(_OTHER_TEXT.value, None, "other_text")),
     }
-    sides = {name: Domain([d for d in all_ if not d.held_out], [d for d in all_ if d.held_out]) for name, all_ in found.items()}
-    for name, domain in sides.items():
-        if not (domain.train and domain.held_out):
-            raise ValueError(f"--{name}: {len(found[name])} file(s) are too few to keep some apart")
-    return sides
-
-
-def draw(studied: Model, documents: list[text.Document], flag: str, count: int, seed: int) -> np.ndarray:
-    context = options.CONTEXT.value
-    return search_experiment.draw(
-        documents, f"--{flag}", studied.encoder, studied.separator, count, context, studied.config, seed
-    )
 
 
 def searched(studied: Model, cuts: np.ndarray, num_full: int, output: Output, name: str) -> list[search.Step]:
     """The steps of a greedy search; its evaluations are kept in the output's folder."""
-    batches = search_experiment.batches(cuts)
+    batches = inputs.batches(cuts)
     about = {"pattern": studied.base.pattern, "dtype": studied.dtype, **search.fingerprint(studied.params, batches)}
-    log = search.Log(output.directory / f"search-{name}.jsonl", about)
-    losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
-    steps = search.greedy_search(losses, studied.base, num_full=num_full, blocks=flags.FLAGS.blocks)
-    log.close()
-    return steps
+    with LossJournal(output.directory / f"search-{name}.jsonl", about) as log:
+        losses = search.Evaluator(studied.params, studied.config, studied.base, batches, log)
+        return search.greedy_search(losses, studied.base, num_full=num_full, blocks=options.BLOCKS.value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
     """The schedules of one seed by name, their losses on what they were searched on, and the search's steps beside the DP.
 
-    steps[i]: F layers before a step of the greedy search, and of every flip it tried the likeness and the loss.
+    steps[i]: the number of F layers before a step of the greedy search, and for every flip that it tried the DP's total
+    similarity and the loss.
     """
 
     patterns: dict[str, str]
@@ -182,53 +172,43 @@ class Found:
 
 def schedules(studied: Model, cuts: np.ndarray, output: Output, seed: int) -> dict[str, Any]:
     """Every schedule of the tables, searched on the cuts [N, S+1]: the fields of `Found`."""
-    layers, batches = studied.base.num_layers, search_experiment.batches(cuts)
-    sizes = {r: search_experiment.kept(layers, search_experiment.share("retentions", r)) for r in flags.FLAGS.retentions}
+    layers, batches = studied.base.num_layers, inputs.batches(cuts)
+    sizes = {r: inputs.kept(layers, inputs.share("retentions", r)) for r in options.RETENTIONS.value}
     steps = searched(studied, cuts, min(sizes.values()), output, f"code-{seed}")
-    alike = search.similarities(studied.params, studied.config, studied.base, batches)
-    found = {"DSA": studied.base}
+    similarity = search.similarities(studied.params, studied.config, studied.base, batches)
+    named = {ALL_F: studied.base}
     for retention, size in sizes.items():
         of_kinds = (
             Schedule.uniform(layers, size),
             search.first_step_with_at_most(steps, size).schedule,
-            search.most_similar(alike, size),
+            search.most_similar(similarity, size),
         )
-        found |= {f"{retention} {kind}": schedule for kind, schedule in zip(KINDS, of_kinds, strict=True)}
+        named |= {f"{retention} {kind}": schedule for kind, schedule in zip(KINDS, of_kinds, strict=True)}
     losses = search.Evaluator(studied.params, studied.config, studied.base, batches)
     tried = [
         {
             "full": before.schedule.num_full,
-            "likeness": [search.total_similarity(alike, before.schedule.with_shared(layer)) for layer in step.candidates],
+            "similarity": [
+                search.total_similarity(similarity, before.schedule.with_shared(layer)) for layer in step.candidates
+            ],
             "loss": list(step.candidates.values()),
         }
         for before, step in itertools.pairwise(steps)
     ]
-    patterns = {name: schedule.pattern for name, schedule in found.items()}
-    calibration = {name: losses.loss(schedule) for name, schedule in found.items()}
+    patterns = {name: schedule.pattern for name, schedule in named.items()}
+    calibration = {name: losses.loss(schedule) for name, schedule in named.items()}
     return dataclasses.asdict(Found(patterns, calibration, tried))
-
-
-def plan(studied: Model) -> list[Stage]:
-    return distill.stages(options.CONTEXT.value, studied.dtype)
 
 
 def distilled(
     studied: Model, name: str, schedule: Schedule, stages: list[Stage], tokens: np.ndarray, output: Output, seed: int
 ) -> Params:
     """The checkpoint after both stages, in the dtype to compute in. S layers keep an indexer, which nothing reads."""
-    looks = max(1, min([50, *(stage.steps // 4 for stage in stages if stage.steps)]))
-    trained = training.train(
-        studied.stored,
-        tokens,
-        stages,
-        studied.config,
-        studied.base,
-        Output.create(str(run_folder(output, name, seed))),
-        seed=seed,
-        resume=False,
-        saving=Saving(every=None, log_every=looks),
-        roles=traced_schedule(schedule, cross_layer=not name.endswith(OWN)),
-    )
+    log_every = max(1, min([50, *(stage.steps // 4 for stage in stages if stage.steps)]))
+    traced = traced_schedule(schedule, cross_layer=not name.endswith(OWN))
+    training_run = TrainingRun(tokens, stages, studied.config, studied.base, seed, traced)
+    folder = Output.create(str(run_folder(output, name, seed)))
+    trained = runs.train(studied.stored, training_run, folder, resume=False, saving=Saving(every=None, log_every=log_every))
     return jax.tree.map(lambda a, b: a.astype(b.dtype), trained.params, studied.params)
 
 
@@ -237,32 +217,15 @@ def run_folder(output: Output, name: str, seed: int) -> pathlib.Path:
 
 
 class Rows:
-    """What is finished, by part, seed and name, a JSON line each in a file about one checkpoint and one set of flags.
+    """The finished parts of the tables, by part, seed and name, in a `Journal` about one checkpoint and one set of flags.
 
-    ValueError for a file about something else, and for one that is there without `resume`. A last line cut off by a kill
-    is dropped.
+    ValueError as for a `Journal`.
     """
 
     def __init__(self, path: pathlib.Path, about: dict[str, Any], resume: bool) -> None:
-        self._known: dict[tuple[str, int, str], Any] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        lines = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
-        if lines and not resume:
-            raise ValueError(f"{path}: holds an earlier run; --resume goes on with it, or choose another --output_dir")
-        entries = [json.loads(line) for line in lines]
-        if entries:
-            training.check_same(entries[0], about, path)
-        for entry in entries[1:]:
-            self._known[entry["part"], entry["seed"], entry["name"]] = entry["value"]
-        self._file = path.open("r+b" if lines else "wb")
-        self._file.truncate(sum(map(len, lines)))
-        self._file.seek(0, 2)
-        if not lines:
-            self._append(about)
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+        fields = {"part": str, "seed": int, "name": str, "value": object}
+        self._journal = Journal(path, about, fields=fields, resume=resume)
+        self._known = {(row["part"], row["seed"], row["name"]): row["value"] for row in self._journal.entries}
 
     def begun(self, part: str) -> bool:
         return any(key[0] == part for key in self._known)
@@ -276,7 +239,7 @@ class Rows:
         if key not in self._known:
             began = time.perf_counter()
             self._known[key] = value = make()
-            self._append({"part": part, "seed": seed, "name": name, "value": value})
+            self._journal.append({"part": part, "seed": seed, "name": name, "value": value})
             seconds = time.perf_counter() - began
             numbers = {k: round(v, 4) for k, v in value.items() if isinstance(v, float)} if isinstance(value, dict) else {}
             shown_ = f": {numbers}" if numbers else ""
@@ -284,7 +247,7 @@ class Rows:
         return self._known[key]
 
     def close(self) -> None:
-        self._file.close()
+        self._journal.close()
 
 
 Scores = dict[str, dict[int, dict[str, float]]]  # of a table's rows, by seed
@@ -317,54 +280,52 @@ def score_table(
 
 
 def proxy_table(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
-    """How a step's flips are ordered by likeness and by loss: a row for every number of F layers before the step."""
+    """How a step's flips are ordered by similarity and by loss: a row for every number of F layers before the step."""
     rows = []
     for steps in zip(*(one.steps for one in found), strict=False):
         if len(steps[0]["loss"]) < 3:
             continue
-        correlations = [float(scipy.stats.spearmanr(step["likeness"], step["loss"]).statistic) for step in steps]
+        correlations = [float(scipy.stats.spearmanr(step["similarity"], step["loss"]).statistic) for step in steps]
         spreads = [100 * (max(step["loss"]) / min(step["loss"]) - 1) for step in steps]
-        chosen = [step["loss"][int(np.argmax(step["likeness"]))] for step in steps]
+        chosen = [step["loss"][int(np.argmax(step["similarity"]))] for step in steps]
         regrets = [100 * (loss / min(step["loss"]) - 1) for loss, step in zip(chosen, steps, strict=True)]
         rows.append([str(steps[0]["full"]), shown(correlations, 2), shown(spreads, 2), shown(regrets, 2)])
-    return ["F layers before", "rank correlation", "worst flip over best, %", "likest flip over best, %"], rows
+    return ["F layers before", "rank correlation", "worst flip over best, %", "most similar flip over best, %"], rows
 
 
-def domain_matrix(studied: Model, found: dict[str, Domain], seed: int, output: Output) -> dict[str, dict[str, float]]:
+def domain_matrix(studied: Model, domains: dict[str, Domain], seed: int, output: Output) -> dict[str, dict[str, float]]:
     """Held-out loss by the domain that a schedule at --retention was searched on (rows) and is evaluated on."""
-    layers, count = studied.base.num_layers, flags.FLAGS.sequences
-    size = search_experiment.kept(layers, search_experiment.share("retention", options.RETENTION.value))
-    cuts = {name: draw(studied, domain.train, name, count, seed) for name, domain in found.items()}
+    layers, count, reader = studied.base.num_layers, options.SEQUENCES.value, studied.reader
+    size = inputs.kept_at_retention(layers)
+    cuts = {name: reader.draw(domain.sides.train, domain.flag, count, seed) for name, domain in domains.items()}
     held_out = {
-        name: draw(studied, domain.held_out, name, options.HELD_OUT_SEQUENCES.value, seed) for name, domain in found.items()
+        name: reader.draw(domain.sides.held_out, domain.flag, options.HELD_OUT_SEQUENCES.value, seed)
+        for name, domain in domains.items()
     }
     cuts["both"] = np.concatenate([part[: -(-count // 2)] for part in cuts.values()])[: max(count, 2)]
-    rows = {"DSA": studied.base, "uniform": Schedule.uniform(layers, size)}
+    rows = {ALL_F: studied.base, "uniform": Schedule.uniform(layers, size)}
     for name, chosen in cuts.items():
         steps = searched(studied, chosen, size, output, f"{name}-{seed}-{size}")
         rows[f"searched on {name}"] = search.first_step_with_at_most(steps, size).schedule
     return {
         row: {
-            name: search.Evaluator(studied.params, studied.config, studied.base, search_experiment.batches(on)).loss(schedule)
+            name: search.Evaluator(studied.params, studied.config, studied.base, inputs.batches(on)).loss(schedule)
             for name, on in held_out.items()
         }
         for row, schedule in rows.items()
     }
 
 
-def load(checkpoint: str) -> Model:
-    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config, base, stored = checkpoints_convert.load(checkpoint)
+def load(checkpoint: inputs.Checkpoint) -> Model:
+    """ValueError for a checkpoint that lacks the indexer of any layer."""
+    config, base, stored = checkpoints_convert.load(checkpoint.directory)
     if base.num_full != base.num_layers:
-        raise ValueError(f"--checkpoint={checkpoint}: {base.pattern} lacks indexers; the tables start from all of them")
-    context = options.CONTEXT.value
-    if not config.index_topk < context <= config.max_position_embeddings:
         raise ValueError(
-            f"--context={context}: must be above index_topk = {config.index_topk}, up to which everything is selected, "
-            f"and at most {config.max_position_embeddings}, the model's longest"
+            f"--checkpoint={checkpoint.directory}: {base.pattern} lacks indexers; the tables start from all of them"
         )
-    params = jax.tree.map(lambda a, t: a.astype(t.dtype or dtype), stored, abstract(config, base))
-    return Model(config, base, params, stored, text.tokenizer(checkpoint), search_experiment.separator(config), dtype)
+    reader = inputs.reader(checkpoint.directory, config)
+    params = jax.tree.map(lambda a, t: a.astype(t.dtype or checkpoint.dtype), stored, abstract(config, base))
+    return Model(config, base, params, stored, reader, checkpoint.dtype)
 
 
 def compile_all(studied: Model, stages: list[Stage]) -> None:
@@ -375,13 +336,13 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
     one, batch = (jax.ShapeDtypeStruct((n, context), dtype) for n in (1, rows))
     number, choice, choices = (jax.ShapeDtypeStruct(*of) for of in (((), dtype), ((), bool), ((layers,), bool)))
     state = jax.eval_shape(layerwise.start, params, batch, config)
-    roles = traced_schedule(base)
+    traced = traced_schedule(base)
     programs: list[Callable[[], Any]] = [
         lambda: layerwise.hidden_states.lower(params, one, choices, config, base).compile(),
         lambda: layerwise.advance.lower(params, state, number, choice, config, base).compile(),
         lambda: layerwise.finish.lower(params, state, number, choices, batch, config, base).compile(),
         lambda: layerwise.compare.lower(params, state, number, state.indices, config, base).compile(),
-        lambda: training.compile_steps([stage for stage in stages if stage.steps], config, base, roles),
+        lambda: runs.compile_steps([stage for stage in stages if stage.steps], config, base, traced),
     ]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for done in [pool.submit(program) for program in programs]:
@@ -389,9 +350,9 @@ def compile_all(studied: Model, stages: list[Stage]) -> None:
 
 
 def within_the_limit(
-    studied: Model, stages: list[Stage], runs: int, begun: bool, other_seconds: float, output: Output, deadline: float
+    studied: Model, stages: list[Stage], count: int, begun: bool, other_seconds: float, output: Output, deadline: float
 ) -> list[Stage]:
-    """The stages of one distillation, cut so that `runs` of them, with other_seconds each for the rest, end in time.
+    """The stages of one distillation, cut so that `count` of them, with other_seconds each for the rest, end in time.
 
     All rows of a table are trained alike, and the report says how long: the numbers are kept in the output's folder, a
     resumed run takes them from there, and cuts nothing where distillations have `begun` uncut, whatever time it is given.
@@ -399,17 +360,17 @@ def within_the_limit(
     """
     path = output.directory / PLAN
     planned = options.RESUME.value and path.exists()
-    if not planned and (not math.isfinite(deadline) or not runs or begun):
+    if not planned and (not math.isfinite(deadline) or not count or begun):
         path.unlink(missing_ok=True)  # of another run
         return stages
     if not planned:
-        roles = traced_schedule(studied.base)
-        costs = [training.seconds_per_step(studied.stored, s, studied.config, studied.base, roles) for s in stages]
-        each = (deadline - FINISH_SECONDS - time.perf_counter()) / runs - other_seconds
-        fitted = training.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
+        traced = traced_schedule(studied.base)
+        costs = [runs.seconds_per_step(studied.stored, s, studied.config, studied.base, traced) for s in stages]
+        each = (deadline - FINISH_SECONDS - time.perf_counter()) / count - other_seconds
+        fitted = runs.fit(stages, costs, (WARMUP_SHARE, 1 - WARMUP_SHARE), max(0.0, each))
         entries = [{"stage": s.name, "steps": s.steps, "seconds_per_step": c} for s, c in zip(fitted, costs, strict=True)]
         shown_ = ", ".join(f"{entry['stage']} {entry['steps']} x {entry['seconds_per_step']:.3f} s" for entry in entries)
-        print(f"{each:.1f} s for each of {runs} distillations: {shown_}", flush=True)
+        print(f"{each:.1f} s for each of {count} distillations: {shown_}", flush=True)
         if any(cut.steps < min(LEAST_STEPS, whole.steps) for cut, whole in zip(fitted, stages, strict=True)):
             print(f"--time_limit={options.TIME_LIMIT.value:g}: too little for them; --resume with more makes up for it")
             return []
@@ -418,176 +379,264 @@ def within_the_limit(
     return [dataclasses.replace(stage, steps=n) for stage, n in zip(stages, steps, strict=True)]
 
 
+# ---- reading
+
+
 def check_flags() -> None:
     """ValueError for what would else come to light when the searches are done."""
-    values = flags.FLAGS
-    search_experiment.share("retention", options.RETENTION.value)
-    for retention in values.retentions:
-        search_experiment.share("retentions", retention)
-    for flag in ("sequences", "held_out_sequences"):
-        if values[flag].value % values.batch_size:
-            raise ValueError(f"--batch_size={values.batch_size}: does not divide --{flag}={values[flag].value}")
-    free = ["DSA", *(f"{retention} {kind}" for retention in values.retentions for kind in KINDS)]
+    options.check_positive("batch_size", "held_out_sequences", "sequences")
+    inputs.share("retention", options.RETENTION.value)
+    retentions, batch_size = options.RETENTIONS.value, options.BATCH_SIZE.value
+    for retention in retentions:
+        inputs.share("retentions", retention)
+    for flag in (options.SEQUENCES, options.HELD_OUT_SEQUENCES):
+        if flag.value % batch_size:
+            raise ValueError(f"--batch_size={batch_size}: does not divide --{flag.name}={flag.value}")
+    free = [ALL_F, *(f"{retention} {kind}" for retention in retentions for kind in KINDS)]
     known = [*free, *(name + OWN for name in free)]
     if unknown := [name for name in _DISTILLED.value if name and name not in known]:
         raise ValueError(f"--distilled: {unknown[0]!r} is not one of {', '.join(map(repr, known))}")
 
 
-def run(output_dir: str, seed: int) -> None:
-    began = time.perf_counter()
-    deadline = began + options.seconds_to_spend(math.inf)
-    values = flags.FLAGS
-    search_experiment.positive(
-        batch_size=values.batch_size, held_out_sequences=values.held_out_sequences, sequences=values.sequences
-    )
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is studied. distilled: the names of the schedules to train for, in `stages`; deadline: of time.perf_counter."""
+
+    checkpoint: inputs.Checkpoint
+    studied: Model
+    domains: dict[str, Domain]
+    seeds: range
+    stages: list[Stage]
+    distilled: list[str]
+    deadline: float
+
+
+def read_inputs(seed: int, deadline: float) -> Inputs:
+    """All that is read, checked before anything takes long."""
     check_flags()
-    checkpoint = options.CHECKPOINT.value or str(options.DEMO)
-    studied, found = load(checkpoint), domains()
-    output, seeds = Output.create(output_dir), range(seed, seed + _SEEDS.value)
+    checkpoint = inputs.checkpoint()
+    studied, domains = load(checkpoint), read_domains()
+    stages = inputs.distillation_stages(studied.reader.context, studied.dtype)
+    names = [name for name in _DISTILLED.value if name] if any(stage.steps for stage in stages) else []
+    print(f"{checkpoint.directory}: {studied.base.num_layers} layers; {studied.dtype} on {device()['kind']}")
+    return Inputs(checkpoint, studied, domains, range(seed, seed + _SEEDS.value), stages, names, deadline)
+
+
+def open_rows(given: Inputs, output: Output) -> Rows:
+    """The rows that are finished; those of other weights or flags are refused."""
     not_asked = ("resume", "seeds", "time_limit", "distilled")
     asked = {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__) if f.name not in not_asked}
-    weights = search.fingerprint(studied.params, [])["weights"]
-    rows = Rows(output.directory / ROWS, {"weights": weights, "dtype": studied.dtype, "flags": asked}, options.RESUME.value)
-    print(f"{checkpoint}: {studied.base.num_layers} layers; {studied.dtype} on {device()['kind']}")
-    stages = plan(studied)
-    wanted = [name for name in _DISTILLED.value if name] if any(stage.steps for stage in stages) else []
-    compile_all(studied, stages if wanted else [])
-    print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
-
-    drawn = {s: draw_all(studied, found, s) for s in seeds}
-    searches: dict[int, Found] = {}
-    free: Scores = {}
-    times: list[float] = []
-    for s in seeds:
-        cuts, on = drawn[s]
-        searches[s] = Found(**rows.once("schedules", s, "", functools.partial(schedules, studied, cuts, output, s)))
-        for name, pattern in searches[s].patterns.items():
-            started = time.perf_counter()
-            untrained = functools.partial(measure, studied.params, studied.config, studied.base, Schedule(pattern), on)
-            free.setdefault(name, {})[s] = rows.once("training-free", s, name, untrained)
-            times.append(time.perf_counter() - started)
-    matrices = [rows.once("domains", s, "", functools.partial(domain_matrix, studied, found, s, output)) for s in seeds]
-    heat = rows.once("overlap", seed, "", lambda: overlap_of(studied, drawn[seed][0]))
-
-    trained: Scores = {}
-    jobs = [(s, name) for s in seeds for name in wanted]
-    to_do = sum(not rows.has("distilled", s, name) for s, name in jobs)
-    begun_ = rows.begun("distilled")
-    stages = within_the_limit(studied, stages, to_do, begun_, statistics.median(times) + 2.0, output, deadline)
-    jobs = jobs if stages else []
-    tokens_of = functools.cache(lambda s: training_tokens(studied, found, stages, output, s))
-    for s, name in jobs:
-        if not rows.has("distilled", s, name) and time.perf_counter() > deadline - FINISH_SECONDS:
-            print(f"--time_limit={options.TIME_LIMIT.value:g}: no time left for {name!r} of seed {s}; --resume makes up for it")
-            continue
-        schedule = Schedule(searches[s].patterns[name.removesuffix(OWN)])
-
-        def after_training(s: int = s, name: str = name, schedule: Schedule = schedule) -> dict[str, float]:
-            params = distilled(studied, name, schedule, stages, tokens_of(s), output, s)
-            return measure(params, studied.config, studied.base, schedule, drawn[s][1])
-
-        trained.setdefault(name, {})[s] = rows.once("distilled", s, name, after_training)
-    rows.close()
-    patterns = {name: {s: searches[s].patterns[name.removesuffix(OWN)] for s in seeds} for name in [*free, *trained]}
-    search_experiment.plot_overlap(output, np.array(heat), studied.base, studied.base)
-    plot_training(output, wanted, seeds)
-    finish(
-        output, checkpoint, free, trained, patterns, list(searches.values()), matrices, np.array(heat), stages if wanted else []
-    )
+    weights = search.fingerprint(given.studied.params, [])["weights"]
+    about = {"weights": weights, "dtype": given.studied.dtype, "flags": asked}
+    return Rows(output.directory / ROWS, about, options.RESUME.value)
 
 
-def draw_all(studied: Model, found: dict[str, Domain], seed: int) -> tuple[np.ndarray, Sample]:
+# ---- measuring
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The tables: searches by seed, scores without training and after it, domains by seed, overlap of all F's selections.
+
+    stages: as they were trained, none where nothing was.
+    """
+
+    searches: dict[int, Found]
+    free: Scores
+    trained: Scores
+    domains: list[dict[str, dict[str, float]]]
+    overlap: np.ndarray
+    stages: list[Stage]
+
+    @property
+    def patterns(self) -> dict[str, dict[int, str]]:
+        """By the name of a row and by seed."""
+        return {
+            name: {seed: found.patterns[name.removesuffix(OWN)] for seed, found in self.searches.items()}
+            for name in [*self.free, *self.trained]
+        }
+
+
+def draw_all(given: Inputs, seed: int) -> tuple[np.ndarray, Sample]:
     """Cuts [N, S+1] to search on, with retrieval tasks as in the training text, and what to evaluate on."""
-    context, count = options.CONTEXT.value, flags.FLAGS.sequences
-    cuts = draw(studied, found["code"].train, "code", count, seed)
+    domain, reader, count = given.domains["code"], given.studied.reader, options.SEQUENCES.value
+    cuts = reader.draw(domain.sides.train, domain.flag, count, seed)
     if options.WOVEN.value:
-        stream = retrieval.weave(cuts.reshape(-1), studied.encoder, options.WOVEN.value, seed)
-        cuts = text.sequences(stream, count, context, seed)
-    held_out = draw(studied, found["code"].held_out, "code", flags.FLAGS.held_out_sequences, seed)
-    return cuts, sample(held_out, studied.encoder, context, seed)
+        stream = retrieval.weave(cuts.reshape(-1), reader.encoder, options.WOVEN.value, seed)
+        cuts = text.sequences(stream, count, reader.context, seed)
+    held_out = reader.draw(domain.sides.held_out, domain.flag, options.HELD_OUT_SEQUENCES.value, seed)
+    return cuts, sample(held_out, reader.encoder, reader.context, seed)
 
 
-def training_tokens(studied: Model, found: dict[str, Domain], stages: list[Stage], output: Output, seed: int) -> np.ndarray:
+def training_tokens(given: Inputs, stages: list[Stage], output: Output, seed: int) -> np.ndarray:
     """A stream for one seed's distillations, about as long as they need."""
-    needed = sum(stage.steps * stage.sequences * stage.context for stage in stages) + 4 * options.CONTEXT.value
-    path = output.directory / f"tokens-{seed}.bin"
-    tokens = data.pack(found["code"].train, studied.encoder, studied.separator, path, seed, needed)
-    return retrieval.weave(tokens, studied.encoder, options.WOVEN.value, seed) if options.WOVEN.value else tokens
+    reader, documents = given.studied.reader, given.domains["code"].sides.train
+    needed = sum(stage.steps * stage.sequences * stage.context for stage in stages) + 4 * reader.context
+    tokens = data.pack(documents, reader.encoder, reader.separator, output.directory / f"tokens-{seed}.bin", seed, needed)
+    return retrieval.weave(tokens, reader.encoder, options.WOVEN.value, seed) if options.WOVEN.value else tokens
 
 
 def overlap_of(studied: Model, cuts: np.ndarray) -> list[list[float]]:
-    found = layer_overlap(studied.params, studied.config, studied.base, search_experiment.batches(cuts))
-    return [[round(float(value), 4) for value in row] for row in found]
+    """The mean overlap of the layers' selections [L][L] on cuts [N, S+1], to four digits."""
+    matrix = layer_overlap(studied.params, studied.config, studied.base, inputs.batches(cuts))
+    return [[round(float(value), 4) for value in row] for row in matrix]
 
 
-def plot_training(output: Output, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """The divergence of every distillation of the first seed, over its steps."""
-    from matplotlib.figure import Figure
+def score_untrained(
+    given: Inputs, drawn: Mapping[int, tuple[np.ndarray, Sample]], rows: Rows, output: Output
+) -> tuple[dict[int, Found], Scores, float]:
+    """The searches by seed, the scores of what they found, and the median of seconds that measuring one score took."""
+    studied = given.studied
+    searches: dict[int, Found] = {}
+    scores: Scores = {}
+    seconds: list[float] = []
+    for seed in given.seeds:
+        cuts, on = drawn[seed]
+        searches[seed] = Found(**rows.once("schedules", seed, "", functools.partial(schedules, studied, cuts, output, seed)))
+        for name, pattern in searches[seed].patterns.items():
+            began = time.perf_counter()
+            score = functools.partial(measure, studied.params, studied.config, studied.base, Schedule(pattern), on)
+            scores.setdefault(name, {})[seed] = rows.once("training-free", seed, name, score)
+            seconds.append(time.perf_counter() - began)
+    return searches, scores, statistics.median(seconds)
 
-    logs = {name: run_folder(output, name, seeds[0]) for name in names}
-    logs = {name: folder for name, folder in logs.items() if (folder / training.LOG).exists()}
-    if not logs:
-        return
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for name, folder in logs.items():
-        entries = training.read_log(folder)
-        axes.plot([entry["step"] for entry in entries], [entry["indexer"] for entry in entries], label=name, linewidth=1)
-    axes.set(xlabel="step (warm-up, then sparse)", ylabel="nats per token, all F layers", title="Divergence of the indexers")
-    axes.legend()
-    output.save_figure(figure, "training.png")
 
-
-def finish(
-    output: Output,
-    checkpoint: str,
-    free: Scores,
-    trained: Scores,
-    patterns: dict[str, dict[int, str]],
-    searches: list[Found],
-    matrices: list[dict[str, dict[str, float]]],
-    heat: np.ndarray,
+def score_distilled(
+    given: Inputs,
+    searches: Mapping[int, Found],
+    samples: Mapping[int, Sample],
     stages: list[Stage],
-) -> None:
-    tables: list[tuple[str, list[str], list[list[str]]]] = [("Training-free", *score_table(free, patterns, PAPER))]
-    if trained:
-        tables.append(("Distilled", *score_table(trained, patterns, PAPER_DISTILLED)))
-    columns = list(matrices[0]["DSA"])
+    rows: Rows,
+    output: Output,
+) -> Scores:
+    """The scores of the schedules that are trained for; those for which no time is left are named and left out."""
+    studied = given.studied
+    scores: Scores = {}
+    tokens_of = functools.cache(functools.partial(training_tokens, given, stages, output))
+
+    def score(seed: int, name: str, schedule: Schedule) -> dict[str, float]:
+        params = distilled(studied, name, schedule, stages, tokens_of(seed), output, seed)
+        return measure(params, studied.config, studied.base, schedule, samples[seed])
+
+    for seed, name in itertools.product(given.seeds, given.distilled):
+        if not rows.has("distilled", seed, name) and time.perf_counter() > given.deadline - FINISH_SECONDS:
+            limit = f"--time_limit={options.TIME_LIMIT.value:g}"
+            print(f"{limit}: no time left for {name!r} of seed {seed}; --resume makes up for it")
+            continue
+        schedule = Schedule(searches[seed].patterns[name.removesuffix(OWN)])
+        made = functools.partial(score, seed, name, schedule)
+        scores.setdefault(name, {})[seed] = rows.once("distilled", seed, name, made)
+    return scores
+
+
+def measure_all(given: Inputs, rows: Rows, output: Output) -> Result:
+    """Every row of the tables, as far as it is not known; distillations as far as there is time."""
+    studied, first = given.studied, given.seeds[0]
+    drawn = {seed: draw_all(given, seed) for seed in given.seeds}
+    searches, free, seconds = score_untrained(given, drawn, rows, output)
+    matrices = [
+        rows.once("domains", seed, "", functools.partial(domain_matrix, studied, given.domains, seed, output))
+        for seed in given.seeds
+    ]
+    heat = rows.once("overlap", first, "", lambda: overlap_of(studied, drawn[first][0]))
+    count = sum(not rows.has("distilled", *job) for job in itertools.product(given.seeds, given.distilled))
+    begun = rows.begun("distilled")
+    stages = within_the_limit(studied, given.stages, count, begun, seconds + 2.0, output, given.deadline)
+    samples = {seed: sample_ for seed, (_, sample_) in drawn.items()}
+    trained = score_distilled(given, searches, samples, stages, rows, output) if stages else {}
+    return Result(searches, free, trained, matrices, np.array(heat), stages if given.distilled else [])
+
+
+# ---- the report
+
+
+def plot_training(output: Output, names: Sequence[str], seed: int) -> None:
+    """training.png: the divergence of every distillation of a seed over its steps; none where nothing was trained here."""
+    folders = {name: run_folder(output, name, seed) for name in names}
+    lines = {
+        name: [(entry["step"], entry["indexer"]) for entry in runs.read_log(folder)]
+        for name, folder in folders.items()
+        if (folder / runs.LOG).exists()
+    }
+    if lines:
+        panel = plots.Panel("Divergence of the indexers", "nats per token, all F layers", lines)
+        plots.training_curves(output, [panel], "step (warm-up, then sparse)", (7, 4))
+
+
+Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
+
+
+def tables(result: Result) -> list[Table]:
+    """The report's tables."""
+    found: list[Table] = [("Training-free", *score_table(result.free, result.patterns, PAPER))]
+    if result.trained:
+        found.append(("Distilled", *score_table(result.trained, result.patterns, PAPER_DISTILLED)))
+    matrices, searches = result.domains, list(result.searches.values())
+    columns = list(matrices[0][ALL_F])
     matrix_rows = [[row, *(shown([m[row][column] for m in matrices]) for column in columns)] for row in matrices[0]]
-    tables.append((f"Domains: held-out loss at {options.RETENTION.value}", ["", *(f"on {c}" for c in columns)], matrix_rows))
+    found.append((f"Domains: held-out loss at {options.RETENTION.value}", ["", *(f"on {c}" for c in columns)], matrix_rows))
     calibration_rows = [[name, shown([one.calibration[name] for one in searches])] for name in searches[0].calibration]
-    tables.append(("Loss on what was searched on", ["", "loss"], calibration_rows))
+    found.append(("Loss on what was searched on", ["", "loss"], calibration_rows))
     if (proxy := proxy_table(searches))[1]:
-        tables.append(("Likeness (the DP's measure) against loss, over the flips of each greedy step", *proxy))
-    adjacent = float(np.mean(np.diag(heat, 1)))
-    pairs = float(np.mean(heat[np.triu_indices(len(heat), 1)]))
-    able = [task for task in retrieval.TASKS if np.mean([entry[task] for entry in free["DSA"].values()]) >= 0.5]
+        found.append(("Similarity (the DP's measure) against loss, over the flips of each greedy step", *proxy))
+    return found
+
+
+def adjacent_and_all(matrix: np.ndarray) -> tuple[float, float]:
+    """The mean overlap of adjacent layers and that of all pairs, of a matrix [L, L]."""
+    return float(np.mean(np.diag(matrix, 1))), float(np.mean(matrix[np.triu_indices(len(matrix), 1)]))
+
+
+def note(result: Result) -> str:
+    """What the tables' figures are of."""
+    adjacent, pairs = adjacent_and_all(result.overlap)
+    able = [task for task in retrieval.TASKS if np.mean([entry[task] for entry in result.free[ALL_F].values()]) >= 0.5]
     lines = [
         f"Seeds: {_SEEDS.value}; intervals are 95 %, over seeds. Losses in nats per token at a context of",
         f"{options.CONTEXT.value}; long-range: the {_ORDER.value}-gram last occurred more than {_LONG.value} positions back;",
         f"retrieval: share of prompts answered; what all F answers at least half of: {', '.join(able) or 'nothing'}.",
         f"Overlap of selections: adjacent layers {adjacent:.3f} (paper 0.733), all pairs {pairs:.3f} (paper 0.622).",
-        "A rank correlation of -1 says that likeness orders flips as the loss does; near 0 it says nothing about it.",
+        "A rank correlation of -1 says that similarity orders flips as the loss does; near 0 it says nothing about it.",
     ]
     lines += [
         f"Distillation, {stage.name}: {stage.steps} steps of {stage.sequences} x {stage.context} tokens, rates "
-        f"{stage.model_rate:g} (model) and {stage.indexer_rate:g} (indexers)."
-        for stage in stages
+        f"{stage.model_learning_rate:g} (model) and {stage.indexer_learning_rate:g} (indexers)."
+        for stage in result.stages
     ]
-    note = "\n".join(lines)
+    return "\n".join(lines)
+
+
+def report(result: Result, given: Inputs, output: Output) -> None:
+    """Writes the plots, results.json and report.md, and prints the tables."""
+    plots.overlap(output, result.overlap, given.studied.base, given.studied.base)
+    plot_training(output, given.distilled, given.seeds[0])
+    adjacent, pairs = adjacent_and_all(result.overlap)
     metrics: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "training_free": free,
-        "distilled": trained,
-        "stages": [dataclasses.asdict(stage) for stage in stages],
-        "patterns": patterns,
-        "searches": [dataclasses.asdict(one) for one in searches],
-        "domains": matrices,
-        "overlap": {"matrix": heat.tolist(), "adjacent": adjacent, "all pairs": pairs},
+        "checkpoint": given.checkpoint.directory,
+        "training_free": result.free,
+        "distilled": result.trained,
+        "stages": [dataclasses.asdict(stage) for stage in result.stages],
+        "patterns": result.patterns,
+        "searches": [dataclasses.asdict(one) for one in result.searches.values()],
+        "domains": result.domains,
+        "overlap": {"matrix": result.overlap.tolist(), "adjacent": adjacent, "all pairs": pairs},
     }
-    sections = "\n\n".join(f"## {title}\n\n{markdown_table(header, rows)}" for title, header, rows in tables)
-    images = "![overlap](overlap.png)\n" + ("\n![training](training.png)\n" if trained else "")
-    output.finish("quality", metrics, f"# Quality of {checkpoint}\n\n{sections}\n\n{note}\n\n{images}")
-    for title, header, rows in tables:
+    every, about = tables(result), note(result)
+    sections = "\n\n".join(f"## {title}\n\n{markdown_table(header, rows)}" for title, header, rows in every)
+    images = "![overlap](overlap.png)\n" + ("\n![training](training.png)\n" if result.trained else "")
+    output.finish("quality", metrics, f"# Quality of {given.checkpoint.directory}\n\n{sections}\n\n{about}\n\n{images}")
+    for title, header, rows in every:
         print(f"\n{title}\n{text_table(header, rows)}")
-    print(f"\n{note}\n\nwritten to {output.directory}/")
+    print(f"\n{about}\n\nwritten to {output.directory}/")
+
+
+def run(output_dir: str, seed: int) -> None:
+    began = time.perf_counter()
+    given = read_inputs(seed, began + options.seconds_to_spend(math.inf))
+    output = Output.create(output_dir)
+    rows = open_rows(given, output)
+    compile_all(given.studied, given.stages if given.distilled else [])
+    print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
+    result = measure_all(given, rows, output)
+    rows.close()
+    report(result, given, output)

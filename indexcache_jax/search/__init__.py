@@ -10,7 +10,7 @@ The greedy search compares losses, from a model in memory (`Evaluator`) or one w
 
 from indexcache_jax.search.evaluator import BatchEvaluator, Evaluator, fingerprint
 from indexcache_jax.search.greedy import (
-    Log,
+    LossLog,
     LossOracle,
     Step,
     candidates,
@@ -26,7 +26,7 @@ __all__ = [
     "BatchEvaluator",
     "Evaluator",
     "Layers",
-    "Log",
+    "LossLog",
     "LossOracle",
     "Step",
     "StreamedEvaluator",

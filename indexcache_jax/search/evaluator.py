@@ -21,7 +21,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
-from indexcache_jax.search.greedy import Log
+from indexcache_jax.search.greedy import LossLog
 
 Missing = list[tuple[int, list[Schedule]]]  # batch numbers, and the schedules whose loss on that batch is not known
 Progress = Callable[[int], object]  # called with a number of layers, each time that so many were run on a batch
@@ -44,7 +44,13 @@ class BatchEvaluator(abc.ABC):
     """
 
     def __init__(
-        self, config: Config, schedule: Schedule, dtype: Any, batches: Sequence[np.ndarray], log: Log | None, progress: Progress
+        self,
+        config: Config,
+        schedule: Schedule,
+        dtype: Any,
+        batches: Sequence[np.ndarray],
+        log: LossLog | None,
+        progress: Progress,
     ) -> None:
         if len({batch.shape for batch in batches}) != 1:
             raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
@@ -125,7 +131,7 @@ class Evaluator(BatchEvaluator):
         config: Config,
         schedule: Schedule,
         batches: Sequence[np.ndarray],
-        log: Log | None = None,
+        log: LossLog | None = None,
         progress: Progress = no_progress,
     ) -> None:
         super().__init__(config, schedule, params.embedding.dtype, batches, log, progress)

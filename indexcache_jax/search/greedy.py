@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from indexcache_jax.schedule import Schedule
 
@@ -42,57 +39,14 @@ class LossOracle(Protocol):
         """For each of the layers, the loss under `schedule` with that layer alone turned from F to S."""
 
 
-class Log:
-    """Losses by (pattern, batch), appended to a file of JSON lines as they are measured.
-
-    The first line says what was measured on what; a file about something else is refused. A last line cut off by a kill
-    is dropped.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-        self.path = pathlib.Path(path)
-        self._known: dict[tuple[str, int], float] = {}
-        whole = self._read(dict(about)) if self.path.exists() else 0
-        self._file = open(self.path, "r+" if whole else "w", encoding="utf-8")  # noqa: SIM115 (open for the log's life)
-        self._file.truncate(whole)
-        self._file.seek(whole)
-        if not whole:
-            self._append(dict(about))
-
-    def _read(self, about: dict[str, Any]) -> int:
-        """Takes in the file's whole lines; the number of bytes they take."""
-        whole = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-                if number > 1:
-                    self._known[entry["pattern"], entry["batch"]] = float(entry["loss"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise ValueError(f"{self.path}: line {number} is not an evaluation: {line[:80]!r}") from None
-            if number == 1 and entry != about:
-                known = entry if isinstance(entry, dict) else {}
-                field = next((name for name in about if known.get(name) != about[name]), "its first line")
-                raise ValueError(
-                    f"{self.path}: was made with another {field} ({known.get(field)!r} there, {about.get(field)!r} here)"
-                )
-            whole += len(line)
-        return whole
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+class LossLog(Protocol):
+    """Where an evaluator keeps the losses it measures, so that a search that was stopped does not measure them again."""
 
     def get(self, schedule: Schedule, batch: int) -> float | None:
-        return self._known.get((schedule.pattern, batch))
+        """The loss of a schedule on a batch, by its number; None where it was not measured yet."""
 
     def add(self, schedule: Schedule, batch: int, loss: float) -> None:
-        self._known[schedule.pattern, batch] = loss
-        self._append({"pattern": schedule.pattern, "batch": batch, "loss": loss})
-
-    def close(self) -> None:
-        self._file.close()
+        """Keeps the loss of a schedule on a batch, by its number."""
 
 
 def candidates(schedule: Schedule, blocks: int = 1) -> list[list[int]]:

@@ -27,7 +27,7 @@ from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.evaluator import BatchEvaluator, Missing, Progress, no_progress
-from indexcache_jax.search.greedy import Log
+from indexcache_jax.search.greedy import LossLog
 from indexcache_jax.search.layerwise import State
 
 HIDDEN_STATE_BYTES = 64 * 2**30  # of host memory, at most, for the hidden states of one pass over the layers
@@ -102,7 +102,7 @@ class StreamedEvaluator(BatchEvaluator):
         self,
         layers: Layers,
         batches: Sequence[np.ndarray],
-        log: Log | None = None,
+        log: LossLog | None = None,
         progress: Progress = no_progress,
         memory: int = HIDDEN_STATE_BYTES,
     ) -> None:

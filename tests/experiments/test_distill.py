@@ -16,7 +16,7 @@ import pytest
 
 import checkpoints_convert
 from experiments import distill
-from experiments.common import runs as training
+from experiments.common import runs
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from tests.support.tiny_models import GLM_FIELDS, Case
@@ -76,7 +76,7 @@ def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
 def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
     pytest.importorskip("torch", reason="the oracle needs torch")
     pytest.importorskip("transformers", reason="the oracle needs transformers")
-    from tests import oracle
+    from tests.support import oracle
 
     params = trained_indexers()
     distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
@@ -93,8 +93,8 @@ def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
 def arguments(checkpoint, texts, output, *more):
     flags = {
         "checkpoint": checkpoint,
-        "pattern": "FSF",
-        "data": f"{texts}/[0-3].txt",
+        "schedule": "FSF",
+        "text": f"{texts}/[0-3].txt",
         "held_out": texts / "4.txt",
         "context": 24,
         "held_out_sequences": 2,
@@ -128,7 +128,7 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     }
     whole = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole"), timeout=600, **options)
     assert whole.returncode == 0, whole.stderr
-    log = tmp_path / "killed" / training.LOG
+    log = tmp_path / "killed" / runs.LOG
     command = arguments(checkpoint, texts, tmp_path / "killed", "--resume")
     kills = 0
     for lines in (1, 13, 37, 50):  # of the log: before and after stages end, while checkpoints are being written
@@ -141,8 +141,8 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     last = subprocess.run(command, timeout=600, **options)
     assert last.returncode == 0, last.stderr
     assert kills >= 2
-    assert log.read_text() == (tmp_path / "whole" / training.LOG).read_text()
-    assert len(training.read_log(tmp_path / "killed")) == 60
+    assert log.read_text() == (tmp_path / "whole" / runs.LOG).read_text()
+    assert len(runs.read_log(tmp_path / "killed")) == 60
     weights = [tmp_path / name / "checkpoint" / "model.safetensors" for name in ("whole", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     found, resumed = (json.loads((tmp_path / name / "results.json").read_text())["metrics"] for name in ("whole", "killed"))
@@ -158,15 +158,16 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     "flag, message",
     [
         ("--context=8", "--context=8"),
-        ("--pattern=FS", "--pattern=FS"),
-        ("--data=none*.txt", "none*.txt"),
+        ("--schedule=FS", "--schedule=FS"),
+        ("--schedule=FSF,FFF", "--schedule=FSF,FFF: this experiment takes one"),
+        ("--text=none*.txt", "none*.txt"),
         ("--retention=2", None),
         ("--warmup_steps=0 --sparse_steps=0", "--warmup_steps=0 --sparse_steps=0"),
     ],
 )
 def test_bad_flags_are_named(checkpoint, texts, tmp_path, flag, message):
     found = subprocess.run(
-        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--pattern="] if message is None else []), *flag.split()],
+        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--schedule="] if message is None else []), *flag.split()],
         env=environment(tmp_path / "cache"),
         cwd=ROOT,
         capture_output=True,

@@ -85,7 +85,7 @@ def test_the_meter_counts_each_phase_apart(monkeypatch, capsys):
 FOUND = [Request(1, [5]), Request(3, error="bad"), Request(4, [6])]
 
 
-def completions(tmp_path, text, about=None):
+def written(tmp_path, text, about=None):
     (tmp_path / generate.OUTPUT).write_bytes(text)
     if about is not None:
         (tmp_path / generate.ABOUT).write_text(json.dumps(about))
@@ -95,40 +95,39 @@ def completions(tmp_path, text, about=None):
 @pytest.mark.parametrize("tail", [b"", b'{"line": 4, "tok', b'{"line": 4}'])
 def test_whole_lines_are_kept_and_half_a_line_is_cut_off(tmp_path, tail):
     whole = b'{"line": 1, "tokens": [7]}\n{"line": 3, "error": "bad"}\n'
-    output = completions(tmp_path, whole + tail, {"seed": 0})
-    assert generate.finished(output, {"seed": 0}, FOUND) == 2
+    output = written(tmp_path, whole + tail, {"seed": 0})
+    assert [entry["line"] for entry in generate.completions(output, {"seed": 0}, FOUND).entries] == [1, 3]
     assert (tmp_path / generate.OUTPUT).read_bytes() == whole
 
 
-@pytest.mark.parametrize("text", [b"", b'{"li'])
+@pytest.mark.parametrize("text", [b"", b'{"li', None])
 def test_half_a_first_line_is_a_start_from_nothing(tmp_path, text):
-    assert generate.finished(completions(tmp_path, text, {}), {}, FOUND) == 0
+    output = Output(tmp_path) if text is None else written(tmp_path, text, {})
+    assert generate.completions(output, {}, FOUND).entries == []
     assert (tmp_path / generate.OUTPUT).read_bytes() == b""
-    (tmp_path / generate.OUTPUT).unlink()
-    assert generate.finished(Output(tmp_path), {}, FOUND) == 0
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (b'{"line": 3}\n', "line 1 is of prompt 3, not of 1"),
-        (b'{"line": 1}\nnonsense\n', "line 2 is not a completion"),
+        (b'{"line": 1}\nnonsense\n', "line 2 is not a JSON object with line: b'nonsense"),
         (b'{"line": 1}\n' * 4, "4 lines for 3 prompts"),
     ],
 )
 def test_completions_that_are_not_of_these_prompts_are_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        generate.finished(completions(tmp_path, text, {}), {}, FOUND)
+        generate.completions(written(tmp_path, text, {}), {}, FOUND)
     assert (tmp_path / generate.OUTPUT).read_bytes() == text
 
 
 def test_completions_made_with_something_else_are_refused(tmp_path):
-    output = completions(tmp_path, b"", {"seed": 0, "dtype": "float32"})
-    with pytest.raises(ValueError, match="was made with dtype 'float32', this run has 'bfloat16'"):
-        generate.finished(output, {"seed": 0, "dtype": "bfloat16"}, FOUND)
+    output = written(tmp_path, b"", {"seed": 0, "dtype": "float32"})
+    with pytest.raises(ValueError, match="was made with another dtype: 'float32' there, 'bfloat16' here"):
+        generate.completions(output, {"seed": 0, "dtype": "bfloat16"}, FOUND)
     (tmp_path / generate.ABOUT).unlink()
     with pytest.raises(ValueError, match="is missing"):
-        generate.finished(output, {"seed": 0}, FOUND)
+        generate.completions(output, {"seed": 0}, FOUND)
 
 
 def command(tmp_path, *flags):
@@ -207,7 +206,7 @@ def test_a_killed_run_goes_on_and_completes_as_an_uninterrupted_one(tmp_path):
 
     other = run(tmp_path, *flags, "--seed=1", "--resume")
     (said,) = [line for line in other.stderr.splitlines() if line.startswith("error:")]  # libtpu has lines of its own
-    assert other.returncode == 1 and "was made with sampling" in said
+    assert other.returncode == 1 and "was made with another sampling.seed: 0 there, 1 here" in said
     assert "1 of 22 lines could not be done: 10" in run(tmp_path, *flags, "--resume").stderr
     assert target.read_bytes() == uninterrupted
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]

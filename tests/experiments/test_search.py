@@ -32,19 +32,6 @@ def command(*arguments, cwd=ROOT):
     )
 
 
-@pytest.mark.parametrize(
-    ("layers", "retention", "expected"), [(12, "1/2", 6), (12, "1/8", 2), (47, "1/4", 12), (47, "0.5", 24), (5, "1", 5)]
-)
-def test_retention_rounds_up(layers, retention, expected):
-    assert search.kept(layers, search.share("retention", retention)) == expected
-
-
-@pytest.mark.parametrize("value", ["0", "2", "-1/4", "1/0", "a"])
-def test_a_share_that_is_none_is_named(value):
-    with pytest.raises(ValueError, match=f"--retention={value}"):
-        search.share("retention", value)
-
-
 def test_settings_are_what_each_engine_reads():
     config = Config.from_hf(GLM_FIELDS)
     found = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "my dir/glm", config)}
@@ -79,17 +66,17 @@ def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
     for stream in (False, True):
         monkeypatch.setattr(search, "_STREAM", types.SimpleNamespace(value=stream))
         if stream:
-            assert isinstance(search.opened(str(options.DEMO), "float32"), search.Streamed)
+            assert isinstance(search.open_model(str(options.DEMO), "float32"), search.Streamed)
         else:
             with pytest.raises(ValueError, match="take 0 GB as float32, the device has 0; --stream reads them"):
-                search.opened(str(options.DEMO), "float32")
+                search.open_model(str(options.DEMO), "float32")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--checkpoint=nowhere"], "nowhere"),
-        (["--calibration=no*such.txt"], "no*such.txt"),
+        (["--text=no*such.txt"], "no*such.txt"),
         (["--context=100"], "--context=100: must be above index_topk = 128"),
         (["--sequences=0"], "--sequences=0"),
         (["--blocks=0"], "--blocks=0: must be at least 1"),
@@ -150,7 +137,7 @@ def test_ones_own_text_and_a_loss_budget(tmp_path):
     for i, source in enumerate(sorted((ROOT / "indexcache_jax").glob("*.py"))):
         (tmp_path / "docs" / f"{i}.txt").write_bytes(source.read_bytes())
     arguments = [
-        "--calibration=docs/*.txt",
+        "--text=docs/*.txt",
         "--held_out=docs/0.txt",
         "--loss_budget=0.05",
         "--output_dir=out",
@@ -164,12 +151,3 @@ def test_ones_own_text_and_a_loss_budget(tmp_path):
     chosen = [s["pattern"] for s in metrics["steps"]].index(metrics["pattern"])
     assert all(loss <= allowed for loss in losses[: chosen + 1])
     assert chosen > 0 and (chosen + 1 == len(losses) or losses[chosen + 1] > allowed)
-
-
-def test_a_file_that_is_held_out_is_not_searched_on(tmp_path):
-    for i in range(4):
-        (tmp_path / f"{i}.txt").write_text("word")
-    found, held_out = search.split(f"{tmp_path}/*.txt", f"{tmp_path}/3.txt")
-    assert [d.name for d in found] == ["0.txt", "1.txt", "2.txt"] and [d.name for d in held_out] == ["3.txt"]
-    with pytest.raises(ValueError, match=r"--data=.*1.txt: --held_out=.*\*.txt names all of its files"):
-        search.split(f"{tmp_path}/1.txt", f"{tmp_path}/*.txt", "data")

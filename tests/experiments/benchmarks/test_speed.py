@@ -12,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import speed
-from experiments.benchmarks.speed import PUBLISHED, PUBLISHED_LENGTHS, SEARCHED, Row, cells, model, record, savings
+from experiments.benchmarks.speed import stages
+from experiments.benchmarks.speed.bench import MARGIN, ROWS_WITHOUT_MEMORY_FIGURES, Bench, Sizes, profiled_layer, refill
+from experiments.benchmarks.speed.models import CUT_VOCABULARY, SEARCHED, model
+from experiments.benchmarks.speed.rounds import PAIRS, Rounds, neighbours_overlap, random_prompt
+from experiments.benchmarks.speed.rows import PUBLISHED, PUBLISHED_LENGTHS, Row, published, record
+from experiments.benchmarks.speed.tables import HEADER, cells, savings, shares_table
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat
@@ -32,17 +36,17 @@ def test_published_patterns_fit_their_models_and_are_nested():
 def test_schedules_of_a_whole_and_of_a_cut_model():
     whole = model("30b", 0)
     assert whole.scale == 1 and whole.schedule("1/4").pattern == SEARCHED["30b", "1/4"]
-    assert whole.schedule("DSA") == Schedule("F" * 47)
+    assert whole.schedule("all F") == Schedule("F" * 47)
     cut = model("glm-5", 0)
     assert (cut.config.num_layers, cut.scale, cut.config.moe_layers) == (4, 78 / 4, (True,) * 4)
-    assert cut.config.vocab_size == speed.CUT_VOCABULARY  # the head is not among what is scaled
-    assert [cut.schedule(p).pattern for p in ("DSA", "1/2", "1/4")] == ["FFFF", "FSFS", "FSSS"]
+    assert cut.config.vocab_size == CUT_VOCABULARY  # the head is not among what is scaled
+    assert [cut.schedule(p).pattern for p in ("all F", "1/2", "1/4")] == ["FFFF", "FSFS", "FSSS"]
     assert model("demo", 3).scale == 4
 
 
-@pytest.mark.parametrize("pattern", ["dsa", "0/2", "3/2", "1/", "half", "1/0"])
+@pytest.mark.parametrize("pattern", ["all f", "0/2", "3/2", "1/", "half", "1/0"])
 def test_a_pattern_that_is_none_is_named(pattern):
-    with pytest.raises(ValueError, match=f"--patterns={pattern}"):
+    with pytest.raises(ValueError, match=f"--schedule={pattern}"):
         model("30b", 0).schedule(pattern)
 
 
@@ -53,36 +57,36 @@ def test_layers_that_a_model_does_not_have(layers):
 
 
 def test_published_figures_belong_to_the_30b_model_only():
-    assert speed.published("30b", "prefill_seconds", "1/4", 204800) == 10.7
-    assert speed.published("30b", "decode_full", "DSA", 10240) == 2700
-    assert speed.published("demo", "decode_full", "DSA", 10240) is None
-    assert speed.published("30b", "decode_one", "1/8", 10240) is None
-    assert speed.published("30b", "decode_one", "DSA", 20480) is None
-    for rows in PUBLISHED.values():
-        assert all(len(figures) == len(PUBLISHED_LENGTHS) for figures in rows.values())
+    assert published("30b", "prefill_seconds", "1/4", 204800) == 10.7
+    assert published("30b", "decode_full", "all F", 10240) == 2700
+    assert published("demo", "decode_full", "all F", 10240) is None
+    assert published("30b", "decode_one", "1/8", 10240) is None
+    assert published("30b", "decode_one", "all F", 20480) is None
+    for figures_of in PUBLISHED.values():
+        assert all(len(figures) == len(PUBLISHED_LENGTHS) for figures in figures_of.values())
 
 
 def test_a_record_scales_times_and_prices_tokens():
     shape = model("demo", 3)  # of 12 layers
-    row = Row("DSA", 1000, prefill=[1.0, 3.0, 2.0], step=[0.5], full_step=0.25, full_rows=8)
+    row = Row("all F", 1000, prefill=[1.0, 3.0, 2.0], step=[0.5], full_step=0.25, full_rows=8)
     row.prefill_stages = {"scores": 3.0, "top-k": 1.0, "sparse MLA": 4.0, "experts": 1.0, "projections and the rest": 1.0}
     r = record(row, shape, price=3.6)
     assert r["prefill_seconds"] == 8 and r["decode_one"] == 0.5 and r["decode_full"] == 8 and r["scaled"]
     assert r["cost_of_a_million_prompt_tokens"] == pytest.approx(8.0)  # 8000 s at 0.001 a second
     assert r["cost_of_a_million_output_tokens"] == pytest.approx(125.0)
     assert r["prefill_shares"]["scores"] == pytest.approx(0.3) and r["decode_shares"] is None
-    assert cells(r)[:3] == ["DSA scaled", "1000", "8 s"] and "40 %" in cells(r)
+    assert cells(r)[:3] == ["all F scaled", "1000", "8 s"] and "40 %" in cells(r)
     faster = Row("1/4", 1000, prefill=[1.0], full_step=0.125, full_rows=8)
     assert savings([r, record(faster, shape, 3.6)]) == [
-        "- 1/4 at 1000 saves 50 % of the cost of prompt tokens and 50 % of the cost of output tokens of DSA's."
+        "- 1/4 at 1000 saves 50 % of the cost of prompt tokens and 50 % of the cost of output tokens of all F's."
     ]
     assert savings([r]) == []
 
 
 def test_an_unfinished_row_has_no_figures():
-    r = record(Row("DSA", 1000), model("demo", 0), 3.0)
+    r = record(Row("all F", 1000), model("demo", 0), 3.0)
     assert r["prefill_seconds"] is r["decode_one"] is r["decode_full"] is r["cost_of_a_million_output_tokens"] is None
-    assert len(cells(r)) == len(speed.HEADER)
+    assert len(cells(r)) == len(HEADER)
 
 
 def test_refill_copies_the_first_row():
@@ -90,7 +94,7 @@ def test_refill_copies_the_first_row():
     cache = serving.init_cache(shape.config, Schedule("FS"), 2, 12, CacheFormat(jnp.float32, jnp.float8_e4m3fn))
     marked = cache.layers[0].latents.at[0].set(7.0).at[1].set(9.0)
     cache = cache.replace(layers=(cache.layers[0].replace(latents=marked), cache.layers[1]))
-    filled = speed.refill(cache, 3, 5, 8)
+    filled = refill(cache, 3, 5, 8)
     assert filled.lengths.tolist() == [5] * 3 and filled.max_len == 8
     assert np.all(filled.layers[0].latents == 7) and filled.layers[0].index_keys.shape == (3, 8, 32)
     assert filled.layers[1].index_keys is None
@@ -98,23 +102,23 @@ def test_refill_copies_the_first_row():
 
 def test_rows_fill_what_weights_temporaries_and_one_layers_part_leave(monkeypatch):
     shape = model("demo", 2)
-    weights = {"DSA": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
-    bench = speed.Bench(shape, weights, {"DSA": Schedule("FF")}, [128], [128], 64, 4, CacheFormat())
+    weights = {"all F": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
+    bench = Bench(shape, weights, {"all F": Schedule("FF")}, Sizes([128], [128], 64, 4), CacheFormat())
     held = sum(x.nbytes for x in jax.tree.leaves(weights))
-    row = bench.bytes_per_token("DSA") * bench.room(128)
-    limit = held + speed.MARGIN + row // 2 + 5 * row + 1000
+    row = bench.bytes_per_token("all F") * bench.sizes.room(128)
+    limit = held + MARGIN + row // 2 + 5 * row + 1000
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})
-    monkeypatch.setattr(speed.jax, "devices", lambda: [device])
-    assert [bench.full_rows("DSA", 128, 0, extra) for extra in (0, 1000, 1001, 100 * row)] == [5, 5, 4, 1]
-    assert bench.full_rows("DSA", 128, 7) == 7
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert [bench.full_rows("all F", 128, 0, extra) for extra in (0, 1000, 1001, 100 * row)] == [5, 5, 4, 1]
+    assert bench.full_rows("all F", 128, 7) == 7
 
 
 def test_a_full_cache_that_does_not_fit_after_all_gets_fewer_rows(monkeypatch):
     shape = model("demo", 2)
-    bench = speed.Bench(shape, {"DSA": None}, {"DSA": Schedule("FF")}, [128], [128], 64, 4, CacheFormat())
-    bench.decode_full["DSA", 128] = 45, None
+    bench = Bench(shape, {"all F": None}, {"all F": Schedule("FF")}, Sizes([128], [128], 64, 4), CacheFormat())
+    bench.decode_full["all F", 128] = 45, None
     monkeypatch.setattr(bench, "compile_full", lambda p, n, rows: bench.decode_full.update({(p, n): (rows, None)}))
-    measured = speed.Run(bench, np.zeros(128), math.inf, lambda: None)
+    measured = Rounds(bench, np.zeros(128), math.inf, 3.0, lambda _: None)
     monkeypatch.setattr(measured, "show", lambda row: None)
 
     def full_step(pattern, one, length):
@@ -123,22 +127,22 @@ def test_a_full_cache_that_does_not_fit_after_all_gets_fewer_rows(monkeypatch):
         return 0.5
 
     monkeypatch.setattr(measured, "full_step", full_step)
-    measured.decode_full("DSA", None)
-    row = measured.rows["DSA", 128]
+    measured.decode_full("all F", None)
+    row = measured.rows["all F", 128]
     assert (row.full_step, row.full_rows, row.notes) == (0.5, 39, [])  # 45, 43, 41, 39
 
 
 def demo_run(lengths, chunk=64):
     """A run of the small model, 2 layers, without its decode program."""
     shape = model("demo", 2)
-    weights = {"DSA": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
-    schedules = {"DSA": Schedule("FF")}
-    bench = speed.Bench(shape, weights, schedules, lengths, lengths, chunk, 4, CacheFormat())
-    bench.decode_one["DSA"] = None
-    return speed.Run(bench, speed.random_prompt(0, shape.config.vocab_size, lengths[-1], 1), math.inf, lambda: None)
+    weights = {"all F": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
+    schedules = {"all F": Schedule("FF")}
+    bench = Bench(shape, weights, schedules, Sizes(lengths, lengths, chunk, 4), CacheFormat())
+    bench.decode_one["all F"] = None
+    return Rounds(bench, random_prompt(0, shape.config.vocab_size, lengths[-1], 1), math.inf, 3.0, lambda _: None)
 
 
-def look_inside(monkeypatch, seen, seen_decoding):
+def profiled(monkeypatch, seen, seen_decoding):
     """The rows of a run where a chunk takes 1 s and a decode program 0.2 s, of which kernels are seen for these parts."""
     measured = demo_run([64, 128, 256])
     bench, clock, layers = measured.bench, [0.0], []
@@ -147,14 +151,14 @@ def look_inside(monkeypatch, seen, seen_decoding):
     def prefill_chunk(pattern, tokens, cache, layer):
         clock[0] += 1.0
         layers.append(layer)
-        end = int(cache.lengths[0]) + bench.chunk
+        end = int(cache.lengths[0]) + bench.sizes.chunk
         kernels[:] = [("indexer_scores_k", float(end)), ("sparse_mla_few_heads", 1000 * seen[end] - end)]
         return jnp.zeros(()), cache
 
     def decode(program, pattern, cache):
         clock[0] += 0.2
         part = seen_decoding[int(cache.lengths[0])]
-        kernels[:] = [("sparse_mla", 25 * part), ("gemm", 25 * part)] * bench.steps
+        kernels[:] = [("sparse_mla", 25 * part), ("gemm", 25 * part)] * bench.sizes.steps
         return jnp.zeros(()), cache
 
     def kernels_of(function):
@@ -163,15 +167,15 @@ def look_inside(monkeypatch, seen, seen_decoding):
 
     monkeypatch.setattr(bench, "prefill_chunk", prefill_chunk)
     monkeypatch.setattr(bench, "decode", decode)
-    monkeypatch.setattr(speed, "kernels_of", kernels_of)
-    monkeypatch.setattr(speed, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    measured.look_inside("DSA", bench.cache("DSA", 1, bench.max_len))
-    assert set(layers) == {speed.looked_at_layer}
-    return [measured.rows["DSA", n] for n in bench.lengths]
+    monkeypatch.setattr(stages, "kernels_of", kernels_of)
+    monkeypatch.setattr(stages, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    measured.profile("all F", bench.cache("all F", 1, bench.sizes.max_len))
+    assert set(layers) == {profiled_layer}
+    return [measured.rows["all F", n] for n in bench.sizes.lengths]
 
 
-def test_shares_are_those_of_all_chunks_between_the_ones_that_were_looked_at(monkeypatch):
-    rows = look_inside(monkeypatch, dict.fromkeys((64, 128, 256), 0.9), dict.fromkeys((64, 128, 256), 0.95))
+def test_shares_are_those_of_all_chunks_between_the_ones_that_were_profiled(monkeypatch):
+    rows = profiled(monkeypatch, dict.fromkeys((64, 128, 256), 0.9), dict.fromkeys((64, 128, 256), 0.95))
     assert [row.prefill_stages["scores"] for row in rows] == pytest.approx([64, 64 + 128, 64 + 128 + 192 + 256])
     assert [sum(row.prefill_stages.values()) for row in rows] == pytest.approx([900, 1800, 3600])
     assert [row.decode_stages["sparse MLA"] for row in rows] == pytest.approx([95.0] * 3)
@@ -179,20 +183,20 @@ def test_shares_are_those_of_all_chunks_between_the_ones_that_were_looked_at(mon
 
 
 def test_where_kernels_are_missing_there_are_no_shares(monkeypatch):
-    rows = look_inside(monkeypatch, {64: 0.97, 128: 0.57, 256: 0.97}, {64: 0.84, 128: 0.97, 256: 0.97})
+    rows = profiled(monkeypatch, {64: 0.97, 128: 0.57, 256: 0.97}, {64: 0.84, 128: 0.97, 256: 0.97})
     records = [record(row, model("demo", 2), 3.0) for row in rows]
     assert [r["prefill_shares"] is None for r in records] == [False, True, True]
     assert [r["decode_shares"] is None for r in records] == [True, False, False]
     assert [row.notes for row in rows] == [
-        ["CUPTI showed kernels of 84 % of the decode program's time: no shares"],
-        ["2 launches a decode step", "CUPTI showed kernels of 57 % of the prefill chunk's time: no shares"],
+        ["stage shares omitted: CUPTI reported kernels for only 84 % of the decode program's time"],
+        ["2 launches a decode step", "stage shares omitted: CUPTI reported kernels for only 57 % of the prefill chunk's time"],
         ["2 launches a decode step", "no shares of the prefill, because a shorter one has none"],
     ]
-    assert "| DSA | 128 | prefill |" not in speed.shares_table(records)
-    assert "| DSA | 128 | decode |" in speed.shares_table(records)
+    assert "| all F | 128 | prefill |" not in shares_table(records)
+    assert "| all F | 128 | decode |" in shares_table(records)
 
 
-def test_without_cupti_no_layer_is_compiled_for_a_look(monkeypatch):
+def test_without_cupti_no_layer_is_compiled_for_a_profile(monkeypatch):
     measured = demo_run([64, 128])
     monkeypatch.setattr(measured.bench, "prefill_chunk", lambda *_: pytest.fail("a chunk ran"))
     monkeypatch.setattr(measured.bench, "decode", lambda program, pattern, cache: (jnp.zeros(()), cache))
@@ -200,32 +204,32 @@ def test_without_cupti_no_layer_is_compiled_for_a_look(monkeypatch):
     def kernels_of(function):
         raise ValueError("no times of kernels: not a GPU")
 
-    monkeypatch.setattr(speed, "kernels_of", kernels_of)
-    measured.look_inside("DSA", measured.bench.cache("DSA", 1, measured.bench.max_len))
+    monkeypatch.setattr(stages, "kernels_of", kernels_of)
+    measured.profile("all F", measured.bench.cache("all F", 1, measured.bench.sizes.max_len))
     assert [row.notes for row in measured.rows.values()] == [["no times of kernels: not a GPU"], []]
 
 
-def test_the_layer_that_is_looked_at_computes_the_same():
+def test_the_layer_that_is_profiled_computes_the_same():
     measured = demo_run([64])
     bench, tokens = measured.bench, measured.chunk_at(64)
-    empty = functools.partial(bench.cache, "DSA", 1, bench.max_len)
-    expected, _ = bench.prefill_chunk("DSA", tokens, empty())
-    logits, _ = bench.prefill_chunk("DSA", tokens, empty(), speed.looked_at_layer)
+    empty = functools.partial(bench.cache, "all F", 1, bench.sizes.max_len)
+    expected, _ = bench.prefill_chunk("all F", tokens, empty())
+    logits, _ = bench.prefill_chunk("all F", tokens, empty(), profiled_layer)
     np.testing.assert_array_equal(logits, expected)
 
 
 def test_tokens_of_a_prompt_stand_in_runs():
-    prompt = speed.random_prompt(0, 50, 10, 3)
+    prompt = random_prompt(0, 50, 10, 3)
     assert len(prompt) == 10 and (prompt.reshape(-1)[:9].reshape(3, 3) == prompt[:9:3, None]).all() and len(set(prompt)) > 2
 
 
 def test_overlap_of_neighbours():
-    k, count = 4, speed.PAIRS * 3 + 1
+    k, count = 4, PAIRS * 3 + 1
     indices = np.arange(count)[:, None] * 2 + np.arange(k)  # a query shares k - 2 keys with the next
-    assert float(speed.neighbours_overlap(jnp.asarray(indices[None]))) == 0.5
+    assert float(neighbours_overlap(jnp.asarray(indices[None]))) == 0.5
     indices[:, 3] = -1  # what is not selected is not shared
-    assert float(speed.neighbours_overlap(jnp.asarray(indices[None]))) == pytest.approx(1 / 3)
-    assert float(speed.neighbours_overlap(jnp.full((1, 2, k), -1))) == 0
+    assert float(neighbours_overlap(jnp.asarray(indices[None]))) == pytest.approx(1 / 3)
+    assert float(neighbours_overlap(jnp.full((1, 2, k), -1))) == 0
 
 
 def run(tmp_path, *flags):
@@ -244,13 +248,12 @@ def run(tmp_path, *flags):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--lengths=100", "--lengths=100: not a multiple of --chunk_size=10240"),
+        ("--lengths=100", "--lengths=100: not a multiple of --chunk=10240"),
         ("--lengths=", "--lengths=: name at least one"),
-        ("--patterns=", "--patterns=: name at least one"),
         ("--lengths=1k", "--lengths=1k: not a number"),
         ("--rounds=0", "--rounds=0"),
         ("--token_run=0", "--token_run=0"),
-        ("--patterns=most", "--patterns=most"),
+        ("--schedule=most", "--schedule=most"),
     ],
 )
 @pytest.mark.slow
@@ -261,18 +264,18 @@ def test_bad_flags_end_in_one_line(tmp_path, flag, message):
 
 @pytest.mark.slow
 def test_a_small_run_writes_rows_report_and_plot(tmp_path):
-    flags = ["--num_layers=4", "--lengths=64,128", "--chunk_size=64", "--patterns=DSA,1/4", "--decode_steps=4", "--rounds=2"]
+    flags = ["--num_layers=4", "--lengths=64,128", "--chunk=64", "--schedule=all F,1/4", "--decode_steps=4", "--rounds=2"]
     done = run(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
-    assert metrics["patterns"] == {"DSA": "FFFF", "1/4": "FSSS"} and metrics["rounds"] == 2
-    assert [(r["pattern"], r["length"]) for r in metrics["rows"]] == [(p, n) for p in ("DSA", "1/4") for n in (64, 128)]
+    assert metrics["patterns"] == {"all F": "FFFF", "1/4": "FSSS"} and metrics["rounds"] == 2
+    assert [(r["pattern"], r["length"]) for r in metrics["rows"]] == [(p, n) for p in ("all F", "1/4") for n in (64, 128)]
     for r in metrics["rows"]:
-        assert len(r["prefill_rounds"]) == len(r["decode_one_rounds"]) == 3  # two rounds and the last look
+        assert len(r["prefill_rounds"]) == len(r["decode_one_rounds"]) == 3  # two rounds and the profile
         assert r["prefill_seconds"] > 0 and r["decode_one"] > 0 and r["decode_full"] > 0 and r["scaled"]
-        assert r["full_rows"] == speed.ROWS_WITHOUT_MEMORY_FIGURES
+        assert r["full_rows"] == ROWS_WITHOUT_MEMORY_FIGURES
         assert r["published_prefill_seconds"] is None
-    assert set(metrics["neighbours_overlap"]) == {"DSA", "1/4"}
+    assert set(metrics["neighbours_overlap"]) == {"all F", "1/4"}
     assert all(0.9 < share <= 1 for share in metrics["neighbours_overlap"].values())  # the model selects 128 keys
     dense, quarter = metrics["rows"][1], metrics["rows"][3]
     assert dense["prefill_rounds"][0] > metrics["rows"][0]["prefill_rounds"][0]  # twice the chunks

@@ -9,7 +9,7 @@ from absl.testing import flagsaver
 
 from experiments import run  # noqa: F401  run defines the flags that reports quote
 from experiments.benchmarks import train_speed
-from experiments.common import runs as training
+from indexcache_jax import training
 
 SMALL = {
     "vocab_size": 64,
@@ -40,7 +40,7 @@ def test_the_pattern_repeats_over_the_layers():
 
 
 def test_it_writes_what_it_measured(tmp_path, capsys):
-    with flagsaver.flagsaver(num_layers=2, train_context=128, train_topk=8, train_steps=1, train_pattern="FS"):
+    with flagsaver.flagsaver(num_layers=2, train_context=128, train_topk=8, train_steps=1, schedule=["FS"]):
         train_speed.run(str(tmp_path), 0)
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert metrics["pattern"] == "FS" and metrics["way"] == "XLA"
@@ -63,5 +63,10 @@ def test_wrong_flags_are_named(wrong, message, tmp_path):
 
 
 def test_a_pattern_that_is_empty_is_named():
-    with pytest.raises(ValueError, match="--train_pattern="):
+    with pytest.raises(ValueError, match="--schedule="):
         train_speed.model(4, 256, 16, "")
+
+
+@pytest.mark.parametrize("entry, pattern", [("all F", "FFFF"), ("1/2", "FSFS"), ("fs", "FSFS")])
+def test_a_schedule_is_said_as_everywhere(entry, pattern):
+    assert train_speed.model(4, 256, 16, entry)[1].pattern == pattern

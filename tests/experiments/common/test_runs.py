@@ -1,33 +1,30 @@
-"""Data, the optimiser step, and runs that are stopped and resumed."""
+"""Training runs that are stopped and resumed, what they write, and what they measure before they begin."""
 
 import contextlib
 import dataclasses
 import json
-import os
 import struct
-import threading
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.common import data, text
-from experiments.common import runs as training
+from experiments.common import runs
 from experiments.common.report import Output
-from experiments.common.runs import Saving, Stage
+from experiments.common.runs import Saving, TrainingRun
+from indexcache_jax import training
 from indexcache_jax.distill import traced_schedule
-from indexcache_jax.params import with_schedule
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 258}, "FS", 0)
-WITH_EXPERTS = Case(GLM_FIELDS | {"num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 258}, "F", 0)
 TOKENS = np.random.default_rng(0).integers(0, 256, 2000).astype(np.int32)
-WARMUP = Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-2, ramp=1, compute_dtype="float32")
-SPARSE = Stage("sparse", "sparse", 3, 1, 24, 1e-3, 1e-2, ramp=1, compute_dtype="float32")
+WARMUP = Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-2, lr_warmup_steps=1, compute_dtype="float32")
+SPARSE = Stage("sparse", "sparse", 3, 1, 24, 1e-3, 1e-2, lr_warmup_steps=1, compute_dtype="float32")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,183 +34,13 @@ def quick_to_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def documents(tmp_path, sizes):
-    for i, size in enumerate(sizes):
-        (tmp_path / f"{i}.txt").write_bytes(bytes([65 + i]) * size)
-    return text.documents(str(tmp_path / "*.txt"))
-
-
-def test_packing_joins_all_documents_in_a_seeded_order(tmp_path):
-    found = documents(tmp_path, [3, 5, 2, 4])
-    packed = data.pack(found, text.Bytes(), 256, tmp_path / "tokens.bin", 1)
-    parts = "".join(chr(t) if t < 256 else "|" for t in packed.tolist()).split("|")
-    assert sorted(parts) == ["", "AAA", "BBBBB", "CC", "DDDD"] and parts[-1] == ""
-    other = data.pack(found, text.Bytes(), 256, tmp_path / "other.bin", 2)
-    assert packed.tolist() != other.tolist()
-
-
-def test_what_is_packed_is_kept_until_a_document_changes(tmp_path):
-    found = documents(tmp_path, [3, 5])
-    path = tmp_path / "tokens.bin"
-    data.pack(found, text.Bytes(), None, path, 0)
-    path.write_bytes(path.read_bytes()[:8])  # a mark that another call would remove
-    assert data.pack(found, text.Bytes(), None, path, 0).size == 2
-    (tmp_path / "0.txt").write_bytes(b"AAAA")
-    assert data.pack(found, text.Bytes(), None, path, 0).size == 9
-    assert data.pack(found, text.Bytes(), None, path, 1).size == 9
-    (tmp_path / "0.txt").write_bytes(b"AAZA")
-    assert ord("Z") in data.pack(found, text.Bytes(), None, path, 1)
-
-
-def test_what_another_tokenizer_packed_is_not_kept(tmp_path):
-    found = documents(tmp_path, [3, 5])
-    for folder, size in (("one", 257), ("two", 270)):
-        (tmp_path / folder).mkdir()
-        text.train_tokenizer(found, size, tmp_path / folder / "tokenizer.json", 0)
-    one, two = (text.tokenizer(tmp_path / folder) for folder in ("one", "two"))
-    before = np.array(data.pack(found, one, 0, tmp_path / "tokens.bin", 0))
-    after = data.pack(found, two, 0, tmp_path / "tokens.bin", 0)
-    assert one.name == two.name and after.size < before.size
-
-
-def test_a_kill_while_packing_leaves_nothing_half_written(tmp_path, monkeypatch):
-    found, replace = documents(tmp_path, [3, 5]), os.replace
-    for last in (1, 2):  # killed before this file is put in its place
-        taken = []
-
-        def killed(a, b, last=last, taken=taken):
-            taken.append(b)
-            if len(taken) == last:
-                raise KeyboardInterrupt
-            replace(a, b)
-
-        monkeypatch.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            data.pack(found, text.Bytes(), None, tmp_path / "tokens.bin", last)
-        monkeypatch.setattr(os, "replace", replace)
-        assert data.pack(found, text.Bytes(), None, tmp_path / "tokens.bin", last).size == 8
-
-
-def test_nothing_to_pack_is_said(tmp_path):
-    with pytest.raises(ValueError, match="hold no token"):
-        data.pack(documents(tmp_path, [0]), text.Bytes(), None, tmp_path / "tokens.bin", 0)
-
-
-def test_an_epoch_sees_every_row_once_and_rows_depend_on_their_number_alone():
-    rows = data.Rows(np.arange(101), 10, (3, 1))
-    assert rows.per_epoch == 9
-    epochs = [[rows[9 * epoch + i] for i in range(9)] for epoch in range(2)]
-    for epoch in epochs:
-        starts = sorted(int(row[0]) for row in epoch)
-        assert np.diff(starts).tolist() == [10] * 8 and all(np.diff(row).tolist() == [1] * 10 for row in epoch)
-    assert [int(row[0]) for row in epochs[0]] != [int(row[0]) for row in epochs[1]]
-    np.testing.assert_array_equal(rows.batch(7, 4), [rows[i] for i in (7, 8, 9, 10)])
-    assert not np.array_equal(rows[0], data.Rows(np.arange(101), 10, (3, 2))[0])
-    with pytest.raises(ValueError, match="at least 21 are needed"):
-        data.Rows(np.arange(20), 10, (0,))
-
-
-def test_prefetching_keeps_order_works_ahead_and_ends():
-    made = []
-    ahead = threading.Event()
-
-    def make(i):
-        made.append(i)
-        if i == 2:
-            ahead.set()
-        return 10 * i
-
-    items = data.prefetch(make, range(100))
-    assert next(items) == 0 and ahead.wait(10)
-    assert next(items) == 10
-    items.close()
-    assert len(made) < 10 and not any(t.name == "prefetch" for t in threading.enumerate())
-
-
-def test_prefetching_hands_errors_on():
-    def make(i):
-        if i == 1:
-            raise ValueError("no row 1")
-        return i
-
-    items = data.prefetch(make, range(3))
-    assert next(items) == 0
-    with pytest.raises(ValueError, match="no row 1"):
-        next(items)
-
-
-def take_steps(stage, tokens, case=CASE):
-    config, schedule = case.config, case.schedule
-    params = jax.tree.map(jnp.copy, case.params)
-    state = training.start(params, stage, config, schedule)
-    metrics = []
-    for rows in tokens:
-        params, state, found = training.step(params, state, jnp.asarray(rows), config, schedule, stage)
-        metrics.append(np.asarray(found))
-    return params, state, np.array(metrics)
-
-
-def batches(stage, count):
-    rows = data.Rows(TOKENS, stage.context, (0,))
-    return [rows.batch(i * stage.sequences, stage.sequences).reshape(stage.accumulate, stage.rows, -1) for i in range(count)]
-
-
-def changed(params, case=CASE):
-    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), params, case.params)
-    return {jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal}
-
-
-def test_the_warm_up_changes_indexers_alone_and_keeps_state_for_them_alone():
-    params, state, metrics = take_steps(WARMUP, batches(WARMUP, 3))
-    assert changed(params) == {f".indexer.{name}" for name in ("queries", "keys", "key_norm", "key_norm_bias", "head_weights")}
-    trained = sum(leaf.size for leaf in jax.tree.leaves(CASE.params.indexer))
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * trained + 20
-    assert np.isfinite(metrics).all()
-
-
-def test_the_sparse_stage_changes_everything_but_the_routers_bias():
-    case = WITH_EXPERTS
-    params, _, _ = take_steps(SPARSE, batches(SPARSE, 2), case)
-    every = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert changed(params, case) == every - {".moe.router_bias"}
-
-
-def test_the_two_rates_are_apart_and_balancing_is_by_rule():
-    still = dataclasses.replace(SPARSE, model_rate=0.0, balance_speed=0.1)
-    params, _, _ = take_steps(still, batches(SPARSE, 1), WITH_EXPERTS)
-    assert {name.split(".")[1] for name in changed(params, WITH_EXPERTS)} == {"moe"}  # the rates start from 0
-    np.testing.assert_allclose(jnp.abs(params.moe.router_bias - WITH_EXPERTS.params.moe.router_bias).max(), 0.1, atol=1e-6)
-    params, _, _ = take_steps(still, batches(SPARSE, 2), WITH_EXPERTS)
-    assert {name for name in changed(params, WITH_EXPERTS) if "indexer" not in name} == {".moe.router_bias"}
-
-
-def test_accumulated_rows_are_one_batch():
-    whole = dataclasses.replace(WARMUP, rows=4)
-    parts = dataclasses.replace(WARMUP, rows=2, accumulate=2)
-    (_, state, one), (_, other_state, other) = take_steps(whole, batches(whole, 1)), take_steps(parts, batches(parts, 1))
-    np.testing.assert_allclose(one[:, [0, 1, 3]], other[:, [0, 1, 3]], rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):  # Adam's means of the gradients
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * float(jnp.abs(jnp.asarray(a)).max()))
-
-
-def test_training_lowers_the_divergence():
-    stage = dataclasses.replace(WARMUP, steps=30, rows=2)
-    _, _, metrics = take_steps(stage, batches(stage, 30))
-    assert metrics[-5:, 1].mean() < 0.9 * metrics[:5, 1].mean()
-
-
-def trained(output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, params=CASE.params, **saving):
-    return training.train(
-        params,
-        tokens,
-        stages,
-        CASE.config,
-        CASE.schedule,
-        Output.create(str(output)),
-        seed=seed,
-        resume=resume,
-        saving=Saving(**({"every": 2, "keep": 2, "log_every": 1} | saving)),
-    )
+def trained(
+    output, stages=(WARMUP, SPARSE), resume=False, seed=0, tokens=TOKENS, params=None, case=CASE, traced=None, **saving
+):
+    params = case.params if params is None else params
+    run = TrainingRun(tokens, stages, case.config, case.schedule, seed, traced)
+    saving = Saving(**({"every": 2, "keep": 2, "log_every": 1} | saving))
+    return runs.train(params, run, Output.create(str(output)), resume=resume, saving=saving)
 
 
 def train(*arguments, **options):
@@ -244,14 +71,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(uninterrupted, tmp_path, monkeyp
     monkeypatch.setattr(training, "step", real)
     params = train(tmp_path, resume=True)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    assert (tmp_path / training.LOG).read_text() == (whole / training.LOG).read_text()
-    assert [entry["step"] for entry in training.read_log(tmp_path)] == list(range(6))
+    assert (tmp_path / runs.LOG).read_text() == (whole / runs.LOG).read_text()
+    assert [entry["step"] for entry in runs.read_log(tmp_path)] == list(range(6))
 
 
 def test_time_is_of_all_processes_but_for_what_a_kill_undid(tmp_path, monkeypatch):
     """Steps take 1 s, and 3 s once resumed. The kill in step 5 undoes step 4; the first step of a process is no rate."""
     real, clock, taken = training.step, [0.0], []
-    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(runs, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def timed(*arguments):
         if len(taken) == 5:
@@ -273,7 +100,7 @@ def test_time_is_of_all_processes_but_for_what_a_kill_undid(tmp_path, monkeypatc
 
 def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(uninterrupted):
     folder, expected = uninterrupted
-    assert sorted(int(p.name) for p in (folder / training.CHECKPOINTS).iterdir() if p.name.isdigit()) == [4, 6]
+    assert sorted(int(p.name) for p in (folder / runs.CHECKPOINTS).iterdir() if p.name.isdigit()) == [4, 6]
     again = train(folder, resume=True)
     jax.tree.map(np.testing.assert_array_equal, again, expected)
 
@@ -284,12 +111,13 @@ def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(
         (dict(resume=False), "--resume goes on with it"),
         (dict(seed=1), "another seed"),
         (
-            dict(stages=(WARMUP, dataclasses.replace(SPARSE, model_rate=1.0))),
-            rf"another stages\[1\]\.model_rate: {SPARSE.model_rate!r} there, 1\.0 here",
+            dict(stages=(WARMUP, dataclasses.replace(SPARSE, model_learning_rate=1.0))),
+            rf"another stages\[1\]\.model_learning_rate: {SPARSE.model_learning_rate!r} there, 1\.0 here",
         ),
         (dict(params=jax.tree.map(lambda a: 2 * a, CASE.params)), "another weights"),
         (dict(tokens=TOKENS[:-1]), "another tokens"),
         (dict(tokens=TOKENS[::-1]), "another tokens"),
+        (dict(traced=traced_schedule(Schedule("FF"))), r"another traced schedule: '\(missing\)' there"),
     ],
 )
 def test_another_run_is_not_continued(uninterrupted, change, message):
@@ -299,25 +127,25 @@ def test_another_run_is_not_continued(uninterrupted, change, message):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
     """The rate explodes in step 3."""
-    wild = dataclasses.replace(SPARSE, model_rate=1e30, weight_decay=0.0, clip=1e30)
+    wild = dataclasses.replace(SPARSE, model_learning_rate=1e30, weight_decay=0.0, clip_norm=1e30)
     with pytest.raises(ValueError, match=r"sparse: step (4|5) is not finite \(language nan.*keeps the last good state"):
         train(tmp_path, (WARMUP, wild), every=1)
-    steps = [entry["step"] for entry in training.read_log(tmp_path)]
-    saved = sorted(int(p.name) for p in (tmp_path / training.CHECKPOINTS).iterdir() if p.name.isdigit())
+    steps = [entry["step"] for entry in runs.read_log(tmp_path)]
+    saved = sorted(int(p.name) for p in (tmp_path / runs.CHECKPOINTS).iterdir() if p.name.isdigit())
     assert steps == list(range(len(steps))) and saved[-1] == len(steps)
 
 
 @pytest.mark.parametrize("every", [1, None])
 def test_weights_that_the_last_step_broke_are_neither_saved_nor_returned(tmp_path, every):
     """Step 3 has a rate of 0; after step 4, whose loss and gradient are finite, decay alone is beyond float32."""
-    wild = dataclasses.replace(SPARSE, steps=2, model_rate=1e30, weight_decay=1e20)
+    wild = dataclasses.replace(SPARSE, steps=2, model_learning_rate=1e30, weight_decay=1e20)
     message = r"sparse: the weights after step 4 are not finite \(\.attention\.\w+, the first of \d+\)"
     kept = "" if every is None else ".*training keeps the last good state"
     with pytest.raises(ValueError, match=f"{message}{kept}$"):
         train(tmp_path, (WARMUP, wild), every=every)
-    assert [entry["step"] for entry in training.read_log(tmp_path)] == list(range(5))
+    assert [entry["step"] for entry in runs.read_log(tmp_path)] == list(range(5))
     if every is not None:
-        saved = [int(p.name) for p in (tmp_path / training.CHECKPOINTS).iterdir() if p.name.isdigit()]
+        saved = [int(p.name) for p in (tmp_path / runs.CHECKPOINTS).iterdir() if p.name.isdigit()]
         assert max(saved) == 4
 
 
@@ -326,6 +154,20 @@ def test_a_run_without_checkpoints_promises_none(tmp_path, every):
     broken = jax.tree.map(lambda a: a * jnp.nan, CASE.params)
     with pytest.raises(ValueError, match=r"step 0 is not finite \([^)]*\)$"):
         train(tmp_path, params=broken, every=every)
+
+
+def test_a_stage_without_steps_is_left_out(tmp_path):
+    with_one = train(tmp_path / "one", (dataclasses.replace(SPARSE, steps=0), WARMUP))
+    jax.tree.map(np.testing.assert_array_equal, with_one, train(tmp_path / "none", (WARMUP,)))
+
+
+def test_a_run_for_a_schedule_given_as_data_is_resumed_for_that_schedule_alone(tmp_path):
+    case, traced = Case(CASE.fields, "FF", 0), traced_schedule(CASE.schedule)
+    first = train(tmp_path, (WARMUP,), case=case, traced=traced)
+    again = train(tmp_path, (WARMUP,), case=case, traced=traced, resume=True)
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    with pytest.raises(ValueError, match=r"another traced schedule\.full\[1\]: False there, True here"):
+        train(tmp_path, (WARMUP,), case=case, traced=traced_schedule(case.schedule), resume=True)
 
 
 def scalars(folder):
@@ -343,98 +185,29 @@ def scalars(folder):
 
 def test_tensorboard_gets_what_the_log_gets(uninterrupted):
     folder, _ = uninterrupted
-    logged = [(e["step"], name, np.float32(e[name])) for e in training.read_log(folder) for name in training.METRICS]
+    logged = [(e["step"], name, np.float32(e[name])) for e in runs.read_log(folder) for name in training.METRICS]
     assert [(step, name, np.float32(value)) for step, name, value in scalars(folder)] == logged
 
 
 def test_a_log_cut_off_in_a_line_is_taken_up_at_the_step(tmp_path):
     lines = [json.dumps({"step": i, "stage": "s", "language": 1.0}) + "\n" for i in range(4)]
-    (tmp_path / training.LOG).write_text("".join(lines) + '{"step": 4, "sta')
-    metrics = training.Metrics(tmp_path, 3)
-    metrics.write(3, "s", {"language": 2.0})
-    metrics.close()
-    assert [(e["step"], e["language"]) for e in training.read_log(tmp_path)] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
-
-
-def test_flops_count_what_a_token_needs():
-    """Against products counted one by one."""
-    case = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}, "FS", 0)
-    s, k = 24, 8
-    attended = {"dense": sum(range(1, s + 1)) / s, "sparse": sum(min(i, k) for i in range(1, s + 1)) / s}
-    # Per layer: queries down and up, latents down, keys and values up, output; then logits and values of attended keys.
-    layer = 64 * 48 + 48 * 4 * 40 + 64 * 48 + 32 * 4 * (24 + 20) + 4 * 20 * 64
-    pair = 4 * (40 + 20)
-    mlps = 3 * 64 * 128 + 3 * 64 * 32 * (2 + 1) + 64 * 8
-    head = 64 * 97
-    indexer, score = 48 * 16 * 32 + 64 * 32 + 64 * 16, 16 * 32 + 16
-
-    def model(keys):
-        return 2 * (layer + pair * keys) + mlps + head
-
-    def count(stage):
-        return training.flops_per_token(case.config, case.schedule, stage) / 2
-
-    dense = dataclasses.replace(WARMUP, kind="dense")
-    assert count(dense) == pytest.approx(3 * model(attended["dense"]))
-    expected = model(attended["dense"]) + 2 * indexer + 3 * 2 * score * attended["dense"]
-    assert count(WARMUP) == pytest.approx(expected)
-    expected = 3 * model(attended["sparse"]) + 2 * indexer + 3 * 2 * score * attended["sparse"] + score * attended["dense"]
-    assert count(SPARSE) == pytest.approx(expected)
+    (tmp_path / runs.LOG).write_text("".join(lines) + '{"step": 4, "sta')
+    with runs.Metrics(tmp_path, 3) as metrics:
+        metrics.write(3, "s", {"language": 2.0})
+    assert [(e["step"], e["language"]) for e in runs.read_log(tmp_path)] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_rates_leave_compilation_out(tmp_path):
-    found = training.train(
-        CASE.params,
-        TOKENS,
-        [WARMUP],
-        CASE.config,
-        CASE.schedule,
-        Output.create(str(tmp_path)),
-        seed=0,
-        resume=False,
-        saving=Saving(log_every=1),
-    )
+    found = trained(tmp_path, [WARMUP], every=500)
     assert set(found.tokens_per_second) == {"warm-up"} and found.tokens_per_second["warm-up"] > 0
-
-
-def test_the_rate_is_optaxs_warm_up_and_cosine():
-    for steps in (1, 3, 40, 1000):
-        ramp = max(1, min(WARMUP.ramp, steps // 5))
-        expected = optax.warmup_cosine_decay_schedule(0.0, 2.0, ramp, max(steps, ramp + 1), 2.0 * WARMUP.final)
-        found = training.rate(WARMUP, 2.0, jnp.int32(steps))
-        counts = np.unique(np.linspace(0, steps - 1, 20).astype(int))
-        np.testing.assert_allclose([found(i) for i in counts], [expected(i) for i in counts], rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def all_full():
-    return Case(CASE.fields, "FF", 0)
-
-
-@pytest.mark.parametrize("stage", [WARMUP, SPARSE], ids=["warm-up", "sparse"])
-def test_a_schedule_as_data_trains_as_one_compiled_in(stage, all_full):
-    rows = jnp.asarray(batches(stage, 1)[0])
-    expected, expected_state, expected_metrics = take_steps(stage, [rows] * 2)
-    params, state = (
-        jax.tree.map(jnp.copy, all_full.params),
-        training.start(all_full.params, stage, CASE.config, all_full.schedule),
-    )
-    roles = traced_schedule(CASE.schedule)
-    for _ in range(2):
-        length = jnp.int32(stage.steps)
-        arguments = CASE.config, all_full.schedule, stage.program, length, roles
-        params, state, metrics = training.step(params, state, rows, *arguments)
-    np.testing.assert_allclose(metrics, expected_metrics[-1], rtol=1e-4)
-    kept = with_schedule(params, all_full.schedule, CASE.schedule)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, expected)
 
 
 def test_a_run_without_checkpoints_ends_where_one_with_them_does(uninterrupted, tmp_path):
     whole, expected = uninterrupted
     params = train(tmp_path, every=None)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    assert (tmp_path / training.LOG).read_text() == (whole / training.LOG).read_text()
-    assert not (tmp_path / training.CHECKPOINTS).exists()
+    assert (tmp_path / runs.LOG).read_text() == (whole / runs.LOG).read_text()
+    assert not (tmp_path / runs.CHECKPOINTS).exists()
 
 
 def test_a_stage_of_any_length_finds_its_step_compiled(caplog):
@@ -451,8 +224,8 @@ def test_a_stage_of_any_length_finds_its_step_compiled(caplog):
 
     found: list[int] = []
     for action in (
-        lambda: training.compile_steps([stage], CASE.config, CASE.schedule),
-        lambda: training.seconds_per_step(CASE.params, longer, CASE.config, CASE.schedule),
+        lambda: runs.compile_steps([stage], CASE.config, CASE.schedule),
+        lambda: runs.seconds_per_step(CASE.params, longer, CASE.config, CASE.schedule),
     ):
         with contextlib.contextmanager(compilations)():
             action()
@@ -463,7 +236,7 @@ def test_a_stage_of_any_length_finds_its_step_compiled(caplog):
 def test_a_step_that_is_not_finite_is_found_before_the_run():
     broken = jax.tree.map(lambda a: a * jnp.nan, CASE.params)
     with pytest.raises(ValueError, match="warm-up: a step on random tokens is not finite"):
-        training.seconds_per_step(broken, dataclasses.replace(WARMUP, context=20), CASE.config, CASE.schedule)
+        runs.seconds_per_step(broken, dataclasses.replace(WARMUP, context=20), CASE.config, CASE.schedule)
 
 
 def test_stages_are_cut_to_their_share_of_the_time():
@@ -471,16 +244,9 @@ def test_stages_are_cut_to_their_share_of_the_time():
     costs = [1.0, 1.0, 0.1]
 
     def fitted(seconds):
-        return [stage.steps for stage in training.fit(stages, costs, (0.5, 0.25, 0.25), seconds)]
+        return [stage.steps for stage in runs.fit(stages, costs, (0.5, 0.25, 0.25), seconds)]
 
     assert fitted(1000) == [100, 10, 1000]
     assert fitted(40) == [20, 10, 100]
     assert fitted(100) == [60, 10, 300]  # the second needs 10 of its 25 s, and the others share the rest as 2 to 1
     assert fitted(0) == fitted(-5) == [1, 1, 1]
-
-
-def test_packing_stops_at_its_limit(tmp_path):
-    found = documents(tmp_path, [30, 30, 30, 30])
-    packed = data.pack(found, text.Bytes(), 256, tmp_path / "tokens.bin", 1, limit=40)
-    assert packed.size == 62
-    assert data.pack(found, text.Bytes(), 256, tmp_path / "tokens.bin", 1).size == 124

@@ -13,13 +13,12 @@ from absl.testing import flagsaver
 
 import checkpoints_convert
 import experiments.run  # noqa: F401  (its flags go into every results.json)
-from experiments.common import options, text
-from experiments.common import runs as training
+from experiments.common import options, runs, text
 from experiments.common.report import Output
-from experiments.common.runs import Stage
 from experiments.reproduction import pretrain, retrieval
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 FIELDS = GLM_FIELDS | {
@@ -48,7 +47,7 @@ def test_random_selections_are_random_until_they_hold_everything():
     tokens = np.random.default_rng(0).integers(0, 256, (1, 33)).astype(np.int32)
     few, all_ = Case(FIELDS, "FF", 0), Case(FIELDS | {"index_topk": 32}, "FF", 0)
     assert abs(random_selection_loss(few, tokens) - random_selection_loss(few, tokens, seed=1)) > 1e-3
-    dense = training.evaluate(all_.params, tokens, all_.config, all_.schedule, "float32", sparse=False).language
+    dense = runs.evaluate(all_.params, tokens, all_.config, all_.schedule, "float32", sparse=False).language
     assert random_selection_loss(all_, tokens) == pytest.approx(dense, rel=1e-4)
     assert abs(random_selection_loss(few, tokens) - dense) > 1e-3
 
@@ -61,7 +60,7 @@ def test_the_shipped_model_is_the_one_described():
 
 def test_a_resumed_run_keeps_to_the_steps_it_began_with(tmp_path, monkeypatch):
     flags.FLAGS.mark_as_parsed()
-    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.0)
+    monkeypatch.setattr(runs, "seconds_per_step", lambda *_: 1.0)
     recipe, output = pretrain.RECIPES["demo"], Output.create(str(tmp_path))
 
     def steps(seconds, resume):
@@ -75,7 +74,7 @@ def test_a_resumed_run_keeps_to_the_steps_it_began_with(tmp_path, monkeypatch):
     assert sum(cut) == pytest.approx(100, abs=4)
     assert steps(np.inf, resume=True) == steps(500, resume=True) == cut
     assert steps(np.inf, resume=False) == whole
-    (tmp_path / training.CHECKPOINTS / "500").mkdir(parents=True)
+    (tmp_path / runs.CHECKPOINTS / "500").mkdir(parents=True)
     assert steps(120, resume=True) == whole  # which is what those checkpoints are of
     plan = tmp_path / pretrain.PLAN
     plan.write_text("of that run")
@@ -99,9 +98,9 @@ def test_a_run_trains_all_stages_and_leaves_a_checkpoint_with_its_card(tmp_path,
     recipe = pretrain.Recipe(FIELDS, stages, (0.5, 0.3, 0.2), separator=256)
     monkeypatch.setitem(pretrain.RECIPES, "demo", recipe)
     flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(corpus=str(tmp_path / "corpus"), steps_scale=0.5):
+    with flagsaver.flagsaver(text=str(tmp_path / "corpus"), steps_scale=0.5):
         pretrain.run(str(tmp_path / "out"), 0)
-    entries = training.read_log(tmp_path / "out")
+    entries = runs.read_log(tmp_path / "out")
     assert [sum(e["stage"] == s.name for e in entries) for s in stages] == [20, 10, 5]
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     first = entries[0]["language"]
@@ -132,14 +131,14 @@ def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monke
         pretrain, "plan", lambda recipe: [dataclasses.replace(s, steps=min(s.steps, 5000)) for s in recipe.stages]
     )
     flags.FLAGS.mark_as_parsed()
-    given = dict(corpus=f"{tmp_path}/corpus/*.py", recipe="medium")
+    given = dict(text=f"{tmp_path}/corpus/*.py", recipe="medium")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tokenizer.json").write_text("of a run that was given up")
     with flagsaver.flagsaver(**given, time_limit=0.5):
         pretrain.run(str(tmp_path / "out"), 0)
     steps = {entry["stage"]: entry["steps"] for entry in json.loads((tmp_path / "out" / "plan.json").read_text())}
     assert 1 <= steps["dense"] < 5000 and 1 <= steps["warm-up"] <= 3
-    assert len(training.read_log(tmp_path / "out")) == sum(steps.values())
+    assert len(runs.read_log(tmp_path / "out")) == sum(steps.values())
     encoder = text.tokenizer(tmp_path / "out" / "checkpoint")
     assert isinstance(encoder, text.FromFile) and encoder.decode(encoder.encode(b"alpha beta")) == "alpha beta"
     log, found = (tmp_path / "out" / "train.jsonl").read_text(), tmp_path / "out" / "results.json"

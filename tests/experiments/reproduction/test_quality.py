@@ -14,12 +14,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoints_convert
-from experiments.common import runs as training
+from experiments.common import runs
 from experiments.common.report import Output
 from experiments.reproduction import quality, retrieval
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -43,23 +44,23 @@ def test_intervals_are_students():
 
 def test_changes_are_paired_with_the_same_seed():
     scores = {
-        "DSA": {0: {"loss": 1.0, "one key": 1.0}, 1: {"loss": 2.0, "one key": 0.5}},
+        "all F": {0: {"loss": 1.0, "one key": 1.0}, 1: {"loss": 2.0, "one key": 0.5}},
         "1/2 uniform": {0: {"loss": 1.1, "one key": 0.0}, 1: {"loss": 2.2, "one key": 0.0}},
         "1/4 uniform": {1: {"loss": 2.4, "one key": 0.0}},
     }
-    patterns = {"DSA": {0: "FF", 1: "FF"}, "1/2 uniform": {0: "FS", 1: "FS"}, "1/4 uniform": {1: "FS"}}
+    patterns = {"all F": {0: "FF", 1: "FF"}, "1/2 uniform": {0: "FS", 1: "FS"}, "1/4 uniform": {1: "FS"}}
     header, rows = quality.score_table(scores, patterns, quality.PAPER)
     assert header == ["", "indexers", "loss", "change, %", "one key", "paper, Long"]
     assert rows[1][1] == "1" and rows[1][3].startswith("10.00 ± 0.00") and rows[1][-1] == "47.4"
     assert rows[2][3] == "20.00"  # of the one seed that there is
 
 
-def test_likeness_is_held_against_the_loss_step_by_step():
+def test_similarity_is_held_against_the_loss_step_by_step():
     steps = [
-        {"full": 4, "likeness": [3.0, 2.0, 1.0], "loss": [1.0, 1.1, 1.2]},
-        {"full": 3, "likeness": [1.0, 2.0], "loss": [1.0, 2.0]},
+        {"full": 4, "similarity": [3.0, 2.0, 1.0], "loss": [1.0, 1.1, 1.2]},
+        {"full": 3, "similarity": [1.0, 2.0], "loss": [1.0, 2.0]},
     ]
-    turned = [{"full": 4, "likeness": [1.0, 2.0, 3.0], "loss": [1.0, 1.1, 1.2]}, steps[1]]
+    turned = [{"full": 4, "similarity": [1.0, 2.0, 3.0], "loss": [1.0, 1.1, 1.2]}, steps[1]]
     found = [quality.Found({}, {}, s) for s in (steps, turned)]
     rows = quality.proxy_table(found)[1]
     assert len(rows) == 1 and rows[0][0] == "4"  # two flips have no order worth the name
@@ -70,7 +71,7 @@ def test_likeness_is_held_against_the_loss_step_by_step():
 def test_rows_survive_a_kill_and_are_not_made_twice(tmp_path):
     path, about = tmp_path / "rows.jsonl", {"flags": {"context": 3}}
     rows = quality.Rows(path, about, resume=False)
-    assert rows.once("free", 0, "DSA", lambda: {"loss": 1.5}) == {"loss": 1.5}
+    assert rows.once("free", 0, "all F", lambda: {"loss": 1.5}) == {"loss": 1.5}
     rows.close()
     with open(path, "ab") as file:
         file.write(b'{"part": "free", "seed": 1, "na')
@@ -79,8 +80,8 @@ def test_rows_survive_a_kill_and_are_not_made_twice(tmp_path):
     with pytest.raises(ValueError, match=r"another flags\.context: 3 there, 4 here"):
         quality.Rows(path, {"flags": {"context": 4}}, resume=True)
     rows = quality.Rows(path, about, resume=True)
-    assert rows.once("free", 0, "DSA", lambda: pytest.fail("made twice")) == {"loss": 1.5}
-    assert not rows.has("free", 1, "DSA") and rows.once("free", 1, "DSA", lambda: [2]) == [2]
+    assert rows.once("free", 0, "all F", lambda: pytest.fail("made twice")) == {"loss": 1.5}
+    assert not rows.has("free", 1, "all F") and rows.once("free", 1, "all F", lambda: [2]) == [2]
     rows.close()
     assert len(path.read_text().splitlines()) == 3
 
@@ -91,7 +92,10 @@ def test_rows_survive_a_kill_and_are_not_made_twice(tmp_path):
         (dict(retention="none"), "--retention=none"),
         (dict(retentions=["1/2", "0"]), "--retentions=0"),
         (dict(batch_size=2, sequences=2, held_out_sequences=3), "--batch_size=2: does not divide --held_out_sequences=3"),
-        (dict(retentions=["1/3"], distilled=["DSA", "1/2 uniform"]), "--distilled: '1/2 uniform' is not one of 'DSA', '1/3 u"),
+        (
+            dict(retentions=["1/3"], distilled=["all F", "1/2 uniform"]),
+            "--distilled: '1/2 uniform' is not one of 'all F', '1/3 u",
+        ),
     ],
 )
 def test_flags_are_looked_at_before_anything_takes_long(given, message):
@@ -103,15 +107,15 @@ def test_flags_are_looked_at_before_anything_takes_long(given, message):
 
 def test_a_resumed_run_trains_as_long_as_the_rows_that_are_there(tmp_path, monkeypatch):
     flags.FLAGS.mark_as_parsed()
-    stages = [training.Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
-    monkeypatch.setattr(training, "seconds_per_step", lambda *_: 1.0)
-    studied, output = quality.Model(*[None] * 7), Output.create(str(tmp_path))
+    stages = [Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
+    monkeypatch.setattr(runs, "seconds_per_step", lambda *_: 1.0)
+    studied, output = quality.Model(*[None] * 6), Output.create(str(tmp_path))
     monkeypatch.setattr(quality, "traced_schedule", lambda base: None)
     ends = time.perf_counter() + quality.FINISH_SECONDS
 
-    def steps(runs, begun, seconds, resume=True):
+    def steps(count, begun, seconds, resume=True):
         with flagsaver.flagsaver(resume=resume):
-            fitted = quality.within_the_limit(studied, stages, runs, begun, 0.0, output, ends + seconds)
+            fitted = quality.within_the_limit(studied, stages, count, begun, 0.0, output, ends + seconds)
         return [stage.steps for stage in fitted]
 
     with flagsaver.flagsaver(time_limit=41.0):
@@ -148,15 +152,15 @@ def test_a_run_in_small(tmp_path):
     flags = {
         "experiment": "quality",
         "checkpoint": tmp_path / "base",
-        "code": tmp_path / "code" / "*.txt",
-        "prose": tmp_path / "prose" / "*.txt",
+        "text": tmp_path / "code" / "*.txt",
+        "other_text": tmp_path / "prose" / "*.txt",
         "output_dir": tmp_path / "out",
         "context": 200,
         "sequences": 1,
         "held_out_sequences": 1,
         "retentions": "2/3,1/3",
         "retention": "2/3",
-        "distilled": "DSA,2/3 searched,2/3 uniform (own layer only)",
+        "distilled": "all F,2/3 searched,2/3 uniform (own layer only)",
         "seeds": 2,
         "retrieval_prompts": 1,
         "ngram_order": 3,
@@ -176,16 +180,16 @@ def test_a_run_in_small(tmp_path):
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
     assert found.returncode == 0, found.stderr[-3000:]
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
-    assert list(metrics["training_free"]) == ["DSA"] + [
+    assert list(metrics["training_free"]) == ["all F"] + [
         f"{share} {kind}" for share in ("2/3", "1/3") for kind in ("uniform", "searched", "similarity")
     ]
-    assert list(metrics["distilled"]) == ["DSA", "2/3 searched", "2/3 uniform (own layer only)"]
+    assert list(metrics["distilled"]) == ["all F", "2/3 searched", "2/3 uniform (own layer only)"]
     for entries in [*metrics["training_free"].values(), *metrics["distilled"].values()]:
         assert len(entries) == 2 and set(entries["0"]) == {"loss", "long-range loss", *retrieval.TASKS}
         assert all(np.isfinite(list(entry.values())).all() for entry in entries.values())
-    assert metrics["training_free"]["DSA"] != metrics["distilled"]["DSA"]
+    assert metrics["training_free"]["all F"] != metrics["distilled"]["all F"]
     assert len(metrics["domains"]) == 2 and list(metrics["domains"][0]) == [
-        "DSA",
+        "all F",
         "uniform",
         "searched on code",
         "searched on prose",

@@ -1,7 +1,5 @@
 """Losses of a model in memory: the model's own, an exhaustive naive greedy, resumption, how much compiles."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from indexcache_jax.params import init, with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from tests.support import numpy_reference
+from tests.support.loss_log import MemoryLog
 from tests.support.tiny_models import GLM_FIELDS, state, to_params
 
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 6}
@@ -49,9 +48,9 @@ def test_evaluator_of_params_without_some_indexers(params):
         evaluator.loss(ALL)
 
 
-def test_a_loss_that_is_not_finite_ends_the_search(params, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_search(params):
     broken = params.replace(final_norm=params.final_norm.at[0].set(jnp.nan))
-    log = search.Log(tmp_path / "log", {})
+    log = MemoryLog()
     with pytest.raises(ValueError, match="loss of FFFFFF on batch 0 is nan"):
         search.greedy_search(search.Evaluator(broken, CONFIG, ALL, [tokens(0)], log), ALL)
     assert log.get(ALL, 0) is None
@@ -112,14 +111,13 @@ class Killed(Exception):
     pass
 
 
-def test_resumes_after_a_kill_with_the_identical_result(params, tmp_path):
-    batches, about = [tokens(0), tokens(1)], {"weights": 1}
-    ran = []
+def test_resumes_after_a_kill_with_the_identical_result(params):
+    batches, log, ran = [tokens(0), tokens(1)], MemoryLog(), []
 
     def search_it(log, progress=ran.append):
         return search.greedy_search(search.Evaluator(params, CONFIG, ALL, batches, log, progress), ALL, num_full=2)
 
-    whole = search_it(search.Log(tmp_path / "whole", about))
+    whole = search_it(None)
     uninterrupted = sum(ran)
     ran.clear()
 
@@ -129,17 +127,13 @@ def test_resumes_after_a_kill_with_the_identical_result(params, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        search_it(search.Log(tmp_path / "log", about), until_killed)
-    with open(tmp_path / "log", "a") as file:
-        file.write('{"pattern": "FFFSFF", "batch": 0, "lo')  # cut off within a line
+        search_it(log, until_killed)
     ran.clear()
-    assert search_it(search.Log(tmp_path / "log", about)) == whole
+    assert search_it(log) == whole
     assert 0 < sum(ran) < 0.7 * uninterrupted
     ran.clear()
-    assert search_it(search.Log(tmp_path / "log", about)) == whole
+    assert search_it(log) == whole
     assert not ran
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert lines[0] == about and len({(e["pattern"], e["batch"]) for e in lines[1:]}) == len(lines) - 1
 
 
 def test_fingerprints_tell_weights_and_text_apart(params):

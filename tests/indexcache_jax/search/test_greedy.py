@@ -82,12 +82,3 @@ def test_first_step_with_at_most():
     assert search.first_step_with_at_most(steps, 4).schedule.pattern == "FFSFF"
     with pytest.raises(ValueError, match="ended at 3"):
         search.first_step_with_at_most(steps, 2)
-
-
-def test_a_log_about_something_else_is_refused(tmp_path):
-    search.Log(tmp_path / "log", {"weights": 1, "dtype": "float32"}).close()
-    with pytest.raises(ValueError, match=r"another weights \(1 there, 2 here\)"):
-        search.Log(tmp_path / "log", {"weights": 2, "dtype": "float32"})
-    (tmp_path / "other").write_text("not JSON\n")
-    with pytest.raises(ValueError, match="line 1 is not an evaluation"):
-        search.Log(tmp_path / "other", {})

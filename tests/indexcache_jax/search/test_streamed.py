@@ -14,6 +14,7 @@ from indexcache_jax.params import Params, abstract, with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap, streamed
 from indexcache_jax.tensors import leaves
+from tests.support.loss_log import MemoryLog
 from tests.support.tiny_models import CASES, Case
 
 CASE = CASES["glm-mixed"]  # FFSFS, dense layers 0 and 1
@@ -89,11 +90,11 @@ def test_schedules_share_the_layers_below_their_difference():
     assert sum(ran) == 1 + 2 + 2 + 4 + 4
 
 
-def test_what_the_log_knows_is_not_run_again(tmp_path):
-    log = search.Log(tmp_path / "log", {})
+def test_what_the_log_knows_is_not_run_again():
+    log = MemoryLog()
     first = streamed.StreamedEvaluator(OneByOne(), batches(), log).losses(SCHEDULES[:2])
     layers = OneByOne()
-    again = streamed.StreamedEvaluator(layers, batches(), search.Log(tmp_path / "log", {}))
+    again = streamed.StreamedEvaluator(layers, batches(), log)
     assert again.losses(SCHEDULES[:2]) == first and not layers.asked
     again.losses(SCHEDULES)
     assert layers.asked == [0, 1, 2, 3, 4]

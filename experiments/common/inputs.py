@@ -1,0 +1,203 @@
+"""What experiments read, checked once: the checkpoint and its dtype, schedules, sequences of text, and training stages.
+
+Settings come from the flags of options.py; every ValueError names the flag that is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common import options, text
+from indexcache_jax.config import Config
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import FP8, CacheFormat
+from indexcache_jax.training import Stage
+
+CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's flags may say
+
+# ---- the model and its schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The directory that --checkpoint names, and the dtype, "float32" or "bfloat16", to compute in."""
+
+    directory: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        return options.CHECKPOINT.value or "the shipped checkpoint"
+
+
+def checkpoint() -> Checkpoint:
+    """--checkpoint and --dtype, or what stands for them where they are not given."""
+    dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return Checkpoint(options.CHECKPOINT.value or str(options.DEMO), dtype)
+
+
+def share(flag: str, value: str) -> fractions.Fraction:
+    """The share, above 0 and up to 1, that a flag's text such as "1/4" or "0.25" gives."""
+    try:
+        fraction = fractions.Fraction(value)
+    except (ValueError, ZeroDivisionError):
+        fraction = fractions.Fraction(0)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--{flag}={value}: not a share such as 1/4 or 0.25")
+    return fraction
+
+
+def kept(num_layers: int, retention: fractions.Fraction) -> int:
+    """The number of F layers at a retention, rounded up: 12 of 47 at 1/4."""
+    return math.ceil(num_layers * retention)
+
+
+def kept_at_retention(num_layers: int) -> int:
+    """The number of F layers at --retention."""
+    return kept(num_layers, share("retention", options.RETENTION.value))
+
+
+def schedule(entry: str, num_layers: int) -> Schedule:
+    """One entry of --schedule: a pattern of `num_layers` letters, "all F", or a share of F layers, spread evenly."""
+    if entry == options.ALL_F:
+        return Schedule.all_full(num_layers)
+    if "/" in entry:
+        return Schedule.uniform(num_layers, kept(num_layers, share("schedule", entry)))
+    return Schedule.parse(entry, num_layers, f"--schedule={entry}")
+
+
+def only_schedule() -> str | None:
+    """The one entry of --schedule, None where it is not given. ValueError for several."""
+    entries = options.SCHEDULE.value
+    if len(entries) > 1:
+        raise ValueError(f"--schedule={','.join(entries)}: this experiment takes one schedule")
+    return entries[0] if entries else None
+
+
+# ---- inference
+
+
+def cache_format(latent_dtype: Any, index_dtype: Any) -> CacheFormat:
+    """What --latent_cache and --index_cache ask for, or the dtypes given for those that are not set."""
+    latent, index = options.LATENT_CACHE.value, options.INDEX_CACHE.value
+    return CacheFormat(CACHE_DTYPES[latent] if latent else latent_dtype, CACHE_DTYPES[index] if index else index_dtype)
+
+
+# ---- text
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Documents to search or train on, and others to evaluate on."""
+
+    train: list[text.Document]
+    held_out: list[text.Document]
+
+
+def split(patterns: str, held_out: str | None, flag: str = "text") -> Sides:
+    """The documents of `patterns` (of --`flag`) and of `held_out`, without those that both name, which are held out.
+
+    Without `held_out`, a share of the files by their names' hash; None: the experiment has no --held_out.
+    """
+    documents = text.documents(patterns)
+    if held_out:
+        kept_apart = text.documents(held_out)
+        paths = {d.path.resolve() for d in kept_apart}
+        if not (rest := [d for d in documents if d.path.resolve() not in paths]):
+            raise ValueError(f"--{flag}={patterns}: --held_out={held_out} names all of its files, none is left")
+        return Sides(rest, kept_apart)
+    sides = Sides([d for d in documents if not d.held_out], [d for d in documents if d.held_out])
+    if not (sides.train and sides.held_out):
+        hint = "" if held_out is None else "; name others with --held_out"
+        raise ValueError(f"--{flag}={patterns}: {len(documents)} file(s) are too few to keep some apart{hint}")
+    return sides
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """How a model's text becomes sequences of `context` tokens, each document followed by `separator` if that is not None."""
+
+    encoder: text.Bytes | text.FromFile
+    separator: int | None
+    context: int
+    vocab_size: int
+
+    def draw(self, documents: list[text.Document], flag: str, count: int, seed: int) -> np.ndarray:
+        """`count` cuts [count, context + 1] of the documents, taken in random order until there is enough of them.
+
+        flag: where the documents come from, as ValueErrors name it.
+        """
+        order = np.random.default_rng(seed).permutation(len(documents))
+        shuffled = [documents[i] for i in order]
+        tokens = text.stream(shuffled, self.encoder, self.separator, limit=2 * count * self.context + 1)
+        self.check_tokens(tokens, flag)
+        try:
+            return text.sequences(tokens, count, self.context, seed)
+        except ValueError as error:
+            raise ValueError(f"--{flag}: {error}; give more text, or less --context or fewer sequences") from None
+
+    def check_tokens(self, tokens: np.ndarray, flag: str) -> None:
+        """ValueError for a token that the model does not have."""
+        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
+            raise ValueError(
+                f"--{flag}: token {largest} of the {self.encoder.name} tokenizer, but vocab_size is {self.vocab_size}"
+            )
+
+
+def reader(directory: str, config: Config) -> Reader:
+    """The tokenizer of the checkpoint in `directory` at --context. ValueError for a context that the model cannot be
+    searched, trained or measured at."""
+    context = options.CONTEXT.value
+    if not config.index_topk < context <= config.max_position_embeddings:
+        raise ValueError(
+            f"--context={context}: must be above index_topk = {config.index_topk}, up to which every key is selected and all "
+            f"schedules are the same, and at most {config.max_position_embeddings}, the model's longest"
+        )
+    separator = next((token for token in config.eos_token_ids if 0 <= token < config.vocab_size), None)
+    return Reader(text.tokenizer(directory), separator, context, config.vocab_size)
+
+
+def batches(cuts: np.ndarray) -> list[np.ndarray]:
+    """Cuts [N, S+1] as batches [--batch_size, S+1]."""
+    size = options.BATCH_SIZE.value
+    if len(cuts) % size:
+        raise ValueError(f"--batch_size={size}: does not divide {len(cuts)} sequences")
+    return np.split(cuts, len(cuts) // size)
+
+
+# ---- distillation
+
+
+def distillation_stages(context: int, dtype: str, cross_layer: bool = True) -> list[Stage]:
+    """The dense warm-up and the sparse stage as the flags describe them, computed in `dtype`.
+
+    cross_layer: indexers learn from all layers that they serve, not from their own alone.
+    """
+
+    def stage(name: str, kind: str, steps: int, model_learning_rate: float, indexer_learning_rate: float) -> Stage:
+        return Stage(
+            name,
+            kind,
+            steps,
+            options.BATCH_SIZE.value,
+            context,
+            model_learning_rate,
+            indexer_learning_rate,
+            accumulate=options.ACCUMULATE.value,
+            cross_layer=cross_layer,
+            compute_dtype=dtype,
+        )
+
+    sparse_rates = options.MODEL_LEARNING_RATE.value, options.INDEXER_LEARNING_RATE.value
+    return [
+        stage("warm-up", "warmup", options.WARMUP_STEPS.value, 0.0, options.WARMUP_LEARNING_RATE.value),
+        stage("sparse", "sparse", options.SPARSE_STEPS.value, *sparse_rates),
+    ]

@@ -1,0 +1,216 @@
+"""A training step: which weights a stage trains, the optimiser with its learning rates, one update, and what it costs.
+
+A run is a list of stages (paper 3.2: a dense warm-up of the indexers, then the sparse stage that trains everything).
+Which weights a stage trains follows from their place in the tree (`distill.trainable`); gradients and optimiser state
+exist for those alone. Weights are float32, arithmetic is in the stage's compute dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from indexcache_jax import distill
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params, abstract
+from indexcache_jax.schedule import Schedule
+
+# What a step returns: both losses in nats a token, the largest share of a layer's tokens that one expert gets, and the
+# norm of the gradient before clipping.
+METRICS = ("language", "indexer", "largest_load", "gradient_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One phase of training: what trains, on how much text, how fast.
+
+    kind: "dense" (everything but the indexers, dense attention), "warmup" (the indexers alone, dense attention) or
+        "sparse" (everything, attention over what the indexers select). The router's bias is never trained.
+    rows, context, accumulate: an update sees `accumulate` micro-batches of `rows` sequences of `context` tokens.
+    model_learning_rate, indexer_learning_rate: the peaks of the two learning rates. A rate rises linearly over
+        `lr_warmup_steps` (at most a fifth of the stage) and falls along a cosine to `final_lr_fraction` of its peak.
+    clip_norm: largest norm of the gradient, of the model's and of the indexers' apart.
+    weight_decay: of matrices; not of norms, biases and the embedding.
+    balance_speed: by how much an update moves the router's bias towards equally loaded experts; 0 leaves it as it is.
+    cross_layer: an F layer's indexer learns from all layers that it serves, not from its own alone.
+    """
+
+    name: str
+    kind: str
+    steps: int
+    rows: int
+    context: int
+    model_learning_rate: float
+    indexer_learning_rate: float
+    final_lr_fraction: float = 0.1
+    lr_warmup_steps: int = 100
+    accumulate: int = 1
+    clip_norm: float = 1.0
+    weight_decay: float = 0.1
+    balance_speed: float = 0.0
+    cross_layer: bool = True
+    compute_dtype: str = "bfloat16"
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of an update."""
+        return self.accumulate * self.rows
+
+    @property
+    def program(self) -> Stage:
+        """The stage without its name and length: what a compiled step depends on, so that stages of any length share it."""
+        return dataclasses.replace(self, name="", steps=0)
+
+
+def split(tree: Any, labels: Any) -> tuple[Any, Any]:
+    """The leaves that train and those labelled "frozen", as two trees with None in place of the other's leaves."""
+    trained = jax.tree.map(lambda label, leaf: None if label == "frozen" else leaf, labels, tree)
+    return trained, jax.tree.map(lambda label, leaf: leaf if label == "frozen" else None, labels, tree)
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    """The tree of which `split` made two."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def learning_rate(stage: Stage, peak: float, steps: jax.Array | int) -> optax.Schedule:
+    """The learning rate by the number of updates made, for a stage of `steps` updates, which may be traced."""
+    steps = jnp.asarray(steps, jnp.float32)
+    warmup = jnp.maximum(1.0, jnp.minimum(stage.lr_warmup_steps, jnp.floor(steps / 5)))
+
+    def at(count: jax.Array) -> jax.Array:
+        progress = jnp.clip((count - warmup) / jnp.maximum(steps - warmup, 1.0), 0.0, 1.0)
+        cosine = stage.final_lr_fraction + (1 - stage.final_lr_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return peak * jnp.where(count < warmup, count / warmup, cosine)
+
+    return at
+
+
+def optimiser(
+    stage: Stage, config: Config, schedule: Schedule, steps: jax.Array | int | None = None
+) -> optax.GradientTransformation:
+    """AdamW over the stage's trained leaves, with a learning rate and a clipping norm for the model and for the indexers.
+
+    steps: the stage's length where it is not stage.steps; may be traced.
+    """
+    length = stage.steps if steps is None else steps
+    tree = abstract(config, schedule)
+    labels = distill.trainable(tree, stage.kind)
+    decayed = split(jax.tree.map(lambda t: t.init == "normal", tree), labels)[0]
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        rate = learning_rate(stage, peak, length)
+        rule = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed)
+        return optax.chain(optax.clip_by_global_norm(stage.clip_norm), rule)
+
+    rules = {"model": adamw(stage.model_learning_rate), "indexer": adamw(stage.indexer_learning_rate)}
+    return optax.multi_transform(rules, split(labels, labels)[0])
+
+
+def init_optimiser_state(params: Params, stage: Stage, config: Config, schedule: Schedule) -> Any:
+    """The optimiser's state before a stage's first step."""
+    labels = distill.trainable(params, stage.kind)
+    return optimiser(stage, config, schedule).init(split(params, labels)[0])
+
+
+@functools.partial(jax.jit, static_argnames="stage", donate_argnames=("params", "state"))
+def step(
+    params: Params,
+    state: Any,
+    tokens: jax.Array,
+    config: Config,
+    schedule: Schedule,
+    stage: Stage,
+    steps: jax.Array | int | None = None,
+    traced: distill.TracedSchedule | None = None,
+) -> tuple[Params, Any, jax.Array]:
+    """One update on tokens [accumulate, rows, S+1]: the params, the optimiser's state, and METRICS [4] float32.
+
+    The metrics are means over the micro-batches, of the params before the update. `params` (float32) and `state` are
+    donated: their buffers are used again.
+
+    steps, traced: the stage's length and the schedule to train for, as data. With `stage.program`, one compiled step serves
+    stages of any length; with `traced`, params that have all indexers are trained for any schedule by it.
+    """
+    labels = distill.trainable(params, stage.kind)
+    trained, frozen = split(params, labels)
+
+    def objective(trained: Any, tokens: jax.Array) -> tuple[jax.Array, distill.Losses]:
+        losses = distill.losses(
+            merge(trained, frozen),
+            tokens,
+            config,
+            schedule,
+            indexers=stage.kind != "dense",
+            sparse=stage.kind == "sparse",
+            cross_layer=stage.cross_layer,
+            compute_dtype=jnp.dtype(stage.compute_dtype),
+            traced=traced,
+        )
+        totals = {"dense": losses.language, "warmup": losses.indexer, "sparse": losses.language + losses.indexer}
+        return totals[stage.kind], losses
+
+    def micro_batch(tokens: jax.Array) -> tuple[Any, distill.Losses]:
+        return jax.grad(objective, has_aux=True)(trained, tokens)
+
+    if stage.accumulate == 1:
+        gradients, losses = micro_batch(tokens[0])
+    else:
+        shapes = jax.eval_shape(micro_batch, tokens[0])
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, micro_batch(rows)), None), zeros, tokens)
+        gradients, losses = jax.tree.map(lambda x: x / stage.accumulate, total)
+    updates, state = optimiser(stage, config, schedule, steps).update(gradients, state, trained)
+    params = merge(optax.apply_updates(trained, updates), frozen)
+    if params.moe is not None and stage.balance_speed:
+        bias = distill.balance(params.moe.router_bias, losses.tokens_per_expert, stage.balance_speed)
+        params = dataclasses.replace(params, moe=dataclasses.replace(params.moe, router_bias=bias))
+    largest_load = jnp.max(losses.tokens_per_expert / jnp.sum(losses.tokens_per_expert, axis=-1, keepdims=True), initial=0.0)
+    return params, state, jnp.stack([losses.language, losses.indexer, largest_load, optax.tree.norm(gradients)])
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _are_finite(params: Params, kind: str) -> Any:
+    trained, _ = split(params, distill.trainable(params, kind))
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), trained)
+
+
+def non_finite_weights(params: Params, kind: str) -> list[str]:
+    """The tensors that a stage of this kind trains and that hold NaN or infinity, by their path in the tree.
+
+    A step's metrics do not show it: its loss comes before its update.
+    """
+    finite = jax.device_get(_are_finite(params, kind))
+    return [jax.tree_util.keystr(path) for path, whole in jax.tree_util.tree_leaves_with_path(finite) if not whole]
+
+
+def flops_per_token(config: Config, schedule: Schedule, stage: Stage) -> float:
+    """Floating-point operations that a step needs per token: 2 for a multiplication and its addition.
+
+    Nothing counts that is computed twice or masked out. A matrix counts once forward, and once each backward for its
+    input's and its own gradient where these are needed. Attention and divergence count over the keys attended to, the
+    selection over all visible ones.
+    """
+    c, k, s = config, min(config.index_topk, stage.context), stage.context
+    visible = (s + 1) / 2
+    attended = visible if stage.kind != "sparse" else (k * (k + 1) / 2 + (s - k) * k) / s
+    heads, experts = c.num_heads, c.num_experts_per_tok + c.n_shared_experts
+    attention: float = c.hidden_size * (c.q_lora_rank + c.latent_dim) + heads * c.v_head_dim * c.hidden_size
+    attention += heads * (c.q_lora_rank * c.qk_head_dim + c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim))
+    attention += attended * heads * (c.qk_head_dim + c.v_head_dim)
+    moe = sum(c.moe_layers)
+    mlps = 3 * c.hidden_size * ((c.num_layers - moe) * c.intermediate_size + moe * experts * c.moe_intermediate_size)
+    model = c.num_layers * attention + mlps + moe * c.hidden_size * c.n_routed_experts + c.hidden_size * c.vocab_size
+    projections = c.q_lora_rank * c.index_n_heads * c.index_head_dim + c.hidden_size * (c.index_head_dim + c.index_n_heads)
+    scores = c.index_n_heads * (c.index_head_dim + 1)
+    total: float = model * (1 if stage.kind == "warmup" else 3)
+    if stage.kind != "dense":
+        total += 2 * schedule.num_full * projections + 3 * c.num_layers * attended * scores
+    if stage.kind == "sparse":
+        total += schedule.num_full * visible * scores
+    return 2.0 * total
