@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import device
 from pallas_kernels.blocks import map_queries
 
-# Of float32 scores per batch row; independent of B, so that B cannot change a result. On a CPU a block that stays in its
-# cache, and at 2048 tokens is one of four that see ever longer prefixes, takes 58 ms where a single one takes 88.
+# Of float32 scores per batch row; independent of B, so that B cannot change a result. On a CPU a block stays in the cache.
 SCORE_BYTES = {"cpu": 4 * 2**20, "other": 32 * 2**20}
 
 

@@ -4,7 +4,7 @@
 - At most 32 heads leave rows of a tile empty. Queries that have keys in common share a tile over the union of their lists,
   others go to a kernel of their own, mosaic_gpu_few_heads.py, one by one. `unions_pay` looks at the lists to decide, where
   there are PACKED_QUERIES or more; below, and in decode steps, each query is on its own.
-- A few tiles leave multiprocessors idle: their lists are split among the blocks of a cluster, which combine their parts
+- A few tiles leave SMs idle: their lists are split among the blocks of a cluster, which combine their parts
   through each other's shared memory. A launch more for that would cost about as much as all the rest of a decode step.
 - Latents in 8 bits are read as such, by the same kernel.
 
@@ -26,11 +26,10 @@ WIDTH, VALUE_DIM = 576, 512  # what the kernel is laid out for; mosaic_gpu_atten
 TILE, PAIR = 64, 128
 PACKED_QUERIES = 2 * hopper.NUM_SMS  # B * S from which the unions pay for the kernel that builds them
 
-# Key blocks of the unions for each key block of the lists, below which tiles of several queries are faster. 4096 queries of
-# 20 heads on an H200, three a tile: 2.39, 1.59, 1.26, 1.03 and 0.87 ms where neighbours share 0, 50, 70, 85 and 95 % of their
-# selections and so unions are 1, 0.67, 0.53, 0.43 and 0.37 of the lists, or 2.4 ms times this ratio; one by one 1.53 to 1.43.
+# Key blocks of the unions for each key block of the lists, below which tiles of several queries are faster
+# (docs/kernels.md, "Sparse MLA").
 UNION_PAYS = 0.6
-SAMPLED_TILES = 128  # one for each multiprocessor, so that their unions take the time of one
+SAMPLED_TILES = 128  # one for each SM, so that their unions take the time of one
 
 
 def why_not(

@@ -2,8 +2,8 @@
 
 A block of queries at a time: gather the selected latents of the block, then two small batched products with a softmax
 between. A masked product with all T latents would cost T / k times the arithmetic, so the gather pays already at a few
-hundred keys. The block is sized so that its gathered latents stay in a CPU's cache (12 ms against 56 ms for 2048 queries
-of 128 selected latents when they do not); an accelerator wants more work per step than that.
+hundred keys. The block is sized so that its gathered latents stay in a CPU's cache; an accelerator wants more work per step
+than that.
 """
 
 from __future__ import annotations
