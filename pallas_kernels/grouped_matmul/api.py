@@ -1,4 +1,4 @@
-"""grouped_matmul: rows sorted by expert, each group times its own matrix; a thin choice among what there is.
+"""grouped_matmul: rows sorted by expert, each group times its own matrix.
 
 grouped_swiglu is the first product of a SwiGLU layer with its activation.
 """

@@ -73,8 +73,8 @@ def why_not(
     if any(x.dtype != jnp.bfloat16 for x in (index_queries, index_keys, queries, keys)):
         return f"it takes bfloat16, not {index_queries.dtype}, {index_keys.dtype}, {queries.dtype} and {keys.dtype}"
     if queries.shape[3] > MAX_WIDTH or index_queries.shape[3] > MAX_INDEX_WIDTH:
-        given = f"{queries.shape[3]} and {index_queries.shape[3]}"
-        return f"it takes heads up to {MAX_WIDTH} and index heads up to {MAX_INDEX_WIDTH}, these are {given} wide"
+        widths = f"{queries.shape[3]} and {index_queries.shape[3]}"
+        return f"it takes heads up to {MAX_WIDTH} and index heads up to {MAX_INDEX_WIDTH}, these are {widths} wide"
     if 0 in queries.shape or 0 in keys.shape:
         return "there is nothing to attend"
     return None
@@ -303,10 +303,10 @@ def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients:
         return (total, of_keys), (dq, dw)
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(ik.shape, jnp.float32)
-    (total, of_keys), gradients = lax.scan(step, start, jnp.arange(q.shape[1] // rows, dtype=jnp.int32))
+    (total, of_keys), of_queries = lax.scan(step, start, jnp.arange(q.shape[1] // rows, dtype=jnp.int32))
     if not gradients:
         return total, None
-    dq, dw = gradients  # [blocks, B, R, Hi Di], [blocks, B, Hi, R]
+    dq, dw = of_queries  # [blocks, B, R, Hi Di], [blocks, B, Hi, R]
     dq = dq.swapaxes(0, 1).reshape(b, -1, index_heads, index_width)[:, :s]
     dw = dw.transpose(1, 0, 3, 2).reshape(b, -1, index_heads)[:, :s]
     return total, (dq, of_keys[:, : index_keys.shape[1]].astype(index_keys.dtype), dw.astype(head_weights.dtype))

@@ -71,8 +71,8 @@ def indexer_topk(
     def block(q: jax.Array, w: jax.Array, seen: jax.Array) -> jax.Array:  # [B, n, Hi, Di], [B, n, Hi], [B, n]
         def against(prefix: int) -> jax.Array:
             scales = None if key_scales is None else key_scales[:, :prefix]
-            one = jax.vmap(lambda q, k, w, c, v: select(scores(q, k, w, c), v, k_select))
-            return one(q, keys[:, :prefix], w, scales, seen)
+            select_rows = jax.vmap(lambda q, k, w, c, v: select(scores(q, k, w, c), v, k_select))
+            return select_rows(q, keys[:, :prefix], w, scales, seen)
 
         shortest = jnp.searchsorted(jnp.array(prefixes), jnp.max(seen))
         return jax.lax.switch(shortest, [functools.partial(against, prefix) for prefix in prefixes])

@@ -261,8 +261,8 @@ def _keep(q, k, v, words, scale, interpret):
     return (out, lse), (q, k, v, words, out, lse)
 
 
-def _pull(scale, interpret, kept, cotangents):
-    q, k, v, words, out, lse = kept
+def _pull(scale, interpret, residuals, cotangents):
+    q, k, v, words, out, lse = residuals
     out_grad = cotangents[0]
     delta = jnp.einsum("bshv,bshv->bhs", out.astype(jnp.float32), out_grad.astype(jnp.float32))
     lse, delta = to_tiles(lse * LOG2E, 2), to_tiles(delta, 2)

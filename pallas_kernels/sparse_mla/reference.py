@@ -49,7 +49,7 @@ def sparse_mla(
     def block(q: jax.Array, idx: jax.Array) -> jax.Array:
         def row(q: jax.Array, kv: jax.Array, idx: jax.Array) -> jax.Array:
             valid = idx >= 0
-            # An empty place reads row 0, whose content may be anything, NaN included: zero it.
+            # An empty entry reads row 0, whose content may be anything, NaN included: zero it.
             selected = jnp.where(valid[..., None], kv[jnp.where(valid, idx, 0)], 0).astype(q.dtype)
             return attend(q, selected, valid, scale=scale, value_dim=value_dim)
 
