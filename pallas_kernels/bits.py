@@ -16,6 +16,9 @@ def num_words(keys: int) -> int:
     return -(-keys // WORD_BITS)
 
 
+DERIVED_SIZES = {"ceil(T / 32)": lambda sizes: num_words(sizes["T"])}  # for check_shapes
+
+
 def pack(indices: jax.Array, keys: int) -> jax.Array:
     """Distinct selected positions [B, S, k] among `keys` keys, -1 where empty -> [B, ceil(keys / 32), S] int32."""
     b, s, _ = indices.shape

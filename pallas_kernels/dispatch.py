@@ -19,23 +19,23 @@ class Backend:
 
 
 def best(backends: Mapping[str, Backend], *args: Any, **options: Any) -> str:
-    """The name of the implementation that None stands for; of the arguments, only shapes and dtypes are looked at."""
+    """The name of the implementation that None stands for; depends on the shapes and dtypes of the arguments alone."""
     return next(name for name, backend in backends.items() if backend.why_not(*args, **options) is None)
 
 
 def imported(module: str, name: str) -> Backend:
-    """Function `name` of a kernel's module, and its `why_not`, imported when asked: not every JAX has what kernels import."""
+    """Function `name` and `why_not` of a module that is imported at the first call: not every JAX has what kernels import."""
 
-    def later(name: str) -> Callable[..., Any]:
+    def attribute(name: str) -> Callable[..., Any]:
         return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
 
-    return Backend(later(name), later("why_not"))
+    return Backend(attribute(name), attribute("why_not"))
 
 
 def hopper_backend(module: str, name: str) -> Backend:
-    """`imported`, of a module that only a Hopper GPU's JAX can import."""
-    found = imported(module, name)
-    return Backend(found.run, lambda *args, **options: hopper.why_not() or found.why_not(*args, **options))
+    """`imported` for a module that is imported only where kernels for Hopper can run."""
+    backend = imported(module, name)
+    return Backend(backend.run, lambda *args, **options: hopper.why_not() or backend.why_not(*args, **options))
 
 
 def call(operation: str, backends: Mapping[str, Backend], implementation: str | None, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where the Mosaic GPU kernels can run: the one place that says which JAX and which device they need."""
+"""Which JAX and which device the Mosaic GPU kernels need."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import jax
 from pallas_kernels import device
 
 NUM_SMS = 132  # of an H100 SXM and an H200: how many thread blocks a persistent kernel starts
-REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
+REGISTER_FILE = 65536  # 32-bit registers of an SM
 WARPGROUP = 128  # threads
 
 
 @dataclasses.dataclass(frozen=True)
 class RegisterSplit:
-    """How a block of one helping and `workers` working warpgroups divides the registers: per thread, by setmaxnreg.
+    """How a thread block of one helping and `workers` working warpgroups divides its registers: per thread, by setmaxnreg.
 
-    A block is launched with the largest multiple of 8 registers a thread that fits the file. What a warpgroup gains has
-    to be among these: where the demands together exceed them it waits for ever, without a message.
+    A block starts with the largest multiple of 8 registers a thread that fits the register file. Warpgroups can only exchange
+    these: one that asks for more than the others gave back waits for ever, without a message. ValueError for such a split.
     """
 
     workers: int

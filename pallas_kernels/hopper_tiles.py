@@ -1,6 +1,6 @@
 """What the Mosaic GPU kernels of attention with a selection share: tiles, products and masks of two warpgroups.
 
-A block of threads is two warpgroups of ROWS rows each and one that copies. Importing this needs JAX's Mosaic GPU.
+A thread block is two warpgroups of ROWS rows each and one that copies. Importing this needs JAX's Mosaic GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pallas_kernels.bits import WORD_BITS
 
 ROWS, WARPGROUPS = 64, 2
 TILE = ROWS * WARPGROUPS  # what queries and keys are padded to
-PIECE = 64  # what widths are a multiple of: bfloat16 of one swizzled row
+SWIZZLE_COLUMNS = 64  # bfloat16 elements of one 128-byte swizzled row; widths are padded to a multiple
 MEMORY_REGISTERS = 24
 LOG2E = math.log2(math.e)
 MASKED, START = -2e30, -1e30
@@ -59,19 +59,19 @@ def product(a: Any, b: Any, rows: int, columns: int) -> jax.Array:
 
 
 def products(first: tuple[Any, Any], second: tuple[Any, Any], rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """Two products that are waited for together."""
+    """The products of two pairs, computed at the same time."""
 
-    def run(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
-        plgpu.wgmma(one, *first)
-        plgpu.wgmma(other, *second)
-        return one[...], other[...]
+    def run(acc: Any, acc2: Any) -> tuple[jax.Array, jax.Array]:
+        plgpu.wgmma(acc, *first)
+        plgpu.wgmma(acc2, *second)
+        return acc[...], acc2[...]
 
     acc = plgpu.ACC((rows, columns), jnp.float32)
     return pl.run_scoped(run, acc, acc)
 
 
 def add_products(totals: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
-    """Two `add_product` that are waited for together."""
+    """Two `add_product`, computed at the same time."""
 
     def run(refs: Any) -> None:
         plgpu.wgmma(refs[0], *first)
@@ -90,22 +90,24 @@ def add_product(total: jax.Array, a: Any, b: Any) -> jax.Array:
 
 
 def selected_by_row(words: Any, first: Any, columns: int) -> jax.Array:
-    """The mask [ROWS, columns] of queries as rows, `first` the first of them in words [columns / 32, queries]."""
-    place = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=WGMMA)
-    *others, found = (by_row(vector(words.at[i, pl.ds(first, ROWS)], BY_ROW), columns) for i in range(columns // WORD_BITS))
+    """The mask [ROWS, columns] of ROWS queries from `first` on and all keys of words [columns / 32, queries]."""
+    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 1, layout=WGMMA)
+    *others, word_of_key = (
+        by_row(vector(words.at[i, pl.ds(first, ROWS)], BY_ROW), columns) for i in range(columns // WORD_BITS)
+    )
     for i, word in reversed(list(enumerate(others))):
-        found = jnp.where(place < (i + 1) * WORD_BITS, word, found)
-    return lax.shift_right_logical(found, place & (WORD_BITS - 1)) & 1 != 0
+        word_of_key = jnp.where(key < (i + 1) * WORD_BITS, word, word_of_key)
+    return lax.shift_right_logical(word_of_key, key & (WORD_BITS - 1)) & 1 != 0
 
 
 def selected_by_column(words: Any, first_word: Any, columns: int) -> jax.Array:
-    """The mask [ROWS, columns] of keys as rows, from words [:, columns] of which the rows' own begin at `first_word`."""
-    place = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=WGMMA)
+    """The mask [ROWS, columns] of ROWS keys, whose words begin at `first_word`, and all queries of words [:, columns]."""
+    key = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=WGMMA)
     low, high = (by_column(vector(words.at[first_word + i], BY_COLUMN)) for i in range(ROWS // WORD_BITS))
-    return lax.shift_right_logical(jnp.where(place < WORD_BITS, low, high), place & (WORD_BITS - 1)) & 1 != 0
+    return lax.shift_right_logical(jnp.where(key < WORD_BITS, low, high), key & (WORD_BITS - 1)) & 1 != 0
 
 
-def launch(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...], scratch: Any, interpret: Any) -> Any:
+def call_kernel(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...], scratch: Any, interpret: Any) -> Any:
     return plgpu.kernel(
         body,
         out_type=outputs,
@@ -120,7 +122,8 @@ def launch(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...
 
 
 def stream(body: Any, context: Any, steps: Any, specs: list[Any], stages: int) -> Any:
-    """`body` over the grid `steps` of streamed blocks, in the two warpgroups; `context` surrounds it with what stays."""
+    """Runs `body` in the two warpgroups for each of the grid `steps` of streamed blocks; `context` calls this loop and holds
+    what stays in registers."""
     return plgpu.emit_pipeline_warp_specialized(
         body,
         grid=steps,
@@ -134,11 +137,11 @@ def stream(body: Any, context: Any, steps: Any, specs: list[Any], stages: int) -
 
 
 def vector(ref: Any, layout: Any) -> jax.Array:
-    """Shared memory as a vector beside the rows (BY_ROW) or columns (BY_COLUMN) of a tile."""
+    """Loads a vector from shared memory in the layout of a tile's rows (BY_ROW) or columns (BY_COLUMN)."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def to_tiles(x: jax.Array, axis: int, multiple: int = TILE) -> jax.Array:
-    """x with zeros added to the axis up to a multiple."""
+    """x padded with zeros along the axis to a multiple."""
     missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

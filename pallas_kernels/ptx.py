@@ -1,4 +1,4 @@
-"""Words for the parts of a Mosaic GPU kernel that Pallas has no operation for, to be used inside `inline_mgpu`.
+"""PTX instructions for the parts of a Mosaic GPU kernel that Pallas has no operation for, to be used inside `inline_mgpu`.
 
 Integers are MLIR values of 32 bits (shared addresses, indices) or 64 (global addresses). Python integers are constants.
 """
@@ -134,7 +134,7 @@ def asm(ptx: str, arguments: Sequence[Value] = (), constraints: str = "", result
 
 
 def block_barrier() -> None:
-    """All threads of the block meet."""
+    """A barrier of all threads of the block."""
     asm("bar.sync 0;")
 
 
@@ -183,7 +183,7 @@ def copy_async(target: Value, source: Value, size: Value, pieces: int, target_st
 
 
 def copies_commit() -> None:
-    """Makes a group of this thread's cp.async since the last one."""
+    """Makes one group of the copies that this thread started since the last commit."""
     asm("cp.async.commit_group;")
 
 
@@ -193,7 +193,7 @@ def copies_done(pending: int = 0) -> None:
 
 
 def load_global(address: Value) -> Value:
-    """A 32-bit load of what no one writes during the kernel."""
+    """A 32-bit load of what nothing writes during the kernel."""
     return asm("ld.global.nc.b32 $0, [$1];", [address], "=r,l", i32())
 
 
@@ -247,12 +247,12 @@ def sum_of_lanes_below(x: Value) -> Value:
 
 
 def cluster_barrier() -> None:
-    """All threads of all blocks of the cluster meet; what they wrote to shared memory before is seen by all after."""
+    """A barrier of all threads of the cluster, after which all see what any wrote to shared memory before."""
     asm("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;")
 
 
 def peer_address(address: Value, rank: Value | int) -> Value:
-    """Where block `rank` of the cluster has what this one has at a shared address."""
+    """The address of the same shared memory in block `rank` of the cluster."""
     return asm("mapa.shared::cluster.u32 $0, $1, $2;", [address, _as_value(rank)], "=r,r,r", i32())
 
 
@@ -288,7 +288,7 @@ def to_bfloat16_pair(low: Value, high: Value) -> Value:
 
 
 def load_words_or_zeros(address: Value, predicate: Value, count: int) -> list[Value]:
-    """4 or 2 words of what no one writes during the kernel, zeros where the predicate (0 or not) says so."""
+    """4 or 2 words of what nothing writes during the kernel, zeros where the predicate (0 or not) says so."""
     outputs = ", ".join(f"${i}" for i in range(count))
     zeros = "\n".join(f"mov.b32 ${i}, 0;" for i in range(count))
     ptx = (
@@ -397,12 +397,12 @@ def store_shared_floats(address: Value, pair: Sequence[Value]) -> None:
 
 
 def barrier(identity: int, threads: int) -> None:
-    """`threads` threads of the block meet. 0 is the whole block's."""
+    """The named barrier `identity` of `threads` threads of the block; number 0 is that of the whole block."""
     asm(f"barrier.cta.sync {identity}, {threads};")
 
 
 def barrier_any(identity: int, threads: int, predicate: Value) -> Value:
-    """`threads` threads meet, and all get 1 where the predicate holds for any of them, else 0."""
+    """A named barrier of `threads` threads that returns 1 to all of them if the predicate holds for any, else 0."""
     return asm(
         f"{{\n.reg .pred p;\nbarrier.cta.red.or.pred p, {identity}, {threads}, $1;\nselp.b32 $0, 1, 0, p;\n}}",
         [predicate],
@@ -480,7 +480,7 @@ def _unpacked(struct: Value, count: int) -> list[Value]:
 
 
 def multiply_commit() -> None:
-    """What was started since the last time is one group."""
+    """Makes one group of the products started since the last commit."""
     asm("wgmma.commit_group.sync.aligned;")
 
 
@@ -571,7 +571,7 @@ def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value
 
 
 def load_words(address: Value) -> list[Value]:
-    """16 bytes, as four words, of what is read once and no one writes during the kernel."""
+    """16 bytes, as four words, of what is read once and nothing writes during the kernel."""
     words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
     text = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];"
     loaded = asm(text, [address], "=r,=r,=r,=r,l", words)
@@ -605,7 +605,7 @@ def prefetch(address: Value, size: Value, predicate: Value) -> None:
     asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
 
 
-# ---- a grid whose blocks are all resident: they write, meet, and read what the others wrote
+# ---- a barrier of a grid whose blocks are all resident, and loads of what other blocks wrote before it
 
 
 def load_fresh(address: Value) -> Value:
@@ -629,7 +629,7 @@ def load_fresh_words(address: Value) -> list[Value]:
 def grid_arrive(counter: Value, blocks: int) -> Value:
     """This block has written what others wait for. Returns what `grid_wait` waits for.
 
-    The counter is zero when the first grid of a sequence starts, and every grid adds `blocks` to it each time it meets.
+    The counter is zero when the first grid of a sequence starts, and every grid adds `blocks` to it at each barrier.
     """
     block_barrier()
     ptx = (

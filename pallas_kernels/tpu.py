@@ -1,4 +1,4 @@
-"""The TPUs that the Mosaic TPU kernels are laid out for: the one place that says which, and how large they are."""
+"""The TPUs that the Mosaic TPU kernels are laid out for, and their limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUBLANES = 8  # 32-bit rows of a vector register
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip has: bytes, operations and bytes a second. `vmem` is that of one core."""
+    """A chip's limits: vmem (of a core) and hbm in bytes, bandwidth in bytes a second, bf16 and int8 in operations a second."""
 
     name: str
     vmem: int
@@ -49,5 +49,5 @@ def chip() -> Chip:
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
-    """Of a kernel's products: said for every dtype, as Mosaic refuses what jax_default_matmul_precision may ask of bfloat16."""
+    """The precision of a kernel's products; explicit, because Mosaic refuses what jax_default_matmul_precision may ask for."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT

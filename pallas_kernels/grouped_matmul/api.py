@@ -1,4 +1,4 @@
-"""grouped_matmul: rows sorted by expert, each group times its own matrix; a thin choice among what there is.
+"""grouped_matmul: rows sorted by expert, each group times its own matrix.
 
 grouped_swiglu is the first product of a SwiGLU layer with its activation.
 """
@@ -19,7 +19,6 @@ def ragged_dot(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> 
 
 
 def _prefers_blocks(*_: jax.Array) -> str | None:
-    # On a CPU lax.ragged_dot multiplies every row by every matrix: 21 ms against 3 ms for 4096 rows in 8 groups.
     return "XLA's CPU backend expands it to every row times every matrix" if device.platform() == "cpu" else None
 
 

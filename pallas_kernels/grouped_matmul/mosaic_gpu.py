@@ -1,11 +1,11 @@
 """grouped_matmul on Hopper, and the kernel for few rows a group; mosaic_gpu_prefill has the one for many.
 
-A tile is a block of rows with one group that has rows in it: a block in which several groups meet is several tiles, each
-of which computes the whole block and writes the rows of its group alone. Which tiles there are is found by XLA beforehand
-and read by the kernel, so that the number of groups costs nothing in it, and a group without rows, its matrix above all,
+A tile is a block of rows with one group that has rows in it: a block with rows of several groups is several tiles, each
+of which computes the whole block and writes the rows of its group alone. XLA computes beforehand which tiles there are
+and the kernel reads them, so that the number of groups costs nothing in it, and a group without rows, its matrix above all,
 is never touched: in a decode step that is most of them.
 
-The backward pass is that of `lax.ragged_dot`, for grouped_swiglu after the product is made again.
+The backward pass is that of `lax.ragged_dot`, for grouped_swiglu after the product is computed again.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def blocks_for(n: int) -> Blocks:
 
 
 def _running_sum(x: jax.Array) -> jax.Array:
-    """cumsum as one fused step; a scan takes several launches, which is what a decode step notices."""
-    places = jnp.arange(x.shape[0])
-    return jnp.sum(jnp.where(places[None] <= places[:, None], x[None], 0), axis=1)
+    """cumsum as one fused step; a scan takes several kernels, which slows a decode step."""
+    index = jnp.arange(x.shape[0])
+    return jnp.sum(jnp.where(index[None] <= index[:, None], x[None], 0), axis=1)
 
 
 def tiles_of(group_sizes: jax.Array, rows: int, block: int) -> jax.Array:
@@ -116,19 +116,19 @@ def multiply(rows: jax.Array, matrices: jax.Array, tiles: jax.Array, blocks: Blo
                 def store(staged):
                     staged[...] = pl.run_scoped(product, plgpu.ACC((blocks.m, blocks.n))).astype(staged.dtype)
                     plgpu.commit_smem()
-                    size, place = end - begin, begin
+                    size, row = end - begin, begin
                     # A copy has a fixed number of rows: one copy for every bit of how many there are.
                     piece = 1 << (min(blocks.m, m).bit_length() - 1)
                     while piece:
 
                         @pl.when(size & piece != 0)
-                        def _(piece=piece, place=place):
+                        def _(piece=piece, row=row):
                             plgpu.copy_smem_to_gmem(
-                                staged.at[pl.ds(place - row_block * blocks.m, piece)],
-                                out_gmem.at[pl.ds(place, piece), pl.ds(column * blocks.n, blocks.n)],
+                                staged.at[pl.ds(row - row_block * blocks.m, piece)],
+                                out_gmem.at[pl.ds(row, piece), pl.ds(column * blocks.n, blocks.n)],
                             )
 
-                        place = place + (size & piece)
+                        row = row + (size & piece)
                         piece //= 2
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -170,8 +170,8 @@ def _forward_and_keep(rows, matrices, group_sizes):
     return forward(rows, matrices, group_sizes), (rows, matrices, group_sizes)
 
 
-def _backward(kept, cotangent):
-    rows, matrices, group_sizes = kept
+def _backward(residuals, cotangent):
+    rows, matrices, group_sizes = residuals
     _, pull = jax.vjp(lambda r, m: jax.lax.ragged_dot(r, m, group_sizes), rows, matrices)
     return *pull(cotangent), None
 
@@ -198,8 +198,8 @@ def _forward_and_keep_swiglu(rows, gate_up, group_sizes):
     return grouped_swiglu(rows, gate_up, group_sizes), (rows, gate_up, group_sizes)
 
 
-def _backward_swiglu(kept, cotangent, multiply=grouped_matmul):
-    rows, gate_up, group_sizes = kept
+def _backward_swiglu(residuals, cotangent, multiply=grouped_matmul):
+    rows, gate_up, group_sizes = residuals
     _, pull = jax.vjp(lambda r, m: reference.swiglu_of(multiply, r, m, group_sizes), rows, gate_up)
     return *pull(cotangent), None
 

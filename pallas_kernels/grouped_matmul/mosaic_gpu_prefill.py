@@ -6,7 +6,7 @@ the half before are computed and written twice, with the same values, and no hal
 64 rows does. Where a tile has one half only, the second warpgroup sits it out. For groups of about 640 random rows that
 is 5 % of products in vain, against 20 % for blocks at fixed multiples of 128 that are cut where groups meet.
 
-A block of the grid is persistent, one for each multiprocessor. Neighbouring blocks take the columns of one tile, then
+A block of the grid is persistent, one on each SM. Neighbouring blocks take the columns of one tile, then
 those of the group's next one, so that what is read at one time, a group's matrix or two and their rows, stays in L2.
 The copies run ahead into the next tile while the warpgroups store this one; and a warpgroup may be ahead of the other by
 the stages, so that one multiplies while the other stores.
@@ -48,7 +48,7 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.cluster not in (1, 2):
-            raise ValueError(f"{self}: a cluster has 1 or 2 blocks, more do not fill the multiprocessors")
+            raise ValueError(f"{self}: a cluster has 1 or 2 blocks, more do not fill the SMs")
         if self.n % PIECE or not PIECE <= self.columns <= 256:
             raise ValueError(f"{self}: a tile takes a multiple of {PIECE} columns and at most 256 of a matrix")
         if self.stages < 2 or not 1 <= self.slots <= self.n // PIECE:
@@ -67,12 +67,7 @@ class Tiling:
 
 
 def tiling_for(columns: int, gated: bool) -> Tiling:
-    """The best one for so many columns of the result, a multiple of PIECE.
-
-    Measured on one H200, 40960 rows in 64 random or skewed groups, against blocks of 128 rows by one warpgroup. 2048 x 3072:
-    0.97 and 0.93 ms in clusters, 0.97 and 0.95 without, 0.90 and 0.96 with 192 columns, 1.11 and 1.16 before; gated 0.95 and
-    0.95, without clusters 0.99 and 0.94. 1536 x 2048: 0.49 and 0.50 ms in clusters, 0.51 and 0.60 without, 0.76 before.
-    """
+    """The fastest tiling for a result of so many columns, a multiple of PIECE; docs/kernels.md has the measurements."""
     width = next(width for width in (GATED_WIDTHS if gated else WIDTHS) if columns % width == 0)
     cluster = 2 if columns % (2 * width) == 0 else 1
     return Tiling(n=width, stages=4, slots=min(2, width // PIECE), gated=gated, cluster=cluster)

@@ -23,8 +23,8 @@ def grouped_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array)
     padded_sizes = -(-group_sizes // block) * block
     starts, padded_starts = jnp.cumsum(group_sizes) - group_sizes, jnp.cumsum(padded_sizes) - padded_sizes
     group_of_row = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
-    place = jnp.arange(m) - starts[group_of_row] + padded_starts[group_of_row]
-    padded = jnp.zeros((blocks * block, rows.shape[1]), rows.dtype).at[place].set(rows, unique_indices=True)
+    padded_row = jnp.arange(m) - starts[group_of_row] + padded_starts[group_of_row]
+    padded = jnp.zeros((blocks * block, rows.shape[1]), rows.dtype).at[padded_row].set(rows, unique_indices=True)
 
     group_of_block = jnp.searchsorted(jnp.cumsum(padded_sizes), jnp.arange(blocks) * block, side="right")
     group_of_block = jnp.minimum(group_of_block, groups - 1)
@@ -35,7 +35,7 @@ def grouped_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array)
         return jnp.dot(block_rows, matrix, preferred_element_type=jnp.float32).astype(rows.dtype)
 
     out = jax.lax.map(multiply, (padded.reshape(blocks, block, -1), group_of_block))
-    return out.reshape(blocks * block, -1)[place]
+    return out.reshape(blocks * block, -1)[padded_row]
 
 
 def swiglu_of(

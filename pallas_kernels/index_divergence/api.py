@@ -1,4 +1,4 @@
-"""index_divergence: how far index scores are from the attention they shall foresee, and their gradient (distillation)."""
+"""index_divergence: the divergence of index scores from the attention they predict, and its gradient (distillation)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import bits, dispatch
 from pallas_kernels.index_divergence import reference
+from pallas_kernels.shapes import check_shapes
 
 BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.index_divergence.mosaic_gpu", "index_divergence"),
@@ -21,7 +22,7 @@ def index_divergence(
     queries: jax.Array,
     keys: jax.Array,
     lse: jax.Array,
-    words: jax.Array,
+    selection_bits: jax.Array,
     *,
     scale: float,
     implementation: str | None = None,
@@ -33,7 +34,7 @@ def index_divergence(
     Args:
       index_queries: [B, S, Hi, Di]; index_keys: [B, T, Di]; head_weights: [B, S, Hi] float32.
       queries, keys: [B, S, H, D] and [B, T, H, D] of the attention, queries at positions 0 .. S-1.
-      lse, words: [B, H, S] float32 and [B, ceil(T / 32), S] int32, which `selected_attention` returned and was given.
+      lse, selection_bits: [B, H, S] float32 and [B, ceil(T / 32), S] int32, which `selected_attention` returned and was given.
       scale: of the logits.
       implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "xla" runs anywhere and is the
         reference.
@@ -43,10 +44,18 @@ def index_divergence(
     Raises:
       ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
     """
-    (b, s, hi, di), (_, _, h, d), t = index_queries.shape, queries.shape, keys.shape[1]
-    arrays = (index_queries, index_keys, head_weights, queries, keys, lse, words)
-    expected = (b, s, hi, di), (b, t, di), (b, s, hi), (b, s, h, d), (b, t, h, d), (b, h, s), (b, bits.num_words(t), s)
-    if tuple(x.shape for x in arrays) != expected or words.dtype != jnp.int32:
-        raise ValueError(f"index_divergence: these do not fit together: {', '.join(str(x.shape) for x in arrays)}")
+    expected = {
+        "index_queries": "B, S, Hi, Di",
+        "index_keys": "B, T, Di",
+        "head_weights": "B, S, Hi",
+        "queries": "B, S, H, D",
+        "keys": "B, T, H, D",
+        "lse": "B, H, S",
+        "selection_bits": "B, ceil(T / 32), S",
+    }
+    arrays = (index_queries, index_keys, head_weights, queries, keys, lse, selection_bits)
+    check_shapes("index_divergence", expected, arrays, bits.DERIVED_SIZES)
+    if selection_bits.dtype != jnp.int32:
+        raise ValueError(f"index_divergence: selection_bits must be int32, got {selection_bits.dtype}")
     constants = jax.lax.stop_gradient(arrays[3:])
     return dispatch.call("index_divergence", BACKENDS, implementation, *arrays[:3], *constants, scale=scale)

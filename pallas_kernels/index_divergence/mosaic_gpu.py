@@ -11,7 +11,7 @@ BLOCK_BYTES each. Per block, kernels and XLA in turn:
     queries  a tile of queries of one index head stays, keys and g stream past: dots again, where positive g k adds up
     keys     a tile of keys stays, queries of some of the heads and g transposed stream past
 
-Every sum is one block of threads' in a fixed order, or XLA's: the result repeats bit for bit.
+Every sum is one thread block's in a fixed order, or XLA's: the result repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from pallas_kernels.hopper_tiles import (
     BY_ROW,
     LOG2E,
     MASKED,
-    PIECE,
     ROWS,
     START,
+    SWIZZLE_COLUMNS,
     TILE,
     WARPGROUPS,
     add_product,
     by_column,
     by_row,
+    call_kernel,
     filled,
-    launch,
     product,
     selected_by_row,
     smem,
@@ -53,8 +53,8 @@ from pallas_kernels.hopper_tiles import (
 
 BLOCK_BYTES = 128 * 2**20  # of one block's float32 scores, and as many of its targets
 STAGES = 2
-MAX_WIDTH, MAX_INDEX_WIDTH = 192, 128  # narrower ones are padded to a multiple of PIECE
-FILLED = 2 * hopper.NUM_SMS  # blocks of threads that keep the device busy
+MAX_WIDTH, MAX_INDEX_WIDTH = 192, 128  # narrower ones are padded to a multiple of SWIZZLE_COLUMNS
+MIN_BLOCKS = 2 * hopper.NUM_SMS  # thread blocks that keep the device busy
 
 
 def why_not(
@@ -73,8 +73,8 @@ def why_not(
     if any(x.dtype != jnp.bfloat16 for x in (index_queries, index_keys, queries, keys)):
         return f"it takes bfloat16, not {index_queries.dtype}, {index_keys.dtype}, {queries.dtype} and {keys.dtype}"
     if queries.shape[3] > MAX_WIDTH or index_queries.shape[3] > MAX_INDEX_WIDTH:
-        given = f"{queries.shape[3]} and {index_queries.shape[3]}"
-        return f"it takes heads up to {MAX_WIDTH} and index heads up to {MAX_INDEX_WIDTH}, these are {given} wide"
+        widths = f"{queries.shape[3]} and {index_queries.shape[3]}"
+        return f"it takes heads up to {MAX_WIDTH} and index heads up to {MAX_INDEX_WIDTH}, these are {widths} wide"
     if 0 in queries.shape or 0 in keys.shape:
         return "there is nothing to attend"
     return None
@@ -126,7 +126,7 @@ def _target(first, q, k, lse, words, heads: int, scale: float, interpret: Any) -
         plgpu.SMEM((WARPGROUPS, TILE // WORD_BITS, ROWS), jnp.int32),
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
-    run = launch(target_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
+    run = call_kernel(target_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
     return run(first, q, k, lse, words)
 
 
@@ -166,7 +166,7 @@ def _scores(first, q, k, w, words, interpret: Any) -> jax.Array:
         plgpu.SMEM((WARPGROUPS, TILE // WORD_BITS, ROWS), jnp.int32),
         plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
     )
-    run = launch(scores_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
+    run = call_kernel(scores_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
     return run(first, q, k, w, words)
 
 
@@ -213,12 +213,12 @@ def _of_queries(first, q, k, w, g, interpret: Any) -> tuple[jax.Array, jax.Array
         plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
     )
     grid, names = (heads, r // TILE, b), ("head", "queries", "batch")
-    return launch(index_dq_kernel, outputs, grid, names, scratch, interpret)(first, q, k, w, g)
+    return call_kernel(index_dq_kernel, outputs, grid, names, scratch, interpret)(first, q, k, w, g)
 
 
 def _head_groups(heads: int, tiles: int) -> int:
     """Into how many groups the index heads fall, each with a sum of its own: the fewest that fill the device."""
-    return next((n for n in range(1, heads) if heads % n == 0 and n * tiles >= FILLED), heads)
+    return next((n for n in range(1, heads) if heads % n == 0 and n * tiles >= MIN_BLOCKS), heads)
 
 
 def _of_keys(first, q, k, w, g_transposed, interpret: Any) -> jax.Array:
@@ -256,7 +256,7 @@ def _of_keys(first, q, k, w, g_transposed, interpret: Any) -> jax.Array:
     output = jax.ShapeDtypeStruct((b, groups, t, width), jnp.float32)
     scratch = (smem(WARPGROUPS, ROWS, width), plgpu.Barrier(num_barriers=WARPGROUPS))
     grid, names = (groups, t // TILE, b), ("heads", "keys", "batch")
-    run = launch(index_dk_kernel, output, grid, names, scratch, interpret)
+    run = call_kernel(index_dk_kernel, output, grid, names, scratch, interpret)
     return jnp.sum(run(first, q, k, w, g_transposed), axis=1)
 
 
@@ -303,10 +303,10 @@ def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients:
         return (total, of_keys), (dq, dw)
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(ik.shape, jnp.float32)
-    (total, of_keys), found = lax.scan(step, start, jnp.arange(q.shape[1] // rows, dtype=jnp.int32))
+    (total, of_keys), of_queries = lax.scan(step, start, jnp.arange(q.shape[1] // rows, dtype=jnp.int32))
     if not gradients:
         return total, None
-    dq, dw = found  # [blocks, B, R, Hi Di], [blocks, B, Hi, R]
+    dq, dw = of_queries  # [blocks, B, R, Hi Di], [blocks, B, Hi, R]
     dq = dq.swapaxes(0, 1).reshape(b, -1, index_heads, index_width)[:, :s]
     dw = dw.transpose(1, 0, 3, 2).reshape(b, -1, index_heads)[:, :s]
     return total, (dq, of_keys[:, : index_keys.shape[1]].astype(index_keys.dtype), dw.astype(head_weights.dtype))
@@ -341,6 +341,6 @@ def index_divergence(
     *,
     scale: float,
 ) -> jax.Array:
-    index_queries, queries, keys = (to_tiles(x, 3, PIECE) for x in (index_queries, queries, keys))
-    index_keys = to_tiles(index_keys, 2, PIECE)
+    index_queries, queries, keys = (to_tiles(x, 3, SWIZZLE_COLUMNS) for x in (index_queries, queries, keys))
+    index_keys = to_tiles(index_keys, 2, SWIZZLE_COLUMNS)
     return diverge((index_queries, index_keys, head_weights, queries, keys, lse, words), scale, None)

@@ -73,8 +73,8 @@ def indexer_topk(
     if (key_scales is not None) != (keys.dtype in (jnp.float8_e4m3fn, jnp.int8)) or (
         key_scales is not None and queries.dtype != keys.dtype
     ):
-        given = "given" if key_scales is not None else "missing"
-        kinds = f"queries {queries.dtype}, keys {keys.dtype}, key_scales {given}"
+        scales = "given" if key_scales is not None else "missing"
+        kinds = f"queries {queries.dtype}, keys {keys.dtype}, key_scales {scales}"
         raise ValueError(f"indexer_topk: key_scales go with float8_e4m3fn or int8 queries and keys: {kinds}")
     if key_scales is not None and key_scales.shape != keys.shape[:2]:
         raise ValueError(f"indexer_topk: key_scales must be {keys.shape[:2]}, one a key, got {key_scales.shape}")

@@ -74,9 +74,9 @@ def indexer_topk(
 
     t = keys.shape[1]
     if t <= k_select:
-        places = jnp.arange(k_select, dtype=jnp.int32)
+        positions = jnp.arange(k_select, dtype=jnp.int32)
         visible = jnp.clip(jnp.minimum(q_positions + 1, kv_lengths[:, None]), 0, t)
-        return jnp.where(places < visible[:, :, None], places, -1)
+        return jnp.where(positions < visible[:, :, None], positions, -1)
 
     heads = next(heads for heads in mosaic_gpu_scores.HEADS if heads >= queries.shape[2])
     queries = _padded(_padded(queries, 2, heads), 3, mosaic_gpu_scores.WIDTH)

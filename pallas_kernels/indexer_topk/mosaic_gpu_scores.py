@@ -1,6 +1,6 @@
 """Index scores on Hopper: I = key_scale_t * sum_h w_h relu(q_h . k_t), and the maxima of every 16 of them.
 
-One block of threads per multiprocessor stays for the whole launch: `math` warpgroups and one that copies. The keys are the
+One thread block per SM stays for the whole kernel: `math` warpgroups and one that copies. The keys are the
 rows of the matrix product (64 a warpgroup), queries x heads its columns (128: 4 queries of 32 heads, 2 of 64), so the
 sum over heads runs along a row of the accumulator, whose columns 4 lanes share, every fourth pair each. The columns are in
 such an order that a lane has those of one query: all of them in a tile of 4 queries, where no lane needs what another one
@@ -9,17 +9,15 @@ so a score depends on its query and key alone.
 
 A unit of work is as many tiles of queries as there are math warpgroups, one for each, and a run of key tiles, which all of
 them multiply: the queries and their weights stay (shared memory and registers) while keys stream past. Units run through
-all queries of a batch row before the next run of keys, so that all multiprocessors read the same keys at the same time,
+all queries of a batch row before the next run of keys, so that all SMs read the same keys at the same time,
 from L2. Key tiles that no query of the unit sees are skipped; their scores stay unwritten. Where a tile is cut by what a
 query sees, the hidden scores are -inf, and NaN becomes -inf too, so that the maxima are those of the visible scores. Few
 queries have fewer tiles in a unit, whose warpgroups then divide larger key tiles.
 
 Why these blocks: 64 keys and 128 columns give each of 4 math warpgroups 112 registers (64 of them accumulators), which
 keeps the tensor cores busy while other warpgroups are in the epilogue. The kernel runs at the power limit of the GPU, so
-what costs energy costs time. Key tiles shared by four tiles of queries are the fewest keys from L2: 4096 queries of 32 heads
-and 122880 keys take 3.97 ms in 8 bits and 6.05 ms in bfloat16 with four tiles, 4.03 and 6.27 ms with two, 4.17 and 6.63 ms
-with one, at 1690, 1680 and 1605 MHz in 8 bits (an H200, each for a second). Two warpgroups of 256 columns were slower, 4.31
-and 6.53 ms. The epilogue limits 8-bit inputs before the product does. relu (a maximum) uses the integer pipe at half rate,
+what costs energy costs time: a unit is of four tiles of queries, because these read the fewest keys from L2 (docs/kernels.md).
+The epilogue limits 8-bit inputs before the product does. relu (a maximum) uses the integer pipe at half rate,
 so for 8-bit inputs half of the relus are saturating multiplications on the other pipe: exact, because |q . k| is below 2^25.
 Both operands arrive by TMA and are only read by wgmma, so no fence stands between them.
 """
@@ -101,7 +99,7 @@ class ScoresConfig:
 
 
 def best_run(key_tiles: int, other_units: int) -> int:
-    """Key tiles of a unit such that the multiprocessor with most units ends first; a unit costs about half a tile extra."""
+    """Key tiles of a unit such that the SM with most units ends first; a unit costs about half a tile extra."""
 
     def last_to_end(run: int) -> float:
         units = other_units * -(-key_tiles // run)

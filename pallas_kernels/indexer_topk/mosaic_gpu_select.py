@@ -9,7 +9,7 @@ A group of threads owns a row and keeps the row's best candidates, (score, posit
    row, so the whole selection costs less than one read of it.
 3. Stream. Each thread copies its own 16-byte pieces of the next chunks to shared memory (cp.async) while it works on the
    ones that have come; one packed scan per warp and one barrier per chunk give every score that reaches the threshold its
-   place in the buffer. Before the buffer would overflow it is squeezed to its best k and
+   position in the buffer. Before the buffer would overflow it is compacted to its best k and
    the threshold rises to the worst of them: nothing is lost, however the scores lie. Should fewer than k scores have passed
    (the sample misled), the row is streamed once more with no threshold.
 4. The k-th best is found by histograms over what remains of the range, 11 bits of the ordered integer image of the
@@ -22,8 +22,7 @@ Atomics only count, so the result does not depend on timing. NaN counts as -inf 
 k keys takes them all.
 
 Two rows of 512 threads share a thread block because the compiler then keeps to 64 registers and all 1024 fit on a
-multiprocessor. Scores under way wait in shared memory and not in registers: 16 of these for the next chunk were too many,
-what was spilled for them went through L2, and one chunk under way did not cover the latency of memory. Few rows (decoding)
+SM. Scores in flight wait in shared memory, because registers for them would spill. Few rows (decoding)
 get 1024 threads each, which shortens the chain of dependent loads that bounds them.
 """
 
@@ -84,7 +83,7 @@ class SelectConfig:
 
 
 def default_config(rows: int) -> SelectConfig:
-    """Few rows leave multiprocessors idle either way, so each gets as many threads as there can be."""
+    """Few rows leave SMs idle either way, so each gets as many threads as there can be."""
     return SelectConfig() if rows > 132 else SelectConfig(threads=1024, rows=1)
 
 
@@ -455,7 +454,7 @@ class _Row:
 
         m.loop(self.rounds(count), [m.word(0), m.word(0), m.word(0)], step)
 
-    def squeeze(self, count: Any, threshold: Any, top: Any) -> list[Any]:
+    def compact(self, count: Any, threshold: Any, top: Any) -> list[Any]:
         """Keeps the best k of a full buffer. Returns how many are in it and the threshold a score now has to reach."""
         m = self.m
         self.barrier()
@@ -471,7 +470,7 @@ class _Row:
         return [m.word(self.p.k), m.select(lo.equals(hi), lo + 1, lo)]
 
     def below(self, threshold: Any) -> Any:
-        """A bound of the keys in the buffer: after a squeeze its worst may sit one below the threshold."""
+        """A bound of the keys in the buffer: after compaction its worst may sit one below the threshold."""
         return threshold - self.m.as_number(threshold > 0)
 
     # -- a row in shared memory
@@ -690,20 +689,20 @@ class _Stream:
     def fill(self, threshold: Any, top: Any) -> list[Any]:
         """Fills the buffer with the scores that reach the threshold: how many, and the new threshold. No key is above `top`.
 
-        The squeeze stands outside the loop over chunks: rare as it is, within it it would cost registers.
+        Compaction stands outside the loop over chunks: rare as it is, within it it would cost registers.
         """
         m, row = self.m, self.row
         blocks_per_chunk = self.p.chunk // BLOCK
         chunks = (self.blocks + (blocks_per_chunk - 1)) // blocks_per_chunk
 
-        def fill_and_squeeze(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
+        def fill_and_compact(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
             chunk, count, threshold = carry
             chunk, count = self.until_full(chunk, count, chunks, row.number_of_key(threshold))
             left = chunk < chunks
-            count, threshold = m.otherwise_keep(left, [count, threshold], lambda: row.squeeze(count, threshold, top))
+            count, threshold = m.otherwise_keep(left, [count, threshold], lambda: row.compact(count, threshold, top))
             return [chunk, count, threshold], [], left
 
-        count, threshold = m.repeat([m.word(0), m.word(0), threshold], fill_and_squeeze, 0)[1:]
+        count, threshold = m.repeat([m.word(0), m.word(0), threshold], fill_and_compact, 0)[1:]
         m.await_copies(0)  # of the groups that found nothing left to copy
         row.barrier()
         return [count, threshold]

@@ -191,11 +191,11 @@ def _kernel(blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *refs, rows:
         guess = _ordered(jnp.where(usable, guess, 0.0))
         guess = jnp.minimum(jnp.maximum(guess, low + 1), high - 1)
         guess = jnp.where(usable & (step % 2 == 0), guess, middle)
-        found = count(lambda ordered, first: ordered >= guess)
-        enough = found >= wanted
+        counted = count(lambda ordered, first: ordered >= guess)
+        enough = counted >= wanted
         going = undecided(low, high, at_low)
-        low, at_low = jnp.where(going & enough, guess, low), jnp.where(going & enough, found, at_low)
-        high, at_high = jnp.where(going & ~enough, guess, high), jnp.where(going & ~enough, found, at_high)
+        low, at_low = jnp.where(going & enough, guess, low), jnp.where(going & enough, counted, at_low)
+        high, at_high = jnp.where(going & ~enough, guess, high), jnp.where(going & ~enough, counted, at_high)
         return step + 1, low, high, at_low, at_high, jnp.max(jnp.where(undecided(low, high, at_low), 1.0, 0.0))
 
     none = jnp.zeros((rows, 1), jnp.int32)

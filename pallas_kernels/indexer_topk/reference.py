@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import device
 from pallas_kernels.blocks import map_queries
 
-# Of float32 scores per batch row; independent of B, so that B cannot change a result. On a CPU a block that stays in its
-# cache, and at 2048 tokens is one of four that see ever longer prefixes, takes 58 ms where a single one takes 88.
+# Of float32 scores per batch row; independent of B, so that B cannot change a result. On a CPU a block stays in the cache.
 SCORE_BYTES = {"cpu": 4 * 2**20, "other": 32 * 2**20}
 
 
@@ -72,8 +71,8 @@ def indexer_topk(
     def block(q: jax.Array, w: jax.Array, seen: jax.Array) -> jax.Array:  # [B, n, Hi, Di], [B, n, Hi], [B, n]
         def against(prefix: int) -> jax.Array:
             scales = None if key_scales is None else key_scales[:, :prefix]
-            one = jax.vmap(lambda q, k, w, c, v: select(scores(q, k, w, c), v, k_select))
-            return one(q, keys[:, :prefix], w, scales, seen)
+            select_rows = jax.vmap(lambda q, k, w, c, v: select(scores(q, k, w, c), v, k_select))
+            return select_rows(q, keys[:, :prefix], w, scales, seen)
 
         shortest = jnp.searchsorted(jnp.array(prefixes), jnp.max(seen))
         return jax.lax.switch(shortest, [functools.partial(against, prefix) for prefix in prefixes])

@@ -97,7 +97,7 @@ def _select(scores_ref: Any, visible_ref: Any, out_ref: Any, *, k: int) -> None:
         equal = (keys == worst) & (position < visible)
         order = equals_before + jnp.cumsum(equal.astype(jnp.int32))
         chosen = (keys > worst) | (equal & (order <= wanted - above))
-        # The others' places, never written, differ: interpreted, lanes of one place would overwrite each other.
+        # The other lanes get distinct positions, which are not written: interpreted, equal ones would overwrite each other.
         place = jnp.where(chosen, written + jnp.cumsum(chosen.astype(jnp.int32)) - 1, k + lane)
         plgpu.store(out_ref.at[0, place], position, mask=chosen)
         return written + _count(chosen), equals_before + _count(equal)

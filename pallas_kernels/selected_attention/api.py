@@ -1,4 +1,4 @@
-"""selected_attention: multi-head attention where a bit for every pair says whether it counts; the form that training takes."""
+"""selected_attention: multi-head attention over selected keys, with the selection as a bit for every pair; used in training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import bits, dispatch
 from pallas_kernels.selected_attention import reference
+from pallas_kernels.shapes import check_shapes
 
 BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.selected_attention.mosaic_gpu", "selected_attention"),
@@ -15,7 +16,13 @@ BACKENDS = {
 
 
 def selected_attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float, implementation: str | None = None
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    selection_bits: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(scale * q . k) v over the selected keys, float32 inside, and the logarithm of the softmax's denominator.
 
@@ -24,7 +31,7 @@ def selected_attention(
     Args:
       queries: [B, S, H, D], at positions 0 .. S-1.
       keys, values: [B, T, H, D] and [B, T, H, V].
-      words: [B, ceil(T / 32), S] int32, the selection as `bits.pack` or `bits.causal` make it. No query may select a
+      selection_bits: [B, ceil(T / 32), S] int32, the selection as `bits.pack` or `bits.causal` make it. No query may select a
         later position than its own.
       scale: of the logits.
       implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "xla" runs anywhere and is the
@@ -37,9 +44,8 @@ def selected_attention(
     Raises:
       ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
     """
-    (b, s, h, d), t = queries.shape, keys.shape[1]
-    expected = (b, t, h, d), (b, t, h), (b, bits.num_words(t), s)
-    if (keys.shape, values.shape[:3], words.shape) != expected or words.dtype != jnp.int32:
-        shapes = f"queries {queries.shape}, keys {keys.shape}, values {values.shape}, words {words.shape} {words.dtype}"
-        raise ValueError(f"selected_attention: these do not fit together: {shapes}")
-    return dispatch.call("selected_attention", BACKENDS, implementation, queries, keys, values, words, scale=scale)
+    expected = {"queries": "B, S, H, D", "keys": "B, T, H, D", "values": "B, T, H, V", "selection_bits": "B, ceil(T / 32), S"}
+    check_shapes("selected_attention", expected, (queries, keys, values, selection_bits), bits.DERIVED_SIZES)
+    if selection_bits.dtype != jnp.int32:
+        raise ValueError(f"selected_attention: selection_bits must be int32, got {selection_bits.dtype}")
+    return dispatch.call("selected_attention", BACKENDS, implementation, queries, keys, values, selection_bits, scale=scale)

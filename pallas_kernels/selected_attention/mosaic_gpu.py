@@ -1,10 +1,10 @@
 """selected_attention on Hopper: flash attention whose mask is a bit a pair, forward and backward, without atomics.
 
-A block of threads owns a tile: two warpgroups of 64 rows each, and one that copies. Forward and gradient of queries: the
+A thread block owns a tile: two warpgroups of 64 rows each, and one that copies. Forward and gradient of queries: the
 rows are queries and tiles of keys stream past; gradient of keys and values: the rows are keys, tiles of queries stream
 past. Every sum is thus one block's, in the order of the tiles: the result repeats bit for bit. Tiles that causality
 empties are left out; within the rest every pair is computed and the mask zeroes what is not selected. At a selection of
-1/16 that is more arithmetic than gathering, but all of it runs on the tensor cores from tiles that TMA brings:
+1/16 that is more arithmetic than gathering, but all of it runs on the tensor cores from tiles that TMA copies:
 a gathered row would serve one query, a tile serves 128.
 
 Why these tiles: registers. The rows' sums stay in them (64 x (192 + 128) numbers a warpgroup for keys and values: 160 a
@@ -29,17 +29,17 @@ from pallas_kernels.hopper_tiles import (
     BY_ROW,
     LOG2E,
     MASKED,
-    PIECE,
     ROWS,
     START,
+    SWIZZLE_COLUMNS,
     TILE,
     WARPGROUPS,
     add_product,
     add_products,
     by_column,
     by_row,
+    call_kernel,
     filled,
-    launch,
     product,
     products,
     selected_by_column,
@@ -54,7 +54,7 @@ from pallas_kernels.hopper_tiles import (
 KEYS = 128  # of a streamed tile, forward
 STREAMED = 64  # rows of a streamed tile, backward
 STAGES = 2, 3  # streamed tiles in flight, forward and backward
-MAX_WIDTH = 192, 128  # of keys and values: what the registers hold; narrower ones are padded to a multiple of PIECE
+MAX_WIDTH = 192, 128  # of keys and values: what the registers hold; narrower ones are padded to a multiple of SWIZZLE_COLUMNS
 
 
 def why_not(queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float) -> str | None:
@@ -124,7 +124,7 @@ def _forward(
         plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
-    run = launch(selected_attention_forward, outputs, (h, tiles, b), ("head", "tile", "batch"), scratch, interpret)
+    run = call_kernel(selected_attention_forward, outputs, (h, tiles, b), ("head", "tile", "batch"), scratch, interpret)
     return run(q, k, v, words)
 
 
@@ -181,7 +181,7 @@ def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: A
         plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
     )
     grid, names = (h, tiles, b), ("head", "tile", "batch")
-    run = launch(selected_attention_dq, jax.ShapeDtypeStruct(q.shape, q.dtype), grid, names, scratch, interpret)
+    run = call_kernel(selected_attention_dq, jax.ShapeDtypeStruct(q.shape, q.dtype), grid, names, scratch, interpret)
     return run(q, k, v, out_grad, words, lse, delta)
 
 
@@ -238,7 +238,7 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
         plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
     )
     grid, names = (h, t // TILE, b), ("head", "tile", "batch")
-    run = launch(selected_attention_dkv, outputs, grid, names, scratch, interpret)
+    run = call_kernel(selected_attention_dkv, outputs, grid, names, scratch, interpret)
     return run(q, k, v, out_grad, words, lse, delta)
 
 
@@ -261,8 +261,8 @@ def _keep(q, k, v, words, scale, interpret):
     return (out, lse), (q, k, v, words, out, lse)
 
 
-def _pull(scale, interpret, kept, cotangents):
-    q, k, v, words, out, lse = kept
+def _pull(scale, interpret, residuals, cotangents):
+    q, k, v, words, out, lse = residuals
     out_grad = cotangents[0]
     delta = jnp.einsum("bshv,bshv->bhs", out.astype(jnp.float32), out_grad.astype(jnp.float32))
     lse, delta = to_tiles(lse * LOG2E, 2), to_tiles(delta, 2)
@@ -279,6 +279,6 @@ def selected_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     width = values.shape[3]
-    queries, keys, values = (to_tiles(x, 3, PIECE) for x in (queries, keys, values))
+    queries, keys, values = (to_tiles(x, 3, SWIZZLE_COLUMNS) for x in (queries, keys, values))
     out, lse = attend(queries, keys, values, words, scale, None)
     return out[..., :width], lse

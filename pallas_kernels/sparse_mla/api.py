@@ -49,7 +49,7 @@ def sparse_mla(
     Args:
       queries: [B, S, H, C+R], already multiplied by the key up-projection.
       latents: [B, T, C+R]; one row serves all heads as key (all of it) and as value (its first `value_dim`).
-      indices: [B, S, k] int32 positions in T; -1 marks an empty place. They already are causal.
+      indices: [B, S, k] int32 positions in T; -1 marks an empty entry. The caller makes them causal.
       scale: of the logits.
       value_dim: C.
       implementation: None picks the best for the backend; "mosaic_tpu" is for TPUs, "mosaic_gpu" for Hopper, "triton" for
@@ -72,8 +72,8 @@ def sparse_mla(
     if not 1 <= value_dim <= latents.shape[2]:
         raise ValueError(f"sparse_mla: value_dim {value_dim} is not between 1 and the latents' width {latents.shape[2]}")
     if (latent_scales is not None) != (latents.dtype == jnp.float8_e4m3fn):
-        given = "given" if latent_scales is not None else "missing"
-        raise ValueError(f"sparse_mla: latent_scales go with float8_e4m3fn latents: {latents.dtype}, scales {given}")
+        scales = "given" if latent_scales is not None else "missing"
+        raise ValueError(f"sparse_mla: latent_scales go with float8_e4m3fn latents: {latents.dtype}, scales {scales}")
     if latent_scales is not None and latent_scales.shape != latents.shape[:2]:
         raise ValueError(f"sparse_mla: latent_scales must be {latents.shape[:2]}, one a token, got {latent_scales.shape}")
     return dispatch.call(

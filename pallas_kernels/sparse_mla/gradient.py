@@ -5,7 +5,7 @@ With probabilities P of a query's selected latents kv, output O and its cotangen
     dS = P * (dO . values - sum of dO * O)     dq = scale * dS kv     dkv = scale * dS^T q + (P^T dO in the values' columns)
 
 A latent's gradient is a sum over all queries that selected it, any number of them. Adding with atomics would make it
-depend on timing, so a block of queries spreads its dS and P over the whole context instead, where every place gets one
+depend on timing, so a block of queries spreads its dS and P over the whole context instead, where every position gets one
 number, and the sum is a matrix product: deterministic, in float32, at the price of products over keys that nobody
 selected. Blocks are added in turn.
 """
@@ -39,8 +39,8 @@ def differentiable(forward: Callable[..., jax.Array], backward_pass: Pull | None
         out = run(queries, latents, indices, scale, value_dim)
         return out, (queries, latents, indices, None if backward_pass is None else out)
 
-    def backward(scale, value_dim, kept, cotangent):
-        queries, latents, indices, out = kept
+    def backward(scale, value_dim, residuals, cotangent):
+        queries, latents, indices, out = residuals
         if backward_pass is not None:
             return *backward_pass(queries, latents, indices, out, cotangent, scale, value_dim), None
         return *pull(queries, latents, indices, cotangent, scale, value_dim), None
@@ -75,8 +75,8 @@ def pull(
         of_logits = p * (of_p - jnp.sum(p * of_p, axis=-1, keepdims=True)) * scale
 
         def spread(x: jax.Array) -> jax.Array:  # [n, H, k] -> [n, H, T]
-            one = jax.vmap(lambda x, idx: jnp.zeros((h, t), jnp.float32).at[:, idx].add(x, mode="drop"))
-            return one(x, jnp.where(valid, idx, t))
+            add_rows = jax.vmap(lambda x, idx: jnp.zeros((h, t), jnp.float32).at[:, idx].add(x, mode="drop"))
+            return add_rows(x, jnp.where(valid, idx, t))
 
         of_kv = product("nht,nhw->tw", spread(of_logits), q)
         of_kv = of_kv.at[:, :value_dim].add(product("nht,nhc->tc", spread(p), out_grad))

@@ -2,10 +2,10 @@
 
 - A query with 64 heads is a tile, with 128 two. Lists of indices go to the kernel as they are.
 - At most 32 heads leave rows of a tile empty. Queries that have keys in common share a tile over the union of their lists,
-  others go to a kernel of their own, mosaic_gpu_few_heads.py, one by one. `unions_pay` looks at the lists to decide, where
+  others go to a kernel of their own, mosaic_gpu_few_heads.py, one by one. `unions_pay` decides by the lists, where
   there are PACKED_QUERIES or more; below, and in decode steps, each query is on its own.
-- A few tiles leave multiprocessors idle: their lists are split among the blocks of a cluster, which combine their parts
-  through each other's shared memory. A launch more for that would cost about as much as all the rest of a decode step.
+- A few tiles leave SMs idle: their lists are split among the blocks of a cluster, which combine their parts
+  through each other's shared memory. Another kernel for that would cost about as much as all the rest of a decode step.
 - Latents in 8 bits are read as such, by the same kernel.
 
 The backward pass is in mosaic_gpu_gradient.py.
@@ -26,11 +26,10 @@ WIDTH, VALUE_DIM = 576, 512  # what the kernel is laid out for; mosaic_gpu_atten
 TILE, PAIR = 64, 128
 PACKED_QUERIES = 2 * hopper.NUM_SMS  # B * S from which the unions pay for the kernel that builds them
 
-# Key blocks of the unions for each key block of the lists, below which tiles of several queries are faster. 4096 queries of
-# 20 heads on an H200, three a tile: 2.39, 1.59, 1.26, 1.03 and 0.87 ms where neighbours share 0, 50, 70, 85 and 95 % of their
-# selections and so unions are 1, 0.67, 0.53, 0.43 and 0.37 of the lists, or 2.4 ms times this ratio; one by one 1.53 to 1.43.
+# Key blocks of the unions for each key block of the lists, below which tiles of several queries are faster
+# (docs/kernels.md, "Sparse MLA").
 UNION_PAYS = 0.6
-SAMPLED_TILES = 128  # one for each multiprocessor, so that their unions take the time of one
+SAMPLED_TILES = 128  # one for each SM, so that their unions take the time of one
 
 
 def why_not(
@@ -104,8 +103,8 @@ def splits_of(tiles: int, pairs: int) -> int:
 
 
 def blocks_to_visit(indices: jax.Array, size: int) -> jax.Array:
-    """indices [lists, k], empty places usually in the tail -> [lists] int32 blocks of `size` entries up to the last one set."""
-    block = np.arange(indices.shape[1], dtype=np.int32) // size + 1  # a constant, so that there is one kernel and no other
+    """indices [lists, k], usually -1 in the tail -> [lists] int32 blocks of `size` entries up to the last one set."""
+    block = np.arange(indices.shape[1], dtype=np.int32) // size + 1  # a constant, so that XLA makes one kernel
     return jnp.max(jnp.where(indices >= 0, block, 1), axis=1)
 
 
@@ -115,13 +114,13 @@ def _in_blocks(indices: jax.Array, size: int) -> jax.Array:
 
 
 def _one_by_one(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float) -> jax.Array:
-    """`forward` for at most 32 heads, by the kernel that is made for them."""
+    """`forward` for at most 32 heads, by the kernel of mosaic_gpu_few_heads.py."""
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
 
     (b, s, h, width), t = queries.shape, latents.shape[1]
     lists = _in_blocks(indices.reshape(b * s, -1), mosaic_gpu_few_heads.KEYS)
     blocks = lists.shape[1] // mosaic_gpu_few_heads.KEYS
-    # A decode step has full lists or short contexts, and a further launch would cost more than it saves.
+    # A decode step has full lists or short contexts, and another kernel would cost more than it saves.
     counts = blocks_to_visit(lists, mosaic_gpu_few_heads.KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
     tasks = mosaic_gpu_few_heads.Tasks(b, s, h, t, blocks)
     flat = queries.reshape(b * s * h, width), latents.reshape(b * t, width), lists, counts

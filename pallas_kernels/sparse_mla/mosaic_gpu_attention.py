@@ -1,7 +1,7 @@
 """The attention kernel of sparse_mla for Hopper: tiles of 64 query rows over lists of selected latents.
 
 A task is one tile of 64 rows [64, 576] (the heads of one query, or of several) and one list of key entries, visited in
-blocks of 64 keys. A block of the grid is persistent, one for each multiprocessor, and has three warpgroups. The third one
+blocks of 64 keys. A block of the grid is persistent, one on each SM, and has three warpgroups. The third one
 gathers: 8 lanes copy 128 bytes of a row with cp.async straight into the tiled and swizzled layout that wgmma reads, so
 that no instruction touches the latents in between. The two others compute. Key block b sits in slot b % 2, and warpgroup
 b % 2 makes its logits and its softmax weights P; every warpgroup owns 256 of the 512 value columns of all blocks, so P
@@ -12,27 +12,20 @@ For a pair of blocks warpgroup 0 makes its logits, its weights, its values, and 
 Warpgroup 1 makes its logits and their maxima while the other one makes its weights, whose running maximum it needs; then its
 weights, while its values of the other block are under way, and its own values. The next task's queries are loaded as soon as
 the last logits are made, while the last values are multiplied, and results go from registers to global memory, so that
-nothing waits for their place, and past the latents in L2. Against an order that each step chose by what had come, a block or
-the other's weights, and queries and results that took turns in one place, 4096 queries of 2048 random ones of 122880 keys
-take 2.34 ms instead of 2.44 with 64 heads, 4.40 instead of 4.55 with 128, 0.79 instead of 0.83 with 20 heads and three
-queries a tile, with 8-bit latents the same (in turn in one process on an H200, 1 to 2 % from one time to the next).
+they need no shared memory of their own and leave the latents in L2 alone.
 
 What orders whom: gathered latents by full[slot][half], an arrival of every gathering thread after its copies, and a fence of
-the reader's before wgmma; marks by marked[slot]; the weights of a block by weighed[slot]; slots for reuse by
+the reader's before wgmma; masks by mask_ready[slot]; the weights of a block by p_ready[slot]; slots for reuse by
 empty[slot][half], an arrival of every thread of the half's warpgroup after its wgmma has ended, which for the slot's own
-warpgroup includes its marks, and for the other one the weights. compute-sanitizer's racecheck has nothing to say against
-this. The query tile of a cluster's block, whose place its results take for other blocks to read, comes through registers:
-copied by cp.async and waited for, it is reported as "invalid memcpy_async synchronization" with those reads, though all have
-met before them. The tests compare repeated runs bit for bit.
+warpgroup includes its mask, and for the other one the weights. The query tile of a cluster's block, whose shared memory its
+results take for other blocks to read, comes through registers, because compute-sanitizer's racecheck takes cp.async there
+for a race (docs/kernels.md).
 
 The running maximum is exact up to LAZY powers of two: weights grow to at most 2**LAZY before the accumulator, 64 x 256
 float32 in the registers of a warpgroup, is rescaled, and a warp whose rows all kept their maximum skips the rescaling.
 
 Why these blocks: wgmma takes 64 rows; two slots of 64 keys (147 KB) and one query tile (74 KB) fill shared memory; the
-accumulators take 128 of 216 registers. A pair of blocks takes 6000 clocks, in 4350 of which the tensor cores would be done:
-two blocks in flight do not hide that weights, the other block's weights, its values and the refilling of their slots follow
-one another. And the GPU is at its power limit, of which the gathering alone takes six sevenths, so its clock is a fifth lower
-than it could be.
+accumulators take 128 of 216 registers. docs/kernels.md says what was tried and what limits the kernel.
 """
 
 from __future__ import annotations
@@ -70,9 +63,9 @@ LOG2E = math.log2(math.e)
 REGISTERS = hopper.RegisterSplit(workers=2, worker=216, helper=72)
 REGISTERS_SCALED = hopper.RegisterSplit(workers=2, worker=200, helper=104)
 
-# The kernel's own barriers, 8 bytes each: full[slot][half], empty[slot][half], marked[slot], queries, weighed[slot].
-FULL, EMPTY, MARKED, QUERIES, WEIGHED, BARRIER_WORDS = 0, 32, 64, 80, 88, 32
-LOOKS = 12  # the hardware's barrier at which a warpgroup looks at a list, and those after it the others
+# The kernel's own barriers, 8 bytes each: full[slot][half], empty[slot][half], mask_ready[slot], queries, p_ready[slot].
+FULL, EMPTY, MASK_READY, QUERIES, P_READY, BARRIER_WORDS = 0, 32, 64, 80, 88, 32
+LIST_SCAN_BARRIER = 12  # first of three named barriers, one per warpgroup, used by _pairs_to_visit
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _REF = plgpu.RefType()
@@ -208,8 +201,8 @@ def _init_barriers(barriers) -> None:
                 ptx.barrier_init(ptx.add(base, FULL + 8 * i), 128)  # every gathering thread
                 ptx.barrier_init(ptx.add(base, EMPTY + 8 * i), 128)  # every thread of the half's warpgroup
             for slot in range(2):
-                ptx.barrier_init(ptx.add(base, MARKED + 8 * slot), 16)  # the gathering threads that hold entries
-                ptx.barrier_init(ptx.add(base, WEIGHED + 8 * slot), 128)  # every thread of the slot's warpgroup
+                ptx.barrier_init(ptx.add(base, MASK_READY + 8 * slot), 16)  # the gathering threads that hold entries
+                ptx.barrier_init(ptx.add(base, P_READY + 8 * slot), 128)  # every thread of the slot's warpgroup
             ptx.barrier_init(ptx.add(base, QUERIES), 256)  # every computing thread
             ptx.barrier_init_done()
         ptx.block_barrier()
@@ -245,7 +238,7 @@ def _pairs_to_visit(lists, which, pairs: int):
     # The shuffle tells the compiler that the number is the same in a warp; loops over wgmma would be very slow without it.
     return ptx.asm(
         "{\n.reg .pred p;\n.reg .b32 entry, id, n;\n.reg .b64 a;\n"
-        f"mov.b32 n, {pairs};\nmov.b64 a, $1;\nshr.u32 id, $2, 7;\nadd.u32 id, id, {LOOKS};\n"
+        f"mov.b32 n, {pairs};\nmov.b64 a, $1;\nshr.u32 id, $2, 7;\nadd.u32 id, id, {LIST_SCAN_BARRIER};\n"
         "LOOK:\n"
         "setp.eq.s32 p, n, 1;\n@p bra FOUND;\n"
         "ld.global.nc.b32 entry, [a];\nsetp.ge.s32 p, entry, 0;\nbarrier.cta.red.or.pred p, id, 128, p;\n@p bra FOUND;\n"
@@ -270,7 +263,7 @@ def _publish(barriers, slot) -> None:
 
     @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR))
     def publish(ctx, barriers, slot):
-        address = ptx.add(ptx.shared_address(barriers), WEIGHED, ptx.shift_left(ptx.scalar(slot), 3))
+        address = ptx.add(ptx.shared_address(barriers), P_READY, ptx.shift_left(ptx.scalar(slot), 3))
         ptx.proxy_fence()
         ptx.barrier_arrive(address)
 
@@ -280,7 +273,7 @@ def _publish(barriers, slot) -> None:
 def _free(barriers, slot, half) -> None:
     """Half of a slot may be overwritten, with what belongs to it: an arrival of every thread, after its wgmma has ended.
 
-    One arrival a warp, after a warp barrier, is no faster, and racecheck does not see that it speaks for the other lanes.
+    racecheck does not see that one arrival a warp, after a warp barrier, stands for the other lanes.
     """
 
     @plgpu.inline_mgpu(arg_types=(_REF, _SCALAR, _SCALAR))
@@ -444,7 +437,7 @@ def _gather(
                         with ptx.when(holds_entries):
                             for i in range(4):
                                 ptx.store_shared(ptx.add(to_marks, 256 * slot + 64 * i), labels[4 * slot + i])
-                        ptx.barrier_arrive(ptx.add(base, MARKED + 8 * slot), holds_entries)
+                        ptx.barrier_arrive(ptx.add(base, MASK_READY + 8 * slot), holds_entries)
                     full = ptx.add(base, FULL + 16 * slot + 8 * half)
                     if leave_out == "gather":
                         ptx.barrier_arrive_after_copies(full)
@@ -468,14 +461,14 @@ def _gather(
     gather(block, num_tasks, latents, lists, columns, rotary, marks, barriers, *given.values())
 
 
-def _meet() -> None:
-    """The threads of a warpgroup meet."""
+def _warpgroup_sync() -> None:
+    """A barrier of the threads of a warpgroup."""
 
     @plgpu.inline_mgpu()
-    def meet(ctx):
+    def sync(ctx):
         utils.warpgroup_barrier()
 
-    meet()
+    sync()
 
 
 def _load_queries(queries, columns, rotary, row, rows, half, *, through_registers: bool) -> None:
@@ -691,7 +684,7 @@ def attend(
 
         def masked_logits(s_ref, slot, zero, parity):
             """Base-2 logits [64, 64] of the block in `slot`, and the largest of each row."""
-            _wait(barriers, MARKED, slot, zero, parity, fence=False)
+            _wait(barriers, MASK_READY, slot, zero, parity, fence=False)
             mark = plgpu.load(marks.at[slot], layout=_BY_COLUMN)
             s = plgpu.wgmma_accumulator_load(s_ref, wait_n=0) * (scale * LOG2E)
             if packed == 1:
@@ -713,7 +706,7 @@ def attend(
                 stats[0, slot] = new_top
                 total = total * factors + p.sum(axis=1)
             p16 = p.astype(bf16)
-            _meet()  # all warps' logits are there: none reads rotary columns any more
+            _warpgroup_sync()  # all warps' logits are there: none reads rotary columns any more
             rotary[slot] = p16
             _publish(barriers, slot)
             return p16, factors, new_top, total
@@ -729,7 +722,7 @@ def attend(
 
         def issue_other_values(o, top, total, o_ref, own, other, zero, parity):
             """Starts this warpgroup's value columns of the block in the other one's slot, once it has its weights."""
-            _wait(barriers, WEIGHED, other, zero, parity, fence=False)
+            _wait(barriers, P_READY, other, zero, parity, fence=False)
             new_top, factors = top, _row_vector(1.0)
             if leave_out != "softmax":
                 new_top = plgpu.load(stats.at[0, other], layout=_BY_ROW)

@@ -8,8 +8,8 @@ columns, and the heads, rounded up to a multiple of 8, are the columns, of which
 
 Both read the gathered latents from shared memory as they lie there, the second one with their lines along the rows.
 
-A task is a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one for each
-multiprocessor, and has three warpgroups, one for each stage: the first makes the logits and weights of a key block, the
+A task is a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one on
+each SM, and has three warpgroups, one for each stage: the first makes the logits and weights of a key block, the
 second multiplies the values of the block before, the third gathers those after. What they hand on:
 
 - Units of 128 value columns of a key block, 16 KB, in a ring of 10 or 11, so that 2 1/2 key blocks are there or on their
@@ -19,22 +19,11 @@ second multiplies the values of the block before, the third gathers those after.
 - The weights of a block, in one of two places, with the factors by which the values so far are rescaled, and after the
   last block the sums of the weights: ready[place] and free[place], arrivals of every thread.
 
-One arrival a warp, after a warp barrier, would do, and no wait for copies that empty[unit] says were read: but
-compute-sanitizer's racecheck knows neither, and takes them for races. What it knows is no slower (16, 20 and 32 heads in
-turn with the other form: 1.47, 1.58 and 1.82 ms against 1.46, 1.61 and 1.81), if copies are waited for once a key block;
-with a wait before each unit 20 heads took 1.70.
+Arrivals are every thread's and copies are waited for once a key block, because compute-sanitizer's racecheck takes sparser
+forms for races; docs/kernels.md has the times of both and what limits the kernel.
 
 The maximum that weights refer to is a head's largest logit so far up to LAZY powers of two: only where a block has a
 larger one do the warps of the first warpgroup exchange maxima, and does the second one rescale.
-
-4096 queries of 20 heads x 2048 of 122880 keys take 1.53 ms where the selections are random, and 1.43 where each shares 85 %
-with the one before (H200), 1.5 us for each of the 993 key blocks of a multiprocessor. No unit is full then. Shared memory,
-at 128 bytes a clock, needs 576 clocks for what the gather writes, and for each of 68 steps of wgmma 16 for the latents and 6
-for the other operand, 2072 together or 1.1 us; the tensor cores need 816. The gather alone takes 1.35 and 0.92 ms. Yet with
-any one stage left out more than 75 % of the time remained, without the gather almost 90: what limits is the chain from the
-logits of a block over its weights to the logits of the next one, while shared memory holds only 2 1/2 blocks. Issuing logits
-of the next block before the softmax of a block, so that the tensor cores have work meanwhile, took longer, 1.66 ms with half
-of them (what the stages were left out of) and 2.23 with all: waiting for their latents holds up the weights of a block.
 """
 
 from __future__ import annotations
@@ -63,7 +52,7 @@ SHARED_BYTES = 226 * 1024  # a block may have 227 KB, but Mosaic rounds up to wh
 LAZY = 8.0
 START, MASKED = -1e30, -2e30  # maximum before any key; logit of an entry that does not count
 LOG2E = math.log2(math.e)
-VOTE, MEETING = 8, 9  # named barriers of the first warpgroup
+VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
@@ -331,7 +320,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, lists, counts, r
                 for j in range(groups):
                     at = ptx.add(maxima, ptx.mul(warp, 4 * tasks.columns), 32 * j)
                     ptx.store_shared_floats(at, own[2 * j : 2 * j + 2])
-            ptx.barrier(MEETING, 128)
+            ptx.barrier(MAXIMA_BARRIER, 128)
             new_tops, factors = [], []
             for j in range(groups):
                 by_warp = [ptx.load_shared_floats(ptx.add(maxima, 4 * tasks.columns * w + 32 * j)) for w in range(4)]
@@ -358,7 +347,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, lists, counts, r
             over = [ptx.minus(x, tops[column[i]]) for i, x in enumerate(scaled)]
             exceeds = ptx.above(functools.reduce(ptx.larger, over), ptx.number(LAZY))
             ptx.barrier_wait(ptx.add(base, memory.free, ptx.shift_left(place, 3)), ptx.bit_xor(ptx.bit_and(turn, 1), 1))
-            raised = ptx.barrier_any(VOTE, 128, exceeds)
+            raised = ptx.barrier_any(VOTE_BARRIER, 128, exceeds)
             if after_meeting is not None:
                 after_meeting()
             found = ptx.choose(
@@ -403,7 +392,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, lists, counts, r
             marks = entries(task, ptx.constant(0))
             ptx.copies_done()
             ptx.proxy_fence()
-            ptx.barrier(MEETING, 128)  # all of the query is there
+            ptx.barrier(MAXIMA_BARRIER, 128)  # all of the query is there
             logits, ring = issue(ring, done)
             (logits,) = ptx.multiplied(logits)
 

@@ -28,15 +28,15 @@ from pallas_kernels.hopper_tiles import (
     BY_ROW,
     LOG2E,
     MASKED,
-    PIECE,
     ROWS,
+    SWIZZLE_COLUMNS,
     TILE,
     WARPGROUPS,
     add_product,
     add_products,
     by_row,
+    call_kernel,
     filled,
-    launch,
     selected_by_row,
     smem,
     stream,
@@ -80,8 +80,8 @@ def _denominators(q: jax.Array, kv: jax.Array, words: jax.Array, taken: jax.Arra
         def step(_, q_sm, kv_sm, logits):
             return add_product(logits, q_sm.at[pl.ds(group * ROWS, ROWS)], kv_sm.transpose((1, 0)))
 
-        specs = [streamed(TILE, PIECE, lambda c: (i, c)), streamed(TILE, PIECE, lambda c: (j, c))]
-        steps = jnp.where(taken_ref[batch, i, j] > 0, width // PIECE, 0)
+        specs = [streamed(TILE, SWIZZLE_COLUMNS, lambda c: (i, c)), streamed(TILE, SWIZZLE_COLUMNS, lambda c: (j, c))]
+        steps = jnp.where(taken_ref[batch, i, j] > 0, width // SWIZZLE_COLUMNS, 0)
         stream(step, context, (steps,), specs, STAGES)(q_ref.at[batch], kv_ref.at[batch])
 
     parts = jax.ShapeDtypeStruct((b, t // TILE, m), jnp.float32)
@@ -91,7 +91,7 @@ def _denominators(q: jax.Array, kv: jax.Array, words: jax.Array, taken: jax.Arra
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
     grid, names = (t // TILE, m // TILE, b), ("keys", "rows", "batch")
-    run = launch(sparse_mla_denominators, (parts, parts), grid, names, scratch, interpret)
+    run = call_kernel(sparse_mla_denominators, (parts, parts), grid, names, scratch, interpret)
     tops, totals = run(q, kv, words, taken)
     top = jnp.max(tops, axis=1)
     total = jnp.sum(totals * jnp.exp2(tops - top[:, None]), axis=1)
@@ -131,11 +131,11 @@ def _pairs(q, kv, grad, words, taken, denominators, delta, scale: float, interpr
             return add_products(carry, (q_sm.at[mine], of_keys), (grad_sm.at[mine], of_keys))
 
         specs = [
-            streamed(TILE, PIECE, lambda c: (i, c)),
-            streamed(TILE, PIECE, lambda c: (j, c)),
-            streamed(TILE, PIECE, lambda c: (i, c)),
+            streamed(TILE, SWIZZLE_COLUMNS, lambda c: (i, c)),
+            streamed(TILE, SWIZZLE_COLUMNS, lambda c: (j, c)),
+            streamed(TILE, SWIZZLE_COLUMNS, lambda c: (i, c)),
         ]
-        steps = jnp.where(taken_ref[batch, i, j] > 0, width // PIECE, 0)
+        steps = jnp.where(taken_ref[batch, i, j] > 0, width // SWIZZLE_COLUMNS, 0)
         stream(step, context, (steps,), specs, STAGES - 1)(q_ref.at[batch], kv_ref.at[batch], grad_ref.at[batch])
 
     pairs = jax.ShapeDtypeStruct((b, m, t), jnp.bfloat16)
@@ -147,7 +147,7 @@ def _pairs(q, kv, grad, words, taken, denominators, delta, scale: float, interpr
         plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
     )
     grid, names = (t // TILE, m // TILE, b), ("keys", "rows", "batch")
-    run = launch(sparse_mla_pairs, (pairs, pairs), grid, names, scratch, interpret)
+    run = call_kernel(sparse_mla_pairs, (pairs, pairs), grid, names, scratch, interpret)
     return run(q, kv, grad, words, taken, denominators, delta)
 
 

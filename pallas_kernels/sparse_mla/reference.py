@@ -2,8 +2,8 @@
 
 A block of queries at a time: gather the selected latents of the block, then two small batched products with a softmax
 between. A masked product with all T latents would cost T / k times the arithmetic, so the gather pays already at a few
-hundred keys. The block is sized so that its gathered latents stay in a CPU's cache (12 ms against 56 ms for 2048 queries
-of 128 selected latents when they do not); an accelerator wants more work per step than that.
+hundred keys. The block is sized so that its gathered latents stay in a CPU's cache; an accelerator wants more work per step
+than that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def sparse_mla(
     def block(q: jax.Array, idx: jax.Array) -> jax.Array:
         def row(q: jax.Array, kv: jax.Array, idx: jax.Array) -> jax.Array:
             valid = idx >= 0
-            # An empty place reads row 0, whose content may be anything, NaN included: zero it.
+            # An empty entry reads row 0, whose content may be anything, NaN included: zero it.
             selected = jnp.where(valid[..., None], kv[jnp.where(valid, idx, 0)], 0).astype(q.dtype)
             return attend(q, selected, valid, scale=scale, value_dim=value_dim)
 

@@ -1,8 +1,6 @@
-"""A single token's step through the decode kernels on a Hopper GPU: against the layers in XLA, repeated, and its launches.
+"""A single token's step through the decode kernels on a Hopper GPU: against the layers in XLA, repeated, and its kernel calls.
 
-These kernels wait for one another's blocks, so all 132 blocks of a launch must be on the device at once. Other processes
-on the same GPU do not get in the way: the device goes from one process to another as a whole, and a launch's blocks come
-and go together. Under MPS, where kernels of several processes share the multiprocessors, a launch may wait for ever.
+All 132 thread blocks of a kernel must be on the device at once: docs/kernels.md, "Testing on a GPU".
 """
 
 import jax

@@ -92,7 +92,7 @@ class _Accesses:
 
 
 class Machine:
-    """The names of `mosaic_gpu_words` as methods. `squeezes` and the like are counted by `otherwise_keep`."""
+    """The names of `mosaic_gpu_words` as methods. Compactions and the like are counted by `otherwise_keep`."""
 
     Word = Word
 
