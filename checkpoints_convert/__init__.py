@@ -1,6 +1,7 @@
 """Checkpoints in and out: Hugging Face safetensors (bfloat16, float32, FP8) and orbax, streamed layer by layer.
 
     config, schedule, params = load(directory)
+    config, schedule, weights = load(directory, form="serving")
     save(directory, params, config, schedule, format="safetensors")
     convert(source, directory)     as a command: python -m checkpoints_convert SRC DST
     Layers(directory)              reads a layer when it is asked for it

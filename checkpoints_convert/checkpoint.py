@@ -11,15 +11,18 @@ import numpy as np
 from checkpoints_convert import orbax_io
 from checkpoints_convert.huggingface import HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import INDEX, SINGLE
+from indexcache_jax import params, serving
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, Tensor
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Part, Tensor
 
 DTYPES = ("bfloat16", "float32", "float16")
+# What weights can be loaded as, and the abstract tree of each.
+FORMS = {"params": params.abstract, "serving": serving.weights.abstract}
 
 
 class Checkpoint(Protocol):
-    """A source of weights, one layer of one leaf at a time."""
+    """A source of weights for the tensors of any abstract tree of the model, one layer of one tensor at a time."""
 
     config: Config
 
@@ -27,14 +30,18 @@ class Checkpoint(Protocol):
     def schedule(self) -> Schedule:
         """The schedule stored with the weights."""
 
-    def check(self, tree: Params) -> None:
-        """ValueError where it cannot give every leaf of the abstract tree."""
+    def check(self, tree: Any) -> None:
+        """ValueError where it cannot fill every tensor of the abstract tree."""
 
-    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
-        """The dtype it would give a leaf without loss."""
+    def dtype_of(self, tensor: Tensor) -> np.dtype:
+        """The dtype it would give a tensor without loss."""
 
-    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
-        """Writes one layer of a leaf (layer None: the leaf) into `out`, of tensor.layer_shape and any float dtype."""
+    def fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None = None) -> None:
+        """Writes one layer of a tensor (layer None: of one that belongs to no layer) into `out`, of any float dtype.
+
+        part: a slice for every axis of tensor.layer_shape; `out` then has that part's shape, and what lies outside of it is
+        not read as far as the format allows. Default all of it.
+        """
 
 
 def open_checkpoint(directory: str | pathlib.Path) -> HuggingFaceCheckpoint | orbax_io.OrbaxCheckpoint:
@@ -55,10 +62,10 @@ def resolve_schedule(checkpoint: Checkpoint, schedule: Schedule | str | None) ->
     return schedule if isinstance(schedule, Schedule) else Schedule.parse(schedule, checkpoint.config.num_layers)
 
 
-def leaf_dtype(checkpoint: Checkpoint, path: str, tensor: Tensor, dtype: Any) -> np.dtype:
-    """What a leaf is loaded or written as: its own fixed dtype, else the one asked for, else as stored."""
+def leaf_dtype(checkpoint: Checkpoint, tensor: Tensor, dtype: Any) -> np.dtype:
+    """What a tensor is loaded or written as: its own fixed dtype, else the one asked for, else as stored."""
     if dtype is None:
-        return checkpoint.dtype_of(path, tensor)
+        return checkpoint.dtype_of(tensor)
     return np.dtype(jnp.dtype(tensor.dtype or dtype))
 
 

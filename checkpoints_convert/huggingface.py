@@ -18,8 +18,9 @@ import numpy as np
 from checkpoints_convert import fp8
 from checkpoints_convert.safetensors_io import INDEX, NAMES, SINGLE, Entry, Spec, read_directory
 from indexcache_jax.config import Config, read_config_json
-from indexcache_jax.params import Params, Source, Tensor, abstract, leaves
+from indexcache_jax.params import abstract
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Part, Source, Tensor, as_stored, leaves, whole
 
 SLAB_BYTES = 2**20  # read, decoded and transposed at once by a reader: what passes through host memory beyond the result
 READERS = min(16, os.cpu_count() or 1)
@@ -28,6 +29,7 @@ _SCALES = ("F32", "BF16", "F8_E8M0", "U8")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 _IGNORED = re.compile(r".*(\.rotary_emb\.inv_freq|\.input_scale|\.input_scale_inv|\.activation_scale|\.k_scale|\.v_scale)")
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(self_attn\.indexer\.)?")
+INDEXER = ".self_attn.indexer."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,45 +79,49 @@ class HuggingFaceCheckpoint:
             )
         return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else np.float32)
 
-    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
+    def dtype_of(self, tensor: Tensor) -> np.dtype:
         """The dtype a leaf has where the caller asks for none."""
         return np.dtype(tensor.dtype) if tensor.dtype else self._dtype
 
-    def check(self, tree: Params) -> None:
-        """ValueError where a tensor that `tree` needs is missing, misshapen or of a dtype that cannot be read."""
-        missing: dict[str, bool] = {}  # by name: whether an indexer's
-        for path, tensor in leaves(tree):
-            for layer in tensor.layers or (None,):
-                for source in tensor.sources:
-                    name = source.name.format(layer=layer)
-                    entry = self._find(name)
-                    if entry is None:
-                        missing[name] = path.startswith("indexer.")
-                    else:
-                        self._check(entry, source.shape)
+    def check(self, tree: Any) -> None:
+        """ValueError where a tensor that an abstract tree needs is missing, misshapen or of a dtype that cannot be read."""
+        missing: dict[str, None] = {}  # kv_b_proj is missing once, though two leaves are made from it
+        for _, tensor in leaves(tree):
+            for source in (source for layer in tensor.every_layer for source in tensor.stored(layer)):
+                entry = self._find(source.name)
+                if entry is None:
+                    missing[source.name] = None
+                else:
+                    self._check(entry, source.shape)
         if missing:
-            name, is_indexer = next(iter(missing.items()))
-            why = ", which the schedule needs because it makes that layer F" if is_indexer else ""
+            name = next(iter(missing))
+            why = ", which the schedule needs because it makes that layer F" if INDEXER in name else ""
             more = f" (and {len(missing) - 1} other tensors)" if len(missing) > 1 else ""
             raise ValueError(f"{self.list_file}: tensor {name} is missing{why}{more}")
 
-    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
-        """Writes one layer of a leaf (layer None: the leaf) into `out`, of tensor.layer_shape and the wanted dtype.
+    def fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None = None) -> None:
+        """Writes one layer of a leaf into `out`, or only a part of it, of which no more rows than needed are read.
 
-        Its parts, such as experts, are read side by side: decoding and transposing are a core's work, not the disk's.
+        Its sources, such as experts, are read side by side: decoding and transposing are a core's work, not the disk's.
         """
+        part = whole(tensor.layer_shape) if part is None else part
 
-        def one(source: Source) -> None:
-            entry = self._find(source.name.format(layer=layer))
+        def read(source: Source) -> None:
+            window = source.window(tensor.layer_shape, part)
+            if window is None:
+                return
+            entry = self._find(source.name)
             assert entry is not None, "check() comes first"
-            for start, stop, slab in self._slabs(entry, source, out.dtype):
-                source.part(out, start, stop)[...] = source.read(slab)
+            for start, slab in self._slabs(entry, source, out.dtype, window.rows):
+                source.fill(out, window, start, slab)
 
-        if len(tensor.sources) == 1:
-            one(tensor.sources[0])
+        sources = tensor.stored(layer)
+        if len(sources) == 1:
+            read(sources[0])
             return
         with futures.ThreadPoolExecutor(READERS) as readers:
-            list(readers.map(one, tensor.sources))
+            for _ in readers.map(read, sources):  # raises what a reader raised
+                pass
 
     def copies(self, names: Iterable[str], dtype: Any) -> list[tuple[Spec, Iterator[np.ndarray]]]:
         """What to write for a copy of stored tensors: as they are, but FP8 with its scale in `dtype` (None: the model's).
@@ -128,10 +134,8 @@ class HuggingFaceCheckpoint:
             entry = self.entries[name]
             if entry.dtype == "F8_E4M3" and entry.nbytes:
                 self._check(entry, entry.shape)
-                whole = Source(name, entry.shape, entry.shape, (0, 1))
-                found.append(
-                    (Spec(name, NAMES[wanted], entry.shape), (slab for _, _, slab in self._slabs(entry, whole, wanted)))
-                )
+                slabs = self._slabs(entry, as_stored(name, entry.shape), wanted, (0, entry.shape[0]))
+                found.append((Spec(name, NAMES[wanted], entry.shape), (slab for _, slab in slabs)))
             elif not name.endswith(fp8.SUFFIX):
                 found.append((Spec(name, entry.dtype, entry.shape), entry.slabs(SLAB_BYTES)))
         return found
@@ -167,10 +171,9 @@ class HuggingFaceCheckpoint:
     def _names(self, schedule: Schedule) -> set[str]:
         names = set()
         for _, tensor in leaves(abstract(self.config, schedule)):
-            for layer in tensor.layers or (None,):
-                for source in tensor.sources:
-                    entry = self._find(source.name.format(layer=layer))
-                    names |= {entry.name} if entry else set()
+            for source in (source for layer in tensor.every_layer for source in tensor.stored(layer)):
+                entry = self._find(source.name)
+                names |= {entry.name} if entry else set()
         return names
 
     def _is_mtp(self, name: str) -> bool:
@@ -222,8 +225,8 @@ class HuggingFaceCheckpoint:
         if scale.dtype not in _SCALES:
             raise ValueError(f"{scale.file}: tensor {scale.name} has dtype {scale.dtype}, not one of {', '.join(_SCALES)}")
 
-    def _slabs(self, entry: Entry, source: Source, dtype: np.dtype) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(start, stop, rows in dtype): the tensor in slabs of whole entries of the first axis of source.view."""
+    def _slabs(self, entry: Entry, source: Source, dtype: np.dtype, rows: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(start, slab in dtype): entries [start, ...) of the first axis of source.view, over the entries `rows`."""
         scale = None
         if entry.dtype == "F8_E4M3":
             stored = self.entries[entry.name + fp8.SUFFIX]
@@ -231,9 +234,9 @@ class HuggingFaceCheckpoint:
         count = source.view[0]
         unit = source.shape[0] // count  # rows to an entry of the view
         step = max(1, SLAB_BYTES * count // entry.nbytes)
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            rows = entry.rows(start * unit, stop * unit)
+        for start in range(*rows, step):
+            stop = min(start + step, rows[1])
+            slab = entry.rows(start * unit, stop * unit)
             if scale is not None:
-                rows = fp8.dequantise(rows, scale, start * unit, self._block)
-            yield start, stop, rows.astype(dtype, copy=False)
+                slab = fp8.dequantise(slab, scale, start * unit, self._block)
+            yield start, slab.astype(dtype, copy=False)

@@ -13,8 +13,9 @@ import numpy as np
 from checkpoints_convert.checkpoint import leaf_dtype
 from checkpoints_convert.load import aligned, opened
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, Tensor, leaves
+from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Tensor, leaves
 
 
 class Layers:
@@ -33,7 +34,7 @@ class Layers:
     @property
     def num_bytes(self) -> int:
         """Of all weights as they are read."""
-        sizes = [(t, leaf_dtype(self._checkpoint, path, t, self._dtype).itemsize) for path, t in leaves(self._tree)]
+        sizes = [(t, leaf_dtype(self._checkpoint, t, self._dtype).itemsize) for _, t in leaves(self._tree)]
         return sum(math.prod(tensor.shape) * itemsize for tensor, itemsize in sizes)
 
     def ends(self) -> Params:
@@ -45,11 +46,11 @@ class Layers:
         return self._some(lambda tensor: layer in (tensor.layers or ()), layer)
 
     def _some(self, wanted: Callable[[Tensor], bool], layer: int | None) -> Params:
-        arrays = [self._read(path, tensor, layer) if wanted(tensor) else None for path, tensor in leaves(self._tree)]
+        arrays = [self._read(tensor, layer) if wanted(tensor) else None for _, tensor in leaves(self._tree)]
         return jax.tree.unflatten(jax.tree.structure(self._tree), arrays)
 
-    def _read(self, path: str, tensor: Tensor, layer: int | None) -> np.ndarray:
+    def _read(self, tensor: Tensor, layer: int | None) -> np.ndarray:
         shape = tensor.layer_shape if layer is None else (1, *tensor.layer_shape)
-        out = aligned(shape, leaf_dtype(self._checkpoint, path, tensor, self._dtype))
-        self._checkpoint.fill(path, tensor, layer, out if layer is None else out[0])
+        out = aligned(shape, leaf_dtype(self._checkpoint, tensor, self._dtype))
+        self._checkpoint.fill(tensor, layer, out if layer is None else out[0])
         return out

@@ -3,7 +3,7 @@
 On disk there is config.json (the model's fields, the schedule and the dtype) and params/, an orbax checkpoint of the
 params tree with its stacked leaves. Any orbax program restores it into
 `indexcache_jax.params.shape_structs(config, schedule, dtype, shardings)`. Orbax itself saves whole leaves, which for a
-stack of experts is the model; so the leaves handed to it are promises, kept layer by layer by a type handler that
+stack of experts is the model; so the leaves handed to it are lazy, filled layer by layer by a type handler that
 writes zarr chunks of at most one layer. Checkpoints that orbax wrote from arrays, packed by OCDBT, are read too.
 """
 
@@ -21,9 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from checkpoints_convert.trees import Leaf, Leaves
 from indexcache_jax.config import Config, read_config_json
-from indexcache_jax.params import Params, Tensor, abstract, leaves
+from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Part, Tensor, leaves
 
 PARAMS = "params"
 MIN_CHUNK, MAX_CHUNK = 2**20, 64 * 2**20  # bytes; between them, a sixteenth of a layer
@@ -34,51 +36,59 @@ def is_orbax(directory: pathlib.Path) -> bool:
     return (directory / PARAMS / "_METADATA").exists()
 
 
-class OrbaxCheckpoint:
+class OrbaxCheckpoint(Leaves):
     """The leaves of an orbax checkpoint. ValueError, naming the directory and the leaf, for what cannot be read."""
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
         self.config = Config.from_hf(fields)
         self.schedule = Schedule.from_hf(fields)
+        super().__init__(abstract(self.config, self.schedule))
         self._directory = (directory / PARAMS).absolute()
-        self._saved = dict(leaves(abstract(self.config, self.schedule)))
         self._stores: dict[str, ts.TensorStore] = {}
 
-    def check(self, tree: Params) -> None:
-        """ValueError where a leaf of `tree` is missing or misshapen, or a layer of it was not saved."""
+    def check(self, tree: Any) -> None:
+        """ValueError where a leaf that an abstract tree is made from is missing or misshapen, or a layer was not saved."""
         for path, tensor in leaves(tree):
-            saved = self._saved[path]
-            for layer in tensor.layers or ():
-                if layer not in (saved.layers or ()):
+            for layer in tensor.every_layer:
+                names = self.stored_in(tensor, layer)
+                if not names:
                     raise ValueError(
                         f"{self._directory}: {path} of layer {layer} is missing, which the schedule needs because it "
                         f"makes that layer F; the checkpoint was saved with {self.schedule}"
                     )
-            store = self._stores[path] = self._open(path)
-            if store.shape != saved.shape:
-                raise ValueError(
-                    f"{self._directory}: {path} has shape {list(store.shape)}, but config.json makes it {list(saved.shape)}"
-                )
-            if any(chunk > max(size, 1) for chunk, size in zip(_chunk(store), store.shape, strict=True)):
-                raise ValueError(f"{self._directory}: {path} has chunks larger than itself")
-            if store.dtype.name not in ("bfloat16", "float32", "float16"):
-                raise ValueError(f"{self._directory}: {path} has dtype {store.dtype.name}, which no weight has")
+                for name in names:
+                    if name not in self._stores:
+                        self._stores[name] = self._checked(name)
 
-    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
-        return self._stores[path].dtype.numpy_dtype
+    def _checked(self, path: str) -> ts.TensorStore:
+        store, saved = self._open(path), self.leaves[path]
+        if store.shape != saved.shape:
+            raise ValueError(
+                f"{self._directory}: {path} has shape {list(store.shape)}, but config.json makes it {list(saved.shape)}"
+            )
+        if any(chunk > max(size, 1) for chunk, size in zip(_chunk(store), store.shape, strict=True)):
+            raise ValueError(f"{self._directory}: {path} has chunks larger than itself")
+        if store.dtype.name not in ("bfloat16", "float32", "float16"):
+            raise ValueError(f"{self._directory}: {path} has dtype {store.dtype.name}, which no weight has")
+        return store
 
-    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
-        """Writes one layer of a leaf (layer None: the leaf) into `out`, chunk by chunk."""
-        store, step = self._stores[path], _chunk(self._stores[path])[-out.ndim]
-        if layer is not None:
-            store = store[(self._saved[path].layers or ()).index(layer)]
+    def dtype_of(self, tensor: Tensor) -> np.dtype:
+        """The dtype that the leaf was saved in, or the first of those that it is made from."""
+        return self._stores[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype.numpy_dtype
+
+    def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
+        """Writes a part of one layer of a leaf into `out`, chunk by chunk."""
+        store, step = self._stores[leaf.path], _chunk(self._stores[leaf.path])[-out.ndim]
+        if leaf.tensor.layers is not None:
+            store = store[leaf.tensor.layers.index(leaf.layer)]
+        first = part[0].indices(leaf.tensor.layer_shape[0])[0]
         for start in range(0, len(out), step):
-            part = slice(start, min(start + step, len(out)))
+            stop = min(start + step, len(out))
             try:
-                out[part] = store[part].read().result()
+                out[start:stop] = store[(slice(first + start, first + stop), *part[1:])].read().result()
             except ValueError as error:
-                raise ValueError(f"{self._directory}: {path} cannot be read: {_first_line(error)}") from None
+                raise ValueError(f"{self._directory}: {leaf.path} cannot be read: {_first_line(error)}") from None
 
     def _open(self, path: str) -> ts.TensorStore:
         kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._directory}/{path}/"}
@@ -103,7 +113,7 @@ def _first_line(error: Exception) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
+class LazyLeaf:
     """A leaf to be saved: fill(layer, out) gives it layer by layer."""
 
     tensor: Tensor
@@ -111,36 +121,36 @@ class Promise:
     fill: Callable[[int | None, np.ndarray], None]
 
 
-def write(directory: pathlib.Path, promises: Params) -> None:
-    """Saves a params tree of Promises as directory/params. Host memory: one layer of one leaf, and a few chunks."""
+def write(directory: pathlib.Path, tree: Params) -> None:
+    """Saves a params tree of LazyLeaves as directory/params. Host memory: one layer of one leaf, and a few chunks."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)  # orbax warns that there are no arrays and nothing to merge, as it should be
     try:
-        _save(directory / PARAMS, promises)
+        _save(directory / PARAMS, tree)
     finally:
         logger.setLevel(level)
 
 
-def _save(path: pathlib.Path, promises: Params) -> None:
-    registry = ocp.type_handlers.create_type_handler_registry((Promise, _PromiseHandler()))
+def _save(path: pathlib.Path, tree: Params) -> None:
+    registry = ocp.type_handlers.create_type_handler_registry((LazyLeaf, _LazyLeafHandler()))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.absolute(), promises)
+        checkpointer.save(path.absolute(), tree)
 
 
-class _PromiseHandler(ocp.type_handlers.NumpyHandler):
-    """Saves Promises so that they read as NumPy arrays."""
+class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
+    """Saves LazyLeaves so that they read as NumPy arrays."""
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
-        for promise, info in zip(values, infos, strict=True):
-            _write_leaf(promise, pathlib.Path(info.parent_dir) / info.name)
+        for leaf, info in zip(values, infos, strict=True):
+            _write_leaf(leaf, pathlib.Path(info.parent_dir) / info.name)
         return []
 
 
-def _write_leaf(promise: Promise, path: pathlib.Path) -> None:
-    tensor = promise.tensor
-    chunk = _chunk_shape(tensor, promise.dtype)
+def _write_leaf(leaf: LazyLeaf, path: pathlib.Path) -> None:
+    tensor = leaf.tensor
+    chunk = _chunk_shape(tensor, leaf.dtype)
     store = ts.open(
         {
             "driver": "zarr",
@@ -149,13 +159,13 @@ def _write_leaf(promise: Promise, path: pathlib.Path) -> None:
             "store_data_equal_to_fill_value": True,
         },
         create=True,
-        dtype=promise.dtype,
+        dtype=leaf.dtype,
         shape=tensor.shape,
     ).result()
-    stage = np.empty(tensor.layer_shape, promise.dtype)
+    stage = np.empty(tensor.layer_shape, leaf.dtype)
     step = chunk[-stage.ndim]
-    for slot, layer in enumerate(tensor.layers or (None,)):
-        promise.fill(layer, stage)
+    for slot, layer in enumerate(tensor.every_layer):
+        leaf.fill(layer, stage)
         target = store if layer is None else store[slot]
         pending: collections.deque[ts.Future] = collections.deque()
         for start in range(0, len(stage), step):
@@ -171,7 +181,7 @@ def _chunk_shape(tensor: Tensor, dtype: np.dtype) -> list[int]:
     """One layer, cut along its leading axes: files stay few, and what is written at once small beside the layer."""
     chunk = list(tensor.shape)
     limit = min(max(math.prod(tensor.layer_shape) * dtype.itemsize // 16, MIN_CHUNK), MAX_CHUNK)
-    if tensor.layers is not None:
+    if tensor.stacked:
         chunk[0] = 1
     for axis in range(len(chunk)):
         size = math.prod(chunk) * dtype.itemsize

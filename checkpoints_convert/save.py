@@ -20,12 +20,15 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import orbax_io
-from checkpoints_convert.checkpoint import Checkpoint, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
+from checkpoints_convert.checkpoint import FORMS, Checkpoint, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_index, write_shard
+from checkpoints_convert.trees import Leaf, Leaves
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, Source, Tensor, abstract, leaves
+from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import Weights
+from indexcache_jax.tensors import Part, Source, Tensor, leaves
 
 FORMATS = ("safetensors", "orbax")
 # What a conversion copies beside the weights: these names and no others.
@@ -44,33 +47,37 @@ COMPANIONS = (
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class ParamsCheckpoint:
-    """Params in memory as a source of layers. They may lie on any device of this process."""
+class ArraysCheckpoint(Leaves):
+    """Params or serving weights in memory as a source of weights. They may lie on any device of this process."""
 
-    def __init__(self, params: Params, config: Config, schedule: Schedule):
+    def __init__(self, arrays: Params | Weights, config: Config, schedule: Schedule):
         self.config, self.schedule = config, schedule
-        self._leaves = {path: _host_view(leaf) for path, leaf in leaves(params)}
+        self._form = "params" if isinstance(arrays, Params) else "serving"
+        self._arrays = {path: _host_view(array) for path, array in leaves(arrays)}
+        super().__init__(FORMS[self._form](config, schedule))
 
-    def check(self, tree: Params) -> None:
-        expected = dict(leaves(tree))
-        if differ := sorted(expected.keys() ^ self._leaves.keys()):
-            raise ValueError(f"params: {differ[0]} is {'missing' if differ[0] in expected else 'not part of this config'}")
-        for path, tensor in expected.items():
-            leaf = self._leaves[path]
-            if leaf.shape != tensor.shape:
+    def check(self, tree: Any) -> None:
+        """ValueError unless the arrays have the shapes that config and schedule give them, whatever tree is asked for."""
+        if differ := sorted(self.leaves.keys() ^ self._arrays.keys()):
+            kind = "missing" if differ[0] in self.leaves else "not part of this config"
+            raise ValueError(f"{self._form}: {differ[0]} is {kind}")
+        for path, tensor in self.leaves.items():
+            array = self._arrays[path]
+            if array.shape != tensor.shape:
                 raise ValueError(
-                    f"params: {path} has shape {list(leaf.shape)}, but config and schedule {self.schedule} make it "
+                    f"{self._form}: {path} has shape {list(array.shape)}, but config and schedule {self.schedule} make it "
                     f"{list(tensor.shape)}"
                 )
-            if np.dtype(leaf.dtype) not in (ml_dtypes.bfloat16, np.float32, np.float16):
-                raise ValueError(f"params: {path} has dtype {leaf.dtype}, which no checkpoint tensor has")
+            if np.dtype(array.dtype) not in (ml_dtypes.bfloat16, np.float32, np.float16):
+                raise ValueError(f"{self._form}: {path} has dtype {array.dtype}, which no checkpoint tensor has")
 
-    def dtype_of(self, path: str, tensor: Tensor) -> np.dtype:
-        return np.dtype(self._leaves[path].dtype)
+    def dtype_of(self, tensor: Tensor) -> np.dtype:
+        return np.dtype(self._arrays[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype)
 
-    def fill(self, path: str, tensor: Tensor, layer: int | None, out: np.ndarray) -> None:
-        leaf = self._leaves[path]
-        out[...] = np.asarray(leaf if layer is None else leaf[(tensor.layers or ()).index(layer)])
+    def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
+        array = self._arrays[leaf.path]
+        slot = [leaf.tensor.every_layer.index(leaf.layer)] if leaf.tensor.stacked else []
+        out[...] = np.asarray(array[(*slot, *part)])
 
 
 def _host_view(leaf: Any) -> Any:
@@ -81,14 +88,16 @@ def _host_view(leaf: Any) -> Any:
 
 def save(
     directory: str | pathlib.Path,
-    params: Params,
+    params: Params | Weights,
     config: Config,
     schedule: Schedule,
     format: str = "safetensors",
     max_shard_size: int | str = "5GB",
     companions_of: str | pathlib.Path | None = None,
 ) -> None:
-    """Writes params to a new directory: for transformers, vLLM and SGLang ("safetensors"), or an orbax checkpoint.
+    """Writes params or serving weights to a new directory.
+
+    format: "safetensors" for transformers, vLLM and SGLang, or "orbax" for a checkpoint of params.
 
     Leaves keep their dtypes. safetensors: Hugging Face names and shapes, shards of at most max_shard_size ("5GB",
     "200KB", bytes; one tensor alone may be larger) and their index, config.json with the schedule. orbax:
@@ -98,7 +107,7 @@ def save(
     The directory appears whole, by a rename, or not at all. ValueError where it exists and is not empty, and, before
     anything is written, where params do not fit config and schedule.
     """
-    checkpoint = ParamsCheckpoint(params, config, schedule)
+    checkpoint = ArraysCheckpoint(params, config, schedule)
     companions = [] if companions_of is None else _companions(pathlib.Path(companions_of))
     _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, companions=companions)
 
@@ -165,7 +174,7 @@ def _write(
     max_bytes = parse_size(max_shard_size)
     tree = abstract(config, schedule)
     checkpoint.check(tree)
-    dtypes = {path: leaf_dtype(checkpoint, path, tensor, dtype) for path, tensor in leaves(tree)}
+    dtypes = {path: leaf_dtype(checkpoint, tensor, dtype) for path, tensor in leaves(tree)}
     fields = config.to_hf() | schedule.to_hf() | {"dtype": dtypes["embedding"].name}
     with new_directory(directory) as partial:
         if format == "orbax":
@@ -188,17 +197,17 @@ def _write_orbax(
     total = sum(int(np.prod(tensor.shape)) * dtypes[path].itemsize for path, tensor in leaves(tree))
     done = 0
 
-    def promise(path: str, tensor: Tensor) -> orbax_io.Promise:
+    def lazy(path: str, tensor: Tensor) -> orbax_io.LazyLeaf:
         def fill(layer: int | None, out: np.ndarray) -> None:
             nonlocal done
-            checkpoint.fill(path, tensor, layer, out)
+            checkpoint.fill(tensor, layer, out)
             done += out.nbytes
             progress(done, total)
 
-        return orbax_io.Promise(tensor, dtypes[path], fill)
+        return orbax_io.LazyLeaf(tensor, dtypes[path], fill)
 
-    promises = [promise(path, tensor) for path, tensor in leaves(tree)]
-    orbax_io.write(directory, jax.tree.unflatten(jax.tree.structure(tree), promises))
+    lazies = [lazy(path, tensor) for path, tensor in leaves(tree)]
+    orbax_io.write(directory, jax.tree.unflatten(jax.tree.structure(tree), lazies))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +221,8 @@ class _Unit:
         """Stored name -> the leaves, by path, that it is put together from, and how."""
         parts: dict[str, list[tuple[str, Source]]] = {}
         for path, tensor in self.leaves.items():
-            for source in tensor.sources:
-                parts.setdefault(source.name.format(layer=self.layer), []).append((path, source))
+            for source in tensor.stored(self.layer):
+                parts.setdefault(source.name, []).append((path, source))
         return parts
 
     def specs(self, dtypes: dict[str, np.dtype]) -> Iterator[Spec]:
@@ -226,7 +235,7 @@ class _Unit:
         arrays = {}
         for path, tensor in self.leaves.items():
             arrays[path] = np.empty(tensor.layer_shape, dtypes[path])
-            checkpoint.fill(path, tensor, self.layer, arrays[path])
+            checkpoint.fill(tensor, self.layer, arrays[path])
         for parts in self.parts().values():
             yield self._slabs(arrays, parts)
 
@@ -239,7 +248,8 @@ class _Unit:
             stop = min(start + step, count)
             slab = np.empty(((stop - start) * unit, *source.shape[1:]), dtype)
             for path, source in parts:
-                source.write(slab, source.part(arrays[path], start, stop))
+                rows = (slice(None),) * source.row_axis + (slice(start, stop),)
+                source.write(slab, arrays[path][source.at][rows])
             yield slab
 
 
@@ -248,7 +258,7 @@ def _units(tree: Params) -> list[_Unit]:
     groups: dict[str, dict[str, Tensor]] = {}
     for path, tensor in leaves(tree):  # leaves that share a stored tensor share their first source's name
         groups.setdefault(tensor.sources[0].name, {})[path] = tensor
-    units = [_Unit(layer, group) for group in groups.values() for layer in next(iter(group.values())).layers or (None,)]
+    units = [_Unit(layer, group) for group in groups.values() for layer in next(iter(group.values())).every_layer]
 
     def order(unit: _Unit) -> float:
         if unit.layer is not None:

@@ -29,9 +29,10 @@ from experiments.common import options, text
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import serving
 from indexcache_jax.config import Config
-from indexcache_jax.generate import CHUNK, MIN_KEYS, Sampling, check_prompts, generate, power_of_two, prefill_document
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import greedy as search
+from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_document
+from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
 
 for _name in ("checkpoint", "dtype", "resume"):
     flags.declare_key_flag(_name)
@@ -176,7 +177,7 @@ def run(output_dir: str, seed: int) -> None:
     directory = options.CHECKPOINT.value or str(options.DEMO)
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     encoder = text.tokenizer(directory)
-    config, schedule, params = checkpoints_convert.load(directory, dtype=jnp.dtype(dtype))
+    config, schedule, weights = checkpoints_convert.load(directory, dtype=jnp.dtype(dtype), form="serving")
     stops = stop_tokens(config)
     document: list[int] = []
     if _DOCUMENT.value:
@@ -203,7 +204,7 @@ def run(output_dir: str, seed: int) -> None:
         "prompts": zlib.crc32(path.read_bytes()),
         "document": zlib.crc32(np.asarray(document, np.int32).tobytes()),
         "schedule": schedule.pattern,
-        "weights": search.fingerprint(params, [])["weights"],
+        "weights": search.fingerprint(weights, [])["weights"],
         "dtype": dtype,
         "sampling": dataclasses.asdict(sampling) | {"seed": seed},
         "stop_tokens": list(stops),
@@ -211,8 +212,6 @@ def run(output_dir: str, seed: int) -> None:
         "max_new_tokens": _NEW.value,
         "cache": [most, _CHUNK.value, _LATENTS.value, _KEYS.value],
     }
-    weights = serving.weights_of(params, config, schedule)
-    del params
     output = Output.create(output_dir)
     target = output.directory / OUTPUT
     if target.exists() and not options.RESUME.value:
@@ -222,8 +221,9 @@ def run(output_dir: str, seed: int) -> None:
     begun, meter, written = time.perf_counter(), Meter(len(found), kept), 0
     shared = None  # the document's cache
     if document and any(not r.error for r in found[kept:]):
-        kinds: dict[str, Any] = {"latent_dtype": _LATENTS.value or None, "index_dtype": _KEYS.value or None}
-        shared = prefill_document(weights, document, config, schedule, chunk=_CHUNK.value, progress=meter, **kinds)
+        shared = prefill_document(
+            weights, document, config, schedule, cache_format=cache_format(weights), chunk=_CHUNK.value, progress=meter
+        )
     with open(target, "a", encoding="utf-8") as out:
         size = WINDOW * _ROWS.value
         for first in range(kept // size * size, len(found), size):
@@ -258,6 +258,12 @@ def run(output_dir: str, seed: int) -> None:
     finish(output, schedule, found, kept, written, meter, time.perf_counter() - begun)
 
 
+def cache_format(weights: serving.Weights) -> CacheFormat:
+    """What --kept_latents and --kept_index_keys ask for; by default the dtype of the weights."""
+    dtype = weights.embedding.dtype
+    return CacheFormat(_LATENTS.value or dtype, _KEYS.value or dtype)
+
+
 def complete(
     batch: Sequence[Request],
     weights: serving.Weights,
@@ -274,7 +280,7 @@ def complete(
     before = 0 if document is None else int(document.lengths[0])
     needed = before + max(len(r.tokens) for r in rows) + _NEW.value
     # Few different lengths of cache, because each is a program.
-    cache_len = power_of_two(needed, MIN_KEYS, _CACHE_LEN.value or config.max_position_embeddings)
+    cache_len = power_of_two(needed, MIN_KV_LENGTH, _CACHE_LEN.value or config.max_position_embeddings)
     return generate(
         weights,
         [r.tokens for r in rows],
@@ -285,8 +291,7 @@ def complete(
         seed=seed,
         stop_tokens=stops,
         cache_len=cache_len,
-        latent_dtype=_LATENTS.value or None,
-        index_dtype=_KEYS.value or None,
+        cache_format=cache_format(weights),
         document=document or (),
         ids=[r.line for r in rows],
         chunk=_CHUNK.value,

@@ -25,7 +25,6 @@ from experiments.common import options, text
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import serving
 from indexcache_jax.config import ARCHITECTURES, GLM, Config
-from indexcache_jax.generate import prefill
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
 from indexcache_jax.search import greedy as search
@@ -118,7 +117,7 @@ class InMemory:
         """The median, the schedules taking turns, into an empty cache."""
         if not _TIME.value:
             return [None for _ in schedules]
-        weights = serving.weights_of(self.params, self.config, self.schedule)
+        weights = serving.from_params(self.params, self.config, self.schedule)
         models = [serving.restrict(weights, self.config, schedule) for schedule in schedules]
         times: list[list[float]] = [[] for _ in schedules]
         fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
@@ -131,7 +130,7 @@ class InMemory:
                 cache = serving.init_cache(self.config, schedule, batch, length, self.params.embedding.dtype)
                 jax.block_until_ready(cache)
                 began = time.perf_counter()
-                prefill(model, list(tokens), cache, self.config)[0].block_until_ready()
+                serving.prefill_prompts(model, list(tokens), cache, self.config)[0].block_until_ready()
                 if round:
                     taken.append(time.perf_counter() - began)
         return [statistics.median(taken) for taken in times]

@@ -1,18 +1,28 @@
 """IndexCache for DeepSeek Sparse Attention: schedules, models, search and distillation as pure functions in JAX."""
 
-from indexcache_jax.cache import Cache, init_cache
 from indexcache_jax.config import Config, preset
-from indexcache_jax.generate import Sampling, generate
-from indexcache_jax.model import decode_step, forward, prefill, selections
+from indexcache_jax.model import forward, selections
 from indexcache_jax.params import Params, init
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import (
+    Cache,
+    CacheFormat,
+    Sampling,
+    Weights,
+    decode_step,
+    generate,
+    init_cache,
+    prefill,
+)
 
 __all__ = [
     "Cache",
+    "CacheFormat",
     "Config",
     "Params",
     "Sampling",
     "Schedule",
+    "Weights",
     "decode_step",
     "forward",
     "generate",

@@ -1,58 +1,78 @@
-"""Multi-head latent attention over selected positions, absorbed and expanded (SPEC.md 2.2).
+"""Multi-head latent attention over selected positions, absorbed and expanded (docs/model.md, Attention).
 
 A token is remembered as one latent of width C + dr: its normalised compression c and one rotated key part shared by all
 heads. The absorbed form moves the up-projections to the query and output side, so that the latent itself is key and
 value of every head: what inference uses, since it reads 576 numbers a token instead of H (dn + dr + dv). The expanded
 form builds every head's keys and values from the latents: fewer operations where most tokens are attended, and the form
 whose attention probabilities training needs.
+
+The `finish_` functions are what follows a product with a weight matrix. Params and serving weights multiply differently
+and share them.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
+from indexcache_jax import ops
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Attention
-from indexcache_jax.rope import rotate
+from indexcache_jax.rope import CosSin, rotate
 
-Angles = tuple[jax.Array, jax.Array]
+
+def finish_query_latent(
+    product: jax.Array, bias: jax.Array | None, norm: jax.Array, config: Config, dtype: Any = None
+) -> jax.Array:
+    """Query latents [B, S, R] from their projection [B, S, R]: bias and norm, in `dtype` or that of the product."""
+    product = product if bias is None else product + bias
+    return rms_norm(product, norm, config.latent_norm_eps).astype(dtype or product.dtype)
+
+
+def finish_latent(
+    product: jax.Array, bias: jax.Array | None, norm: jax.Array, cos_sin: CosSin, config: Config, dtype: Any = None
+) -> jax.Array:
+    """Latents [B, S, C + dr] from their projection: bias, the norm of the first C numbers, the rotation of the last dr.
+
+    The result has `dtype` or that of the product.
+    """
+    product = product if bias is None else product + bias
+    compressed, rope = product[..., : config.kv_lora_rank], product[..., config.kv_lora_rank :]
+    compressed = rms_norm(compressed, norm, config.latent_norm_eps)
+    return jnp.concatenate([compressed, rotate(rope, *cos_sin, interleaved=True)], axis=-1).astype(dtype or product.dtype)
+
+
+def finish_queries(product: jax.Array, cos_sin: CosSin, config: Config) -> tuple[jax.Array, jax.Array]:
+    """The no-position part [B, S, H, dn] and the rotated part [B, S, H, dr] of projected queries [B, S, H, dn + dr]."""
+    nope, rope = product[..., : config.qk_nope_head_dim], product[..., config.qk_nope_head_dim :]
+    return nope, rotate(rope, *cos_sin, interleaved=True)
 
 
 def query_latents(p: Attention, x: jax.Array, config: Config) -> jax.Array:
     """[B, S, D] normalised layer input -> [B, S, R], normalised; the indexer reads them too."""
-    down = x @ p.q_down
-    if p.q_down_bias is not None:
-        down = down + p.q_down_bias
-    return rms_norm(down, p.q_norm, config.latent_norm_eps)
+    return finish_query_latent(x @ p.q_down, p.q_down_bias, p.q_norm, config)
 
 
-def queries(p: Attention, q_latent: jax.Array, angles: Angles, config: Config) -> tuple[jax.Array, jax.Array]:
+def queries(p: Attention, q_latent: jax.Array, cos_sin: CosSin, config: Config) -> tuple[jax.Array, jax.Array]:
     """[B, S, R] -> the no-position part [B, S, H, dn] and the rotated part [B, S, H, dr] of every head's query."""
-    q = jnp.einsum("bsr,rhd->bshd", q_latent, p.q_up)
-    nope, rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
-    return nope, rotate(rope, *angles, interleaved=True)
+    return finish_queries(jnp.einsum("bsr,rhd->bshd", q_latent, p.q_up), cos_sin, config)
 
 
-def latents(p: Attention, x: jax.Array, angles: Angles, config: Config) -> jax.Array:
+def latents(p: Attention, x: jax.Array, cos_sin: CosSin, config: Config) -> jax.Array:
     """[B, S, D] normalised layer input -> [B, S, C+dr]: what the cache holds."""
-    down = x @ p.kv_down
-    if p.kv_down_bias is not None:
-        down = down + p.kv_down_bias
-    compressed, rope = down[..., : config.kv_lora_rank], down[..., config.kv_lora_rank :]
-    compressed = rms_norm(compressed, p.kv_norm, config.latent_norm_eps)
-    return jnp.concatenate([compressed, rotate(rope, *angles, interleaved=True)], axis=-1)
+    return finish_latent(x @ p.kv_down, p.kv_down_bias, p.kv_norm, cos_sin, config)
 
 
 def attend(
-    p: Attention, q_latent: jax.Array, latents: jax.Array, indices: jax.Array, angles: Angles, config: Config
+    p: Attention, q_latent: jax.Array, latents: jax.Array, indices: jax.Array, cos_sin: CosSin, config: Config
 ) -> jax.Array:
     """The absorbed form over selected latents: q_latent [B, S, R], latents [B, T, C+dr], indices [B, S, k] -> [B, S, D]."""
-    nope, rope = queries(p, q_latent, angles, config)
+    nope, rope = queries(p, q_latent, cos_sin, config)
     absorbed = jnp.concatenate([jnp.einsum("bshn,hnc->bshc", nope, p.k_up), rope], axis=-1)
-    context = pallas_kernels.sparse_mla(absorbed, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank)
+    context = ops.attend(absorbed, latents, indices, config)
     return output(p, jnp.einsum("bshc,hcv->bshv", context, p.v_up))
 
 

@@ -161,6 +161,21 @@ class Config:
     def attention_scale(self) -> float:
         return self.qk_head_dim**-0.5 * self.rope.softmax_gain
 
+    @property
+    def index_scale(self) -> float:
+        """What a sum over index heads of relu(q . k) is multiplied by: Hi^-1/2 Di^-1/2 (docs/model.md, Indexer)."""
+        return self.index_n_heads**-0.5 * self.index_head_dim**-0.5
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers with one dense MLP."""
+        return tuple(layer for layer, experts in enumerate(self.moe_layers) if not experts)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers with routed experts."""
+        return tuple(layer for layer, experts in enumerate(self.moe_layers) if experts)
+
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | pathlib.Path) -> Config:
         """Reads a config.json: its dict, its path, or its directory. ValueError names the field at fault."""

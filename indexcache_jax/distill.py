@@ -32,9 +32,10 @@ import numpy as np
 import pallas_kernels
 from indexcache_jax import attention, indexer, moe
 from indexcache_jax.config import Config
-from indexcache_jax.model import AttentionLayer, Positions, mlp_layers, place, token_losses
+from indexcache_jax.model import AttentionLayer, token_losses
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import MoE, Params, abstract, slots
+from indexcache_jax.positions import Positions, whole_rows
 from indexcache_jax.schedule import Schedule
 from pallas_kernels import dispatch
 from pallas_kernels.index_divergence import api as index_divergence
@@ -139,8 +140,8 @@ def _index(
     assert p.indexer is not None  # an F layer has one
     h, q_latent = jax.lax.stop_gradient((h, q_latent))
     state = IndexState(
-        indexer.index_queries(p.indexer, q_latent, positions.angles, config),
-        indexer.index_keys(p.indexer, h, positions.angles, config),
+        indexer.index_queries(p.indexer, q_latent, positions.cos_sin, config),
+        indexer.index_keys(p.indexer, h, positions.cos_sin, config),
         indexer.head_weights(p.indexer, h, config),
         None,
         words,
@@ -173,8 +174,8 @@ def _attend(
     """
     h = rms_norm(x, p.norm, config.rms_norm_eps)
     q_latent = attention.query_latents(p.attention, h, config)
-    queries = jnp.concatenate(attention.queries(p.attention, q_latent, positions.angles, config), axis=-1)
-    latents = attention.latents(p.attention, h, positions.angles, config)
+    queries = jnp.concatenate(attention.queries(p.attention, q_latent, positions.cos_sin, config), axis=-1)
+    latents = attention.latents(p.attention, h, positions.cos_sin, config)
     keys, values = attention.expand(p.attention, latents, config)
     if state is None and _fused(queries, values):
         out = _causal(queries, keys, values, config.attention_scale)
@@ -290,10 +291,10 @@ def losses(
     params = jax.tree.map(lambda a, t: a.astype(t.dtype or compute_dtype), params, abstract(config, schedule))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     b, s = inputs.shape
-    positions = place(jnp.zeros((b,), jnp.int32), jnp.full((b,), s, jnp.int32), s, config)
+    positions = whole_rows(inputs, config)
     x = _embed(params.embedding, inputs)
     state = _no_state(b, s, x.dtype, config, sparse, by_kernels(b, s, x.dtype, config)) if indexers else None
-    dense, sparse_layers = mlp_layers(config)
+    dense, sparse_layers = config.dense_layers, config.expert_layers
     stack_slots = {False: slots(dense), True: slots(sparse_layers)}
     full_slots = slots(schedule.full_layers)
     given = roles_of(schedule, cross_layer) if roles is None else roles
@@ -326,7 +327,7 @@ def losses(
             if not run.experts:
                 return (x + moe.mlp(mlp, h), *carry), None
             chosen, _ = moe.route(mlp, h.reshape(-1, h.shape[-1]), config)
-            return (x + moe.moe(mlp, h, config), *carry), moe.loads(chosen, config.n_routed_experts)
+            return (x + moe.moe(mlp, h, config), *carry), moe.tokens_per_expert(chosen, config.n_routed_experts)
 
         (x, kl_total, positions, state), load = jax.lax.scan(layer, (x, kl_total, positions, state), layers)
         if run.experts:

@@ -1,4 +1,7 @@
-"""SwiGLU layers, dense and routed: sigmoid scores, groups, a bias for the choice only, shared experts (SPEC.md 2.6)."""
+"""SwiGLU layers, dense and routed: sigmoid scores, groups, a bias for the choice only, shared experts.
+
+The formulas are those of docs/model.md, Experts.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
+from indexcache_jax import ops
 from indexcache_jax.config import Config
 from indexcache_jax.params import MLP, MoE
-from pallas_kernels import dispatch
 
 
 class Matrices(Protocol):
@@ -22,10 +24,15 @@ class Matrices(Protocol):
     def down(self) -> jax.Array: ...
 
 
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, elementwise."""
+    return jax.nn.silu(gate) * up
+
+
 def mlp(p: MLP, x: jax.Array) -> jax.Array:
     """down(silu(gate x) * up x): [..., D] -> [..., D]."""
     gate_up = jnp.einsum("...d,dgf->...gf", x, p.gate_up)
-    return (jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]) @ p.down
+    return swiglu(gate_up[..., 0, :], gate_up[..., 1, :]) @ p.down
 
 
 def route(p: MoE, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -55,7 +62,7 @@ def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Arra
     return experts, weights * config.routed_scaling_factor
 
 
-def loads(experts: jax.Array, num_experts: int) -> jax.Array:
+def tokens_per_expert(experts: jax.Array, num_experts: int) -> jax.Array:
     """How many tokens each expert got, [E] int32; a sum, since a histogram by scatter serialises on a GPU."""
     return jnp.sum(jax.nn.one_hot(experts.reshape(-1), num_experts, dtype=jnp.int32), axis=0)
 
@@ -80,19 +87,19 @@ def routed(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Arra
 
 def _few_experts(config: Config) -> bool:
     # An accelerator multiplies a small model's tokens by every expert faster than it sorts them.
-    return dispatch.platform() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
+    return ops.platform() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
 
 
 def _few_rows(experts: jax.Array, config: Config) -> bool:
     # Then a matrix for every row is less than what a TPU's grouped product reads. Hopper's reads the chosen ones alone.
-    return dispatch.platform() == "tpu" and 4 * experts.size <= config.n_routed_experts
+    return ops.platform() == "tpu" and 4 * experts.size <= config.n_routed_experts
 
 
 def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
     """All experts of tokens [N, D], those not chosen with weight 0 -> [N, D] float32."""
     gates = jnp.sum(jax.nn.one_hot(experts, p.gate_up.shape[0]) * weights[..., None], axis=1)
     gate_up = jnp.einsum("nd,edgi->negi", tokens, p.gate_up)
-    hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+    hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1])
     hidden = (hidden.astype(jnp.float32) * gates[..., None]).astype(tokens.dtype)
     return jnp.einsum("nei,eid->nd", hidden, p.down, preferred_element_type=jnp.float32)
 
@@ -103,15 +110,15 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     On a TPU XLA reads one slice of a stack in place but copies what a gather or a reshape of it makes.
     """
 
-    def one(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
-        def chosen(stack: jax.Array) -> jax.Array:
+    def apply(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
+        def matrix(stack: jax.Array) -> jax.Array:
             return jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False)
 
-        gate_up = jnp.einsum("d,dgi->gi", token, chosen(p.gate_up))
-        return jnp.einsum("i,id->d", jax.nn.silu(gate_up[0]) * gate_up[1], chosen(p.down))
+        gate_up = jnp.einsum("d,dgi->gi", token, matrix(p.gate_up))
+        return jnp.einsum("i,id->d", swiglu(gate_up[0], gate_up[1]), matrix(p.down))
 
     n, k = experts.shape
-    rows = jnp.stack([jnp.stack([one(tokens[i], experts[i, j]) for j in range(k)]) for i in range(n)])  # [N, k, D]
+    rows = jnp.stack([jnp.stack([apply(tokens[i], experts[i, j]) for j in range(k)]) for i in range(n)])  # [N, k, D]
     return jnp.sum(rows * weights[..., None], axis=1)
 
 
@@ -119,9 +126,9 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     """The chosen experts of tokens [N, D]: rows sorted by expert, two grouped products -> [N, D] float32."""
     k, groups = experts.shape[1], p.gate_up.shape[0]
     order = jnp.argsort(experts.reshape(-1), stable=True)
-    sizes = loads(experts, groups)
-    hidden = pallas_kernels.grouped_swiglu(tokens[order // k], p.gate_up, sizes)
-    rows = pallas_kernels.grouped_matmul(hidden, p.down, sizes)
+    sizes = tokens_per_expert(experts, groups)
+    hidden = ops.grouped_swiglu(tokens[order // k], p.gate_up, sizes)
+    rows = ops.grouped_matmul(hidden, p.down, sizes)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     rows = rows[back].reshape(-1, k, tokens.shape[-1]).astype(jnp.float32)
     return jnp.sum(rows * weights[..., None], axis=1)

@@ -1,25 +1,24 @@
-"""One description of every tensor of a model: shape, dtype, logical axes, initialiser and place in a checkpoint.
+"""The weights of a model as training and conversion hold them: equal layers stacked on a leading axis.
 
-`abstract` builds the tree once; init, shardings, the converter's shape checks and the exporter all read it. Tensors of
-equal layers are stacked on a leading axis, so the tree has some twenty leaves however many layers there are and
-dispatching a step costs the same for 5 layers as for 78. S layers have no indexer: that stack is as long as the
-schedule has F layers.
+The tree has some twenty leaves however many layers there are, so dispatching a step costs the same for 5 layers as for
+78. S layers have no indexer: that stack is as long as the schedule has F layers. Matrices are [in, out]. Inference has a
+tree of its own, `serving.Weights`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from indexcache_jax import tensors
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Source, Tensor, as_stored
 
 
 @flax.struct.dataclass
@@ -80,75 +79,23 @@ class Params:
     full_layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One checkpoint tensor, and which part of one layer's tensor it fills.
-
-    The checkpoint tensor, of `shape`, is viewed as `view`, cut to `take` and transposed by `perm`; that is
-    `tensor[at]`. `take` leaves the first axis of `view` whole, so a checkpoint tensor also travels in slabs along it.
-    """
-
-    name: str  # with {layer}
-    shape: tuple[int, ...]
-    view: tuple[int, ...]
-    perm: tuple[int, ...]
-    take: tuple[slice, ...] = ()
-    at: tuple[int | slice, ...] = ()
-
-    def part(self, tensor: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """The view of `tensor[at]` that entries start to stop of the first axis of `view` fill."""
-        return tensor[self.at][(slice(None),) * self.perm.index(0) + (slice(start, stop),)]
-
-    def read(self, slab: np.ndarray) -> np.ndarray:
-        """What `slab`, the checkpoint tensor or whole entries of its first view axis, puts into `part`."""
-        return slab.reshape(-1, *self.view[1:])[self.take].transpose(self.perm)
-
-    def write(self, slab: np.ndarray, part: np.ndarray) -> None:
-        """The inverse of `read`: puts `part` into `slab`."""
-        slab.reshape(-1, *self.view[1:])[self.take] = part.transpose(np.argsort(self.perm))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A leaf of the abstract tree. `shape` and `axes` include the stacked axis; `layers` says what it runs over."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    init: str  # "normal" (fan-in scaled), "embedding", "ones" or "zeros"
-    fan_in: int
-    sources: tuple[Source, ...]
-    layers: tuple[int, ...] | None = None
-    dtype: str | None = None  # where it differs from the model's
-
-    @property
-    def layer_shape(self) -> tuple[int, ...]:
-        return self.shape if self.layers is None else self.shape[1:]
-
-
 def abstract(config: Config, schedule: Schedule) -> Params:
     """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ."""
-    if schedule.num_layers != config.num_layers:
-        raise ValueError(
-            f"schedule pattern: {schedule.pattern} has {schedule.num_layers} entries for {config.num_layers} layers"
-        )
+    schedule.check_layers(config.num_layers)
     c = config
     D, H, R, C = c.hidden_size, c.num_heads, c.q_lora_rank, c.kv_lora_rank
     dn, dr, dv, dq = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.qk_head_dim
     Hi, Di, E, I, V = c.index_n_heads, c.index_head_dim, c.n_routed_experts, c.moe_intermediate_size, c.vocab_size
-    every = tuple(range(c.num_layers))
-    dense = tuple(i for i in every if not c.moe_layers[i])
-    moe = tuple(i for i in every if c.moe_layers[i])
+    every, dense, moe = tuple(range(c.num_layers)), c.dense_layers, c.expert_layers
 
     def tensor(layers, shape, axes, sources, init="normal", fan_in=1, dtype=None):
         if layers is not None:
             shape, axes = (len(layers), *shape), ("layer", *axes)
-        return Tensor(shape, axes, init, fan_in, tuple(sources), layers, dtype)
-
-    def plain(name, shape):  # stored as it is used
-        return [Source(name, shape, shape, tuple(range(len(shape))))]
+        scale = c.initializer_range if init == "embedding" else fan_in**-0.5
+        return Tensor(shape, axes, init, scale, tuple(sources), layers, layers is not None, dtype)
 
     def vector(layers, name, size, axis=None, init="ones", dtype=None):
-        return tensor(layers, (size,), (axis,), plain(name, (size,)), init, dtype=dtype)
+        return tensor(layers, (size,), (axis,), [as_stored(name, (size,))], init, dtype=dtype)
 
     def linear(layers, name, fan_in, fan_out, axes):  # stored [out, in], used [in, out]
         source = Source(name, (fan_out, fan_in), (fan_out, fan_in), (1, 0))
@@ -230,7 +177,7 @@ def abstract(config: Config, schedule: Schedule) -> Params:
     ]
     down = [Source(f"{mlp}.experts.{e}.down_proj.weight", (D, I), (D, I), (1, 0), at=(e,)) for e in range(E)]
     return Params(
-        embedding=tensor(None, (V, D), ("vocab", "embed"), plain("model.embed_tokens.weight", (V, D)), "embedding", D),
+        embedding=tensor(None, (V, D), ("vocab", "embed"), [as_stored("model.embed_tokens.weight", (V, D))], "embedding"),
         input_norm=vector(every, f"{layer}.input_layernorm.weight", D, "embed"),
         mlp_norm=vector(every, f"{layer}.post_attention_layernorm.weight", D, "embed"),
         attention=attention,
@@ -251,37 +198,14 @@ def abstract(config: Config, schedule: Schedule) -> Params:
     )
 
 
-def leaves(tree: Params) -> Iterator[tuple[str, Tensor]]:
-    """The (path, Tensor) pairs of an abstract tree, such as ("attention.q_up", Tensor(...))."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield ".".join(str(key.name) for key in path), leaf
-
-
 def shape_structs(config: Config, schedule: Schedule, dtype: Any, shardings: Params | None = None) -> Params:
-    """The tree as ShapeDtypeStructs: to lower a program, or to restore into, without allocating a weight."""
-    tree = abstract(config, schedule)
-    structs = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, jnp.dtype(t.dtype or dtype)), tree)
-    if shardings is None:
-        return structs
-    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), structs, shardings)
+    """The params of a model under a schedule as ShapeDtypeStructs; see `tensors.shape_structs`."""
+    return tensors.shape_structs(abstract(config, schedule), dtype, shardings)
 
 
 def init(key: jax.Array, config: Config, schedule: Schedule, dtype: Any = jnp.float32) -> Params:
-    """Random weights: normal with variance 1 / fan-in, embeddings with config.initializer_range, norms 1, biases 0."""
-    tree = abstract(config, schedule)
-    tensors, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(tensors))
-
-    def one(key: jax.Array, t: Tensor) -> jax.Array:
-        dt = jnp.dtype(t.dtype or dtype)
-        if t.init == "ones":
-            return jnp.ones(t.shape, dt)
-        if t.init == "zeros":
-            return jnp.zeros(t.shape, dt)
-        scale = config.initializer_range if t.init == "embedding" else t.fan_in**-0.5
-        return (scale * jax.random.normal(key, t.shape, jnp.float32)).astype(dt)
-
-    return jax.tree.unflatten(treedef, [one(k, t) for k, t in zip(keys, tensors, strict=True)])
+    """Random params: normal with variance 1 / fan-in, embeddings with config.initializer_range, norms 1, biases 0."""
+    return tensors.init(key, abstract(config, schedule), dtype)
 
 
 def at_layer(stack: Any, slot: int | jax.Array) -> Any:
@@ -291,18 +215,16 @@ def at_layer(stack: Any, slot: int | jax.Array) -> Any:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), stack)
 
 
-def count(tree: Params) -> int:
-    """Number of weights of an abstract tree."""
-    return sum(math.prod(t.shape) for _, t in leaves(tree))
-
-
 def slots(layers: tuple[int, ...]) -> Mapping[int, int]:
     """Where each layer of a stack is: layer -> position on the stacked axis."""
     return {layer: slot for slot, layer in enumerate(layers)}
 
 
 def check_schedule(params: Params, schedule: Schedule) -> None:
-    """ValueError where `params` have not the indexers of the F layers: another layer's would select in silence."""
+    """Raises ValueError unless `params` hold exactly the indexers of the schedule's F layers.
+
+    Otherwise a layer would silently use another layer's indexer.
+    """
     if params.full_layers != schedule.full_layers:
         raise ValueError(
             f"schedule pattern {schedule.pattern}: F are the layers {list(schedule.full_layers)}, but these params hold the "
@@ -317,8 +239,7 @@ def with_schedule(params: Params, schedule: Schedule, new: Schedule) -> Params:
     `schedule` has no indexer for.
     """
     check_schedule(params, schedule)
-    if new.num_layers != schedule.num_layers:
-        raise ValueError(f"schedule pattern: {new.pattern} has {new.num_layers} entries for {schedule.num_layers} layers")
+    new.check_layers(schedule.num_layers)
     if lacking := [layer for layer in new.full_layers if not schedule.is_full[layer]]:
         raise ValueError(f"schedule pattern: layer {lacking[0]} of {new.pattern} is F, but the params hold no indexer for it")
     kept = jnp.array([slots(schedule.full_layers)[layer] for layer in new.full_layers])

@@ -10,6 +10,8 @@ import numpy as np
 
 from indexcache_jax.config import Config
 
+CosSin = tuple[jax.Array, jax.Array]
+
 
 def frequencies(config: Config) -> np.ndarray:
     """Angle per position of each rotated pair, [dr / 2] float64.
@@ -31,7 +33,7 @@ def frequencies(config: Config) -> np.ndarray:
     return plain / rope.factor * slow + plain * (1 - slow)
 
 
-def angles(positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+def cos_sin(positions: jax.Array, config: Config) -> CosSin:
     """Cosines and sines, [B, S, dr / 2] float32 each, of positions [B, S]; yarn's attention factor is in them."""
     theta = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies(config), jnp.float32)
     return jnp.cos(theta) * config.rope.attention_factor, jnp.sin(theta) * config.rope.attention_factor

@@ -72,6 +72,11 @@ class Schedule:
             raise ValueError(f"layer {layer} of {self.pattern} is not an F layer")
         return tuple(i for i, source in enumerate(self.source) if source == layer)
 
+    def check_layers(self, num_layers: int) -> None:
+        """ValueError unless the schedule is one for so many layers."""
+        if self.num_layers != num_layers:
+            raise ValueError(f"schedule pattern: {_show(self.pattern)} has {self.num_layers} entries for {num_layers} layers")
+
     def shared(self, layer: int) -> Schedule:
         """This schedule with `layer` turned into S: one flip of the search."""
         return Schedule(self.pattern[:layer] + "S" + self.pattern[layer + 1 :])

@@ -19,15 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental.layout import Format, Layout
 
 from experiments.common import options
 from experiments.common.report import Output, markdown_table, text_table
-from indexcache_jax import serving
+from indexcache_jax import params, serving, tensors
 from indexcache_jax.config import Config, preset
-from indexcache_jax.model import place
-from indexcache_jax.params import shape_structs
+from indexcache_jax.positions import make_positions
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving.cache import abstract, formats, shape_structs
+from indexcache_jax.serving.layer import layer_program
+from indexcache_jax.serving.model import step_program
 from pallas_kernels import dispatch, tpu
 
 TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2", "v6e:2x2")
@@ -82,16 +83,6 @@ def topology_device(name: str) -> jax.Device:
     return found
 
 
-def row_major(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The shapes of `tree` on `sharding`, last axis minor.
-
-    Left to itself XLA lays [..., T, 576] out with T minor, as 576 is no multiple of 128, and turns it for every kernel.
-    """
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=Format(Layout(tuple(range(x.ndim))), sharding)), tree
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The shapes of a model for inference on one device: one row, `tokens` cached, bfloat16."""
@@ -110,40 +101,28 @@ class Model:
 
     @functools.cached_property
     def weights(self) -> serving.Weights:
-        params = shape_structs(self.config, self.schedule, jnp.bfloat16)
-        return self.on_device(jax.eval_shape(lambda p: serving.weights_of(p, self.config, self.schedule), params))
+        return self.on_device(tensors.shape_structs(serving.weights.abstract(self.config, self.schedule), jnp.bfloat16))
 
     @functools.cached_property
     def cache(self) -> serving.Cache:
-        cache = jax.eval_shape(lambda: serving.init_cache(self.config, self.schedule, 1, self.tokens))
-        return row_major(cache, self.sharding)
+        return shape_structs(abstract(self.config, self.schedule, 1, self.tokens), self.sharding)
 
     def decode(self) -> jax.stages.Lowered:
         """A decode step through all layers."""
-
-        def step(cache: serving.Cache, weights: serving.Weights, token: jax.Array) -> tuple[jax.Array, serving.Cache]:
-            return serving.step(weights, token, cache, self.config)
-
-        formats = jax.tree.map(lambda x: x.format, self.cache)
         token = self.on_device(jax.ShapeDtypeStruct((1,), jnp.int32))
         with dispatch.target(self.device):
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.sharding, formats))
-            return jitted.lower(self.cache, self.weights, token)
+            program = step_program(formats(self.cache), donate=True)
+            return program.lower(self.weights, token, self.cache, self.config)
 
     def prefill(self, layer: int, chunk: int) -> jax.stages.Lowered:
         """One layer over `chunk` tokens that fill the cache up."""
         config, cache = self.config, self.cache.layers[layer]
-
-        def run(cache: serving.LayerCache, x: jax.Array, p: serving.Layer) -> tuple[jax.Array, Any, serving.LayerCache]:
-            lengths = jnp.full((1,), chunk)
-            positions = place(self.tokens - lengths, lengths, chunk, config)
-            return serving.layer(p, x, None, cache, positions, self.tokens, config)
-
-        formats = jax.tree.map(lambda x: x.format, cache)
         x = self.on_device(jax.ShapeDtypeStruct((1, chunk, config.hidden_size), jnp.bfloat16))
+        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+        positions = self.on_device(jax.eval_shape(lambda n: make_positions(n, n, chunk, config), row))
         with dispatch.target(self.device):
-            jitted = jax.jit(run, donate_argnums=(0, 1), out_shardings=(self.sharding, self.sharding, formats))
-            return jitted.lower(cache, x, self.weights.layers[layer])
+            program = layer_program(formats(cache), donate=True)
+            return program.lower(self.weights.layers[layer], x, None, cache, positions, self.tokens, config)
 
 
 def kernels_of(hlo: str) -> dict[str, dict[str, int]]:
@@ -192,7 +171,7 @@ def layers_that_fit(layers: int, hbm: int) -> int:
 
     def weights(count: int) -> int:
         config, schedule = shape(count)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape_structs(config, schedule, jnp.bfloat16)))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params.shape_structs(config, schedule, jnp.bfloat16)))
 
     return next((count for count in range(layers, 1, -1) if weights(count) <= hbm * 3 // 4), 1)
 

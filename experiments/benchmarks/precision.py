@@ -7,6 +7,7 @@ the hidden states that the unrounded model has below it, so that a layer's figur
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -24,41 +25,46 @@ from indexcache_jax import serving
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
-from indexcache_jax.serving import FP8, Weights
+from indexcache_jax.serving import FP8, CacheFormat, Weights
 
 for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype"):
     flags.declare_key_flag(_name)
 
-CACHES: dict[str, dict[str, Any]] = {
-    "fp8 index keys": {"index_dtype": FP8},
-    "fp8 latents": {"latent_dtype": FP8},
-    "fp8 both": {"index_dtype": FP8, "latent_dtype": FP8},
-}
+# The parts of a cache that are kept in 8 bits.
+CACHES = {"fp8 index keys": ("index_dtype",), "fp8 latents": ("latent_dtype",), "fp8 both": ("index_dtype", "latent_dtype")}
 QUERIES = 64  # of a sequence, whose selections are compared
 BLOCK = 256  # tokens whose logits exist at a time
 
-_layer = jax.jit(serving.layer, static_argnames="keys")  # unlike inference's own it keeps its arguments
+
+def cache_format(cache: str | None, dtype: Any) -> CacheFormat:
+    """The format of one of CACHES beside `dtype`; None is all of it in `dtype`."""
+    return dataclasses.replace(CacheFormat.of(dtype), **dict.fromkeys(() if cache is None else CACHES[cache], FP8))
 
 
 def walk(
-    weights: Weights, tokens: jax.Array, config: Config, schedule: Schedule, given: list[jax.Array] | None = None, **kinds: Any
+    weights: Weights,
+    tokens: jax.Array,
+    config: Config,
+    schedule: Schedule,
+    form: CacheFormat,
+    inputs: list[jax.Array] | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Hidden states [1, S, D] before every layer and after the last, and the F layers' indices [1, S, k] of tokens [1, S].
 
-    `given`: hidden states that stand before the layers instead of the ones that the layers below made. `kinds`: of the
-    cache, as `serving.init_cache` takes them.
+    `inputs`: hidden states that the layers are given instead of those that the layers below made.
     """
     s = tokens.shape[1]
-    cache = serving.init_cache(config, schedule, 1, s, weights.embedding.dtype, **kinds)
+    cache = serving.init_cache(config, schedule, 1, s, form)
     x, positions = serving.embed(weights.embedding, tokens, cache.lengths, jnp.full((1,), s, jnp.int32), config)
-    states, selections, indices = [x], [], None
-    for i, (p, one) in enumerate(zip(weights.layers, cache.layers, strict=True)):
-        x, found, _ = _layer(p, x if given is None else given[i], None if p.full else indices, one, positions, s, config)
-        if p.full:
-            assert found is not None  # an F layer selects
-            indices = found
-            selections.append(found)
+    states, selections = [x], []
+
+    def record(layer: int, x: jax.Array, selected: jax.Array | None) -> jax.Array:
         states.append(x)
+        if selected is not None:
+            selections.append(selected)
+        return x if inputs is None else inputs[layer + 1]
+
+    serving.walk(weights, x if inputs is None else inputs[0], cache, positions, s, config, visit=record)
     return states, selections
 
 
@@ -81,19 +87,20 @@ def selected_alike(exact: list[jax.Array], rounded: list[jax.Array], k: int) -> 
 
 def measure(weights: Weights, cuts: np.ndarray, config: Config, schedule: Schedule) -> dict[str, dict[str, Any]]:
     """By cache: losses in nats a token, KL, agreement of the likeliest token, and what the F layers select alike."""
-    head = Weights(weights.embedding, (), weights.final_norm, weights.head)
+    dtype = weights.embedding.dtype
     sums = {name: np.zeros(4) for name in CACHES}
     alike: dict[str, list[np.ndarray]] = {name: [] for name in CACHES}
     for number, cut in enumerate(cuts):
         tokens, targets = jnp.asarray(cut[None, :-1]), jnp.asarray(cut[1:])
-        states, selections = walk(weights, tokens, config, schedule)
-        for name, kinds in CACHES.items():
-            rounded, _ = walk(weights, tokens, config, schedule, **kinds)
+        states, selections = walk(weights, tokens, config, schedule, cache_format(None, dtype))
+        for name in CACHES:
+            form = cache_format(name, dtype)
+            rounded, _ = walk(weights, tokens, config, schedule, form)
             for first in range(0, targets.size, BLOCK):
                 part = slice(first, first + BLOCK)
-                found = _compare(head, states[-1][0, part], rounded[-1][0, part], targets[part], config)
+                found = _compare(weights.ends, states[-1][0, part], rounded[-1][0, part], targets[part], config)
                 sums[name] += np.asarray(found, np.float64)
-            _, chosen = walk(weights, tokens, config, schedule, states, **kinds)
+            _, chosen = walk(weights, tokens, config, schedule, form, states)
             alike[name].append(selected_alike(selections, chosen, config.index_topk))
         print(f"sequence {number + 1}/{len(cuts)}", flush=True)
     result = {}
@@ -124,17 +131,15 @@ HEADER = [
 
 def rows(found: Mapping[str, Mapping[str, Any]], config: Config, schedule: Schedule, dtype: Any) -> list[list[str]]:
     """The table, the unrounded cache first."""
-    size = serving.bytes_per_token(config, schedule, jnp.dtype(dtype), jnp.dtype(dtype))
+    size = serving.bytes_per_token(config, schedule, dtype)
     exact = next(iter(found.values()))["loss_unrounded"]
     table = [[f"{dtype}", f"{size:,}", f"{exact:.4f}", "", "", "", "", ""]]
     for name, one in found.items():
-        kinds = CACHES[name]
-        latent, index = (jnp.dtype(kinds.get(part, dtype)) for part in ("latent_dtype", "index_dtype"))
         alike = one["selected_alike"]
         table.append(
             [
                 name,
-                f"{serving.bytes_per_token(config, schedule, latent, index):,}",
+                f"{serving.bytes_per_token(config, schedule, cache_format(name, dtype)):,}",
                 f"{one['loss']:.4f}",
                 f"{100 * (one['loss'] / exact - 1):+.2f} %",
                 f"{one['divergence']:.5f}",
@@ -151,7 +156,7 @@ def run(output_dir: str, seed: int) -> None:
     search.positive(held_out_sequences=values.held_out_sequences)
     checkpoint = options.CHECKPOINT.value or str(options.DEMO)
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config, schedule, params = checkpoints_convert.load(checkpoint, dtype=jnp.dtype(dtype))
+    config, schedule, weights = checkpoints_convert.load(checkpoint, dtype=jnp.dtype(dtype), form="serving")
     if not config.index_topk < values.context <= config.max_position_embeddings:
         raise ValueError(
             f"--context={values.context}: must be above index_topk = {config.index_topk}, up to which everything is "
@@ -171,8 +176,6 @@ def run(output_dir: str, seed: int) -> None:
     )
     name = options.CHECKPOINT.value or "the shipped checkpoint"
     print(f"{name}: {schedule.pattern}; {len(cuts)} x {values.context} tokens; {dtype} on {device()['kind']}")
-    weights = serving.weights_of(params, config, schedule)
-    del params
     found = measure(weights, cuts, config, schedule)
     table = rows(found, config, schedule, dtype)
     about = " ".join((__doc__ or "").split("\n\n", 1)[1].split())

@@ -47,8 +47,12 @@ from experiments.common.report import Output, markdown_table, text_table
 from indexcache_jax import config as configs
 from indexcache_jax import serving
 from indexcache_jax.config import Config
-from indexcache_jax.generate import ROUND, decode, last_logits, prefill_chunk, visible_keys
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat, prefill_chunk
+from indexcache_jax.serving.cache import formats
+from indexcache_jax.serving.generation import CACHE_MULTIPLE, decode_program, padded_kv_length
+from indexcache_jax.serving.layer import LayerFunction, layer_program, run_layer_in_place
+from indexcache_jax.serving.model import last_hidden, last_logits
 
 PRESETS = ("30b", "glm-5", "deepseek-v3.2", "demo")
 _PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is the small one shipped here")
@@ -209,9 +213,7 @@ def record(row: Row, model: Model, price: float) -> dict[str, Any]:
 # ---- measuring
 
 
-looked_at_layer = jax.jit(
-    serving.layer, static_argnames="keys", donate_argnames=("x", "cache"), compiler_options=KERNEL_BY_KERNEL
-)
+looked_at_layer = layer_program(None, donate=True, compiler_options=tuple(KERNEL_BY_KERNEL.items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +249,7 @@ class Bench:
     full_lengths: list[int]
     chunk: int
     steps: int
-    index_dtype: Any
-    latent_dtype: Any
+    cache_format: CacheFormat
     decode_one: dict[str, Any] = dataclasses.field(default_factory=dict)  # compiled, by pattern
     decode_full: dict[tuple[str, int], tuple[int, Any]] = dataclasses.field(default_factory=dict)  # rows and program
 
@@ -262,20 +263,13 @@ class Bench:
 
     def room(self, length: int) -> int:
         """Positions of a cache that holds `length` tokens and what is decoded after them."""
-        return length + -(-self.steps // ROUND) * ROUND
+        return length + -(-self.steps // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
     def cache(self, pattern: str, batch: int, max_len: int) -> serving.Cache:
-        return serving.init_cache(
-            self.config,
-            self.schedules[pattern],
-            batch,
-            max_len,
-            latent_dtype=self.latent_dtype,
-            index_dtype=self.index_dtype,
-        )
+        return serving.init_cache(self.config, self.schedules[pattern], batch, max_len, self.cache_format)
 
     def bytes_per_token(self, pattern: str) -> int:
-        return serving.bytes_per_token(self.config, self.schedules[pattern], self.latent_dtype, self.index_dtype)
+        return serving.bytes_per_token(self.config, self.schedules[pattern], self.cache_format)
 
     def full_rows(self, pattern: str, length: int, asked: int, temporaries: int = 0) -> int:
         """Rows of `length` tokens that fit beside the weights and a program's temporary memory, at least one."""
@@ -292,7 +286,7 @@ class Bench:
     def lower_decode(self, pattern: str, batch: int, max_len: int) -> Any:
         cache = jax.eval_shape(lambda: self.cache(pattern, batch, max_len))
         token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        return decode.lower(self.weights[pattern], token, cache, self.config, steps=self.steps)
+        return decode_program(formats(cache)).lower(self.weights[pattern], token, cache, self.config, steps=self.steps)
 
     def compile_full(self, pattern: str, length: int, rows: int) -> None:
         self.decode_full[pattern, length] = rows, self.lower_decode(pattern, rows, self.room(length)).compile()
@@ -315,14 +309,13 @@ class Bench:
             Schedule("F"),
             1,
             self.max_len,
-            latent_dtype=self.latent_dtype,
-            index_dtype=self.index_dtype,
+            self.cache_format,
         ).layers[0]
         if not p.full:
             one = dataclasses.replace(one, index_keys=None, index_scales=None)
-        keys = visible_keys(self.max_len, self.max_len)
-        indices = None if p.full else jnp.zeros((1, self.chunk, min(self.config.index_topk, keys)), jnp.int32)
-        return jax.block_until_ready(serving.prefill_layer(p, x, indices, one, positions, keys, self.config)[0])
+        kv_length = padded_kv_length(self.max_len, self.max_len)
+        indices = None if p.full else jnp.zeros((1, self.chunk, min(self.config.index_topk, kv_length)), jnp.int32)
+        return jax.block_until_ready(run_layer_in_place(p, x, indices, one, positions, kv_length, self.config)[0])
 
     def compile(self, asked_rows: int) -> None:
         """All programs, at the same time on the host's cores."""
@@ -354,13 +347,13 @@ class Bench:
     # Runs.
 
     def prefill_chunk(
-        self, pattern: str, tokens: jax.Array, cache: serving.Cache, layer: Callable[..., Any] = serving.prefill_layer
+        self, pattern: str, tokens: jax.Array, cache: serving.Cache, layer: LayerFunction = run_layer_in_place
     ) -> tuple[jax.Array, serving.Cache]:
         lengths = jnp.full((1,), self.chunk, jnp.int32)
-        keys = visible_keys(self.max_len, self.max_len)
+        kv_length = padded_kv_length(self.max_len, self.max_len)
         weights = self.weights[pattern]
-        x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, keys, layer)
-        return last_logits(weights, x, lengths, self.config), cache
+        x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, kv_length, layer)
+        return last_logits(weights, last_hidden(x, lengths, jnp.zeros_like(x[:, 0])), self.config), cache
 
     def decode(self, program: Any, pattern: str, cache: serving.Cache) -> tuple[jax.Array, serving.Cache]:
         token = jnp.zeros_like(cache.lengths)
@@ -520,14 +513,16 @@ class Run:
         weights, lengths = bench.weights[pattern], jnp.full((1,), bench.chunk, jnp.int32)
         cache = at(cache, length - bench.chunk)
         x, positions = serving.embed(weights.embedding, self.chunk_at(length), cache.lengths, lengths, bench.config)
-        indices, found = None, []
-        keys = visible_keys(bench.max_len, bench.max_len)
-        for p, one in zip(weights.layers, cache.layers, strict=True):
-            x, selected, _ = serving.prefill_layer(p, x, None if p.full else indices, one, positions, keys, bench.config)
-            if p.full:
-                indices = selected
-                found.append(neighbours_overlap(indices))
-        self.overlap[pattern] = float(np.mean(jax.device_get(found)))
+        overlaps = []
+
+        def record(layer: int, x: jax.Array, selected: jax.Array | None) -> jax.Array:
+            if selected is not None:
+                overlaps.append(neighbours_overlap(selected))
+            return x
+
+        kv_length = padded_kv_length(bench.max_len, bench.max_len)
+        serving.walk(weights, x, cache, positions, kv_length, bench.config, run_layer_in_place, record)
+        self.overlap[pattern] = float(np.mean(jax.device_get(overlaps)))
 
     def full_step(self, pattern: str, one: serving.Cache, length: int) -> float:
         """Seconds of a step of the full cache, made of `one`, a request's on the host."""
@@ -736,8 +731,7 @@ def run(output_dir: str, seed: int) -> None:
         full_lengths=full_lengths,
         chunk=chunk,
         steps=_STEPS.value,
-        index_dtype=KINDS[_INDEX.value],
-        latent_dtype=KINDS[_LATENT.value],
+        cache_format=CacheFormat(KINDS[_LATENT.value], KINDS[_INDEX.value]),
     )
     del whole
     about: dict[str, Any] = {

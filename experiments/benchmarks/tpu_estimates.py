@@ -1,4 +1,4 @@
-"""Writes the tables of docs/tpu.md on a CPU, in minutes: `python -m experiments.benchmarks.tpu_estimates`; nothing runs on a TPU.
+"""Writes the tables of docs/tpu.md: `python -m experiments.benchmarks.tpu_estimates`, minutes on a CPU, no TPU needed.
 
 What a stage moves and multiplies follows from shapes, except how many pages the selections of neighbouring queries touch.
 That is counted on the shipped checkpoint, reading 4096 bytes of Python source with as many selected keys as give the context

@@ -30,9 +30,10 @@ from experiments.common.report import Output, command, device, markdown_table, v
 from experiments.common.runs import Stage
 from experiments.reproduction import ngram, retrieval
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract, count, init, shape_structs
+from indexcache_jax.params import Params, abstract, init, shape_structs
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
+from indexcache_jax.tensors import count
 from pallas_kernels.indexer_topk.reference import select
 
 _RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium"], "the model and how it is trained")

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from indexcache_jax import model
 from indexcache_jax.config import Config
-from indexcache_jax.model import Positions
 from indexcache_jax.params import Params, at_layer
+from indexcache_jax.positions import Positions, whole_rows
 from indexcache_jax.schedule import Schedule
 
 
@@ -33,8 +33,7 @@ class State:
 
 
 def _positions(x: jax.Array, config: Config) -> Positions:
-    b, s = x.shape[:2]
-    return model.place(jnp.zeros(b, jnp.int32), jnp.full(b, s, jnp.int32), s, config)
+    return whole_rows(x, config)
 
 
 def _slots(layers: tuple[int, ...], config: Config) -> jax.Array:
@@ -49,7 +48,7 @@ def _attention(params: Params, state: State, layer: jax.Array, full: jax.Array, 
 
 def _mlp(params: Params, x: jax.Array, layer: jax.Array, config: Config) -> jax.Array:
     norm = at_layer(params.mlp_norm, layer)
-    stacks = zip((params.dense, params.moe), model.mlp_layers(config), strict=True)
+    stacks = zip((params.dense, params.moe), (config.dense_layers, config.expert_layers), strict=True)
     branches = [
         functools.partial(
             lambda stack, layers: model.mlp_block(at_layer(stack, _slots(layers, config)[layer]), norm, x, config), s, n

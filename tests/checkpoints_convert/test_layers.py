@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import Layers, load, save
-from indexcache_jax.params import abstract, leaves
+from indexcache_jax.params import abstract
+from indexcache_jax.tensors import leaves
 from tests.checkpoints_convert import files
 from tests.support.tiny_models import CASES
 

@@ -10,8 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from checkpoints_convert import load, orbax_io, save
-from indexcache_jax.params import Tensor, shape_structs
+from indexcache_jax.params import shape_structs
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Tensor
 from tests.support.tiny_models import CASES, to_params
 
 MIXED = CASES["glm-mixed"]
@@ -69,13 +70,13 @@ def test_a_schedule_of_more_indexers_is_refused(saved):
 
 
 def test_chunks_are_a_layer_or_less():
-    gate_up = Tensor((75, 256, 6144, 2, 2048), (None,) * 5, "normal", 6144, (), tuple(range(75)))
+    gate_up = Tensor((75, 256, 6144, 2, 2048), (None,) * 5, "normal", 1.0, (), tuple(range(75)), stacked=True)
     bfloat16 = np.dtype(jnp.bfloat16)
     assert orbax_io._chunk_shape(gate_up, bfloat16) == [1, 1, 6144, 2, 2048]  # an expert: 48 MiB
-    embedding = Tensor((154880, 6144), (None, None), "embedding", 6144, ())
+    embedding = Tensor((154880, 6144), (None, None), "embedding", 1.0, ())
     rows, width = orbax_io._chunk_shape(embedding, bfloat16)
     assert width == 6144 and 32 * 2**20 < rows * width * 2 <= 64 * 2**20
-    norm = Tensor((78, 6144), (None, None), "ones", 1, (), tuple(range(78)))
+    norm = Tensor((78, 6144), (None, None), "ones", 1.0, (), tuple(range(78)), stacked=True)
     assert orbax_io._chunk_shape(norm, bfloat16) == [1, 6144]
 
 

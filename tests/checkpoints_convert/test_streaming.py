@@ -23,7 +23,8 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from checkpoints_convert import convert, load, save
 from indexcache_jax.config import Config
-from indexcache_jax.params import abstract, leaves
+from indexcache_jax.params import abstract
+from indexcache_jax.tensors import leaves
 from indexcache_jax.schedule import Schedule
 from tests.support.tiny_models import GLM_FIELDS
 

@@ -12,9 +12,12 @@ import pytest
 
 from indexcache_jax import serving
 from indexcache_jax.config import Config, preset
-from indexcache_jax.generate import decode
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat, decode, fused
+from indexcache_jax.serving.cache import append
 from pallas_kernels import hopper
+
+BFLOAT16 = CacheFormat()
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 
@@ -31,9 +34,9 @@ def weights():
     return serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE)
 
 
-def filled_cache(**options):
+def filled_cache(form=BFLOAT16):
     """A cache of `CONTEXT` random tokens."""
-    cache = serving.init_cache(CONFIG, SCHEDULE, 1, MAX_LEN, **options)
+    cache = serving.init_cache(CONFIG, SCHEDULE, 1, MAX_LEN, form)
     random = np.random.default_rng(0)
 
     def rows(buffer):
@@ -41,14 +44,14 @@ def filled_cache(**options):
 
     def fill(layer):
         keys = None if layer.index_keys is None else rows(layer.index_keys)
-        return serving._remember(layer, rows(layer.latents), keys, jnp.arange(CONTEXT)[None])
+        return append(layer, rows(layer.latents), keys, jnp.arange(CONTEXT)[None])
 
     return serving.Cache(tuple(map(fill, cache.layers)), jnp.full((1,), CONTEXT, jnp.int32))
 
 
-def through(step, weights, tokens, **options):
+def through(step, weights, tokens, form=BFLOAT16):
     """Logits of further tokens after the context, and the latents and index keys of these tokens in every layer."""
-    cache, found = filled_cache(**options), []
+    cache, found = filled_cache(form), []
     for token in tokens:
         logits, cache = step(weights, jnp.full((1,), token), cache)
         found.append(np.asarray(logits))
@@ -71,17 +74,17 @@ def errors(ours, exact):
     return np.sort(np.linalg.norm(ours - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
 
 
-@pytest.mark.parametrize("options", [{}, {"index_dtype": jnp.float8_e4m3fn}], ids=["bf16", "fp8 keys"])
-def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weights, options, monkeypatch):
+@pytest.mark.parametrize("form", [BFLOAT16, CacheFormat(index_dtype=jnp.float8_e4m3fn)], ids=["bf16", "fp8 keys"])
+def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weights, form, monkeypatch):
     """Most tokens must agree closely with XLA, not all: where a random router's near-tie falls the other way, one does not."""
     step = new_step()
-    ours, own_kept = through(step, weights, TOKENS, **options)
+    ours, own_kept = through(step, weights, TOKENS, form)
     for _ in range(3):
-        again, others = through(step, weights, TOKENS, **options)
+        again, others = through(step, weights, TOKENS, form)
         assert (again == ours).all()
         assert all((a == b).all() for a, b in zip(own_kept, others, strict=True))
-    monkeypatch.setattr(serving.decode_layer, "why_not", lambda *_, **__: "left out for comparison")
-    exact, kept = through(new_step(), weights, TOKENS, **options)
+    monkeypatch.setattr(fused, "why_not", lambda *_: "left out for comparison")
+    exact, kept = through(new_step(), weights, TOKENS, form)
     assert np.std(exact) > 0.1
     for name, a, b in zip(["logits", *range(len(kept))], [ours, *own_kept], [exact, *kept], strict=True):
         found = errors(a, b)

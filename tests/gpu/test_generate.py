@@ -10,9 +10,11 @@ import pytest
 
 from indexcache_jax import serving
 from indexcache_jax.config import Config, preset
-from indexcache_jax.generate import Sampling, generate, prefill_chunk, prefill_document
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_chunk, prefill_document
 from pallas_kernels import hopper
+
+BFLOAT16 = CacheFormat()
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 
@@ -32,12 +34,20 @@ def errors(ours, exact):
 
 @functools.cache
 def weights():
-    return serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE)
+    """Random weights whose experts are chosen by the bias: a random router's near-ties would fall either way by rounding."""
+    random = serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE)
+
+    def decided(layer):
+        if not isinstance(layer.mlp, serving.Experts):
+            return layer
+        return layer.replace(mlp=layer.mlp.replace(router_bias=2.0 * jnp.arange(CONFIG.n_routed_experts, dtype=jnp.float32)))
+
+    return random.replace(layers=tuple(map(decided, random.layers)))
 
 
-def prompts_and_steps(**options):
+def prompts_and_steps(form=BFLOAT16):
     """Hidden states [N, D] of all tokens of the prompts, and the logits [rows * steps, V] of STEPS after them."""
-    cache = serving.init_cache(CONFIG, SCHEDULE, 3, 2048, **options)
+    cache = serving.init_cache(CONFIG, SCHEDULE, 3, 2048, form)
     lengths = np.array([len(p) for p in PROMPTS], np.int32)
     hidden = []
     for start in range(0, lengths.max(), 512):
@@ -67,11 +77,10 @@ def in_plain_xla():
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"index_dtype": jnp.float8_e4m3fn}], ids=["bf16", "fp8 keys"])
-def test_hidden_states_and_logits_equal_those_of_plain_xla(options):
-    """Every visible key is selected, so that no near-tie of the indexer decides. A random router has near-ties too, and a
-    token whose expert falls the other way is elsewhere altogether: most tokens must agree closely, not all of them."""
-    for ours, exact in zip(prompts_and_steps(**options), in_plain_xla(), strict=True):
+@pytest.mark.parametrize("form", [BFLOAT16, CacheFormat(index_dtype=jnp.float8_e4m3fn)], ids=["bf16", "fp8 keys"])
+def test_hidden_states_and_logits_equal_those_of_plain_xla(form):
+    """Every visible key is selected and the bias chooses the experts, so that no near-tie decides."""
+    for ours, exact in zip(prompts_and_steps(form), in_plain_xla(), strict=True):
         found = np.sort(errors(ours, exact))
         shown = f"median {np.median(found):.4f}, three quarters below {found[len(found) * 3 // 4]:.4f}, largest {found[-1]:.4f}"
         assert np.median(found) < 0.03, shown
@@ -84,16 +93,14 @@ def test_a_row_generates_alone_what_it_generates_in_a_batch_of_copies():
     assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 40
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"index_dtype": jnp.float8_e4m3fn, "latent_dtype": jnp.float8_e4m3fn}], ids=["bf16", "all fp8"]
-)
-def test_a_documents_cache_serves_several_batches(options):
+@pytest.mark.parametrize("form", [BFLOAT16, CacheFormat.of(jnp.float8_e4m3fn)], ids=["bf16", "all fp8"])
+def test_a_documents_cache_serves_several_batches(form):
     """Sampled answers are those with the document given as tokens, and those of one id and question are the same."""
     questions, sampling = [PROMPTS[2], PROMPTS[2][:9], PROMPTS[2]], Sampling(temperature=0.8, top_p=0.9, top_k=50)
     run = functools.partial(
-        generate, weights(), questions, CONFIG, SCHEDULE, 20, sampling=sampling, ids=[4, 5, 4], chunk=512, **options
+        generate, weights(), questions, CONFIG, SCHEDULE, 20, sampling=sampling, ids=[4, 5, 4], chunk=512, cache_format=form
     )
-    cache = prefill_document(weights(), PROMPTS[0], CONFIG, SCHEDULE, chunk=512, **options)
+    cache = prefill_document(weights(), PROMPTS[0], CONFIG, SCHEDULE, chunk=512, cache_format=form)
     answers = run(document=cache)
     assert run(document=cache) == answers == run(document=PROMPTS[0])
     assert answers[0] == answers[2] != answers[1]

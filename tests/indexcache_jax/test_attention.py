@@ -6,7 +6,7 @@ import numpy as np
 
 from indexcache_jax import attention
 from indexcache_jax.params import at_layer
-from indexcache_jax.rope import angles
+from indexcache_jax.rope import cos_sin
 from tests.support.tiny_models import CASES
 
 
@@ -14,7 +14,7 @@ def test_absorbed_equals_expanded_over_the_same_selection():
     case, length = CASES["deepseek-all-full"], 24
     config, p = case.config, at_layer(case.params.attention, 1)
     x = jnp.asarray(np.random.RandomState(0).standard_normal((2, length, config.hidden_size)), jnp.float32)
-    turned = angles(jnp.broadcast_to(jnp.arange(length), (2, length)), config)
+    turned = cos_sin(jnp.broadcast_to(jnp.arange(length), (2, length)), config)
     q_latent, latents = attention.query_latents(p, x, config), attention.latents(p, x, turned, config)
     offsets = jnp.array([7, 5, 2, 0])  # every query attends to itself and to a few before it
     indices = jnp.broadcast_to(jnp.maximum(jnp.arange(length)[:, None] - offsets, -1), (2, length, 4))

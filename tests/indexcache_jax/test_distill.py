@@ -15,6 +15,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.distill import averaged_divergence, divergence, losses
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Params, at_layer, shape_structs, slots
+from indexcache_jax.positions import whole_rows
 from indexcache_jax.schedule import Schedule
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
 
@@ -83,9 +84,9 @@ def plain(params, case, sparse, averaged=False):
     config, schedule, tokens = case.config, case.schedule, jnp.asarray(case.tokens)
     x, targets = params.embedding[tokens[:, :-1]], tokens[:, 1:]
     b, s = targets.shape
-    positions = model.place(jnp.zeros(b, jnp.int32), jnp.full(b, s), s, config)
+    positions = whole_rows(x, config)
     causal = jnp.tril(jnp.ones((s, s), bool))[None]
-    dense, experts = (slots(layers) for layers in model.mlp_layers(config))
+    dense, experts = slots(config.dense_layers), slots(config.expert_layers)
     log_q, mask, targets_of = {}, causal, {}
     for layer in range(config.num_layers):
         p = model.attention_layer(params, layer, slots(schedule.full_layers).get(layer))
@@ -93,8 +94,8 @@ def plain(params, case, sparse, averaged=False):
         q_latent = attention.query_latents(p.attention, h, config)
         if schedule.is_full[layer]:
             frozen, frozen_latent = jax.lax.stop_gradient((h, q_latent))
-            q = indexer.index_queries(p.indexer, frozen_latent, positions.angles, config)
-            k = indexer.index_keys(p.indexer, frozen, positions.angles, config)
+            q = indexer.index_queries(p.indexer, frozen_latent, positions.cos_sin, config)
+            k = indexer.index_keys(p.indexer, frozen, positions.cos_sin, config)
             w = indexer.head_weights(p.indexer, frozen, config)
             scores = jnp.sum(w[..., None] * jnp.maximum(jnp.einsum("bshd,btd->bsht", q, k), 0), axis=2)
             if sparse:
@@ -102,8 +103,8 @@ def plain(params, case, sparse, averaged=False):
                 mask = causal & (scores >= ranked[..., -config.index_topk, None])
             shifted = jnp.where(mask, jnp.exp(scores - scores.max()), 0)
             log_q[layer] = scores - scores.max() - jnp.log(shifted.sum(-1, keepdims=True))
-        q = jnp.concatenate(attention.queries(p.attention, q_latent, positions.angles, config), axis=-1)
-        keys, values = attention.expand(p.attention, attention.latents(p.attention, h, positions.angles, config), config)
+        q = jnp.concatenate(attention.queries(p.attention, q_latent, positions.cos_sin, config), axis=-1)
+        keys, values = attention.expand(p.attention, attention.latents(p.attention, h, positions.cos_sin, config), config)
         logits = jnp.einsum("bshd,bthd->bhst", q, keys) * config.attention_scale
         probabilities = jax.nn.softmax(jnp.where(mask[:, None], logits, -1e30), axis=-1)
         x = x + attention.output(p.attention, jnp.einsum("bhst,bthd->bshd", probabilities, values))

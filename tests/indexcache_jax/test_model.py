@@ -1,4 +1,4 @@
-"""The model computes what transformers computes, and the same through a cache, in chunks, padded or decoding."""
+"""The model computes what transformers computes, and padding and batches change nothing."""
 
 import dataclasses
 import itertools
@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax import decode_step, forward, init_cache, model, prefill, selections
-from indexcache_jax.config import Config, preset
+from indexcache_jax import forward, model, selections
 from indexcache_jax.params import shape_structs
-from indexcache_jax.schedule import Schedule
+from indexcache_jax.positions import whole_rows
 from tests.support import numpy_reference, recordings
 from tests.support.tiny_models import CASES, DEEPSEEK_FIELDS, DEEPSEEK_SHARED, GLM_FIELDS, RECORDED, Case
 
@@ -29,7 +28,7 @@ def run(case, function=forward, params=None, tokens=None):
 @jax.jit
 def forward_and_selections(params, tokens, config, schedule, lengths):
     """Both results of one walk, which halves what there is to compile."""
-    positions = model.place(jnp.zeros_like(lengths), lengths, tokens.shape[1], config)
+    positions = whole_rows(tokens, config, lengths)
     x, chosen = model.walk(params, model.embed(params, tokens), positions, config, schedule)
     return model.unembed(params, x, config), jnp.stack(chosen)
 
@@ -107,61 +106,6 @@ def test_a_row_selects_alone_what_it_selects_in_a_batch():
     np.testing.assert_allclose(run(alone, tokens=tokens)[0], run(case)[row, :length], atol=ATOL, rtol=0)
 
 
-# Through the cache.
-
-
-@pytest.mark.parametrize("name", ["glm-ragged", "deepseek-mixed-ragged"])
-def test_chunked_prefill_equals_one_pass(name, reference):
-    """Chunks of 20: rows of 60, 37 and 5 tokens fill three, two and one of them, and then stay as they are."""
-    case, expected, width = CASES[name], expected_logits(name, reference), 20
-    lengths = np.array(case.lengths)
-    params, rows = case.params, np.arange(len(lengths))
-    cache = init_cache(case.config, case.schedule, len(lengths), 64, jnp.float32)
-    for start in range(0, 60, width):
-        chunk = np.clip(lengths - start, 0, width)
-        logits, cache = prefill(params, case.tokens[:, start : start + width], chunk, cache, case.config, case.schedule)
-        alive = chunk > 0
-        np.testing.assert_allclose(logits[alive], expected[rows, start + chunk - 1][alive], atol=ATOL, rtol=0)
-        np.testing.assert_array_equal(cache.lengths, np.minimum(lengths, start + width))
-    for row, length in enumerate(lengths):  # what stands in the padding never reaches the cache
-        assert not np.any(cache.latents[:, row, length:]) and not np.any(cache.index_keys[:, row, length:])
-        assert np.all(np.any(cache.latents[:, row, :length], axis=-1))
-
-
-@pytest.mark.parametrize("name", ["glm-ragged", "deepseek-mixed-ragged"])
-def test_decoding_equals_one_pass(name, reference):
-    """Rows of different lengths, each fed its own next token; k is crossed on the way by the shortest."""
-    case, expected = CASES[name], expected_logits(name, reference)
-    prompt, steps, params = np.array([20, 20, 3]), 17, case.params
-    lengths = np.array(case.lengths)
-    rows = np.arange(len(lengths))
-    cache = init_cache(case.config, case.schedule, len(prompt), 64, jnp.float32)
-    logits, cache = prefill(params, case.tokens[:, :20], prompt, cache, case.config, case.schedule)
-    np.testing.assert_allclose(logits, expected[rows, prompt - 1], atol=ATOL, rtol=0)
-    for step in range(steps):
-        place = prompt + step
-        alive = place < lengths
-        logits, cache = decode_step(params, case.tokens[rows, place], cache, case.config, case.schedule)
-        np.testing.assert_allclose(logits[alive], expected[rows, place][alive], atol=ATOL, rtol=0)
-    np.testing.assert_array_equal(cache.lengths, prompt + steps)
-
-
-def test_the_cache_holds_index_keys_of_full_layers_only():
-    fields = preset("glm-5.2")
-    config, schedule = Config.from_hf(fields), Schedule.from_hf(fields)
-    cache = jax.eval_shape(lambda: init_cache(config, schedule, 2, 100))
-    assert cache.latents.shape == (78, 2, 100, 576)
-    assert cache.index_keys.shape == (21, 2, 100, 128)
-    arrays = (cache.latents, cache.index_keys)
-    assert sum(a.size * a.dtype.itemsize for a in arrays) == 2 * 100 * 95_232  # bytes a token
-
-
-@pytest.mark.parametrize(("batch", "length"), [(0, 8), (2, 0)])
-def test_an_empty_cache_is_refused(batch, length):
-    with pytest.raises(ValueError, match=f"batch {batch} and max_len {length} must be at least 1"):
-        init_cache(CASES["glm-mixed"].config, Schedule("FFSFS"), batch, length)
-
-
 # Selection of everything is dense attention.
 
 
@@ -195,17 +139,6 @@ def test_bfloat16_runs_and_stays_near_float32():
     logits = run(case, params=half)
     assert logits.dtype == np.float32
     assert np.mean(np.abs(logits - run(case))) < 0.1
-
-
-def test_bfloat16_decodes_with_a_bfloat16_cache():
-    case = CASES["deepseek-mixed"]
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), case.params)
-    cache = init_cache(case.config, case.schedule, 2, 32)
-    logits, cache = prefill(half, case.tokens[:, :20], np.full(2, 20), cache, case.config, case.schedule)
-    assert logits.dtype == jnp.float32 and bool(jnp.all(jnp.isfinite(logits)))
-    logits, cache = decode_step(half, case.tokens[:, 20], cache, case.config, case.schedule)
-    assert logits.dtype == jnp.float32 and bool(jnp.all(jnp.isfinite(logits)))
-    assert cache.latents.dtype == cache.index_keys.dtype == jnp.bfloat16
 
 
 # What is compiled.

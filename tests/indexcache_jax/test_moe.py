@@ -23,7 +23,7 @@ def test_both_ways_of_running_the_experts_compute_the_same():
 
 
 def test_loads_count_the_tokens_of_every_expert():
-    assert moe.loads(jnp.array([[3, 1], [1, 0], [1, 3]]), 5).tolist() == [1, 3, 0, 2, 0]
+    assert moe.tokens_per_expert(jnp.array([[3, 1], [1, 0], [1, 3]]), 5).tolist() == [1, 3, 0, 2, 0]
 
 
 def test_experts_come_from_the_best_groups_only():

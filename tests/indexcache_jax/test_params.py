@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from indexcache_jax.config import Config, preset
-from indexcache_jax.params import abstract, at_layer, count, init, leaves, shape_structs, slots, with_schedule
+from indexcache_jax.params import abstract, at_layer, init, shape_structs, slots, with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import count, leaves
 from tests.support.tiny_models import CASES, GLM_FIELDS, UNUSUAL, checkpoint_shapes, to_params
 
 CONFIG = Config.from_hf(GLM_FIELDS)
@@ -63,7 +64,7 @@ def test_optional_parts_are_there_when_the_config_says_so():
 
 
 def test_a_schedule_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="schedule pattern: FFS has 3 entries for 5 layers"):
+    with pytest.raises(ValueError, match="schedule pattern: 'FFS' has 3 entries for 5 layers"):
         abstract(CONFIG, Schedule("FFS"))
 
 
@@ -119,8 +120,11 @@ def test_init_has_the_described_shapes_and_scales():
         elif leaf.init == "zeros":
             assert bool(jnp.all(array == 0)), path
         else:
-            scale = CONFIG.initializer_range if leaf.init == "embedding" else leaf.fan_in**-0.5
-            assert float(jnp.std(array)) == pytest.approx(scale, rel=0.15), path
+            assert float(jnp.std(array)) == pytest.approx(leaf.scale, rel=0.15), path
+    tree = abstract(CONFIG, MIXED)
+    assert tree.embedding.scale == CONFIG.initializer_range
+    assert tree.attention.q_up.scale == CONFIG.q_lora_rank**-0.5
+    assert tree.moe.down.scale == CONFIG.moe_intermediate_size**-0.5
 
 
 def test_the_router_bias_stays_float32():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from indexcache_jax.config import Config, preset
-from indexcache_jax.rope import angles, frequencies, rotate
+from indexcache_jax.rope import cos_sin, frequencies, rotate
 
 
 def test_plain_frequencies_fall_geometrically():
@@ -30,7 +30,7 @@ def test_dot_products_depend_on_the_distance_only(interleaved):
     q, k = np.random.RandomState(0).standard_normal((2, 64)).astype(np.float32)
 
     def product(position, other):
-        cos, sin = angles(jnp.array([[position, other]]), config)
+        cos, sin = cos_sin(jnp.array([[position, other]]), config)
         turned = rotate(jnp.array([[q, k]]), cos, sin, interleaved=interleaved)[0]
         return float(turned[0] @ turned[1])
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from indexcache_jax import model, serving
-from indexcache_jax.cache import init_cache
 from pallas_kernels.sparse_mla import mosaic_tpu
 from tests.support.tiny_models import CASES
 from tests.support.tpu_interpreter import interpreted
@@ -19,27 +18,13 @@ def test_logits_are_those_of_the_reference(monkeypatch):
     args = case.config, case.schedule
     expected = np.asarray(model.forward(case.params, tokens, *args, lengths=lengths))
     width = int(np.min(case.lengths)) - 1
-    weights = serving.weights_of(case.params, *args)
+    weights = serving.from_params(case.params, *args)
     with interpreted(detect_races=False):
         found = model.forward(case.params, tokens, *args, lengths=lengths)
-        cache = init_cache(*args, tokens.shape[0], tokens.shape[1], jnp.float32)
-        first, cache = model.prefill(case.params, tokens[:, :width], jnp.full_like(lengths, width), cache, *args)
-        second, _ = model.decode_step(case.params, tokens[:, width], cache, *args)
-        kept = serving.Cache(
-            tuple(
-                serving.LayerCache(
-                    cache.latents[i],
-                    None,
-                    cache.index_keys[case.schedule.full_layers.index(i)] if full else None,
-                    None,
-                )
-                for i, full in enumerate(case.schedule.is_full)
-            ),
-            cache.lengths,
-        )
-        served, _ = serving.step(weights, tokens[:, width], kept, case.config)
+        cache = serving.init_cache(*args, tokens.shape[0], tokens.shape[1], jnp.float32)
+        first, cache = serving.prefill(weights, tokens[:, :width], jnp.full_like(lengths, width), cache, *args)
+        second, _ = serving.decode_step(weights, tokens[:, width], cache, *args)
     for row, length in enumerate(np.asarray(lengths)):
         np.testing.assert_allclose(found[row, :length], expected[row, :length], atol=2e-4)
     np.testing.assert_allclose(first, expected[:, width - 1], atol=2e-4)
     np.testing.assert_allclose(second, expected[:, width], atol=2e-4)
-    np.testing.assert_allclose(served, expected[:, width], atol=2e-4)

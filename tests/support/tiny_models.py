@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, Tensor, abstract, leaves
+from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Tensor, leaves
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 97,

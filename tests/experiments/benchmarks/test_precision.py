@@ -13,7 +13,7 @@ from experiments import run  # noqa: F401  run defines the flags that reports qu
 from experiments.benchmarks import precision
 from experiments.common import options
 from indexcache_jax import serving
-from indexcache_jax.generate import prefill_chunk
+from indexcache_jax.serving import CacheFormat, prefill_chunk
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +30,19 @@ def test_selections_are_compared_where_more_keys_than_k_are_seen():
 
 def test_a_cut_model_walks_as_inference_does_and_layers_take_the_states_they_are_given():
     config, schedule, params = checkpoints_convert.load(options.DEMO, schedule="FFSSSFSSSSSS", dtype=jnp.dtype("float32"))
-    weights = serving.weights_of(params, config, schedule)
+    weights = serving.from_params(params, config, schedule)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 160)))
-    states, selections = precision.walk(weights, tokens, config, schedule)
+    states, selections = precision.walk(weights, tokens, config, schedule, CacheFormat.of(jnp.float32))
     assert len(states) == 13 and len(selections) == 3
     cache = serving.init_cache(config, schedule, 1, 160, jnp.float32)
     x, _ = prefill_chunk(weights, tokens, jnp.array([160]), cache, config)
     np.testing.assert_allclose(states[-1], x, atol=1e-4)
 
-    again, chosen = precision.walk(weights, tokens, config, schedule, states)
+    again, chosen = precision.walk(weights, tokens, config, schedule, CacheFormat.of(jnp.float32), states)
     np.testing.assert_array_equal(again[-1], states[-1])
     assert precision.selected_alike(selections, chosen, config.index_topk).tolist() == [1, 1, 1]
-    rounded, chosen = precision.walk(weights, tokens, config, schedule, states, **precision.CACHES["fp8 both"])
+    both = precision.cache_format("fp8 both", jnp.float32)
+    rounded, chosen = precision.walk(weights, tokens, config, schedule, both, states)
     assert np.abs(rounded[-1] - states[-1]).max() > 0
     assert 0.5 < np.mean(precision.selected_alike(selections, chosen, config.index_topk)) <= 1
 

@@ -16,6 +16,7 @@ from experiments.benchmarks import speed
 from experiments.benchmarks.speed import PUBLISHED, PUBLISHED_LENGTHS, SEARCHED, Row, cells, model, record, savings
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat
 
 
 def test_published_patterns_fit_their_models_and_are_nested():
@@ -86,7 +87,7 @@ def test_an_unfinished_row_has_no_figures():
 
 def test_refill_copies_the_first_row():
     shape = model("demo", 2)
-    cache = serving.init_cache(shape.config, Schedule("FS"), 2, 12, jnp.float32, index_dtype=jnp.float8_e4m3fn)
+    cache = serving.init_cache(shape.config, Schedule("FS"), 2, 12, CacheFormat(jnp.float32, jnp.float8_e4m3fn))
     marked = cache.layers[0].latents.at[0].set(7.0).at[1].set(9.0)
     cache = cache.replace(layers=(cache.layers[0].replace(latents=marked), cache.layers[1]))
     filled = speed.refill(cache, 3, 5, 8)
@@ -98,7 +99,7 @@ def test_refill_copies_the_first_row():
 def test_rows_fill_what_weights_temporaries_and_one_layers_part_leave(monkeypatch):
     shape = model("demo", 2)
     weights = {"DSA": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
-    bench = speed.Bench(shape, weights, {"DSA": Schedule("FF")}, [128], [128], 64, 4, jnp.bfloat16, jnp.bfloat16)
+    bench = speed.Bench(shape, weights, {"DSA": Schedule("FF")}, [128], [128], 64, 4, CacheFormat())
     held = sum(x.nbytes for x in jax.tree.leaves(weights))
     row = bench.bytes_per_token("DSA") * bench.room(128)
     limit = held + speed.MARGIN + row // 2 + 5 * row + 1000
@@ -110,7 +111,7 @@ def test_rows_fill_what_weights_temporaries_and_one_layers_part_leave(monkeypatc
 
 def test_a_full_cache_that_does_not_fit_after_all_gets_fewer_rows(monkeypatch):
     shape = model("demo", 2)
-    bench = speed.Bench(shape, {"DSA": None}, {"DSA": Schedule("FF")}, [128], [128], 64, 4, jnp.bfloat16, jnp.bfloat16)
+    bench = speed.Bench(shape, {"DSA": None}, {"DSA": Schedule("FF")}, [128], [128], 64, 4, CacheFormat())
     bench.decode_full["DSA", 128] = 45, None
     monkeypatch.setattr(bench, "compile_full", lambda p, n, rows: bench.decode_full.update({(p, n): (rows, None)}))
     measured = speed.Run(bench, np.zeros(128), math.inf, lambda: None)
@@ -132,7 +133,7 @@ def demo_run(lengths, chunk=64):
     shape = model("demo", 2)
     weights = {"DSA": serving.random_weights(jax.random.key(0), shape.config, jnp.float32)}
     schedules = {"DSA": Schedule("FF")}
-    bench = speed.Bench(shape, weights, schedules, lengths, lengths, chunk, 4, jnp.bfloat16, jnp.bfloat16)
+    bench = speed.Bench(shape, weights, schedules, lengths, lengths, chunk, 4, CacheFormat())
     bench.decode_one["DSA"] = None
     return speed.Run(bench, speed.random_prompt(0, shape.config.vocab_size, lengths[-1], 1), math.inf, lambda: None)
 

@@ -12,6 +12,7 @@ import pytest
 from indexcache_jax import model
 from indexcache_jax.config import Config
 from indexcache_jax.params import at_layer, init, with_schedule
+from indexcache_jax.positions import whole_rows
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import greedy as search
 from indexcache_jax.search import layerwise
@@ -250,7 +251,7 @@ def test_similarities_compare_a_layers_outputs_with_anothers_indices(params):
     assert np.isnan(found[0, 1]) and np.all(np.abs(found[np.tril_indices(6)]) <= 1 + 1e-6)
     # Layer 1 by hand.
     x = model.embed(params, jnp.asarray(batch[:, :-1]))
-    positions = model.place(jnp.zeros(1, jnp.int32), jnp.array([40]), 40, CONFIG)
+    positions = whole_rows(x, CONFIG)
     x, theirs = model.attention_block(model.attention_layer(params, 0, 0), x, None, positions, CONFIG, True)
     x = model.mlp_block(at_layer(params.dense, 0), params.mlp_norm[0], x, CONFIG)
     layer = model.attention_layer(params, 1, 1)

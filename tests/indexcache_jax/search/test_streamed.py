@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from indexcache_jax.params import Params, abstract, leaves, with_schedule
+from indexcache_jax.params import Params, abstract, with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import greedy as search
 from indexcache_jax.search import overlap, streamed
+from indexcache_jax.tensors import leaves
 from tests.support.tiny_models import CASES, Case
 
 CASE = CASES["glm-mixed"]  # FFSFS, dense layers 0 and 1

@@ -1,0 +1,183 @@
+"""The cache of one batch: latents of every layer, index keys of F layers alone (docs/model.md, Cache)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+
+from indexcache_jax import ops, tensors
+from indexcache_jax.config import Config
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import Tensor
+
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CacheFormat:
+    """The dtypes that a cache keeps its two parts in; float8_e4m3fn has a float32 scale a token and layer beside it.
+
+    At C + dr = 576 and Di = 128 a token's latent takes 1152 bytes in bfloat16 and 580 in 8 bits, its index key 256 and 132.
+    """
+
+    latent_dtype: Any = jnp.bfloat16
+    index_dtype: Any = jnp.bfloat16
+
+    def __post_init__(self) -> None:
+        for field in ("latent_dtype", "index_dtype"):
+            object.__setattr__(self, field, jnp.dtype(getattr(self, field)))
+
+    @classmethod
+    def of(cls, dtype: Any) -> CacheFormat:
+        """A format as it is, or the format that keeps both parts in one dtype."""
+        return dtype if isinstance(dtype, CacheFormat) else cls(dtype, dtype)
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """One layer's tokens, [B, T, ...]. Scales [B, T] float32 exist for what is kept in float8_e4m3fn."""
+
+    latents: Any  # [B, T, C + dr]
+    latent_scales: Any
+    index_keys: Any  # [B, T, Di]; None on S layers
+    index_scales: Any
+
+
+@flax.struct.dataclass
+class Cache:
+    """A row's position t holds token t of that row; only the first lengths[b] positions count."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Any  # [B] int32
+
+    @property
+    def max_len(self) -> int:
+        return self.layers[0].latents.shape[1]
+
+
+def abstract(config: Config, schedule: Schedule, batch: int, max_len: int, dtype: Any | CacheFormat = jnp.bfloat16) -> Cache:
+    """The tree of `Tensor`s of a cache, with axes "batch", "tokens", "latent" and "index"; arguments as of `init_cache`."""
+    schedule.check_layers(config.num_layers)
+    if batch < 1 or max_len < 1:
+        raise ValueError(f"init_cache: batch {batch} and max_len {max_len} must be at least 1")
+    form = CacheFormat.of(dtype)
+
+    def zeros(kind: Any, *width: tuple[int, str]) -> Tensor:
+        sizes, names = zip((batch, "batch"), (max_len, "tokens"), *width, strict=True)
+        return Tensor(sizes, names, "zeros", 0.0, (), dtype=jnp.dtype(kind).name)
+
+    def scales(kind: Any) -> Tensor | None:
+        return zeros(jnp.float32) if kind == FP8 else None
+
+    def layer(full: bool) -> LayerCache:
+        return LayerCache(
+            latents=zeros(form.latent_dtype, (config.latent_dim, "latent")),
+            latent_scales=scales(form.latent_dtype),
+            index_keys=zeros(form.index_dtype, (config.index_head_dim, "index")) if full else None,
+            index_scales=scales(form.index_dtype) if full else None,
+        )
+
+    lengths = Tensor((batch,), ("batch",), "zeros", 0.0, (), dtype="int32")
+    return Cache(tuple(layer(full) for full in schedule.is_full), lengths)
+
+
+def init_cache(config: Config, schedule: Schedule, batch: int, max_len: int, dtype: Any | CacheFormat = jnp.bfloat16) -> Cache:
+    """An empty cache for `batch` rows of at most `max_len` tokens, row-major on every device.
+
+    `dtype` is that of the whole cache, or a `CacheFormat`. Raises ValueError for sizes below 1.
+    """
+    tree = abstract(config, schedule, batch, max_len, dtype)
+    return jax.tree.map(lambda t: row_major(jnp.zeros(t.shape, t.dtype)), tree)
+
+
+def shape_structs(cache: Cache, sharding: jax.sharding.Sharding) -> Cache:
+    """An abstract cache as row-major ShapeDtypeStructs on `sharding`: to compile a program for a device not at hand."""
+    structs = tensors.shape_structs(cache, None)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=Format(_row_major(len(s.shape)), sharding)), structs
+    )
+
+
+def _row_major(axes: int) -> Layout:
+    return Layout(tuple(range(axes)))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """`x` with its last axis minor in memory.
+
+    Only a TPU does it otherwise: it lays [..., T, 576] out with T minor, as 576 is no multiple of 128, and would turn the
+    buffer for every kernel. While a program is traced, layouts are the compiler's business.
+    """
+    if ops.platform() != "tpu" or isinstance(x, jax.core.Tracer):
+        return x
+    return jax.device_put(x, Format(_row_major(x.ndim), x.sharding))
+
+
+def formats(cache: Any) -> Any:
+    """The layouts of a cache's buffers for `out_shardings`, so that a program gives back a row-major cache.
+
+    None where a program keeps them by itself, which is everywhere but on TPUs.
+    """
+    if ops.platform() != "tpu" or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(cache)):
+        return None
+    return jax.tree.map(lambda x: x.format, cache)
+
+
+def bytes_per_token(config: Config, schedule: Schedule, dtype: Any | CacheFormat) -> int:
+    """Bytes that one token takes in the cache, all layers together."""
+    cache = abstract(config, schedule, 1, 1, dtype)
+    return sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for _, t in tensors.leaves(cache.layers))
+
+
+def fork(cache: Cache, copies: int, max_len: int | None = None) -> Cache:
+    """Every row `copies` times, next to each other: one prefilled document, many questions. `cache` stays as it is.
+
+    `max_len`: tokens that a row has room for, at least those it holds; default as in `cache`. Raises ValueError for
+    fewer than one copy.
+    """
+    if copies < 1:
+        raise ValueError(f"fork: copies {copies} must be at least 1")
+    layers = jax.tree.map(lambda x: row_major(_repeat(x, copies, max_len or cache.max_len)), cache.layers)
+    return Cache(layers, jnp.repeat(cache.lengths, copies))
+
+
+@functools.partial(jax.jit, static_argnames=("copies", "max_len"))
+def _repeat(x: jax.Array, copies: int, max_len: int) -> jax.Array:
+    x = jnp.repeat(x[:, :max_len], copies, axis=0)
+    return jnp.pad(x, [(0, 0), (0, max_len - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+
+def write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """Puts new [B, S, ...] at positions [B, S] of buffer [B, T, ...]; those outside 0 .. T-1 are dropped.
+
+    A negative position marks padding, so what stands there never reaches the cache. With a single token in all, one past
+    the end takes the last position: dropping it would need another kernel.
+    """
+    if positions.shape == (1, 1):
+        start = (0, positions[0, 0]) + (0,) * (buffer.ndim - 2)
+        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), start)
+    rows = jnp.arange(new.shape[0])[:, None]
+    columns = jnp.where(positions < 0, buffer.shape[1], positions)
+    return buffer.at[rows, columns].set(new.astype(buffer.dtype), mode="drop")
+
+
+def append(cache: LayerCache, latents: jax.Array, keys: jax.Array | None, positions: jax.Array) -> LayerCache:
+    """The cache with new latents [B, S, C + dr] and index keys [B, S, Di] (None on S layers) at positions [B, S]."""
+    latent_scales, index_keys, index_scales = cache.latent_scales, cache.index_keys, cache.index_scales
+    if latent_scales is not None:
+        latents, scales = ops.quantise_latents(latents)
+        latent_scales = write(latent_scales, scales, positions)
+    if keys is not None and index_keys is not None:
+        if index_scales is not None:
+            keys, scales = ops.quantise_index(keys)
+            index_scales = write(index_scales, scales, positions)
+        index_keys = write(index_keys, keys, positions)
+    return LayerCache(write(cache.latents, latents, positions), latent_scales, index_keys, index_scales)

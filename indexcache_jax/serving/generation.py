@@ -1,0 +1,276 @@
+"""Batched generation: ragged prompts in chunks, then many steps a program, without the host between tokens.
+
+Memory is the weights, the cache, that of a shared document, and one chunk: about (4 D + 2 k (D + 3 I)) x 2 bytes a token of
+it (D hidden, I an expert's width, k experts a token), and at most 1 GiB of index scores. The time of a chunk grows with the
+tokens that are cached, not with the cache's size: the kernels for Hopper skip what is not filled, elsewhere a program reads
+the cache up to the next power of two.
+
+A decode program holds the whole model once and loops over its steps on the device, caches updated in place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from indexcache_jax import ops
+from indexcache_jax.config import Config
+from indexcache_jax.params import Params
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import model
+from indexcache_jax.serving.cache import Cache, CacheFormat, fork, formats, init_cache
+from indexcache_jax.serving.sampling import GREEDY, Sampling, row_keys, sample
+from indexcache_jax.serving.weights import Weights, weights_for
+
+CHUNK = 8192  # prompt tokens of a row at a time
+STEPS = 32  # tokens a row between two checks for stop tokens
+MIN_CHUNK = 16  # tokens of a prompt's last chunk
+MIN_KV_LENGTH = 512  # cached positions a program reads, at least
+CACHE_MULTIPLE = 64  # a cache's length is a multiple of it
+
+# Called after every piece of work with "prefill" or "decode", and how many tokens of all rows it was.
+Progress = Callable[[str, int], None]
+
+_first_tokens = jax.jit(lambda logits, seed, ids, sampling: sample(logits, sampling, row_keys(seed, ids, 0)))
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """n rounded up so that few different numbers come out: to a power of two, at least `least` and at most `most`."""
+    return min(most, max(least, 1 << (n - 1).bit_length()))
+
+
+def padded_kv_length(needed: int, max_len: int) -> int:
+    """Cached positions a program reads when the first `needed` are filled, of a cache of `max_len`.
+
+    Rounded up to a power of two, so that few programs are compiled. Where the kernels skip what is not filled it is all.
+    """
+    return max_len if ops.skips_invisible_keys() else power_of_two(needed, MIN_KV_LENGTH, max_len)
+
+
+def padded_chunk(left: int, chunk: int) -> int:
+    """Tokens of the next chunk of a prompt with `left` to go: rounded up, so that few programs are compiled."""
+    return power_of_two(left, MIN_CHUNK, chunk)
+
+
+def prefill_prompts(
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    cache: Cache,
+    config: Config,
+    *,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Appends a prompt of at least one token to every row of `cache`, which is donated, `chunk` tokens at a time.
+
+    Returns the logits [B, V] float32 of each row's last token and the cache. ValueError where a row does not fit.
+    """
+    sizes, filled = np.array([len(p) for p in prompts], np.int32), np.asarray(cache.lengths)
+    if len(sizes) != len(filled) or sizes.min() < 1:
+        raise ValueError(f"prefill: {len(sizes)} prompts of {sizes.tolist()} tokens for a cache of {len(filled)} rows")
+    if (filled + sizes).max() > cache.max_len:
+        row = int((filled + sizes).argmax())
+        raise ValueError(f"prompt {row}: {sizes[row]} tokens after {filled[row]} exceed the cache of {cache.max_len}")
+    hidden = jnp.zeros((len(sizes), config.hidden_size), weights.embedding.dtype)
+    start = 0
+    while start < sizes.max():
+        width = padded_chunk(int(sizes.max()) - start, chunk)
+        lengths = np.clip(sizes - start, 0, width)
+        tokens = np.zeros((len(sizes), width), np.int32)
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            tokens[row, :length] = prompt[start : start + length]
+        kv_length = padded_kv_length(int((filled + np.minimum(sizes, start + width)).max()), cache.max_len)
+        x, cache = model.prefill_chunk(weights, jnp.asarray(tokens), jnp.asarray(lengths), cache, config, kv_length)
+        hidden = model.last_hidden(x, lengths, hidden)
+        start += width
+        if progress is not None:
+            hidden.block_until_ready()
+            progress("prefill", int(lengths.sum()))
+    return model.last_logits(weights, hidden, config), cache
+
+
+def _decode(
+    weights: Weights,
+    token: jax.Array,
+    cache: Cache,
+    config: Config,
+    *,
+    steps: int,
+    kv_length: int | None = None,
+    sampling: Sampling = GREEDY,
+    seed: jax.Array | int = 0,
+    ids: jax.Array | None = None,
+    count: jax.Array | int = 1,
+) -> tuple[jax.Array, Cache]:
+    """Appends token [B] and the ones drawn after it: the next `steps` tokens [B, steps], one program for all of them.
+
+    `cache` is donated. Only its first `kv_length` positions are read, which must include the new tokens; default all.
+    ids [B] and `count`, the number of tokens drawn before, decide what is drawn next.
+    """
+    ids = jnp.arange(token.shape[0]) if ids is None else ids
+
+    def body(i: jax.Array, state: tuple[jax.Array, Cache, jax.Array]) -> tuple[jax.Array, Cache, jax.Array]:
+        token, cache, out = state
+        logits, cache = model.step(weights, token, cache, config, kv_length)
+        token = sample(logits, sampling, row_keys(seed, ids, count + i))
+        return token, cache, out.at[:, i].set(token)
+
+    out = jnp.zeros((token.shape[0], steps), jnp.int32)
+    _, cache, out = jax.lax.fori_loop(0, steps, body, (token, cache, out))
+    return out, cache
+
+
+@functools.cache
+def decode_program(cache_formats: Cache | None) -> jax.stages.Wrapped:
+    """The compiled program behind `decode`. cache_formats: the layouts of the cache it returns, as of `cache.formats`."""
+    return jax.jit(
+        _decode,
+        static_argnames=("steps", "kv_length"),
+        donate_argnames="cache",
+        out_shardings=None if cache_formats is None else (None, cache_formats),
+    )
+
+
+@functools.wraps(_decode)
+def decode(
+    weights: Weights, token: jax.Array, cache: Cache, config: Config, *, steps: int, **options: Any
+) -> tuple[jax.Array, Cache]:
+    return decode_program(formats(cache))(weights, token, cache, config, steps=steps, **options)
+
+
+def _check(name: str, tokens: Sequence[int], config: Config, room: int) -> None:
+    if len(tokens) == 0:
+        raise ValueError(f"{name}: is empty")
+    if len(tokens) > room:
+        raise ValueError(f"{name}: {len(tokens)} tokens are more than the {room} that the cache has room for")
+    array = np.asarray(tokens)
+    outside = (array < 0) | (array >= config.vocab_size)
+    if outside.any():
+        raise ValueError(f"{name}: token {array[outside][0]} is not one of the model's {config.vocab_size}")
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], config: Config, room: int) -> None:
+    """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room`."""
+    for i, prompt in enumerate(prompts):
+        _check(f"prompt {i}", prompt, config, room)
+
+
+def prefill_document(
+    weights: Weights,
+    document: Sequence[int],
+    config: Config,
+    schedule: Schedule,
+    *,
+    cache_format: CacheFormat | None = None,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> Cache:
+    """The cache, of one row, of a document that several calls of `generate` share; arguments are as there."""
+    room = -(-len(document) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    _check("document", document, config, room)
+    cache = init_cache(config, schedule, 1, room, cache_format or weights.embedding.dtype)
+    return prefill_prompts(weights, [np.asarray(document)], cache, config, chunk=chunk, progress=progress)[1]
+
+
+def generate(
+    params: Params | Weights,
+    prompts: Sequence[Sequence[int]],
+    config: Config,
+    schedule: Schedule,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    cache_len: int | None = None,
+    cache_format: CacheFormat | None = None,
+    document: Sequence[int] | Cache = (),
+    ids: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Up to `max_new_tokens` tokens after every prompt; a row ends with the first stop token it draws.
+
+    Args:
+      params: serving weights, as `checkpoints_convert.load(directory, form="serving")` gives them, or params, which are
+        converted at every call.
+      prompts: token ids, at least one each; lengths may differ.
+      sampling, seed: token n of request i is drawn with a key of (seed, ids[i], n), whatever else is in the batch.
+      stop_tokens: a row is done once it has drawn one of them.
+      cache_len: tokens a row has room for, prompt and document included; default what these prompts need.
+      cache_format: what the cache is kept in; default the dtype of the weights.
+      document: tokens before every prompt. They are prefilled once and their cache is copied to every row; a caller with
+        several batches does it once for all with `prefill_document`, whose cache stays as it is.
+      ids: the numbers that requests are drawn by; default their indices in `prompts`.
+      chunk: prompt tokens of a row at a time, which bounds memory.
+      progress: called after every piece of work.
+
+    Raises:
+      ValueError naming the prompt that is empty, too long or not made of the model's tokens, or the argument at fault.
+    """
+    if max_new_tokens < 1 or chunk < 1:
+        raise ValueError(f"generate: max_new_tokens {max_new_tokens} and chunk {chunk} must be at least 1")
+    if len(prompts) == 0:
+        return []
+    if ids is not None and len(ids) != len(prompts):
+        raise ValueError(f"generate: {len(ids)} ids for {len(prompts)} prompts")
+    if not -(2**31) <= seed < 2**31:
+        raise ValueError(f"generate: seed {seed} is not an integer of 32 bits")
+    before = int(document.lengths[0]) if isinstance(document, Cache) else len(document)
+    longest = before + max(map(len, prompts)) + max_new_tokens
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"a document of {before} tokens, a prompt of {max(map(len, prompts))} and {max_new_tokens} new ones exceed the "
+            f"model's {config.max_position_embeddings} positions (max_position_embeddings)"
+        )
+    if cache_len is None:
+        cache_len = -(-longest // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    check_prompts(prompts, config, cache_len - max_new_tokens - before)
+    weights, rows = weights_for(params, config, schedule), len(prompts)
+
+    # The prompts, after the document that all of them share.
+    cache_format = cache_format or CacheFormat.of(weights.embedding.dtype)
+    if before:
+        if not isinstance(document, Cache):
+            document = prefill_document(
+                weights, document, config, schedule, cache_format=cache_format, chunk=chunk, progress=progress
+            )
+        cache = fork(document, rows, cache_len)
+        del document  # a caller that shares it keeps it
+    else:
+        cache = init_cache(config, schedule, rows, cache_len, cache_format)
+    logits, cache = prefill_prompts(weights, [np.asarray(p) for p in prompts], cache, config, chunk=chunk, progress=progress)
+
+    # The first tokens, from the prompts' logits.
+    drawn_by = jnp.asarray(range(rows) if ids is None else ids, jnp.int32)
+    token = _first_tokens(logits, seed, drawn_by, sampling)
+    completions = [[int(t)] for t in np.asarray(token)]
+    stops, steps = set(stop_tokens), min(STEPS, max_new_tokens)
+    done = [row[-1] in stops for row in completions]
+    count = 1
+    if progress is not None:
+        progress("decode", rows)
+
+    # The others, `steps` at a time, until every row has met a stop token.
+    while count < max_new_tokens and not all(done):
+        kv_length = padded_kv_length(min(longest - max_new_tokens + count - 1 + steps, cache_len), cache_len)
+        draw = {"sampling": sampling, "seed": seed, "ids": drawn_by, "count": count}
+        drawn, cache = decode(weights, token, cache, config, steps=steps, kv_length=kv_length, **draw)
+        token = drawn[:, -1]
+        kept = 0
+        for row, tokens in enumerate(np.asarray(drawn)[:, : max_new_tokens - count].tolist()):
+            if done[row]:
+                continue
+            end = next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))
+            completions[row] += tokens[:end]
+            done[row] = completions[row][-1] in stops
+            kept += end
+        count += steps
+        if progress is not None:
+            progress("decode", kept)
+    return completions

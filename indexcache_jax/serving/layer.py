@@ -1,0 +1,173 @@
+"""One layer over new tokens and a cache.
+
+The formulas are those of `attention`, `indexer` and `moe`; the products are with serving weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from indexcache_jax import indexer, moe, ops
+from indexcache_jax.attention import finish_latent, finish_queries, finish_query_latent
+from indexcache_jax.config import Config
+from indexcache_jax.norm import rms_norm
+from indexcache_jax.positions import Positions
+from indexcache_jax.rope import rotate
+from indexcache_jax.serving.cache import LayerCache, append, formats
+from indexcache_jax.serving.weights import Dense, Layer
+
+
+def linear(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+    """x [..., K] times weight [N, K] -> [..., N], accumulated in float32, in `dtype` or that of x.
+
+    For a single row on a GPU it is written as the sum that it is: a library's product would be a kernel that nothing fuses
+    with, and for float32 results of bfloat16 it would first convert the matrix.
+    """
+    if x.size == x.shape[-1] and ops.platform() == "gpu":
+        products = x.astype(jnp.float32).reshape(-1) * weight.astype(jnp.float32)
+        return jnp.sum(products, axis=-1).astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
+    exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dims, precision=exact, preferred_element_type=dtype or x.dtype)
+
+
+def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
+    """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R].
+
+    With one token a row a single product is cut into its parts. With many tokens, slicing the weights is cheaper than
+    slicing the product, and the absorbing product leaves room for the rope part, which then is written into it: cutting
+    and joining the queries themselves are two passes over them and a transposition.
+    """
+    c, (b, s, _) = config, q_latent.shape
+    if s == 1:
+        product = linear(q_latent, p.up).reshape(b, s, c.num_heads, c.qk_head_dim)
+        nope, rope = finish_queries(product, positions.cos_sin, c)
+        return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, p.k_up), rope], axis=-1)
+    matrices, tokens = p.up.reshape(c.num_heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
+    nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
+    wide = jnp.pad(p.k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
+    absorbed = jnp.einsum("thn,hcn->thc", nope.reshape(b * s, c.num_heads, -1), wide).reshape(b, s, c.num_heads, -1)
+    # XLA would make one product of two small ones again.
+    tokens = jax.lax.optimization_barrier(tokens)
+    rope = linear(tokens, matrices[:, c.qk_nope_head_dim :].reshape(-1, tokens.shape[1])).reshape(b, s, c.num_heads, -1)
+    rope = rotate(rope, *positions.cos_sin, interleaved=True)
+    return absorbed.at[..., c.kv_lora_rank :].set(rope)
+
+
+def _select(
+    p: Layer, q_latent: jax.Array, weights: jax.Array, cache: LayerCache, positions: Positions, kv_length: int, config: Config
+) -> jax.Array:
+    """The indices [B, S, k] of an F layer; `weights` [B, S, Hi] are the product that the head weights are made from."""
+    assert cache.index_keys is not None  # an F layer's cache has them
+    product = linear(q_latent, p.index_up).reshape(*q_latent.shape[:2], config.index_n_heads, config.index_head_dim)
+    queries = indexer.finish_queries(product, positions.cos_sin, config)
+    weights, key_scales = indexer.finish_head_weights(weights, config), None
+    if cache.index_scales is not None:
+        queries, query_scales = ops.quantise_index(queries)
+        weights, key_scales = weights * query_scales, cache.index_scales[:, :kv_length]
+    return ops.select(queries, cache.index_keys[:, :kv_length], weights, positions, config, key_scales)
+
+
+def attention(
+    p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, kv_length: int, config: Config
+) -> tuple[jax.Array, jax.Array, LayerCache]:
+    """x + attention(norm(x)), the indices [B, S, k] it attended with, and the cache with the new tokens in it.
+
+    Only the first `kv_length` positions of the cache are read.
+    """
+    c, dtype = config, x.dtype
+    with jax.named_scope("project"):
+        h = rms_norm(x, p.norm, c.rms_norm_eps)
+        ends = [c.q_lora_rank, c.q_lora_rank + c.latent_dim]
+        q_product, kv_product, index_product = jnp.split(linear(h, p.down, jnp.float32), ends, axis=-1)
+        q_bias, kv_bias = (None, None) if p.down_bias is None else jnp.split(p.down_bias, ends[:1])
+        q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
+        latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
+        absorbed = _absorbed_queries(p, q_latent, positions, c)
+
+    if p.full:
+        with jax.named_scope("index"):
+            key_product, weights = jnp.split(index_product, [c.index_head_dim], axis=-1)
+            keys = indexer.finish_keys(key_product, p.key_norm, p.key_norm_bias, positions.cos_sin, c, dtype)
+            cache = append(cache, latents, keys, positions.queries)
+            indices = _select(p, q_latent, weights, cache, positions, kv_length, c)
+    else:
+        cache = append(cache, latents, None, positions.queries)
+    assert indices is not None  # the first layer is F
+
+    with jax.named_scope("attend"):
+        scales = None if cache.latent_scales is None else cache.latent_scales[:, :kv_length]
+        context = ops.attend(absorbed, cache.latents[:, :kv_length], indices, c, scales)
+        heads = jnp.einsum("bshc,hvc->bshv", context, p.v_up)
+        out = linear(heads.reshape(*x.shape[:2], -1), p.out)
+        return x + (out if p.out_bias is None else out + p.out_bias), indices, cache
+
+
+def _down_of_swiglu(gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    return linear(moe.swiglu(*jnp.split(gate_up, 2, axis=-1)), down)
+
+
+def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
+    """x + mlp(norm(x)) of hidden states x [B, S, D]."""
+    with jax.named_scope("mlp"):
+        h, m = rms_norm(x, p.mlp_norm, config.rms_norm_eps), p.mlp
+        if isinstance(m, Dense):
+            return x + _down_of_swiglu(linear(h, m.gate_up), m.down)
+        logits = linear(h, m.router, jnp.float32)
+        chosen = moe.choose(logits.reshape(-1, config.n_routed_experts), m.router_bias, config)
+        out = moe.routed(m, h.reshape(-1, h.shape[-1]), *chosen, config).reshape(x.shape)
+        if m.shared_down is not None:
+            out = out + _down_of_swiglu(linear(h, m.shared_gate_up), m.shared_down)
+        return (x + out).astype(x.dtype)
+
+
+def layer(
+    p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, kv_length: int, config: Config
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """One layer over new tokens x [B, S, D]: hidden states, an F layer's indices for those that follow, and its cache.
+
+    An S layer returns None for the indices that it was given: as a program's result they would be copied. Only the first
+    `kv_length` positions of the cache are read.
+    """
+    x, indices, cache = attention(p, x, indices, cache, positions, kv_length, config)
+    return mlp(p, x, config), indices if p.full else None, cache
+
+
+LayerFunction = Callable[..., tuple[jax.Array, jax.Array | None, LayerCache]]  # called as `layer` is
+
+
+@functools.cache
+def layer_program(
+    cache_formats: LayerCache | None, donate: bool, compiler_options: tuple[tuple[str, Any], ...] = ()
+) -> jax.stages.Wrapped:
+    """`layer` as one compiled program for all layers of a kind.
+
+    cache_formats: the layouts of the cache it returns, None for those the compiler chooses. donate: x and the cache are
+    updated in place. Indices are never donated: an S layer leaves them to the layer that follows.
+    """
+    return jax.jit(
+        layer,
+        static_argnames="kv_length",
+        donate_argnames=("x", "cache") if donate else (),
+        out_shardings=None if cache_formats is None else (None, None, cache_formats),
+        compiler_options=dict(compiler_options) or None,
+    )
+
+
+def run_layer(
+    p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, kv_length: int, config: Config
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """`layer` as a program, whose arguments stay as they are."""
+    return layer_program(formats(cache), donate=False)(p, x, indices, cache, positions, kv_length, config)
+
+
+def run_layer_in_place(
+    p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, kv_length: int, config: Config
+) -> tuple[jax.Array, jax.Array | None, LayerCache]:
+    """`layer` as a program that donates x and the cache: those passed in must not be used again."""
+    return layer_program(formats(cache), donate=True)(p, x, indices, cache, positions, kv_length, config)

@@ -1,0 +1,176 @@
+"""The language in which every tree of a model's tensors is described: shape, axes, initialiser and checkpoint tensors.
+
+A tree of `Tensor`s is a tree of arrays before it exists. `params.abstract` describes the stacked tree of training and
+conversion, `serving.weights.abstract` the tree that inference runs. Whatever depends on a tensor alone reads its
+`Tensor`: initialisation, shardings, the converter's shape checks, loading and export, for either tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Part = Sequence[slice]  # a slice for every axis of a layer's tensor, step 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The region that a source fills in a part of its tensor.
+
+    rows: the entries [start, stop) of the first axis of the source's view that are needed. cut: a slice of every axis of
+    what `Source.read` returns for all rows. into: where that region lies in the part.
+    """
+
+    rows: tuple[int, int]
+    cut: tuple[slice, ...]
+    into: tuple[int | slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One checkpoint tensor, and the region of one layer's tensor that it fills.
+
+        tensor[at] = stored.reshape(view)[take].transpose(perm)
+
+    Example: `kv_b_proj` [H (dn + dv), C] holds the key and the value rows of every head, so k_up [H, dn, C] has view
+    [H, dn + dv, C], take [:, :dn] and the identity as perm. `take` must keep the first axis of `view` whole, so that the
+    stored tensor can be streamed in slabs along it.
+    """
+
+    name: str  # with {layer}
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    perm: tuple[int, ...]
+    take: tuple[slice, ...] = ()
+    at: tuple[int | slice, ...] = ()
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of `tensor[at]` along which the first axis of `view` runs."""
+        return self.perm.index(0)
+
+    def read(self, slab: np.ndarray) -> np.ndarray:
+        """The view of `slab`, whole entries of the first axis of the stored tensor's view, as `tensor[at]` has it."""
+        return slab.reshape(-1, *self.view[1:])[self.take].transpose(self.perm)
+
+    def write(self, slab: np.ndarray, part: np.ndarray) -> None:
+        """Writes `part`, whole entries of `tensor[at]` along `row_axis`, into `slab`: the inverse of `read`."""
+        slab.reshape(-1, *self.view[1:])[self.take] = part.transpose(np.argsort(self.perm))
+
+    def region(self, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
+        """`at` with an entry for every axis of a tensor of `shape`."""
+        return (*self.at, *(slice(None),) * (len(shape) - len(self.at)))
+
+    def window(self, shape: tuple[int, ...], part: Part) -> Window | None:
+        """What this source fills in `part` of a layer's tensor of `shape`; None where that is nothing."""
+        cut: list[slice] = []
+        into: list[int | slice] = []
+        for size, region, wanted in zip(shape, self.region(shape), part, strict=True):
+            first, last, _ = wanted.indices(size)
+            if isinstance(region, int):
+                if not first <= region < last:
+                    return None
+                into.append(region - first)
+                continue
+            start, stop, _ = region.indices(size)
+            low, high = max(first, start), min(last, stop)
+            if low >= high:
+                return None
+            cut.append(slice(low - start, high - start))
+            into.append(slice(low - first, high - first))
+        rows = cut[self.row_axis]
+        return Window((rows.start, rows.stop), tuple(cut), tuple(into))
+
+    def fill(self, out: np.ndarray, window: Window, start: int, slab: np.ndarray) -> None:
+        """Writes `slab`, the entries of the view from `start` on and within window.rows, into a part `out`."""
+        first, axis = window.rows[0], self.row_axis
+        values = self.read(slab)
+        count = values.shape[axis]
+        columns = tuple(slice(None) if i == axis else cut for i, cut in enumerate(window.cut))
+        rows = (slice(None),) * axis + (slice(start - first, start - first + count),)
+        out[window.into][rows] = values[columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A leaf of an abstract tree.
+
+    layers: the layers whose weights it holds, None where it belongs to no layer. stacked: whether its first axis runs
+    over them; `shape` and `axes` include that axis. scale: the standard deviation of its initial values, for the
+    initialisers "normal" and "embedding".
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str  # "normal", "embedding", "ones" or "zeros"
+    scale: float
+    sources: tuple[Source, ...]
+    layers: tuple[int, ...] | None = None
+    stacked: bool = False
+    dtype: str | None = None  # where it differs from the model's
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """The shape of one layer's tensor: without the axis over layers."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def every_layer(self) -> tuple[int | None, ...]:
+        """`layers`, or (None,) where it belongs to no layer."""
+        return (None,) if self.layers is None else self.layers
+
+    def stored(self, layer: int | None) -> tuple[Source, ...]:
+        """The sources of one layer, with their names in the checkpoint."""
+        return tuple(dataclasses.replace(source, name=source.name.format(layer=layer)) for source in self.sources)
+
+
+def as_stored(name: str, shape: tuple[int, ...], at: tuple[int | slice, ...] = ()) -> Source:
+    """The source of a tensor, or of its region `at`, that is kept as the checkpoint stores it."""
+    return Source(name, shape, shape, tuple(range(len(shape))), at=at)
+
+
+def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The part of a tensor that is all of it."""
+    return (slice(None),) * len(shape)
+
+
+def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The (path, leaf) pairs of a tree, such as ("attention.q_up", ...) or ("layers.3.down", ...)."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield ".".join(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.idx) for key in path), leaf
+
+
+def count(tree: Any) -> int:
+    """Number of weights of an abstract tree."""
+    return sum(math.prod(tensor.shape) for _, tensor in leaves(tree))
+
+
+def shape_structs(tree: Any, dtype: Any, shardings: Any = None) -> Any:
+    """An abstract tree as ShapeDtypeStructs: to lower a program, or to restore into, without allocating a weight.
+
+    dtype: of every tensor that has none of its own. shardings: a tree of them like `tree`.
+    """
+    structs = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, jnp.dtype(t.dtype or dtype)), tree)
+    if shardings is None:
+        return structs
+    return jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), structs, shardings)
+
+
+def init(key: jax.Array, tree: Any, dtype: Any = jnp.float32) -> Any:
+    """Random arrays for an abstract tree: normal with each tensor's scale, norms 1, biases 0."""
+    tensors, treedef = jax.tree.flatten(tree)
+
+    def make(key: jax.Array, t: Tensor) -> jax.Array:
+        kind = jnp.dtype(t.dtype or dtype)
+        if t.init in ("ones", "zeros"):
+            return jnp.full(t.shape, t.init == "ones", kind)
+        return (t.scale * jax.random.normal(key, t.shape, jnp.float32)).astype(kind)
+
+    keys = jax.random.split(key, len(tensors))
+    return jax.tree.unflatten(treedef, [make(k, t) for k, t in zip(keys, tensors, strict=True)])

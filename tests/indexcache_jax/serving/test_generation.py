@@ -1,0 +1,149 @@
+"""Generation equals repeated full forwards: ragged, chunked, forked, under every kind of schedule, and in any batch."""
+
+import functools
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from indexcache_jax import forward, serving
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import Sampling, generate, prefill_document, prefill_prompts
+from indexcache_jax.serving.generation import padded_chunk, padded_kv_length
+from tests.support.serving_cases import CHUNK, MODELS, NEW, greedy_by_forwards, model, prompts_of, run
+
+DRAWN = Sampling(temperature=1.3, top_k=20, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ("glm", "FSFSF"),
+        ("deepseek", "FSSSS"),
+        *(
+            pytest.param(fields, pattern, marks=pytest.mark.slow)
+            for fields in MODELS
+            for pattern in ("FFFFF", "FFSSF", "FSFSS")
+        ),
+    ],
+)
+def test_tokens_equal_those_of_repeated_forwards(fields, pattern):
+    case = model(fields, pattern)
+    expected, gap = greedy_by_forwards(case, prompts_of(case))
+    assert gap > 1e-4, "a near-tie says nothing: take another seed"
+    assert len(set(map(tuple, expected))) == len(expected)  # the rows differ, so that rows mixed up would be seen
+    assert run(case) == expected
+
+
+@pytest.mark.slow
+def test_chunks_change_nothing():
+    case = model("glm", "FSFSF")
+    assert run(case) == run(case, chunk=64) == run(case, chunk=7)
+
+
+def test_a_document_shared_by_all_prompts_is_as_if_it_stood_in_each(case_name="glm"):
+    case = model(case_name, "FSFSF")
+    document, *questions = prompts_of(case)[0], [3, 1, 4], [1, 5, 9, 2, 6, 5], [3]
+    whole = [document + q for q in questions]
+    expected, gap = greedy_by_forwards(case, whole)
+    assert gap > 1e-4
+    assert run(case, questions, document=document) == expected == run(case, whole)
+    weights = serving.from_params(case.params, case.config, case.schedule)
+    cache = prefill_document(weights, document, case.config, case.schedule, chunk=CHUNK)
+    told = []
+    again = functools.partial(run, case, document=cache, progress=lambda phase, tokens: told.append((phase, tokens)))
+    assert again(questions[:1]) + again(questions[1:], cache_len=49) == expected  # less room than the document's own cache
+    assert sum(tokens for phase, tokens in told if phase == "prefill") == sum(map(len, questions))
+
+
+def test_stop_tokens_end_their_own_row_only():
+    case = model("glm", "FSFSF")
+    free = run(case, new=NEW)
+    stop = free[0][2]
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in free]
+    assert run(case, stop_tokens=[stop]) == cut
+    assert run(case, stop_tokens=[row[0] for row in free]) == [row[:1] for row in free]
+
+
+def test_more_new_tokens_than_one_program_makes():
+    case = model("glm", "FSSSS")
+    long = run(case, new=70, cache_len=130)
+    assert [len(row) for row in long] == [70] * 3
+    assert [row[:NEW] for row in long] == run(case)
+
+
+def test_one_new_token_needs_no_step():
+    case = model("glm", "FSSSS")
+    assert run(case, new=1) == [row[:1] for row in run(case)]
+
+
+def test_what_a_request_draws_does_not_depend_on_its_batch():
+    case = model("glm", "FSFSF")
+    prompts = prompts_of(case)
+    together = run(case, sampling=DRAWN, seed=3)
+    assert together == run(case, sampling=DRAWN, seed=3)
+    for i, prompt in enumerate(prompts):
+        assert run(case, [prompt], sampling=DRAWN, seed=3, ids=[i]) == [together[i]]
+    assert run(case, sampling=DRAWN, seed=4) != together
+    same = run(case, [prompts[0]] * 3, sampling=DRAWN, seed=3)
+    assert len(set(map(tuple, same))) == 3  # three requests with one prompt draw by three keys
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, "prompt 1: is empty"),
+        ([[1], [2, 97]], {}, "prompt 1: token 97 is not one of the model's 97"),
+        ([[-1]], {}, "prompt 0: token -1"),
+        ([[1], [1] * 30], {"cache_len": 32}, "prompt 1: 30 tokens are more than the 26"),
+        ([[1] * 255], {}, "exceed the model's 256 positions"),
+        ([[1]], {"document": [1] * 250}, "exceed the model's 256 positions"),
+        ([[1] * 255], {"cache_len": 512}, "exceed the model's 256 positions"),
+        ([[1]], {"seed": 2**31}, "seed 2147483648 is not an integer of 32 bits"),
+        ([[1]], {"document": [98]}, "document: token 98"),
+        ([[1]], {"new": 0}, "max_new_tokens 0"),
+        ([[1]], {"chunk": 0}, "chunk 0"),
+    ],
+)
+def test_a_prompt_that_cannot_be_served_is_named(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(model("glm", "FSSSS"), prompts, **options)
+
+
+def test_nothing_to_do():
+    assert run(model("glm", "FSSSS"), []) == []
+
+
+def test_every_prompt_has_an_id():
+    with pytest.raises(ValueError, match="1 ids for 2 prompts"):
+        run(model("glm", "FSSSS"), [[1], [2]], ids=[7])
+
+
+def test_prefill_names_the_row_that_does_not_fit():
+    case = model("glm", "FSSSS")
+    weights = serving.from_params(case.params, case.config, case.schedule)
+    cache = serving.init_cache(case.config, case.schedule, 2, 16, jnp.float32)
+    with pytest.raises(ValueError, match="prompt 1: 17 tokens after 0 exceed the cache of 16"):
+        prefill_prompts(weights, [np.ones(3, int), np.ones(17, int)], cache, case.config)
+    with pytest.raises(ValueError, match="init_cache: batch 0"):
+        serving.init_cache(case.config, case.schedule, 0, 16)
+
+
+def test_few_widths_and_key_counts_so_that_few_programs_are_compiled():
+    assert [padded_chunk(left, 100) for left in (1, 16, 17, 63, 64, 65, 1000)] == [16, 16, 32, 64, 64, 100, 100]
+    assert [padded_kv_length(n, 3000) for n in (1, 512, 513, 2048, 2049, 3000)] == [512, 512, 1024, 2048, 3000, 3000]
+
+
+@pytest.mark.parametrize(("of", "asked"), [("FFFFF", "FSFSF"), ("FSFSF", "FFFFF"), ("FSFSF", "FFSSF")])
+def test_weights_of_another_schedule_are_refused(of, asked):
+    case, schedule = model("glm", of), Schedule(asked)
+    held, needed = (re.escape(str(list(s.full_layers))) for s in (case.schedule, schedule))
+    message = f"{asked}: F are the layers {needed}, but these params hold the indexers of {held}"
+    with pytest.raises(ValueError, match=message):
+        generate(case.params, prompts_of(case), case.config, schedule, 1)
+    with pytest.raises(ValueError, match=message):
+        forward(case.params, case.tokens, case.config, schedule)
+    weights = serving.from_params(case.params, case.config, case.schedule)
+    with pytest.raises(ValueError, match=f"{asked}: these weights are those of {of}"):
+        generate(weights, prompts_of(case), case.config, schedule, 1)

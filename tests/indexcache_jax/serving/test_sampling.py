@@ -1,0 +1,60 @@
+"""Drawing the next token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from indexcache_jax.serving.sampling import Sampling, sample
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(1.0), {0, 1, 2, 3}),
+        (Sampling(1.0, top_k=2), {0, 1}),
+        (Sampling(1.0, top_k=9), {0, 1, 2, 3}),
+        (Sampling(1.0, top_p=0.7), {0, 1}),
+        (Sampling(1.0, top_p=0.4), {0}),
+        (Sampling(1.0, top_k=3, top_p=0.85), {0, 1}),  # of the three kept, two have 0.84 + 0.01
+        (Sampling(1.0, top_p=1e-46), {0}),
+        (Sampling(1e-3), {0}),
+        (Sampling(0.0), {0}),
+    ],
+)
+def test_sampling_draws_from_what_it_keeps_and_by_probability(sampling, kept):
+    probabilities = np.array([0.5, 0.3, 0.14, 0.06])
+    if sampling == Sampling(1.0, top_k=3, top_p=0.85):
+        assert (0.5 + 0.3) / 0.94 > 0.85  # after top_k, top_p counts among what that kept
+    n = 4000
+    logits = jnp.broadcast_to(jnp.log(probabilities), (n, 4))
+    drawn = np.asarray(sample(logits, sampling, jax.random.split(jax.random.key(0), n)))
+    assert set(drawn.tolist()) == kept
+    expected = np.where(np.isin(np.arange(4), list(kept)), probabilities, 0)
+    expected = expected / expected.sum() if sampling.temperature == 1 else np.eye(4)[0]
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / n, expected, atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-39, 2e-38, 1e-30])
+@pytest.mark.parametrize("rest", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_a_temperature_near_0_is_greedy(temperature, rest):
+    logits = jnp.tile(jnp.array([200.0, -300.0, 201.0, 7.0]), (50, 1))
+    drawn = sample(logits, Sampling(temperature, **rest), jax.random.split(jax.random.key(0), 50))
+    assert set(drawn.tolist()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+    ],
+)
+def test_sampling_refuses_values_out_of_range(fields, name):
+    with pytest.raises(ValueError, match=name):
+        Sampling(**fields)

@@ -1,0 +1,44 @@
+"""Tiny models with ragged prompts, and the tokens that repeated full forwards give for them."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from indexcache_jax import forward, generate
+from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
+
+LENGTHS = (37, 5, 60)
+NEW = 6
+CHUNK = 16  # so that prompts take several, and all tests share their programs
+MODELS = {"glm": GLM_FIELDS, "deepseek": DEEPSEEK_FIELDS, "unusual": GLM_FIELDS | UNUSUAL}
+
+
+@functools.cache
+def model(fields, pattern, seed=7):
+    return Case(MODELS[fields], pattern, seed, LENGTHS)
+
+
+def prompts_of(case):
+    return [row[:length].tolist() for row, length in zip(case.tokens, case.lengths, strict=True)]
+
+
+def run(case, prompts=None, new=NEW, **options):
+    prompts = prompts_of(case) if prompts is None else prompts
+    return generate(case.params, prompts, case.config, case.schedule, new, **{"chunk": CHUNK} | options)
+
+
+def greedy_by_forwards(case, prompts, new=NEW, width=72):
+    """Every token from a forward over everything before it. [rows][new], and by how much each one was the best."""
+    rows, gaps = [list(p) for p in prompts], []
+    for _ in range(new):
+        tokens = np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+        lengths = jnp.array([len(row) for row in rows])
+        logits = np.asarray(forward(case.params, tokens, case.config, case.schedule, lengths))
+        for i, row in enumerate(rows):
+            ordered = np.sort(logits[i, len(row) - 1])
+            gaps.append(ordered[-1] - ordered[-2])
+            row.append(int(logits[i, len(row) - 1].argmax()))
+    return [row[-new:] for row in rows], min(gaps)
