@@ -185,7 +185,7 @@ def test_the_readmes_python_runs(monkeypatch, capsys):
     names: dict = {}
     exec(compile(source, "README.md", "exec"), names)
     assert "use_index_cache" in capsys.readouterr().out  # vLLM's setting was printed
-    assert names["found"].num_full == 10
+    assert names["found"].num_full == 11
     assert names["metrics"].shape == (4,)
 
 
