@@ -1,4 +1,5 @@
 # make demo ARGS='--checkpoint=DIR'   search a schedule (without ARGS: for the shipped checkpoint)
+# make quick                          lint and the tests that take under a minute; installs no torch
 # make test                           lint, types and the fast tests; make test-slow for the rest
 # PYTHON=python3.12 picks the interpreter, VENV=DIR the environment, PYTEST_ARGS='-k rope' a part of the tests,
 # TEST_EXTRAS=test,tpu-aot installs libtpu too, which compiles for TPUs that are not at hand.
@@ -11,11 +12,34 @@ TEST_EXTRAS ?= test
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: demo test test-slow lint clean
+# Config, schedule, params, checkpoint headers, and what the kernels' interfaces refuse; nothing that runs a model.
+INDEXER := tests/pallas_kernels/test_indexer_topk.py::test_
+SPARSE_MLA := tests/pallas_kernels/test_sparse_mla.py::test_
+GROUPED := tests/pallas_kernels/test_grouped_matmul.py::test_
+SELECTED := tests/pallas_kernels/test_selected_attention.py::test_
+QUICK := \
+	tests/test_docs.py \
+	tests/indexcache_jax/test_config.py \
+	tests/indexcache_jax/test_schedule.py \
+	tests/indexcache_jax/test_params.py \
+	tests/checkpoints_convert/test_safetensors_io.py \
+	tests/checkpoints_convert/test_fp8.py \
+	$(addprefix $(INDEXER), wrong_shapes_are_refused named_implementations_say_why_they_cannot_serve) \
+	$(addprefix $(INDEXER), key_scales_go_with_eight_bits) \
+	$(addprefix $(SPARSE_MLA), wrong_arguments_are_named a_kernel_that_cannot_serve_says_why_and_none_falls_back) \
+	$(addprefix $(GROUPED), wrong_shapes_are_named what_cannot_serve_says_why_and_none_falls_back) \
+	$(addprefix $(SELECTED), what_does_not_fit_is_named)
+
+.PHONY: demo quick test test-slow lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.run $(ARGS)
+
+quick: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q -n 2 $(QUICK) --deselect tests/test_docs.py::test_the_readmes_python_runs $(PYTEST_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
@@ -38,10 +62,15 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/pip
 	@$(PIP_INSTALL) -e .
 	@touch $@
 
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/pip
+	@echo "installing with lint and pytest into $(VENV) (a minute or two)"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $(VENV)/installed $@
+
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/pip
 	@echo "installing with the test tools into $(VENV) (a few minutes)"
 	@$(PIP_INSTALL) -e '.[$(TEST_EXTRAS)]'
-	@touch $(VENV)/installed $@
+	@touch $(VENV)/installed $(VENV)/installed-dev $@
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c '' 2>/dev/null || { echo "error: $(PYTHON) not found or does not run; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }

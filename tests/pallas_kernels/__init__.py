@@ -1,0 +1,1 @@
+"""Kernels on a CPU: against their references, in Pallas' interpret mode, or emulated."""

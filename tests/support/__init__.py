@@ -1,0 +1,1 @@
+"""What tests share: tiny models, cases, the float64 reference, the oracle, emulators; and the tests of these."""

@@ -1,0 +1,1 @@
+"""The reproductions of the paper's tables, run small."""

@@ -1,0 +1,198 @@
+"""The pages say what is true of the repository: links, paths, flags and commands exist, and the README's Python runs."""
+
+import ast
+import functools
+import importlib
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from absl import flags
+
+from experiments import run
+from experiments.common.options import EXPERIMENTS
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "experiments" / "assets" / "demo" / "README.md",
+]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+PACKAGES = ("indexcache_jax", "pallas_kernels", "checkpoints_convert", "experiments")
+FOLDERS = (*PACKAGES, "tests", "docs", "results")
+# Flags of other programs that the pages name.
+OTHER_FLAGS = {
+    "tool", "racecheck-report", "kernel-name",  # compute-sanitizer
+    "json-model-override-args", "hf-overrides",  # SGLang, vLLM
+    "help",
+}  # fmt: skip
+
+
+@functools.cache
+def blocks(page: pathlib.Path) -> tuple[str, ...]:
+    """The page's code: the lines of indented and fenced blocks, continued lines joined, and inline code."""
+    text = page.read_text(encoding="utf-8")
+    found, fenced = [], False
+    for line in text.replace("\\\n", " ").split("\n"):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            found.append(line.strip())
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return (*found, *(" ".join(code.split()) for code in inline))
+
+
+def commands(page: pathlib.Path, start: str) -> list[list[str]]:
+    """The words after `start` of every command of the page that begins so, behind variables that it sets."""
+    found = []
+    for line in blocks(page):
+        match = re.match(rf"(?:[A-Z_]+=\S+ +)*{re.escape(start)}(?: |$)", line)
+        if match:
+            found.append(shlex.split(line[match.end() :], comments=True))
+    return found
+
+
+@functools.cache
+def defined_flags() -> frozenset[str]:
+    """The flags that the experiments and checkpoints_convert define, read from their sources."""
+    names = set()
+    for path in [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "checkpoints_convert").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("DEFINE_"):
+                assert isinstance(node.args[0], ast.Constant), f"{path}: a flag whose name is not written out"
+                names.add(node.args[0].value)
+    return frozenset(names)
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    kept = (c for c in heading.strip().lower() if c in " -_" or unicodedata.category(c)[0] in "LN")
+    return "".join(kept).replace(" ", "-")
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    return {slug(line.lstrip("#")) for line in page.read_text(encoding="utf-8").split("\n") if re.match("#+ ", line)}
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}: no such heading"
+
+
+@pages
+def test_paths_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./*-]*", text):
+        pattern = re.sub(r"\b[A-Z]{2,}\b", "*", path.rstrip("./"))  # a word in capitals stands for a name of one's own
+        assert any(ROOT.glob(pattern)), f"{path} is not there"
+
+
+@pages
+def test_files_named_without_a_folder_exist(page):
+    names = {path.name for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py")}
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w/*{}-])(\w+\.py)\b", text):
+        assert name in names, f"no file is called {name}"
+
+
+@pages
+def test_flags_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+        if not name.startswith("xla_"):
+            assert name in defined_flags() | OTHER_FLAGS, f"--{name} is no flag"
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """AssertionError unless experiments.run takes these arguments: flags of the experiment, with values they can have."""
+    experiment = run.experiment_of(arguments)
+    module = EXPERIMENTS[experiment]
+    importlib.import_module(module)
+    known = {f.name: f for name in ("experiments.run", module) for f in flags.FLAGS.get_key_flags_for_module(name)}
+    for argument in arguments:
+        if argument == "--help":
+            continue
+        assert argument.startswith("--"), f"{argument} is not a flag"
+        name, equals, value = argument[2:].partition("=")
+        assert name in known, f"--{name} is no flag of {experiment}"
+        assert equals or known[name].boolean, f"--{name} needs a value"
+        if equals and value not in ("DIR", "NAME"):
+            known[name].parser.parse(value)
+
+
+@pages
+def test_experiments_take_the_commands(page):
+    for arguments in commands(page, "python -m experiments.run"):
+        check_arguments(arguments)
+
+
+@pages
+def test_make_has_the_targets(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for words in commands(page, "make"):
+        targets = [word for word in words if "=" not in word]
+        assert targets, f"make {' '.join(words)} names no target"
+        for target in targets:
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
+
+
+def test_every_experiment_is_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in EXPERIMENTS if f"`{name}`" not in text] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def test_code_cites_sections_that_exist():
+    """As in `(docs/model.md, Indexer)`: the page is there, and a heading begins what follows the comma."""
+    for folder in (*PACKAGES, "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = " ".join(path.read_text(encoding="utf-8").split())
+            for name, cited in re.findall(r"(?<![\w/])(docs/\w+\.md)(?:, ([A-Z][\w ]*))?", text):
+                page = ROOT / name
+                assert page.exists(), f"{path} cites {name}"
+                titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert not cited or cited.startswith(tuple(titles)), f"{path} cites {name}, {cited}"
+
+
+def test_the_quick_lane_names_tests_that_exist():
+    dry = subprocess.run(["make", "-n", "quick"], cwd=ROOT, capture_output=True, text=True, check=True)
+    named = re.findall(r"tests/[\w/]+\.py(?:::\w+)?", dry.stdout)
+    assert len(named) > 10
+    for test in named:
+        path, _, function = test.partition("::")
+        assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), f"make quick: {test} is not there"
+
+
+def test_the_readmes_python_runs(monkeypatch, capsys):
+    """As it stands, from the top of the repository; it loads, generates, searches and distils on the shipped model."""
+    (source,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(compile(source, "README.md", "exec"), names)
+    assert "use_index_cache" in capsys.readouterr().out  # vLLM's setting was printed
+    assert names["found"].num_full == 11
+    assert names["metrics"].shape == (4,)
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path):
+    """What `make demo` runs: the command without arguments."""
+    command = [sys.executable, "-m", "experiments.run", f"--output_dir={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert {path.name for path in tmp_path.iterdir()} >= {"results.json", "report.md", "loss.png", "overlap.png"}
