@@ -15,6 +15,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, decode, fused
 from indexcache_jax.serving.cache import append
 from pallas_kernels import hopper
+from tests.support.serving_cases import experts_by_bias
 
 BFLOAT16 = CacheFormat()
 
@@ -30,7 +31,7 @@ EDGES = 20  # launches of a step outside the layers, at most: embedding, angles,
 
 @pytest.fixture(scope="module")
 def weights():
-    return serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE)
+    return experts_by_bias(serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE))
 
 
 def filled_cache(form=BFLOAT16):
@@ -75,7 +76,7 @@ def errors(ours, exact):
 
 @pytest.mark.parametrize("form", [BFLOAT16, CacheFormat(index_dtype=jnp.float8_e4m3fn)], ids=["bf16", "fp8 keys"])
 def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weights, form, monkeypatch):
-    """Most tokens must agree closely with XLA, not all: where a random router's near-tie falls the other way, one does not."""
+    """Close to XLA within the roundings of bfloat16, and of 8-bit index keys, which may take the neighbouring code."""
     step = new_step()
     ours, own_kept = through(step, weights, TOKENS, form)
     for _ in range(3):
@@ -86,8 +87,8 @@ def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weigh
     exact, kept = through(new_step(), weights, TOKENS, form)
     assert np.std(exact) > 0.1
     for name, a, b in zip(["logits", *range(len(kept))], [ours, *own_kept], [exact, *kept], strict=True):
-        found = errors(a, b)
-        assert found[len(found) // 2] < 0.03 and found[len(found) * 3 // 4] < 0.15, (name, found)
+        largest = errors(a, b)[-1]
+        assert largest < (0.03 if form.index_dtype == jnp.bfloat16 else 0.06), (name, largest)
 
 
 def test_a_program_of_many_steps_draws_the_same_tokens_in_two_launches_an_s_and_four_an_f_layer(weights):

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import forward, generate
+from indexcache_jax import forward, generate, serving
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
 
 LENGTHS = (37, 5, 60)
@@ -42,3 +42,19 @@ def greedy_by_forwards(case, prompts, new=NEW, width=72):
             gaps.append(ordered[-1] - ordered[-2])
             row.append(int(logits[i, len(row) - 1].argmax()))
     return [row[-new:] for row in rows], min(gaps)
+
+
+def experts_by_bias(weights):
+    """Serving weights whose experts are chosen by the router's bias alone.
+
+    A random router has near-ties, which fall either way with the rounding of a product; a token whose expert falls the
+    other way ends elsewhere altogether.
+    """
+
+    def decided(layer):
+        if not isinstance(layer.mlp, serving.Experts):
+            return layer
+        bias = 2.0 * jnp.arange(layer.mlp.router_bias.size, dtype=jnp.float32)
+        return layer.replace(mlp=layer.mlp.replace(router_bias=bias))
+
+    return weights.replace(layers=tuple(map(decided, weights.layers)))
