@@ -45,6 +45,8 @@ def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, confi
     """
     c, (b, s, _) = config, q_latent.shape
     if s == 1:
+        # XLA would make one product of this and that with `index_up`, and join the two matrices at every step for it.
+        q_latent = jax.lax.optimization_barrier(q_latent)
         product = linear(q_latent, p.up).reshape(b, s, c.num_heads, c.qk_head_dim)
         nope, rope = finish_queries(product, positions.cos_sin, c)
         return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, p.k_up), rope], axis=-1)
