@@ -54,10 +54,11 @@ def attention_block(
         q_latent = attention.query_latents(p.attention, h, config)
         latents = attention.latents(p.attention, h, positions.cos_sin, config)
 
+        keys = None if p.indexer is None else indexer.index_keys(p.indexer, h, positions.cos_sin, config)
+
     def select() -> jax.Array:
-        assert p.indexer is not None  # an F layer has one
+        assert p.indexer is not None and keys is not None  # an F layer has both
         with jax.named_scope("index"):
-            keys = indexer.index_keys(p.indexer, h, positions.cos_sin, config)
             return indexer.select(p.indexer, h, q_latent, keys, positions, config)
 
     if not isinstance(full, bool):

@@ -21,16 +21,19 @@ from indexcache_jax.rope import rotate
 from indexcache_jax.serving.cache import LayerCache, append, formats
 from indexcache_jax.serving.weights import Dense, Layer
 
+FEW_SUMS = 4096  # so many numbers of a product are sums in one kernel, and no call of a library
+
 
 def linear(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """x [..., K] times weight [N, K] -> [..., N], accumulated in float32, in `dtype` or that of x.
 
-    For a single row on a GPU it is written as the sum that it is: a library's product would be a kernel that nothing fuses
-    with, and for float32 results of bfloat16 it would first convert the matrix.
+    On a GPU a single row, and few numbers in all such as the router's, are written as the sums that they are: a library's
+    product would be a kernel that nothing fuses with, and for float32 results of bfloat16 it would first convert the matrix.
     """
-    if x.size == x.shape[-1] and ops.platform() == "gpu":
-        products = x.astype(jnp.float32).reshape(-1) * weight.astype(jnp.float32)
-        return jnp.sum(products, axis=-1).astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
+    rows = x.size // x.shape[-1]
+    if ops.platform() == "gpu" and (rows == 1 or rows * weight.shape[0] <= FEW_SUMS):
+        products = x.astype(jnp.float32)[..., None, :] * weight.astype(jnp.float32)
+        return jnp.sum(products, axis=-1).astype(dtype or x.dtype)
     exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, dims, precision=exact, preferred_element_type=dtype or x.dtype)
