@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import pytest
@@ -27,3 +28,15 @@ def reference() -> Callable[[str], numpy_reference.Trace]:
         return numpy_reference.forward(case.state, case.fields, case.schedule.is_full, case.tokens, case.lengths)
 
     return trace
+
+
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 20_000  # of the 65,530 that Linux gives a process by default; every compiled program takes a few
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Drops compiled programs between modules before a process has so many that XLA can map no further one and crashes."""
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
