@@ -10,6 +10,7 @@ from indexcache_jax.tensors import Source, leaves, whole
 from tests.support.tiny_models import CASES
 
 CASE = CASES["glm-unusual"]
+STATE = CASE.state  # made anew at every access
 TREES = {"params": params.abstract, "serving": serving.weights.abstract}
 
 
@@ -23,7 +24,7 @@ def filled(tensor, layer, part):
             continue
         unit = source.shape[0] // source.view[0]
         for start in range(*window.rows):
-            source.fill(out, window, start, CASE.state[source.name][start * unit : (start + 1) * unit])
+            source.fill(out, window, start, STATE[source.name][start * unit : (start + 1) * unit])
             read += 1
     return out, read
 
@@ -64,6 +65,6 @@ def test_stored_tensors_of_several_leaves_are_covered_once():
         parts = [t for path, t in tree.items() if path.split(".")[-1] in ("k_up", "v_up") and 1 in t.every_layer]
         sizes = [np.prod(t.layer_shape) for t in parts]
         name = parts[0].stored(1)[0].name
-        assert sum(sizes) == CASE.state[name].size
+        assert sum(sizes) == STATE[name].size
         found = itertools.chain(*(filled(t, 1, whole(t.layer_shape))[0].ravel() for t in parts))
-        assert sorted(found) == sorted(CASE.state[name].ravel())
+        assert sorted(found) == sorted(STATE[name].ravel())

@@ -32,12 +32,12 @@ def test_the_abstract_tree_describes_what_params_are_converted_to(name):
 def test_the_sources_fill_the_weights_that_params_are_converted_to(name):
     """Every number of the checkpoint is read into the serving tree once, to the place where the conversion has it."""
     case = CASES[name]
-    weights = dict(tensors.leaves(serving.from_params(case.params, case.config, case.schedule)))
+    state, weights = case.state, dict(tensors.leaves(serving.from_params(case.params, case.config, case.schedule)))
     for path, tensor in tensors.leaves(serving.weights.abstract(case.config, case.schedule)):
         array = np.full(tensor.shape, np.nan, np.float32)
         part = tensors.whole(tensor.shape)
         for source in tensor.stored(tensor.every_layer[0]):
-            source.fill(array, source.window(tensor.shape, part), 0, case.state[source.name])
+            source.fill(array, source.window(tensor.shape, part), 0, state[source.name])
         np.testing.assert_array_equal(array, weights[path], err_msg=path)
 
 
