@@ -186,8 +186,8 @@ def abstract(config: Config, schedule: Schedule) -> Params:
         moe=MoE(
             router=linear(moe, f"{mlp}.gate.weight", D, E, ("embed", None)),
             router_bias=vector(moe, f"{mlp}.gate.e_score_correction_bias", E, None, "zeros", "float32"),
-            gate_up=tensor(moe, (E, D, 2, I), ("expert", "embed", None, "expert_mlp"), experts, fan_in=D),
-            down=tensor(moe, (E, I, D), ("expert", "expert_mlp", "embed"), down, fan_in=I),
+            gate_up=tensor(moe, (E, D, 2, I), ("expert", "expert_embed", None, "expert_mlp"), experts, fan_in=D),
+            down=tensor(moe, (E, I, D), ("expert", "expert_mlp", "expert_embed"), down, fan_in=I),
             shared=swiglu(moe, f"{mlp}.shared_experts", c.n_shared_experts * I, "mlp") if c.n_shared_experts else None,
         )
         if moe

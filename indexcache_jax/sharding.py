@@ -1,21 +1,29 @@
-"""Where arrays lie on a mesh of devices: logical axes of tensors to axes of the mesh, for any abstract tree.
+"""Where arrays lie on a mesh of devices, and the rules by which logical axes of tensors become axes of the mesh.
 
-Every `Tensor` names its axes once ("heads", "expert", ...). `Rules` say which mesh axis splits each of them. The mesh
-enters by `jax.set_mesh` and is no argument of the model's functions.
+Every `Tensor` names its axes once ("heads", "expert", ...), and so does every activation that is constrained. `Rules` say
+which axes of the mesh split each of them. Mesh and rules are put in force together by `use`, and are no argument of the
+model's functions: `ops` and `moe`, where devices have to exchange something, ask for them here. docs/devices.md says what
+each axis of the mesh means for weights, caches and results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from indexcache_jax.tensors import Tensor, leaves
 
 MeshAxes = str | tuple[str, ...] | None  # one axis of the mesh, several together, or none: replicated
+Axes = tuple[str | None, ...]  # the logical axes of an array's dimensions, None for a dimension that is never split
+
+# Rows of a batch (and, in training, weights); queries of a prompt; attention heads.
+DATA, CONTEXT, TENSOR = AXES = ("data", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Rules:
     vocab: MeshAxes = None
     mlp: MeshAxes = None
     expert: MeshAxes = None
+    expert_embed: MeshAxes = None
     expert_mlp: MeshAxes = None
     # activations and caches
     batch: MeshAxes = None
@@ -42,14 +51,63 @@ class Rules:
     latent: MeshAxes = None
     index: MeshAxes = None
 
+    def whole_experts(self) -> Rules:
+        """These rules with every expert on every device: nothing is exchanged, where the memory suffices."""
+        return dataclasses.replace(self, expert=None)
+
+    def split_cache(self) -> Rules:
+        """These rules with the cached tokens of a row split over the context axis: for rows that fit no single device."""
+        return dataclasses.replace(self, tokens=CONTEXT)
+
 
 # Inference: rows over data, queries of a chunk over context, heads over tensor, experts over all devices.
-SERVING = Rules(batch="data", queries="context", heads="tensor", expert=("data", "context", "tensor"))
-# Training: weights and optimiser state split over data (fsdp), experts over the rest.
-TRAINING = Rules(batch="data", queries="context", embed="data", heads="tensor", expert=("context", "tensor"))
+SERVING = Rules(batch=DATA, queries=CONTEXT, heads=TENSOR, expert=AXES)
+# Training: all of that, and what is replicated over data is split there with its optimiser state (fsdp).
+TRAINING = dataclasses.replace(SERVING, embed=DATA)
+
+# Part of the key of every compiled program, as the mesh is.
+_RULES = jax.make_user_context(default_value=SERVING)
 
 
-def spec(axes: tuple[str | None, ...], rules: Rules, mesh: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+def make_mesh(data: int = 1, context: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `devices`, by default all of all processes, with the axes data, context and tensor.
+
+    Raises ValueError unless the product of the sizes is the number of devices.
+    """
+    devices, sizes = jax.devices() if devices is None else list(devices), (data, context, tensor)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(f"mesh {shown}: {math.prod(sizes)} devices, but there are {len(devices)}")
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | AbstractMesh, rules: Rules = SERVING) -> Iterator[None]:
+    """Puts a mesh and its rules in force for what is traced and run within."""
+    enter = jax.set_mesh if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh
+    with enter(mesh), _RULES(rules):
+        yield
+
+
+def current() -> tuple[AbstractMesh | None, Rules]:
+    """The mesh and the rules in force. No mesh where there is one device, or the code is already that of each device.
+
+    Raises ValueError for a mesh whose axes JAX expects every operation to name (AxisType.Explicit).
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), _RULES.value
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None, rules
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(f"mesh with axis_types {mesh.axis_types}: the axes must be Auto, as sharding.make_mesh makes them")
+    return mesh, rules
+
+
+def names_of(entry: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def spec(axes: Axes, rules: Rules, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical axes (None: replicated).
 
     Raises ValueError for an unknown axis, and where two dimensions would be split by the same axis of the mesh.
@@ -58,8 +116,7 @@ def spec(axes: tuple[str | None, ...], rules: Rules, mesh: Mesh | jax.sharding.A
     for axis in axes:
         if axis is not None and not hasattr(rules, axis):
             raise ValueError(f"axis {axis!r} is not one of {[field.name for field in dataclasses.fields(rules)]}")
-        names = None if axis is None else getattr(rules, axis)
-        names = (names,) if isinstance(names, str) else names or ()
+        names = names_of(None if axis is None else getattr(rules, axis))
         entries.append(tuple(name for name in names if name in mesh.axis_names))
     used = [name for entry in entries for name in entry]
     if twice := {name for name in used if used.count(name) > 1}:
@@ -67,30 +124,69 @@ def spec(axes: tuple[str | None, ...], rules: Rules, mesh: Mesh | jax.sharding.A
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def fitting_spec(shape: tuple[int, ...], axes: Axes, rules: Rules, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """`spec` for an activation: a dimension that its devices do not divide is whole on each of them.
+
+    So a single row, or the single query of a decode step, is computed alike by all devices that would share more.
+    """
+
+    def whole_unless_divided(size: int, entry: MeshAxes) -> MeshAxes:
+        return entry if size % math.prod(mesh.shape[name] for name in names_of(entry)) == 0 else None
+
+    return PartitionSpec(*map(whole_unless_divided, shape, spec(axes, rules, mesh)))
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """A tree of NamedShardings for an abstract tree: of params, serving weights or a cache.
 
     Raises ValueError that names tensor, axis, size and mesh size where an axis cannot be divided evenly.
     """
 
-    def place(path: str, tensor: Tensor) -> NamedSharding:
-        placed = spec(tensor.axes, rules, mesh)
-        for axis, size, entry in zip(tensor.axes, tensor.shape, placed, strict=True):
-            names = (entry,) if isinstance(entry, str) else entry or ()
+    def of(path: str, tensor: Tensor) -> NamedSharding:
+        entries = spec(tensor.axes, rules, mesh)
+        for axis, size, entry in zip(tensor.axes, tensor.shape, entries, strict=True):
+            names = names_of(entry)
             devices = math.prod(mesh.shape[name] for name in names)
             if size % devices:
                 raise ValueError(f"{path}: axis {axis} of size {size} cannot be divided over {devices} devices of {names}")
-        return NamedSharding(mesh, placed)
+        return NamedSharding(mesh, entries)
 
-    return jax.tree.unflatten(jax.tree.structure(tree), [place(path, tensor) for path, tensor in leaves(tree)])
+    return jax.tree.unflatten(jax.tree.structure(tree), [of(path, tensor) for path, tensor in leaves(tree)])
 
 
-def constrain(x: jax.Array, *axes: str | None, rules: Rules = SERVING) -> jax.Array:
-    """`x` with its dimensions split by the logical `axes` under the mesh of `jax.set_mesh`; `x` itself without a mesh.
-
-    The axes of the mesh are those that the compiler propagates (jax.sharding.AxisType.Auto).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` with its dimensions split by the logical `axes` under the mesh in force; `x` itself without a mesh."""
+    mesh, rules = current()
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, rules, mesh))
+    return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, axes, rules, mesh))
+
+
+def on_each_device(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Any) -> Callable[..., Any]:
+    """`function` called by every device on its part of the arrays; `function` itself without a mesh.
+
+    inputs: the logical axes of each argument; an argument that is None is passed on. outputs: those of the result, or a
+    tuple of them. An axis that an input's size does not allow to be split is whole in the results too.
+    """
+    mesh, rules = current()
+    if mesh is None:
+        return function
+
+    def call(*arguments: jax.Array | None) -> Any:
+        given = [(x, axes) for x, axes in zip(arguments, inputs, strict=True) if x is not None]
+        specs = [fitting_spec(x.shape, axes, rules, mesh) for x, axes in given]
+        split = {axis: entry for (_, axes), s in zip(given, specs, strict=True) for axis, entry in zip(axes, s, strict=True)}
+
+        def local(*present: jax.Array) -> Any:
+            rest = iter(present)
+            return function(*(None if x is None else next(rest) for x in arguments))
+
+        def out(axes: Axes) -> PartitionSpec:
+            return PartitionSpec(*(split.get(axis) for axis in axes))
+
+        several = bool(outputs) and isinstance(outputs[0], tuple)
+        out_specs = tuple(map(out, outputs)) if several else out(outputs)
+        mapped = jax.shard_map(local, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
+        return mapped(*(x for x, _ in given))
+
+    return call

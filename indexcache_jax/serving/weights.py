@@ -200,8 +200,8 @@ def _experts(config: Config, layer: int) -> Experts:
     return Experts(
         router=_rows(layer, [(f"{mlp}.gate.weight", E)], D, axes=(None, "embed")),
         router_bias=_vector(layer, f"{mlp}.gate.e_score_correction_bias", E, None, "zeros", "float32"),
-        gate_up=_tensor(layer, (E, D, 2, I), ("expert", "embed", None, "expert_mlp"), gate_up, D**-0.5),
-        down=_tensor(layer, (E, I, D), ("expert", "expert_mlp", "embed"), down, I**-0.5),
+        gate_up=_tensor(layer, (E, D, 2, I), ("expert", "expert_embed", None, "expert_mlp"), gate_up, D**-0.5),
+        down=_tensor(layer, (E, I, D), ("expert", "expert_mlp", "expert_embed"), down, I**-0.5),
         shared_gate_up=shared_gate_up,
         shared_down=shared_down,
     )
