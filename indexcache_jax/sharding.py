@@ -216,7 +216,10 @@ def on_each_device(function: Callable[..., Any], inputs: Sequence[Axes], outputs
         return function
 
     def call(*arguments: Any) -> Any:
-        trees = [jax.tree.map(functools.partial(_fits, axes=a, rules=rules, mesh=mesh), x) for x, a in zip(arguments, inputs)]
+        trees = [
+            jax.tree.map(functools.partial(_fits, axes=axes, rules=rules, mesh=mesh), x)
+            for x, axes in zip(arguments, inputs, strict=True)
+        ]
         split: dict[str, MeshAxes] = {}
         for tree, axes in zip(trees, inputs, strict=True):
             for entries in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)):
