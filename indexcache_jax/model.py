@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from indexcache_jax import attention, indexer, moe
 from indexcache_jax.config import Config
@@ -43,18 +44,24 @@ def attention_block(
     positions: Positions,
     config: Config,
     full: bool | jax.Array,
+    order: np.ndarray | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """x + attention(norm(x)) and the indices [B, S, k] it attended with, over new tokens x [B, S, D] alone.
 
     `full`: run the indexer (F) or reuse `indices` (S). A Python bool compiles only that branch; a traced boolean
-    compiles both, which is how the search evaluates every schedule with one program.
+    compiles both, which is how the search evaluates every schedule with one program. order [S]: which token stands in each
+    place of a row, where they are not in their own order; indices are positions in any case.
     """
+
+    def in_own_order(x: jax.Array) -> jax.Array:
+        return x if order is None else constrain(x, "batch", None, None)[:, np.argsort(order)]
+
     with jax.named_scope("project"):
         h = rms_norm(x, p.norm, config.rms_norm_eps)
         q_latent = attention.query_latents(p.attention, h, config)
-        latents = attention.latents(p.attention, h, positions.cos_sin, config)
+        latents = in_own_order(attention.latents(p.attention, h, positions.cos_sin, config))
 
-        keys = None if p.indexer is None else indexer.index_keys(p.indexer, h, positions.cos_sin, config)
+        keys = None if p.indexer is None else in_own_order(indexer.index_keys(p.indexer, h, positions.cos_sin, config))
 
     def select() -> jax.Array:
         assert p.indexer is not None and keys is not None  # an F layer has both

@@ -50,8 +50,11 @@ def even_order(width: int) -> np.ndarray | None:
     return np.stack([pieces[:devices], pieces[: devices - 1 : -1]], axis=1).reshape(-1)
 
 
-def whole_rows(x: jax.Array, config: Config, lengths: jax.Array | None = None) -> Positions:
-    """The positions of the right-padded rows x [B, S, ...], which nothing precedes; lengths [B] defaults to S everywhere."""
+def whole_rows(x: jax.Array, config: Config, lengths: jax.Array | None = None, order: np.ndarray | None = None) -> Positions:
+    """The positions of the right-padded rows x [B, S, ...], which nothing precedes; lengths [B] defaults to S everywhere.
+
+    order [S]: as for `make_positions`.
+    """
     batch, width = x.shape[:2]
     lengths = jnp.full((batch,), width, jnp.int32) if lengths is None else lengths
-    return make_positions(jnp.zeros((batch,), jnp.int32), lengths, width, config)
+    return make_positions(jnp.zeros((batch,), jnp.int32), lengths, width, config, order)

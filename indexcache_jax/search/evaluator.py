@@ -3,6 +3,10 @@
 A flip at layer l changes nothing below l. `Evaluator.flips` therefore walks a batch up the layers once under the current
 schedule and branches off at every layer it flips: the layers from there on run with that one layer S. No state is stored
 but the walk's own, and the three programs that do it (layerwise.py) compile once.
+
+Under a mesh in force (`sharding.use`) its devices share the rows of a batch, their tokens, heads and experts as the rules
+say; where they could share no rows, and each holds the whole model, they run different schedules. All processes of a mesh
+measure together, and each has all the losses.
 """
 
 from __future__ import annotations
@@ -17,13 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from indexcache_jax import sharding
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.greedy import LossLog
+from indexcache_jax.sharding import constrain
 
 Missing = list[tuple[int, list[Schedule]]]  # batch numbers, and the schedules whose loss on that batch is not known
+FINGERPRINT_SAMPLE = 4096  # numbers of each array
 Progress = Callable[[int], object]  # called with a number of layers, each time that so many were run on a batch
 
 
@@ -63,6 +70,16 @@ class BatchEvaluator(abc.ABC):
 
         base: the schedule of which each one to measure is a flip; None where they have nothing in common.
         """
+
+    def advice(self) -> list[str]:
+        """Sentences on devices of the mesh in force that all compute the same, and what would change that; else none."""
+        rows, width = self.batches[0].shape[0], self.batches[0].shape[1] - 1
+        found = []
+        for axis, size, what in (("batch", rows, "rows a batch"), ("queries", width, "tokens a row")):
+            if size % (devices := sharding.devices_along(axis)):
+                whole = f"{size} {what} cannot be divided by {devices} devices, which therefore all compute the same"
+                found.append(f"{whole}; a multiple of {devices} would be shared")
+        return found
 
     def loss(self, schedule: Schedule) -> float:
         """The mean loss in nats a token under `schedule`, over all batches."""
@@ -113,7 +130,7 @@ class Evaluator(BatchEvaluator):
     """Mean losses of a model in memory under any schedule, on fixed batches [B, S+1] of one shape.
 
     Args:
-        params: the weights, on the device.
+        params: the weights, on the device or, under a mesh, placed on it (`sharding.put`, `checkpoints_convert.load`).
         config: their shape.
         schedule: the one the params are for: only its F layers can be F.
         batches: rows of inputs and their successors, int32.
@@ -137,6 +154,14 @@ class Evaluator(BatchEvaluator):
         super().__init__(config, schedule, params.embedding.dtype, batches, log, progress)
         self.params = params
 
+    def advice(self) -> list[str]:
+        return [] if self._at_once > 1 else super().advice()
+
+    @property
+    def _at_once(self) -> int:
+        """How many schedules are run at once."""
+        return layerwise.schedules_at_once(self.batches[0].shape[0], self.config)
+
     def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, float]]:
         for number, schedules in missing:
             for schedule, loss in self._measure_batch(self.batches[number], schedules, base):
@@ -146,28 +171,32 @@ class Evaluator(BatchEvaluator):
         self, batch: np.ndarray, schedules: Sequence[Schedule], base: Schedule | None
     ) -> Iterator[tuple[Schedule, float]]:
         """The losses on one batch, in the order in which the schedules leave the walk under `base`."""
-        tokens = jnp.asarray(batch)
-        state = layerwise.start(self.params, tokens[:, :-1], self.config)
+        tokens, targets = layerwise.place(batch[:, :-1]), layerwise.place(batch[:, 1:])
+        state = layerwise.start(self.params, tokens, self.config)
         layer = 0
-        for schedule in sorted(schedules, key=lambda schedule: _first_difference(schedule, base)):
-            branch = _first_difference(schedule, base)
-            while layer < branch:
+        ordered = sorted(schedules, key=lambda schedule: _first_difference(schedule, base))
+        for first in range(0, len(ordered), self._at_once):
+            group = ordered[first : first + self._at_once]
+            while layer < _first_difference(group[0], base):
                 assert base is not None
-                full = jnp.array(base.is_full[layer])
-                state = layerwise.advance(self.params, state, jnp.int32(layer), full, self.config, self.schedule)
+                full = np.bool_(base.is_full[layer])
+                state = layerwise.advance(self.params, state, np.int32(layer), full, self.config, self.schedule)
                 layer += 1
                 self.progress(1)
-            loss = layerwise.finish(
-                self.params,
-                state,
-                jnp.int32(branch),
-                jnp.array(schedule.is_full),
-                tokens[:, 1:],
-                self.config,
-                self.schedule,
-            )
-            self.progress(self.config.num_layers - branch)
-            yield schedule, float(loss)
+            for schedule, loss in zip(group, self._finish(state, layer, group, targets), strict=True):
+                self.progress(self.config.num_layers - _first_difference(schedule, base))
+                yield schedule, loss
+
+    def _finish(self, state: layerwise.State, layer: int, group: Sequence[Schedule], targets: jax.Array) -> list[float]:
+        """The losses under one schedule or, at once, under several, from the state before `layer`."""
+        rest = targets, self.config, self.schedule
+        if self._at_once == 1:
+            full = np.array(group[0].is_full)
+            return [float(layerwise.finish(self.params, state, np.int32(layer), full, *rest))]
+        padded = [*group, *group[-1:] * (self._at_once - len(group))]
+        every = np.array([schedule.is_full for schedule in padded])
+        losses = np.asarray(layerwise.finish_each(self.params, state, np.int32(layer), layerwise.place(every), *rest))
+        return losses[: len(group)].tolist()
 
 
 def _first_difference(schedule: Schedule, base: Schedule | None) -> int:
@@ -177,16 +206,24 @@ def _first_difference(schedule: Schedule, base: Schedule | None) -> int:
     return next((i for i, (a, b) in enumerate(zip(schedule.pattern, base.pattern, strict=True)) if a != b), 0)
 
 
+@jax.jit
+def _numbers_at(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    """The numbers of an array at some places [N], an index of each axis, as float32."""
+    return constrain(x[index].astype(jnp.float32), None)
+
+
 def fingerprint(params: Any, batches: Sequence[np.ndarray]) -> dict[str, int]:
-    """Checksums of a tree of weights (of up to 4096 numbers of each array) and of the batches: what losses depend on.
+    """Checksums of a tree of weights (of some numbers of each array) and of the batches: what losses depend on.
 
     A log of losses holds them, so that it is not continued with other weights or another text.
     """
     weights = 0
     for leaf in jax.tree.leaves(params):
-        flat = leaf.reshape(-1)
-        sample = flat[:: max(1, flat.size // 4096)][:4096]
-        weights = zlib.crc32(np.asarray(sample.astype(jnp.float32)).tobytes(), weights)
+        places = np.arange(0, leaf.size, max(1, leaf.size // FINGERPRINT_SAMPLE))[:FINGERPRINT_SAMPLE]
+        index = np.unravel_index(places, leaf.shape)
+        on_host = isinstance(leaf, np.ndarray)
+        sample = leaf[index].astype(np.float32) if on_host else sharding.to_host(_numbers_at(leaf, index))
+        weights = zlib.crc32(sample.tobytes(), weights)
     tokens = 0
     for batch in batches:
         tokens = zlib.crc32(np.ascontiguousarray(batch, np.int32).tobytes(), tokens)

@@ -61,11 +61,11 @@ def layer_overlap(
     selections = []
     for tokens in batches:
         compared = spread(tokens.shape[1] - 1, config.index_topk, queries)
-        state = layerwise.start(params, jnp.asarray(tokens[:, :-1]), config)
+        state = layerwise.start(params, layerwise.place(tokens[:, :-1]), config)
         by_layer = []
         for layer, full in enumerate(schedule.is_full):
-            state = layerwise.advance(params, state, jnp.int32(layer), jnp.array(full), config, schedule)
+            state = layerwise.advance(params, state, np.int32(layer), np.bool_(full), config, schedule)
             if full:
-                by_layer.append(state.indices[:, compared].reshape(-1, state.indices.shape[-1]))
-        selections.append(np.asarray(jnp.stack(by_layer)))
+                by_layer.append(layerwise.selected(state, compared))
+        selections.append(np.stack(by_layer))
     return mean_overlap(selections, config.index_topk)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from indexcache_jax.config import Config
@@ -39,13 +38,13 @@ def similarities(
     sums = np.full((num_layers, num_layers), np.nan)
     sums[np.tril_indices(num_layers)] = 0.0
     for tokens in batches:
-        state = layerwise.start(params, jnp.asarray(tokens[:, :-1]), config)
+        state = layerwise.start(params, layerwise.place(tokens[:, :-1]), config)
         for source in range(num_layers):
-            state = layerwise.advance(params, state, jnp.int32(source), jnp.array(True), config, schedule)
+            state = layerwise.advance(params, state, np.int32(source), np.bool_(True), config, schedule)
             sums[source, source] += 1.0
             above = state
             for layer in range(source + 1, num_layers):
-                above, cosine = layerwise.compare(params, above, jnp.int32(layer), state.indices, config, schedule)
+                above, cosine = layerwise.compare(params, above, np.int32(layer), state.indices, config, schedule)
                 sums[layer, source] += float(cosine)
             progress(num_layers - source)
     return sums / len(batches)
