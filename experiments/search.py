@@ -28,7 +28,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.config_json import ARCHITECTURES, GLM
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
-from indexcache_jax.search import overlap
+from indexcache_jax.search import overlap, streamed
 from indexcache_jax.search.streamed import StreamedEvaluator
 
 LOG = "evaluations.jsonl"
@@ -118,8 +118,9 @@ class Streamed:
 
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
         """The first and the last layer speak for all: reading every one takes as long as a step of the search."""
-        ends, last = self.layers.ends(), self.config.num_layers - 1
-        weights = search.fingerprint((ends, self.layers.layer(0), self.layers.layer(last)), batches)
+        shardings, last = streamed.shardings_in_force(self.layers), self.config.num_layers - 1
+        ends = self.layers.ends(shardings)
+        weights = search.fingerprint((ends, self.layers.layer(0, shardings), self.layers.layer(last, shardings)), batches)
         return {"pattern": self.schedule.pattern, "dtype": str(ends.embedding.dtype), **weights}
 
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
@@ -261,6 +262,8 @@ def find(
         bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
             losses = model.evaluator(calibration, bar.update, log)
+            for line in losses.advice():
+                bar.write(f"note: {line}")
             steps = search.greedy_search(losses, base, num_full=smallest, blocks=goal.blocks)
             if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
                 steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]

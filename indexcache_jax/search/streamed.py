@@ -5,41 +5,49 @@ is asked about: schedules share what lies below the first layer in which they di
 the weights once for as many calibration batches as host memory holds hidden states of, and the next layer is read while
 the devices work on this one.
 
-Devices split the rows of a batch, each with the whole layer: a row's arithmetic is that of a single device.
+Under a mesh in force (`sharding.use`) a layer's weights lie where its rules put them, of which every process reads only its
+devices' parts, and a process keeps the hidden states of its own devices. Without one as many local devices take part as
+divide the rows of a batch, each with the whole layer: a row's arithmetic is that of a single device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from indexcache_jax import model, sharding
+from indexcache_jax import sharding
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params
+from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.evaluator import BatchEvaluator, Missing, Progress, no_progress
 from indexcache_jax.search.greedy import LossLog
 from indexcache_jax.search.layerwise import State
+from indexcache_jax.sharding import SERVING
 
 HIDDEN_STATE_BYTES = 64 * 2**30  # of host memory, at most, for the hidden states of one pass over the layers
-DATA = "data"  # the mesh axis that splits the rows of a batch, as in sharding.SERVING
-REPLICATED = PartitionSpec()
 
+T = TypeVar("T")
+
+Bounds = tuple[tuple[int | None, int | None], ...]  # start and stop along every axis of an array
 Pass = dict[int, list[Schedule]]  # batch numbers, and the schedules that one pass over the layers runs on each batch
 StateKey = tuple[int, str]  # a batch number, and the letters of a schedule up to some layer
 
 
 class Layers(Protocol):
-    """A source of weights to read layer by layer: Params of host arrays, with None where nothing was asked for."""
+    """A source of weights to read layer by layer: Params with None where nothing was asked for.
+
+    shardings: where the weights lie, for all Params of the model. Of an array only what this process's devices hold is
+    read, onto them; all of it into host memory where no shardings are given.
+    """
 
     config: Config
 
@@ -47,38 +55,76 @@ class Layers(Protocol):
     def schedule(self) -> Schedule:
         """The schedule that the weights are for: its F layers have an indexer."""
 
-    def ends(self) -> Params:
+    def ends(self, shardings: Params | None = None) -> Params:
         """Embedding, final norm and head."""
 
-    def layer(self, layer: int) -> Params:
+    def layer(self, layer: int, shardings: Params | None = None) -> Params:
         """Every stack with this layer alone, None for the stacks that it has no part in."""
 
 
-def _batch_spec(mesh: Mesh) -> PartitionSpec:
-    return sharding.spec(("batch",), sharding.SERVING, mesh)
+def shardings_in_force(layers: Layers) -> Params | None:
+    """Where the mesh and rules in force put the weights of `layers`; None without a mesh.
+
+    Raises ValueError where an axis of a weight cannot be divided evenly.
+    """
+    mesh, rules = sharding.current()
+    return None if mesh is None else _shardings(layers, jax.sharding.get_mesh(), rules)
 
 
-@functools.partial(jax.jit, static_argnames=("full", "mesh"), donate_argnames="state")
-def _apply(params: Params, state: State, config: Config, full: bool, mesh: Mesh) -> State:
-    """`layerwise.single` on every device's rows."""
-
-    def on_rows(params: Params, state: State) -> State:
-        return layerwise.single(params, state, config, full)
-
-    rows = _batch_spec(mesh)
-    return jax.shard_map(on_rows, mesh=mesh, in_specs=(REPLICATED, rows), out_specs=rows, check_vma=False)(params, state)
+def _shardings(layers: Layers, mesh: Mesh, rules: sharding.Rules) -> Params:
+    return sharding.shardings(abstract(layers.config, layers.schedule), mesh, rules)
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _mean_loss(ends: Params, x: jax.Array, targets: jax.Array, config: Config, mesh: Mesh) -> jax.Array:
-    """The mean loss in nats a token of targets [B, S], from hidden states x [B, S, D] after the last layer."""
+@functools.partial(jax.jit, static_argnames="full", donate_argnames="state")
+def _apply(params: Params, state: State, config: Config, full: bool) -> State:
+    """`layerwise.single` as one program."""
+    return layerwise.single(params, state, config, full)
 
-    def on_rows(ends: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-        return model.token_losses(ends, x, targets, config)
 
-    rows = _batch_spec(mesh)
-    specs = REPLICATED, rows, rows
-    return jnp.mean(jax.shard_map(on_rows, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(ends, x, targets))
+@dataclasses.dataclass(frozen=True)
+class HostArray:
+    """An array in host memory: of each part of it that devices of this process hold, one copy."""
+
+    shape: tuple[int, ...]
+    sharding: jax.sharding.Sharding
+    parts: Mapping[Bounds, np.ndarray]
+
+    @classmethod
+    def of(cls, x: jax.Array) -> HostArray:
+        """A copy of `x`."""
+        shards = {_bounds(shard.index): shard.data for shard in x.addressable_shards}
+        for data in shards.values():
+            data.copy_to_host_async()
+        return cls(x.shape, x.sharding, {bounds: np.asarray(data) for bounds, data in shards.items()})
+
+    def on_devices(self) -> jax.Array:
+        """The array on the devices that it was on."""
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.parts[_bounds(index)])
+
+
+@dataclasses.dataclass(frozen=True)
+class HostState:
+    """A `State` in host memory."""
+
+    x: HostArray
+    indices: HostArray
+
+
+def _to_host(state: State) -> HostState:
+    return HostState(HostArray.of(state.x), HostArray.of(state.indices))
+
+
+def _bounds(index: tuple[slice, ...]) -> Bounds:
+    return tuple((axis.start, axis.stop) for axis in index)
+
+
+def _largest_share(at: jax.sharding.Sharding, shape: tuple[int, ...]) -> float:
+    """The largest share of an array of this shape that one process holds a copy of: the same in all processes."""
+    parts: dict[int, dict[Bounds, int]] = {}
+    for device, index in at.devices_indices_map(shape).items():
+        size = math.prod(len(range(*axis.indices(n))) for axis, n in zip(index, shape, strict=True))
+        parts.setdefault(device.process_index, {})[_bounds(index)] = size
+    return max(sum(sizes.values()) for sizes in parts.values()) / math.prod(shape)
 
 
 class StreamedEvaluator(BatchEvaluator):
@@ -89,13 +135,14 @@ class StreamedEvaluator(BatchEvaluator):
         batches: rows of inputs and their successors, int32, all of one shape.
         log: holds every loss that was measured, and answers for those it holds. Losses are added when a pass ends.
         progress: called with the number of layers run on a batch, each time some were.
-        memory: bytes of host memory for hidden states. At least one batch is in it at a time, under all its schedules.
+        memory: bytes of a process's host memory for hidden states. At least one batch is in it at a time, under all its
+            schedules.
 
-    As many local devices take part as divide B.
+    The mesh is the one in force when it is made, by default one of as many local devices as divide B.
 
     Raises:
-        ValueError: the batches differ in shape; when asked for a loss: a schedule has an F layer without an indexer, or the
-            loss is not finite.
+        ValueError: the batches differ in shape, or the mesh does not divide an axis of a weight evenly; when asked for a
+            loss: a schedule has an F layer without an indexer, or the loss is not finite.
     """
 
     def __init__(
@@ -106,13 +153,17 @@ class StreamedEvaluator(BatchEvaluator):
         progress: Progress = no_progress,
         memory: int = HIDDEN_STATE_BYTES,
     ) -> None:
-        ends = layers.ends()
-        super().__init__(layers.config, layers.schedule, ends.embedding.dtype, batches, log, progress)
+        mesh, self._rules = sharding.current()
+        if mesh is None:
+            rows, devices = batches[0].shape[0], jax.local_devices()
+            count = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+            self._mesh, self._rules = sharding.make_mesh(data=count, devices=devices[:count]), SERVING.whole_experts()
+        else:
+            self._mesh = jax.sharding.get_mesh()
+        self._shardings = _shardings(layers, self._mesh, self._rules)
+        self._ends = layers.ends(self._shardings)
+        super().__init__(layers.config, layers.schedule, self._ends.embedding.dtype, batches, log, progress)
         self.layers, self.memory = layers, memory
-        rows, devices = batches[0].shape[0], jax.local_devices()
-        count = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
-        self._mesh = Mesh(np.array(devices[:count]), (DATA,))
-        self._ends = self._replicate(ends)
 
     def selections(self, schedule: Schedule, numbers: Sequence[int], queries: np.ndarray) -> list[np.ndarray]:
         """The indices that the F layers select for some queries of every row, on the batches of these numbers.
@@ -125,8 +176,7 @@ class StreamedEvaluator(BatchEvaluator):
 
         def keep(layer: int, number: int, state: State) -> None:
             if schedule.is_full[layer]:
-                indices = np.asarray(state.indices)[:, queries]
-                by_batch[numbers.index(number)].append(indices.reshape(-1, indices.shape[-1]))
+                by_batch[numbers.index(number)].append(self._run(layerwise.selected, state, queries))
 
         for batches in self._passes([(number, [schedule]) for number in numbers]):
             self._walk(batches, keep)
@@ -136,16 +186,20 @@ class StreamedEvaluator(BatchEvaluator):
         for batches in self._passes(missing):
             states = self._walk(batches)
             for number, schedules in batches.items():
-                targets = self._split_rows(self.batches[number][:, 1:])
+                targets = self._run(layerwise.place, self.batches[number][:, 1:])
                 for schedule in schedules:
-                    x = self._split_rows(states[number, schedule.pattern].x)
-                    yield schedule, number, float(_mean_loss(self._ends, x, targets, self.config, self._mesh))
+                    x = states[number, schedule.pattern].x.on_devices()
+                    yield schedule, number, float(self._run(layerwise.mean_loss, self._ends, x, targets, self.config))
 
     def _passes(self, missing: Missing) -> Iterator[Pass]:
         """The batches and schedules in groups, each with no more hidden states than `memory` holds (or of one batch)."""
         rows, width = self.batches[0].shape[0], self.batches[0].shape[1] - 1
         token_bytes = self.config.hidden_size * np.dtype(self.dtype).itemsize + 4 * min(self.config.index_topk, width)
-        most_states = self.memory // (rows * width * token_bytes)
+        share = _largest_share(
+            NamedSharding(self._mesh, sharding.fitting_spec((rows, width), ("batch", "queries"), self._rules, self._mesh)),
+            (rows, width),
+        )
+        most_states = self.memory // int(share * rows * width * token_bytes)
         group: Pass = {}
         for number, schedules in missing:
             if group and sum(map(len, group.values())) + len(schedules) > most_states:
@@ -157,61 +211,58 @@ class StreamedEvaluator(BatchEvaluator):
 
     def _walk(
         self, batches: Pass, see: Callable[[int, int, State], None] = lambda layer, number, state: None
-    ) -> dict[StateKey, State]:
+    ) -> dict[StateKey, HostState]:
         """The states on the host after all layers, by batch number and pattern, from one pass over the layers.
 
-        `see(layer, batch number, state)` is called with every state after every layer.
+        `see(layer, batch number, state)` is called with every state after every layer, on the devices.
         """
-        states: dict[StateKey, State] = {}
+        states: dict[StateKey, HostState] = {}
         for number in batches:
-            tokens = self._split_rows(self.batches[number][:, :-1])
-            states[number, ""] = jax.device_get(layerwise.start(self._ends, tokens, self.config))
+            tokens = self._run(layerwise.place, self.batches[number][:, :-1])
+            states[number, ""] = _to_host(self._run(layerwise.start, self._ends, tokens, self.config))
         for layer, params in self._read():
             above = {}
             for key, state in self._through(layer, params, states, batches):
-                above[key] = state
                 see(layer, key[0], state)
+                above[key] = _to_host(state)
                 self.progress(1)
+                del state  # or it would stay on the devices beside the next two
             states = above
         return states
 
     def _through(
-        self, layer: int, params: Params, states: dict[StateKey, State], batches: Mapping[int, Sequence[Schedule]]
+        self, layer: int, params: Params, states: dict[StateKey, HostState], batches: Mapping[int, Sequence[Schedule]]
     ) -> Iterator[tuple[StateKey, State]]:
-        """The states after a layer, on the host; those before it are taken out of `states` as they are used."""
+        """The states after a layer, on the devices; those before it are taken out of `states` as they are used."""
         config = dataclasses.replace(self.config, num_layers=1, moe_layers=self.config.moe_layers[layer : layer + 1])
         # One program for S layers, whether or not they have an indexer.
         without_indexer = dataclasses.replace(params, indexer=jax.tree.map(lambda _: None, params.indexer))
-        running: tuple[StateKey, State] | None = None  # copied to the host while the devices compute the next one
+        running: tuple[StateKey, State] | None = None  # handed on while the devices compute the next one
         for number, below in list(states):
             state = states.pop((number, below))
             for letter in sorted({s.pattern[layer] for s in batches[number] if s.pattern[:layer] == below}):
                 full = letter == "F"
-                on_devices = jax.tree.map(self._split_rows, state)
-                after = _apply(params if full else without_indexer, on_devices, config, full, self._mesh)
+                before = State(state.x.on_devices(), state.indices.on_devices())
+                after = self._run(_apply, params if full else without_indexer, before, config, full)
                 if running is not None:
-                    yield running[0], jax.device_get(running[1])
+                    yield running
                 running = (number, below + letter), after
         if running is not None:
-            yield running[0], jax.device_get(running[1])
+            yield running
 
     def _read(self) -> Iterator[tuple[int, Params]]:
         """The layers' numbers and weights on the devices, each read while the one before is in use."""
 
-        def read(layer: int) -> Params:
-            return self._replicate(self.layers.layer(layer))
-
         with futures.ThreadPoolExecutor(1) as reader:
-            following = reader.submit(read, 0)
+            following = reader.submit(self.layers.layer, 0, self._shardings)
             for layer in range(self.config.num_layers):
                 params = following.result()
                 if layer + 1 < self.config.num_layers:
-                    following = reader.submit(read, layer + 1)
+                    following = reader.submit(self.layers.layer, layer + 1, self._shardings)
                 yield layer, params
                 del params  # or two layers would stay on the devices while a third is read
 
-    def _replicate(self, params: Params) -> Params:
-        return jax.device_put(params, NamedSharding(self._mesh, REPLICATED))
-
-    def _split_rows(self, x: Any) -> jax.Array:
-        return jax.device_put(x, NamedSharding(self._mesh, _batch_spec(self._mesh)))
+    def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns with the mesh in force."""
+        with sharding.use(self._mesh, self._rules):
+            return function(*arguments)

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,6 +9,7 @@ from indexcache_jax import search, sharding
 from indexcache_jax.params import abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise, overlap
+from tests.indexcache_jax.search.test_streamed import OneByOne
 from tests.support import meshes
 from tests.support.loss_log import MemoryLog
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
@@ -21,54 +21,105 @@ CASES = {
     "unusual": Case(GLM_FIELDS | UNUSUAL, "FFFFF", 2),
 }
 SCHEDULES = [Schedule(pattern) for pattern in ("FFFFF", "FSFSF", "FFSFS", "FSSSS")]
+ROWS, WIDTH = 8, 32  # divided by the devices of every mesh
 
 
-def batches(rows, count=1, width=32):
-    rng = np.random.RandomState(0)
-    return [rng.randint(0, GLM_FIELDS["vocab_size"], (rows, width + 1)).astype(np.int32) for _ in range(count)]
+def batches(rows=ROWS, width=WIDTH):
+    return [np.random.RandomState(0).randint(0, GLM_FIELDS["vocab_size"], (rows, width + 1)).astype(np.int32)]
 
 
 def placed(case):
     return sharding.put(case.params, abstract(case.config, case.schedule))
 
 
-def evaluator(case, params, rows, **options):
-    return search.Evaluator(params, case.config, case.schedule, batches(rows), **options)
+def resident(case, params, given, log=None):
+    return search.Evaluator(params, case.config, case.schedule, given, log)
+
+
+def streamed(case, given):
+    return search.StreamedEvaluator(OneByOne(case), given)
 
 
 @functools.cache
-def expected_losses(name, rows):
-    return evaluator(CASES[name], CASES[name].params, rows).losses(SCHEDULES)
-
-
-@functools.cache
-def expected_steps(name, rows):
+def expected(name, rows=ROWS, width=WIDTH):
+    """The greedy search's steps, and the losses of SCHEDULES, on one device."""
     case = CASES[name]
-    return search.greedy_search(evaluator(case, case.params, rows), case.schedule)
+    evaluator = resident(case, case.params, batches(rows, width))
+    return search.greedy_search(evaluator, case.schedule), evaluator.losses(SCHEDULES)
 
 
-def assert_same(steps, expected):
-    assert [step.schedule for step in steps] == [step.schedule for step in expected]
-    np.testing.assert_allclose([step.loss for step in steps], [step.loss for step in expected], atol=1e-5, rtol=0)
-    for step, other in zip(steps, expected, strict=True):
+def assert_same(found, expected):
+    steps, losses = found
+    assert [step.schedule for step in steps] == [step.schedule for step in expected[0]]
+    for step, other in zip(steps, expected[0], strict=True):
+        assert step.loss == pytest.approx(other.loss, abs=1e-5)
         assert step.candidates == pytest.approx(other.candidates, abs=1e-5)
+    np.testing.assert_allclose(losses, expected[1], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_the_greedy_search_is_that_of_one_device(mesh, name):
-    case, rows = CASES[name], 8
+@pytest.mark.parametrize("name", ["glm", "deepseek", pytest.param("unusual", marks=pytest.mark.slow)])
+def test_a_model_in_memory(mesh, name):
+    case = CASES[name]
     with meshes.use(mesh):
-        losses = evaluator(case, placed(case), rows)
-        steps = search.greedy_search(losses, case.schedule)
-        found = losses.losses(SCHEDULES)
-    assert_same(steps, expected_steps(name, rows))
-    np.testing.assert_allclose(found, expected_losses(name, rows), atol=1e-5, rtol=0)
+        evaluator = resident(case, placed(case), batches())
+        assert_same((search.greedy_search(evaluator, case.schedule), evaluator.losses(SCHEDULES)), expected(name))
+        assert evaluator.advice() == []
 
 
-@pytest.mark.parametrize("mesh", ["data", "expert", "all"])
-def test_rows_that_devices_do_not_divide(mesh):
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", ["glm", "deepseek", pytest.param("unusual", marks=pytest.mark.slow)])
+def test_a_model_that_is_streamed(mesh, name):
+    case = CASES[name]
+    with meshes.use(mesh):
+        evaluator = streamed(case, batches())
+        found = search.greedy_search(evaluator, case.schedule), evaluator.losses(SCHEDULES)
+        assert evaluator.advice() == []
+    assert_same(found, expected(name))
+
+
+@pytest.mark.parametrize("mesh, at_once", [("data", 8), ("expert", 1), ("all", 1)])
+def test_rows_that_devices_do_not_divide(mesh, at_once):
+    """Devices that hold the whole model then run a schedule each; others compute the same, and the search says so."""
     case, rows = CASES["glm"], 3
     with meshes.use(mesh):
-        steps = search.greedy_search(evaluator(case, placed(case), rows), case.schedule)
-    assert_same(steps, expected_steps("glm", rows))
+        assert layerwise.schedules_at_once(rows, case.config) == at_once
+        evaluator = resident(case, placed(case), batches(rows))
+        assert_same((search.greedy_search(evaluator, case.schedule), evaluator.losses(SCHEDULES)), expected("glm", rows))
+        whole = [] if at_once > 1 else [f"3 rows a batch cannot be divided by {8 if mesh == 'expert' else 2} devices"]
+        assert [line.split(",")[0] for line in evaluator.advice()] == whole
+
+
+def test_tokens_that_devices_do_not_divide():
+    case, width = CASES["glm"], 27
+    with meshes.use("all"):
+        evaluator = resident(case, placed(case), batches(width=width))
+        assert evaluator.losses(SCHEDULES) == pytest.approx(expected("glm", width=width)[1], abs=1e-5)
+        assert evaluator.advice() == [
+            "27 tokens a row cannot be divided by 2 devices, which therefore all compute the same; "
+            "a multiple of 2 would be shared"
+        ]
+
+
+def test_a_log_is_continued_on_another_mesh():
+    case, log = CASES["glm"], MemoryLog()
+    resident(case, case.params, batches(), log).losses(SCHEDULES[:2])
+    with meshes.use("all"):
+        params = placed(case)
+        assert search.fingerprint(params, batches()) == search.fingerprint(case.params, batches())
+        found = resident(case, params, batches(), log).losses(SCHEDULES)  # a log is told no loss twice
+    assert found == pytest.approx(expected("glm")[1], abs=1e-5)
+
+
+def test_overlap_and_similarity():
+    case, given = CASES["glm"], batches()
+    positions = overlap.spread(WIDTH, case.config.index_topk)
+    one = search.layer_overlap(case.params, case.config, case.schedule, given)
+    cosines = search.similarities(case.params, case.config, case.schedule, given)
+    with meshes.use("all"):
+        params = placed(case)
+        np.testing.assert_array_equal(search.layer_overlap(params, case.config, case.schedule, given), one)
+        selections = streamed(case, given).selections(case.schedule, [0], positions)
+        found = search.similarities(params, case.config, case.schedule, given)
+    np.testing.assert_array_equal(overlap.mean_overlap(selections, case.config.index_topk), one)
+    np.testing.assert_allclose(found, cosines, atol=1e-5)

@@ -29,21 +29,21 @@ class OneByOne:
         self._params, self._tree = params or case.params, abstract(self.config, self.schedule)
         self.asked: list[int] = []
 
-    def _some(self, place) -> Params:
+    def _some(self, place, shardings) -> Params:
         """Of each leaf what `place` says of its tensor: a slot of the stack, "whole" or None."""
         places = [place(tensor) for _, tensor in leaves(self._tree)]
         found = [
-            None if at is None else np.asarray(leaf if at == "whole" else leaf[at : at + 1])
-            for at, leaf in zip(places, jax.tree.leaves(self._params), strict=True)
+            None if at is None else jax.device_put(np.asarray(leaf if at == "whole" else leaf[at : at + 1]), sharding)
+            for at, leaf, sharding in zip(places, jax.tree.leaves(self._params), jax.tree.leaves(shardings), strict=True)
         ]
         return jax.tree.unflatten(jax.tree.structure(self._tree), found)
 
-    def ends(self) -> Params:
-        return self._some(lambda tensor: "whole" if tensor.layers is None else None)
+    def ends(self, shardings) -> Params:
+        return self._some(lambda tensor: "whole" if tensor.layers is None else None, shardings)
 
-    def layer(self, layer: int) -> Params:
+    def layer(self, layer: int, shardings) -> Params:
         self.asked.append(layer)
-        return self._some(lambda tensor: tensor.layers.index(layer) if layer in (tensor.layers or ()) else None)
+        return self._some(lambda tensor: tensor.layers.index(layer) if layer in (tensor.layers or ()) else None, shardings)
 
 
 def batches(count: int = 2, rows: int = 2, case: Case = CASE) -> list[np.ndarray]:
@@ -120,10 +120,10 @@ def test_a_loss_that_is_not_finite_is_no_loss():
 
 def test_a_layer_that_cannot_be_read_says_why():
     class Torn(OneByOne):
-        def layer(self, layer: int) -> Params:
+        def layer(self, layer: int, shardings) -> Params:
             if layer == 3:
                 raise ValueError("layer 3 is torn")
-            return super().layer(layer)
+            return super().layer(layer, shardings)
 
     with pytest.raises(ValueError, match="layer 3 is torn"):
         streamed.StreamedEvaluator(Torn(), batches()).loss(CASE.schedule)
