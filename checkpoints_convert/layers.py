@@ -16,7 +16,7 @@ from checkpoints_convert.load import aligned, opened
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.tensors import Part, Tensor, leaves
+from indexcache_jax.tensors import Part, Tensor
 
 
 class Layers:
@@ -37,8 +37,15 @@ class Layers:
     @property
     def num_bytes(self) -> int:
         """Of all weights as they are read."""
-        sizes = [(t, leaf_dtype(self._checkpoint, t, self._dtype).itemsize) for _, t in leaves(self._tree)]
-        return sum(math.prod(tensor.shape) * itemsize for tensor, itemsize in sizes)
+        return sum(math.prod(tensor.shape) * self._dtype_of(tensor).itemsize for tensor in jax.tree.leaves(self._tree))
+
+    def device_bytes(self, shardings: Params) -> int:
+        """Of all weights that one device holds where they lie so."""
+        placements = zip(jax.tree.leaves(self._tree), jax.tree.leaves(shardings), strict=True)
+        return sum(math.prod(at.shard_shape(tensor.shape)) * self._dtype_of(tensor).itemsize for tensor, at in placements)
+
+    def _dtype_of(self, tensor: Tensor) -> np.dtype:
+        return leaf_dtype(self._checkpoint, tensor, self._dtype)
 
     def ends(self, shardings: Params | None = None) -> Params:
         """Embedding, final norm and head."""
@@ -76,7 +83,7 @@ class Layers:
     def _part(self, tensor: Tensor, layer: int | None, shape: tuple[int, ...], part: Part) -> np.ndarray:
         """A part of a tensor, of `shape`, on the host."""
         sizes = tuple(len(range(*axis.indices(size))) for axis, size in zip(part, shape, strict=True))
-        out = aligned(sizes, leaf_dtype(self._checkpoint, tensor, self._dtype))
+        out = aligned(sizes, self._dtype_of(tensor))
         if layer is None:
             self._checkpoint.fill(tensor, None, out, part)
         else:

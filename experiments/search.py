@@ -140,10 +140,12 @@ def open_model(checkpoint: str, dtype: str) -> Model:
     stats = jax.devices()[0].memory_stats() or {}
     if room := stats.get("bytes_limit"):
         with warnings.catch_warnings(action="ignore"):  # they come once more, with the weights
-            size = checkpoints_convert.Layers(checkpoint, dtype=dtype).num_bytes
+            layers = checkpoints_convert.Layers(checkpoint, dtype=dtype)
+        shardings = streamed.shardings_in_force(layers)
+        size = layers.num_bytes if shardings is None else layers.device_bytes(shardings)
         if size > room:
             raise ValueError(
-                f"--checkpoint={checkpoint}: its weights take {size / 1e9:.0f} GB as {dtype}, the device has "
+                f"--checkpoint={checkpoint}: its weights take {size / 1e9:.0f} GB of a device as {dtype}, which has "
                 f"{room / 1e9:.0f}; --stream reads them layer by layer"
             )
     return InMemory(*checkpoints_convert.load(checkpoint, dtype=dtype))

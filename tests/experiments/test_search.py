@@ -68,7 +68,7 @@ def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
         if stream:
             assert isinstance(search.open_model(str(options.DEMO), "float32"), search.Streamed)
         else:
-            with pytest.raises(ValueError, match="take 0 GB as float32, the device has 0; --stream reads them"):
+            with pytest.raises(ValueError, match="take 0 GB of a device as float32, which has 0; --stream reads them"):
                 search.open_model(str(options.DEMO), "float32")
 
 
