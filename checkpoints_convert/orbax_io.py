@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 import math
 import pathlib
@@ -79,15 +80,14 @@ class OrbaxCheckpoint(Leaves):
         return self._stores[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype.numpy_dtype
 
     def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
-        """Writes a part of one layer of a leaf into `out`, chunk by chunk."""
+        """Writes a part of one layer of a leaf into `out`, chunk by chunk; chunks outside of it are not read."""
         store, step = self._stores[leaf.path], _chunk(self._stores[leaf.path])[-out.ndim]
         if leaf.tensor.layers is not None:
             store = store[leaf.tensor.layers.index(leaf.layer)]
-        first = part[0].indices(leaf.tensor.layer_shape[0])[0]
-        for start in range(0, len(out), step):
-            stop = min(start + step, len(out))
+        first, last, _ = part[0].indices(leaf.tensor.layer_shape[0])
+        for start, stop in itertools.pairwise([first, *range(first - first % step + step, last, step), last]):
             try:
-                out[start:stop] = store[(slice(first + start, first + stop), *part[1:])].read().result()
+                out[start - first : stop - first] = store[(slice(start, stop), *part[1:])].read().result()
             except ValueError as error:
                 raise ValueError(f"{self._directory}: {leaf.path} cannot be read: {_first_line(error)}") from None
 
