@@ -1,9 +1,10 @@
-"""Two processes of four devices each: either reads what its own devices hold, once, and the arrays are those of one process.
+"""Two processes of four devices each: both read what their own devices hold and nothing twice, and get the right numbers.
 
-The mesh is data=2, context=2, tensor=2 under the rules of inference. So every process holds half of the experts and all
-else, of which heads are split within the process and so are read as two parts.
+The mesh is data=2, context=2, tensor=2 under the rules of inference. So a process holds half of the experts, split over its
+devices, and all of everything else; its devices keep either half of the heads.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -20,66 +21,116 @@ from tests.support.tiny_models import CASES
 MIXED = CASES["glm-mixed"]
 
 PROGRAM = r"""
-import math, pathlib, sys
-import jax, numpy as np
-process = int(sys.argv[1])
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, process)
-import tensorstore
+import json, pathlib, sys
+import jax, numpy as np, tensorstore
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]), initialization_timeout=60)
 from checkpoints_convert import load
-from checkpoints_convert.checkpoint import FORMS
 from checkpoints_convert.safetensors_io import Entry
 from indexcache_jax import sharding
-from indexcache_jax.tensors import leaves
 
-read, read_into = {"weights": 0, "scales": 0}, Entry.read_into
+from_safetensors, read_into = 0, Entry.read_into
 def counted(entry, runs):
-    def each():
-        for start, out in runs:
-            read["scales" if entry.name.endswith("_scale_inv") else "weights"] += out.nbytes
-            yield start, out
-    read_into(entry, each())
+    global from_safetensors
+    runs = list(runs)
+    from_safetensors += 0 if entry.name.endswith("_scale_inv") else sum(out.nbytes for _, out in runs)
+    read_into(entry, runs)
 Entry.read_into = counted
-# Of the files of leaves; what tensorstore has read by now is its metric, and it reads metadata too, which is small.
-def read_by_tensorstore():
-    return tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")[0]["values"][0]["value"]
 
-def parts_of(tensor, where):
-    # The different parts that this process has to read.
-    of_devices = where.addressable_devices_indices_map(tensor.shape).values()
-    return {tuple(axis.indices(size)[:2] for axis, size in zip(index, tensor.shape)) for index in of_devices}
+def read():
+    of_files = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return from_safetensors + (of_files[0]["values"][0]["value"] if of_files else 0)
 
-def size(part):
-    return math.prod(stop - start for start, stop in part)
+def check(found, whole):
+    assert not found.is_fully_addressable and len(found.addressable_shards) == 4
+    for shard in found.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
 
-def in_chunks(files, path, parts):
-    # The bytes of the chunks that the parts have something of, for each part.
-    chunk = next(files.glob(f"{path}/.zarray"))
-    chunk = __import__("json").loads(chunk.read_text())["chunks"]
-    total = 0
-    for part in parts:
-        for file in (files / path).iterdir():
-            if file.name != ".zarray":
-                at = [int(i) for i in file.name.split(".")]
-                if all(a < (i + 1) * c and i * c < b for i, c, (a, b) in zip(at, chunk, part, strict=True)):
-                    total += file.stat().st_size
-    return total
-
-mesh = sharding.make_mesh(data=2, context=2, tensor=2)
-assert mesh.devices[process].ravel().tolist() == jax.local_devices()
-whole = {form: load(sys.argv[3], form=form)[2] for form in FORMS}
-for directory in map(pathlib.Path, sys.argv[3:]):
-    is_orbax = (directory / "params").exists()
-    for form, abstract in FORMS.items():
-        read.update(weights=0, scales=0)
-        before = read_by_tensorstore()
+mesh, found = sharding.make_mesh(data=2, context=2, tensor=2), {}
+assert [device.process_index for device in mesh.devices.ravel()] == [0] * 4 + [1] * 4
+for directory in sys.argv[3:]:
+    for form in ("params", "serving"):
+        before = read()
         with sharding.use(mesh):
-            config, schedule, found = load(directory, form=form)
-        assert all(not leaf.is_fully_addressable for leaf in jax.tree.leaves(found))
-        jax.tree.map(lambda a, b: [np.testing.assert_array_equal(s.data, b[s.index]) for s in a.addressable_shards],
-                     found, load(directory, form=form)[2])
-        where = sharding.shardings(abstract(config, schedule), mesh, sharding.SERVING)
-        parts = {path: (tensor, parts_of(tensor, s))
-                 for (path, tensor), s in zip(leaves(abstract(config, schedule)), jax.tree.leaves(where), strict=True)}
-        print(form, directory.name, read, read_by_tensorstore() - before)
-jax.distributed.shutdown()
+            weights = load(directory, form=form)[2]
+        found[f"{form} of {pathlib.Path(directory).name}"] = read() - before
+        jax.tree.map(check, weights, jax.device_get(load(directory, form=form)[2]))
+print(json.dumps(found))
 """
+
+
+def run_two_processes(*arguments: str) -> list[dict[str, int]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(process), str(port), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=files.ROOT,
+            env=environment,
+        )
+        for process in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(printed.splitlines()[-1]) for printed, _ in outputs]
+
+
+def is_expert(name: str) -> bool:
+    return ".experts." in name
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """The model in bfloat16 and in FP8, as stored, and its orbax checkpoint in chunks of at most an expert."""
+    folder, fields = tmp_path_factory.mktemp("stored"), files.config_fields(MIXED)
+    bfloat16, fp8 = {}, {}
+    for name, tensor in MIXED.state.items():
+        bfloat16[name] = tensor if name.endswith("e_score_correction_bias") else tensor.astype(ml_dtypes.bfloat16)
+        if name.endswith("_proj.weight") and ".indexer." not in name:
+            fp8[name], fp8[f"{name}_scale_inv"] = files.quantise(tensor)
+        else:
+            fp8[name] = bfloat16[name]
+    files.write_checkpoint(folder / "bfloat16", fields, bfloat16, shards=3)
+    files.write_checkpoint(folder / "fp8", fields, fp8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orbax_io, "MIN_CHUNK", 1024)
+        convert(folder / "bfloat16", folder / "orbax")
+    return {"bfloat16": bfloat16, "fp8": fp8, "orbax": folder / "orbax" / "params"}, folder
+
+
+@pytest.fixture(scope="module")
+def found(directories):
+    stored, folder = directories
+    return run_two_processes(*(str(folder / name) for name in stored))
+
+
+@pytest.mark.parametrize("form", ["params", "serving"])
+@pytest.mark.parametrize("name", ["bfloat16", "fp8"])
+def test_a_process_reads_from_safetensors_exactly_what_its_devices_hold(directories, found, name, form):
+    tensors = {key: tensor for key, tensor in directories[0][name].items() if not key.endswith("_scale_inv")}
+    expected = sum(tensor.nbytes // (2 if is_expert(key) else 1) for key, tensor in tensors.items())
+    assert [process[f"{form} of {name}"] for process in found] == [expected, expected]
+
+
+@pytest.mark.parametrize("form", ["params", "serving"])
+def test_a_process_reads_from_orbax_the_chunks_that_its_devices_hold_something_of(directories, found, form):
+    of_process = [0, 0]
+    for leaf in directories[0]["orbax"].iterdir():
+        for file in leaf.iterdir() if leaf.is_dir() else ():
+            size = file.stat().st_size
+            if leaf.name in ("moe.gate_up", "moe.down") and file.name != ".zarray":
+                of_process[int(file.name.split(".")[1]) // 4] += size
+            else:  # a chunk may hold all heads; then it is read for either half of them
+                has_heads = leaf.name.startswith("attention.") and leaf.name.split(".")[1] in ("q_up", "k_up", "v_up", "out")
+                of_process = [total + size * (2 if has_heads else 1) for total in of_process]
+    for process, expected in zip(found, of_process, strict=True):
+        assert 0.8 * expected < process[f"{form} of orbax"] <= expected
