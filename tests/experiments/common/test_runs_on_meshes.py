@@ -29,10 +29,9 @@ def placed(mesh):
 meshes = {
     "data=4": sharding.make_mesh(data=4, devices=jax.devices()[:4]),
     "data=2,context=2": sharding.make_mesh(data=2, context=2, devices=jax.devices()[4:]),
-    "data=2,context=2,tensor=2": sharding.make_mesh(data=2, context=2, tensor=2),
     "one device": None,
 }
-for saved in meshes:
+for saved in ("data=4", "one device"):
     folder = pathlib.Path(sys.argv[1]) / saved
     with runs._Checkpoints(folder, 1, {}) as checkpoints:
         checkpoints.save(7, *jax.device_put((case.params, trained), placed(meshes[saved])), {})
