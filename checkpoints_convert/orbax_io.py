@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -136,7 +137,12 @@ def write(directory: pathlib.Path, tree: Params) -> None:
 def _save(path: pathlib.Path, tree: Params) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((LazyLeaf, _LazyLeafHandler()))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
+    # One process writes: orbax waits for no other.
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(path.absolute(), tree)
 
 

@@ -5,17 +5,12 @@ devices, and all of everything else; its devices keep either half of the heads.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import ml_dtypes
-import numpy as np
 import pytest
 
 from checkpoints_convert import convert, orbax_io
-from tests.checkpoints_convert import files
+from tests.checkpoints_convert import files, processes
 from tests.support.tiny_models import CASES
 
 MIXED = CASES["glm-mixed"]
@@ -23,7 +18,7 @@ MIXED = CASES["glm-mixed"]
 PROGRAM = r"""
 import json, pathlib, sys
 import jax, numpy as np, tensorstore
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]), initialization_timeout=60)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
 from checkpoints_convert import load
 from checkpoints_convert.safetensors_io import Entry
 from indexcache_jax import sharding
@@ -58,32 +53,6 @@ print(json.dumps(found))
 """
 
 
-def run_two_processes(*arguments: str) -> list[dict[str, int]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(process), str(port), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=files.ROOT,
-            env=environment,
-        )
-        for process in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(printed.splitlines()[-1]) for printed, _ in outputs]
-
-
 def is_expert(name: str) -> bool:
     return ".experts." in name
 
@@ -110,7 +79,8 @@ def directories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(directories):
     stored, folder = directories
-    return run_two_processes(*(str(folder / name) for name in stored))
+    printed = processes.run_two(PROGRAM, *(str(folder / name) for name in stored))
+    return [json.loads(lines.splitlines()[-1]) for lines in printed]
 
 
 @pytest.mark.parametrize("form", ["params", "serving"])

@@ -35,9 +35,8 @@ def unaligned(shape, dtype):
 of_load._takes_over, of_load.aligned = lambda device: False, unaligned
 of_load._MIN_PIECE = huggingface.SLAB_BYTES = 2**16
 huggingface.READERS = 2
-config = Config.from_hf(GLM_FIELDS | {
-    "hidden_size": 1024, "moe_intermediate_size": 256, "n_routed_experts": 32, "num_hidden_layers": 3, "first_k_dense_replace": 1
-})
+experts = {"hidden_size": 1024, "moe_intermediate_size": 256, "n_routed_experts": 32, "first_k_dense_replace": 1}
+config = Config.from_hf(GLM_FIELDS | experts | {"num_hidden_layers": 3})
 schedule = Schedule("FSS")
 bits = np.random.default_rng(0)
 def random(tensor):
