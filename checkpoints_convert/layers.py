@@ -12,19 +12,19 @@ import numpy as np
 from jax.sharding import Sharding
 
 from checkpoints_convert.checkpoint import leaf_dtype
-from checkpoints_convert.load import aligned, opened
+from checkpoints_convert.load import aligned, opened, parts_held
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.tensors import Part, Tensor
+from indexcache_jax.tensors import Tensor
 
 
 class Layers:
     """A Hugging Face or orbax directory as the source of `indexcache_jax.search.streamed`; arguments and errors as for `load`.
 
-    Params are the arrays that were asked for and None elsewhere. They are on the host or, with a tree of shardings for all
-    Params of the model, on devices: of each array this process reads only the parts that its own devices hold, each part
-    once. All headers are checked at once.
+    Params are the arrays that were asked for and None elsewhere. A tree of shardings for all Params of the model says where
+    they lie: of each array this process reads the parts that its own devices hold, each once. Without one everything is on
+    the default device. All headers are checked at once.
     """
 
     config: Config
@@ -58,34 +58,27 @@ class Layers:
     def _some(self, wanted: Callable[[Tensor], bool], layer: int | None, shardings: Params | None) -> Params:
         tensors = jax.tree.leaves(self._tree)
         placements = [None for _ in tensors] if shardings is None else jax.tree.leaves(shardings)
-
-        def read(tensor: Tensor, at: Sharding | None) -> np.ndarray | jax.Array:
-            shape = tensor.layer_shape if layer is None else (1, *tensor.layer_shape)
-            everything = (slice(None),) * len(shape)
-            return self._part(tensor, layer, shape, everything) if at is None else self._place(tensor, layer, shape, at)
-
-        arrays = [read(t, at) if wanted(t) else None for t, at in zip(tensors, placements, strict=True)]
+        arrays = [
+            self._place(tensor, layer, sharding) if wanted(tensor) else None
+            for tensor, sharding in zip(tensors, placements, strict=True)
+        ]
         return jax.tree.unflatten(jax.tree.structure(self._tree), arrays)
 
-    def _place(self, tensor: Tensor, layer: int | None, shape: tuple[int, ...], at: Sharding) -> jax.Array:
-        """A tensor on this process's devices, part by part."""
-        devices: dict[tuple[tuple[int, int, int], ...], list[jax.Device]] = {}
-        for device, index in at.addressable_devices_indices_map(shape).items():
-            bounds = tuple(axis.indices(size) for axis, size in zip(index or (), shape, strict=True))
-            devices.setdefault(bounds, []).append(device)
-        shards = []
-        for bounds, holders in devices.items():
-            part = self._part(tensor, layer, shape, tuple(slice(*axis) for axis in bounds))
-            # Waiting frees the host memory of a part before the next one is read.
-            shards += jax.block_until_ready([jax.device_put(part, device) for device in holders])
-        return jax.make_array_from_single_device_arrays(shape, at, shards)
+    def _place(self, tensor: Tensor, layer: int | None, sharding: Sharding | None) -> jax.Array:
+        """A tensor on this process's devices, part by part.
 
-    def _part(self, tensor: Tensor, layer: int | None, shape: tuple[int, ...], part: Part) -> np.ndarray:
-        """A part of a tensor, of `shape`, on the host."""
-        sizes = tuple(len(range(*axis.indices(size))) for axis, size in zip(part, shape, strict=True))
-        out = aligned(sizes, self._dtype_of(tensor))
-        if layer is None:
-            self._checkpoint.fill(tensor, None, out, part)
-        else:
-            self._checkpoint.fill(tensor, layer, out[0], part[1:])
-        return out
+        Parts are sent whole: to put one together on a device, as `load` does, takes programs that would wait for those of
+        the layer before, which run meanwhile.
+        """
+        shape = tensor.layer_shape if layer is None else (1, *tensor.layer_shape)
+        shards: list[jax.Array] = []
+        for bounds, devices in parts_held(shape, sharding).items():
+            out = aligned(tuple(stop - start for start, stop in bounds), self._dtype_of(tensor))
+            part = tuple(slice(*axis) for axis in bounds)
+            if layer is None:
+                self._checkpoint.fill(tensor, None, out, part)
+            else:
+                self._checkpoint.fill(tensor, layer, out[0], part[1:])
+            # Waiting frees the host memory of a part before the next one is read.
+            shards += jax.block_until_ready([jax.device_put(out, device) for device in devices])
+        return shards[0] if sharding is None else jax.make_array_from_single_device_arrays(shape, sharding, shards)

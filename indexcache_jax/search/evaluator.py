@@ -220,9 +220,7 @@ def fingerprint(params: Any, batches: Sequence[np.ndarray]) -> dict[str, int]:
     weights = 0
     for leaf in jax.tree.leaves(params):
         places = np.arange(0, leaf.size, max(1, leaf.size // FINGERPRINT_SAMPLE))[:FINGERPRINT_SAMPLE]
-        index = np.unravel_index(places, leaf.shape)
-        on_host = isinstance(leaf, np.ndarray)
-        sample = leaf[index].astype(np.float32) if on_host else sharding.to_host(_numbers_at(leaf, index))
+        sample = sharding.to_host(_numbers_at(leaf, np.unravel_index(places, leaf.shape)))
         weights = zlib.crc32(sample.tobytes(), weights)
     tokens = 0
     for batch in batches:

@@ -45,8 +45,8 @@ StateKey = tuple[int, str]  # a batch number, and the letters of a schedule up t
 class Layers(Protocol):
     """A source of weights to read layer by layer: Params with None where nothing was asked for.
 
-    shardings: where the weights lie, for all Params of the model. Of an array only what this process's devices hold is
-    read, onto them; all of it into host memory where no shardings are given.
+    shardings: where they lie, a tree for all Params of the model; by default on the default device. Of an array only what
+    this process's devices hold is read.
     """
 
     config: Config
