@@ -187,13 +187,13 @@ class Evaluator(BatchEvaluator):
                 self.progress(self.config.num_layers - _first_difference(schedule, base))
                 yield schedule, loss
 
-    def _finish(self, state: layerwise.State, layer: int, group: Sequence[Schedule], targets: jax.Array) -> list[float]:
+    def _finish(self, state: layerwise.State, layer: int, group: list[Schedule], targets: jax.Array) -> list[float]:
         """The losses under one schedule or, at once, under several, from the state before `layer`."""
         rest = targets, self.config, self.schedule
         if self._at_once == 1:
             full = np.array(group[0].is_full)
             return [float(layerwise.finish(self.params, state, np.int32(layer), full, *rest))]
-        padded = [*group, *group[-1:] * (self._at_once - len(group))]
+        padded = group + group[-1:] * (self._at_once - len(group))
         every = np.array([schedule.is_full for schedule in padded])
         losses = np.asarray(layerwise.finish_each(self.params, state, np.int32(layer), layerwise.place(every), *rest))
         return losses[: len(group)].tolist()

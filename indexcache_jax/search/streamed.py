@@ -114,14 +114,15 @@ def _to_host(state: State) -> HostState:
     return HostState(HostArray.of(state.x), HostArray.of(state.indices))
 
 
-def _bounds(index: tuple[slice, ...]) -> Bounds:
-    return tuple((axis.start, axis.stop) for axis in index)
+def _bounds(index: tuple[slice, ...] | None) -> Bounds:
+    return tuple((axis.start, axis.stop) for axis in index or ())
 
 
 def _largest_share(at: jax.sharding.Sharding, shape: tuple[int, ...]) -> float:
     """The largest share of an array of this shape that one process holds a copy of: the same in all processes."""
     parts: dict[int, dict[Bounds, int]] = {}
-    for device, index in at.devices_indices_map(shape).items():
+    indices: Mapping[Any, tuple[slice, ...]] = at.devices_indices_map(shape)
+    for device, index in indices.items():
         size = math.prod(len(range(*axis.indices(n))) for axis, n in zip(index, shape, strict=True))
         parts.setdefault(device.process_index, {})[_bounds(index)] = size
     return max(sum(sizes.values()) for sizes in parts.values()) / math.prod(shape)

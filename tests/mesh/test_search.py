@@ -64,7 +64,7 @@ def every_mesh(*fast):
     return pytest.mark.parametrize("mesh, name", marked)
 
 
-@every_mesh(("all", "deepseek"), ("context, expert", "glm"))
+@every_mesh(("all", "deepseek"))
 def test_a_model_in_memory(mesh, name):
     case = CASES[name]
     with meshes.use(mesh):
@@ -73,7 +73,7 @@ def test_a_model_in_memory(mesh, name):
         assert evaluator.advice() == []
 
 
-@every_mesh(("all", "glm"))
+@every_mesh(("context, expert", "glm"))
 def test_a_model_that_is_streamed(mesh, name):
     case = CASES[name]
     with meshes.use(mesh):
