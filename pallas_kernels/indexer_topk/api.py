@@ -105,9 +105,7 @@ def indexer_topk(
     )
 
 
-def select_topk(
-    scores: jax.Array, visible: jax.Array, *, k_select: int, implementation: str | None = None
-) -> jax.Array:
+def select_topk(scores: jax.Array, visible: jax.Array, *, k_select: int, implementation: str | None = None) -> jax.Array:
     """The selection of `indexer_topk` from given scores.
 
     Args:
