@@ -26,7 +26,7 @@ from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for s
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.selected_attention import api as selected_attention_api
 
-# The logical axes that arrays are split by: their rows, the cached positions of these, their queries, and those and their heads.
+# The logical axes that arrays are split by: their rows; these and their cached positions, their queries, or queries and heads.
 ROWS, TOKENS, QUERIES, HEADS = ("batch",), ("batch", "tokens"), ("batch", "queries"), ("batch", "queries", "heads")
 
 

@@ -16,7 +16,6 @@ from indexcache_jax.serving.cache import CacheFormat, fork
 from indexcache_jax.serving.generation import cache_length, decode_program, generate
 from indexcache_jax.serving.weights import abstract, from_params
 from indexcache_jax.sharding import SERVING
-from tests.support import meshes
 from tests.support.indexer_topk_properties import numpy_select
 from tests.support.serving_cases import CHUNK, NEW, model, prompts_of
 
