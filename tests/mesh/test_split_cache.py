@@ -13,6 +13,7 @@ import pytest
 from indexcache_jax import ops, serving, sharding
 from indexcache_jax.positions import Positions
 from indexcache_jax.serving.cache import CacheFormat, fork
+from indexcache_jax.serving.cache import abstract as abstract_cache
 from indexcache_jax.serving.generation import cache_length, decode_program, generate
 from indexcache_jax.serving.weights import abstract, from_params
 from indexcache_jax.sharding import SERVING
@@ -178,14 +179,48 @@ def test_logits_of_any_size_are_merged():
 # ---- serving
 
 
-@pytest.mark.parametrize("document", [0, pytest.param(30, marks=pytest.mark.slow)])
-def test_tokens_from_a_cache_in_8_bits_are_those_of_one_device(document):
-    """With heads split besides, and a document that the rows share; tests/mesh/test_serving.py has the rest."""
+FORMATS = {"float32": CacheFormat.of(jnp.float32), "8 bits": CacheFormat.of(jnp.float8_e4m3fn)}
+
+
+def filled(case, form, rows, length):
+    """A cache in which every position holds something."""
+    rng, cache = np.random.default_rng(3), serving.init_cache(case.config, case.schedule, rows, length, form)
+
+    def layer(empty):
+        latents, keys = (
+            None if x is None else jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in (empty.latents, empty.index_keys)
+        )
+        scales = key_scales = None
+        if empty.latent_scales is not None:
+            latents, scales = ops.quantise_latents(latents)
+            keys, key_scales = (None, None) if keys is None else ops.quantise_index(keys)
+        return empty.replace(latents=latents, latent_scales=scales, index_keys=keys, index_scales=key_scales)
+
+    return cache.replace(layers=tuple(map(layer, cache.layers)), lengths=jnp.array([length - 1, 11], jnp.int32))
+
+
+@pytest.mark.parametrize("form", [pytest.param("float32", marks=pytest.mark.slow), "8 bits"])
+def test_a_decode_step_is_that_of_one_device(form):
+    """A long row and one that is shorter than a part, with heads split besides."""
+    case, token = model("glm", "FSFSS"), jnp.array([3, 7])
+    weights, cache = from_params(case.params, case.config, case.schedule), filled(case, FORMATS[form], 2, 96)
+    expected, _ = serving.decode_step(weights, token, cache, case.config, case.schedule)
+    with use("context, tensor"):
+        weights = sharding.put(weights, abstract(case.config, case.schedule))
+        cache = sharding.put(cache, abstract_cache(case.config, case.schedule, 2, 96, FORMATS[form]))
+        found, cache = serving.decode_step(weights, token, cache, case.config, case.schedule)
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    assert {x.sharding.spec[1] for x in jax.tree.leaves(cache.layers)} == {"context"}
+
+
+@pytest.mark.slow
+def test_tokens_after_a_shared_document_in_8_bits_are_those_of_one_device():
+    """tests/mesh/test_serving.py has the rest."""
     case = model("glm", "FSFSS")
-    prompts, shared = [prompt[:CHUNK] for prompt in prompts_of(case)], prompts_of(case)[2][:document]
+    prompts, document = prompts_of(case), prompts_of(case)[2][:30]
 
     def run(weights):
-        options = {"document": shared, "cache_format": CacheFormat.of(jnp.float8_e4m3fn), "chunk": CHUNK}
+        options = {"document": document, "cache_format": FORMATS["8 bits"], "chunk": CHUNK}
         return generate(weights, prompts, case.config, case.schedule, NEW, **options)
 
     expected = run(from_params(case.params, case.config, case.schedule))
