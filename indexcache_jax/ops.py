@@ -7,6 +7,7 @@ own part of the cached positions (`sharding.on_each_device`, `split_cache`); ker
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import pallas_kernels
 from indexcache_jax import split_cache
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
-from indexcache_jax.sharding import on_each_device
+from indexcache_jax.sharding import Axes, on_each_device
 from pallas_kernels import bits, device, dispatch, hopper, quant
 from pallas_kernels import grouped_matmul as grouped_matmul
 from pallas_kernels import grouped_swiglu as grouped_swiglu
@@ -65,7 +66,8 @@ def select(
         )
 
     devices = split_cache.exchange(queries, keys)
-    cached, run = ROWS, select
+    cached: Axes = ROWS
+    run: Callable[..., jax.Array] = select
     if devices is not None:
         candidates = functools.partial(select, return_scores=True)
         best = functools.partial(pallas_kernels.select_topk, k_select=min(config.index_topk, keys.shape[1]))
@@ -101,7 +103,8 @@ def attend(
         )
 
     devices = split_cache.exchange(queries, latents)
-    cached, run = ROWS, attend
+    cached: Axes = ROWS
+    run: Callable[..., jax.Array] = attend
     if devices is not None:
         cached, run = TOKENS, functools.partial(split_cache.attend, functools.partial(attend, return_lse=True), devices)
     return on_each_device(run, (HEADS, cached, QUERIES, cached), HEADS)(queries, latents, indices, latent_scales)

@@ -128,21 +128,18 @@ def _lane_sum(mask: jax.Array) -> jax.Array:
 
 
 def _kernel(
-    blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *refs, rows: int, queries: int, k: int, scaled: bool, kept: bool
+    blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *given, rows: int, queries: int, k: int, scaled: bool, kept: bool
 ):
     """One block of `rows` queries of one batch row; blocks_ref [B, blocks] says how many key blocks it sees.
 
     kept: all of ordered_ref goes to an array in HBM, of which the blocks that were not scored mean nothing.
     """
+    refs = list(given)
     if scaled:
-        scales_hbm, *refs = refs
-    out_ref, *refs = refs
+        scales_hbm, scales_buffer = refs.pop(0), refs.pop(-2)
     if kept:
-        ordered_hbm, *refs = refs
-    ordered_ref, bits_ref, keys_buffer, *refs = refs
-    if scaled:
-        scales_buffer, *refs = refs
-    (semaphores,) = refs
+        ordered_hbm = refs.pop(1)
+    out_ref, ordered_ref, bits_ref, keys_buffer, semaphores = refs
     b, i = pl.program_id(0), pl.program_id(1)
     blocks = blocks_ref[b, i]
     seen = seen_ref[0, 0][:, :1]  # [rows, 1] keys that each query sees
