@@ -8,7 +8,7 @@ queries, and what the devices exchange is a few numbers a query, however long th
 - attention: each device's context and the log-sum-exp of its logits.
 
 Every device then makes the same choice from the same numbers. The functions run within `sharding.on_each_device`; `ops` gives
-them the kernels. docs/devices.md has the bytes.
+them the kernels.
 """
 
 from __future__ import annotations
