@@ -94,7 +94,7 @@ def routed(p: HasMatrices, tokens: jax.Array, experts: jax.Array, weights: jax.A
     experts, weights: both as `choose` gives them. Where devices exchange tokens, they do so in the dtype of the tokens.
     """
     axes = ("batch", "queries")[: tokens.ndim - 1]
-    exchange = sharding.exchange(tokens.shape, axes, "expert")
+    exchange = sharding.exchange(tokens.shape, axes, "expert", p.gate_up.shape[0])
     on_each = sharding.on_each_device(
         functools.partial(_on_each_device, config=config, exchange=exchange),
         inputs=(("expert",), axes, axes, axes),
@@ -126,9 +126,9 @@ def _on_each_device(
 def _multiply(
     p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, config: Config, devices: int = 1
 ) -> jax.Array:
-    """The weighted sum [N, D] float32 over those experts [N, k] of tokens [N, D] that are below E, of `p`'s E experts.
+    """The weighted sum [N, D] over those experts [N, k] of tokens [N, D] that are below E, of `p`'s E experts.
 
-    devices: among how many the experts are split. With one, all choices are below E.
+    devices: among how many the experts are split. With one, all choices are below E and the sum is float32.
     """
     if _few_experts(config):
         return _every_expert(p, tokens, experts, weights)
@@ -178,7 +178,7 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
 def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, devices: int = 1) -> jax.Array:
     """The chosen experts of tokens [N, D]: pairs sorted by expert, two grouped products -> [N, D] float32.
 
-    A device that shares the experts with others makes room for somewhat more pairs than its even share, SPARE times as
+    With several devices the result has the dtype of the tokens, in which it is exchanged. A device that shares the experts with others makes room for somewhat more pairs than its even share, SPARE times as
     many, and where more are its own, it multiplies them in further pieces of the same size.
     """
     (n, k), groups = experts.shape, p.gate_up.shape[0]
@@ -205,17 +205,17 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
         rows = jnp.where(here[..., None], products[jnp.clip(row, 0, room - 1)], 0).astype(jnp.float32)
         return jnp.sum(rows * weights[..., None], axis=1)
 
-    def others() -> jax.Array:
-        # Recomputed in a backward pass: what it would keep would be kept room for, although there are hardly ever others.
+    def pieces_in_turn() -> jax.Array:
+        # Recomputed in a backward pass: what it would keep would be kept room for, although it is hardly ever needed.
         def add(sums: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
             return sums + jax.checkpoint(piece)(first), None
 
-        return jax.lax.scan(add, jnp.zeros(tokens.shape, jnp.float32), jnp.arange(1, pieces) * room)[0]
+        return jax.lax.scan(add, jnp.zeros(tokens.shape, jnp.float32), jnp.arange(pieces) * room)[0].astype(tokens.dtype)
 
-    sums = piece(0)
-    if pieces == 1:
-        return sums
-    return sums + jax.lax.cond(total > room, others, lambda: jnp.zeros(tokens.shape, jnp.float32))
+    def single_piece() -> jax.Array:
+        return piece(0).astype(tokens.dtype)
+
+    return single_piece() if pieces == 1 else jax.lax.cond(total > room, pieces_in_turn, single_piece)
 
 
 def _products(p: Matrices, rows: jax.Array, sizes: jax.Array) -> jax.Array:
