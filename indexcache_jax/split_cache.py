@@ -39,7 +39,7 @@ def exchange(queries: jax.Array, cached: jax.Array) -> Exchange | None:
     split = sharding.devices_along("queries")
     if cached.shape[1] % devices or (split > 1 and queries.shape[1] % split == 0):
         return None
-    return sharding.exchange(cached.shape, ("batch",), "tokens")
+    return sharding.exchange(cached.shape, ("batch",), "tokens", cached.shape[1])
 
 
 def select(
