@@ -372,7 +372,7 @@ def _layer(
         h = rms_norm(x, norm, config.rms_norm_eps)
         if not isinstance(mlp, MoE):
             return (x + moe.mlp(mlp, h), kl_total, positions, state), None
-        chosen, _ = moe.route(mlp, h.reshape(-1, h.shape[-1]), config)
+        chosen, _ = moe.route(mlp, h, config)
         tokens_per_expert = moe.tokens_per_expert(chosen, config.n_routed_experts)
         return (x + moe.moe(mlp, h, config), kl_total, positions, state), tokens_per_expert
 

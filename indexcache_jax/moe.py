@@ -1,27 +1,42 @@
 """SwiGLU layers, dense and routed: sigmoid scores, groups, a bias for the choice only, shared experts.
 
-The formulas are those of docs/model.md, Experts.
+The formulas are those of docs/model.md, Experts. Where a mesh splits the experts, every device gathers the tokens of all,
+multiplies those that chose one of its own experts, and the weighted sums go back to the tokens' devices, added up. However
+the tokens choose, all of them to the experts of one device too, every choice is computed.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from indexcache_jax import ops
+from indexcache_jax import ops, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.params import MLP, MoE
 
+SMALL_BUFFER = 4096  # pairs of a token and an expert that a device has room for, whatever its share of them
+SPARE = 1.25  # times a device's even share of more pairs: what it has room for at once
 
-class Matrices(Protocol):
+
+class HasMatrices(Protocol):
     """What holds the routed experts' weights: gate_up [E, D, 2, I] and down [E, I, D]."""
 
     @property
     def gate_up(self) -> jax.Array: ...
     @property
     def down(self) -> jax.Array: ...
+
+
+@flax.struct.dataclass
+class Matrices:
+    """The routed experts' weights alone, of all experts or of a device's own."""
+
+    gate_up: jax.Array  # [E, D, 2, I]
+    down: jax.Array  # [E, I, D]
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -36,7 +51,7 @@ def mlp(p: MLP, x: jax.Array) -> jax.Array:
 
 
 def route(p: MoE, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """The experts [N, k] of tokens x [N, D] and their weights [N, k] float32.
+    """The experts [..., k] of tokens x [..., D] and their weights [..., k] float32.
 
     The bias counts when choosing, not in the weights. With groups, only experts of the topk_group best groups can be
     chosen; a group is as good as its two best experts together.
@@ -46,17 +61,17 @@ def route(p: MoE, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
 
 
 def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """`route` from the router's logits [N, E] float32 on."""
+    """`route` from the router's logits [..., E] float32 on: experts and weights [..., k]."""
     scores = jax.nn.sigmoid(logits)
     choice = scores + bias
     if config.n_group > 1:
-        groups = choice.reshape(-1, config.n_group, config.n_routed_experts // config.n_group)
+        groups = choice.reshape(*choice.shape[:-1], config.n_group, config.n_routed_experts // config.n_group)
         quality = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
         kept = jax.lax.top_k(quality, config.topk_group)[1]
-        kept = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=1)
+        kept = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=-2)
         choice = jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice.shape)
     experts = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
-    weights = jnp.sum(jax.nn.one_hot(experts, config.n_routed_experts) * scores[:, None], axis=-1)
+    weights = jnp.sum(jax.nn.one_hot(experts, config.n_routed_experts) * scores[..., None, :], axis=-1)
     if config.norm_topk_prob:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return experts, weights * config.routed_scaling_factor
@@ -69,20 +84,57 @@ def tokens_per_expert(experts: jax.Array, num_experts: int) -> jax.Array:
 
 def moe(p: MoE, x: jax.Array, config: Config) -> jax.Array:
     """Routed and shared experts of x [B, S, D], summed in float32."""
-    tokens = x.reshape(-1, x.shape[-1])
-    out = routed(p, tokens, *route(p, tokens, config), config).astype(x.dtype).reshape(x.shape)
+    out = routed(p, x, *route(p, x, config), config).astype(x.dtype)
     return out if p.shared is None else out + mlp(p.shared, x)
 
 
-def routed(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, config: Config) -> jax.Array:
-    """The weighted sum [N, D] float32 over the experts [N, k] of tokens [N, D], both as `choose` gives them."""
+def routed(p: HasMatrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, config: Config) -> jax.Array:
+    """The weighted sum [..., D] float32 over the experts [..., k] of tokens [B, S, D] or [N, D].
+
+    experts, weights: both as `choose` gives them. Where devices exchange tokens, they do so in the dtype of the tokens.
+    """
+    axes = ("batch", "queries")[: tokens.ndim - 1]
+    exchange = sharding.exchange(tokens.shape, axes, "expert")
+    on_each = sharding.on_each_device(
+        functools.partial(_on_each_device, config=config, exchange=exchange),
+        inputs=(("expert",), axes, axes, axes),
+        outputs=axes,
+    )
+    return on_each(Matrices(p.gate_up, p.down), tokens, experts, weights)
+
+
+def _on_each_device(
+    p: Matrices,
+    tokens: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    config: Config,
+    exchange: sharding.Exchange | None,
+) -> jax.Array:
+    """`routed` for a device's own tokens, with its own experts and, where there is an exchange, those of the others."""
+    shape, flat = tokens.shape, [x.reshape(-1, x.shape[-1]) for x in (tokens, experts, weights)]
+    if exchange is None:
+        return _multiply(p, *flat, config).reshape(shape)
+    tokens, experts, weights = (exchange.gather(x) for x in flat)
+    own = experts - exchange.index() * p.gate_up.shape[0]
+    # A choice that is no expert of this device's counts as one after the last: it sorts behind all others.
+    own = jnp.where((own >= 0) & (own < p.gate_up.shape[0]), own, p.gate_up.shape[0])
+    sums = _multiply(p, tokens, own, weights, config, exchange.devices)
+    return exchange.add_up(sums.astype(tokens.dtype)).astype(jnp.float32).reshape(shape)
+
+
+def _multiply(
+    p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, config: Config, devices: int = 1
+) -> jax.Array:
+    """The weighted sum [N, D] over those experts [N, k] of tokens [N, D] that are below E, of `p`'s E experts.
+
+    devices: among how many the experts are split. With one, all choices are below E and the sum is float32.
+    """
     if _few_experts(config):
-        way = _every_expert
-    elif _few_rows(experts, config):
-        way = _matrix_by_matrix
-    else:
-        way = _sorted_by_expert
-    return way(p, tokens, experts, weights)
+        return _every_expert(p, tokens, experts, weights)
+    if _few_rows(experts, p.gate_up.shape[0]):
+        return _matrix_by_matrix(p, tokens, experts, weights)
+    return _sorted_by_expert(p, tokens, experts, weights, devices)
 
 
 def _few_experts(config: Config) -> bool:
@@ -90,9 +142,9 @@ def _few_experts(config: Config) -> bool:
     return ops.platform() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
 
 
-def _few_rows(experts: jax.Array, config: Config) -> bool:
+def _few_rows(experts: jax.Array, num_experts: int) -> bool:
     # Then a matrix for every row is less than what a TPU's grouped product reads. Hopper's reads the chosen ones alone.
-    return ops.platform() == "tpu" and 4 * experts.size <= config.n_routed_experts
+    return ops.platform() == "tpu" and 4 * experts.size <= num_experts
 
 
 def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
@@ -109,6 +161,7 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
 
     On a TPU XLA reads one slice of a stack in place but copies what a gather or a reshape of it makes.
     """
+    weights = jnp.where(experts < p.gate_up.shape[0], weights, 0.0)  # beyond, a slice is that of the last expert
 
     def apply(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
         def matrix(stack: jax.Array) -> jax.Array:
@@ -122,13 +175,49 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     return jnp.sum(rows * weights[..., None], axis=1)
 
 
-def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-    """The chosen experts of tokens [N, D]: rows sorted by expert, two grouped products -> [N, D] float32."""
-    k, groups = experts.shape[1], p.gate_up.shape[0]
+def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, devices: int = 1) -> jax.Array:
+    """The chosen experts of tokens [N, D]: pairs sorted by expert, two grouped products -> [N, D] float32.
+
+    With several devices the result has the dtype of the tokens, in which it is exchanged. A device that shares the experts with others makes room for somewhat more pairs than its even share, SPARE times as
+    many, and where more are its own, it multiplies them in further pieces of the same size.
+    """
+    (n, k), groups = experts.shape, p.gate_up.shape[0]
     order = jnp.argsort(experts.reshape(-1), stable=True)
     sizes = tokens_per_expert(experts, groups)
-    hidden = ops.grouped_swiglu(tokens[order // k], p.gate_up, sizes)
-    rows = ops.grouped_matmul(hidden, p.down, sizes)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-    rows = rows[back].reshape(-1, k, tokens.shape[-1]).astype(jnp.float32)
-    return jnp.sum(rows * weights[..., None], axis=1)
+    if devices == 1:
+        rows = _products(p, tokens[order // k], sizes)[back].reshape(n, k, -1).astype(jnp.float32)
+        return jnp.sum(rows * weights[..., None], axis=1)
+
+    room = n * k if n * k <= SMALL_BUFFER else min(n * k, -(-int(SPARE * n * k) // devices // 128) * 128)
+    pieces = -(-n * k // room)
+    order = jnp.pad(order, (0, pieces * room - n * k))
+    ends = jnp.cumsum(sizes)
+    total = ends[-1]
+
+    def piece(first: jax.Array | int) -> jax.Array:
+        """The part of the sum that the pairs first .. first + room - 1 make, [N, D]."""
+        pairs = jax.lax.dynamic_slice(order, (first,), (room,))
+        filled = jnp.clip(ends - first, 0, room)
+        products = _products(p, tokens[pairs // k], jnp.diff(filled, prepend=0))
+        row = (back - first).reshape(n, k)
+        here = (row >= 0) & (row < jnp.minimum(total - first, room))
+        rows = jnp.where(here[..., None], products[jnp.clip(row, 0, room - 1)], 0).astype(jnp.float32)
+        return jnp.sum(rows * weights[..., None], axis=1)
+
+    def pieces_in_turn() -> jax.Array:
+        # Recomputed in a backward pass: what it would keep would be kept room for, although it is hardly ever needed.
+        def add(sums: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+            return sums + jax.checkpoint(piece)(first), None
+
+        return jax.lax.scan(add, jnp.zeros(tokens.shape, jnp.float32), jnp.arange(pieces) * room)[0].astype(tokens.dtype)
+
+    def single_piece() -> jax.Array:
+        return piece(0).astype(tokens.dtype)
+
+    return single_piece() if pieces == 1 else jax.lax.cond(total > room, pieces_in_turn, single_piece)
+
+
+def _products(p: Matrices, rows: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The experts' outputs [M, D] for rows [M, D] in groups of sizes [E]; undefined for rows after the last group."""
+    return ops.grouped_matmul(ops.grouped_swiglu(rows, p.gate_up, sizes), p.down, sizes)

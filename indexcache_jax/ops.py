@@ -1,7 +1,7 @@
 """The only door from the model to the kernels: what a layer asks of `pallas_kernels`, in the model's own terms.
 
-Model code is written for one device. A mesh will enter here and nowhere else in the model: these functions are where a
-call to a kernel can be wrapped for the devices that share it.
+Model code is written for one device. Under a mesh every device calls a kernel on its own rows, queries and heads
+(`sharding.on_each_device`); kernels never hear of a mesh.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
+from indexcache_jax.sharding import on_each_device
 from pallas_kernels import bits, device, dispatch, hopper, quant
 from pallas_kernels import grouped_matmul as grouped_matmul
 from pallas_kernels import grouped_swiglu as grouped_swiglu
@@ -22,6 +23,9 @@ from pallas_kernels import selected_attention as selected_attention
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.selected_attention import api as selected_attention_api
+
+# The logical axes that arrays are split by: their rows, their queries, and those and their heads.
+ROWS, QUERIES, HEADS = ("batch",), ("batch", "queries"), ("batch", "queries", "heads")
 
 
 def select(
@@ -37,15 +41,28 @@ def select(
     queries [B, S, Hi, Di], keys [B, T, Di], head_weights [B, S, Hi] float32 with every scale folded in; key_scales [B, T]
     where the keys are kept in 8 bits, whose queries must be in 8 bits too.
     """
-    return pallas_kernels.indexer_topk(
-        queries,
-        keys,
-        head_weights,
-        k_select=min(config.index_topk, keys.shape[1]),
-        q_positions=positions.queries,
-        kv_lengths=positions.kv_lengths,
-        key_scales=key_scales,
-    )
+
+    def select(
+        queries: jax.Array,
+        keys: jax.Array,
+        head_weights: jax.Array,
+        q_positions: jax.Array,
+        kv_lengths: jax.Array,
+        key_scales: jax.Array | None,
+    ) -> jax.Array:
+        return pallas_kernels.indexer_topk(
+            queries,
+            keys,
+            head_weights,
+            k_select=min(config.index_topk, keys.shape[1]),
+            q_positions=q_positions,
+            kv_lengths=kv_lengths,
+            key_scales=key_scales,
+        )
+
+    inputs = (QUERIES, ROWS, QUERIES, QUERIES, ROWS, ROWS)
+    arguments = queries, keys, head_weights, positions.queries, positions.kv_lengths, key_scales
+    return on_each_device(select, inputs, QUERIES)(*arguments)
 
 
 def attend(
@@ -55,9 +72,14 @@ def attend(
 
     indices [B, S, k] int32, -1 for none; latent_scales [B, T] where the latents are kept in 8 bits.
     """
-    return pallas_kernels.sparse_mla(
-        queries, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank, latent_scales=latent_scales
-    )
+
+    def attend(queries: jax.Array, latents: jax.Array, indices: jax.Array, latent_scales: jax.Array | None) -> jax.Array:
+        return pallas_kernels.sparse_mla(
+            queries, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank, latent_scales=latent_scales
+        )
+
+    inputs = (HEADS, ROWS, QUERIES, ROWS)
+    return on_each_device(attend, inputs, HEADS)(queries, latents, indices, latent_scales)
 
 
 def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:

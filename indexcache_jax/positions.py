@@ -5,7 +5,9 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from indexcache_jax import sharding
 from indexcache_jax.config import Config
 from indexcache_jax.rope import CosSin, cos_sin
 
@@ -23,11 +25,29 @@ class Positions:
     cos_sin: CosSin
 
 
-def make_positions(starts: jax.Array, lengths: jax.Array, width: int, config: Config) -> Positions:
-    """The positions of `width` right-padded tokens a row, of which lengths [B] count, after starts [B] earlier ones."""
-    offsets = jnp.arange(width)
+def make_positions(
+    starts: jax.Array, lengths: jax.Array, width: int, config: Config, order: np.ndarray | None = None
+) -> Positions:
+    """The positions of `width` right-padded tokens a row, of which lengths [B] count, after starts [B] earlier ones.
+
+    order [width]: which token stands in each place, where they are not in their own order.
+    """
+    offsets = jnp.arange(width) if order is None else jnp.asarray(order)
     queries = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets, -1)
     return Positions(queries, starts + lengths, cos_sin(jnp.maximum(queries, 0), config))
+
+
+def even_order(width: int) -> np.ndarray | None:
+    """The order in which a chunk's tokens are split over the devices of a mesh; None for their own order.
+
+    A later query sees more keys. Of 2 n pieces, n devices get the first and the last, the second and the last but one, and
+    so on, so that all see as many.
+    """
+    devices = sharding.devices_along("queries")
+    if devices == 1 or width % (2 * devices):
+        return None
+    pieces = np.arange(width).reshape(2 * devices, -1)
+    return np.stack([pieces[:devices], pieces[: devices - 1 : -1]], axis=1).reshape(-1)
 
 
 def whole_rows(x: jax.Array, config: Config, lengths: jax.Array | None = None) -> Positions:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from indexcache_jax.tensors import Tensor, leaves
@@ -102,6 +105,17 @@ def current() -> tuple[AbstractMesh | None, Rules]:
     return mesh, rules
 
 
+def devices_along(axis: str) -> int:
+    """The number of devices that a logical axis is split over by the mesh and the rules in force."""
+    mesh, rules = current()
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names_of(spec((axis,), rules, mesh)[0]))
+
+
+def computes_alone() -> bool:
+    """Whether every device computes its rows' single tokens alone: it holds all heads, experts and tokens of its rows."""
+    return current()[0] is not None and all(devices_along(axis) == 1 for axis in ("heads", "expert", "tokens"))
+
+
 def names_of(entry: MeshAxes) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else entry or ()
@@ -154,6 +168,30 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), [of(path, tensor) for path, tensor in leaves(tree)])
 
 
+def fitting(shape: tuple[int, ...], axes: Axes) -> NamedSharding | None:
+    """The sharding of an array that is made under the mesh in force; None without a mesh, or while a program is traced."""
+    mesh, rules = current()
+    if mesh is None:
+        return None
+    return NamedSharding(jax.sharding.get_mesh(), fitting_spec(shape, axes, rules, mesh))
+
+
+def put(arrays: Any, tree: Any) -> Any:
+    """`arrays`, whose abstract tree is `tree`, on the devices of the mesh in force; as they are without a mesh.
+
+    Raises ValueError where an axis cannot be divided evenly, as `shardings` does.
+    """
+    mesh, rules = current()
+    return arrays if mesh is None else jax.device_put(arrays, shardings(tree, jax.sharding.get_mesh(), rules))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array in this process's memory; with several processes all of them must ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` with its dimensions split by the logical `axes` under the mesh in force; `x` itself without a mesh."""
     mesh, rules = current()
@@ -162,31 +200,80 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, axes, rules, mesh))
 
 
+def _fits(x: jax.Array, axes: Axes, rules: Rules, mesh: AbstractMesh) -> PartitionSpec:
+    return fitting_spec(x.shape[: len(axes)], axes[: x.ndim], rules, mesh)
+
+
 def on_each_device(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Any) -> Callable[..., Any]:
     """`function` called by every device on its part of the arrays; `function` itself without a mesh.
 
-    inputs: the logical axes of each argument; an argument that is None is passed on. outputs: those of the result, or a
-    tuple of them. An axis that an input's size does not allow to be split is whole in the results too.
+    inputs: the logical axes of each argument's leading dimensions, of all its leaves where an argument is a tree. outputs:
+    those of the result, or a tuple of them. An axis that is whole because its devices do not divide it is whole in the
+    results too.
     """
     mesh, rules = current()
     if mesh is None:
         return function
 
-    def call(*arguments: jax.Array | None) -> Any:
-        given = [(x, axes) for x, axes in zip(arguments, inputs, strict=True) if x is not None]
-        specs = [fitting_spec(x.shape, axes, rules, mesh) for x, axes in given]
-        split = {axis: entry for (_, axes), s in zip(given, specs, strict=True) for axis, entry in zip(axes, s, strict=True)}
-
-        def local(*present: jax.Array) -> Any:
-            rest = iter(present)
-            return function(*(None if x is None else next(rest) for x in arguments))
+    def call(*arguments: Any) -> Any:
+        trees = [
+            jax.tree.map(functools.partial(_fits, axes=axes, rules=rules, mesh=mesh), x)
+            for x, axes in zip(arguments, inputs, strict=True)
+        ]
+        split: dict[str, MeshAxes] = {}
+        for tree, axes in zip(trees, inputs, strict=True):
+            for entries in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)):
+                split |= {axis: entry for axis, entry in zip(axes, entries, strict=False) if axis is not None}
 
         def out(axes: Axes) -> PartitionSpec:
-            return PartitionSpec(*(split.get(axis) for axis in axes))
+            return PartitionSpec(*(None if axis is None else split.get(axis) for axis in axes))
 
         several = bool(outputs) and isinstance(outputs[0], tuple)
-        out_specs = tuple(map(out, outputs)) if several else out(outputs)
-        mapped = jax.shard_map(local, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
-        return mapped(*(x for x, _ in given))
+        specs = tuple(map(out, outputs)) if several else out(outputs)
+        return jax.shard_map(function, mesh=mesh, in_specs=tuple(trees), out_specs=specs, check_vma=False)(*arguments)
 
     return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """What devices exchange that split both some tokens and the weights that these are multiplied by.
+
+    tokens: the mesh axes that split the tokens, a part of `weights`, those that split the weights. devices: how many
+    devices split the weights. The methods are called within `on_each_device`.
+    """
+
+    tokens: tuple[str, ...]
+    weights: tuple[str, ...]
+    devices: int
+
+    def index(self) -> jax.Array:
+        """Which of the weights' parts is this device's."""
+        return jax.lax.axis_index(self.weights)
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """All devices' rows of x [N, ...], which the tokens' axes split."""
+        return jax.lax.all_gather(x, self.tokens, tiled=True) if self.tokens else x
+
+    def add_up(self, sums: jax.Array) -> jax.Array:
+        """This device's own rows of the sums [N, D] of all devices that split the weights."""
+        if self.tokens:
+            sums = jax.lax.psum_scatter(sums, self.tokens, tiled=True)
+        others = tuple(name for name in self.weights if name not in self.tokens)
+        return jax.lax.psum(sums, others) if others else sums
+
+
+def exchange(shape: tuple[int, ...], axes: Axes, weights: str) -> Exchange | None:
+    """The exchange for tokens of this shape, whose leading dimensions have these logical axes, and weights split by another.
+
+    None without a mesh, and where the weights are whole on every device.
+    """
+    mesh, rules = current()
+    if mesh is None:
+        return None
+    split = tuple(name for name in names_of(spec((weights,), rules, mesh)[0]) if mesh.shape[name] > 1)
+    if not split:
+        return None
+    entries = fitting_spec(shape[: len(axes)], axes, rules, mesh)
+    tokens = tuple(name for entry in entries for name in names_of(entry) if name in split)
+    return Exchange(tokens, split, math.prod(mesh.shape[name] for name in split))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 
-from indexcache_jax import ops, tensors
+from indexcache_jax import ops, sharding, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor
@@ -92,10 +92,13 @@ def abstract(config: Config, schedule: Schedule, batch: int, max_len: int, dtype
 def init_cache(config: Config, schedule: Schedule, batch: int, max_len: int, dtype: Any | CacheFormat = jnp.bfloat16) -> Cache:
     """An empty cache for `batch` rows of at most `max_len` tokens, row-major on every device.
 
-    `dtype` is that of the whole cache, or a `CacheFormat`. Raises ValueError for sizes below 1.
+    `dtype` is that of the whole cache, or a `CacheFormat`. Under a mesh, rows that its devices do not divide are whole on
+    each of them. Raises ValueError for sizes below 1, and for tokens that the devices which split them do not divide.
     """
     tree = abstract(config, schedule, batch, max_len, dtype)
-    return jax.tree.map(lambda t: row_major(jnp.zeros(t.shape, t.dtype)), tree)
+    if max_len % (devices := sharding.devices_along("tokens")):
+        raise ValueError(f"init_cache: max_len {max_len} cannot be divided over the {devices} devices that split the cache")
+    return jax.tree.map(lambda t: row_major(jnp.zeros(t.shape, t.dtype, device=sharding.fitting(t.shape, t.axes))), tree)
 
 
 def shape_structs(cache: Cache, sharding: jax.sharding.Sharding) -> Cache:
@@ -152,16 +155,27 @@ def fork(cache: Cache, copies: int, max_len: int | None = None) -> Cache:
 @functools.partial(jax.jit, static_argnames=("copies", "max_len"))
 def _repeat(x: jax.Array, copies: int, max_len: int) -> jax.Array:
     x = jnp.repeat(x[:, :max_len], copies, axis=0)
-    return jnp.pad(x, [(0, 0), (0, max_len - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    x = jnp.pad(x, [(0, 0), (0, max_len - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    return sharding.constrain(x, "batch", "tokens", *(None,) * (x.ndim - 2))
 
 
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Puts new [B, S, ...] at positions [B, S] of buffer [B, T, ...]; those outside 0 .. T-1 are dropped.
 
     A negative position marks padding, so what stands there never reaches the cache. With a single token in all, one past
-    the end takes the last position: dropping it would need another kernel.
+    the end takes the last position: dropping it would need another kernel. Every device that holds a row is given all of
+    the row's new tokens, and keeps those of its part of the T positions.
     """
-    if positions.shape == (1, 1):
+    part = sharding.exchange(buffer.shape, ("batch",), "tokens")
+    inputs = ("batch", "tokens"), ("batch",), ("batch",)
+    return sharding.on_each_device(functools.partial(_write, part=part), inputs, ("batch", "tokens"))(buffer, new, positions)
+
+
+def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array, part: sharding.Exchange | None) -> jax.Array:
+    """`write` into all positions of a row, or into the part of them that this device holds."""
+    if part is not None:
+        positions = jnp.where(positions < 0, positions, positions - part.index() * buffer.shape[1])
+    elif positions.shape == (1, 1):
         start = (0, positions[0, 0]) + (0,) * (buffer.ndim - 2)
         return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), start)
     rows = jnp.arange(new.shape[0])[:, None]

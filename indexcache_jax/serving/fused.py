@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from indexcache_jax import ops
+from indexcache_jax import ops, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.ops import decode_layer
 from indexcache_jax.positions import Positions
@@ -56,6 +56,8 @@ def output_weights(p: Layer) -> dict[str, jax.Array]:
 
 def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, config: Config) -> str | None:
     """Why these kernels cannot serve x [B, S, D] in all layers, None where they can."""
+    if sharding.current()[0] is not None:
+        return "they run on a device that computes alone"
     for p, layer_cache in zip(weights.layers, cache.layers, strict=True):
         if p.down_bias is not None or p.out_bias is not None:
             return "it takes no biases of projections"

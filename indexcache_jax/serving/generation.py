@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import ops
+from indexcache_jax import ops, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
@@ -70,13 +70,14 @@ def prefill_prompts(
 
     Returns the logits [B, V] float32 of each row's last token and the cache. ValueError where a row does not fit.
     """
-    sizes, filled = np.array([len(p) for p in prompts], np.int32), np.asarray(cache.lengths)
+    sizes, filled = np.array([len(p) for p in prompts], np.int32), sharding.to_host(cache.lengths)
     if len(sizes) != len(filled) or sizes.min() < 1:
         raise ValueError(f"prefill: {len(sizes)} prompts of {sizes.tolist()} tokens for a cache of {len(filled)} rows")
     if (filled + sizes).max() > cache.max_len:
         row = int((filled + sizes).argmax())
         raise ValueError(f"prompt {row}: {sizes[row]} tokens after {filled[row]} exceed the cache of {cache.max_len}")
-    hidden = jnp.zeros((len(sizes), config.hidden_size), weights.embedding.dtype)
+    shape = (len(sizes), config.hidden_size)
+    hidden = jnp.zeros(shape, weights.embedding.dtype, device=sharding.fitting(shape, ("batch", None)))
     start = 0
     while start < sizes.max():
         width = padded_chunk(int(sizes.max()) - start, chunk)
@@ -85,7 +86,7 @@ def prefill_prompts(
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             tokens[row, :length] = prompt[start : start + length]
         kv_length = padded_kv_length(int((filled + np.minimum(sizes, start + width)).max()), cache.max_len)
-        x, cache = model.prefill_chunk(weights, jnp.asarray(tokens), jnp.asarray(lengths), cache, config, kv_length)
+        x, cache = model.prefill_chunk(weights, tokens, lengths, cache, config, kv_length)
         hidden = model.last_hidden(x, lengths, hidden)
         start += width
         if progress is not None:
@@ -247,9 +248,9 @@ def generate(
     logits, cache = prefill_prompts(weights, [np.asarray(p) for p in prompts], cache, config, chunk=chunk, progress=progress)
 
     # The first tokens, from the prompts' logits.
-    drawn_by = jnp.asarray(range(rows) if ids is None else ids, jnp.int32)
+    drawn_by = np.asarray(range(rows) if ids is None else ids, np.int32)
     token = _first_tokens(logits, seed, drawn_by, sampling)
-    completions = [[int(t)] for t in np.asarray(token)]
+    completions = [[int(t)] for t in sharding.to_host(token)]
     stops, steps = set(stop_tokens), min(STEPS, max_new_tokens)
     done = [row[-1] in stops for row in completions]
     count = 1
@@ -263,7 +264,7 @@ def generate(
         drawn, cache = decode(weights, token, cache, config, steps=steps, kv_length=kv_length, **draw)
         token = drawn[:, -1]
         kept = 0
-        for row, tokens in enumerate(np.asarray(drawn)[:, : max_new_tokens - count].tolist()):
+        for row, tokens in enumerate(sharding.to_host(drawn)[:, : max_new_tokens - count].tolist()):
             if done[row]:
                 continue
             end = next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from indexcache_jax import indexer, moe, ops
+from indexcache_jax import indexer, moe, ops, sharding
 from indexcache_jax.attention import finish_latent, finish_queries, finish_query_latent
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.positions import Positions
-from indexcache_jax.rope import rotate
+from indexcache_jax.rope import CosSin, rotate
 from indexcache_jax.serving.cache import LayerCache, append, formats
 from indexcache_jax.serving.weights import Dense, Layer
 
@@ -40,27 +40,34 @@ def linear(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
 
 
 def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
-    """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R].
+    """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R]."""
+    inputs = ("heads",), ("heads",), ("batch", "queries"), ("batch", "queries")
+    on_each = sharding.on_each_device(functools.partial(_absorb, config=config), inputs, ("batch", "queries", "heads"))
+    return on_each(p.up, p.k_up, q_latent, positions.cos_sin)
+
+
+def _absorb(up: jax.Array, k_up: jax.Array, q_latent: jax.Array, cos_sin: CosSin, config: Config) -> jax.Array:
+    """The absorbed queries [B, S, H, C + dr] of the H heads whose matrices are given, up [H dq, R] and k_up [H, C, dn].
 
     With one token a row a single product is cut into its parts. With many tokens, slicing the weights is cheaper than
     slicing the product, and the absorbing product leaves room for the rope part, which then is written into it: cutting
     and joining the queries themselves are two passes over them and a transposition.
     """
-    c, (b, s, _) = config, q_latent.shape
+    c, (b, s, _), heads = config, q_latent.shape, k_up.shape[0]
     if s == 1:
         # XLA would make one product of this and that with `index_up`, and join the two matrices at every step for it.
         q_latent = jax.lax.optimization_barrier(q_latent)
-        product = linear(q_latent, p.up).reshape(b, s, c.num_heads, c.qk_head_dim)
-        nope, rope = finish_queries(product, positions.cos_sin, c)
-        return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, p.k_up), rope], axis=-1)
-    matrices, tokens = p.up.reshape(c.num_heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
+        product = linear(q_latent, up).reshape(b, s, heads, c.qk_head_dim)
+        nope, rope = finish_queries(product, cos_sin, c)
+        return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, k_up), rope], axis=-1)
+    matrices, tokens = up.reshape(heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
     nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
-    wide = jnp.pad(p.k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
-    absorbed = jnp.einsum("thn,hcn->thc", nope.reshape(b * s, c.num_heads, -1), wide).reshape(b, s, c.num_heads, -1)
+    wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
+    absorbed = jnp.einsum("thn,hcn->thc", nope.reshape(b * s, heads, -1), wide).reshape(b, s, heads, -1)
     # XLA would make one product of two small ones again.
     tokens = jax.lax.optimization_barrier(tokens)
-    rope = linear(tokens, matrices[:, c.qk_nope_head_dim :].reshape(-1, tokens.shape[1])).reshape(b, s, c.num_heads, -1)
-    rope = rotate(rope, *positions.cos_sin, interleaved=True)
+    rope = linear(tokens, matrices[:, c.qk_nope_head_dim :].reshape(-1, tokens.shape[1])).reshape(b, s, heads, -1)
+    rope = rotate(rope, *cos_sin, interleaved=True)
     return absorbed.at[..., c.kv_lora_rank :].set(rope)
 
 
@@ -110,7 +117,8 @@ def attention(
         context = ops.attend(absorbed, cache.latents[:, :kv_length], indices, c, scales)
         heads = jnp.einsum("bshc,hvc->bshv", context, p.v_up)
         out = linear(heads.reshape(*x.shape[:2], -1), p.out)
-        return x + (out if p.out_bias is None else out + p.out_bias), indices, cache
+        x = x + (out if p.out_bias is None else out + p.out_bias)
+        return sharding.constrain(x, "batch", "queries", None), indices, cache
 
 
 def _down_of_swiglu(gate_up: jax.Array, down: jax.Array) -> jax.Array:
@@ -124,11 +132,10 @@ def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
         if isinstance(m, Dense):
             return x + _down_of_swiglu(linear(h, m.gate_up), m.down)
         logits = linear(h, m.router, jnp.float32)
-        chosen = moe.choose(logits.reshape(-1, config.n_routed_experts), m.router_bias, config)
-        out = moe.routed(m, h.reshape(-1, h.shape[-1]), *chosen, config).reshape(x.shape)
+        out = moe.routed(m, h, *moe.choose(logits, m.router_bias, config), config)
         if m.shared_down is not None:
             out = out + _down_of_swiglu(linear(h, m.shared_gate_up), m.shared_down)
-        return (x + out).astype(x.dtype)
+        return sharding.constrain((x + out).astype(x.dtype), "batch", "queries", None)
 
 
 def layer(

@@ -14,11 +14,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from indexcache_jax import sharding
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Params
-from indexcache_jax.positions import Positions, make_positions
+from indexcache_jax.positions import Positions, even_order, make_positions
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import fused
 from indexcache_jax.serving.cache import Cache, formats
@@ -35,8 +37,15 @@ Visit = Callable[[int, jax.Array, jax.Array | None], jax.Array]
 def embed(
     embedding: jax.Array, tokens: jax.Array, starts: jax.Array, lengths: jax.Array, config: Config
 ) -> tuple[jax.Array, Positions]:
-    """Hidden states and positions of tokens [B, S], of which lengths [B] count, after starts [B] earlier ones."""
-    return constrain(embedding[tokens], "batch", "queries", None), make_positions(starts, lengths, tokens.shape[1], config)
+    """Hidden states and positions of tokens [B, S], of which lengths [B] count, after starts [B] earlier ones.
+
+    Both are in the order of `positions.even_order`.
+    """
+    width = tokens.shape[1]
+    order = even_order(width)
+    tokens = constrain(tokens if order is None else tokens[:, order], "batch", "queries")
+    x = constrain(embedding[tokens], "batch", "queries", None)
+    return x, make_positions(starts, lengths, width, config, order)
 
 
 def logits(weights: Weights, x: jax.Array, config: Config) -> jax.Array:
@@ -50,9 +59,15 @@ _logits = jax.jit(logits)
 
 @jax.jit
 def last_hidden(x: jax.Array, lengths: jax.Array, hidden: jax.Array) -> jax.Array:
-    """The hidden states [B, D] of each row's last token in x [B, S, D]; `hidden` [B, D] for rows of length 0."""
-    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((lengths > 0)[:, None], last, hidden)
+    """The hidden states [B, D] of each row's last token; `hidden` [B, D] for rows of length 0.
+
+    x [B, S, D]: what `prefill_chunk` returns for right-padded tokens of these lengths [B].
+    """
+    last, order = jnp.maximum(lengths - 1, 0), even_order(x.shape[1])
+    if order is not None:
+        last = jnp.asarray(np.argsort(order))[last]
+    last = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return constrain(jnp.where((lengths > 0)[:, None], last, hidden), "batch", None)
 
 
 def last_logits(weights: Weights, hidden: jax.Array, config: Config) -> jax.Array:
@@ -95,6 +110,7 @@ def prefill_chunk(
 ) -> tuple[jax.Array, Cache]:
     """Appends right-padded tokens [B, S], of which lengths [B] count: hidden states [B, S, D] before the final norm.
 
+    Under a mesh that splits queries the hidden states are in the order of `positions.even_order`.
     One program a layer, queued without waiting; `cache` is donated. Only the first `kv_length` positions of the cache are
     read, which must include the new tokens; default all. What does not fit is dropped.
     """
@@ -110,13 +126,21 @@ def step(
     Only the first `kv_length` positions of the cache are read, which must include the new tokens; default all.
     """
     x, positions = embed(weights.embedding, token[:, None], cache.lengths, jnp.ones_like(cache.lengths), config)
-    kv_length = kv_length or cache.max_len
-    if fused.why_not(weights, x, cache, positions, config) is None:
-        x, layers = fused.layers(weights, x, cache, positions, kv_length, config)
-        cache = Cache(layers, positions.kv_lengths)
-    else:
-        x, cache = walk(weights, x, cache, positions, kv_length, config)
-    return logits(weights, x[:, 0], config), cache
+    run = functools.partial(_single_tokens, kv_length=kv_length or cache.max_len, config=config)
+    if sharding.computes_alone():
+        run = sharding.on_each_device(run, ((), ("batch",), ("batch",), ("batch",)), (("batch",), ("batch",)))
+    x, cache = run(weights, x, cache, positions)
+    return constrain(logits(weights, x[:, 0], config), "batch", None), cache
+
+
+def _single_tokens(
+    weights: Weights, x: jax.Array, cache: Cache, positions: Positions, kv_length: int, config: Config
+) -> tuple[jax.Array, Cache]:
+    """`walk` over one token a row, x [B, 1, D], by the kernels for a single token where they serve."""
+    if fused.why_not(weights, x, cache, positions, config) is not None:
+        return walk(weights, x, cache, positions, kv_length, config)
+    x, layers = fused.layers(weights, x, cache, positions, kv_length, config)
+    return x, Cache(layers, positions.kv_lengths)
 
 
 def prefill(

@@ -36,7 +36,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """rows [M, K] in groups of group_sizes [E] times matrices [E, K, N] -> [M, N] in the dtype of `rows`.
 
-    The sizes sum to M; products are accumulated in float32. `implementation` None picks the best for the backend:
+    The sizes sum to at most M: results for the rows after the last group are undefined. Products are accumulated in
+    float32. `implementation` None picks the best for the backend:
     "mosaic_gpu" on Hopper, else "per_row" for many more groups than rows (decode), "mosaic_tpu" on TPU, XLA's "ragged_dot"
     on other accelerators and "xla", the reference, on a CPU. Raises ValueError for shapes that do not fit,
     NotImplementedError where a named implementation cannot serve.
