@@ -64,8 +64,10 @@ def condensed(lines: Iterable[bytes], go_on: str) -> Iterator[bytes]:
 def reason(report: bytes) -> str:
     """Which process is missing, by the report that JAX ended this one with."""
     if unhealthy := _UNHEALTHY.search(report):
-        numbers = [number.decode() for number in re.findall(rb"\d+", unhealthy[1])]
-        return f"process {numbers[0]} is missing" if len(numbers) == 1 else f"processes {', '.join(numbers)} are missing"
+        numbers = sorted(map(int, re.findall(rb"\d+", unhealthy[1])))
+        return (
+            f"process {numbers[0]} is missing" if len(numbers) == 1 else f"processes {', '.join(map(str, numbers))} are missing"
+        )
     if _NOT_STARTED in report:
         return "a process is missing: not all of --num_processes have come to --coordinator in time"
     if _NO_ANSWER in report:
