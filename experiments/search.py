@@ -136,7 +136,7 @@ def open_model(checkpoint: str, dtype: str) -> Model:
     """
     if _STREAM.value:
         return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype), int(1e9 * _STREAM_MEMORY.value))
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if room := stats.get("bytes_limit"):
         with warnings.catch_warnings(action="ignore"):  # they come once more, with the weights
             size = checkpoints_convert.Layers(checkpoint, dtype=dtype).num_bytes
