@@ -143,7 +143,7 @@ def sharing_fate() -> Iterator[None]:
     except BaseException as error:
         if count() > 1:
             if _of_a_collective(error):
-                time.sleep(HEARTBEAT_SECONDS + 15)
+                time.sleep(HEARTBEAT_SECONDS + 10)
             atexit.register(_end)  # runs before JAX's own, which waits for the other processes
         raise
 
