@@ -85,8 +85,10 @@ def launched_by_a_cluster() -> bool:
 
     with warnings.catch_warnings(action="ignore"):  # of packages that other clusters would need
         found = next((c for c in ClusterEnv._cluster_types if not c.opt_in_only_method and c.is_env_present()), None)
+    if found is None:
+        return False
     try:
-        return found is not None and found.get_process_count() > 1
+        return found.get_process_count() > 1
     except Exception as error:  # of the cluster's own library
         raise ValueError(
             f"the number of processes is not to be had from {found.__name__} ({error}); give --coordinator, "
