@@ -50,7 +50,7 @@ test-slow: $(VENV)/installed-test
 
 test-mesh: $(VENV)/installed-test
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
-	    $(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests/mesh $(PYTEST_ARGS)
+	    $(BIN)/python -m pytest -n 2 tests/mesh $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

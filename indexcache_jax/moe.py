@@ -61,7 +61,16 @@ def route(p: MoE, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
 
 
 def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """`route` from the router's logits [..., E] float32 on: experts and weights [..., k]."""
+    """`route` from the router's logits [..., E] float32 on, of [B, S] or [N] tokens: experts and weights [..., k]."""
+    axes = ("batch", "queries")[: logits.ndim - 1]
+    # XLA would gather the logits of all tokens for a top-k.
+    on_each = sharding.on_each_device(functools.partial(_choose, config=config), inputs=(axes, ()), outputs=(axes, axes))
+    experts, weights = on_each(logits, bias)
+    return experts, weights
+
+
+def _choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """`choose` for a device's own tokens."""
     scores = jax.nn.sigmoid(logits)
     choice = scores + bias
     if config.n_group > 1:
