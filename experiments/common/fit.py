@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
+
 from experiments.common.devices import Layout, suited
 from indexcache_jax import memory, params, sharding
 from indexcache_jax.config import Config
@@ -64,18 +66,18 @@ def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype
     _check(need, context, rows, SERVING, f"--context={context}", 1, "; --stream reads the weights layer by layer")
 
 
-def training(config: Config, schedule: Schedule, stages: list[Stage], *, loaded: tuple[Schedule, Any] | None = None) -> None:
+def training(config: Config, schedule: Schedule, stages: list[Stage], *, checkpoint: Schedule | None = None) -> None:
     """Says what the stages keep on each device, without activations; ValueError where that does not fit.
 
-    loaded: the schedule and the dtype of a checkpoint's weights that are kept beside those in training.
+    checkpoint: the schedule of a checkpoint whose weights are kept beside those in training, counted as bfloat16.
     """
 
     def need(_: int, mesh: Devices, rules: Rules) -> Need:
         found = memory.training_need(config, schedule, [stage.kind for stage in stages], mesh, rules)
-        if loaded is None:
+        if checkpoint is None:
             return found
-        tree = params.abstract(config, loaded[0])
-        return Need(found.parts | {"checkpoint": memory.tree_bytes(tree, loaded[1], mesh, rules)})
+        tree = params.abstract(config, checkpoint)
+        return Need(found.parts | {"checkpoint": memory.tree_bytes(tree, jnp.bfloat16, mesh, rules)})
 
     _check(need, 0, max(stage.rows for stage in stages), TRAINING, "training, without activations", 1)
 
@@ -127,7 +129,7 @@ def longest(need: NeedAt, most: int, mesh: Devices, rules: Rules, there: int, mu
 
 
 def layouts(rows: int) -> Iterator[Layout]:
-    """Layouts of 1, 2, 4, ... devices for so many rows: as many as divide the rows over data, cached tokens whole, then split."""
+    """Layouts of 1, 2, 4, ... devices for so many rows, with cached tokens whole and, where rows are shared, split."""
     count = 1
     while count <= MOST_DEVICES:
         layout = suited(rows, count)

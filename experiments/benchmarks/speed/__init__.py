@@ -43,7 +43,7 @@ from experiments.benchmarks.speed.models import Model, model
 from experiments.benchmarks.speed.rounds import Rounds, random_prompt
 from experiments.benchmarks.speed.rows import record
 from experiments.benchmarks.speed.tables import HEADER, cells, plot, report
-from experiments.common import inputs, options
+from experiments.common import fit, inputs, options
 from experiments.common.report import Output, text_table
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
@@ -120,7 +120,9 @@ def read_inputs(seed: int) -> Inputs:
 
 def make_bench(given: Inputs, seed: int) -> Bench:
     """The model under every schedule, its programs still to be compiled."""
-    shape, began = given.model, time.perf_counter()
+    shape, sizes, began = given.model, given.sizes, time.perf_counter()
+    asked = {"rows": 1, "length": sizes.max_len, "chunk": sizes.chunk, "dtype": jnp.bfloat16, "form": given.cache_format}
+    fit.serving(shape.config, Schedule.all_full(shape.config.num_layers), **asked, flag="lengths")
     whole = jax.block_until_ready(serving.random_weights(jax.random.key(seed), shape.config))
     print(f"weights made in {time.perf_counter() - began:.0f} s", flush=True)
     return Bench(
