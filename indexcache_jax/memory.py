@@ -28,6 +28,8 @@ Devices = Mesh | AbstractMesh
 # Of float32 index scores, which exist for a block of queries at a time: the most on GPUs, where it is the most.
 SCORE_BYTES, SCORED_QUERIES = 2**30, 1024
 
+LANES = 128  # numbers of a TPU's row in memory, or a multiple of it
+
 
 def mesh_of(data: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
     """A mesh of devices that need not be there, with the axes of `sharding.make_mesh`."""
@@ -63,14 +65,18 @@ def cache_bytes(
 ) -> int:
     """Bytes of one device for a cache of `rows` rows of `length` tokens; rows that cannot be divided are whole on each.
 
+    A TPU keeps rows of whole lanes: a latent of 576 numbers takes the room of 640.
+
     ValueError for tokens that the devices which split them do not divide, as of `serving.init_cache`.
     """
     if length % (devices := _devices(("tokens",), (length,), rules, mesh, fitting=False)):
         raise ValueError(f"cache of {length} tokens: cannot be divided over the {devices} devices that split it")
     total = 0
     for _, tensor in tensors.leaves(cache.abstract(config, schedule, rows, length, form)):
-        share = _devices(tensor.axes, tensor.shape, rules, mesh)
-        total += math.prod(tensor.shape) // share * jnp.dtype(tensor.dtype).itemsize
+        share, (*others, width) = _devices(tensor.axes, tensor.shape, rules, mesh), tensor.shape
+        if others and ops.platform() == "tpu":
+            width = -(-width // LANES) * LANES
+        total += math.prod(others) * width // share * jnp.dtype(tensor.dtype).itemsize
     return total
 
 

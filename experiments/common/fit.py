@@ -52,7 +52,7 @@ def serving(
         room = -(-document // CACHE_MULTIPLE) * CACHE_MULTIPLE
         return Need(found.parts | {"document": memory.cache_bytes(config, schedule, 1, room, form, mesh, rules)})
 
-    _check(need, length, rows, SERVING, f"--{flag}: {rows} x {length} tokens", CACHE_MULTIPLE)
+    _check(need, length, rows, SERVING, f"--{flag}: {rows} x {length:,} tokens", CACHE_MULTIPLE)
 
 
 def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype: Any) -> None:

@@ -1,6 +1,7 @@
 """What is asked for is held against the memory of the devices before anything is allocated."""
 
 import re
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -15,6 +16,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat
 from indexcache_jax.sharding import SERVING
 from indexcache_jax.training import Stage
+from pallas_kernels import device
 
 CONFIG, SCHEDULE = Config.from_hf(preset("glm-5.2")), Schedule.from_hf(preset("glm-5.2"))
 H200 = 143_000_000_000
@@ -23,8 +25,9 @@ ASKED = {"chunk": 8192, "dtype": jnp.bfloat16, "form": CacheFormat(), "flag": "p
 
 @pytest.fixture
 def there(monkeypatch):
-    """Sets how many bytes every device has."""
-    return lambda size: monkeypatch.setattr(memory, "available", lambda: size)
+    """Sets how many bytes every device, a GPU, has."""
+    with device.target(types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")):
+        yield lambda size: monkeypatch.setattr(memory, "available", lambda: size)
 
 
 def test_one_line_says_what_is_needed_and_what_there_is(there, capsys):
@@ -81,7 +84,7 @@ def test_training_is_told_the_smallest_mesh(there, capsys):
     config = Config.from_hf(preset("30b"))
     schedule = Schedule.uniform(config.num_layers, 12)
     warmup, sparse = (Stage(kind, kind, 1, 8, 4096, 1e-4, 1e-4) for kind in ("warmup", "sparse"))
-    with pytest.raises(ValueError, match="training, without activations: needs .* --mesh=data=8"):
+    with pytest.raises(ValueError, match="training, without activations: needs .* --mesh=data=4"):
         fit.training(config, schedule, [warmup, sparse])
     fit.training(config, schedule, [warmup])  # the indexers alone
     assert "gradients" in capsys.readouterr().out
