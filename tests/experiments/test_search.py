@@ -9,6 +9,7 @@ import sys
 import types
 
 import pytest
+from absl import flags
 
 import checkpoints_convert
 from experiments import search
@@ -62,6 +63,7 @@ def test_the_last_step_within_the_budget():
 
 
 def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
+    flags.FLAGS(["test"])
     monkeypatch.setattr(memory, "available", lambda: 10_000_000)
     for stream in (False, True):
         monkeypatch.setattr(search, "_STREAM", types.SimpleNamespace(value=stream))
