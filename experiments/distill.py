@@ -222,4 +222,5 @@ def run(output_dir: str, seed: int) -> None:
     layout = devices.layout(options.BATCH_SIZE.value)
     with devices.in_force(layout, TRAINING):
         given = read_inputs(output_dir, seed)
-        report(distil(given, seed), given, layout)
+        result = distil(given, seed)
+    report(result, given, layout)

@@ -10,7 +10,7 @@ from types import ModuleType
 from absl import app, flags, logging
 
 from experiments.common import processes
-from experiments.common.options import EXPERIMENTS
+from experiments.common.options import EXPERIMENTS, TOGETHER
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
@@ -39,13 +39,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --checkpoint=DIR")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file at INFO
     name = _EXPERIMENT.value
-    reads = {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
-    resumable = "resume" in reads
+    resumable = "resume" in {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
     try:
         go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
         processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
         with processes.sharing_fate():
-            if processes.count() > 1 and "mesh" not in reads:
+            if processes.count() > 1 and name not in TOGETHER:
                 raise ValueError(f"--experiment={name}: runs in one process, but there are {processes.count()}")
             load(name).run(_OUTPUT_DIR.value or f"out/{name}", _SEED.value)
     except (ValueError, NotImplementedError, OSError) as error:

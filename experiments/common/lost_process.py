@@ -65,9 +65,8 @@ def reason(report: bytes) -> str:
     """Which process is missing, by the report that JAX ended this one with."""
     if unhealthy := _UNHEALTHY.search(report):
         numbers = sorted(map(int, re.findall(rb"\d+", unhealthy[1])))
-        return (
-            f"process {numbers[0]} is missing" if len(numbers) == 1 else f"processes {', '.join(map(str, numbers))} are missing"
-        )
+        which, verb = ("process", "is") if len(numbers) == 1 else ("processes", "are")
+        return f"{which} {', '.join(map(str, numbers))} {verb} missing"
     if _NOT_STARTED in report:
         return "a process is missing: not all of --num_processes have come to --coordinator in time"
     if _NO_ANSWER in report:

@@ -25,6 +25,9 @@ EXPERIMENTS = {
     "quality": "experiments.reproduction.quality",
 }
 
+# Those that several processes can run together; the others decide what to do next by times that each process measures.
+TOGETHER = ("search", "generate", "distill")
+
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results
 

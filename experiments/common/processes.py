@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 START_SECONDS = 300  # to wait for the other processes at the start
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process is missing
+# How errors of operations between processes begin, as those of gloo and NCCL do; JAX raises several types of them.
+_OF_A_COLLECTIVE = re.compile("UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS")
 LAST_SECONDS = 5  # that process 0, whose end ends all others, leaves them to say what is wrong
 
 
@@ -82,8 +85,10 @@ def launched_by_a_cluster() -> bool:
 
     with warnings.catch_warnings(action="ignore"):  # of packages that other clusters would need
         found = next((c for c in ClusterEnv._cluster_types if not c.opt_in_only_method and c.is_env_present()), None)
+    if found is None:
+        return False
     try:
-        return found is not None and found.get_process_count() > 1
+        return found.get_process_count() > 1
     except Exception as error:  # of the cluster's own library
         raise ValueError(
             f"the number of processes is not to be had from {found.__name__} ({error}); give --coordinator, "
@@ -140,18 +145,14 @@ def sharing_fate() -> Iterator[None]:
     except BaseException as error:
         if count() > 1:
             if _of_a_collective(error):
-                time.sleep(HEARTBEAT_SECONDS + 15)
+                time.sleep(HEARTBEAT_SECONDS + 10)
             atexit.register(_end)  # runs before JAX's own, which waits for the other processes
         raise
 
 
 def _of_a_collective(error: BaseException) -> bool:
-    """Whether it may come from operations between processes: it was raised within JAX, and not for want of memory."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return isinstance(error, Exception) and module.startswith("jax") and "RESOURCE_EXHAUSTED" not in str(error)
+    """Whether it may come from an operation between processes: by its status, as JAX's errors begin with it."""
+    return isinstance(error, Exception) and _OF_A_COLLECTIVE.match(str(error)) is not None
 
 
 def _end() -> None:

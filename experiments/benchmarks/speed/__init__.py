@@ -1,16 +1,17 @@
 """Measures inference: prefill and decode of one model under several schedules, at several lengths, beside the paper's table.
 
 How a time is taken: weights are random, made on the device, and all schedules share them. A prompt goes in chunk by chunk
-and every chunk is waited for, so that one long prefill gives the time of every shorter one. Rounds go through the
-schedules in turn; a figure is the median over the rounds and one more, which the profile needs. One request
-decodes from the cache that its prefill left. The full cache is as many rows as fit, each a copy of that request's cache; its
-rate is that of all rows together. A step's time is that of a program of many steps, divided. Rows fit where weights, their
-cache, the first layer's part of a request and what the compiler says a program needs beside them fit; where they do not
-after all, fewer are tried.
+and every chunk is waited for, so that one long prefill gives the time of every shorter one. Rounds go through the schedules
+in turn; a figure is the median over the rounds and one more, which the profile needs. One request decodes from the cache
+that its prefill left. The full cache is as many rows as fit, each a copy of that request's cache with a token of its own to
+go on from, so that rows choose experts of their own; its rate is that of all rows together. A step's time is that of a
+program of many steps, divided. Rows fit where weights, their cache, the first layer's part of a request and what the
+compiler says a program needs beside them fit; where they do not after all, fewer are tried.
 
 Shares are the times of kernels by their names, seen through CUPTI in the chunk that ends at each length and in a decode
 program; a whole prefill's are those of its chunks, interpolated between the ones that were profiled. A stage without a
-kernel of its own is in the rest, as the experts of a decode step are. Layers are compiled anew for these chunks, to launch
+kernel of its own is in the rest, as the experts of a decode step are. Several devices' times are averaged; what they
+exchange counts whole, also where it is hidden behind other kernels. Layers are compiled anew for these chunks, to launch
 their kernels one by one: CUPTI loses some of those in CUDA graphs. Where the kernels that it showed take less than 85 % of
 the time of the same run without it, there are no shares.
 
@@ -43,12 +44,13 @@ from experiments.benchmarks.speed.models import Model, model
 from experiments.benchmarks.speed.rounds import Rounds, random_prompt
 from experiments.benchmarks.speed.rows import record
 from experiments.benchmarks.speed.tables import HEADER, cells, plot, report
-from experiments.common import fit, inputs, options
+from experiments.common import devices, fit, inputs, options
 from experiments.common.report import Output, text_table
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import SERVING
 
-for _name in ("preset", "num_layers", "schedule", "chunk", "latent_cache", "index_cache", "time_limit"):
+for _name in ("preset", "num_layers", "schedule", "chunk", "latent_cache", "index_cache", "time_limit", "mesh"):
     flags.declare_key_flag(_name)
 _LENGTHS = flags.DEFINE_list("lengths", ["10240", "61440", "122880", "204800"], "prompt tokens, multiples of the chunk")
 _STEPS = flags.DEFINE_integer("decode_steps", 32, "decode steps of a program")
@@ -137,8 +139,9 @@ def make_bench(given: Inputs, seed: int) -> Bench:
 class Reporter:
     """Writes results.json and report.md of what a run has measured so far. about: what they say of the whole run."""
 
-    def __init__(self, given: Inputs, output: Output) -> None:
-        self.given, self.output = given, output
+    def __init__(self, given: Inputs, output: Output, layout: devices.Layout) -> None:
+        self.given, self.output, self.layout = given, output, layout
+        self.price = layout.num_devices * _PRICE.value  # of an hour
         names = {dtype: name for name, dtype in inputs.CACHE_DTYPES.items()}
         self.about: dict[str, Any] = {
             "model": given.model_name,
@@ -148,7 +151,7 @@ class Reporter:
         }
 
     def records(self, measured: Rounds) -> list[dict[str, Any]]:
-        return [record(row, self.given.model, _PRICE.value) for row in measured.rows.values()]
+        return [record(row, self.given.model, self.price) for row in measured.rows.values()]
 
     def write(self, measured: Rounds) -> None:
         if measured.overlap:
@@ -163,14 +166,14 @@ class Reporter:
             "rows": records,
         }
         how = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
-        self.output.finish("speed", metrics, report(records, self.about, how))
+        self.output.finish("speed", metrics, report(records, self.about, how), self.layout)
 
     def finish(self, measured: Rounds) -> None:
         """Writes everything, the plot too, and prints the table."""
         self.write(measured)
         shape, records = self.given.model, self.records(measured)
         scaled = "" if shape.scale == 1 else f", times scaled to {shape.layers}"
-        plot(self.output, records, f"{self.about['model']}{scaled}, on {jax.devices()[0].device_kind}")
+        plot(self.output, records, f"{self.about['model']}{scaled}, on {self.layout.text}")
         print(text_table(HEADER, [cells(r) for r in records]))
 
 
@@ -180,7 +183,7 @@ def measure(given: Inputs, reporter: Reporter, deadline: float, seed: int) -> Ro
     bench.compile(_ROWS.value)
     seconds = reporter.about["seconds_to_compile"] = round(time.perf_counter() - start, 1)
     print(f"{len(bench.decode_one) + len(bench.decode_full)} decode programs, {seconds} s", flush=True)
-    measured = Rounds(bench, given.prompt, deadline, _PRICE.value, reporter.write)
+    measured = Rounds(bench, given.prompt, deadline, reporter.price, reporter.write)
     reporter.about["rounds"] = measured.run(given.rounds)
     if not any(row.prefill for row in measured.rows.values()):
         raise ValueError(f"--time_limit={options.seconds_to_spend(SECONDS):g}: over before the first prefill")
@@ -189,7 +192,9 @@ def measure(given: Inputs, reporter: Reporter, deadline: float, seed: int) -> Ro
 
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
-    given = read_inputs(seed)
-    reporter = Reporter(given, Output.create(output_dir))
-    reporter.finish(measure(given, reporter, began + options.seconds_to_spend(SECONDS), seed))
+    given, layout = read_inputs(seed), devices.layout(rows=1)
+    reporter = Reporter(given, Output.create(output_dir), layout)
+    with devices.in_force(layout, SERVING):
+        measured = measure(given, reporter, began + options.seconds_to_spend(SECONDS), seed)
+    reporter.finish(measured)
     print(f"{time.perf_counter() - began:.0f} s, written to {output_dir}", flush=True)
