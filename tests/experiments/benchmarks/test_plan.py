@@ -9,6 +9,7 @@ from absl import flags
 
 from experiments import run  # noqa: F401  results record the flags that `run` defines
 from experiments.benchmarks import plan
+from experiments.benchmarks.plan import overview
 from experiments.benchmarks.plan.collectives import Traffic, collectives
 from experiments.common import topologies
 from experiments.common.topologies import H200_MEMORY, topology
@@ -119,6 +120,16 @@ def test_flags_that_cannot_be(arguments, message):
     flags.FLAGS(["test", *arguments])
     with pytest.raises(ValueError, match=message):
         plan.read_inputs()
+
+
+def test_the_overview_is_that_of_the_plans_in_its_folders():
+    """results/plan/report.md says what the folders' results.json say; `python -m experiments.benchmarks.plan.overview`."""
+    text = (overview.RESULTS / "report.md").read_text()
+    plans = {path.parent.name: json.loads(path.read_text()) for path in overview.RESULTS.glob("*/results.json")}
+    assert {"glm-5.2-h200-8", "glm-5.2-h200-16", "deepseek-v3.2-h200-16", "glm-5-h200-16"} <= set(plans)
+    for name, results in plans.items():
+        for row in overview.rows_of(name, results):
+            assert row is None or f"| {' | '.join(row)} |" in text
 
 
 @pytest.mark.slow
