@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 from experiments.common.report import markdown_table
 
 RESULTS = pathlib.Path(__file__).parents[3] / "results" / "plan"
 
-HEADER = ["model", "devices", "mesh", "weights, GB", "in 8 bits, estimate", "cache of 128K, GB", "temporaries, GB"]
-HEADER += ["in all, GB", "there is, GB", "fits", "longest cache that fits, tokens", "fewest such devices, by the estimates"]
+HEADER = [
+    "model",
+    "devices",
+    "mesh",
+    "weights, GB",
+    "cache of 128K, GB",
+    "temporaries, GB",
+    "in all, GB",
+    "there is, GB",
+    "fits",
+]
+HEADER += ["longest cache, tokens", "the same split over context, estimate", "fewest such devices, by the estimates"]
+HEADER += ["weights in 8 bits, GB, estimate", "longest cache with those, tokens, estimate"]
 ESTIMATE_HEADER = ["plan", "estimated, GB", "compiled, GB", "estimated / compiled"]
 TEXT = """# What the large models take of each device
 
@@ -35,6 +47,10 @@ def gb(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
+def tokens(count: int) -> str:
+    return f"{count:,}" if count > 0 else "none"
+
+
 def compiled_temporaries(metrics: dict[str, Any]) -> int | None:
     """The most that a program of the schedule holds beside weights and caches; None where nothing was compiled."""
     programs = metrics["programs"][:-1]  # the last has all layers F
@@ -45,11 +61,17 @@ def rows_of(name: str, results: dict[str, Any]) -> tuple[list[str], list[str] | 
     """A plan's row of both tables; no second one where nothing was compiled."""
     given, metrics = results["flags"], results["metrics"]
     need, compiled = metrics["need"], compiled_temporaries(results["metrics"])
-    row = [f"[{given['preset']}]({name}/report.md)", given["topology"], metrics["mesh"], gb(need["weights"])]
-    row += [gb(metrics["weights_in_8_bits_estimate"]), gb(need["cache"])]
-    row += [gb(need["temporaries"] if compiled is None else compiled), gb(metrics["bytes_needed"]), gb(metrics["bytes_there"])]
-    row += ["yes" if metrics["fits"] else "no", f"{metrics['longest_tokens']:,}" if metrics["longest_tokens"] else "none"]
-    row.append(metrics["smallest_mesh"] or "none")
+    temporaries = need["temporaries"] if compiled is None else compiled
+    row = [f"[{given['preset']}]({name}/report.md)", given["topology"], f"`{metrics['mesh']}`"]
+    row += [gb(need["weights"]), gb(need["cache"]), gb(temporaries), gb(metrics["bytes_needed"]), gb(metrics["bytes_there"])]
+    context = int((re.search(r"context=(\d+)", metrics["mesh"]) or [0, 1])[1])
+    beside = metrics["bytes_there"] - temporaries  # bytes for weights and cache
+    per_token = need["cache"] / given["tokens"]
+    row += ["yes" if metrics["fits"] else "no", tokens(metrics["longest_tokens"])]
+    row.append(tokens(int((beside - need["weights"]) * context / per_token)))
+    row.append(f"`{metrics['smallest_mesh']}`" if metrics["smallest_mesh"] else "none")
+    in_8_bits = metrics["weights_in_8_bits_estimate"]
+    row += [gb(in_8_bits), tokens(int((beside - in_8_bits) / per_token))]
     if compiled is None:
         return row, None
     ratio = f"{need['temporaries'] / compiled:.2f}"
