@@ -29,8 +29,9 @@ TEXT = """# What the large models take of each device
 
 One request, bfloat16, a cache of 131,072 tokens, the model's own schedule or a quarter of the layers F. Nothing was run:
 weights and caches are sums over abstract trees, temporaries are those of compiled prefill and decode programs, and each row
-has its folder here with the command that made it. There is what a process may use: 95 % of an H200's 141 GiB, and 95 GiB of
-a v5p. Weights in 8 bits are an estimate; they are not implemented.
+has its folder here with the command that made it. There is what a process may use: 95 % of an H200's 141 GiB
+(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95), and 95 GiB of a v5p. What NCCL and other libraries take of the rest is not counted.
+Weights in 8 bits are an estimate; they are not implemented.
 
 {models}
 
