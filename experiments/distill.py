@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, devices, inputs, journal, options, plots, runs
+from experiments.common import data, devices, fit, inputs, journal, options, plots, runs
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax.config import Config
@@ -81,6 +81,10 @@ def read_inputs(output_dir: str, seed: int) -> Inputs:
     """All that a distillation reads, checked before anything takes long."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
+    config, base = inputs.described(checkpoint.directory)
+    fit.training(
+        config, target_schedule(base), inputs.distillation_stages(options.CONTEXT.value, checkpoint.dtype), checkpoint=base
+    )
     config, base, loaded = checkpoints_convert.load(checkpoint.directory)
     schedule = target_schedule(base)
     stored = with_schedule(loaded, base, schedule)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import devices, inputs, options, processes, text
+from experiments.common import devices, fit, inputs, options, processes, text
 from experiments.common.journal import Journal, set_aside
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import search, serving
@@ -236,6 +236,26 @@ def about(settings: Settings, document: Sequence[int], schedule: Schedule, weigh
     }
 
 
+def check_memory(config: Config, schedule: Schedule, settings: Settings, prompt: int, document: int, dtype: str) -> None:
+    """Says what weights and the cache of the longest prompts take of each device; ValueError where that does not fit."""
+    fit.serving(
+        config,
+        schedule,
+        rows=settings.rows_per_batch,
+        length=room_for(document + prompt + settings.max_new_tokens, settings),
+        chunk=settings.chunk,
+        dtype=dtype,
+        form=settings.cache_format,
+        document=document,
+        flag="prompts",
+    )
+
+
+def room_for(tokens: int, settings: Settings) -> int:
+    """Positions of a cache for rows of so many tokens: few different lengths, because each is a program."""
+    return power_of_two(tokens, MIN_KV_LENGTH, settings.cache_len)
+
+
 def read_inputs(seed: int) -> Inputs:
     """All that is read, checked before anything takes long."""
     options.check_positive("max_new_tokens", "chunk")
@@ -243,7 +263,7 @@ def read_inputs(seed: int) -> Inputs:
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     checkpoint = inputs.checkpoint()
     encoder = text.tokenizer(checkpoint.directory)
-    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    config, schedule = inputs.described(checkpoint.directory)
     settings = Settings(
         sampling=sampling,
         seed=seed,
@@ -256,6 +276,8 @@ def read_inputs(seed: int) -> Inputs:
     )
     document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist() if _DOCUMENT.value else []
     every = read_requests(encoder, config, room_for_a_prompt(config, document))
+    check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint.dtype)
+    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
     made_with = about(settings, document, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
     return Inputs(config, schedule, weights, encoder, document, every, settings, made_with)
 
@@ -371,7 +393,7 @@ def complete(batch: Sequence[Request], given: Inputs, document: serving.Cache | 
         sampling=settings.sampling,
         seed=settings.seed,
         stop_tokens=settings.stop_tokens,
-        cache_len=power_of_two(needed, MIN_KV_LENGTH, settings.cache_len),  # few different lengths, because each is a program
+        cache_len=room_for(needed, settings),
         cache_format=settings.cache_format,
         document=document or (),
         ids=[r.line for r in rows],

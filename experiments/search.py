@@ -19,7 +19,7 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import devices, inputs, journal, options, plots
+from experiments.common import devices, fit, inputs, journal, options, plots
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from indexcache_jax import search, serving
@@ -137,17 +137,8 @@ def open_model(checkpoint: str, dtype: str) -> Model:
     """
     if _STREAM.value:
         return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype), int(1e9 * _STREAM_MEMORY.value))
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if room := stats.get("bytes_limit"):
-        with warnings.catch_warnings(action="ignore"):  # they come once more, with the weights
-            layers = checkpoints_convert.Layers(checkpoint, dtype=dtype)
-        shardings = streamed.shardings_in_force(layers)
-        size = layers.num_bytes if shardings is None else layers.device_bytes(shardings)
-        if size > room:
-            raise ValueError(
-                f"--checkpoint={checkpoint}: its weights take {size / 1e9:.0f} GB of a device as {dtype}, which has "
-                f"{room / 1e9:.0f}; --stream reads them layer by layer"
-            )
+    rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
+    fit.search(*inputs.described(checkpoint), rows=rows, context=context, dtype=dtype)
     return InMemory(*checkpoints_convert.load(checkpoint, dtype=dtype))
 
 

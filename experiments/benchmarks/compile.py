@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import os
 import re
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments.common import options
+from experiments.common import options, topologies
 from experiments.common.report import Output, markdown_table, text_table
 from indexcache_jax import params, serving, tensors
 from indexcache_jax.config import Config
@@ -34,10 +33,8 @@ from pallas_kernels import device, tpu
 
 TOPOLOGIES = ("v5p:2x2x1", "v5e:2x2", "v6e:2x2")
 
-_TOPOLOGY = flags.DEFINE_enum("topology", "v5p:2x2x1", TOPOLOGIES, "programs are compiled for one of its chips")
-for _name in ("num_layers", "chunk"):  # num_layers 0: all, or as many as fit
+for _name in ("num_layers", "chunk", "tokens", "topology"):  # num_layers 0: all, or as many as fit
     flags.declare_key_flag(_name)
-_TOKENS = flags.DEFINE_integer("tokens", 131_072, "the cache's length")
 
 CHUNK = 2048  # tokens of a prefill chunk, by default
 
@@ -61,33 +58,14 @@ class Program:
         return resident + self.temporaries + self.code
 
 
-@functools.cache
-def _topology(name: str) -> jax.Device | str:
-    """The first chip of a topology, or why there is none."""
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks a cloud's metadata server otherwise
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so there is nothing to exclude others from
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-    except Exception as error:  # whatever a library that is missing or does not run here raises
-        return str(error).splitlines()[0]
-
-
-def topology_reason(name: str = TOPOLOGIES[0]) -> str | None:
-    """Why nothing can be compiled for a topology here, None where it can."""
-    found = _topology(name)
-    return found if isinstance(found, str) else None
-
-
 def topology_device(name: str) -> jax.Device:
     """The first chip of a topology such as "v5e:2x2", as libtpu describes it. NotImplementedError where that is missing."""
-    found = _topology(name)
+    found = topologies.described(name)
     if isinstance(found, str):
         raise NotImplementedError(
             f"--topology={name}: libtpu does not describe it, `pip install 'indexcache-jax[tpu-aot]'` installs it ({found})"
         )
-    return found
+    return found[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,11 +187,14 @@ def read_inputs() -> Inputs:
     chunk = CHUNK if options.CHUNK.value is None else options.CHUNK.value
     if asked > layers:
         raise ValueError(f"--num_layers={asked}: the model has {layers}")
-    if not 1 <= chunk <= _TOKENS.value:
-        raise ValueError(f"--chunk={chunk} is not between 1 and --tokens={_TOKENS.value}")
-    device = topology_device(_TOPOLOGY.value)
+    if not 1 <= chunk <= options.TOKENS.value:
+        raise ValueError(f"--chunk={chunk} is not between 1 and --tokens={options.TOKENS.value}")
+    topology = options.TOPOLOGY.value or TOPOLOGIES[0]
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"--topology={topology}: not one of {', '.join(TOPOLOGIES)}")
+    device = topology_device(topology)
     model_layers = asked or layers_that_fit(layers, tpu.CHIPS[device.device_kind].hbm)
-    return Inputs(Model(*shape(model_layers), device, _TOKENS.value), chunk, layers, _TOPOLOGY.value)
+    return Inputs(Model(*shape(model_layers), device, options.TOKENS.value), chunk, layers, topology)
 
 
 def compile_all(given: Inputs) -> list[Program]:

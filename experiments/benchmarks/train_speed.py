@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import inputs, options, profiling, runs
+from experiments.common import fit, inputs, options, profiling, runs
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import ops, training
 from indexcache_jax.config import Config
@@ -143,6 +143,7 @@ def read_inputs() -> Inputs:
         f"{layers} layers, {schedule.pattern}, context {context}, top {topk}, {attention_by} on {device()['kind']}", flush=True
     )
     stages = [stage_of(kind, context) for kind in _STAGES.value]
+    fit.training(config, schedule, stages)
     return Inputs(config, schedule, context, topk, stages, _STEPS.value, attention_by)
 
 

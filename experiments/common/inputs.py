@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from experiments.common import options, text
 from indexcache_jax.config import Config
+from indexcache_jax.config_json import read_config_json
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import FP8, CacheFormat
 from indexcache_jax.training import Stage
@@ -42,6 +44,13 @@ def checkpoint() -> Checkpoint:
     """--checkpoint and --dtype, or what stands for them where they are not given."""
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return Checkpoint(options.CHECKPOINT.value or str(options.DEMO), dtype)
+
+
+def described(directory: str) -> tuple[Config, Schedule]:
+    """The model and the schedule of a checkpoint by its config.json alone; what is wrong elsewhere is said where it is read."""
+    with warnings.catch_warnings(action="ignore"):  # they come with the weights
+        fields = read_config_json(directory)
+        return Config.from_hf(fields), Schedule.from_hf(fields)
 
 
 def share(flag: str, value: str) -> fractions.Fraction:

@@ -20,6 +20,7 @@ EXPERIMENTS = {
     "train_speed": "experiments.benchmarks.train_speed",
     "precision": "experiments.benchmarks.precision",
     "compile": "experiments.benchmarks.compile",
+    "plan": "experiments.benchmarks.plan",
     "pretrain": "experiments.reproduction.pretrain",
     "quality": "experiments.reproduction.quality",
 }
@@ -33,6 +34,8 @@ ALL_F = "all F"  # what the schedule without S layers is called in flags, tables
 # ---- the model and its schedule
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Hugging Face or orbax directory; default the small model shipped here")
+PRESETS = ("30b", "glm-5", "glm-5.2", "deepseek-v3.2", "demo")
+PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is the small one shipped here")
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"
 )
@@ -77,6 +80,14 @@ LATENT_CACHE = flags.DEFINE_enum(
 )
 INDEX_CACHE = flags.DEFINE_enum(
     "index_cache", None, CACHES, "what index keys are kept in; default fp8 in speed, in generate the weights' dtype"
+)
+
+TOKENS = flags.DEFINE_integer("tokens", 131_072, "the cache's length")
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "",
+    "devices that programs are compiled for and that need not be at hand, such as v5e:2x2, v5p:4x4x4, or in plan h200:16 and "
+    "local; default the experiment's own",
 )
 
 # ---- distillation

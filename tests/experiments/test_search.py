@@ -9,10 +9,12 @@ import sys
 import types
 
 import pytest
+from absl import flags
 
 import checkpoints_convert
 from experiments import search
 from experiments.common import options
+from indexcache_jax import memory
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS
@@ -61,15 +63,14 @@ def test_the_last_step_within_the_budget():
 
 
 def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
-    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10_000_000})
-    monkeypatch.setattr(search.jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(search, "_STREAM_MEMORY", types.SimpleNamespace(value=1.0))
+    flags.FLAGS(["test"])
+    monkeypatch.setattr(memory, "available", lambda: 10_000_000)
     for stream in (False, True):
         monkeypatch.setattr(search, "_STREAM", types.SimpleNamespace(value=stream))
         if stream:
             assert isinstance(search.open_model(str(options.DEMO), "float32"), search.Streamed)
         else:
-            with pytest.raises(ValueError, match="take 0 GB of a device as float32, which has 0; --stream reads them"):
+            with pytest.raises(ValueError, match="needs .* of each device, there are 0.01 GB; .*; --stream reads"):
                 search.open_model(str(options.DEMO), "float32")
 
 

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from experiments.benchmarks.compile import TOPOLOGIES, kernels_of, topology_device, topology_reason
+from experiments.benchmarks.compile import TOPOLOGIES, kernels_of, topology_device
+from experiments.common import topologies
 from pallas_kernels import grouped_matmul, indexer_topk, sparse_mla, tpu
 from pallas_kernels.device import target
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
 
 pytestmark = pytest.mark.skipif(
-    topology_reason() is not None, reason=f"pip install 'indexcache-jax[tpu-aot]': {topology_reason()}"
+    topologies.why_not(TOPOLOGIES[0]) is not None,
+    reason=f"pip install 'indexcache-jax[tpu-aot]': {topologies.why_not(TOPOLOGIES[0])}",
 )
 
 

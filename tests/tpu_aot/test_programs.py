@@ -9,6 +9,7 @@ import pytest
 
 from experiments import run  # noqa: F401  results record the flags that `run` defines
 from experiments.benchmarks import compile
+from experiments.common import topologies
 from indexcache_jax import moe, serving
 from indexcache_jax.params import at_layer
 from indexcache_jax.serving import cache
@@ -16,7 +17,8 @@ from pallas_kernels import device, tpu
 from tests.support.tiny_models import CASES
 
 needs_libtpu = pytest.mark.skipif(
-    compile.topology_reason() is not None, reason=f"pip install 'indexcache-jax[tpu-aot]': {compile.topology_reason()}"
+    topologies.why_not(compile.TOPOLOGIES[0]) is not None,
+    reason=f"pip install 'indexcache-jax[tpu-aot]': {topologies.why_not(compile.TOPOLOGIES[0])}",
 )
 
 

@@ -40,19 +40,18 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks.speed.bench import Bench, Sizes
-from experiments.benchmarks.speed.models import PRESETS, Model, model
+from experiments.benchmarks.speed.models import Model, model
 from experiments.benchmarks.speed.rounds import Rounds, random_prompt
 from experiments.benchmarks.speed.rows import record
 from experiments.benchmarks.speed.tables import HEADER, cells, plot, report
-from experiments.common import devices, inputs, options
+from experiments.common import devices, fit, inputs, options
 from experiments.common.report import Output, text_table
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import SERVING
 
-for _name in ("num_layers", "schedule", "chunk", "latent_cache", "index_cache", "time_limit", "mesh"):
+for _name in ("preset", "num_layers", "schedule", "chunk", "latent_cache", "index_cache", "time_limit", "mesh"):
     flags.declare_key_flag(_name)
-_PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is the small one shipped here")
 _LENGTHS = flags.DEFINE_list("lengths", ["10240", "61440", "122880", "204800"], "prompt tokens, multiples of the chunk")
 _STEPS = flags.DEFINE_integer("decode_steps", 32, "decode steps of a program")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "through all schedules, as far as --time_limit allows")
@@ -108,7 +107,7 @@ def read_sizes() -> Sizes:
 
 def read_inputs(seed: int) -> Inputs:
     """What the flags ask for, checked."""
-    shape = model(_PRESET.value, options.NUM_LAYERS.value)
+    shape = model(options.PRESET.value, options.NUM_LAYERS.value)
     options.check_positive("chunk", "decode_steps", "rounds", "token_run")
     sizes = read_sizes()
     return Inputs(
@@ -123,7 +122,9 @@ def read_inputs(seed: int) -> Inputs:
 
 def make_bench(given: Inputs, seed: int) -> Bench:
     """The model under every schedule, its programs still to be compiled."""
-    shape, began = given.model, time.perf_counter()
+    shape, sizes, began = given.model, given.sizes, time.perf_counter()
+    asked = {"rows": 1, "length": sizes.max_len, "chunk": sizes.chunk, "dtype": jnp.bfloat16, "form": given.cache_format}
+    fit.serving(shape.config, Schedule.all_full(shape.config.num_layers), **asked, flag="lengths")
     whole = jax.block_until_ready(serving.random_weights(jax.random.key(seed), shape.config))
     print(f"weights made in {time.perf_counter() - began:.0f} s", flush=True)
     return Bench(

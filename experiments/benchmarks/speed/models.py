@@ -9,7 +9,6 @@ from indexcache_jax import presets
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 
-PRESETS = ("30b", "glm-5", "deepseek-v3.2", "demo")
 CUT_LAYERS = 4  # of a model that does not fit one device
 CUT_VOCABULARY = 1024
 
@@ -45,7 +44,7 @@ class Model:
 def model(name: str, num_layers: int) -> Model:
     """The preset, cut to `num_layers` expert layers where that is not 0, and the two largest always."""
     whole = Config.from_hf(options.DEMO if name == "demo" else presets.preset(name))
-    if num_layers == 0 and name in ("glm-5", "deepseek-v3.2"):
+    if num_layers == 0 and name in ("glm-5", "glm-5.2", "deepseek-v3.2"):
         num_layers = CUT_LAYERS
     if num_layers == 0 or num_layers == whole.num_layers:
         return Model(name, whole, whole.num_layers)

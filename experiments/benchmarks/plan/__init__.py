@@ -1,0 +1,344 @@
+"""Plans inference of a released model on devices that need not be at hand: what it takes of each, and what they exchange.
+
+Everything comes from abstract trees: no weight is made, nothing is run. Weights and caches are sums over the trees' leaves
+as mesh and rules place them. Temporaries and what devices exchange are the compiler's, of prefill (a program for each kind
+of layer, over the last chunk of a prompt) and of a decode step. Where nothing here can compile for the devices, the report
+says so, and gives the sums and an estimate of temporaries alone.
+
+Programs for v5e, v5p and v6e are compiled by libtpu; those for h200 by JAX's CUDA 13 plugin, where it is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments.benchmarks.plan.collectives import KINDS, Traffic
+from experiments.benchmarks.plan.programs import Model, Program, compiled
+from experiments.common import devices, fit, inputs, options, topologies
+from experiments.common.devices import Layout
+from experiments.common.report import Output, markdown_table, text_table
+from experiments.common.topologies import Topology
+from indexcache_jax import memory, serving, sharding, tensors
+from indexcache_jax.config import Config
+from indexcache_jax.config_json import read_config_json
+from indexcache_jax.memory import Devices, Need
+from indexcache_jax.presets import preset
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat
+from indexcache_jax.serving.generation import CACHE_MULTIPLE
+from indexcache_jax.sharding import SERVING, Rules
+from pallas_kernels import device
+
+for _name in ("preset", "schedule", "topology", "mesh", "tokens", "chunk", "batch_size", "latent_cache", "index_cache"):
+    flags.declare_key_flag(_name)
+
+CHUNK = 4096  # tokens of a prefill chunk for every device that shares it, by default
+SHARE = "1/4"  # of layers that are F, where neither --schedule nor the model says
+LONGEST = 2**22  # tokens, up to which the longest length that fits is looked for
+FP8_BLOCK = 128 * 128  # numbers with a float32 scale of their own in the estimate of weights in 8 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What is planned. rows: requests at a time; length: cached tokens of each; chunk: prompt tokens of a row at a time."""
+
+    name: str
+    config: Config
+    schedule: Schedule
+    topology: Topology
+    layout: Layout
+    rows: int
+    length: int
+    chunk: int
+    form: CacheFormat
+
+    @property
+    def rules(self) -> Rules:
+        return self.layout.rules(SERVING)
+
+    @property
+    def abstract_mesh(self) -> Devices:
+        return memory.mesh_of(self.layout.data, self.layout.context, self.layout.tensor)
+
+    def model(self, schedule: Schedule) -> Model:
+        """The model under a schedule on the topology's devices, which must be there to compile for."""
+        assert self.topology.devices is not None
+        mesh = sharding.make_mesh(self.layout.data, self.layout.context, self.layout.tensor, self.topology.devices)
+        return Model(self.config, schedule, self.rows, self.length, self.form, mesh, self.rules)
+
+    def need(self, length: int, mesh: Devices, rules: Rules, temporaries: int | None = None) -> Need:
+        """What one device needs at another length, on another mesh. temporaries: instead of their estimate."""
+        found = memory.serving_need(
+            self.config,
+            self.schedule,
+            rows=self.rows,
+            length=length,
+            chunk=self.chunk,
+            dtype=jnp.bfloat16,
+            form=self.form,
+            mesh=mesh,
+            rules=rules,
+        )
+        return found if temporaries is None else Need(found.parts | {"temporaries": temporaries})
+
+    @property
+    def title(self) -> str:
+        mesh = fit.mesh_flag(self.layout)
+        return f"{self.name} on {self.topology.name} ({self.topology.num_devices} x {self.topology.device_kind}), --mesh={mesh}"
+
+
+def read_inputs() -> Inputs:
+    """What the flags ask for, checked."""
+    options.check_positive("batch_size", "tokens", "chunk")
+    name, rows, length = options.PRESET.value, options.BATCH_SIZE.value, options.TOKENS.value
+    fields = read_config_json(options.DEMO) if name == "demo" else preset(name)
+    config, schedule = Config.from_hf(fields), Schedule.from_hf(fields)
+    if (entry := inputs.only_schedule()) is not None or schedule.num_full == schedule.num_layers:
+        schedule = inputs.schedule(entry or SHARE, config.num_layers)
+    topology = topologies.topology(options.TOPOLOGY.value or topologies.LOCAL)
+    count, text = topology.num_devices, options.MESH.value
+    layout = devices.parse(text, count) if text else devices.suited(rows, count)
+    chunk = options.CHUNK.value or min(length, CHUNK * layout.context)
+    if chunk > length:
+        raise ValueError(f"--chunk={chunk}: is more than --tokens={length}")
+    form = inputs.cache_format(jnp.bfloat16, jnp.bfloat16)
+    return Inputs(name, config, schedule, topology, layout, rows, length, chunk, form)
+
+
+# ---- sums over abstract trees
+
+
+def weights_by_part(given: Inputs) -> dict[str, int]:
+    """Bytes of one device's weights by what they belong to."""
+    tree = serving.weights.abstract(given.config, given.schedule)
+    routed: list[Any] = []
+    attention: list[Any] = []
+    others: list[Any] = []
+    for layer in tree.layers:
+        if isinstance(layer.mlp, serving.Experts):
+            routed.append((layer.mlp.gate_up, layer.mlp.down))
+            others.append(dataclasses.replace(layer.mlp, gate_up=None, down=None))
+        else:
+            others.append(layer.mlp)
+        attention.append([value for name, value in vars(layer).items() if name != "mlp"])
+    parts = {
+        "routed experts": routed,
+        "attention and indexers": attention,
+        "dense and shared MLPs, routers": others,
+        "embedding and head": tree.ends,
+    }
+    return {
+        name: memory.tree_bytes(part, jnp.bfloat16, given.abstract_mesh, given.rules) if jax.tree.leaves(part) else 0
+        for name, part in parts.items()
+    }
+
+
+def fp8_bytes(given: Inputs) -> int:
+    """An estimate of one device's weights in 8 bits: the layers' matrices, with a float32 scale for every block.
+
+    Embedding, head, routers, norms and biases stay as they are.
+    """
+    tree, total = serving.weights.abstract(given.config, given.schedule), 0.0
+    placed = jax.tree.leaves(sharding.shardings(tree, given.abstract_mesh, given.rules))
+    for (path, tensor), place in zip(tensors.leaves(tree), placed, strict=True):
+        size = math.prod(place.shard_shape(tensor.shape))
+        in_8_bits = tensor.layers is not None and len(tensor.shape) > 1 and not path.endswith("router")
+        total += size * (1 + 4 / FP8_BLOCK) if in_8_bits else size * jnp.dtype(tensor.dtype or jnp.bfloat16).itemsize
+    return int(total)
+
+
+def bytes_per_token(given: Inputs, schedule: Schedule) -> int:
+    return serving.bytes_per_token(given.config, schedule, given.form)
+
+
+# ---- compiled programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Programs of the schedule asked for, and its decode step's twin with all layers F. None where nothing was compiled."""
+
+    prefill: list[Program]
+    decode: Program
+    decode_all_full: Program
+
+    @property
+    def temporaries(self) -> int:
+        """The most that a program holds beside weights and cache."""
+        return max(program.temporaries for program in (*self.prefill, self.decode))
+
+
+def compile_all(given: Inputs) -> Result | None:
+    """Prefill of each kind of layer, and a decode step under the schedule and with all layers F."""
+    if given.topology.devices is None:
+        return None
+    count, all_full = given.topology.num_devices, Schedule.all_full(given.config.num_layers)
+    model, other = given.model(given.schedule), given.model(all_full)
+
+    def one(name: str, lower: Any) -> Program:
+        print(f"compiling: {name}", flush=True)
+        return compiled(name, lower, count)
+
+    prefill = [
+        one(f"prefill: {kind}", functools.partial(model.prefill, layer, given.chunk)) for kind, layer in model.kinds().items()
+    ]
+    decode = one("decode step", model.decode)
+    return Result(prefill, decode, decode if given.schedule == all_full else one("decode step, all F", other.decode))
+
+
+# ---- the report
+
+
+def gb(size: float) -> str:
+    """GB with three digits, more of what is large."""
+    return f"{size / 1e9:,.2f}" if abs(size) >= 1e9 else f"{size / 1e9:.3g}"
+
+
+def memory_rows(given: Inputs, result: Result | None) -> list[list[str]]:
+    """What one device holds, line by line."""
+    estimated = given.need(given.length, given.abstract_mesh, given.rules)
+    rows = [[f"weights: {name}", gb(size)] for name, size in weights_by_part(given).items()]
+    rows.append(["weights in all, bfloat16", gb(estimated.parts["weights"])])
+    rows.append(["weights in all, 8 bits (an estimate, not implemented)", gb(fp8_bytes(given))])
+    rows.append([f"cache of {given.rows} x {given.length:,} tokens", gb(estimated.parts["cache"])])
+    rows.append(["temporaries, estimated", gb(estimated.parts["temporaries"])])
+    if result is not None:
+        rows.append(["weights and cache, as compiled for a decode step", gb(result.decode.arguments)])
+        rows.append(["temporaries, compiled: the most of any program", gb(result.temporaries)])
+    rows.append(["there is", gb(given.topology.memory)])
+    return rows
+
+
+def verdict(given: Inputs, result: Result | None) -> dict[str, Any]:
+    """Whether it fits, the longest length that does, and the fewest devices. Compiled figures count where there are any."""
+    there = given.topology.memory
+    need = given.need(given.length, given.abstract_mesh, given.rules)
+    total = need.total
+    if result is not None:
+        total = max(result.decode.arguments, need.parts["weights"] + need.parts["cache"]) + result.temporaries
+    temporaries = None if result is None else result.temporaries
+
+    def at(length: int, mesh: Devices, rules: Rules) -> Need:
+        return given.need(length, mesh, rules, temporaries)
+
+    fewest = fit.smallest(given.need, given.length, given.rows, SERVING, there)
+    return {
+        "bytes_needed": total,
+        "bytes_there": there,
+        "fits": total <= there,
+        "longest_tokens": fit.longest(at, LONGEST, given.abstract_mesh, given.rules, there, CACHE_MULTIPLE),
+        "smallest_mesh": None if fewest is None else fit.mesh_flag(fewest),
+    }
+
+
+def verdict_text(given: Inputs, found: dict[str, Any]) -> str:
+    needed, there = gb(found["bytes_needed"]), gb(found["bytes_there"])
+    fits = "It fits" if found["fits"] else "It does not fit"
+    longest, fewest = found["longest_tokens"], found["smallest_mesh"]
+    text = f"{fits}: a device needs {needed} GB of {there}. "
+    text += f"The longest cache of {given.rows} row(s) that fits has {longest:,} tokens. " if longest else "No length fits. "
+    if fewest is None:
+        return text + "By the estimates, no number of such devices holds it."
+    return text + f"By the estimates, the fewest such devices that hold {given.length:,} tokens are `--mesh={fewest}`."
+
+
+def program_rows(result: Result) -> list[list[str]]:
+    rows = []
+    for program in (*result.prefill, result.decode, result.decode_all_full):
+        if program.refused:
+            rows.append([program.name, f"refused: {program.refused}", "-", "-", "-"])
+            continue
+        moved = "-" if program.bytes_accessed is None else gb(program.bytes_accessed)
+        cells = [program.name, gb(program.arguments), gb(program.temporaries), moved, f"{program.seconds_to_compile:.0f}"]
+        rows.append(cells)
+    return rows
+
+
+def collective_rows(result: Result) -> list[list[str]]:
+    rows = []
+    for program in (*result.prefill, result.decode, result.decode_all_full):
+        for kind in KINDS:
+            if (traffic := program.collectives.get(kind, Traffic())).count:
+                rows.append([program.name, kind, str(traffic.count), f"{traffic.sent / 1e6:,.2f}"])
+    return rows
+
+
+def saving_rows(given: Inputs, result: Result | None) -> list[list[str]]:
+    """All F against the schedule: what one device stores and moves."""
+    all_full = Schedule.all_full(given.config.num_layers)
+    weights = [
+        memory.tree_bytes(serving.weights.abstract(given.config, schedule), jnp.bfloat16, given.abstract_mesh, given.rules)
+        for schedule in (all_full, given.schedule)
+    ]
+    caches = [
+        memory.cache_bytes(given.config, schedule, given.rows, given.length, given.form, given.abstract_mesh, given.rules)
+        for schedule in (all_full, given.schedule)
+    ]
+    tokens = [bytes_per_token(given, schedule) for schedule in (all_full, given.schedule)]
+    rows = [
+        ["cache, KB a token", *(f"{n / 1e3:,.2f}" for n in tokens), f"{(tokens[0] - tokens[1]) / 1e3:,.2f}"],
+        ["cache, GB of one device", *map(gb, caches), gb(caches[0] - caches[1])],
+        ["weights, GB of one device", *map(gb, weights), gb(weights[0] - weights[1])],
+    ]
+    if result is not None:
+        decode = result.decode_all_full, result.decode
+        held = [program.arguments + program.temporaries for program in decode]
+        rows.append(["decode step, GB held", *map(gb, held), gb(held[0] - held[1])])
+    return rows
+
+
+MEMORY_HEADER = ["of one device", "GB"]
+PROGRAM_HEADER = ["program", "arguments, GB", "temporaries, GB", "GB moved, by XLA's cost model", "seconds to compile"]
+COLLECTIVE_HEADER = ["program", "collective", "operations", "MB sent by a device"]
+SAVING_HEADER = ["", "all F", "schedule", "saved"]
+
+
+def report(given: Inputs, result: Result | None, output: Output) -> None:
+    """Writes results.json and report.md, and prints the tables."""
+    found = verdict(given, result)
+    sections = [
+        ("Memory", MEMORY_HEADER, memory_rows(given, result)),
+        ("What the schedule saves", SAVING_HEADER, saving_rows(given, result)),
+    ]
+    if result is not None:
+        sections.append(("Compiled programs", PROGRAM_HEADER, program_rows(result)))
+        sections.append(("What devices exchange", COLLECTIVE_HEADER, collective_rows(result)))
+    about = (
+        f"{given.config.num_layers} layers, {given.schedule.num_full} F (`{given.schedule.pattern}`), bfloat16, "
+        f"{given.rows} row(s), chunks of {given.chunk:,} tokens a row. GB are 10^9 bytes."
+    )
+    if result is None:
+        about += f" Programs were not compiled: {given.topology.why_not}."
+    text = [f"# {given.title}", about, verdict_text(given, found)]
+    text += [f"## {name}\n\n{markdown_table(header, rows)}" for name, header, rows in sections]
+    metrics = found | {
+        "pattern": given.schedule.pattern,
+        "mesh": fit.mesh_flag(given.layout),
+        "need": given.need(given.length, given.abstract_mesh, given.rules).parts,
+        "weights": weights_by_part(given),
+        "weights_in_8_bits_estimate": fp8_bytes(given),
+        "not_compiled": given.topology.why_not if result is None else None,
+        "programs": []
+        if result is None
+        else [dataclasses.asdict(p) for p in (*result.prefill, result.decode, result.decode_all_full)],
+    }
+    output.finish("plan", metrics, "\n\n".join(text))
+    print(given.title, about, verdict_text(given, found), sep="\n")
+    for name, header, rows in sections:
+        print(f"\n{name}\n{text_table(header, rows)}")
+    print(f"\nwritten to {output.directory}/")
+
+
+def run(output_dir: str, seed: int) -> None:
+    given = read_inputs()
+    output = Output.create(output_dir)
+    print(given.title, flush=True)
+    with device.target(given.topology):
+        report(given, compile_all(given), output)

@@ -1,0 +1,151 @@
+"""What an experiment needs of every device, said before anything is allocated, and what would fit where that does not.
+
+Weights and caches are exact sums over abstract trees; temporaries are the estimate of `memory.prefill_temporaries`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+from experiments.common.devices import Layout, suited
+from indexcache_jax import memory, params, sharding
+from indexcache_jax.config import Config
+from indexcache_jax.memory import Devices, Need
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat
+from indexcache_jax.serving.generation import CACHE_MULTIPLE
+from indexcache_jax.sharding import AXES, SERVING, TRAINING, Rules
+from indexcache_jax.training import Stage
+
+MOST_DEVICES = 4096  # meshes that are tried, in powers of two
+
+# Bytes of one device at a length under a mesh and rules. ValueError where the mesh cannot divide what it has to.
+NeedAt = Callable[[int, Devices, Rules], Need]
+
+
+def serving(
+    config: Config,
+    schedule: Schedule,
+    *,
+    rows: int,
+    length: int,
+    chunk: int,
+    dtype: Any,
+    form: CacheFormat,
+    flag: str,
+    document: int = 0,
+) -> None:
+    """Says what inference needs at a cache of [rows, length] and, before them, of a document that the rows share.
+
+    ValueError, naming the flag that the length is from, where that does not fit the devices.
+    """
+
+    def need(length: int, mesh: Devices, rules: Rules) -> Need:
+        found = memory.serving_need(
+            config, schedule, rows=rows, length=length, chunk=chunk, dtype=dtype, form=form, mesh=mesh, rules=rules
+        )
+        if not document:
+            return found
+        room = -(-document // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        return Need(found.parts | {"document": memory.cache_bytes(config, schedule, 1, room, form, mesh, rules)})
+
+    _check(need, length, rows, SERVING, f"--{flag}: {rows} x {length:,} tokens", CACHE_MULTIPLE)
+
+
+def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype: Any) -> None:
+    """Says what a search needs that keeps all weights on the devices; ValueError where that does not fit them."""
+
+    def need(length: int, mesh: Devices, rules: Rules) -> Need:
+        weights = memory.tree_bytes(params.abstract(config, schedule), dtype, mesh, rules)
+        arguments = config, schedule, rows, length, length, dtype, mesh, rules
+        return Need({"weights": weights, "temporaries": memory.prefill_temporaries(*arguments)})
+
+    _check(need, context, rows, SERVING, f"--context={context}", 1, "; --stream reads the weights layer by layer")
+
+
+def training(config: Config, schedule: Schedule, stages: list[Stage], *, checkpoint: Schedule | None = None) -> None:
+    """Says what the stages keep on each device, without activations; ValueError where that does not fit.
+
+    checkpoint: the schedule of a checkpoint whose weights are kept beside those in training, counted as bfloat16.
+    """
+
+    def need(_: int, mesh: Devices, rules: Rules) -> Need:
+        found = memory.training_need(config, schedule, [stage.kind for stage in stages], mesh, rules)
+        if checkpoint is None:
+            return found
+        tree = params.abstract(config, checkpoint)
+        return Need(found.parts | {"checkpoint": memory.tree_bytes(tree, jnp.bfloat16, mesh, rules)})
+
+    _check(need, 0, max(stage.rows for stage in stages), TRAINING, "training, without activations", 1)
+
+
+def shown(need: Need) -> str:
+    """The parts of a need in GB, such as "12.3 GB (weights 10.1, cache 2.0, temporaries 0.2)"."""
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in need.parts.items())
+    return f"{need.total / 1e9:.2f} GB ({parts})"
+
+
+def _check(need: NeedAt, length: int, rows: int, base: Rules, what: str, multiple: int, otherwise: str = "") -> None:
+    """Prints the need under the mesh in force. ValueError, with what would fit, where that is more than there is.
+
+    length: 0 where nothing depends on it.
+    """
+    mesh, rules = sharding.current()
+    there, mesh = memory.available(), mesh or memory.mesh_of()
+    found = need(length, mesh, rules)
+    print(f"memory of each device: {shown(found)}, of {there / 1e9:.2f} GB", flush=True)
+    if found.total <= there:
+        return
+    advice = []
+    if length and (fitting := longest(need, length, mesh, rules, there, multiple)):
+        advice.append(f"the longest that fits is {fitting:,} tokens")
+    layout = smallest(need, length, rows, base, there)
+    advice.append(
+        f"no mesh of up to {MOST_DEVICES} such devices fits it"
+        if layout is None
+        else f"the smallest mesh that fits it has {layout.num_devices} such devices: --mesh={mesh_flag(layout)}"
+    )
+    raise ValueError(
+        f"{what}: needs {shown(found)} of each device, there are {there / 1e9:.2f} GB; {', '.join(advice)}{otherwise}"
+    )
+
+
+def mesh_flag(layout: Layout) -> str:
+    """What --mesh has to say for a layout."""
+    sizes = {name: getattr(layout, name) for name in (*AXES, "cache") if getattr(layout, name) > 1}
+    if layout.expert != layout.num_devices:
+        sizes["expert"] = layout.expert
+    return ",".join(f"{name}={size}" for name, size in sizes.items()) or "data=1"
+
+
+def longest(need: NeedAt, most: int, mesh: Devices, rules: Rules, there: int, multiple: int = CACHE_MULTIPLE) -> int:
+    """The longest length up to `most` that needs at most `there` bytes, 0 where none does."""
+    if rules.tokens is not None:
+        multiple *= mesh.size
+    return memory.longest(lambda length: need(length, mesh, rules).total <= there, multiple, most)
+
+
+def layouts(rows: int) -> Iterator[Layout]:
+    """Layouts of 1, 2, 4, ... devices for so many rows, with cached tokens whole and, where rows are shared, split."""
+    count = 1
+    while count <= MOST_DEVICES:
+        layout = suited(rows, count)
+        yield layout
+        if layout.context > 1:
+            yield Layout(layout.data, layout.context, layout.tensor, layout.expert, layout.context)
+        count *= 2
+
+
+def smallest(need: NeedAt, length: int, rows: int, base: Rules, there: int) -> Layout | None:
+    """The layout of the fewest devices with `there` bytes each, None where none fits."""
+    for layout in layouts(rows):
+        mesh = memory.mesh_of(layout.data, layout.context, layout.tensor)
+        try:
+            if need(length, mesh, layout.rules(base)).total <= there:
+                return layout
+        except ValueError:  # experts, for one, cannot be divided over more devices than there are of them
+            continue
+    return None

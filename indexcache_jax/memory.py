@@ -1,0 +1,192 @@
+"""What a model needs of every device's memory, from abstract trees alone, before anything is allocated.
+
+Weights, caches and what training keeps for every weight are sums over the leaves of abstract trees: exact, as placed by a
+mesh and rules. What a program holds beside them is an estimate, held against compiled programs in results/plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from indexcache_jax import distill, moe, ops, params, sharding, tensors, training
+from indexcache_jax.config import Config
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import cache, weights
+from indexcache_jax.serving.cache import CacheFormat
+from indexcache_jax.sharding import AXES, Axes, Rules
+
+Devices = Mesh | AbstractMesh
+
+# Of float32 index scores, which exist for a block of queries at a time: the most on GPUs, where it is the most.
+SCORE_BYTES, SCORED_QUERIES = 2**30, 1024
+
+LANES = 128  # numbers of a TPU's row in memory, or a multiple of it
+
+
+def mesh_of(data: int = 1, context: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh of devices that need not be there, with the axes of `sharding.make_mesh`."""
+    return AbstractMesh((data, context, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes of one device, by what they are for."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def tree_bytes(tree: Any, dtype: Any, mesh: Devices, rules: Rules) -> int:
+    """Bytes of one device for an abstract tree of weights: the sum over its leaves of the size of a shard.
+
+    dtype: of every tensor that has none of its own. ValueError where an axis cannot be divided evenly, as of
+    `sharding.shardings`.
+    """
+    placed = jax.tree.leaves(sharding.shardings(tree, mesh, rules))
+    return sum(
+        math.prod(place.shard_shape(tensor.shape)) * jnp.dtype(tensor.dtype or dtype).itemsize
+        for (_, tensor), place in zip(tensors.leaves(tree), placed, strict=True)
+    )
+
+
+def cache_bytes(
+    config: Config, schedule: Schedule, rows: int, length: int, form: CacheFormat, mesh: Devices, rules: Rules
+) -> int:
+    """Bytes of one device for a cache of `rows` rows of `length` tokens; rows that cannot be divided are whole on each.
+
+    A TPU keeps rows of whole lanes: a latent of 576 numbers takes the room of 640.
+
+    ValueError for tokens that the devices which split them do not divide, as of `serving.init_cache`.
+    """
+    if length % (devices := _devices(("tokens",), (length,), rules, mesh, fitting=False)):
+        raise ValueError(f"cache of {length} tokens: cannot be divided over the {devices} devices that split it")
+    total = 0
+    for _, tensor in tensors.leaves(cache.abstract(config, schedule, rows, length, form)):
+        share, (*others, width) = _devices(tensor.axes, tensor.shape, rules, mesh), tensor.shape
+        if others and ops.platform() == "tpu":
+            width = -(-width // LANES) * LANES
+        total += math.prod(others) * width // share * jnp.dtype(tensor.dtype).itemsize
+    return total
+
+
+def _devices(axes: Axes, shape: tuple[int, ...], rules: Rules, mesh: Devices, fitting: bool = True) -> int:
+    """Over how many devices an array with these logical axes is split; `fitting`: where they divide it."""
+    entries = sharding.fitting_spec(shape, axes, rules, mesh) if fitting else sharding.spec(axes, rules, mesh)
+    return math.prod(mesh.shape[name] for entry in entries for name in sharding.names_of(entry))
+
+
+def prefill_temporaries(
+    config: Config, schedule: Schedule, rows: int, chunk: int, length: int, dtype: Any, mesh: Devices, rules: Rules
+) -> int:
+    """An estimate of what a layer's program holds beside weights and cache, for a chunk of `chunk` tokens a row.
+
+    With t the device's own tokens (rows and queries divided) and G' those of its rows, h its heads, T the cached tokens and s
+    bytes a number, it is
+
+        4 t D s + 4 t k'                              hidden states in and around the layer; k' selected indices a token
+        + the largest of
+          t (h (C + dr) + Hi Di) s + scores           absorbed and index queries; scores of 1024 queries, at most 1 GiB
+            + G' (C + dr + Di) s                      and the chunk's latents and index keys, gathered
+          t h (2 C + dr) s                            absorbed queries and what they attend to
+          3 t F s                                     gate, up and product of a dense MLP
+          p (2 D + I) s                               whole experts: rows and results of p = t k pairs of token and expert
+          G D (s + 4) + p (D + I) s                   experts split over devices: the G tokens gathered and their float32
+            + G k D (s + 4) but on GPUs               sums, p pairs at a time; what XLA does not fuse elsewhere
+
+    where p is what `moe` makes room for: an even share of the G k pairs and a quarter more.
+    """
+    c, s = config, jnp.dtype(dtype).itemsize
+    own = rows * chunk // _devices(("batch", "queries"), (rows, chunk), rules, mesh)
+    of_rows = rows * chunk // _devices(("batch",), (rows,), rules, mesh)
+    heads = c.num_heads // _devices(("heads",), (c.num_heads,), rules, mesh)
+    select = own * (heads * c.latent_dim + c.index_n_heads * c.index_head_dim) * s
+    select += min(SCORE_BYTES, 4 * length * min(own, SCORED_QUERIES)) + of_rows * (c.latent_dim + c.index_head_dim) * s
+    phases = [select, own * heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) * s]
+    if c.dense_layers:
+        phases.append(3 * own * c.intermediate_size * s)
+    if c.expert_layers:
+        phases.append(_expert_temporaries(c, rows, chunk, own, s, mesh, rules))
+    return 4 * own * c.hidden_size * s + 4 * own * min(c.index_topk, length) + max(phases)
+
+
+def _expert_temporaries(c: Config, rows: int, chunk: int, own: int, s: int, mesh: Devices, rules: Rules) -> int:
+    """The routed experts' part of `prefill_temporaries` for `own` tokens of a device."""
+    split = tuple(name for name in sharding.names_of(rules.expert) if mesh.shape[name] > 1)
+    if not split:
+        return own * c.num_experts_per_tok * (2 * c.hidden_size + c.moe_intermediate_size) * s
+    entries = sharding.fitting_spec((rows, chunk), ("batch", "queries"), rules, mesh)
+    shared = math.prod(mesh.shape[name] for entry in entries for name in sharding.names_of(entry) if name in split)
+    gathered, devices = own * shared, math.prod(mesh.shape[name] for name in split)
+    pairs = gathered * c.num_experts_per_tok
+    room = pairs if pairs <= moe.SMALL_BUFFER else min(pairs, int(moe.SPARE * pairs) // devices)
+    total = gathered * c.hidden_size * (s + 4) + room * (c.hidden_size + c.moe_intermediate_size) * s
+    return total if ops.platform() == "gpu" else total + pairs * c.hidden_size * (s + 4)
+
+
+def serving_need(
+    config: Config,
+    schedule: Schedule,
+    *,
+    rows: int,
+    length: int,
+    chunk: int,
+    dtype: Any,
+    form: CacheFormat,
+    mesh: Devices,
+    rules: Rules,
+) -> Need:
+    """What inference needs of one device: weights in `dtype`, a cache of [rows, length] in `form`, a chunk's temporaries."""
+    return Need(
+        {
+            "weights": tree_bytes(weights.abstract(config, schedule), dtype, mesh, rules),
+            "cache": cache_bytes(config, schedule, rows, length, form, mesh, rules),
+            "temporaries": prefill_temporaries(config, schedule, rows, min(chunk, length), length, dtype, mesh, rules),
+        }
+    )
+
+
+def training_need(config: Config, schedule: Schedule, kinds: list[str], mesh: Devices, rules: Rules) -> Need:
+    """What training keeps on one device: float32 weights and, for what trains, gradients and Adam's two moments.
+
+    kinds: of the stages; the one that trains most counts. Activations come on top.
+    """
+    tree = params.abstract(config, schedule)
+
+    def trained(kind: str) -> int:
+        leaves, _ = training.split(tree, distill.trainable(tree, kind))
+        return tree_bytes(leaves, jnp.float32, mesh, rules)
+
+    most = max(map(trained, kinds))
+    return Need({"weights": tree_bytes(tree, jnp.float32, mesh, rules), "gradients": most, "moments": 2 * most})
+
+
+def longest(fits: Callable[[int], bool], multiple: int, most: int) -> int:
+    """The largest multiple of `multiple` up to `most` that fits, where whatever is smaller fits too; 0 where none does."""
+    low, high = 0, most // multiple
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * multiple) else (low, middle - 1)
+    return low * multiple
+
+
+def available() -> int:
+    """Bytes that each of this process's devices may hold.
+
+    Of CPUs, which share the host's memory, an even share of it.
+    """
+    devices = jax.local_devices()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    if devices[0].platform != "cpu" and None not in limits:
+        return min(limit for limit in limits if limit is not None)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)

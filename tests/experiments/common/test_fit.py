@@ -1,0 +1,120 @@
+"""What is asked for is held against the memory of the devices before anything is allocated."""
+
+import re
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from experiments.common import fit
+from experiments.common.devices import Layout, parse
+from indexcache_jax import memory
+from indexcache_jax.config import Config
+from indexcache_jax.memory import Need
+from indexcache_jax.presets import preset
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import CacheFormat
+from indexcache_jax.sharding import SERVING
+from indexcache_jax.training import Stage
+from pallas_kernels import device
+
+CONFIG, SCHEDULE = Config.from_hf(preset("glm-5.2")), Schedule.from_hf(preset("glm-5.2"))
+H200 = 143_000_000_000
+ASKED = {"chunk": 8192, "dtype": jnp.bfloat16, "form": CacheFormat(), "flag": "prompts"}
+
+
+@pytest.fixture
+def there(monkeypatch):
+    """Sets how many bytes every device, a GPU, has."""
+    with device.target(types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")):
+        yield lambda size: monkeypatch.setattr(memory, "available", lambda: size)
+
+
+def test_one_line_says_what_is_needed_and_what_there_is(there, capsys):
+    there(2_000 * 10**9)
+    fit.serving(CONFIG, SCHEDULE, rows=1, length=131_072, **ASKED)
+    line = capsys.readouterr().out
+    assert re.fullmatch(
+        r"memory of each device: [\d.]+ GB \(weights [\d.]+, cache [\d.]+, temporaries [\d.]+\), of 2000.00 GB\n", line
+    )
+    fit.serving(CONFIG, SCHEDULE, rows=1, length=131_072, document=1000, **ASKED)
+    assert "document 0.10" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_fit_is_told_the_smallest_mesh_that_does(there):
+    there(H200)
+    with pytest.raises(ValueError) as error:
+        fit.serving(CONFIG, SCHEDULE, rows=1, length=131_072, **ASKED)
+    assert re.fullmatch(
+        r"--prompts: 1 x 131,072 tokens: needs [\d,.]+ GB \(.*\) of each device, there are 143.00 GB; "
+        r"the smallest mesh that fits it has 16 such devices: --mesh=context=16",
+        str(error.value),
+    )
+    layout = Layout(context=16, expert=16)
+    arguments = {name: ASKED[name] for name in ("chunk", "dtype", "form")}
+    need = memory.serving_need(
+        CONFIG, SCHEDULE, rows=1, length=131_072, mesh=memory.mesh_of(context=16), rules=layout.rules(SERVING), **arguments
+    )
+    assert need.total <= H200
+
+
+def test_a_cache_that_does_not_fit_is_told_the_longest_that_does(there, capsys):
+    config = Config.from_hf(preset("30b"))
+    schedule = Schedule.uniform(config.num_layers, 12)
+    there(80_000_000_000)
+    with pytest.raises(
+        ValueError, match="the longest that fits is [0-9,]+ tokens, the smallest mesh .* --mesh=data=2$"
+    ) as error:
+        fit.serving(config, schedule, rows=2, length=200_000, **ASKED)
+    longest = int(re.search(r"fits is ([\d,]+) tokens", str(error.value))[1].replace(",", ""))
+    fit.serving(config, schedule, rows=2, length=longest, **ASKED)
+    with pytest.raises(ValueError, match="the longest that fits"):
+        fit.serving(config, schedule, rows=2, length=longest + 64, **ASKED)
+
+
+def test_a_search_is_told_that_weights_can_be_streamed(there):
+    there(H200)
+    fit.search(Config.from_hf(preset("30b")), Schedule.all_full(47), rows=1, context=4096, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match="--context=4096: needs .*; --stream reads the weights layer by layer"):
+        fit.search(CONFIG, SCHEDULE, rows=1, context=4096, dtype=jnp.bfloat16)
+
+
+def test_training_is_told_the_smallest_mesh(there, capsys):
+    there(H200)
+    config = Config.from_hf(preset("30b"))
+    schedule = Schedule.uniform(config.num_layers, 12)
+    warmup, sparse = (Stage(kind, kind, 1, 8, 4096, 1e-4, 1e-4) for kind in ("warmup", "sparse"))
+    with pytest.raises(ValueError, match="training, without activations: needs .* --mesh=data=4"):
+        fit.training(config, schedule, [warmup, sparse])
+    fit.training(config, schedule, [warmup])  # the indexers alone
+    assert "gradients" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="checkpoint"):  # whose copy is one too many
+        fit.training(config, schedule, [warmup], checkpoint=schedule)
+
+
+def test_what_no_mesh_holds_is_said(there):
+    there(10**9)
+    with pytest.raises(ValueError, match=f"no mesh of up to {fit.MOST_DEVICES} such devices fits it"):
+        fit.serving(CONFIG, SCHEDULE, rows=1, length=1024, **ASKED)
+
+
+def test_the_fewest_devices_split_the_cache_where_that_is_needed():
+    def need(length, mesh, rules):
+        return Need({"cache": length // (mesh.shape["context"] if rules.tokens else 1)})
+
+    assert fit.smallest(need, 1000, 1, SERVING, 1000) == Layout(expert=1)
+    found = fit.smallest(need, 1000, 1, SERVING, 300)
+    assert found == Layout(context=4, expert=4, cache=4) and fit.mesh_flag(found) == "context=4,cache=4"
+
+
+@pytest.mark.parametrize(
+    ("layout", "flag"),
+    [
+        (Layout(), "data=1"),
+        (Layout(data=2, context=4, expert=8), "data=2,context=4"),
+        (Layout(context=4, expert=1, cache=4), "context=4,cache=4,expert=1"),
+    ],
+)
+def test_a_layout_as_the_flag_says_it(layout, flag):
+    assert fit.mesh_flag(layout) == flag
+    assert parse(flag, layout.num_devices) == layout
