@@ -101,7 +101,7 @@ class HuggingFaceCheckpoint:
             raise ValueError(f"{self.list_file}: tensor {name} is missing{why}{more}")
 
     def fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None = None) -> None:
-        """Writes one layer of a leaf into `out`, or only a part of it, of which no more rows than needed are read.
+        """Writes one layer of a leaf into `out`, or only a part of it, of which only what is needed is read.
 
         Its sources, such as experts, are read side by side: decoding and transposing are a core's work, not the disk's.
         """
@@ -113,7 +113,7 @@ class HuggingFaceCheckpoint:
                 return
             entry = self._find(source.name)
             assert entry is not None, "check() comes first"
-            for start, slab in self._slabs(entry, source, out.dtype, window.rows):
+            for start, slab in self._slabs(entry, source, out.dtype, window.rows, window.run(source.view)):
                 source.fill(out, window, start, slab)
 
         sources = tensor.stored(layer)
@@ -226,8 +226,13 @@ class HuggingFaceCheckpoint:
         if scale.dtype not in _SCALES:
             raise ValueError(f"{scale.file}: tensor {scale.name} has dtype {scale.dtype}, not one of {', '.join(_SCALES)}")
 
-    def _slabs(self, entry: Entry, source: Source, dtype: np.dtype, rows: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-        """(start, slab in dtype): entries [start, ...) of the first axis of source.view, over the entries `rows`."""
+    def _slabs(
+        self, entry: Entry, source: Source, dtype: np.dtype, rows: tuple[int, int], run: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(start, slab in dtype): entries [start, ...) of the first axis of source.view, over the entries `rows`.
+
+        run: the elements [first, last) of each of these entries that are needed, default all; the others are not read.
+        """
         scale = None
         if entry.dtype == "F8_E4M3":
             stored = self.entries[entry.name + fp8.SUFFIX]
@@ -237,7 +242,7 @@ class HuggingFaceCheckpoint:
         step = max(1, SLAB_BYTES * count // entry.nbytes)
         for start in range(*rows, step):
             stop = min(start + step, rows[1])
-            slab = entry.rows(start * unit, stop * unit)
+            slab = entry.rows(start * unit, stop * unit, unit, run)
             if scale is not None:
                 slab = fp8.dequantise(slab, scale, start * unit, self._block)
             yield start, slab.astype(dtype, copy=False)

@@ -1,12 +1,13 @@
-"""From a checkpoint directory to params on devices, one layer at a time."""
+"""From a checkpoint directory to weights on devices, each of which is sent what it holds, one layer of one leaf at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from checkpoints_convert.checkpoint import FORMS, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
 from checkpoints_convert.huggingface import HuggingFaceCheckpoint
 from checkpoints_convert.orbax_io import OrbaxCheckpoint
+from indexcache_jax import sharding
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor, leaves
@@ -23,6 +25,7 @@ from indexcache_jax.tensors import Tensor, leaves
 Bounds = tuple[tuple[int, int], ...]  # [start, stop) of every axis of a tensor
 Parts = dict[Bounds, list[Any]]  # the devices that hold a part; None is the default device
 _ALIGNMENT = 64  # bytes; JAX takes over host memory aligned so without a copy
+_MIN_PIECE = 2**20  # bytes sent to a device at once
 
 
 def load(
@@ -38,25 +41,48 @@ def load(
       schedule: instead of the one in config.json; every layer it makes F must have indexer weights.
       dtype: bfloat16, float32 or float16 for the weights; None keeps bfloat16 (also for FP8) and float32, and widens
         float16. The router bias is float32 in any case.
-      shardings: one sharding for all leaves or a tree of them, like the weights; None leaves everything on the default
-        device. A device is given the slices it needs and no others are read for it from safetensors.
+      shardings: one sharding for all leaves or a tree of them, like the weights. None places every leaf by the mesh and
+        rules in force (`indexcache_jax.sharding.use`); without a mesh everything goes to the default device.
       form: "params" for training and the search, "serving" for `serving.Weights`, which inference runs. Either tree is
         filled straight from the files: no other copy of the weights exists.
 
-    Host memory beyond the result on a CPU is a few MiB; on other devices one layer of one leaf. From orbax, whose leaves
-    are params, serving weights take up to three times one layer of one leaf.
+    A mesh may have devices of other processes, each of which calls `load` with the same arguments. A process reads what
+    its own devices hold: a part that several of them hold alike once, from safetensors no other bytes, from orbax whole
+    chunks. No leaf is ever whole in host memory unless a device holds it whole. Host memory beyond the result is a few
+    MiB on CPUs; on other devices at most 1.2 times the largest part that one device holds, of one layer where layers are
+    stacked, and a few MiB.
 
     ValueError names the file and the tensor or field for whatever is missing, misshapen, truncated or unsupported, and
-    all headers are checked before a weight is read. Stored tensors without a use are left out, with a warning.
+    the leaf and axis that the devices do not divide. All headers are checked before a weight is read. Stored tensors
+    without a use are left out, with a warning.
     """
     checkpoint, schedule, tree = opened(directory, schedule, dtype, form)
-    placements = _per_leaf(tree, shardings, form, schedule)
-
-    def place(tensor: Tensor, sharding: jax.sharding.Sharding | None) -> jax.Array:
-        return _place(tensor, leaf_dtype(checkpoint, tensor, dtype), sharding, functools.partial(checkpoint.fill, tensor))
-
-    arrays = [place(tensor, sharding) for (_, tensor), sharding in zip(leaves(tree), placements, strict=True)]
+    placements = _per_leaf(tree, _in_force(tree) if shardings is None else shardings, form, schedule)
+    planned = [
+        _Leaf(
+            tensor,
+            leaf_dtype(checkpoint, tensor, dtype),
+            sharding,
+            _parts(tensor.shape, sharding),
+            functools.partial(checkpoint.fill, tensor),
+        )
+        for (_, tensor), sharding in zip(leaves(tree), placements, strict=True)
+    ]
+    with jax.set_mesh(None):  # what is sent goes to one device at a time, whatever mesh the caller has in force
+        stage = _Stage(max(leaf.staged_bytes for leaf in planned))
+        arrays = [_place(leaf, stage) for leaf in planned]
     return checkpoint.config, schedule, jax.tree.unflatten(jax.tree.structure(tree), arrays)
+
+
+def _in_force(tree: Any) -> Any:
+    """The shardings of an abstract tree by the mesh and rules in force (`sharding.use`); None without a mesh."""
+    mesh, rules = sharding.current()
+    if mesh is None:
+        return None
+    devices = jax.sharding.get_mesh()
+    if devices.empty:
+        raise ValueError(f"shardings: the mesh in force, {dict(mesh.shape)}, is abstract: it has no devices to load onto")
+    return sharding.shardings(tree, devices, rules)
 
 
 def opened(
@@ -89,66 +115,122 @@ def _per_leaf(tree: Any, shardings: Any, form: str, schedule: Schedule) -> list[
     return found
 
 
-def _place(tensor: Tensor, dtype: np.dtype, sharding: jax.sharding.Sharding | None, fill: Callable[..., None]) -> jax.Array:
-    """A leaf as a JAX array. fill(layer, out, part) writes a part of one of its layers; each device's part is read once."""
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf to be loaded, and the parts of it that devices of this process hold.
+
+    fill(layer, out, part) writes a part of one of its layers. sharding None: all of it on the default device.
+    """
+
+    tensor: Tensor
+    dtype: np.dtype
+    sharding: jax.sharding.Sharding | None
+    parts: Parts
+    fill: Callable[..., None]
+
+    def nbytes(self, bounds: Bounds) -> int:
+        return math.prod(stop - start for start, stop in bounds) * self.dtype.itemsize
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the largest part, of one layer where layers are stacked, that does not stay in host memory."""
+        sent = [bounds for bounds, devices in self.parts.items() if not all(map(_takes_over, devices))]
+        return max((self.nbytes(bounds[self.tensor.stacked :]) for bounds in sent), default=0)
+
+    def read(self, bounds: Bounds) -> np.ndarray:
+        """A whole part."""
+        out = aligned(tuple(stop - start for start, stop in bounds), self.dtype)
+        for slot, layer, part in self.layers_of(bounds):
+            self.fill(layer, out if slot is None else out[slot], part)
+        return out
+
+    def layers_of(self, bounds: Bounds) -> Iterator[tuple[int | None, int | None, tuple[slice, ...]]]:
+        """(place in the part's stack, layer, part of that layer) of every layer that a part has something of."""
+        if not self.tensor.stacked:
+            yield None, self.tensor.every_layer[0], tuple(slice(*axis) for axis in bounds)
+            return
+        for slot, layer in enumerate(self.tensor.every_layer[slice(*bounds[0])]):
+            yield slot, layer, tuple(slice(*axis) for axis in bounds[1:])
+
+
+def _parts(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None) -> Parts:
+    """The different parts of an array that devices of this process hold."""
+    if sharding is None:
+        return {tuple((0, size) for size in shape): [None]}
     parts: Parts = {}
-    if sharding is None:
-        parts[tuple((0, size) for size in tensor.shape)] = [None]
-        on_cpu = jax.default_backend() == "cpu"
-    else:
-        for device, index in sharding.addressable_devices_indices_map(tensor.shape).items():
-            bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), tensor.shape, strict=True))
-            parts.setdefault(bounds, []).append(device)
-        on_cpu = all(device.platform == "cpu" for devices in parts.values() for device in devices)
-    direct = on_cpu or not tensor.stacked
-    shards = _filled(tensor, dtype, parts, fill) if direct else _staged(tensor, dtype, parts, fill)
-    if sharding is None:
-        return shards[None]
-    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, list(shards.values()))
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), shape, strict=True))
+        parts.setdefault(bounds, []).append(device)
+    return parts
 
 
-def _layers_of(tensor: Tensor, bounds: Bounds) -> tuple[tuple[int | None, ...], tuple[slice, ...]]:
-    """The layers in a part of a stacked tensor, and the part of each of them."""
-    return tensor.every_layer[slice(*bounds[0])], tuple(slice(*axis) for axis in bounds[1:])
+def _takes_over(device: jax.Device | None) -> bool:
+    """Whether arrays on a device (None: the default one) are host memory, which a part is read into for good."""
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
-def _filled(tensor: Tensor, dtype: np.dtype, parts: Parts, fill: Callable[..., None]) -> dict[Any, jax.Array]:
-    """Every device's part, put together on the host; an array on a CPU takes that memory over."""
-    shards: dict[Any, jax.Array] = {}
-    for bounds, devices in parts.items():
-        out = aligned(tuple(stop - start for start, stop in bounds), dtype)
-        if tensor.stacked:
-            layers, part = _layers_of(tensor, bounds)
-            for i, layer in enumerate(layers):
-                fill(layer, out[i], part)
-        else:
-            fill(tensor.every_layer[0], out, tuple(slice(*axis) for axis in bounds))
-        for device in devices:
-            shards[device] = jax.device_put(out, device)
-    return shards
+class _Stage:
+    """Host memory through which parts go to devices one at a time, of `largest` bytes.
 
+    What is small beside it goes at once, the rest in pieces: JAX makes a copy of whatever it sends.
+    """
 
-def _staged(tensor: Tensor, dtype: np.dtype, parts: Parts, fill: Callable[..., None]) -> dict[Any, jax.Array]:
-    """Every device's part of a stacked tensor, sent layer by layer."""
-    shards: dict[Any, jax.Array] = {}
-    for bounds, devices in parts.items():
+    def __init__(self, largest: int) -> None:
+        self._memory = aligned((largest,), np.dtype(np.uint8))
+        self._piece = max(largest // 16, _MIN_PIECE)
+
+    def place(self, leaf: _Leaf, bounds: Bounds, devices: Sequence[Any]) -> dict[Any, jax.Array]:
+        """A part of a leaf, read once, on each of its devices."""
+        if leaf.nbytes(bounds) <= self._piece:
+            out = leaf.read(bounds)
+            return {device: jax.device_put(out, device).block_until_ready() for device in devices}
         shape = tuple(stop - start for start, stop in bounds)
-        buffers = {device: jnp.zeros(shape, dtype, device=device) for device in devices}
-        stage = aligned(shape[1:], dtype)
-        layers, part = _layers_of(tensor, bounds)
-        for i, layer in enumerate(layers):
-            fill(layer, stage, part)
-            for device in devices:
-                sent = jax.device_put(stage, device)
-                # Waiting frees the copy, and `stage`, which JAX may have lent to it, before the next layer.
-                buffers[device] = _set_layer(buffers[device], sent, np.int32(i)).block_until_ready()
-        shards |= buffers
-    return shards
+        buffers = {device: jnp.zeros(shape, leaf.dtype, device=device) for device in devices}
+        for slot, layer, part in leaf.layers_of(bounds):
+            out = self._array(shape[leaf.tensor.stacked :], leaf.dtype)
+            leaf.fill(layer, out, part)
+            for at, rows in _pieces(out, self._piece, () if slot is None else (slot,)):
+                for device in devices:
+                    sent = jax.device_put(rows, device)
+                    # Waiting frees the copy, and the stage, which JAX may have lent to it, before what comes next.
+                    buffers[device] = _put(buffers[device], sent, *map(np.int32, at)).block_until_ready()
+        return buffers
+
+    def _array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return self._memory[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _pieces(array: np.ndarray, nbytes: int, at: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """An array in pieces of at most `nbytes`, or a row of its last axis, each with the index `at` + (...) of its first row."""
+    if array.ndim > 1 and array[0].nbytes > nbytes:
+        for i, entry in enumerate(array):
+            yield from _pieces(entry, nbytes, (*at, i))
+        return
+    step = max(1, nbytes * len(array) // array.nbytes)
+    for start in range(0, len(array), step):
+        yield (*at, start), array[start : start + step]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, slot, axis=0)
+def _put(buffer: jax.Array, rows: jax.Array, *at: jax.Array) -> jax.Array:
+    """`buffer` with `rows` at an index of its first axes."""
+    rows = rows.reshape((1,) * (buffer.ndim - rows.ndim) + rows.shape)
+    return jax.lax.dynamic_update_slice(buffer, rows, (*at, *(0,) * (buffer.ndim - len(at))))
+
+
+def _place(leaf: _Leaf, stage: _Stage) -> jax.Array:
+    """A leaf as a JAX array, of which this process reads what its devices hold."""
+    shards: dict[Any, jax.Array] = {}
+    for bounds, devices in leaf.parts.items():
+        if all(map(_takes_over, devices)):
+            out = leaf.read(bounds)
+            shards |= {device: jax.device_put(out, device) for device in devices}
+        else:
+            shards |= stage.place(leaf, bounds, devices)
+    if leaf.sharding is None:
+        return shards[None]
+    arrays = list(shards.values())
+    return jax.make_array_from_single_device_arrays(leaf.tensor.shape, leaf.sharding, arrays, dtype=leaf.dtype)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -79,15 +81,14 @@ class OrbaxCheckpoint(Leaves):
         return self._stores[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype.numpy_dtype
 
     def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
-        """Writes a part of one layer of a leaf into `out`, chunk by chunk."""
+        """Writes a part of one layer of a leaf into `out`, chunk by chunk; chunks outside of it are not read."""
         store, step = self._stores[leaf.path], _chunk(self._stores[leaf.path])[-out.ndim]
         if leaf.tensor.layers is not None:
             store = store[leaf.tensor.layers.index(leaf.layer)]
-        first = part[0].indices(leaf.tensor.layer_shape[0])[0]
-        for start in range(0, len(out), step):
-            stop = min(start + step, len(out))
+        first, last, _ = part[0].indices(leaf.tensor.layer_shape[0])
+        for start, stop in itertools.pairwise([first, *range(first - first % step + step, last, step), last]):
             try:
-                out[start:stop] = store[(slice(first + start, first + stop), *part[1:])].read().result()
+                out[start - first : stop - first] = store[(slice(start, stop), *part[1:])].read().result()
             except ValueError as error:
                 raise ValueError(f"{self._directory}: {leaf.path} cannot be read: {_first_line(error)}") from None
 
@@ -136,7 +137,12 @@ def write(directory: pathlib.Path, tree: Params) -> None:
 def _save(path: pathlib.Path, tree: Params) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((LazyLeaf, _LazyLeafHandler()))
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
+    # One process writes: orbax waits for no other.
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(path.absolute(), tree)
 
 

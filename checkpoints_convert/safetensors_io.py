@@ -57,25 +57,41 @@ class Entry:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Its bytes [start, stop) as uint8. ValueError where the file has become shorter than its header said."""
         out = np.empty(stop - start, np.uint8)
-        done = 0
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset + start)
-            while done < len(out):
-                count = file.readinto(out.data[done:])
-                if not count:
-                    raise ValueError(f"{self.file}: ends inside tensor {self.name}")
-                done += count
+        self.read_into([(start, out)])
         return out
+
+    def read_into(self, runs: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Fills uint8 arrays, each with its bytes from a position on. ValueError as for `read`."""
+        with open(self.file, "rb", buffering=0) as file:
+            for start, out in runs:
+                file.seek(self.offset + start)
+                done = 0
+                while done < len(out):
+                    count = file.readinto(out.data[done:])
+                    if not count:
+                        raise ValueError(f"{self.file}: ends inside tensor {self.name}")
+                    done += count
 
     def slabs(self, size: int) -> Iterator[np.ndarray]:
         """All its bytes, `size` at a time."""
         for start in range(0, self.nbytes, size):
             yield self.read(start, min(start + size, self.nbytes))
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Entries [start, stop) of its first axis, in its own dtype."""
-        width = self.nbytes // self.shape[0]
-        return self.read(start * width, stop * width).view(NUMPY[self.dtype]).reshape(-1, *self.shape[1:])
+    def rows(self, start: int, stop: int, unit: int = 1, run: tuple[int, int] | None = None) -> np.ndarray:
+        """Entries [start, stop) of its first axis, in its own dtype; both are multiples of `unit`.
+
+        run: of every `unit` entries, the elements [first, last) that are needed. The others are not read and are zeros.
+        Default all.
+        """
+        dtype, width = NUMPY[self.dtype], unit * self.nbytes // self.shape[0]
+        first, last = (0, width) if run is None else (run[0] * dtype.itemsize, run[1] * dtype.itemsize)
+        if (first, last) == (0, width):
+            data = self.read(start // unit * width, stop // unit * width)
+        else:
+            data = np.zeros((stop - start) // unit * width, np.uint8)
+            units = enumerate(data.reshape(-1, width), start // unit)
+            self.read_into((i * width + first, bytes_of_unit[first:last]) for i, bytes_of_unit in units)
+        return data.view(dtype).reshape(-1, *self.shape[1:])
 
 
 def read_directory(directory: pathlib.Path) -> dict[str, Entry]:

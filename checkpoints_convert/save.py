@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints_convert import orbax_io
 from checkpoints_convert.checkpoint import FORMS, Checkpoint, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
@@ -48,7 +50,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 class ArraysCheckpoint(Leaves):
-    """Params or serving weights in memory as a source of weights. They may lie on any device of this process."""
+    """Params or serving weights in memory as a source of weights, on any devices.
+
+    Where some are devices of other processes, process 0 alone may read, while all others are in `help`.
+    """
 
     def __init__(self, arrays: Params | Weights, config: Config, schedule: Schedule):
         self.config, self.schedule = config, schedule
@@ -74,16 +79,75 @@ class ArraysCheckpoint(Leaves):
     def dtype_of(self, tensor: Tensor) -> np.dtype:
         return np.dtype(self._arrays[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether devices of several processes hold the arrays."""
+        return any(_is_spread(array) for array in self._arrays.values())
+
     def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
         array = self._arrays[leaf.path]
-        slot = [leaf.tensor.every_layer.index(leaf.layer)] if leaf.tensor.stacked else []
-        out[...] = np.asarray(array[(*slot, *part)])
+        slot = leaf.tensor.every_layer.index(leaf.layer) if leaf.tensor.stacked else None
+        if _is_spread(array):
+            _from_first_process([_READ, list(self._arrays).index(leaf.path), -1 if slot is None else slot])
+            out[...] = _gathered(array, slot)[tuple(part)]
+        else:
+            out[...] = np.asarray(array[(*([] if slot is None else [slot]), *part)])
+
+    @contextlib.contextmanager
+    def helped(self) -> Iterator[None]:
+        """Lets process 0 read, and the others return from `help` afterwards."""
+        last = _FAILED
+        try:
+            yield
+            last = _DONE
+        finally:
+            if self.is_spread:
+                _from_first_process([last, 0, 0])
+
+    def help(self) -> None:
+        """Gives process 0 what it reads of this process's devices. RuntimeError where process 0 does not succeed."""
+        arrays = list(self._arrays.values())
+        while True:
+            request, number, slot = _from_first_process([0, 0, 0])
+            if request == _DONE:
+                return
+            if request == _FAILED:
+                raise RuntimeError("save: process 0 could not write the checkpoint; its error says why")
+            _gathered(arrays[number], None if slot < 0 else slot)
+
+
+# What process 0 asks of the others: to gather one layer of a leaf, or to end.
+_READ, _DONE, _FAILED = range(3)
+
+
+def _from_first_process(numbers: list[int]) -> list[int]:
+    """The numbers that process 0 calls this with, in every process."""
+    with jax.set_mesh(None):
+        return multihost_utils.broadcast_one_to_all(np.array(numbers, np.int32)).tolist()
+
+
+def _gathered(array: jax.Array, slot: int | None) -> np.ndarray:
+    """One layer of a leaf, None: all of it, from the devices of all processes, each of which calls this."""
+    with jax.set_mesh(None):
+        everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+        gather = jax.jit(_layer, out_shardings=everywhere, static_argnames="stacked")
+        return np.asarray(gather(array, np.int32(slot or 0), stacked=slot is not None).addressable_data(0))
+
+
+def _layer(array: jax.Array, slot: jax.Array, stacked: bool) -> jax.Array:
+    return array[slot] if stacked else array
 
 
 def _host_view(leaf: Any) -> Any:
     """A NumPy view of an array in host memory; an array on other or several devices as it is."""
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        leaf = leaf.addressable_data(0)  # which no other process is asked for
     on_host = not isinstance(leaf, jax.Array) or [device.platform for device in leaf.devices()] == ["cpu"]
     return np.asarray(leaf) if on_host else leaf
+
+
+def _is_spread(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
 def save(
@@ -106,10 +170,19 @@ def save(
 
     The directory appears whole, by a rename, or not at all. ValueError where it exists and is not empty, and, before
     anything is written, where params do not fit config and schedule.
+
+    Arrays may be spread over devices of several processes. Then each of these calls `save` with the same arguments, and
+    process 0 writes: one layer of one leaf at a time is gathered, which every device needs memory for. The others return
+    when it is done, or raise RuntimeError where it fails.
     """
     checkpoint = ArraysCheckpoint(params, config, schedule)
+    checkpoint.check(None)
+    if checkpoint.is_spread and jax.process_index() > 0:
+        checkpoint.help()
+        return
     companions = [] if companions_of is None else _companions(pathlib.Path(companions_of))
-    _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, companions=companions)
+    with checkpoint.helped():
+        _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, companions=companions)
 
 
 def _companions(directory: pathlib.Path) -> list[pathlib.Path]:

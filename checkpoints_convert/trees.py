@@ -1,18 +1,23 @@
 """The leaves of one tree, in memory or in an orbax checkpoint, as the source of any other tree of the same model.
 
 Both trees describe their leaves by the stored tensors that fill them (`indexcache_jax.tensors.Source`). A leaf that both
-have alike, such as the routed experts, is read as it is; any other is put together from the stored tensors it is made of,
-which are rebuilt one at a time. So params give serving weights and serving weights give params.
+have alike, such as the routed experts, is read as it is; any other is put together from the leaves that hold the same
+stored tensors. So params give serving weights and serving weights give params. What is needed of a leaf is read straight
+into its place, and nothing else of it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from indexcache_jax.tensors import Part, Source, Tensor, leaves, whole
+from indexcache_jax.tensors import Part, Source, Tensor, Window, leaves, whole
+
+Bounds = list[tuple[int, int]]  # [start, stop) of every axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Leaves:
                     self._parts.setdefault(source.name, []).append((Leaf(path, tensor, layer), source))
 
     def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
-        """Writes a part of one layer of a leaf into `out`, which has the part's shape."""
+        """Writes a part of one layer of a leaf into `out`, which has the part's shape and any strides."""
         raise NotImplementedError
 
     def stored_in(self, tensor: Tensor, layer: int | None) -> list[str]:
@@ -53,18 +58,102 @@ class Leaves:
             return
         for source in sources:
             if (window := source.window(tensor.layer_shape, part)) is not None:
-                start, stop = window.rows
-                rows = source.shape[0] // source.view[0]  # of the stored tensor, to an entry of the view
-                source.fill(out, window, start, self._rebuilt(source, out.dtype)[start * rows : stop * rows])
+                self._fill_window(source, window, out)
 
-    def _rebuilt(self, wanted: Source, dtype: np.dtype) -> np.ndarray:
-        """A stored tensor, from every leaf that holds a part of it."""
-        stored = np.empty(wanted.shape, dtype)
-        for leaf, source in self._parts[wanted.name]:
-            region = source.region(leaf.tensor.layer_shape)
-            part = tuple(slice(i, i + 1) if isinstance(i, int) else i for i in region)
-            shape = [len(range(*i.indices(size))) for i, size in zip(part, leaf.tensor.layer_shape, strict=True)]
-            values = np.empty(shape, dtype)
-            self.read(leaf, part, values)
-            source.write(stored, values[tuple(0 if isinstance(i, int) else slice(None) for i in region)])
-        return stored
+    def _fill_window(self, wanted: Source, window: Window, out: np.ndarray) -> None:
+        """Writes what a source fills in a part `out`, from every leaf that holds something of its stored tensor.
+
+        Leaves are read into a region of the stored tensor. It lies in `out` itself unless a part cuts through the rows of
+        a head, so that leaves which keep heads apart cannot be read into it.
+        """
+        held = self._parts[wanted.name]
+        # With one view in common its axes need no conversion; else all views are taken as splits of the stored axes.
+        shape = wanted.view if all(source.view == wanted.view for _, source in held) else wanted.shape
+        split = _Split.of(wanted.view, shape)
+        units = [math.lcm(*(_Split.of(source.view, shape).units[axis] for _, source in held)) for axis in range(len(shape))]
+        exact = split.merged(list(window.bounds))
+        region = [
+            (start - start % unit, stop + -stop % unit)
+            for (start, stop), unit in zip(exact, map(math.lcm, units, split.units), strict=True)
+        ]
+        sizes = [stop - start for start, stop in region]
+        target = wanted.viewed(out, window)
+        stored = target.reshape(sizes) if math.prod(sizes) == target.size else None
+        if stored is None or not np.may_share_memory(stored, out):
+            stored = np.empty(sizes, out.dtype)
+        for leaf, source in held:
+            self._read_region(leaf, source, shape, region, stored)
+        if not np.may_share_memory(stored, out):
+            within = split.bounds(region)
+            values = stored.reshape([stop - start for start, stop in within])
+            starts = [start for start, _ in within]
+            target[...] = values[
+                tuple(slice(a - first, b - first) for (a, b), first in zip(window.bounds, starts, strict=True))
+            ]
+
+    def _read_region(self, leaf: Leaf, source: Source, shape: tuple[int, ...], region: Bounds, stored: np.ndarray) -> None:
+        """Reads what a leaf holds of a region of a stored tensor of `shape` into `stored`, the array of that region."""
+        within = _Split.of(source.view, shape).bounds(region)
+        values = stored.reshape([stop - start for start, stop in within])
+        part: list[slice] = []
+        for axis, ((start, stop), size) in enumerate(zip(within, source.view, strict=True)):
+            first, last, _ = (source.take[axis] if axis < len(source.take) else slice(None)).indices(size)
+            low, high = max(start, first), min(stop, last)
+            if low >= high:
+                return
+            values = values[(slice(None),) * axis + (slice(low - start, high - start),)]
+            part.append(slice(low - first, high - first))
+        values, axes = values.transpose(source.perm), iter(part[axis] for axis in source.perm)
+        cut, single = [], []
+        for axis, (at, size) in enumerate(zip(source.region(leaf.tensor.layer_shape), leaf.tensor.layer_shape, strict=True)):
+            if isinstance(at, int):
+                cut.append(slice(at, at + 1))
+                single.append(axis)
+            else:
+                offset, taken = at.indices(size)[0], next(axes)
+                cut.append(slice(offset + taken.start, offset + taken.stop))
+        self.read(leaf, cut, np.expand_dims(values, tuple(single)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """How the axes of a view are splits of the axes of a stored tensor: the view's sizes that make up each of its axes."""
+
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, view: tuple[int, ...], shape: tuple[int, ...]) -> _Split:
+        groups, sizes = [], iter(view)
+        for size in shape:
+            group = [next(sizes)]
+            while math.prod(group) < size:
+                group.append(next(sizes))
+            groups.append(tuple(group))
+        assert tuple(size for group in groups for size in group) == view, (view, shape)
+        return cls(tuple(groups))
+
+    @property
+    def units(self) -> list[int]:
+        """For every stored axis, how many of its entries make one of the view's axis that is outermost in it."""
+        return [math.prod(group[1:]) for group in self.groups]
+
+    def merged(self, bounds: Bounds) -> Bounds:
+        """The least bounds of the stored axes that hold those of the view's axes."""
+        rest = iter(bounds)
+        return [self._merge(group, [next(rest) for _ in group]) for group in self.groups]
+
+    @staticmethod
+    def _merge(group: tuple[int, ...], bounds: Bounds) -> tuple[int, int]:
+        strides = [math.prod(group[axis + 1 :]) for axis in range(len(group))]
+        first = sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+        last = sum((stop - 1) * stride for (_, stop), stride in zip(bounds, strides, strict=True))
+        return first, last + 1
+
+    def bounds(self, region: Bounds) -> Bounds:
+        """The bounds of the view's axes for a region whose bounds are multiples of `units`."""
+        return list(self._bounds(region))
+
+    def _bounds(self, region: Bounds) -> Iterator[tuple[int, int]]:
+        for group, unit, (start, stop) in zip(self.groups, self.units, region, strict=True):
+            yield start // unit, stop // unit
+            yield from ((0, size) for size in group[1:])

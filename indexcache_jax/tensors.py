@@ -23,13 +23,24 @@ Part = Sequence[slice]  # a slice for every axis of a layer's tensor, step 1
 class Window:
     """The region that a source fills in a part of its tensor.
 
-    rows: the entries [start, stop) of the first axis of the source's view that are needed. cut: a slice of every axis of
-    what `Source.read` returns for all rows. into: where that region lies in the part.
+    bounds: the needed entries [start, stop) of every axis of the source's view. cut: a slice of every axis of what
+    `Source.read` returns for all rows. into: where that region lies in the part.
     """
 
-    rows: tuple[int, int]
+    bounds: tuple[tuple[int, int], ...]
     cut: tuple[slice, ...]
     into: tuple[int | slice, ...]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The needed entries of the view's first axis."""
+        return self.bounds[0]
+
+    def run(self, view: tuple[int, ...]) -> tuple[int, int]:
+        """The elements [first, last) of each of `rows` that all needed ones lie between; `view` is the source's."""
+        strides = [math.prod(view[axis + 1 :]) for axis in range(1, len(view))]
+        inner = list(zip(self.bounds[1:], strides, strict=True))
+        return sum(start * stride for (start, _), stride in inner), sum((stop - 1) * stride for (_, stop), stride in inner) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +95,15 @@ class Source:
                 return None
             cut.append(slice(low - start, high - start))
             into.append(slice(low - first, high - first))
-        rows = cut[self.row_axis]
-        return Window((rows.start, rows.stop), tuple(cut), tuple(into))
+        taken = (*self.take, *(slice(None),) * (len(self.view) - len(self.take)))
+        offsets = [axis.indices(size)[0] for axis, size in zip(taken, self.view, strict=True)]
+        of_view = [cut[axis] for axis in np.argsort(self.perm)]
+        bounds = [(offset + axis.start, offset + axis.stop) for offset, axis in zip(offsets, of_view, strict=True)]
+        return Window(tuple(bounds), tuple(cut), tuple(into))
+
+    def viewed(self, out: np.ndarray, window: Window) -> np.ndarray:
+        """What the window fills in a part `out`, with the axes of the view: window.bounds of it, without a copy."""
+        return out[window.into].transpose(np.argsort(self.perm))
 
     def fill(self, out: np.ndarray, window: Window, start: int, slab: np.ndarray) -> None:
         """Writes `slab`, the entries of the view from `start` on and within window.rows, into a part `out`."""

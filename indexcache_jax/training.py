@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from indexcache_jax import distill
 from indexcache_jax.config import Config
@@ -116,6 +117,22 @@ def init_optimiser_state(params: Params, stage: Stage, config: Config, schedule:
     """The optimiser's state before a stage's first step."""
     labels = distill.trainable(params, stage.kind)
     return optimiser(stage, config, schedule).init(split(params, labels)[0])
+
+
+def optimiser_shardings(state: Any, params_shardings: Any) -> Any:
+    """The shardings of an optimiser's state, which may be abstract: what it keeps of a weight lies where the weight does.
+
+    params_shardings: a tree of NamedShardings like the params. A leaf of the state belongs to the weight whose path in the
+    params its own path ends with; counts and whatever belongs to no weight are replicated.
+    """
+    of_weights = {tuple(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params_shardings)}
+    replicated = NamedSharding(next(iter(of_weights.values())).mesh, PartitionSpec())
+
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        endings = (path[start:] for start in range(len(path)))
+        return next((of_weights[ending] for ending in endings if ending in of_weights), replicated)
+
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames=("params", "state"))

@@ -198,9 +198,12 @@ class _Checkpoints:
         return step, times
 
     def restore(self, step: int, params: Params, state: Any) -> tuple[Params, Any]:
-        """A checkpoint's params and optimiser state, of the shapes and dtypes of those given."""
-        like = ocp.args.StandardRestore({"params": params, "optimiser": state})
-        restored = self._manager.restore(step, args=ocp.args.Composite(weights=like))["weights"]
+        """A checkpoint's params and optimiser state, of the shapes, dtypes and shardings of those given.
+
+        They may be ShapeDtypeStructs. The mesh that the checkpoint was saved on need not be there.
+        """
+        like = jax.tree.map(_abstract, {"params": params, "optimiser": state})
+        restored = self._manager.restore(step, args=ocp.args.Composite(weights=ocp.args.StandardRestore(like)))["weights"]
         return restored["params"], restored["optimiser"]
 
     def save(self, step: int, params: Params, state: Any, times: dict[str, Any]) -> None:
@@ -213,6 +216,10 @@ class _Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._manager.close()
+
+
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 def begun(directory: pathlib.Path) -> bool:

@@ -11,7 +11,6 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType
 from checkpoints_convert import load
-from checkpoints_convert.safetensors_io import Entry
 from indexcache_jax import forward, params, serving, sharding
 from tests.support.tiny_models import CASES
 
@@ -33,18 +32,28 @@ for form, tree in (("params", params.abstract), ("serving", serving.weights.abst
     jax.tree.map(lambda array, where: array.sharding.is_equivalent_to(where, array.ndim) or 1 / 0, loaded, placed)
     jax.tree.map(np.testing.assert_array_equal, loaded, load(sys.argv[1], form=form)[2])
 
-# For an expert on one device no other expert's bytes are read.
-read = []
-entry_read = Entry.read
-Entry.read = lambda self, start, stop: read.append((self.name, stop - start)) or entry_read(self, start, stop)
-from checkpoints_convert.load import opened
-checkpoint, _, tree = opened(sys.argv[1], None, None, "serving")
-experts = tree.layers[4].mlp.gate_up
-out = np.empty((1, *experts.shape[1:]), np.float32)
-read.clear()
-checkpoint.fill(experts, 4, out, (slice(3, 4), *(slice(None),) * 3))
-assert {name for name, _ in read} == {f"model.layers.4.mlp.experts.3.{kind}_proj.weight" for kind in ("gate", "up")}, read
-np.testing.assert_array_equal(out[0], load(sys.argv[1], form="serving")[2].layers[4].mlp.gate_up[3])
+    # Nothing has to be said where the mesh is in force.
+    with sharding.use(mesh, sharding.SERVING.whole_experts()):
+        here = load(sys.argv[1], form=form)[2]
+        placed = sharding.shardings(tree(case.config, case.schedule), mesh, sharding.SERVING.whole_experts())
+    jax.tree.map(lambda array, where: array.sharding.is_equivalent_to(where, array.ndim) or 1 / 0, here, placed)
+    jax.tree.map(np.testing.assert_array_equal, here, loaded)
+with sharding.use(mesh, sharding.Rules(vocab="tensor")):
+    try:
+        load(sys.argv[1])
+    except ValueError as error:
+        assert str(error).startswith("embedding: axis vocab of size 97 cannot be divided over 2 devices"), error
+    else:
+        raise AssertionError("97 rows were divided by 2")
+with sharding.use(mesh.abstract_mesh):
+    try:
+        load(sys.argv[1])
+    except ValueError as error:
+        assert "'tensor': 2}, is abstract: it has no devices to load onto" in str(error), error
+    else:
+        raise AssertionError("weights lie on no device")
+with sharding.use(sharding.make_mesh(devices=jax.devices()[:1])):
+    assert not any(leaf.committed for leaf in jax.tree.leaves(load(sys.argv[1])[2]))
 
 # Under a mesh rows of a batch are split, and the results stay.
 expected = forward(case.params, case.tokens, case.config, case.schedule)

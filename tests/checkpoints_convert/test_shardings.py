@@ -1,5 +1,6 @@
 """Leaves land on the devices they are meant for, whatever axis is split. Four CPU devices, in a process of their own."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -63,8 +64,10 @@ def test_without_shardings_arrays_may_still_be_moved(source):
     assert not any(leaf.committed for leaf in jax.tree.leaves(load(source)[2]))
 
 
-def test_layers_go_one_by_one_where_memory_is_not_the_host_s(source, monkeypatch):
+@pytest.mark.parametrize("nbytes", [1, 2000, 2**20], ids=["rows", "several rows", "all at once"])
+def test_pieces_are_put_together_where_memory_is_not_the_host_s(source, monkeypatch, nbytes):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(importlib.import_module("checkpoints_convert.load"), "_MIN_PIECE", nbytes)
     params = load(source)[2]
     assert not any(leaf.committed for leaf in jax.tree.leaves(params))
     jax.tree.map(np.testing.assert_array_equal, params, MIXED.params)

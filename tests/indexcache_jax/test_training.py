@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from indexcache_jax import training
+from indexcache_jax import distill, sharding, training
 from indexcache_jax.distill import traced_schedule
-from indexcache_jax.params import with_schedule
+from indexcache_jax.params import abstract, with_schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
@@ -76,6 +77,27 @@ def test_weights_that_are_not_finite_are_named_where_they_train():
     assert training.non_finite_weights(CASE.params, "sparse") == []
     assert training.non_finite_weights(broken, "sparse") == [".final_norm"]
     assert training.non_finite_weights(broken, "warmup") == []
+
+
+def test_the_state_of_a_weight_lies_where_the_weight_does():
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    case = WITH_EXPERTS
+    of_params = sharding.shardings(abstract(case.config, case.schedule), mesh, sharding.TRAINING)
+    for stage in (WARMUP, SPARSE):
+        state = jax.eval_shape(
+            lambda params, stage=stage: training.init_optimiser_state(params, stage, case.config, case.schedule), case.params
+        )
+        placed = training.optimiser_shardings(state, of_params)
+        assert jax.tree.structure(placed) == jax.tree.structure(state)
+        trained = distill.trainable(of_params, stage.kind)
+        for kind in ("model", "indexer"):
+            expected = jax.tree.map(lambda label, where, kind=kind: where if label == kind else None, trained, of_params)
+            adam = placed.inner_states[kind].inner_state[1][0]
+            for moment in (adam.mu, adam.nu):
+                assert jax.tree.leaves(moment) == jax.tree.leaves(expected)
+            assert adam.count.spec == PartitionSpec()
+    assert placed.inner_states["model"].inner_state[1][0].mu.moe.gate_up.spec[1] == ("data", "context", "tensor")
+    assert placed.inner_states["model"].inner_state[1][0].nu.moe.shared.down.spec == PartitionSpec(None, None, "data")
 
 
 def test_what_is_split_by_labels_is_merged_again():
