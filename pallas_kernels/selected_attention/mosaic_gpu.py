@@ -4,8 +4,8 @@ A thread block owns a tile: two warpgroups of 64 rows each, and one that copies.
 rows are queries and tiles of keys stream past; gradient of keys and values: the rows are keys, tiles of queries stream
 past. Every sum is thus one block's, in the order of the tiles: the result repeats bit for bit. Tiles that causality
 empties, by the positions of the queries, are left out; within the rest every pair is computed and the mask zeroes what
-is not selected. At a selection of 1/16 that is more arithmetic than gathering, but all of it runs on the tensor cores from tiles that TMA copies:
-a gathered row would serve one query, a tile serves 128.
+is not selected. At a selection of 1/16 that is more arithmetic than gathering, but all of it runs on the tensor cores
+from tiles that TMA copies: a gathered row would serve one query, a tile serves 128.
 
 Why these tiles: registers. The rows' sums stay in them (64 x (192 + 128) numbers a warpgroup for keys and values: 160 a
 thread), so the streamed tile is 64 wide in the backward pass and 128 in the forward one, which keeps 64.

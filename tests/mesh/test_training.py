@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax import distill, ops, params, sharding, training
+from indexcache_jax import params, sharding, training
 from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage
 from tests.support import meshes
