@@ -9,7 +9,6 @@ import pytest
 
 from indexcache_jax import moe, params, sharding
 from indexcache_jax.params import at_layer
-from indexcache_jax.sharding import SERVING
 from tests.support.tiny_models import CASES
 
 CASE = CASES["glm-mixed"]
