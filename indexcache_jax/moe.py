@@ -94,7 +94,7 @@ def routed(p: HasMatrices, tokens: jax.Array, experts: jax.Array, weights: jax.A
     experts, weights: both as `choose` gives them. Where devices exchange tokens, they do so in the dtype of the tokens.
     """
     axes = ("batch", "queries")[: tokens.ndim - 1]
-    exchange = sharding.exchange(tokens.shape, axes, "expert")
+    exchange = sharding.exchange(tokens.shape, axes, "expert", p.gate_up.shape[0])
     on_each = sharding.on_each_device(
         functools.partial(_on_each_device, config=config, exchange=exchange),
         inputs=(("expert",), axes, axes, axes),

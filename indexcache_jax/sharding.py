@@ -263,10 +263,11 @@ class Exchange:
         return jax.lax.psum(sums, others) if others else sums
 
 
-def exchange(shape: tuple[int, ...], axes: Axes, weights: str) -> Exchange | None:
+def exchange(shape: tuple[int, ...], axes: Axes, weights: str, size: int) -> Exchange | None:
     """The exchange for tokens of this shape, whose leading dimensions have these logical axes, and weights split by another.
 
-    None without a mesh, and where the weights are whole on every device.
+    size: of the weights' axis. None without a mesh, and where the weights are whole on every device. Raises ValueError
+    where the devices do not divide them.
     """
     mesh, rules = current()
     if mesh is None:
@@ -274,6 +275,9 @@ def exchange(shape: tuple[int, ...], axes: Axes, weights: str) -> Exchange | Non
     split = tuple(name for name in names_of(spec((weights,), rules, mesh)[0]) if mesh.shape[name] > 1)
     if not split:
         return None
+    devices = math.prod(mesh.shape[name] for name in split)
+    if size % devices:
+        raise ValueError(f"axis {weights} of size {size} cannot be divided over {devices} devices of {split}")
     entries = fitting_spec(shape[: len(axes)], axes, rules, mesh)
     tokens = tuple(name for entry in entries for name in names_of(entry) if name in split)
-    return Exchange(tokens, split, math.prod(mesh.shape[name] for name in split))
+    return Exchange(tokens, split, devices)

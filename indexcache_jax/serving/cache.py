@@ -101,12 +101,17 @@ def init_cache(config: Config, schedule: Schedule, batch: int, max_len: int, dty
     return jax.tree.map(lambda t: row_major(jnp.zeros(t.shape, t.dtype, device=sharding.fitting(t.shape, t.axes))), tree)
 
 
-def shape_structs(cache: Cache, sharding: jax.sharding.Sharding) -> Cache:
-    """An abstract cache as row-major ShapeDtypeStructs on `sharding`: to compile a program for a device not at hand."""
-    structs = tensors.shape_structs(cache, None)
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=Format(_row_major(len(s.shape)), sharding)), structs
-    )
+def shape_structs(cache: Cache, device: jax.sharding.Sharding | None = None) -> Cache:
+    """An abstract cache as ShapeDtypeStructs: to compile a program without one.
+
+    device: for a device that is not at hand, on which it is row-major; else it is as `init_cache` makes it.
+    """
+
+    def struct(t: Tensor) -> jax.ShapeDtypeStruct:
+        where = sharding.fitting(t.shape, t.axes) if device is None else Format(_row_major(len(t.shape)), device)
+        return jax.ShapeDtypeStruct(t.shape, jnp.dtype(t.dtype), sharding=where)
+
+    return jax.tree.map(struct, cache)
 
 
 def _row_major(axes: int) -> Layout:
@@ -166,7 +171,7 @@ def write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     the end takes the last position: dropping it would need another kernel. Every device that holds a row is given all of
     the row's new tokens, and keeps those of its part of the T positions.
     """
-    part = sharding.exchange(buffer.shape, ("batch",), "tokens")
+    part = sharding.exchange(buffer.shape, ("batch",), "tokens", buffer.shape[1])
     inputs = ("batch", "tokens"), ("batch",), ("batch",)
     return sharding.on_each_device(functools.partial(_write, part=part), inputs, ("batch", "tokens"))(buffer, new, positions)
 

@@ -24,7 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from indexcache_jax import tensors
+from indexcache_jax import sharding, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.params import MLP, MoE, Params, at_layer, check_schedule, slots
 from indexcache_jax.schedule import Schedule
@@ -276,16 +276,21 @@ def weights_for(params: Params | Weights, config: Config, schedule: Schedule) ->
 @functools.partial(jax.jit, static_argnames=("experts", "dtype"))
 def _random_layer(key: jax.Array, config: Config, experts: bool, dtype: Any) -> Layer:
     one = dataclasses.replace(config, num_layers=1, moe_layers=(experts,))
-    return tensors.init(key, _layer(one, 0, full=True), dtype)
+    return _random(key, _layer(one, 0, full=True), dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _random_ends(key: jax.Array, config: Config, dtype: Any) -> Weights:
-    return tensors.init(key, abstract(config, Schedule("F" * config.num_layers)).ends, dtype)
+    return _random(key, abstract(config, Schedule("F" * config.num_layers)).ends, dtype)
+
+
+def _random(key: jax.Array, tree: Any, dtype: Any) -> Any:
+    """Random arrays for an abstract tree, where the rules in force put them."""
+    return jax.tree.map(lambda x, t: sharding.constrain(x, *t.axes), tensors.init(key, tree, dtype), tree)
 
 
 def random_weights(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16) -> Weights:
-    """Random weights with an indexer in every layer, made on the device layer by layer: for measuring speed."""
+    """Random weights with an indexer in every layer, made on the devices layer by layer: for measuring speed."""
     keys = jax.random.split(key, config.num_layers + 1)
     layers = [_random_layer(k, config, experts, dtype) for k, experts in zip(keys[1:], config.moe_layers, strict=True)]
     return dataclasses.replace(_random_ends(keys[0], config, dtype), layers=tuple(layers))

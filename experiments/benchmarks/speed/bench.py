@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.benchmarks.speed.models import Model
 from experiments.common.profiling import KERNEL_BY_KERNEL
-from indexcache_jax import serving
+from indexcache_jax import serving, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, prefill_chunk
@@ -70,20 +71,24 @@ class Bench:
         return serving.bytes_per_token(self.config, self.schedules[pattern], self.cache_format)
 
     def full_rows(self, pattern: str, length: int, asked: int, temporaries: int = 0) -> int:
-        """Rows of `length` tokens that fit beside the weights and a program's temporary memory, at least one."""
+        """Rows of `length` tokens that fit beside the weights and a program's temporary memory, at least one a device."""
         stats = jax.devices()[0].memory_stats()
         if asked or not stats or "bytes_limit" not in stats:
-            return asked or ROWS_WITHOUT_MEMORY_FIGURES
-        held = sum(x.nbytes for x in {id(x): x for w in self.weights.values() for x in jax.tree.leaves(w)}.values())
+            return asked or ROWS_WITHOUT_MEMORY_FIGURES * sharding.devices_along("batch")
+        arrays = {id(x): x for w in self.weights.values() for x in jax.tree.leaves(w)}.values()
+        held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
         row = self.bytes_per_token(pattern) * self.sizes.room(length)
         source = row // self.config.num_layers  # one layer's part of a request, of which the rows are made
-        return max(1, (stats["bytes_limit"] - held - temporaries - source - MARGIN) // row)
+        row //= sharding.devices_along("tokens")
+        rows = (stats["bytes_limit"] - held - temporaries - source - MARGIN) // row  # of a device
+        return max(1, rows) * sharding.devices_along("batch")
 
     # Programs.
 
     def lower_decode(self, pattern: str, batch: int, max_len: int) -> Any:
-        cache = jax.eval_shape(lambda: self.cache(pattern, batch, max_len))
-        token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        tree = serving.cache.abstract(self.config, self.schedules[pattern], batch, max_len, self.cache_format)
+        cache = serving.cache.shape_structs(tree)
+        token = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.fitting((batch,), ("batch",)))
         return decode_program(formats(cache)).lower(self.weights[pattern], token, cache, self.config, steps=self.sizes.steps)
 
     def compile_full(self, pattern: str, length: int, rows: int) -> None:
@@ -99,8 +104,8 @@ class Bench:
         return list(kinds.values())
 
     def _call_layer(self, pattern: str, p: serving.Layer) -> Any:
-        lengths = jnp.full((1,), self.sizes.chunk, jnp.int32)
-        tokens = jnp.zeros((1, self.sizes.chunk), jnp.int32)
+        lengths = np.full((1,), self.sizes.chunk, np.int32)
+        tokens = np.zeros((1, self.sizes.chunk), np.int32)
         x, positions = serving.embed(self.weights[pattern].embedding, tokens, 0 * lengths, lengths, self.config)
         one = serving.init_cache(
             dataclasses.replace(self.config, num_layers=1, moe_layers=(True,)),
@@ -112,7 +117,9 @@ class Bench:
         if not p.full:
             one = dataclasses.replace(one, index_keys=None, index_scales=None)
         kv_length = padded_kv_length(self.sizes.max_len, self.sizes.max_len)
-        indices = None if p.full else jnp.zeros((1, self.sizes.chunk, min(self.config.index_topk, kv_length)), jnp.int32)
+        shape = (1, self.sizes.chunk, min(self.config.index_topk, kv_length))
+        where = sharding.fitting(shape, ("batch", "queries", None))
+        indices = None if p.full else jnp.zeros(shape, jnp.int32, device=where)
         return jax.block_until_ready(run_layer_in_place(p, x, indices, one, positions, kv_length, self.config)[0])
 
     def compile(self, asked_rows: int) -> None:
@@ -138,23 +145,23 @@ class Bench:
                     self.compile_full(pattern, length, fitting)
         for pattern in self.weights:  # what else a chunk takes is small, and compiled by running one
             logits, cache = self.prefill_chunk(
-                pattern, jnp.zeros((1, self.sizes.chunk), jnp.int32), self.cache(pattern, 1, self.sizes.max_len)
+                pattern, np.zeros((1, self.sizes.chunk), np.int32), self.cache(pattern, 1, self.sizes.max_len)
             )
             jax.block_until_ready(self.decode(self.decode_one[pattern], pattern, cache))
 
     # Runs.
 
     def prefill_chunk(
-        self, pattern: str, tokens: jax.Array, cache: serving.Cache, layer: LayerFunction = run_layer_in_place
+        self, pattern: str, tokens: np.ndarray, cache: serving.Cache, layer: LayerFunction = run_layer_in_place
     ) -> tuple[jax.Array, serving.Cache]:
-        lengths = jnp.full((1,), self.sizes.chunk, jnp.int32)
+        lengths = np.full((1,), self.sizes.chunk, np.int32)
         kv_length = padded_kv_length(self.sizes.max_len, self.sizes.max_len)
         weights = self.weights[pattern]
         x, cache = prefill_chunk(weights, tokens, lengths, cache, self.config, kv_length, layer)
         return last_logits(weights, last_hidden(x, lengths, jnp.zeros_like(x[:, 0])), self.config), cache
 
     def decode(self, program: Any, pattern: str, cache: serving.Cache) -> tuple[jax.Array, serving.Cache]:
-        token = jnp.zeros_like(cache.lengths)
+        token = jnp.zeros_like(cache.lengths)  # placed as the lengths are
         return program(self.weights[pattern], token, cache, self.config)
 
 
@@ -171,7 +178,13 @@ def temporaries(program: Any) -> int:
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
-_copies = jax.jit(lambda one, rows: jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), one), static_argnames="rows")
+@functools.partial(jax.jit, static_argnames="rows")
+def _copies(one: serving.LayerCache, rows: int) -> serving.LayerCache:
+    def copy(x: jax.Array) -> jax.Array:
+        axes = "batch", "tokens", *(None,) * (x.ndim - 2)
+        return sharding.constrain(jnp.repeat(sharding.constrain(x, *axes), rows, axis=0), *axes)
+
+    return jax.tree.map(copy, one)
 
 
 def refill(one: serving.Cache, rows: int, length: int, max_len: int) -> serving.Cache:
@@ -181,6 +194,7 @@ def refill(one: serving.Cache, rows: int, length: int, max_len: int) -> serving.
     """
     layers = []
     for layer in one.layers:
-        source = jax.device_put(jax.tree.map(lambda x: x[:1, :max_len], layer))
+        source = jax.tree.map(lambda x: x[:1, :max_len], layer)
         layers.append(jax.block_until_ready(_copies(source, rows)))
-    return serving.Cache(tuple(layers), jnp.full((rows,), length, jnp.int32))
+    lengths = jnp.full((rows,), length, jnp.int32, device=sharding.fitting((rows,), ("batch",)))
+    return serving.Cache(tuple(layers), lengths)

@@ -50,14 +50,14 @@ class Rounds:
         self.rows = {(p, n): Row(p, n) for p in bench.weights for n in bench.sizes.lengths}
         for (pattern, length), row in self.rows.items():
             row.cache_bytes = int(bench.bytes_per_token(pattern) * length * bench.model.scale)
-        self.prompt = jnp.asarray(prompt[None], jnp.int32)
+        self.prompt = prompt[None].astype(np.int32)
         self.overlap: dict[str, float] = {}  # of neighbours' selections, by pattern
         self.peak: int | None = None
 
     def late(self) -> bool:
         return time.perf_counter() > self.deadline
 
-    def chunk_at(self, end: int) -> jax.Array:
+    def chunk_at(self, end: int) -> np.ndarray:
         return self.prompt[:, end - self.bench.sizes.chunk : end]
 
     def one_schedule(self, pattern: str, first: bool) -> None:
@@ -77,9 +77,8 @@ class Rounds:
         cache = bench.cache(pattern, 1, bench.sizes.max_len)
         total = 0.0
         for end in range(bench.sizes.chunk, bench.sizes.lengths[-1] + 1, bench.sizes.chunk):
-            tokens = jax.block_until_ready(self.chunk_at(end))
             began = time.perf_counter()
-            logits, cache = bench.prefill_chunk(pattern, tokens, cache)
+            logits, cache = bench.prefill_chunk(pattern, self.chunk_at(end), cache)
             logits.block_until_ready()
             total += time.perf_counter() - began
             if end in bench.sizes.lengths:
@@ -147,7 +146,7 @@ class Rounds:
     def measure_overlap(self, pattern: str, cache: serving.Cache) -> None:
         """Of neighbouring queries' selections in the last chunk, the mean over the F layers."""
         bench, length = self.bench, self.bench.sizes.lengths[-1]
-        weights, lengths = bench.weights[pattern], jnp.full((1,), bench.sizes.chunk, jnp.int32)
+        weights, lengths = bench.weights[pattern], np.full((1,), bench.sizes.chunk, np.int32)
         cache = at(cache, length - bench.sizes.chunk)
         x, positions = serving.embed(weights.embedding, self.chunk_at(length), cache.lengths, lengths, bench.config)
         overlaps = []
