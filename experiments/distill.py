@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -17,18 +16,19 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, inputs, options, plots, runs
+from experiments.common import data, devices, inputs, journal, options, plots, runs
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage, flops_per_token
 
 for _name in (
     *("checkpoint", "dtype", "schedule", "retention", "context", "batch_size", "text", "held_out", "held_out_sequences"),
     *("accumulate", "warmup_steps", "sparse_steps", "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
-    "resume",
+    *("resume", "mesh"),
 ):
     flags.declare_key_flag(_name)
 
@@ -79,7 +79,7 @@ def check_output(output: Output) -> None:
 
 def read_inputs(output_dir: str, seed: int) -> Inputs:
     """All that a distillation reads, checked before anything takes long."""
-    options.check_positive("batch_size", "held_out_sequences")
+    options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
     config, base, loaded = checkpoints_convert.load(checkpoint.directory)
     schedule = target_schedule(base)
@@ -125,7 +125,7 @@ def distil(given: Inputs, seed: int) -> Result:
     training_run = TrainingRun(given.tokens, given.stages, config, schedule, seed)
     trained = runs.train(given.stored, training_run, given.output, resume=options.RESUME.value, saving=saving)
     folder = checkpoint_folder(given.output)
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier --resume
+    journal.remove(folder)  # of an earlier --resume
     written = export(folder, trained.params, given.stored, config, schedule, given.checkpoint.directory)
     held_out["distilled"] = runs.evaluate(written, given.cuts, config, schedule, dtype)
     return Result(held_out, speeds(trained, given.stages, config, schedule), trained.seconds)
@@ -178,7 +178,7 @@ def _speed_cells(speed: dict[str, float] | None) -> list[str]:
     return [f"{speed['tokens_per_second']:,.0f}", "-" if speed["of_matmul"] is None else f"{speed['of_matmul']:.1%}"]
 
 
-def report(result: Result, given: Inputs) -> None:
+def report(result: Result, given: Inputs, layout: devices.Layout) -> None:
     """Writes the plot, results.json and report.md, and prints the tables."""
     output, schedule = given.output, given.schedule
     plot(output, runs.read_log(output.directory))
@@ -209,10 +209,14 @@ def report(result: Result, given: Inputs) -> None:
         "speed": result.speeds,
     }
     text = f"# Distillation for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n"
-    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
+    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n", layout)
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\nwritten to {output.directory}/, with checkpoint/")
 
 
 def run(output_dir: str, seed: int) -> None:
-    given = read_inputs(output_dir, seed)
-    report(distil(given, seed), given)
+    options.check_positive("batch_size")
+    layout = devices.layout(options.BATCH_SIZE.value)
+    with devices.in_force(layout, TRAINING):
+        given = read_inputs(output_dir, seed)
+        result = distil(given, seed)
+    report(result, given, layout)

@@ -22,16 +22,17 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import inputs, options, text
-from experiments.common.journal import Journal
+from experiments.common import devices, inputs, options, processes, text
+from experiments.common.journal import Journal, set_aside
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_document
 from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
+from indexcache_jax.sharding import SERVING
 
-for _name in ("checkpoint", "dtype", "chunk", "latent_cache", "index_cache", "resume"):
+for _name in ("checkpoint", "dtype", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
     flags.declare_key_flag(_name)
 _PROMPTS = flags.DEFINE_string("prompts", "", 'JSONL file of {"prompt": "text"} or {"tokens": [1, 2, ...]}')
 _DOCUMENT = flags.DEFINE_string("document", "", "text file that stands before every prompt; prefilled once")
@@ -127,7 +128,8 @@ class Meter:
         self._last = now
         self.tokens[phase] += tokens
         rates = ", ".join(f"{name} {self.rate(name):.1f} tok/s" for name in self.tokens)
-        print(f"\r{self.done}/{self.total} prompts, {rates}", end="", file=sys.stderr, flush=True)
+        if processes.is_main():
+            print(f"\r{self.done}/{self.total} prompts, {rates}", end="", file=sys.stderr, flush=True)
 
     def rate(self, phase: str) -> float:
         """Tokens a second, compilation included."""
@@ -208,7 +210,7 @@ def read_requests(encoder: text.Bytes | text.FromFile, config: Config, room: int
     if not every:
         raise ValueError(f"--prompts={path}: holds no lines")
     for request in every:
-        if request.error:
+        if request.error and processes.is_main():
             print(f"{path}: line {request.line}: {request.error}", file=sys.stderr)
     return every
 
@@ -236,7 +238,7 @@ def about(settings: Settings, document: Sequence[int], schedule: Schedule, weigh
 
 def read_inputs(seed: int) -> Inputs:
     """All that is read, checked before anything takes long."""
-    options.check_positive("max_new_tokens", "rows_per_batch", "chunk")
+    options.check_positive("max_new_tokens", "chunk")
     check_files()
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     checkpoint = inputs.checkpoint()
@@ -296,8 +298,8 @@ class Writer:
 def resumed(output: Output, given: Inputs) -> Journal:
     """The journal of completions, with those that this run goes on from; what is not resumed is moved aside."""
     target = output.directory / OUTPUT
-    if target.exists() and not options.RESUME.value:
-        target.replace(target.with_name(f"previous-{OUTPUT}"))
+    if not options.RESUME.value:
+        set_aside(target)
     return completions(output, given.about, given.requests)
 
 
@@ -323,7 +325,8 @@ def complete_all(given: Inputs, output: Output) -> Result:
             window = given.requests[first : first + size]
             writer = Writer(journal, window[max(0, done - first) :])
             new_tokens += complete_window(window, writer, given, document, meter)
-    print(file=sys.stderr)
+    if processes.is_main():
+        print(file=sys.stderr)
     return Result(done, new_tokens, meter, time.perf_counter() - began)
 
 
@@ -380,7 +383,7 @@ def complete(batch: Sequence[Request], given: Inputs, document: serving.Cache | 
 # ---- the report
 
 
-def report(result: Result, given: Inputs, output: Output) -> None:
+def report(result: Result, given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes results.json and report.md, then raises a ValueError if a line could not be done."""
     every, meter = given.requests, result.meter
     bad = [r for r in every if r.error]
@@ -399,7 +402,7 @@ def report(result: Result, given: Inputs, output: Output) -> None:
         [name.replace("_", " "), value if not isinstance(value, float) else f"{value:.1f}"] for name, value in metrics.items()
     ]
     note = "Prompt tokens and rates count the copies that fill up a last batch; rates include compilation."
-    output.finish("generate", metrics, "\n\n".join(["# Completions", note, markdown_table(["what", "value"], rows)]))
+    output.finish("generate", metrics, "\n\n".join(["# Completions", note, markdown_table(["what", "value"], rows)]), layout)
     print(f"{len(every) - len(bad)} of {len(every)} prompts in {result.seconds:.1f} s, written to {output.directory / OUTPUT}")
     if bad:
         lines = ", ".join(str(r.line) for r in bad[:10]) + (", ..." if len(bad) > 10 else "")
@@ -407,6 +410,10 @@ def report(result: Result, given: Inputs, output: Output) -> None:
 
 
 def run(output_dir: str, seed: int) -> None:
-    given = read_inputs(seed)
-    output = Output.create(output_dir)
-    report(complete_all(given, output), given, output)
+    options.check_positive("rows_per_batch")
+    layout = devices.layout(_ROWS.value)
+    with devices.in_force(layout, SERVING):
+        given = read_inputs(seed)
+        output = Output.create(output_dir)
+        result = complete_all(given, output)
+    report(result, given, output, layout)

@@ -9,11 +9,17 @@ from types import ModuleType
 
 from absl import app, flags, logging
 
-from experiments.common.options import EXPERIMENTS
+from experiments.common import processes
+from experiments.common.options import EXPERIMENTS, TOGETHER
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
 _SEED = flags.DEFINE_integer("seed", 0, "of every random choice", lower_bound=0, upper_bound=2**31 - 1)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, of several that run this; default the cluster's, or this process is alone"
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes that run this, with --coordinator", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of the processes this one is, from 0", lower_bound=0)
 
 
 def experiment_of(arguments: list[str]) -> str:
@@ -33,15 +39,19 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --checkpoint=DIR")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file at INFO
     name = _EXPERIMENT.value
+    resumable = "resume" in {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
     try:
-        load(name).run(_OUTPUT_DIR.value or f"out/{name}", _SEED.value)
+        go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
+        processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
+        with processes.sharing_fate():
+            if processes.count() > 1 and name not in TOGETHER:
+                raise ValueError(f"--experiment={name}: runs in one process, but there are {processes.count()}")
+            load(name).run(_OUTPUT_DIR.value or f"out/{name}", _SEED.value)
     except (ValueError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        reads = {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
-        go_on = "; the same command with --resume goes on from here" if "resume" in reads else ""
-        print(f"interrupted{go_on}", file=sys.stderr)
+        print(f"interrupted{'; the same command with --resume goes on from here' if resumable else ''}", file=sys.stderr)
         sys.exit(130)
 
 

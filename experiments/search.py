@@ -15,14 +15,13 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import inputs, options, plots
+from experiments.common import devices, inputs, journal, options, plots
 from experiments.common.loss_journal import LossJournal
-from experiments.common.report import Output, device, markdown_table, text_table
+from experiments.common.report import Output, device, markdown_table, progress, text_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import ARCHITECTURES, GLM
@@ -30,6 +29,7 @@ from indexcache_jax.params import Params
 from indexcache_jax.schedule import ENGINES, Schedule
 from indexcache_jax.search import overlap
 from indexcache_jax.search.streamed import StreamedEvaluator
+from indexcache_jax.sharding import SERVING
 
 LOG = "evaluations.jsonl"
 TIMED_RUNS = 3
@@ -37,7 +37,7 @@ OVERLAP_BATCHES = 2
 
 for _name in (
     *("checkpoint", "dtype", "context", "text", "held_out", "sequences", "held_out_sequences", "batch_size"),
-    *("retention", "retentions", "blocks", "resume"),
+    *("retention", "retentions", "blocks", "resume", "mesh"),
 ):
     flags.declare_key_flag(_name)
 _LOSS_BUDGET = flags.DEFINE_float(
@@ -124,7 +124,7 @@ class Streamed:
 
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
         queries = overlap.spread(batches[0].shape[1] - 1, self.config.index_topk)
-        with tqdm.tqdm(total=len(batches) * self.config.num_layers, unit="layer", desc="overlap") as bar:
+        with progress(total=len(batches) * self.config.num_layers, unit="layer", desc="overlap") as bar:
             selections = self.evaluator(batches, bar.update).selections(self.schedule, range(len(batches)), queries)
         return overlap.mean_overlap(selections, self.config.index_topk)
 
@@ -136,7 +136,7 @@ def open_model(checkpoint: str, dtype: str) -> Model:
     """
     if _STREAM.value:
         return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype), int(1e9 * _STREAM_MEMORY.value))
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if room := stats.get("bytes_limit"):
         with warnings.catch_warnings(action="ignore"):  # they come once more, with the weights
             size = checkpoints_convert.Layers(checkpoint, dtype=dtype).num_bytes
@@ -198,7 +198,7 @@ def read_goal() -> Goal:
 
 def read_inputs(seed: int) -> tuple[Inputs, Model]:
     """All that is read, checked before anything takes long. The model comes apart, so that it can be let go of first."""
-    options.check_positive("sequences", "held_out_sequences", "batch_size", "blocks")
+    options.check_positive("sequences", "held_out_sequences", "blocks")
     goal, checkpoint = read_goal(), inputs.checkpoint()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
@@ -249,14 +249,14 @@ def find(
 ) -> tuple[list[search.Step], dict[int, Schedule]]:
     """The search's steps, none with the similarity DP, and the schedule found for each number of F layers that was reached."""
     config, base, sizes = model.config, model.schedule, goal.sizes(model.schedule)
-    with tqdm.tqdm(unit="layer", desc="search", smoothing=0.05) as bar:
+    with progress(unit="layer", desc="search", smoothing=0.05) as bar:
         if isinstance(model, InMemory) and goal.strategy == "similarity":
             bar.total = len(calibration) * sum(range(1, config.num_layers + 1))
             matrix = search.similarities(model.params, config, base, calibration, bar.update)
             return [], {size: search.most_similar(matrix, size) for size in sizes}
         path = output.directory / LOG
-        if path.exists() and not options.RESUME.value:
-            path.replace(path.with_name(f"previous-{LOG}"))
+        if not options.RESUME.value:
+            journal.set_aside(path)
         smallest = min(sizes)
         bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
@@ -310,7 +310,7 @@ def run_search(model: Model, given: Inputs, output: Output) -> Result:
     named = compared(by_size, base, chosen, goal)
     schedules = [schedule for _, schedule in named]
     total = len(schedules) * len(given.held_out) * model.config.num_layers
-    with tqdm.tqdm(total=total, unit="layer", desc="held-out") as bar:
+    with progress(total=total, unit="layer", desc="held-out") as bar:
         losses = model.evaluator(given.held_out, bar.update).losses(schedules)
         bar.total = bar.n  # streamed schedules share layers
     rows = [Row(name, schedule, loss) for (name, schedule), loss in zip(named, losses, strict=True)]
@@ -332,7 +332,7 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
     seconds: list[list[float]] = [[] for _ in schedules]
     fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
     warm_up = {0, fewest}  # a program is one layer's, F or S: these two run all of them
-    for round in tqdm.trange(1 + TIMED_RUNS, unit="round", desc="prefill"):
+    for round in progress(iterable=range(1 + TIMED_RUNS), unit="round", desc="prefill"):
         for i, (model, schedule) in enumerate(zip(models, schedules, strict=True)):
             if round == 0 and i not in warm_up:
                 continue
@@ -446,7 +446,7 @@ def metrics_of(result: Result, times: list[float | None], pasted: list[Setting])
     }
 
 
-def report(result: Result, times: list[float | None], given: Inputs, output: Output) -> None:
+def report(result: Result, times: list[float | None], given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes plots, results.json and report.md, and prints the table and how to use the schedule."""
     plot_losses(output, result, given.goal.budget)
     plots.overlap(output, result.overlap, result.base, result.chosen)
@@ -465,14 +465,17 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
         lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"
     text = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
     text += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
-    output.finish("search", metrics_of(result, times, pasted), text)
+    output.finish("search", metrics_of(result, times, pasted), text, layout)
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{summary}\n\n{lines}\n\nwritten to {output.directory}/")
 
 
 def run(output_dir: str, seed: int) -> None:
-    given, model = read_inputs(seed)
-    output = Output.create(output_dir)
-    result = run_search(model, given, output)
-    del model  # its weights make room for those of inference
-    times = prefill_seconds(given.checkpoint, result.schedules, given.held_out[0][:, :-1])
-    report(result, times, given, output)
+    options.check_positive("batch_size")
+    layout = devices.layout(options.BATCH_SIZE.value)
+    with devices.in_force(layout, SERVING):
+        given, model = read_inputs(seed)
+        output = Output.create(output_dir)
+        result = run_search(model, given, output)
+        del model  # its weights make room for those of inference
+        times = prefill_seconds(given.checkpoint, result.schedules, given.held_out[0][:, :-1])
+    report(result, times, given, output, layout)

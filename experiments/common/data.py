@@ -15,6 +15,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from experiments.common import processes
 from experiments.common.journal import replacing
 from experiments.common.text import Bytes, Document, FromFile
 
@@ -33,10 +34,24 @@ def pack(
     """The tokens [N] int32 of the documents in an order drawn by `seed`, each document followed by `separator`.
 
     They are written to `path` some documents at a time and mapped from there, so a corpus may be larger than memory. The
-    file is kept: a later call with the same encoder, documents (names and contents), seed and limit maps it again.
+    file is kept: a later call with the same encoder, documents (names and contents), seed and limit maps it again. Of
+    several processes, process 0 writes it, and all map it.
 
     limit: stop once there are so many tokens. ValueError for documents without a token.
     """
+    processes.from_main(lambda: _pack(documents, encoder, separator, path, seed, limit))
+    return np.memmap(path, "<i4", mode="r")
+
+
+def _pack(
+    documents: Sequence[Document],
+    encoder: Bytes | FromFile,
+    separator: int | None,
+    path: pathlib.Path,
+    seed: int,
+    limit: int | None,
+) -> None:
+    """Writes the file of `pack`, unless it is there."""
     about = {
         "encoder": encoder.identity,
         "separator": separator,
@@ -54,7 +69,6 @@ def pack(
                 raise ValueError(f"{len(documents)} document(s): hold no token")
         with replacing(about_path) as file:
             file.write(about_text)
-    return np.memmap(path, "<i4", mode="r")
 
 
 def _write_tokens(

@@ -2,6 +2,7 @@
 
 A `Journal` holds JSON objects, one a line, appended as they are made. It says what its entries depend on (weights, text,
 settings), so that a run continues its own entries and is refused another run's. A line that a kill cut short is dropped.
+Of several processes, process 0 alone reads and writes; what it read, all of them know.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO
+
+from experiments.common import processes
 
 MISSING = "(missing)"
 
@@ -42,8 +46,24 @@ class Journal:
         resume: bool = True,
     ) -> None:
         self.path = pathlib.Path(path)
-        self.entries: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None  # None but in process 0
+
+        def opened() -> list[dict[str, Any]]:
+            return self._open(about, about_path, fields or {}, keep, resume)
+
+        self.entries: list[dict[str, Any]] = processes.from_main(opened)
+
+    def _open(
+        self,
+        about: Mapping[str, Any] | None,
+        about_path: pathlib.Path | None,
+        fields: Mapping[str, type],
+        keep: int | None,
+        resume: bool,
+    ) -> list[dict[str, Any]]:
+        """Opens the file to append to it and returns the entries that it keeps."""
         heading = about if about_path is None else None
+        entries: list[dict[str, Any]] = []
         exists = self.path.exists()
         lines = _whole_lines(self.path) if exists else []
         check_resumed(self.path, bool(lines), resume)
@@ -53,8 +73,8 @@ class Journal:
         for number, line in enumerate(lines):
             if number == 0 and heading is not None:
                 check_same(_parse(line, self.path, 1, {}), heading, self.path)
-            elif keep is None or len(self.entries) < keep:
-                self.entries.append(_parse(line, self.path, number + 1, fields or {}))
+            elif keep is None or len(entries) < keep:
+                entries.append(_parse(line, self.path, number + 1, fields))
             else:
                 break
             size += len(line)
@@ -66,14 +86,17 @@ class Journal:
         self._file.seek(size)
         if heading is not None and not size:
             self.append(heading)
+        return entries
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Adds an entry; it is in the operating system's hands on return, so that a kill leaves it there."""
-        self._file.write(_line(entry))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(entry))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -84,7 +107,24 @@ class Journal:
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a log without a line about it; ValueError for one that is no JSON object."""
-    return [_parse(line, path, number, {}) for number, line in enumerate(_whole_lines(path), start=1)]
+    return processes.from_main(
+        lambda: [_parse(line, path, number, {}) for number, line in enumerate(_whole_lines(path), start=1)]
+    )
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a file of an earlier run, or a folder with all that is in it, if it is there."""
+    if processes.is_main():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def set_aside(path: pathlib.Path) -> None:
+    """Renames the log of an earlier run that is not to be resumed, if there is one, to previous-NAME."""
+    if processes.is_main() and path.exists():
+        path.replace(path.with_name(f"previous-{path.name}"))
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -24,6 +24,9 @@ EXPERIMENTS = {
     "quality": "experiments.reproduction.quality",
 }
 
+# Those that several processes can run together; the others decide what to do next by times that each process measures.
+TOGETHER = ("search", "generate", "distill")
+
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results
 
@@ -95,6 +98,13 @@ MODEL_LEARNING_RATE = flags.DEFINE_float(
 
 # ---- the run
 
+MESH = flags.DEFINE_string(
+    "mesh",
+    "",
+    "how the devices of all processes share the work, such as context=4,data=2: rows over data, the queries of a prompt over "
+    "context, heads over tensor; expert=1 keeps experts whole on every device, cache=4 splits cached tokens over context; "
+    "default what suits the work",
+)
 RESUME = flags.DEFINE_bool("resume", False, "go on from what --output_dir holds after a kill")
 TIME_LIMIT = flags.DEFINE_float(
     "time_limit",

@@ -1,4 +1,7 @@
-"""What every experiment writes: results.json, report.md, plots, and tables for the report and the terminal."""
+"""What every experiment writes: results.json, report.md, plots, tables for the report and the terminal, and progress.
+
+Of several processes, process 0 alone writes and shows progress.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import tqdm
 from absl import flags
 
+from experiments.common import processes
+from experiments.common.devices import Layout
 from experiments.common.journal import replacing
 from experiments.common.options import EXPERIMENTS
 
@@ -36,9 +42,20 @@ def versions() -> dict[str, str]:
 
 
 def device() -> dict[str, Any]:
-    """The first device's platform and kind, how many devices there are, and the host's CPU cores."""
+    """The first device's platform and kind, how many devices all processes have, the processes, and this host's CPU cores."""
     first = jax.devices()[0]
-    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count(), "cpu_cores": os.cpu_count()}
+    return {
+        "platform": first.platform,
+        "kind": first.device_kind,
+        "count": jax.device_count(),
+        "processes": processes.count(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def progress(**options: Any) -> tqdm.tqdm:
+    """A bar on the terminal, of tqdm's options."""
+    return tqdm.tqdm(disable=not processes.is_main(), **options)
 
 
 def command() -> str:
@@ -73,33 +90,44 @@ class Output:
     def create(cls, directory: str) -> Output:
         """The folder, made where it is not there; ValueError where it cannot be made."""
         path = pathlib.Path(directory)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--output_dir={directory}: cannot be made: {error}") from None
+
+        def make() -> None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--output_dir={directory}: cannot be made: {error}") from None
+
+        processes.from_main(make)
         return cls(path)
 
     def write(self, name: str, text: str) -> None:
-        with replacing(self.directory / name) as file:
-            file.write(text.encode())
+        if processes.is_main():
+            with replacing(self.directory / name) as file:
+                file.write(text.encode())
 
     def save_figure(self, figure: Any, name: str) -> None:
-        with replacing(self.directory / name) as file:
-            figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+        if processes.is_main():
+            with replacing(self.directory / name) as file:
+                figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
 
-    def finish(self, experiment: str, metrics: dict[str, Any], report: str) -> None:
-        """Writes results.json and report.md, each with the command, the versions and the device that made them."""
+    def finish(self, experiment: str, metrics: dict[str, Any], report: str, layout: Layout | None = None) -> None:
+        """Writes results.json and report.md, each with the command, the versions and the devices that made them.
+
+        layout: how the devices shared the work, for an experiment that has --mesh.
+        """
+        on = device() | ({"mesh": layout.text} if layout else {})
         results = {
             "experiment": experiment,
             "command": command(),
             "flags": {name: flags.FLAGS[name].value for name in ("experiment", "output_dir", "seed")}
             | {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[experiment])},
             "versions": versions(),
-            "device": device(),
+            "device": on,
             "metrics": metrics,
         }
         self.write("results.json", json.dumps(results, indent=1) + "\n")
         packages = ", ".join(f"{package} {version}" for package, version in versions().items())
-        on = device()
-        machine = f"{on['kind']} ({on['platform']}, {on['count']} device(s), {on['cpu_cores']} CPU cores)"
-        self.write("report.md", f"{report.rstrip()}\n\n---\n`{command()}`\n\n{packages}; {machine}\n")
+        number = f"{on['count']} device(s) in {on['processes']} process(es)"
+        machine = f"{on['kind']} ({on['platform']}, {number}, {on['cpu_cores']} CPU cores)"
+        mesh = f"; mesh {layout.text}" if layout else ""
+        self.write("report.md", f"{report.rstrip()}\n\n---\n`{command()}`\n\n{packages}; {machine}{mesh}\n")

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 import tensorboardX
 from jax.sharding import NamedSharding
 
-from experiments.common import journal
+from experiments.common import journal, processes
 from experiments.common.data import Rows, prefetch
 from experiments.common.report import Output
 from indexcache_jax import distill, sharding, training
@@ -123,12 +123,14 @@ class Trained:
 class Metrics:
     """METRICS by step in train.jsonl and as TensorBoard events, for a run that goes on at `step`.
 
-    What an earlier process wrote about this step and later ones is dropped.
+    What an earlier run wrote about this step and later ones is dropped. Of several processes, process 0 alone writes.
     """
 
     def __init__(self, directory: pathlib.Path, step: int) -> None:
         self._journal = journal.Journal(directory / LOG, None, keep=step)
-        self._events = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+        self._events = tensorboardX.SummaryWriter(
+            str(directory / "tensorboard"), purge_step=step, write_to_disk=processes.is_main()
+        )
 
     def write(self, step: int, stage: str, values: dict[str, float]) -> None:
         self._journal.append({"step": step, "stage": stage, **values})

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 
+from experiments.common import processes
+
 LARGEST_SOURCE = 200_000  # bytes
 HELD_OUT_SHARE = 10  # every tenth file by the hash of its name, so that a file keeps its side in every Python version
 
@@ -78,8 +80,14 @@ SAMPLE_BYTES = 20 * 2**20
 
 
 def train_tokenizer(found: Sequence[Document], vocabulary: int, path: pathlib.Path, seed: int) -> FromFile:
-    """A byte-level BPE of `vocabulary` tokens made from a sample of the documents, kept at `path` and read from there."""
-    if not path.exists():
+    """A byte-level BPE of `vocabulary` tokens made from a sample of the documents, kept at `path` and read from there.
+
+    Of several processes, process 0 makes it.
+    """
+
+    def make() -> None:
+        if path.exists():
+            return
         sample, total = [], 0
         for i in np.random.default_rng(seed).permutation(len(found)):
             sample.append(found[i].path.read_bytes().decode("utf-8", errors="replace"))
@@ -102,6 +110,8 @@ def train_tokenizer(found: Sequence[Document], vocabulary: int, path: pathlib.Pa
         beside = path.with_name(path.name + ".partial")
         made.save(str(beside))
         os.replace(beside, path)
+
+    processes.from_main(make)
     return FromFile(path)
 
 

@@ -14,7 +14,6 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-import shutil
 import time
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, options, runs, text
+from experiments.common import data, journal, options, runs, text
 from experiments.common.report import Output, command, device, markdown_table, versions
 from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval
@@ -207,7 +206,7 @@ def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     if recipe.vocabulary is not None:
         path = output.directory / "tokenizer.json"
         if not options.RESUME.value:
-            path.unlink(missing_ok=True)  # of a run that was given up, and might have read other text
+            journal.remove(path)  # of a run that was given up, and might have read other text
         encoder = text.train_tokenizer(train_files, recipe.vocabulary, path, seed)
     woven = recipe.woven if options.WOVEN.value is None else options.WOVEN.value
     longest = max(stage.steps * stage.sequences * stage.context for stage in plan(recipe))
@@ -240,7 +239,7 @@ def within_the_limit(
     stages, path = plan(recipe), output.directory / PLAN
     planned = options.RESUME.value and path.exists()
     if not planned and (not math.isfinite(deadline) or runs.begun(output.directory)):
-        path.unlink(missing_ok=True)  # of another run
+        journal.remove(path)  # of another run
         return stages
     if not planned:
         costs = [runs.seconds_per_step(params, stage, config, schedule) for stage in stages]
@@ -355,7 +354,7 @@ def pretrain(given: Inputs, evaluation: concurrent.futures.Future[None], output:
     evaluation.result()
     stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), trained.params, abstract(config, schedule))
     target = output.directory / "checkpoint"
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier --resume
+    journal.remove(target)  # of an earlier --resume
     checkpoints_convert.save(target, stored, config, schedule, companions_of=output.directory)
     losses = evaluate(stored, given.data.cuts, config, schedule, seed)
     asked = retrieval.prompts(given.data.cuts, given.data.encoder, config.max_position_embeddings, PROMPTS, seed)
@@ -377,7 +376,7 @@ def report(result: Result, given: Inputs, output: Output, seed: int) -> None:
         "seed": seed,
     }
     card = model_card(metrics, result.stages, given.data, given.config, given.schedule)
-    (output.directory / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
+    Output(output.directory / "checkpoint").write("README.md", card)
     output.finish("pretrain", metrics, card)
     print(card)
 

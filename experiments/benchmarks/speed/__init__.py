@@ -43,12 +43,13 @@ from experiments.benchmarks.speed.models import PRESETS, Model, model
 from experiments.benchmarks.speed.rounds import Rounds, random_prompt
 from experiments.benchmarks.speed.rows import record
 from experiments.benchmarks.speed.tables import HEADER, cells, plot, report
-from experiments.common import inputs, options
+from experiments.common import devices, inputs, options
 from experiments.common.report import Output, text_table
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import SERVING
 
-for _name in ("num_layers", "schedule", "chunk", "latent_cache", "index_cache", "time_limit"):
+for _name in ("num_layers", "schedule", "chunk", "latent_cache", "index_cache", "time_limit", "mesh"):
     flags.declare_key_flag(_name)
 _PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is the small one shipped here")
 _LENGTHS = flags.DEFINE_list("lengths", ["10240", "61440", "122880", "204800"], "prompt tokens, multiples of the chunk")
@@ -136,8 +137,9 @@ def make_bench(given: Inputs, seed: int) -> Bench:
 class Reporter:
     """Writes results.json and report.md of what a run has measured so far. about: what they say of the whole run."""
 
-    def __init__(self, given: Inputs, output: Output) -> None:
-        self.given, self.output = given, output
+    def __init__(self, given: Inputs, output: Output, layout: devices.Layout) -> None:
+        self.given, self.output, self.layout = given, output, layout
+        self.price = layout.num_devices * _PRICE.value  # of an hour
         names = {dtype: name for name, dtype in inputs.CACHE_DTYPES.items()}
         self.about: dict[str, Any] = {
             "model": given.model_name,
@@ -147,7 +149,7 @@ class Reporter:
         }
 
     def records(self, measured: Rounds) -> list[dict[str, Any]]:
-        return [record(row, self.given.model, _PRICE.value) for row in measured.rows.values()]
+        return [record(row, self.given.model, self.price) for row in measured.rows.values()]
 
     def write(self, measured: Rounds) -> None:
         if measured.overlap:
@@ -162,14 +164,14 @@ class Reporter:
             "rows": records,
         }
         how = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
-        self.output.finish("speed", metrics, report(records, self.about, how))
+        self.output.finish("speed", metrics, report(records, self.about, how), self.layout)
 
     def finish(self, measured: Rounds) -> None:
         """Writes everything, the plot too, and prints the table."""
         self.write(measured)
         shape, records = self.given.model, self.records(measured)
         scaled = "" if shape.scale == 1 else f", times scaled to {shape.layers}"
-        plot(self.output, records, f"{self.about['model']}{scaled}, on {jax.devices()[0].device_kind}")
+        plot(self.output, records, f"{self.about['model']}{scaled}, on {self.layout.text}")
         print(text_table(HEADER, [cells(r) for r in records]))
 
 
@@ -179,7 +181,7 @@ def measure(given: Inputs, reporter: Reporter, deadline: float, seed: int) -> Ro
     bench.compile(_ROWS.value)
     seconds = reporter.about["seconds_to_compile"] = round(time.perf_counter() - start, 1)
     print(f"{len(bench.decode_one) + len(bench.decode_full)} decode programs, {seconds} s", flush=True)
-    measured = Rounds(bench, given.prompt, deadline, _PRICE.value, reporter.write)
+    measured = Rounds(bench, given.prompt, deadline, reporter.price, reporter.write)
     reporter.about["rounds"] = measured.run(given.rounds)
     if not any(row.prefill for row in measured.rows.values()):
         raise ValueError(f"--time_limit={options.seconds_to_spend(SECONDS):g}: over before the first prefill")
@@ -188,7 +190,9 @@ def measure(given: Inputs, reporter: Reporter, deadline: float, seed: int) -> Ro
 
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
-    given = read_inputs(seed)
-    reporter = Reporter(given, Output.create(output_dir))
-    reporter.finish(measure(given, reporter, began + options.seconds_to_spend(SECONDS), seed))
+    given, layout = read_inputs(seed), devices.layout(rows=1)
+    reporter = Reporter(given, Output.create(output_dir), layout)
+    with devices.in_force(layout, SERVING):
+        measured = measure(given, reporter, began + options.seconds_to_spend(SECONDS), seed)
+    reporter.finish(measured)
     print(f"{time.perf_counter() - began:.0f} s, written to {output_dir}", flush=True)
