@@ -260,15 +260,15 @@ def _by_bits(
         return ops.index_divergence(*arrays, scale=scale, q_positions=q_positions)[None, None]
 
     with jax.named_scope("attend"):
-        inputs = (("heads",), HEADS, ROWS, BITS, ("queries",))
-        outputs = (HEADS, LSE, ("batch", None, "heads"))
-        out, lse, keys = on_each_device(attend, inputs, outputs)(up, queries, latents, selection_bits, q_positions)
+        axes = ("heads",), HEADS, ROWS, BITS, ("queries",)
+        call = on_each_device(attend, axes, (HEADS, LSE, ("batch", None, "heads")))
+        out, lse, keys = call(up, queries, latents, selection_bits, q_positions)
     with jax.named_scope("divergence"):
         index_factors = state.queries, state.keys, state.head_weights
         constants = *jax.lax.stop_gradient((queries, keys, lse)), selection_bits, q_positions
         # The probabilities are averaged over all heads, so every device needs those of its queries together.
-        inputs = (QUERIES, ROWS, QUERIES, QUERIES, ROWS, BITS, BITS, ("queries",))
-        return out, jnp.sum(on_each_device(diverge, inputs, QUERIES)(*index_factors, *constants))
+        of_all_heads = QUERIES, ROWS, QUERIES, QUERIES, ROWS, BITS, BITS, ("queries",)
+        return out, jnp.sum(on_each_device(diverge, of_all_heads, QUERIES)(*index_factors, *constants))
 
 
 def _by_blocks(
@@ -317,10 +317,11 @@ def _by_blocks(
             found.append(map_queries(jax.checkpoint(functools.partial(block, seen)), part, rows))
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
 
-    index_keys, indices, index = None, None, ()
-    if state is not None:
-        index_keys, indices, index = state.keys, state.indices, (state.queries, state.head_weights)
-    per_query = queries, positions.queries + 1, indices, index
+    visible = positions.queries + 1
+    if state is None:
+        index_keys, per_query = None, (queries, visible, None, ())
+    else:
+        index_keys, per_query = state.keys, (queries, visible, state.indices, (state.queries, state.head_weights))
     # The divergence needs the probabilities of all heads together.
     heads, of_queries = (("heads",), HEADS) if state is None else ((), QUERIES)
     inputs = (heads, ROWS, ROWS, of_queries)

@@ -35,7 +35,7 @@ from experiments.common.data import Rows, prefetch
 from experiments.common.report import Output
 from indexcache_jax import distill, sharding, training
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract, shape_structs
+from indexcache_jax.params import Params, abstract, init, shape_structs
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import fingerprint
 from indexcache_jax.training import METRICS, Stage
@@ -287,9 +287,24 @@ def _copied(params: Params, config: Config, schedule: Schedule) -> Params:
     return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
 
 
+def random_params(key: jax.Array, config: Config, schedule: Schedule) -> Params:
+    """Random float32 params, made where they lie on the mesh in force."""
+
+    def make(key: jax.Array) -> Params:
+        tree = abstract(config, schedule)
+        return jax.tree.map(lambda a, t: sharding.constrain(a, *t.axes), init(key, config, schedule, jnp.float32), tree)
+
+    return jax.jit(make)(key)
+
+
 def _tokens_sharding(stage: Stage) -> NamedSharding | None:
     """Where the tokens [accumulate, rows, context + 1] of a step lie on the mesh in force; None without one."""
     return sharding.fitting((stage.accumulate, stage.rows, stage.context + 1), (None, "batch", None))
+
+
+def put_tokens(tokens: np.ndarray, stage: Stage) -> jax.Array:
+    """The tokens [accumulate, rows, context + 1] of a step where it expects them."""
+    return _put(tokens, _tokens_sharding(stage))
 
 
 def _put(x: np.ndarray, where: NamedSharding | None) -> jax.Array:
@@ -403,7 +418,7 @@ def seconds_per_step(
     ValueError where the step is not finite even here, so that it shows before a run and not at its last stage.
     """
     shape = (stage.accumulate, stage.rows, stage.context + 1)
-    tokens = _put(np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32), _tokens_sharding(stage))
+    tokens = put_tokens(np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32), stage)
     params = _copied(params, config, schedule)
     state = training.init_optimiser_state(params, stage, config, schedule)
     length, began = jnp.int32(stage.steps), 0.0

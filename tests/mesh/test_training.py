@@ -15,12 +15,16 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage
 from tests.support import meshes
-from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
+from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
 
 # S layers with experts above an F layer without.
 CASES = {
     "glm": Case(GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 1}, "FSS", 2),
     "deepseek": Case(DEEPSEEK_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}, "FS", 0),
+    "large vocabulary": Case(GLM_FIELDS | {"num_hidden_layers": 1, "vocab_size": 4100}, "F", 0),
+    "unusual": Case(
+        GLM_FIELDS | UNUSUAL | {"num_hidden_layers": 3, "mlp_layer_types": ["sparse", "dense", "sparse"]}, "FSF", 0
+    ),
 }
 MESHES = ["data", "context", "tensor", "expert", "all"]
 KINDS = ["dense", "warmup", "sparse"]
@@ -115,12 +119,14 @@ def assert_placed(found, case, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
-def test_steps_of_the_other_family_are_those_of_one_device(mesh):
+@pytest.mark.parametrize(
+    "mesh, name", [*((mesh, "deepseek") for mesh in MESHES), ("all", "large vocabulary"), ("all", "unusual")]
+)
+def test_steps_of_other_models_are_those_of_one_device(mesh, name):
     stage = stage_of("sparse")
     with use(mesh):
-        found = take_steps(CASES["deepseek"], stage)
-    assert_equal(found, alone("deepseek", stage), stage)
+        found = take_steps(CASES[name], stage)
+    assert_equal(found, alone(name, stage), stage)
 
 
 @pytest.mark.slow
