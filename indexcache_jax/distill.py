@@ -48,6 +48,10 @@ SCORE_BYTES = 512 * 2**20  # of float32 attention and index logits at once, of a
 # Queries see only keys before them, so from CAUSAL_FROM tokens on a row is cut into CAUSAL_PARTS parts: the queries of the
 # first quarter need no product with the keys of the other three. Not where devices share a row: each has early and late ones.
 CAUSAL_PARTS, CAUSAL_FROM = 4, 2048
+REARRANGING = {
+    *("sharding_constraint", "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"),
+    *("slice", "dynamic_slice", "copy", "optimization_barrier"),
+}
 BITS, LSE = ("batch", None, "queries"), ("batch", "heads", "queries")  # the logical axes of bits and of denominators
 
 
@@ -366,19 +370,20 @@ def _causal(up: UpProjections, queries: jax.Array, latents: jax.Array, config: C
     return on_each_device(attend, (("heads",), HEADS, ROWS), HEADS)(up, queries, latents)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _kept_for_the_backward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether what a primitive makes is kept: not what only gathers, rounds or rearranges numbers.
+
+    So a gathered weight is gathered again and not kept, which would put all layers' weights on every device.
+    """
+    return primitive.name not in REARRANGING
+
+
 def _whole(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A weight with these logical axes, gathered from the devices that it is split over as rows of a batch are (fsdp).
 
     Its gradient is added up over them and split again.
     """
-    return constrain(weight, *(None if axis == "embed" else axis for axis in axes))
-
-
-_whole.defvjp(
-    lambda weight, axes: (_whole(weight, axes), None),
-    lambda axes, _, gradient: (constrain(gradient, *axes),),
-)
+    return constrain(constrain(weight, *axes), *(None if axis == "embed" else axis for axis in axes))
 
 
 def losses(
@@ -435,6 +440,8 @@ def losses(
         layer = functools.partial(
             _layer, run=run, tensors=_stacks(tree, run), config=config, sparse=sparse, full=run.full if traced is None else None
         )
+        if devices_along("embed") > 1:
+            layer = jax.checkpoint(layer, policy=_kept_for_the_backward_pass, prevent_cse=False)
         carry, count = jax.lax.scan(layer, carry, weights)
         if count is not None:
             counts.append(count)
