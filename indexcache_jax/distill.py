@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -321,11 +322,11 @@ def _by_blocks(
             found.append(map_queries(jax.checkpoint(functools.partial(block, seen)), part, rows))
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
 
-    visible = positions.queries + 1
-    if state is None:
-        index_keys, per_query = None, (queries, visible, None, ())
-    else:
-        index_keys, per_query = state.keys, (queries, visible, state.indices, (state.queries, state.head_weights))
+    index_keys = indices = None
+    index: tuple[jax.Array, ...] = ()
+    if state is not None:
+        index_keys, indices, index = state.keys, state.indices, (state.queries, state.head_weights)
+    per_query = queries, positions.queries + 1, indices, index
     # The divergence needs the probabilities of all heads together.
     heads, of_queries = (("heads",), HEADS) if state is None else ((), QUERIES)
     inputs = (heads, ROWS, ROWS, of_queries)
@@ -437,7 +438,7 @@ def losses(
     counts: list[jax.Array] = []
     for run in runs(config, schedule):
         weights = _run_weights(params, run, config, schedule), _slice(arrays, run.start, run)
-        layer = functools.partial(
+        layer: Callable[..., Any] = functools.partial(
             _layer, run=run, tensors=_stacks(tree, run), config=config, sparse=sparse, full=run.full if traced is None else None
         )
         if devices_along("embed") > 1:
