@@ -1,6 +1,7 @@
 # make demo ARGS='--checkpoint=DIR'   search a schedule (without ARGS: for the shipped checkpoint)
 # make quick                          lint and the tests that take under a minute; installs no torch
-# make test                           lint, types and the fast tests; make test-slow for the rest
+# make test                           lint, types and the fast tests; make test-slow for those that take minutes,
+#                                     make test-mesh for those on eight simulated devices
 # PYTHON=python3.12 picks the interpreter, VENV=DIR the environment, PYTEST_ARGS='-k rope' a part of the tests,
 # TEST_EXTRAS=test,tpu-aot installs libtpu too, which compiles for TPUs that are not at hand.
 
@@ -30,7 +31,7 @@ QUICK := \
 	$(addprefix $(GROUPED), wrong_shapes_are_named what_cannot_serve_says_why_and_none_falls_back) \
 	$(addprefix $(SELECTED), what_does_not_fit_is_named)
 
-.PHONY: demo quick test test-slow lint clean
+.PHONY: demo quick test test-slow test-mesh lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -46,6 +47,10 @@ test: lint
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+test-mesh: $(VENV)/installed-test
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
+	    $(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests/mesh $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

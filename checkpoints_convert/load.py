@@ -47,10 +47,10 @@ def load(
         filled straight from the files: no other copy of the weights exists.
 
     A mesh may have devices of other processes, each of which calls `load` with the same arguments. A process reads what
-    its own devices hold: a part that several of them hold alike once, from safetensors no other bytes, from orbax whole
-    chunks. No leaf is ever whole in host memory unless a device holds it whole. Host memory beyond the result is a few
-    MiB on CPUs; on other devices at most 1.2 times the largest part that one device holds, of one layer where layers are
-    stacked, and a few MiB.
+    its own devices hold: a part that several of them hold alike once, from safetensors nothing else but the scales of
+    FP8, from orbax whole chunks. No leaf is whole in host memory unless a device holds it whole. Host memory beyond the
+    result is a few MiB on CPUs; on other devices at most 1.2 times the largest part that one device holds, of one layer
+    where layers are stacked, and a few MiB.
 
     ValueError names the file and the tensor or field for whatever is missing, misshapen, truncated or unsupported, and
     the leaf and axis that the devices do not divide. All headers are checked before a weight is read. Stored tensors

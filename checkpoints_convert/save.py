@@ -128,6 +128,8 @@ def _from_first_process(numbers: list[int]) -> list[int]:
 
 def _gathered(array: jax.Array, slot: int | None) -> np.ndarray:
     """One layer of a leaf, None: all of it, from the devices of all processes, each of which calls this."""
+    if not isinstance(array.sharding, NamedSharding):
+        raise NotImplementedError(f"save: gathers arrays of several processes from a mesh only, not from {array.sharding}")
     with jax.set_mesh(None):
         everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
         gather = jax.jit(_layer, out_shardings=everywhere, static_argnames="stacked")

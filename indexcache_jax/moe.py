@@ -112,10 +112,11 @@ def _on_each_device(
     exchange: sharding.Exchange | None,
 ) -> jax.Array:
     """`routed` for a device's own tokens, with its own experts and, where there is an exchange, those of the others."""
-    shape, flat = tokens.shape, [x.reshape(-1, x.shape[-1]) for x in (tokens, experts, weights)]
+    shape = tokens.shape
+    tokens, experts, weights = (x.reshape(-1, x.shape[-1]) for x in (tokens, experts, weights))
     if exchange is None:
-        return _multiply(p, *flat, config).reshape(shape)
-    tokens, experts, weights = (exchange.gather(x) for x in flat)
+        return _multiply(p, tokens, experts, weights, config).reshape(shape)
+    tokens, experts, weights = (exchange.gather(x) for x in (tokens, experts, weights))
     own = experts - exchange.index() * p.gate_up.shape[0]
     # A choice that is no expert of this device's counts as one after the last: it sorts behind all others.
     own = jnp.where((own >= 0) & (own < p.gate_up.shape[0]), own, p.gate_up.shape[0])
@@ -178,8 +179,9 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
 def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, devices: int = 1) -> jax.Array:
     """The chosen experts of tokens [N, D]: pairs sorted by expert, two grouped products -> [N, D] float32.
 
-    With several devices the result has the dtype of the tokens, in which it is exchanged. A device that shares the experts with others makes room for somewhat more pairs than its even share, SPARE times as
-    many, and where more are its own, it multiplies them in further pieces of the same size.
+    With several devices the result has the dtype of the tokens, in which it is exchanged. A device that shares the experts
+    with others makes room for somewhat more pairs than its even share, SPARE times as many, and where more are its own, it
+    multiplies them in further pieces of the same size.
     """
     (n, k), groups = experts.shape, p.gate_up.shape[0]
     order = jnp.argsort(experts.reshape(-1), stable=True)

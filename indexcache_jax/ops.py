@@ -1,20 +1,23 @@
 """The only door from the model to the kernels: what a layer asks of `pallas_kernels`, in the model's own terms.
 
-Model code is written for one device. Under a mesh every device calls a kernel on its own rows, queries and heads
-(`sharding.on_each_device`); kernels never hear of a mesh.
+Model code is written for one device. Under a mesh every device calls a kernel on its own rows, queries and heads, or on its
+own part of the cached positions (`sharding.on_each_device`, `split_cache`); kernels never hear of a mesh.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import pallas_kernels
+from indexcache_jax import split_cache
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
-from indexcache_jax.sharding import on_each_device
+from indexcache_jax.sharding import Axes, on_each_device
 from pallas_kernels import bits, device, dispatch, hopper, quant
 from pallas_kernels import grouped_matmul as grouped_matmul
 from pallas_kernels import grouped_swiglu as grouped_swiglu
@@ -24,8 +27,8 @@ from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for s
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.selected_attention import api as selected_attention_api
 
-# The logical axes that arrays are split by: their rows, their queries, and those and their heads.
-ROWS, QUERIES, HEADS = ("batch",), ("batch", "queries"), ("batch", "queries", "heads")
+# The logical axes that arrays are split by: their rows; these and their cached positions, their queries, or queries and heads.
+ROWS, TOKENS, QUERIES, HEADS = ("batch",), ("batch", "tokens"), ("batch", "queries"), ("batch", "queries", "heads")
 
 
 def select(
@@ -49,7 +52,8 @@ def select(
         q_positions: jax.Array,
         kv_lengths: jax.Array,
         key_scales: jax.Array | None,
-    ) -> jax.Array:
+        return_scores: bool = False,
+    ) -> Any:
         return pallas_kernels.indexer_topk(
             queries,
             keys,
@@ -58,11 +62,19 @@ def select(
             q_positions=q_positions,
             kv_lengths=kv_lengths,
             key_scales=key_scales,
+            return_scores=return_scores,
         )
 
-    inputs = (QUERIES, ROWS, QUERIES, QUERIES, ROWS, ROWS)
+    devices = split_cache.exchange(queries, keys)
+    cached: Axes = ROWS
+    run: Callable[..., jax.Array] = select
+    if devices is not None:
+        candidates = functools.partial(select, return_scores=True)
+        best = functools.partial(pallas_kernels.select_topk, k_select=min(config.index_topk, keys.shape[1]))
+        cached, run = TOKENS, functools.partial(split_cache.select, candidates, best, devices)
+    inputs = QUERIES, cached, QUERIES, QUERIES, ROWS, cached
     arguments = queries, keys, head_weights, positions.queries, positions.kv_lengths, key_scales
-    return on_each_device(select, inputs, QUERIES)(*arguments)
+    return on_each_device(run, inputs, QUERIES)(*arguments)
 
 
 def attend(
@@ -73,13 +85,29 @@ def attend(
     indices [B, S, k] int32, -1 for none; latent_scales [B, T] where the latents are kept in 8 bits.
     """
 
-    def attend(queries: jax.Array, latents: jax.Array, indices: jax.Array, latent_scales: jax.Array | None) -> jax.Array:
+    def attend(
+        queries: jax.Array,
+        latents: jax.Array,
+        indices: jax.Array,
+        latent_scales: jax.Array | None,
+        return_lse: bool = False,
+    ) -> Any:
         return pallas_kernels.sparse_mla(
-            queries, latents, indices, scale=config.attention_scale, value_dim=config.kv_lora_rank, latent_scales=latent_scales
+            queries,
+            latents,
+            indices,
+            scale=config.attention_scale,
+            value_dim=config.kv_lora_rank,
+            latent_scales=latent_scales,
+            return_lse=return_lse,
         )
 
-    inputs = (HEADS, ROWS, QUERIES, ROWS)
-    return on_each_device(attend, inputs, HEADS)(queries, latents, indices, latent_scales)
+    devices = split_cache.exchange(queries, latents)
+    cached: Axes = ROWS
+    run: Callable[..., jax.Array] = attend
+    if devices is not None:
+        cached, run = TOKENS, functools.partial(split_cache.attend, functools.partial(attend, return_lse=True), devices)
+    return on_each_device(run, (HEADS, cached, QUERIES, cached), HEADS)(queries, latents, indices, latent_scales)
 
 
 def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:

@@ -87,8 +87,8 @@ def make_mesh(data: int = 1, context: int = 1, tensor: int = 1, devices: Sequenc
 @contextlib.contextmanager
 def use(mesh: Mesh | AbstractMesh, rules: Rules = SERVING) -> Iterator[None]:
     """Puts a mesh and its rules in force for what is traced and run within."""
-    enter = jax.set_mesh if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh
-    with enter(mesh), _RULES(rules):
+    in_force = jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+    with in_force, _RULES(rules):
         yield
 
 

@@ -96,9 +96,13 @@ def init_cache(config: Config, schedule: Schedule, batch: int, max_len: int, dty
     each of them. Raises ValueError for sizes below 1, and for tokens that the devices which split them do not divide.
     """
     tree = abstract(config, schedule, batch, max_len, dtype)
-    if max_len % (devices := sharding.devices_along("tokens")):
-        raise ValueError(f"init_cache: max_len {max_len} cannot be divided over the {devices} devices that split the cache")
+    _check_divided("init_cache", max_len)
     return jax.tree.map(lambda t: row_major(jnp.zeros(t.shape, t.dtype, device=sharding.fitting(t.shape, t.axes))), tree)
+
+
+def _check_divided(name: str, max_len: int) -> None:
+    if max_len % (devices := sharding.devices_along("tokens")):
+        raise ValueError(f"{name}: max_len {max_len} cannot be divided over the {devices} devices that split the cache")
 
 
 def shape_structs(cache: Cache, device: jax.sharding.Sharding | None = None) -> Cache:
@@ -149,11 +153,13 @@ def fork(cache: Cache, copies: int, max_len: int | None = None) -> Cache:
     """Every row `copies` times, next to each other: one prefilled document, many questions. `cache` stays as it is.
 
     `max_len`: tokens that a row has room for, at least those it holds; default as in `cache`. Raises ValueError for
-    fewer than one copy.
+    fewer than one copy, and for tokens that the devices which split them do not divide.
     """
     if copies < 1:
         raise ValueError(f"fork: copies {copies} must be at least 1")
-    layers = jax.tree.map(lambda x: row_major(_repeat(x, copies, max_len or cache.max_len)), cache.layers)
+    max_len = max_len or cache.max_len
+    _check_divided("fork", max_len)
+    layers = jax.tree.map(lambda x: row_major(_repeat(x, copies, max_len)), cache.layers)
     return Cache(layers, jnp.repeat(cache.lengths, copies))
 
 

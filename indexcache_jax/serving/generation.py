@@ -11,6 +11,7 @@ A decode program holds the whole model once and loops over its steps on the devi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ CHUNK = 8192  # prompt tokens of a row at a time
 STEPS = 32  # tokens a row between two checks for stop tokens
 MIN_CHUNK = 16  # tokens of a prompt's last chunk
 MIN_KV_LENGTH = 512  # cached positions a program reads, at least
-CACHE_MULTIPLE = 64  # a cache's length is a multiple of it
+CACHE_MULTIPLE = 64  # a cache's length is a multiple of it, and of the devices that split it
 
 # Called after every piece of work with "prefill" or "decode", and how many tokens of all rows it was.
 Progress = Callable[[str, int], None]
@@ -47,9 +48,18 @@ def power_of_two(n: int, least: int, most: int) -> int:
 def padded_kv_length(needed: int, max_len: int) -> int:
     """Cached positions a program reads when the first `needed` are filled, of a cache of `max_len`.
 
-    Rounded up to a power of two, so that few programs are compiled. Where the kernels skip what is not filled it is all.
+    Rounded up to a power of two, so that few programs are compiled. Where the kernels skip what is not filled it is all, and
+    where devices split the positions: a part of them would have to be split anew.
     """
-    return max_len if ops.skips_invisible_keys() else power_of_two(needed, MIN_KV_LENGTH, max_len)
+    if ops.skips_invisible_keys() or sharding.devices_along("tokens") > 1:
+        return max_len
+    return power_of_two(needed, MIN_KV_LENGTH, max_len)
+
+
+def cache_length(tokens: int) -> int:
+    """Positions of a cache that has room for so many tokens a row."""
+    multiple = math.lcm(CACHE_MULTIPLE, sharding.devices_along("tokens"))
+    return -(-tokens // multiple) * multiple
 
 
 def padded_chunk(left: int, chunk: int) -> int:
@@ -172,7 +182,7 @@ def prefill_document(
     progress: Progress | None = None,
 ) -> Cache:
     """The cache, of one row, of a document that several calls of `generate` share; arguments are as there."""
-    room = -(-len(document) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    room = cache_length(len(document))
     _check("document", document, config, room)
     cache = init_cache(config, schedule, 1, room, cache_format or weights.embedding.dtype)
     return prefill_prompts(weights, [np.asarray(document)], cache, config, chunk=chunk, progress=progress)[1]
@@ -230,7 +240,7 @@ def generate(
             f"model's {config.max_position_embeddings} positions (max_position_embeddings)"
         )
     if cache_len is None:
-        cache_len = -(-longest // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        cache_len = cache_length(longest)
     check_prompts(prompts, config, cache_len - max_new_tokens - before)
     weights, rows = weights_for(params, config, schedule), len(prompts)
 

@@ -101,8 +101,8 @@ def walk(
 
 def prefill_chunk(
     weights: Weights,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    tokens: jax.Array | np.ndarray,
+    lengths: jax.Array | np.ndarray,
     cache: Cache,
     config: Config,
     kv_length: int | None = None,
@@ -126,7 +126,9 @@ def step(
     Only the first `kv_length` positions of the cache are read, which must include the new tokens; default all.
     """
     x, positions = embed(weights.embedding, token[:, None], cache.lengths, jnp.ones_like(cache.lengths), config)
-    run = functools.partial(_single_tokens, kv_length=kv_length or cache.max_len, config=config)
+    run: Callable[..., tuple[jax.Array, Cache]] = functools.partial(
+        _single_tokens, kv_length=kv_length or cache.max_len, config=config
+    )
     if sharding.computes_alone():
         run = sharding.on_each_device(run, ((), ("batch",), ("batch",), ("batch",)), (("batch",), ("batch",)))
     x, cache = run(weights, x, cache, positions)

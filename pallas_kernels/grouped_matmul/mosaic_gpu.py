@@ -3,7 +3,8 @@
 A tile is a block of rows with one group that has rows in it: a block with rows of several groups is several tiles, each
 of which computes the whole block and writes the rows of its group alone. XLA computes beforehand which tiles there are
 and the kernel reads them, so that the number of groups costs nothing in it, and a group without rows, its matrix above all,
-is never touched: in a decode step that is most of them.
+is never touched: in a decode step that is most of them. The columns of one tile come after one another, and the tiles that
+have rows come first: so the SMs have equally much to do, however few of all possible tiles there are.
 
 The backward pass is that of `lax.ragged_dot`, for grouped_swiglu after the product is computed again.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import mosaic_gpu_prefill, reference
@@ -32,7 +34,6 @@ class Blocks:
     n: int
     stages: int
     k: int = BLOCK_K
-    wide: int = 1  # tiles of n next to each other that the order of tiles keeps together
 
     def __post_init__(self) -> None:
         if self.m % 64 or self.n % 8 or not 8 <= self.n <= 256:
@@ -96,7 +97,7 @@ def multiply(rows: jax.Array, matrices: jax.Array, tiles: jax.Array, blocks: Blo
     def grouped_matmul_tiles(tile_gmem, row_gmem, matrix_gmem, out_gmem):
         @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
         def _(info):
-            tile, column = plgpu.planar_snake(info.index[0], grid, 1, blocks.wide)
+            tile, column = lax.div(info.index[0], grid[1]), lax.rem(info.index[0], grid[1])
             group, row_block, begin, end = (tile_gmem[i, tile] for i in range(4))
 
             @pl.when(end > begin)

@@ -11,6 +11,8 @@ are positive, go through relu into the head weights:
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,6 +24,10 @@ BACKENDS = {
     "mosaic_gpu": dispatch.imported("pallas_kernels.indexer_topk.mosaic_gpu", "indexer_topk"),
     "triton": dispatch.imported("pallas_kernels.indexer_topk.triton", "indexer_topk"),
     "xla": dispatch.Backend(reference.indexer_topk),
+}
+SELECT_BACKENDS = {
+    "mosaic_gpu": dispatch.imported("pallas_kernels.indexer_topk.mosaic_gpu_given", "select_topk"),
+    "xla": dispatch.Backend(reference.select_topk),
 }
 
 
@@ -35,7 +41,8 @@ def indexer_topk(
     kv_lengths: jax.Array,
     implementation: str | None = None,
     key_scales: jax.Array | None = None,
-) -> jax.Array:
+    return_scores: bool = False,
+) -> Any:
     """For every query the positions of its `k_select` best keys.
 
     The score of key t is I = sum_h w_h relu(q_h . k_t), accumulated in float32; any scaling is folded into w by the
@@ -53,10 +60,13 @@ def indexer_topk(
       key_scales: [B, T] float32, for queries and keys in float8_e4m3fn (`quant.quantise_index`) or int8
         (`quant.quantise_int8`): the score of key t is multiplied by its scale. The scales of the queries are folded into
         head_weights by the caller.
+      return_scores: also give the scores of the positions, which selections from parts of the keys are merged by.
 
     Returns:
       [B, S, k_select] int32 positions, ascending, -1 in the tail where fewer are visible. Ties are cut lowest position
-      first, a NaN or -inf score counts as the lowest, and -0 equals 0, so the result is one well-defined set.
+      first, a NaN or -inf score counts as the lowest, and -0 equals 0, so the result is one well-defined set. With
+      return_scores also their scores [B, S, k_select] float32 as they are compared: -inf for a NaN, 0 for a -0; -inf in the
+      tail.
 
     Raises:
       ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
@@ -91,4 +101,28 @@ def indexer_topk(
         q_positions=q_positions.astype(jnp.int32),
         kv_lengths=kv_lengths.astype(jnp.int32),
         key_scales=key_scales,
+        return_scores=return_scores,
     )
+
+
+def select_topk(scores: jax.Array, visible: jax.Array, *, k_select: int, implementation: str | None = None) -> jax.Array:
+    """The selection of `indexer_topk` from given scores.
+
+    Args:
+      scores: [B, S, T] float32.
+      visible: [B, S] integers; a query sees the first so many of its T scores.
+      k_select: k, at least 1.
+      implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "xla" runs anywhere.
+
+    Returns:
+      [B, S, k_select] int32 positions, as `indexer_topk` returns them.
+
+    Raises:
+      ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
+    """
+    if scores.ndim != 3 or visible.shape != scores.shape[:2]:
+        raise ValueError(f"select_topk: expected scores [B, S, T] and visible [B, S], got {scores.shape} and {visible.shape}")
+    if k_select < 1:
+        raise ValueError(f"select_topk: k_select {k_select} is below 1")
+    arguments = scores.astype(jnp.float32), jnp.clip(visible, 0, scores.shape[2]).astype(jnp.int32)
+    return dispatch.call("select_topk", SELECT_BACKENDS, implementation, *arguments, k_select=k_select)

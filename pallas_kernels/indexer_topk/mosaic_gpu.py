@@ -7,11 +7,14 @@ of 8 and to 256. (With heads added, an infinite key has NaN for its scores.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
 from pallas_kernels.blocks import map_queries
+from pallas_kernels.indexer_topk import reference
 
 BLOCK_ROWS = 1024  # queries of all batch rows whose scores exist at a time: four waves of the selection
 SCORE_BYTES = 2**30  # of float32 scores at a time, unless one tile of 4 queries per batch row has more
@@ -29,6 +32,7 @@ def why_not(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
+    return_scores: bool = False,
 ) -> str | None:
     if reason := hopper.why_not():
         return reason
@@ -69,11 +73,12 @@ def indexer_topk(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
-) -> jax.Array:
+    return_scores: bool = False,
+) -> Any:
     from pallas_kernels.indexer_topk import mosaic_gpu_scores, mosaic_gpu_select
 
     t = keys.shape[1]
-    if t <= k_select:
+    if t <= k_select and not return_scores:
         positions = jnp.arange(k_select, dtype=jnp.int32)
         visible = jnp.clip(jnp.minimum(q_positions + 1, kv_lengths[:, None]), 0, t)
         return jnp.where(positions < visible[:, :, None], positions, -1)
@@ -86,11 +91,12 @@ def indexer_topk(
     key_scales = None if key_scales is None else _padded(key_scales, 1, padded_t)
     queries, keys, head_weights, key_scales = jax.lax.stop_gradient((queries, keys, head_weights, key_scales))
 
-    def block(queries: jax.Array, head_weights: jax.Array, positions: jax.Array) -> jax.Array:
+    def block(queries: jax.Array, head_weights: jax.Array, positions: jax.Array) -> Any:
         scores, maxima = mosaic_gpu_scores.scores(
-            queries, keys, head_weights, key_scales, positions, kv_lengths, take_all=k_select
+            queries, keys, head_weights, key_scales, positions, kv_lengths, take_all=0 if return_scores else k_select
         )
-        return mosaic_gpu_select.select(scores, maxima, positions, kv_lengths, k_select, clean=True, keys=t)
+        chosen = mosaic_gpu_select.select(scores, maxima, positions, kv_lengths, k_select, clean=True, keys=t)
+        return (chosen, reference.scores_of(chosen, scores[:, : chosen.shape[1]])) if return_scores else chosen
 
     rows = block_rows(queries.shape[0], queries.shape[1], padded_t)
     return map_queries(block, (queries, head_weights, q_positions), rows)

@@ -30,6 +30,7 @@ from pallas_kernels.tpu import LANES, SUBLANES
 KEYS = tpu_sets.SPAN  # of a block: one row of bits
 MAX_QUERIES = 32  # of a block: 32 x 32 heads fill the matrix unit, and keys are read once for 32 queries
 HEADS = 8  # whose products exist at a time
+SCORE_BYTES = 2**28  # of all scores, which are in HBM where those of the selection are asked for
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.int8)
 LOWEST = jnp.iinfo(jnp.int32).min  # of what may not be seen, below the image of -inf
 EXPONENT_AND_MANTISSA = 0x7FFFFFFF
@@ -66,6 +67,7 @@ def why_not(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
+    return_scores: bool = False,
 ) -> str | None:
     if reason := tpu.why_not():
         return reason
@@ -75,6 +77,9 @@ def why_not(
         return "there is nothing to select from"
     if k_select > tpu_sets.MAX_PLACES:
         return f"it selects up to {tpu_sets.MAX_PLACES} keys, not {k_select}"
+    score_bytes = 4 * _rounded(queries.shape[1], SUBLANES) * queries.shape[0] * _rounded(keys.shape[1], KEYS)
+    if return_scores and score_bytes > SCORE_BYTES:
+        return f"it would write all scores, {score_bytes} bytes, which is above {SCORE_BYTES}"
     if not rows_for(queries.shape[1], queries.shape[2], keys.shape[1], k_select, tpu.chip().vmem):
         return f"the scores of 8 queries of {keys.shape[1]} keys do not fit the VMEM of a {tpu.chip().name}"
     return None
@@ -122,12 +127,19 @@ def _lane_sum(mask: jax.Array) -> jax.Array:
     return total
 
 
-def _kernel(blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *refs, rows: int, queries: int, k: int, scaled: bool):
-    """One block of `rows` queries of one batch row; blocks_ref [B, blocks] says how many key blocks it sees."""
+def _kernel(
+    blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *given, rows: int, queries: int, k: int, scaled: bool, kept: bool
+):
+    """One block of `rows` queries of one batch row; blocks_ref [B, blocks] says how many key blocks it sees.
+
+    kept: all of ordered_ref goes to an array in HBM, of which the blocks that were not scored mean nothing.
+    """
+    refs = list(given)
     if scaled:
-        scales_hbm, out_ref, ordered_ref, bits_ref, keys_buffer, scales_buffer, semaphores = refs
-    else:
-        out_ref, ordered_ref, bits_ref, keys_buffer, semaphores = refs
+        scales_hbm, scales_buffer = refs.pop(0), refs.pop(-2)
+    if kept:
+        ordered_hbm = refs.pop(1)
+    out_ref, ordered_ref, bits_ref, keys_buffer, semaphores = refs
     b, i = pl.program_id(0), pl.program_id(1)
     blocks = blocks_ref[b, i]
     seen = seen_ref[0, 0][:, :1]  # [rows, 1] keys that each query sees
@@ -165,6 +177,9 @@ def _kernel(blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *refs, rows:
 
     least = jnp.full((rows, 1), -(LOWEST + 1), jnp.int32)
     least, most = jax.lax.fori_loop(0, blocks, score_block, (least, jnp.full((rows, 1), LOWEST, jnp.int32)))
+    if kept:
+        keep = pltpu.make_async_copy(ordered_ref, ordered_hbm.at[b, i], semaphores.at[2, 0])
+        keep.start()
 
     def count(condition):
         """How many keys of each query hold it: condition(ordered [rows, KEYS], first position) -> [rows, 1] int32."""
@@ -243,6 +258,16 @@ def _kernel(blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *refs, rows:
         return 0
 
     jax.lax.fori_loop(0, jnp.minimum(rows, queries - i * rows), to_list, 0)
+    if kept:
+        keep.wait()
+
+
+def _scores_of(positions: jax.Array, ordered: jax.Array) -> jax.Array:
+    """The scores of positions [B, S, k] from ordered [B, blocks, key blocks, rows, KEYS], -inf where a position is -1."""
+    b, s, _ = positions.shape
+    rows, query, at = ordered.shape[3], jnp.arange(s)[:, None], jnp.maximum(positions, 0)
+    chosen = ordered[jnp.arange(b)[:, None, None], query // rows, at // KEYS, query % rows, at % KEYS]
+    return jnp.where(positions < 0, -jnp.inf, _value(chosen))
 
 
 def indexer_topk(
@@ -254,8 +279,9 @@ def indexer_topk(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
+    return_scores: bool = False,
     rows: int | None = None,
-) -> jax.Array:
+) -> Any:
     """As the operation of that name; `rows` (a multiple of 8) overrules how many queries a program takes."""
     b, s, heads, width = queries.shape
     t, chip = keys.shape[1], tpu.chip()
@@ -294,16 +320,20 @@ def indexer_topk(
         arrays.append(padded(key_scales, b, padded_t).reshape(b, key_blocks, 1, KEYS))
         in_specs.append(anywhere)
         scratch.append(pltpu.VMEM((2, 1, KEYS), jnp.float32))
-    out = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, queries=s, k=k_select, scaled=key_scales is not None),
+    out_specs, out_shape = [per_block(rows, places)], [jax.ShapeDtypeStruct((b, blocks, rows, places), jnp.int32)]
+    if return_scores:
+        out_specs.append(anywhere)
+        out_shape.append(jax.ShapeDtypeStruct((b, blocks, key_blocks, rows, KEYS), jnp.int32))
+    out, *ordered = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, queries=s, k=k_select, scaled=key_scales is not None, kept=return_scores),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, blocks),
             in_specs=in_specs,
-            out_specs=per_block(rows, places),
-            scratch_shapes=[*scratch, pltpu.SemaphoreType.DMA((2, 2))],
+            out_specs=out_specs,
+            scratch_shapes=[*scratch, pltpu.SemaphoreType.DMA((3, 2))],
         ),
-        out_shape=jax.ShapeDtypeStruct((b, blocks, rows, places), jnp.int32),
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=chip.vmem * 7 // 8),
         cost_estimate=pl.CostEstimate(  # as if all keys were visible
             flops=2 * b * blocks * rows * heads * padded_t * wide,
@@ -312,4 +342,5 @@ def indexer_topk(
         ),
         name="indexer_topk",
     )(*arrays)
-    return out.reshape(b, blocks * rows, places)[:, :s, :k_select]
+    positions = out.reshape(b, blocks * rows, places)[:, :s, :k_select]
+    return (positions, _scores_of(positions, ordered[0])) if return_scores else positions

@@ -9,6 +9,7 @@ keys, so each block is scored against the shortest of four prefixes of the keys 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +41,22 @@ def scores(queries: jax.Array, keys: jax.Array, head_weights: jax.Array, key_sca
     return total if key_scales is None else total * key_scales
 
 
+def comparable(scores: jax.Array) -> jax.Array:
+    """Scores as the selection compares them: NaN loses against every number, and -0 equals 0."""
+    return jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+
+
+def scores_of(positions: jax.Array, scores: jax.Array) -> jax.Array:
+    """What `return_scores` gives: of selected positions [..., k] the scores, which are among scores [..., T]."""
+    chosen = jnp.take_along_axis(scores, jnp.maximum(positions, 0), axis=-1)
+    return jnp.where(positions < 0, -jnp.inf, comparable(chosen))
+
+
 def select(scores: jax.Array, visible: jax.Array, k: int) -> jax.Array:
     """Positions of the k best of scores [S, T], of which row i sees the first visible[i]: [S, k] ascending, then -1."""
     t = scores.shape[1]
-    # Equal floats must compare equal and NaN must lose: what is not visible sits behind all of these, so the order of
-    # -inf among them never lets a hidden key in.
-    scores = jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
-    scores = jnp.where(jnp.arange(t) < visible[:, None], scores, -jnp.inf)
+    # What is not visible sits behind all that is, so the order of -inf among them never lets a hidden key in.
+    scores = jnp.where(jnp.arange(t) < visible[:, None], comparable(scores), -jnp.inf)
     positions = jax.lax.top_k(scores, min(k, t))[1].astype(jnp.int32)
     positions = jnp.sort(jnp.where(positions < visible[:, None], positions, t), axis=1)
     positions = jnp.where(positions < t, positions, -1)
@@ -62,17 +72,22 @@ def indexer_topk(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
-) -> jax.Array:
+    return_scores: bool = False,
+) -> Any:
     b, s, _, _ = queries.shape
     t = keys.shape[1]
     visible = jnp.clip(jnp.minimum(q_positions + 1, kv_lengths[:, None]), 0, t)
     prefixes = sorted({max(-(-t * part // 4), min(k_select, t)) for part in (1, 2, 3, 4)})
 
-    def block(q: jax.Array, w: jax.Array, seen: jax.Array) -> jax.Array:  # [B, n, Hi, Di], [B, n, Hi], [B, n]
-        def against(prefix: int) -> jax.Array:
+    def row(q: jax.Array, k: jax.Array, w: jax.Array, scales: jax.Array | None, seen: jax.Array) -> Any:
+        of_keys = scores(q, k, w, scales)
+        chosen = select(of_keys, seen, k_select)
+        return (chosen, scores_of(chosen, of_keys)) if return_scores else chosen
+
+    def block(q: jax.Array, w: jax.Array, seen: jax.Array) -> Any:  # [B, n, Hi, Di], [B, n, Hi], [B, n]
+        def against(prefix: int) -> Any:
             scales = None if key_scales is None else key_scales[:, :prefix]
-            select_rows = jax.vmap(lambda q, k, w, c, v: select(scores(q, k, w, c), v, k_select))
-            return select_rows(q, keys[:, :prefix], w, scales, seen)
+            return jax.vmap(row)(q, keys[:, :prefix], w, scales, seen)
 
         shortest = jnp.searchsorted(jnp.array(prefixes), jnp.max(seen))
         return jax.lax.switch(shortest, [functools.partial(against, prefix) for prefix in prefixes])
@@ -80,3 +95,7 @@ def indexer_topk(
     budget = SCORE_BYTES.get(device.platform(), SCORE_BYTES["other"])
     rows = max(1, min(s, budget // (4 * max(t, 1))))
     return map_queries(block, (queries, head_weights, visible), rows)
+
+
+def select_topk(scores: jax.Array, visible: jax.Array, *, k_select: int) -> jax.Array:
+    return jax.vmap(functools.partial(select, k=k_select))(scores, visible)

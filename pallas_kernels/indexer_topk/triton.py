@@ -37,6 +37,7 @@ def why_not(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
+    return_scores: bool = False,
 ) -> str | None:
     if device.platform() != "gpu":
         return f"it needs a GPU, the device compiled for is a {device.platform()!r}"
@@ -139,7 +140,8 @@ def indexer_topk(
     q_positions: jax.Array,
     kv_lengths: jax.Array,
     key_scales: jax.Array | None = None,
-) -> jax.Array:
+    return_scores: bool = False,
+) -> Any:
     b, s = q_positions.shape
     t = keys.shape[1]
     visible = jnp.clip(jnp.minimum(q_positions + 1, kv_lengths[:, None]), 0, t)
@@ -148,10 +150,10 @@ def indexer_topk(
     key_scales = None if key_scales is None else jnp.pad(key_scales, ((0, 0), (0, padded - t)))
     queries, keys, head_weights, key_scales = jax.lax.stop_gradient((queries, keys, head_weights, key_scales))
 
-    def block(queries: jax.Array, head_weights: jax.Array, visible: jax.Array) -> jax.Array:
+    def block(queries: jax.Array, head_weights: jax.Array, visible: jax.Array) -> Any:
         scores = jax.vmap(reference.scores)(queries, keys, head_weights, key_scales)
-        chosen = select(scores.reshape(-1, padded), visible.reshape(-1), k_select)
-        return chosen.reshape(b, -1, k_select)
+        chosen = select(scores.reshape(-1, padded), visible.reshape(-1), k_select).reshape(b, -1, k_select)
+        return (chosen, reference.scores_of(chosen, scores)) if return_scores else chosen
 
     rows = max(1, min(s, SCORE_BYTES // (4 * b * padded)))
     return map_queries(block, (queries, head_weights, visible), rows)

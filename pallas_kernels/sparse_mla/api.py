@@ -20,9 +20,12 @@ from pallas_kernels import dispatch
 from pallas_kernels.sparse_mla import gradient, reference
 
 
-def _reference(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, latent_scales: Any, **options: Any) -> jax.Array:
-    if latent_scales is not None:
-        return reference.sparse_mla(queries, latents, indices, latent_scales=latent_scales, **options)
+def _reference(
+    queries: jax.Array, latents: jax.Array, indices: jax.Array, *, latent_scales: Any, return_lse: bool, **options: Any
+) -> Any:
+    if latent_scales is not None or return_lse:
+        options |= {"latent_scales": latent_scales, "return_lse": return_lse}
+        return reference.sparse_mla(queries, latents, indices, **options)
     return gradient.differentiable(reference.sparse_mla)(queries, latents, indices, options["scale"], options["value_dim"])
 
 
@@ -43,7 +46,8 @@ def sparse_mla(
     value_dim: int,
     implementation: str | None = None,
     latent_scales: jax.Array | None = None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> Any:
     """softmax(scale * q . kv[indices]) @ kv[indices, :value_dim], float32 inside, for every query and head.
 
     Args:
@@ -56,10 +60,12 @@ def sparse_mla(
         older GPUs, "xla" runs anywhere and is the reference.
       latent_scales: [B, T] float32, for latents kept as float8_e4m3fn (`quant.quantise_latents`): a latent then is the product,
         rounded to the dtype of `queries`. For inference: no gradient reaches such latents.
+      return_lse: also give the log-sum-exp of the logits, which attention to parts of the latents is merged by. For inference.
 
     Returns:
       [B, S, H, C] in the dtype of `queries`; zeros where all indices of a query are -1. Differentiable in queries and
-      latents, deterministically.
+      latents, deterministically. With return_lse also log(sum(exp(scale * q . kv[indices]))) [B, S, H] float32, -inf where
+      all indices are -1.
 
     Raises:
       ValueError for shapes and dtypes that do not fit; NotImplementedError where a named implementation cannot serve.
@@ -86,4 +92,5 @@ def sparse_mla(
         scale=scale,
         value_dim=value_dim,
         latent_scales=latent_scales,
+        return_lse=return_lse,
     )

@@ -40,6 +40,7 @@ def why_not(
     scale: float,
     value_dim: int,
     latent_scales: jax.Array | None = None,
+    return_lse: bool = False,
 ) -> str | None:
     if reason := hopper.why_not():
         return reason
@@ -49,6 +50,8 @@ def why_not(
         return f"it takes bfloat16 queries and bfloat16 or float8_e4m3fn latents, not {queries.dtype} and {latents.dtype}"
     if 0 in queries.shape or 0 in latents.shape or 0 in indices.shape:
         return "there is nothing to attend"
+    if return_lse:
+        return "it does not return the log-sum-exp"
     return None
 
 
@@ -200,6 +203,7 @@ def sparse_mla(
     scale: float,
     value_dim: int,
     latent_scales: jax.Array | None = None,
+    return_lse: bool = False,  # `why_not` refuses it
 ) -> jax.Array:
     if latent_scales is not None:
         return forward(queries, latents, indices, scale=scale, value_dim=value_dim, latent_scales=latent_scales)

@@ -51,6 +51,7 @@ def why_not(
     scale: float,
     value_dim: int,
     latent_scales: jax.Array | None = None,
+    return_lse: bool = False,
 ) -> str | None:
     if reason := tpu.why_not():
         return reason
@@ -60,6 +61,8 @@ def why_not(
         )
     if 0 in queries.shape or 0 in latents.shape or 0 in indices.shape:
         return "there is nothing to attend"
+    if return_lse and queries.shape[1] >= SUBLANES:
+        return f"it returns the log-sum-exp of fewer than {SUBLANES} queries a row, not of {queries.shape[1]}"
     if -(-latents.shape[1] // tpu_sets.SPAN) > tpu_sets.MAX_ROWS:
         return f"it takes up to {tpu_sets.MAX_ROWS * tpu_sets.SPAN} keys, not {latents.shape[1]}"
     return None
@@ -293,8 +296,12 @@ def attend_pages(
 # ---- a decode step
 
 
-def _rows_kernel(query_ref, listed_ref, wanted_ref, kv_hbm, out_ref, buffer, semaphores, *, packed, **options):
-    """One query: query_ref [1, 1, H, W], listed_ref [1, 1, 1, K], wanted_ref [1, 1, 1, packed * K], kv_hbm [B, T, W]."""
+def _rows_kernel(query_ref, listed_ref, wanted_ref, kv_hbm, out_ref, *refs, packed, **options):
+    """One query: query_ref [1, 1, H, W], listed_ref [1, 1, 1, K], wanted_ref [1, 1, 1, packed * K], kv_hbm [B, T, W].
+
+    refs: the log-sum-exp [1, 1, H, LANES], the same in every lane, where it is asked for; the buffer and its semaphores.
+    """
+    *lse_ref, buffer, semaphores = refs
     b = pl.program_id(0)
     if kv_hbm.dtype != buffer.dtype:
         kv_hbm = kv_hbm.bitcast(buffer.dtype)  # [B, T / 2, W]: pairs of tokens
@@ -324,11 +331,22 @@ def _rows_kernel(query_ref, listed_ref, wanted_ref, kv_hbm, out_ref, buffer, sem
             kv = pltpu.bitcast(kv, query_ref.dtype)  # [2 * ROWS, W]
         wanted = wanted_ref[0, 0, :, step * packed * ROWS : (step + 1) * packed * ROWS] == 1
         state = _attend(query_ref[0, 0], kv, jnp.broadcast_to(wanted, (query_ref.shape[2], packed * ROWS)), state, **options)
-    _, total, out = state
+    largest, total, out = state
     out_ref[0, 0] = (out / jnp.where(total == 0, 1.0, total)).astype(out_ref.dtype)
+    for ref in lse_ref:
+        lse = jnp.where(total == 0, -jnp.inf, largest + jnp.log(jnp.where(total == 0, 1.0, total)))
+        ref[0, 0] = jnp.broadcast_to(lse, ref.shape[2:])
 
 
-def attend_rows(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
+def attend_rows(
+    queries: jax.Array,
+    latents: jax.Array,
+    indices: jax.Array,
+    *,
+    scale: float,
+    value_dim: int,
+    return_lse: bool = False,
+) -> Any:
     """The operation by rows, one program a query.
 
     bfloat16 latents may also come as int32 [B, T / 2, C+R], tokens 2 i and 2 i + 1 in the low and the high half: Pallas'
@@ -347,7 +365,8 @@ def attend_rows(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, s
     def spec(*shape: int, **place: Any) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, *shape), lambda b, i: (b, i, 0, 0), **place)
 
-    out = pl.pallas_call(
+    sizes = [(value_dim, queries.dtype), *([(LANES, jnp.float32)] if return_lse else [])]
+    out, *lse = pl.pallas_call(
         functools.partial(_rows_kernel, packed=packed, scale=scale, value_dim=value_dim),
         grid=(b, s),
         in_specs=[
@@ -356,8 +375,8 @@ def attend_rows(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, s
             spec(1, packed * k),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=spec(padded_heads, value_dim),
-        out_shape=jax.ShapeDtypeStruct((b, s, padded_heads, value_dim), queries.dtype),
+        out_specs=[spec(padded_heads, size) for size, _ in sizes],
+        out_shape=[jax.ShapeDtypeStruct((b, s, padded_heads, size), dtype) for size, dtype in sizes],
         scratch_shapes=[
             pltpu.VMEM((2, ROWS, width), jnp.int32 if packed > 1 else jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
@@ -370,7 +389,7 @@ def attend_rows(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, s
         ),
         name="sparse_mla_rows",
     )(queries, indices[:, :, None], wanted.astype(jnp.int32).reshape(b, s, 1, packed * k), latents)
-    return out[:, :, :heads]
+    return (out[:, :, :heads], lse[0][:, :, :heads, 0]) if return_lse else out[:, :, :heads]
 
 
 def forward(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
@@ -386,7 +405,10 @@ def sparse_mla(
     scale: float,
     value_dim: int,
     latent_scales: jax.Array | None = None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> Any:
     if latent_scales is not None:
         latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+    if return_lse:
+        return attend_rows(queries, latents, indices, scale=scale, value_dim=value_dim, return_lse=True)
     return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

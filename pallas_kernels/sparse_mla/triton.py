@@ -38,6 +38,7 @@ def why_not(
     scale: float,
     value_dim: int,
     latent_scales: jax.Array | None = None,
+    return_lse: bool = False,
 ) -> str | None:
     if device.platform() != "gpu":
         return f"it needs a GPU, the device compiled for is a {device.platform()!r}"
@@ -50,6 +51,8 @@ def why_not(
         return f"it takes 16-bit queries with latents of the same dtype or 8 bits, not {queries.dtype} and {latents.dtype}"
     if 0 in queries.shape or 0 in latents.shape or 0 in indices.shape:
         return "there is nothing to attend"
+    if return_lse:
+        return "it does not return the log-sum-exp"
     return None
 
 
@@ -123,6 +126,7 @@ def sparse_mla(
     scale: float,
     value_dim: int,
     latent_scales: jax.Array | None = None,
+    return_lse: bool = False,  # `why_not` refuses it
 ) -> jax.Array:
     if latent_scales is not None:
         latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)

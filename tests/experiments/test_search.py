@@ -63,6 +63,7 @@ def test_the_last_step_within_the_budget():
 def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 10_000_000})
     monkeypatch.setattr(search.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(search, "_STREAM_MEMORY", types.SimpleNamespace(value=1.0))
     for stream in (False, True):
         monkeypatch.setattr(search, "_STREAM", types.SimpleNamespace(value=stream))
         if stream:

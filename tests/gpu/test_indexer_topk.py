@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, quant
+from pallas_kernels import hopper, quant, select_topk
 from pallas_kernels.indexer_topk import mosaic_gpu_scores, mosaic_gpu_select, reference
 from tests.support import indexer_topk_properties as properties
 
@@ -151,3 +151,15 @@ def test_selection_of_given_scores(width, k, config):
     first, second = run(clean, maxima, True), run(clean, maxima, True)
     np.testing.assert_array_equal(first[0], want)
     np.testing.assert_array_equal(first, second)
+
+
+@on_hopper
+@pytest.mark.parametrize("width, k", [(16_384, 2048), (8192, 2048), (1000, 64), (40, 64), (131_072, 2048)])
+def test_candidates_of_several_devices_are_selected_from(width, k):
+    """Rows that see all, a part, less than k and nothing; ties, NaN and -inf."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((2, 3, width)).astype(np.float32)
+    scores = np.where(normal > 1, np.nan, np.where(normal < -1, -np.inf, np.round(normal * 64) / 64))
+    visible = np.array([[width, width - 5, 1], [0, k, width // 2]])
+    run = jax.jit(functools.partial(select_topk, k_select=k, implementation="mosaic_gpu"))
+    np.testing.assert_array_equal(run(scores, visible), properties.numpy_select(scores, visible, k))

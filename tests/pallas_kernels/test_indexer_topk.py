@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import indexer_topk
+from pallas_kernels import indexer_topk, select_topk
 from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, reference, triton
 from tests.support import indexer_topk_properties as properties
 from tests.support.emulated_words import Machine
@@ -35,6 +35,22 @@ def test_reference_properties(name, number_format):
 
 def test_reference_infinite_scores():
     properties.check_infinite_scores("xla")
+
+
+@pytest.mark.parametrize("k", [1, 64, 300])
+def test_reference_selects_from_given_scores(k):
+    rows = [row for name, row in _rows(256).items() if name != "denormal"]  # which XLA takes for 0 on a CPU
+    rows = np.stack(rows).astype(np.float32)[None]
+    visible = np.array([[256, 255, 0, 1, 64, 65, 256, 256, -3, 256, 400, 256]])
+    found = select_topk(jnp.asarray(rows), jnp.asarray(visible), k_select=k)
+    np.testing.assert_array_equal(found, properties.numpy_select(rows, visible, k))
+
+
+def test_given_scores_of_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"expected scores \[B, S, T\] and visible \[B, S\], got \(1, 2, 3\) and \(1, 3\)"):
+        select_topk(jnp.zeros((1, 2, 3)), jnp.zeros((1, 3), int), k_select=1)
+    with pytest.raises(ValueError, match="k_select 0"):
+        select_topk(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), k_select=0)
 
 
 # ---- the interface

@@ -85,9 +85,10 @@ def test_a_long_context():
 
 
 def test_what_it_cannot_serve():
-    def why_not(t=1000, kind=jnp.bfloat16, k=10):
-        arrays = jnp.zeros((1, 2, 4, 128), kind), jax.ShapeDtypeStruct((1, t, 128), kind), jnp.zeros((1, 2, 4))
-        return mosaic_tpu.why_not(*arrays, k_select=k, q_positions=jnp.zeros((1, 2)), kv_lengths=jnp.zeros((1,)))
+    def why_not(t=1000, kind=jnp.bfloat16, k=10, s=2, **options):
+        arrays = (jax.ShapeDtypeStruct(shape, kind) for shape in ((1, s, 4, 128), (1, t, 128), (1, s, 4)))
+        options |= {"q_positions": jnp.zeros((1, s)), "kv_lengths": jnp.zeros((1,))}
+        return mosaic_tpu.why_not(*arrays, k_select=k, **options)
 
     assert "needs a TPU" in why_not() or jax.default_backend() == "tpu"
     with interpreted():
@@ -96,6 +97,8 @@ def test_what_it_cannot_serve():
         assert "VMEM of a v5e" in why_not(t=4_000_000)
         assert "32768" in why_not(k=40_000)
         assert "nothing" in why_not(t=0)
+        assert why_not(t=200_000, s=8, return_scores=True) is None and why_not(t=200_000, s=4096) is None
+        assert "all scores" in why_not(t=200_000, s=4096, return_scores=True)
 
 
 @pytest.mark.parametrize("chip", tpu.CHIPS.values(), ids=lambda chip: chip.name)

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import quant, sparse_mla, tpu
 from pallas_kernels.sparse_mla import mosaic_tpu, reference
-from tests.support.attention_cases import Case, inputs, numpy_attention, relative_error, selections
+from tests.support.attention_cases import Case, inputs, numpy_attention, numpy_lse, relative_error, selections
 from tests.support.tpu_interpreter import interpreted
 
 SCALE = 0.11
@@ -76,6 +76,19 @@ def test_rows_are_exact_in_float32():
     with interpreted():
         out = mosaic_tpu.attend_rows(queries, latents, jnp.asarray(indices), scale=SCALE, value_dim=STEP.c)
     check(out, queries, latents, indices, STEP.c, bound=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+def test_the_log_sum_exp_comes_with_the_context_of_a_step(dtype):
+    queries, latents = inputs(STEP, dtype)
+    indices = chosen(STEP, "ascending")
+    indices[0, 1] = -1
+    with interpreted():
+        options = dict(scale=SCALE, value_dim=STEP.c, implementation="mosaic_tpu", return_lse=True)
+        out, lse = sparse_mla(queries, latents, jnp.asarray(indices), **options)
+    check(out, queries, latents, indices, STEP.c)
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(lse, numpy_lse(queries, latents, indices, SCALE), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [PROMPT, STEP], ids=str)
@@ -170,15 +183,17 @@ def test_short_contexts_are_read_whole():
 
 
 def test_what_it_cannot_serve():
-    def why_not(kind=jnp.bfloat16, latents=jnp.bfloat16, k=3):
-        arrays = jnp.zeros((1, 2, 4, 80), kind), jnp.zeros((1, 9, 80), latents), jnp.zeros((1, 2, k), jnp.int32)
-        return mosaic_tpu.why_not(*arrays, scale=1.0, value_dim=64)
+    def why_not(kind=jnp.bfloat16, latents=jnp.bfloat16, k=3, s=2, return_lse=False):
+        arrays = jnp.zeros((1, s, 4, 80), kind), jnp.zeros((1, 9, 80), latents), jnp.zeros((1, s, k), jnp.int32)
+        return mosaic_tpu.why_not(*arrays, scale=1.0, value_dim=64, return_lse=return_lse)
 
     assert "needs a TPU" in why_not() or jax.default_backend() == "tpu"
     with interpreted():
         assert why_not() is None and why_not(latents=jnp.float8_e4m3fn) is None
         assert "float16" in why_not(jnp.float16)
         assert "nothing" in why_not(k=0)
+        assert why_not(return_lse=True) is None
+        assert "fewer than 8 queries" in why_not(s=8, return_lse=True)
 
 
 def test_chips_are_those_that_pallas_knows():

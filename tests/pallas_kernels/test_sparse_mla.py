@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels import hopper, ptx, quant, sparse_mla
 from pallas_kernels.sparse_mla import gradient, mosaic_gpu, reference, triton
 from tests.support import ptx_emulator, warpgroup_emulator
-from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, relative_error, selections
+from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, numpy_lse, relative_error, selections
 from tests.support.interpreted_products import multiply_plainly
 
 SCALE = 0.11
@@ -90,6 +90,29 @@ def test_8_bit_latents_are_their_products():
             indices = selections(case, kind)[:, :s]
             out = sparse_mla(queries[:, :s], small, jnp.asarray(indices), scale=SCALE, value_dim=case.c, latent_scales=scales)
             assert relative_error(out, numpy_attention(queries[:, :s], products, indices, SCALE, case.c)) < 6e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_log_sum_exp_comes_with_the_context(kind):
+    case = CASES[1]
+    queries, latents = inputs(case, jnp.float32)
+    indices = selections(case, kind)
+    options = dict(scale=SCALE, value_dim=case.c)
+    out, lse = sparse_mla(queries, latents, jnp.asarray(indices), **options, return_lse=True)
+    np.testing.assert_array_equal(out, sparse_mla(queries, latents, jnp.asarray(indices), **options))
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(lse, numpy_lse(queries, latents, indices, SCALE), rtol=1e-6, atol=1e-6)
+
+
+def test_the_log_sum_exp_of_8_bit_latents():
+    case = CASES[1]
+    queries, latents = inputs(case, jnp.float32)
+    small, scales = quant.quantise_latents(latents)
+    indices = selections(case, "mixed")
+    options = dict(scale=SCALE, value_dim=case.c, latent_scales=scales, return_lse=True)
+    lse = sparse_mla(queries, small, jnp.asarray(indices), **options)[1]
+    products = np.asarray(small, np.float64) * np.asarray(scales, np.float64)[..., None]
+    np.testing.assert_allclose(lse, numpy_lse(queries, products, indices, SCALE), rtol=1e-5, atol=1e-5)
 
 
 DIFFERENTIABLE = {

@@ -75,6 +75,18 @@ def numpy_attention(queries, latents, indices, scale: float, value_dim: int) -> 
     return out
 
 
+def numpy_lse(queries, latents, indices, scale: float) -> np.ndarray:
+    """log(sum(exp(logits))) [b, s, h] in float64, -inf where nothing is selected."""
+    q, kv, indices = np.asarray(queries, np.float64), np.asarray(latents, np.float64), np.asarray(indices)
+    out = np.full(q.shape[:3], -np.inf)
+    for b, s in np.ndindex(indices.shape[:2]):
+        logits = q[b, s] @ kv[b, indices[b, s][indices[b, s] >= 0]].T * scale
+        if logits.size:
+            top = logits.max(-1)
+            out[b, s] = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+    return out
+
+
 def relative_error(out, expected) -> float:
     """Root mean square of the difference over that of `expected`."""
     out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)

@@ -10,7 +10,8 @@ import numpy as np
 
 from pallas_kernels import indexer_topk
 
-run = jax.jit(indexer_topk, static_argnames=("k_select", "implementation"))  # shared, so that equal shapes compile once
+# Shared, so that equal shapes compile once.
+run = jax.jit(indexer_topk, static_argnames=("k_select", "implementation", "return_scores"))
 FORMATS = {"bfloat16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn}
 OTHER_FORMATS = {"float32": jnp.float32, "int8": jnp.int8}  # int8 knows no NaN, so not every property applies
 SCALED = ("fp8", "int8")
@@ -34,6 +35,15 @@ def numpy_select(scores, visible, k):
     return out
 
 
+def assert_scores(found, scores, positions):
+    """`found` [..., k] are what scores [..., T] hold at positions [..., k], as they are compared."""
+    expected = np.take_along_axis(np.asarray(scores, np.float32), np.maximum(positions, 0), axis=-1)
+    expected = np.where((positions < 0) | np.isnan(expected), -np.inf, expected)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+    assert not np.signbit(found[found == 0]).any()
+
+
 def _arrays(queries, keys, head_weights, key_scales, number_format):
     kind = (FORMATS | OTHER_FORMATS)[number_format]
     scales = jnp.asarray(key_scales, jnp.float32) if number_format in SCALED else None
@@ -41,7 +51,7 @@ def _arrays(queries, keys, head_weights, key_scales, number_format):
 
 
 def check_integers(implementation: str, number_format: str, *, shape: tuple[int, ...], k: int, seed: int = 0) -> None:
-    """Ragged rows, causal and not, of small integers (so with many ties) against NumPy, and twice the same."""
+    """Ragged rows, causal and not, of small integers (so with many ties) against NumPy, and the same with the scores."""
     b, s, heads, width, t = shape
     rng = np.random.default_rng(seed)
     queries, keys = rng.integers(-2, 3, (b, s, heads, width)), rng.integers(-2, 3, (b, t, width))
@@ -53,7 +63,9 @@ def check_integers(implementation: str, number_format: str, *, shape: tuple[int,
     scores = numpy_scores(queries, keys, weights, scales if number_format in SCALED else None)
     out = run(*arrays, **options, key_scales=key_scales)
     np.testing.assert_array_equal(out, numpy_select(scores, np.minimum(positions + 1, lengths[:, None]), k))
-    np.testing.assert_array_equal(out, run(*arrays, **options, key_scales=key_scales))
+    again, found = map(np.asarray, run(*arrays, **options, key_scales=key_scales, return_scores=True))
+    np.testing.assert_array_equal(out, again)
+    assert_scores(found, scores, again)
 
 
 def with_scores(values: np.ndarray, heads: int = 8, width: int = 128):
@@ -196,9 +208,24 @@ def check_batch_changes_nothing(implementation: str, number_format: str) -> None
     np.testing.assert_array_equal(part(slice(None), slice(4, 5)), together[:, 4:5])
 
 
+def check_scores(implementation: str, number_format: str) -> None:
+    """Scores of a row that sees less than k keys, of ties, of NaN and of zeros, which are those of a negative weight."""
+    values = -np.where(_STEPS % 5 == 0, 0, _STEPS % 900)
+    queries, keys, weights = with_scores(values)
+    keys[0, ::7] = np.nan
+    scores = np.where(_STEPS % 7 == 0, np.nan, values)[None, None]
+    arrays, key_scales = _arrays(queries, keys, weights, np.ones((1, T)), number_format)
+    options = dict(implementation=implementation, key_scales=key_scales, kv_lengths=np.full((1,), T), return_scores=True)
+    for k, visible in ((100, 60), (100, 100), (100, T), (T, T)):
+        positions, found = run(*arrays, k_select=k, q_positions=np.full((1, 1), visible - 1), **options)
+        np.testing.assert_array_equal(positions, numpy_select(scores, np.array([[visible]]), k))
+        assert_scores(np.asarray(found), scores, np.asarray(positions))
+
+
 PROPERTIES: dict[str, Callable[[str, str], None]] = {
     "NaN is the lowest": check_nan_is_lowest,
     "a NaN query takes the first keys": check_nan_query,
     "a causal prompt": check_causal_prompt,
     "the batch changes nothing": check_batch_changes_nothing,
+    "scores come with the positions": check_scores,
 }

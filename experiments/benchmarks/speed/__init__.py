@@ -1,16 +1,17 @@
 """Measures inference: prefill and decode of one model under several schedules, at several lengths, beside the paper's table.
 
 How a time is taken: weights are random, made on the device, and all schedules share them. A prompt goes in chunk by chunk
-and every chunk is waited for, so that one long prefill gives the time of every shorter one. Rounds go through the
-schedules in turn; a figure is the median over the rounds and one more, which the profile needs. One request
-decodes from the cache that its prefill left. The full cache is as many rows as fit, each a copy of that request's cache; its
-rate is that of all rows together. A step's time is that of a program of many steps, divided. Rows fit where weights, their
-cache, the first layer's part of a request and what the compiler says a program needs beside them fit; where they do not
-after all, fewer are tried.
+and every chunk is waited for, so that one long prefill gives the time of every shorter one. Rounds go through the schedules
+in turn; a figure is the median over the rounds and one more, which the profile needs. One request decodes from the cache
+that its prefill left. The full cache is as many rows as fit, each a copy of that request's cache with a token of its own to
+go on from, so that rows choose experts of their own; its rate is that of all rows together. A step's time is that of a
+program of many steps, divided. Rows fit where weights, their cache, the first layer's part of a request and what the
+compiler says a program needs beside them fit; where they do not after all, fewer are tried.
 
 Shares are the times of kernels by their names, seen through CUPTI in the chunk that ends at each length and in a decode
 program; a whole prefill's are those of its chunks, interpolated between the ones that were profiled. A stage without a
-kernel of its own is in the rest, as the experts of a decode step are. Layers are compiled anew for these chunks, to launch
+kernel of its own is in the rest, as the experts of a decode step are. Several devices' times are averaged; what they
+exchange counts whole, also where it is hidden behind other kernels. Layers are compiled anew for these chunks, to launch
 their kernels one by one: CUPTI loses some of those in CUDA graphs. Where the kernels that it showed take less than 85 % of
 the time of the same run without it, there are no shares.
 

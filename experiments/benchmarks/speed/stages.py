@@ -17,6 +17,7 @@ STAGES = {
     "indexer_select": "top-k",
     "sparse_mla": "sparse MLA",
     "grouped_matmul": "experts",
+    "nccl": "exchange",  # what devices send each other, and wait for each other
 }
 OTHER = "projections and the rest"
 
@@ -26,7 +27,7 @@ MIN_PROFILED = 0.85  # of a run's time: gaps between kernels take less than the 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What CUPTI showed of one run. stages: milliseconds of kernels by stage; launches: the number of kernels.
+    """What CUPTI showed of one run, of a device on average. stages: milliseconds by stage; launches: the number of kernels.
 
     profiled: the kernels' part of the time that the same run takes without tracing.
     """
@@ -52,5 +53,5 @@ def profile(function: Callable[[], Any]) -> Profile:
     kernels = kernels_of(function)
     stages = dict.fromkeys([*STAGES.values(), OTHER], 0.0)
     for name, ms in kernels:
-        stages[next((stage for part, stage in STAGES.items() if part in name), OTHER)] += ms
-    return Profile(stages, len(kernels), sum(stages.values()) / 1000 / seconds)
+        stages[next((stage for part, stage in STAGES.items() if part in name), OTHER)] += ms / jax.device_count()
+    return Profile(stages, len(kernels) // jax.device_count(), sum(stages.values()) / 1000 / seconds)
