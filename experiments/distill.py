@@ -148,8 +148,8 @@ def export(
 
 
 def speeds(trained: runs.Trained, stages: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:
-    """By stage tokens/s and, on an accelerator, the model FLOPs' share of the rate of a bfloat16 matmul of the same run."""
-    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
+    """By stage tokens/s and, on an accelerator, the model FLOPs' share of the rate of bfloat16 matmuls on all devices."""
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate() * jax.device_count()
     by_stage: dict[str, Any] = {"matmul_tflops": None if matmul is None else matmul / 1e12}
     for stage in stages:
         if (tokens_per_second := trained.tokens_per_second.get(stage.name)) is not None:

@@ -12,7 +12,7 @@ and share them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,15 @@ from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Attention
 from indexcache_jax.rope import CosSin, rotate
+
+
+class HasUpProjections(Protocol):
+    """What makes every head's keys and values from latents: k_up [H, dn, C] and v_up [H, C, dv]."""
+
+    @property
+    def k_up(self) -> jax.Array: ...
+    @property
+    def v_up(self) -> jax.Array: ...
 
 
 def finish_query_latent(
@@ -82,7 +91,7 @@ def output(p: Attention, heads: jax.Array) -> jax.Array:
     return out if p.out_bias is None else out + p.out_bias
 
 
-def expand(p: Attention, latents: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+def expand(p: HasUpProjections, latents: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Every head's keys [B, T, H, dn+dr] and values [B, T, H, dv] from latents [B, T, C+dr]."""
     compressed, rope = latents[..., : config.kv_lora_rank], latents[..., config.kv_lora_rank :]
     nope = jnp.einsum("btc,hnc->bthn", compressed, p.k_up)

@@ -12,6 +12,10 @@ In XLA, probabilities exist for one block of queries at a time and are recompute
 as its indices, made once by the F layer. Where the kernels serve (Hopper, bfloat16, heads up to 192 wide, values and index
 heads up to 128), a selection is kept as bits, attention is fused, and the divergence's gradient is made in the forward pass.
 
+On a mesh every device computes what is per query for its own rows and queries. Where queries of a row are split, latents and
+index keys are gathered and every device makes the attention's keys and values from them; the queries are dealt so that all
+devices see as many keys (`positions.even_order`). A layer's weights are gathered for as long as it runs.
+
 A schedule is static, as in inference, unless it is given as arrays (`TracedSchedule`): then one program trains for any
 schedule, and layers that turn out S keep an indexer without a gradient.
 """
@@ -21,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -32,16 +37,23 @@ from indexcache_jax import attention, indexer, moe, ops
 from indexcache_jax.config import Config
 from indexcache_jax.model import AttentionLayer, token_losses
 from indexcache_jax.norm import rms_norm
+from indexcache_jax.ops import HEADS, QUERIES, ROWS
 from indexcache_jax.params import MLP, MoE, Params, abstract, slots
-from indexcache_jax.positions import Positions, whole_rows
+from indexcache_jax.positions import Positions, even_order, make_positions
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import constrain, devices_along, on_each_device
 from pallas_kernels import bits
 from pallas_kernels.blocks import block_rows, map_queries
 
 SCORE_BYTES = 512 * 2**20  # of float32 attention and index logits at once, of all heads and rows of one block of queries
 # Queries see only keys before them, so from CAUSAL_FROM tokens on a row is cut into CAUSAL_PARTS parts: the queries of the
-# first quarter need no product with the keys of the other three.
+# first quarter need no product with the keys of the other three. Not where devices share a row: each has early and late ones.
 CAUSAL_PARTS, CAUSAL_FROM = 4, 2048
+REARRANGING = {
+    *("sharding_constraint", "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"),
+    *("slice", "dynamic_slice", "copy", "optimization_barrier"),
+}
+BITS, LSE = ("batch", None, "queries"), ("batch", "heads", "queries")  # the logical axes of bits and of denominators
 
 
 @flax.struct.dataclass
@@ -56,6 +68,14 @@ class IndexState:
     head_weights: jax.Array  # [B, S, Hi] float32
     indices: jax.Array | None  # [B, S, k] int32
     selection_bits: jax.Array | None  # [B, T / 32, S] int32, a bit a key (pallas_kernels' bits)
+
+
+@flax.struct.dataclass
+class UpProjections:
+    """What makes every head's keys and values from latents."""
+
+    k_up: jax.Array  # [H, dn, C]
+    v_up: jax.Array  # [H, C, dv]
 
 
 @flax.struct.dataclass
@@ -155,7 +175,7 @@ def _index(
     h, q_latent = jax.lax.stop_gradient((h, q_latent))
     state = IndexState(
         indexer.index_queries(p.indexer, q_latent, positions.cos_sin, config),
-        indexer.index_keys(p.indexer, h, positions.cos_sin, config),
+        _gathered(indexer.index_keys(p.indexer, h, positions.cos_sin, config)),
         indexer.head_weights(p.indexer, h, config),
         None,
         selection_bits,
@@ -164,7 +184,8 @@ def _index(
         return state
     indices = ops.select(*jax.lax.stop_gradient((state.queries, state.keys, state.head_weights)), positions, config)
     if selection_bits is not None:
-        return dataclasses.replace(state, selection_bits=bits.pack(indices, h.shape[1]))
+        pack = on_each_device(functools.partial(bits.pack, keys=h.shape[1]), (QUERIES,), BITS)
+        return dataclasses.replace(state, selection_bits=pack(indices))
     return dataclasses.replace(state, indices=indices)
 
 
@@ -186,8 +207,7 @@ def _attend(
         h = rms_norm(x, p.norm, config.rms_norm_eps)
         q_latent = attention.query_latents(p.attention, h, config)
         queries = jnp.concatenate(attention.queries(p.attention, q_latent, positions.cos_sin, config), axis=-1)
-        latents = attention.latents(p.attention, h, positions.cos_sin, config)
-        keys, values = attention.expand(p.attention, latents, config)
+        latents = _gathered(attention.latents(p.attention, h, positions.cos_sin, config))
     if state is not None:
         with jax.named_scope("index"):
             index = functools.partial(_index, p, h, q_latent, positions, config, sparse, state.selection_bits)
@@ -196,65 +216,122 @@ def _attend(
                 state = jax.lax.cond(full, index, lambda: before)
             elif full:
                 state = index()
-    if state is None and _fused(queries, values):
+    up = UpProjections(p.attention.k_up, p.attention.v_up)
+    if state is None and _fused(queries, config):
         with jax.named_scope("attend"):
-            out, kl = _causal(queries, keys, values, config.attention_scale), jnp.zeros((), jnp.float32)
+            out, kl = _causal(up, queries, latents, config), jnp.zeros((), jnp.float32)
     elif state is not None and state.selection_bits is not None:
-        out, kl = _by_bits(queries, keys, values, state, state.selection_bits, config.attention_scale)
+        out, kl = _by_bits(up, queries, latents, state, state.selection_bits, positions, config)
     else:
-        out, kl = _by_blocks(queries, keys, values, state, positions, config)
+        out, kl = _by_blocks(up, queries, latents, state, positions, config)
     with jax.named_scope("attend"):
         return x + attention.output(p.attention, out), state, kl
 
 
+def _gathered(x: jax.Array) -> jax.Array:
+    """Of every row all tokens' x [B, S, D] in the order of their positions, on all devices that share the row."""
+    x = constrain(x, "batch", None, None)
+    order = even_order(x.shape[1])
+    if order is None:
+        return x
+    pieces = 2 * devices_along("queries")
+    came_from = np.argsort(order[:: x.shape[1] // pieces])
+    return x.reshape(x.shape[0], pieces, -1, x.shape[2])[:, came_from].reshape(x.shape)
+
+
 def _by_bits(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, state: IndexState, selection_bits: jax.Array, scale: float
+    up: UpProjections,
+    queries: jax.Array,
+    latents: jax.Array,
+    state: IndexState,
+    selection_bits: jax.Array,
+    positions: Positions,
+    config: Config,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention [B, S, H, dv] to the keys whose bits are set, and its summed divergence: what the kernels do."""
+    scale = config.attention_scale
+    # All rows are as long, so that one row's positions are those of all.
+    q_positions = positions.queries[0] if devices_along("queries") > 1 else None
+
+    def attend(
+        up: UpProjections, queries: jax.Array, latents: jax.Array, words: jax.Array, q_positions: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        keys, values = attention.expand(up, latents, config)
+        out, lse = ops.selected_attention(queries, keys, values, words, scale=scale, q_positions=q_positions)
+        return out, lse, jax.lax.stop_gradient(keys)
+
+    def diverge(*arguments: Any) -> jax.Array:
+        *arrays, q_positions = arguments
+        return ops.index_divergence(*arrays, scale=scale, q_positions=q_positions)[None, None]
+
     with jax.named_scope("attend"):
-        out, lse = ops.selected_attention(queries, keys, values, selection_bits, scale=scale)
+        axes = ("heads",), HEADS, ROWS, BITS, ("queries",)
+        call = on_each_device(attend, axes, (HEADS, LSE, ("batch", None, "heads")))
+        out, lse, keys = call(up, queries, latents, selection_bits, q_positions)
     with jax.named_scope("divergence"):
         index_factors = state.queries, state.keys, state.head_weights
-        return out, ops.index_divergence(*index_factors, queries, keys, lse, selection_bits, scale=scale)
+        constants = *jax.lax.stop_gradient((queries, keys, lse)), selection_bits, q_positions
+        # The probabilities are averaged over all heads, so every device needs those of its queries together.
+        of_all_heads = QUERIES, ROWS, QUERIES, QUERIES, ROWS, BITS, BITS, ("queries",)
+        return out, jnp.sum(on_each_device(diverge, of_all_heads, QUERIES)(*index_factors, *constants))
 
 
 def _by_blocks(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, state: IndexState | None, positions: Positions, config: Config
+    up: UpProjections,
+    queries: jax.Array,
+    latents: jax.Array,
+    state: IndexState | None,
+    positions: Positions,
+    config: Config,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention [B, S, H, dv] and its summed divergence in XLA, for one block of queries at a time.
 
     Over all visible keys, or the selected ones where `state` has indices; without a state there is no divergence.
     """
+    parts = CAUSAL_PARTS if queries.shape[1] >= CAUSAL_FROM and devices_along("queries") == 1 else 1
 
-    def block(
-        t: int, queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
+    def attend(
+        up: UpProjections, latents: jax.Array, index_keys: jax.Array | None, per_query: tuple[Any, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        """Of queries that see at most the first t keys; visible [B, Q] is how many each of them sees."""
-        mask = jnp.arange(t) < visible[..., None]
-        if indices is not None:
-            mask = mask & selection_mask(indices, t)
-        with jax.named_scope("attend"):
-            out, target = attention.attend_expanded(queries, keys[:, :t], values[:, :t], mask, config.attention_scale)
-        if state is None:
-            return out, jnp.zeros(visible.shape, jnp.float32)
-        with jax.named_scope("divergence"):
-            index_queries, head_weights = index
-            scores = index_scores(index_queries, state.keys[:, :t], head_weights)
-            return out, divergence(jax.lax.stop_gradient(target), scores, mask)
+        """Attention and the divergence of every query [B, S]."""
+        keys, values = attention.expand(up, latents, config)
 
-    indices, index = (None, ()) if state is None else (state.indices, (state.queries, state.head_weights))
-    inputs = (queries, positions.queries + 1, indices, index)
-    s = queries.shape[1]
-    parts = CAUSAL_PARTS if s >= CAUSAL_FROM else 1
-    outs, kls = [], []
-    for first, stop in itertools.pairwise(i * s // parts for i in range(parts + 1)):
-        part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], inputs)
-        bytes_per_query = 4 * queries.shape[0] * stop * (config.num_heads + config.index_n_heads)
-        rows = block_rows(stop - first, bytes_per_query, SCORE_BYTES)
-        out, kl = map_queries(jax.checkpoint(functools.partial(block, stop)), part, rows)
-        outs.append(out)
-        kls.append(jnp.sum(kl))
-    return jnp.concatenate(outs, axis=1), sum(kls, start=jnp.zeros(()))
+        def block(
+            t: int, queries: jax.Array, visible: jax.Array, indices: jax.Array | None, index: tuple[jax.Array, ...]
+        ) -> tuple[jax.Array, jax.Array]:
+            """Of queries that see at most the first t keys; visible [B, Q] is how many each of them sees."""
+            mask = jnp.arange(t) < visible[..., None]
+            if indices is not None:
+                mask = mask & selection_mask(indices, t)
+            with jax.named_scope("attend"):
+                out, target = attention.attend_expanded(queries, keys[:, :t], values[:, :t], mask, config.attention_scale)
+            if index_keys is None:
+                return out, jnp.zeros(visible.shape, jnp.float32)
+            with jax.named_scope("divergence"):
+                index_queries, head_weights = index
+                scores = index_scores(index_queries, index_keys[:, :t], head_weights)
+                return out, divergence(jax.lax.stop_gradient(target), scores, mask)
+
+        (b, s), t = per_query[0].shape[:2], keys.shape[1]
+        found = []
+        for first, stop in itertools.pairwise(i * s // parts for i in range(parts + 1)):
+            part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], per_query)
+            seen = t if parts == 1 else stop
+            bytes_per_query = 4 * b * seen * (keys.shape[2] + config.index_n_heads)
+            rows = block_rows(stop - first, bytes_per_query, SCORE_BYTES)
+            found.append(map_queries(jax.checkpoint(functools.partial(block, seen)), part, rows))
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
+
+    index_keys = indices = None
+    index: tuple[jax.Array, ...] = ()
+    if state is not None:
+        index_keys, indices, index = state.keys, state.indices, (state.queries, state.head_weights)
+    per_query = queries, positions.queries + 1, indices, index
+    # The divergence needs the probabilities of all heads together.
+    heads, of_queries = (("heads",), HEADS) if state is None else ((), QUERIES)
+    inputs = (heads, ROWS, ROWS, of_queries)
+    out, kl = on_each_device(attend, inputs, (of_queries, QUERIES))(up, latents, index_keys, per_query)
+    return out, jnp.sum(kl)
 
 
 def _embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -262,22 +339,52 @@ def _embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
     For a small vocabulary by a matrix product: the gradient of a gather would add many rows in bfloat16, one by one.
     """
-    return jax.nn.one_hot(tokens, table.shape[0], dtype=table.dtype) @ table if table.shape[0] <= 4096 else table[tokens]
+    if table.shape[0] <= 4096:
+        x = jax.nn.one_hot(tokens, table.shape[0], dtype=table.dtype) @ _whole(table, ("vocab", "embed"))
+    else:
+        # A large table stays split: every device looks up its part of the vectors of all rows' tokens.
+        x = constrain(table[constrain(tokens, None, "queries")], None, "queries", "embed")
+    return constrain(x, "batch", "queries", None)
 
 
-def _fused(queries: jax.Array, values: jax.Array) -> bool:
-    """Whether cuDNN's fused attention can run: on a GPU, in bfloat16, for heads of a multiple of 8 up to 128."""
-    width = queries.shape[-1]
-    fits = width % 8 == 0 and values.shape[-1] <= width <= 128
+def _fused(queries: jax.Array, config: Config) -> bool:
+    """Whether cuDNN's fused attention can run: on a GPU, in bfloat16, for heads of a multiple of 8 up to 128.
+
+    Not where devices share a row's queries, which cuDNN expects to begin with the keys.
+    """
+    width = config.qk_head_dim
+    fits = width % 8 == 0 and config.v_head_dim <= width <= 128 and devices_along("queries") == 1
     return fits and ops.platform() == "gpu" and queries.dtype == jnp.bfloat16
 
 
-def _causal(queries: jax.Array, keys: jax.Array, values: jax.Array, scale: float) -> jax.Array:
+def _causal(up: UpProjections, queries: jax.Array, latents: jax.Array, config: Config) -> jax.Array:
     """Causal attention [B, S, H, dv] by cuDNN, without probabilities; it needs values as wide as keys, so they are padded."""
-    width = values.shape[-1]
-    values = jnp.pad(values, ((0, 0),) * 3 + ((0, queries.shape[-1] - width),))
-    out = jax.nn.dot_product_attention(queries, keys, values, scale=scale, is_causal=True, implementation="cudnn")
-    return out[..., :width]
+
+    def attend(up: UpProjections, queries: jax.Array, latents: jax.Array) -> jax.Array:
+        keys, values = attention.expand(up, latents, config)
+        values = jnp.pad(values, ((0, 0),) * 3 + ((0, config.qk_head_dim - config.v_head_dim),))
+        out = jax.nn.dot_product_attention(
+            queries, keys, values, scale=config.attention_scale, is_causal=True, implementation="cudnn"
+        )
+        return out[..., : config.v_head_dim]
+
+    return on_each_device(attend, (("heads",), HEADS, ROWS), HEADS)(up, queries, latents)
+
+
+def _kept_for_the_backward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether what a primitive makes is kept: not what only gathers, rounds or rearranges numbers.
+
+    So a gathered weight is gathered again and not kept, which would put all layers' weights on every device.
+    """
+    return primitive.name not in REARRANGING
+
+
+def _whole(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight with these logical axes, gathered from the devices that it is split over as rows of a batch are (fsdp).
+
+    Its gradient is added up over them and split again.
+    """
+    return constrain(constrain(weight, *axes), *(None if axis == "embed" else axis for axis in axes))
 
 
 def losses(
@@ -315,22 +422,38 @@ def losses(
         raise ValueError(
             f"losses: a traced schedule needs the indexers of all layers, but the params are for {schedule.pattern}"
         )
-    params = jax.tree.map(lambda a, t: a.astype(t.dtype or compute_dtype), params, abstract(config, schedule))
+    tree = abstract(config, schedule)
+    params = jax.tree.map(lambda a, t: a.astype(t.dtype or compute_dtype), params, tree)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     b, s = inputs.shape
+    order = even_order(s)
+    if order is not None:
+        inputs, targets = inputs[:, order], targets[:, order]
     x = _embed(params.embedding, inputs)
-    state = _no_state(b, s, x.dtype, config, sparse, ops.trains_by_kernels(b, s, x.dtype, config)) if indexers else None
+    positions = make_positions(jnp.zeros((b,), jnp.int32), jnp.full((b,), s, jnp.int32), s, config, order)
+    by_kernels = ops.trains_by_kernels(b, s, x.dtype, config)
+    state = _no_state(positions, x.dtype, config, sparse, by_kernels) if indexers else None
     arrays = traced_schedule(schedule, cross_layer) if traced is None else traced
-    carry: Carry = x, jnp.zeros((), jnp.float32), whole_rows(inputs, config), state
+    carry: Carry = x, jnp.zeros((), jnp.float32), positions, state
     counts: list[jax.Array] = []
     for run in runs(config, schedule):
         weights = _run_weights(params, run, config, schedule), _slice(arrays, run.start, run)
-        layer = functools.partial(_layer, run=run, config=config, sparse=sparse, full=run.full if traced is None else None)
+        layer: Callable[..., Any] = functools.partial(
+            _layer, run=run, tensors=_stacks(tree, run), config=config, sparse=sparse, full=run.full if traced is None else None
+        )
+        if devices_along("embed") > 1:
+            layer = jax.checkpoint(layer, policy=_kept_for_the_backward_pass, prevent_cse=False)
         carry, count = jax.lax.scan(layer, carry, weights)
         if count is not None:
             counts.append(count)
     x, kl_total, _, _ = carry
-    language = jnp.mean(token_losses(params, x, targets, config))
+    ends = dataclasses.replace(
+        params,
+        final_norm=_whole(params.final_norm, tree.final_norm.axes),
+        embedding=_whole(params.embedding, tree.embedding.axes) if params.head is None else params.embedding,
+        head=None if params.head is None else _whole(params.head, tree.head.axes),
+    )
+    language = jnp.mean(token_losses(ends, x, targets, config))
     return Losses(
         language,
         kl_total / (b * s),
@@ -343,50 +466,67 @@ def _slice(tree: Any, start: int, run: Run) -> Any:
     return jax.tree.map(lambda a: a[start : start + run.stop - run.start], tree)
 
 
+def _stacks(tree: Params, run: Run) -> Any:
+    """Of a tree like the params what a run's layers use: attention, MLP, and the norm before the MLP, of all such layers."""
+    attention_layers = AttentionLayer(tree.input_norm, tree.attention, tree.indexer if run.full else None)
+    return attention_layers, tree.moe if run.experts else tree.dense, tree.mlp_norm
+
+
 def _run_weights(params: Params, run: Run, config: Config, schedule: Schedule) -> LayerWeights:
     """The weights of a run's layers, stacked."""
-    indexer_slot = slots(schedule.full_layers)[run.start] if run.full else None
-    stack, layers = (params.moe, config.expert_layers) if run.experts else (params.dense, config.dense_layers)
+    stacks, mlp, mlp_norm = _stacks(params, run)
     attention_layers = AttentionLayer(
-        _slice(params.input_norm, run.start, run),
-        _slice(params.attention, run.start, run),
-        None if indexer_slot is None else _slice(params.indexer, indexer_slot, run),
+        _slice(stacks.norm, run.start, run),
+        _slice(stacks.attention, run.start, run),
+        _slice(stacks.indexer, slots(schedule.full_layers)[run.start], run) if run.full else None,
     )
-    return attention_layers, _slice(stack, slots(layers)[run.start], run), _slice(params.mlp_norm, run.start, run)
+    layers = config.expert_layers if run.experts else config.dense_layers
+    return attention_layers, _slice(mlp, slots(layers)[run.start], run), _slice(mlp_norm, run.start, run)
 
 
 def _layer(
-    carry: Carry, xs: tuple[LayerWeights, TracedSchedule], *, run: Run, config: Config, sparse: bool, full: bool | None
+    carry: Carry,
+    xs: tuple[LayerWeights, TracedSchedule],
+    *,
+    run: Run,
+    tensors: Any,
+    config: Config,
+    sparse: bool,
+    full: bool | None,
 ) -> tuple[Carry, jax.Array | None]:
     """One layer of a run: the carry after it, and how many tokens each of its experts got ([E] int32; None if dense).
 
-    full: whether the layer is F; None takes it from the traced schedule.
+    tensors: the abstract tree of the stacks that the layer's weights are from. full: whether the layer is F; None takes it
+    from the traced schedule.
     """
     # The barrier hides that some of the carry never changes. JAX computes what follows from a scan's constants
     # ahead of it, and here that would be masks and index scores of all blocks, [S, T] together.
     x, kl_total, positions, state = jax.lax.optimization_barrier(carry)
-    (p, mlp, norm), this_layer = xs
+    weights, this_layer = xs
+    p, mlp, norm = jax.tree.map(lambda weight, tensor: _whole(weight, tensor.axes[1:]), weights, tensors)
     x, state, kl = _attend(p, x, state, positions, config, this_layer.full if full is None else full, sparse)
     kl_total = kl_total + this_layer.kl_weight * kl
     with jax.named_scope("mlp"):
         h = rms_norm(x, norm, config.rms_norm_eps)
         if not isinstance(mlp, MoE):
-            return (x + moe.mlp(mlp, h), kl_total, positions, state), None
-        chosen, _ = moe.route(mlp, h, config)
-        tokens_per_expert = moe.tokens_per_expert(chosen, config.n_routed_experts)
-        return (x + moe.moe(mlp, h, config), kl_total, positions, state), tokens_per_expert
+            out, tokens_per_expert = moe.mlp(mlp, h), None
+        else:
+            chosen, _ = moe.route(mlp, h, config)
+            out, tokens_per_expert = moe.moe(mlp, h, config), moe.tokens_per_expert(chosen, config.n_routed_experts)
+        return (constrain(x + out, "batch", "queries", None), kl_total, positions, state), tokens_per_expert
 
 
-def _no_state(batch: int, length: int, dtype: Any, config: Config, sparse: bool, by_kernels: bool) -> IndexState:
+def _no_state(positions: Positions, dtype: Any, config: Config, sparse: bool, by_kernels: bool) -> IndexState:
     """The index state before the first layer, which is F and replaces all of it but the bits of dense attention."""
+    batch, length = positions.queries.shape
     heads, width = config.index_n_heads, config.index_head_dim
     indices = jnp.zeros((batch, length, min(config.index_topk, length)), jnp.int32)
     return IndexState(
-        jnp.zeros((batch, length, heads, width), dtype),
-        jnp.zeros((batch, length, width), dtype),
-        jnp.zeros((batch, length, heads), jnp.float32),
-        indices if sparse and not by_kernels else None,
-        bits.causal(batch, length, length) if by_kernels else None,
+        constrain(jnp.zeros((batch, length, heads, width), dtype), *QUERIES, None, None),
+        constrain(jnp.zeros((batch, length, width), dtype), *ROWS, None, None),
+        constrain(jnp.zeros((batch, length, heads), jnp.float32), *QUERIES, None),
+        constrain(indices, *QUERIES, None) if sparse and not by_kernels else None,
+        constrain(bits.visible(positions.queries, length), *BITS) if by_kernels else None,
     )
 
 

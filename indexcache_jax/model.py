@@ -19,10 +19,11 @@ import numpy as np
 from indexcache_jax import attention, indexer, moe
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
+from indexcache_jax.ops import QUERIES
 from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, check_schedule, slots
 from indexcache_jax.positions import Positions, whole_rows
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.sharding import constrain
+from indexcache_jax.sharding import constrain, on_each_device
 from pallas_kernels.blocks import map_queries
 
 LOGITS_BYTES = 256 * 2**20  # of float32 logits at once where only a loss is wanted
@@ -117,9 +118,16 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
 
 def unembed(params: Params, x: jax.Array, config: Config) -> jax.Array:
     """Hidden states [..., D] -> logits [..., V] float32."""
-    h = rms_norm(x, params.final_norm, config.rms_norm_eps)
-    head = params.embedding.T if params.head is None else params.head
-    return jnp.dot(h, head, preferred_element_type=jnp.float32)
+    return _logits(params.final_norm, _head(params), x, config)
+
+
+def _head(params: Params) -> jax.Array:
+    """The matrix [D, V] of the logits."""
+    return params.embedding.T if params.head is None else params.head
+
+
+def _logits(norm: jax.Array, head: jax.Array, x: jax.Array, config: Config) -> jax.Array:
+    return jnp.dot(rms_norm(x, norm, config.rms_norm_eps), head, preferred_element_type=jnp.float32)
 
 
 @jax.jit
@@ -142,10 +150,13 @@ def selections(
 def token_losses(params: Params, x: jax.Array, targets: jax.Array, config: Config) -> jax.Array:
     """-log p(targets [B, S]) in nats, float32, from hidden states x [B, S, D]: logits exist for a block at a time."""
 
-    def block(x: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = unembed(params, x, config)
-        picked = jnp.sum(jnp.where(jnp.arange(config.vocab_size) == targets[..., None], logits, 0.0), axis=-1)
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+    def losses(norm: jax.Array, head: jax.Array, x: jax.Array, targets: jax.Array) -> jax.Array:
+        def block(x: jax.Array, targets: jax.Array) -> jax.Array:
+            logits = _logits(norm, head, x, config)
+            picked = jnp.sum(jnp.where(jnp.arange(config.vocab_size) == targets[..., None], logits, 0.0), axis=-1)
+            return jax.nn.logsumexp(logits, axis=-1) - picked
 
-    rows = max(1, LOGITS_BYTES // (4 * config.vocab_size * x.shape[0]))
-    return map_queries(jax.checkpoint(block), (x, targets), min(rows, x.shape[1]))
+        rows = max(1, LOGITS_BYTES // (4 * config.vocab_size * x.shape[0]))
+        return map_queries(jax.checkpoint(block), (x, targets), min(rows, x.shape[1]))
+
+    return on_each_device(losses, ((), (), QUERIES, QUERIES), QUERIES)(params.final_norm, _head(params), x, targets)

@@ -3,6 +3,9 @@
 A run is a list of stages (paper 3.2: a dense warm-up of the indexers, then the sparse stage that trains everything).
 Which weights a stage trains follows from their place in the tree (`distill.trainable`); gradients and optimiser state
 exist for those alone. Weights are float32, arithmetic is in the stage's compute dtype.
+
+On a mesh, by the rules `sharding.TRAINING`, weights and what the optimiser keeps of them are split over all devices of the
+data axis (fsdp), and experts over all devices; a step leaves them where they lay.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from indexcache_jax import distill
+from indexcache_jax import distill, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
@@ -114,9 +117,23 @@ def optimiser(
 
 
 def init_optimiser_state(params: Params, stage: Stage, config: Config, schedule: Schedule) -> Any:
-    """The optimiser's state before a stage's first step."""
-    labels = distill.trainable(params, stage.kind)
-    return optimiser(stage, config, schedule).init(split(params, labels)[0])
+    """The optimiser's state before a stage's first step; on a mesh, what it keeps of a weight lies where the weight does."""
+
+    def init(params: Params) -> Any:
+        labels = distill.trainable(params, stage.kind)
+        state = optimiser(stage, config, schedule).init(split(params, labels)[0])
+        return _in_place(params, state, config, schedule)[1]
+
+    return init(params) if sharding.current()[0] is None else jax.jit(init)(params)
+
+
+def _in_place(params: Params, state: Any, config: Config, schedule: Schedule) -> tuple[Params, Any]:
+    """Traced params and optimiser state where they lie on the mesh in force."""
+    mesh, rules = sharding.current()
+    if mesh is None:
+        return params, state
+    of_params = sharding.shardings(abstract(config, schedule), mesh, rules)
+    return jax.lax.with_sharding_constraint((params, state), (of_params, optimiser_shardings(state, of_params)))
 
 
 def optimiser_shardings(state: Any, params_shardings: Any) -> Any:
@@ -187,6 +204,7 @@ def step(
     if params.moe is not None and stage.balance_speed:
         bias = distill.balance(params.moe.router_bias, losses.tokens_per_expert, stage.balance_speed)
         params = dataclasses.replace(params, moe=dataclasses.replace(params.moe, router_bias=bias))
+    params, state = _in_place(params, state, config, schedule)
     largest_load = jnp.max(losses.tokens_per_expert / jnp.sum(losses.tokens_per_expert, axis=-1, keepdims=True), initial=0.0)
     return params, state, jnp.stack([losses.language, losses.indexer, largest_load, optax.tree.norm(gradients)])
 

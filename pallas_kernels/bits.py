@@ -34,9 +34,14 @@ def pack(indices: jax.Array, keys: int) -> jax.Array:
 
 def causal(batch: int, queries: int, keys: int) -> jax.Array:
     """The bits [B, ceil(keys / 32), S] of queries at positions 0 .. S-1 that see all keys up to themselves."""
-    shape = (batch, num_words(keys), queries)
-    word, query = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
-    seen = jnp.clip(query + 1 - WORD_BITS * word, 0, WORD_BITS).astype(jnp.uint32)
+    return visible(jax.lax.broadcasted_iota(jnp.int32, (batch, queries), 1), keys)
+
+
+def visible(positions: jax.Array, keys: int) -> jax.Array:
+    """The bits [B, ceil(keys / 32), S] of queries at positions [B, S] that see all keys up to themselves; -1 sees none."""
+    shape = (positions.shape[0], num_words(keys), positions.shape[1])
+    word = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    seen = jnp.clip(positions[:, None] + 1 - WORD_BITS * word, 0, WORD_BITS).astype(jnp.uint32)
     words = jnp.where(seen == WORD_BITS, jnp.uint32(0xFFFFFFFF), jax.lax.shift_left(jnp.uint32(1), seen % WORD_BITS) - 1)
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 

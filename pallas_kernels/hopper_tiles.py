@@ -145,3 +145,22 @@ def to_tiles(x: jax.Array, axis: int, multiple: int = TILE) -> jax.Array:
     """x padded with zeros along the axis to a multiple."""
     missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def tiles_seen(q_positions: jax.Array | None, queries: int, keys: int) -> jax.Array:
+    """How many tiles of keys, from the first on, the queries of each tile see: [ceil(queries / TILE)] int32.
+
+    q_positions [queries] int32, ascending; None for 0 .. queries - 1. keys: how many there are.
+    """
+    if q_positions is None:
+        q_positions = jnp.arange(queries, dtype=jnp.int32)
+    lasts = jnp.append(q_positions[TILE - 1 : queries - 1 : TILE], q_positions[-1])
+    return jnp.clip(lasts // TILE + 1, 0, -(-keys // TILE)).astype(jnp.int32)
+
+
+def first_seeing(seen: jax.Array, keys: int) -> jax.Array:
+    """The first tile of queries that sees each tile of keys, [ceil(keys / TILE)] int32, by what `tiles_seen` returned.
+
+    The number of tiles of queries where none does.
+    """
+    return jnp.sum(seen <= jnp.arange(-(-keys // TILE), dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)

@@ -1,10 +1,11 @@
 """Speed of distillation: tokens/s of both stages on a model with random weights, and the share of a matmul's rate.
 
-A step is the whole of it: forward, backward, clipping and AdamW, on one sequence of --context random tokens, weights in
-float32 and arithmetic in bfloat16. Model FLOPs count what the method needs, nothing that is computed twice or masked out
-(`training.flops_per_token`); the rate they are held against is that of bfloat16 products of 8192 x 8192 matrices in the
-same run. The model is a slice of dense layers in the proportions of the 30B shape: hidden 2048, 16 heads of 192 and 128,
-latents of 512, 16 index heads of 128, 62 million weights a layer.
+A step is the whole of it: forward, backward, clipping and AdamW, on sequences of --train_context random tokens, one for
+every device of the mesh's data axis, weights in float32 and arithmetic in bfloat16. Model FLOPs count what the method
+needs, nothing that is computed twice or masked out (`training.flops_per_token`); the rate they are held against is that
+of bfloat16 products of 8192 x 8192 matrices in the same run, of all devices together. The model is a slice of dense
+layers in the proportions of the 30B shape: hidden 2048, 16 heads of 192 and 128, latents of 512, 16 index heads of 128,
+62 million weights a layer.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import fit, inputs, options, profiling, runs
+from experiments.common import devices, fit, inputs, options, profiling, runs
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import ops, training
 from indexcache_jax.config import Config
-from indexcache_jax.params import init
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage
 
-for _name in ("num_layers", "schedule"):
+for _name in ("num_layers", "schedule", "mesh"):
     flags.declare_key_flag(_name)
-_CONTEXT = flags.DEFINE_integer("train_context", 8192, "tokens of the sequence of a step", lower_bound=128)
+_CONTEXT = flags.DEFINE_integer("train_context", 8192, "tokens of a sequence", lower_bound=128)
 _TOPK = flags.DEFINE_integer("train_topk", 512, "keys that a query selects in the sparse stage", lower_bound=1)
 _STEPS = flags.DEFINE_integer("train_steps", 8, "steps timed, after two that are not", lower_bound=1)
 _STAGES = flags.DEFINE_list("train_stages", ["sparse", "warmup"], "stages timed, of sparse and warmup")
@@ -74,6 +75,7 @@ PARTS = {
     "index_dq_kernel": "divergence",
     "index_dk_kernel": "divergence",
     "mosaic": "selection",
+    "nccl": "exchange",
     "gemm": "products",
     "cutlass": "products",
     "nvjet": "products",
@@ -97,8 +99,8 @@ def model(layers: int, context: int, topk: int, entry: str) -> tuple[Config, Sch
     return config, inputs.schedule(entry, layers)
 
 
-def stage_of(kind: str, context: int) -> Stage:
-    return Stage(kind, kind, 1000, 1, context, 1e-5 if kind == "sparse" else 0.0, 1e-4)
+def stage_of(kind: str, context: int, rows: int = 1) -> Stage:
+    return Stage(kind, kind, 1000, rows, context, 1e-5 if kind == "sparse" else 0.0, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +131,8 @@ class Inputs:
     attention_by: str
 
 
-def read_inputs() -> Inputs:
-    """The model and the stages that the flags give."""
+def read_inputs(rows: int) -> Inputs:
+    """The model and the stages that the flags give, for steps of so many sequences."""
     layers, context, topk = options.NUM_LAYERS.value or LAYERS, _CONTEXT.value, _TOPK.value
     if unknown := [kind for kind in _STAGES.value if kind not in ("sparse", "warmup")]:
         raise ValueError(f"--train_stages={unknown[0]}: not sparse or warmup")
@@ -142,29 +144,29 @@ def read_inputs() -> Inputs:
     print(
         f"{layers} layers, {schedule.pattern}, context {context}, top {topk}, {attention_by} on {device()['kind']}", flush=True
     )
-    stages = [stage_of(kind, context) for kind in _STAGES.value]
+    stages = [stage_of(kind, context, rows) for kind in _STAGES.value]
     fit.training(config, schedule, stages)
     return Inputs(config, schedule, context, topk, stages, _STEPS.value, attention_by)
 
 
 def kernel_parts(step: Callable[[], Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of the kernels of one step, by PARTS and by name. Neither where there is no GPU."""
+    """Milliseconds of the kernels of one step, by PARTS and by name, means over devices. Neither where there is no GPU."""
     parts: dict[str, float] = {}
     names: dict[str, float] = {}
     if jax.default_backend() == "gpu":
         for name, ms in profiling.kernels_of(step):
             part = next((part for key, part in PARTS.items() if key in name), OTHER)
-            parts[part] = parts.get(part, 0.0) + ms
-            names[name] = names.get(name, 0.0) + ms
+            parts[part] = parts.get(part, 0.0) + ms / jax.local_device_count()
+            names[name] = names.get(name, 0.0) + ms / jax.local_device_count()
     return parts, dict(sorted(names.items(), key=lambda item: -item[1])[:SLOWEST])
 
 
 def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul: float | None, seed: int) -> Speed:
     """The median of so many steps. matmul: FLOP/s to hold the step's against, or None."""
-    params = jax.jit(init, static_argnums=3)(jax.random.key(seed), config, schedule, jnp.float32)
+    params = runs.random_params(jax.random.key(seed), config, schedule)
     state = training.init_optimiser_state(params, stage, config, schedule)
     rng = np.random.default_rng(seed)
-    tokens = jnp.asarray(rng.integers(config.vocab_size, size=(1, 1, stage.context + 1)), jnp.int32)
+    tokens = runs.put_tokens(rng.integers(config.vocab_size, size=(1, stage.rows, stage.context + 1), dtype=np.int32), stage)
     began = time.perf_counter()
     program = training.step.lower(params, state, tokens, config, schedule, stage=stage).compile()
     compile_seconds = time.perf_counter() - began
@@ -184,7 +186,7 @@ def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul
     language, divergence = (float(x) for x in metrics[:2])
     if not np.isfinite([language, divergence]).all():
         raise ValueError(f"{stage.kind}: the losses are {language} and {divergence}")
-    tokens_per_second = stage.context / seconds
+    tokens_per_second = stage.sequences * stage.context / seconds
     flops = training.flops_per_token(config, schedule, stage) * tokens_per_second
     share = None if matmul is None else flops / matmul
     parts, slowest = kernel_parts(step)
@@ -193,7 +195,7 @@ def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The speeds by stage, and the FLOP/s of a bfloat16 matmul, None on a CPU."""
+    """The speeds by stage, and the FLOP/s of bfloat16 matmuls on all devices, None on a CPU."""
 
     speeds: dict[str, Speed]
     matmul: float | None
@@ -201,7 +203,7 @@ class Result:
 
 def measure_all(given: Inputs, seed: int) -> Result:
     """Every stage, shown as it is measured."""
-    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
+    matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate() * jax.device_count()
     speeds: dict[str, Speed] = {}
     for stage in given.stages:
         speeds[stage.kind] = measure(given.config, given.schedule, stage, given.steps, matmul, seed)
@@ -219,7 +221,7 @@ def cells(kind: str, speed: Speed) -> list[str]:
     return [kind, f"{1e3 * speed.seconds:.1f}", rate, f"{speed.model_tflops:.0f}", share, f"{speed.compile_seconds:.0f}"]
 
 
-def report(result: Result, given: Inputs, output: Output) -> None:
+def report(result: Result, given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes results.json and report.md, and prints the table and the slowest kernels."""
     speeds, matmul = result.speeds, None if result.matmul is None else result.matmul / 1e12
     rows = [cells(kind, speed) for kind, speed in speeds.items()]
@@ -228,6 +230,7 @@ def report(result: Result, given: Inputs, output: Output) -> None:
         "layers": given.config.num_layers,
         "pattern": given.schedule.pattern,
         "context": given.context,
+        "sequences": given.stages[0].sequences if given.stages else 0,
         "index_topk": given.topk,
         "way": given.attention_by,
         "matmul_tflops": matmul,
@@ -240,7 +243,7 @@ def report(result: Result, given: Inputs, output: Output) -> None:
     text.append(markdown_table(HEADER, rows))
     if parts:
         text.append("Milliseconds of a step's kernels:\n\n" + markdown_table(["stage", "part", "ms"], parts))
-    output.finish("train_speed", metrics, "\n\n".join(text))
+    output.finish("train_speed", metrics, "\n\n".join(text), layout)
     print(f"\n{about}\n\n{text_table(HEADER, rows)}")
     for kind, speed in speeds.items():
         print(f"\n{kind}: " + ", ".join(f"{part} {ms:.1f} ms" for part, ms in speed.parts.items()))
@@ -250,6 +253,8 @@ def report(result: Result, given: Inputs, output: Output) -> None:
 
 
 def run(output_dir: str, seed: int) -> None:
+    layout = devices.layout(1)
     output = Output.create(output_dir)
-    given = read_inputs()
-    report(measure_all(given, seed), given, output)
+    with devices.in_force(layout, TRAINING):
+        given = read_inputs(layout.data)
+        report(measure_all(given, seed), given, output, layout)

@@ -2,6 +2,9 @@
 
 Data, losses and updates are functions of (seed, step), so on one device a run that was killed and resumed goes through
 the same numbers, bit for bit, as one that was not. The step itself is `indexcache_jax.training`.
+
+Under a mesh, weights and optimiser state lie where its rules split them, and rows over its data axis. A run may go on on
+another mesh, or on one device.
 """
 
 from __future__ import annotations
@@ -16,26 +19,28 @@ import pathlib
 import statistics
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX
+from jax.sharding import NamedSharding
 
 from experiments.common import journal, processes
 from experiments.common.data import Rows, prefetch
 from experiments.common.report import Output
-from indexcache_jax import distill, training
+from indexcache_jax import distill, sharding, training
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, shape_structs
+from indexcache_jax.params import Params, abstract, init, shape_structs
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import fingerprint
 from indexcache_jax.training import METRICS, Stage
 
+T = TypeVar("T")
 LOG = "train.jsonl"
 CHECKPOINTS = "training"
 
@@ -245,7 +250,7 @@ def train(params: Params, run: TrainingRun, output: Output, *, resume: bool, sav
     one and not `resume`.
     """
     run, times = dataclasses.replace(run, stages=[stage for stage in run.stages if stage.steps]), _Times()
-    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+    params = _copied(params, run.config, run.schedule)
     if not run.num_steps:
         return times.of(params)
     with contextlib.ExitStack() as stack:
@@ -276,6 +281,51 @@ def train(params: Params, run: TrainingRun, output: Output, *, resume: bool, sav
     return times.of(params)
 
 
+def _copied(params: Params, config: Config, schedule: Schedule) -> Params:
+    """The params in float32 in arrays of their own, where they lie on the mesh in force."""
+    params = sharding.put(params, abstract(config, schedule))
+    return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+
+
+def random_params(key: jax.Array, config: Config, schedule: Schedule) -> Params:
+    """Random float32 params, made where they lie on the mesh in force."""
+
+    def make(key: jax.Array) -> Params:
+        tree = abstract(config, schedule)
+        return jax.tree.map(lambda a, t: sharding.constrain(a, *t.axes), init(key, config, schedule, jnp.float32), tree)
+
+    return jax.jit(make)(key)
+
+
+def _tokens_sharding(stage: Stage) -> NamedSharding | None:
+    """Where the tokens [accumulate, rows, context + 1] of a step lie on the mesh in force; None without one."""
+    return sharding.fitting((stage.accumulate, stage.rows, stage.context + 1), (None, "batch", None))
+
+
+def put_tokens(tokens: np.ndarray, stage: Stage) -> jax.Array:
+    """The tokens [accumulate, rows, context + 1] of a step where it expects them."""
+    return _put(tokens, _tokens_sharding(stage))
+
+
+def _put(x: np.ndarray, where: NamedSharding | None) -> jax.Array:
+    """An array that every process has whole, on the devices; each process copies what its own hold."""
+    return jax.device_put(x) if where is None else jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+
+
+def in_a_thread(function: Callable[..., T]) -> Callable[..., T]:
+    """`function` to be called in another thread, with the mesh and the rules that are in force here."""
+    mesh, rules = sharding.current()
+    if mesh is None:
+        return function
+    devices = jax.sharding.get_mesh()
+
+    def call(*arguments: Any) -> T:
+        with sharding.use(devices, rules):
+            return function(*arguments)
+
+    return call
+
+
 @dataclasses.dataclass(frozen=True)
 class _Process:
     """What the steps of one process share."""
@@ -300,7 +350,8 @@ def _take_steps(process: _Process, params: Params, state: Any, steps: range) -> 
         kept = f"; {process.checkpoints.folder} keeps the last good state"
     pending: list[jax.Array] = []
     began = time.perf_counter()
-    batches = prefetch(lambda i: jax.device_put(run.batch(i)), steps)
+    where = _tokens_sharding(stage)
+    batches = prefetch(lambda i: _put(run.batch(i), where), steps)
     for i, tokens in zip(steps, batches, strict=True):
         arguments = tokens, run.config, run.schedule, stage.program, length, run.traced
         params, state, values = training.step(params, state, *arguments)
@@ -335,15 +386,22 @@ def compile_steps(
     stages: Sequence[Stage], config: Config, schedule: Schedule, traced: distill.TracedSchedule | None = None
 ) -> None:
     """Compiles the stages' steps side by side; later calls of `training.step` by `train` find them compiled."""
-    params = shape_structs(config, schedule, jnp.float32)
+    of_params = None
+    if sharding.current()[0] is not None:
+        of_params = sharding.shardings(abstract(config, schedule), jax.sharding.get_mesh(), sharding.current()[1])
+    params = shape_structs(config, schedule, jnp.float32, of_params)
 
     def compile_one(stage: Stage) -> None:
         state = jax.eval_shape(lambda params: training.init_optimiser_state(params, stage, config, schedule), params)
-        tokens = jax.ShapeDtypeStruct((stage.accumulate, stage.rows, stage.context + 1), jnp.int32)
+        if of_params is not None:
+            lies = training.optimiser_shardings(state, of_params)
+            state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, lies)
+        shape = stage.accumulate, stage.rows, stage.context + 1
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=_tokens_sharding(stage))
         training.step.lower(params, state, tokens, config, schedule, stage.program, jnp.int32(0), traced).compile()
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for done in [pool.submit(compile_one, stage) for stage in stages]:
+        for done in [pool.submit(in_a_thread(compile_one), stage) for stage in stages]:
             done.result()
 
 
@@ -360,8 +418,8 @@ def seconds_per_step(
     ValueError where the step is not finite even here, so that it shows before a run and not at its last stage.
     """
     shape = (stage.accumulate, stage.rows, stage.context + 1)
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
-    params = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+    tokens = put_tokens(np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32), stage)
+    params = _copied(params, config, schedule)
     state = training.init_optimiser_state(params, stage, config, schedule)
     length, began = jnp.int32(stage.steps), 0.0
     for i in range(repeats + 1):
@@ -431,6 +489,7 @@ def evaluate(
     params: Params, cuts: np.ndarray, config: Config, schedule: Schedule, compute_dtype: str, sparse: bool = True
 ) -> HeldOut:
     """The mean losses on cuts [N, S+1], computed one at a time; not `sparse`: with dense attention and no divergence."""
-    losses = [held_out(params, jnp.asarray(cut[None]), config, schedule, sparse, compute_dtype) for cut in cuts]
+    where = sharding.fitting((1, cuts.shape[1]), ("batch", None))
+    losses = [held_out(params, _put(cut[None], where), config, schedule, sparse, compute_dtype) for cut in cuts]
     language, indexer = np.mean(np.array(losses, np.float64), axis=0)
     return HeldOut(float(language), float(indexer))

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, journal, options, runs, text
+from experiments.common import data, devices, journal, options, processes, runs, text
 from experiments.common.report import Output, command, device, markdown_table, versions
 from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval
@@ -31,13 +31,14 @@ from indexcache_jax.config import Config
 from indexcache_jax.params import Params, abstract, init, shape_structs
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
+from indexcache_jax.sharding import TRAINING, to_host
 from indexcache_jax.tensors import count
 from indexcache_jax.training import Stage
 from pallas_kernels.indexer_topk.reference import select
 
 _RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium"], "the model and how it is trained")
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
-for _name in ("text", "woven", "resume", "time_limit"):
+for _name in ("text", "woven", "resume", "time_limit", "mesh"):
     flags.declare_key_flag(_name)
 
 PLAN = "plan.json"
@@ -228,6 +229,12 @@ def plan(recipe: Recipe) -> list[Stage]:
     return [dataclasses.replace(s, steps=max(1, round(s.steps * _SCALE.value))) for s in recipe.stages]
 
 
+def training_layout(recipe: Recipe) -> devices.Layout:
+    """How devices share the training: --mesh, or rows over devices and the rest over a row's queries, with experts whole."""
+    found = devices.layout(math.gcd(*(stage.rows for stage in recipe.stages)))
+    return found if options.MESH.value else dataclasses.replace(found, expert=1)
+
+
 def within_the_limit(
     recipe: Recipe, params: Params, config: Config, schedule: Schedule, output: Output, deadline: float
 ) -> list[Stage]:
@@ -237,8 +244,9 @@ def within_the_limit(
     goes on with did not, whatever time it is given itself.
     """
     stages, path = plan(recipe), output.directory / PLAN
-    planned = options.RESUME.value and path.exists()
-    if not planned and (not math.isfinite(deadline) or runs.begun(output.directory)):
+    planned = processes.from_main(lambda: options.RESUME.value and path.exists())
+    begun = processes.from_main(lambda: runs.begun(output.directory))
+    if not planned and (not math.isfinite(deadline) or begun):
         journal.remove(path)  # of another run
         return stages
     if not planned:
@@ -249,7 +257,7 @@ def within_the_limit(
         shown = ", ".join(f"{entry['stage']} {entry['steps']} x {entry['seconds_per_step']:.3f} s" for entry in entries)
         print(f"{left:.0f} s for training: {shown}", flush=True)
         output.write(PLAN, json.dumps(entries, indent=1) + "\n")
-    steps = [entry["steps"] for entry in json.loads(path.read_text(encoding="utf-8"))]
+    steps = processes.from_main(lambda: [entry["steps"] for entry in json.loads(path.read_text(encoding="utf-8"))])
     return [dataclasses.replace(stage, steps=n) for stage, n in zip(stages, steps, strict=True)]
 
 
@@ -345,14 +353,26 @@ class Result:
     retrieval: dict[str, float]
 
 
-def pretrain(given: Inputs, evaluation: concurrent.futures.Future[None], output: Output, deadline: float, seed: int) -> Result:
-    """Trains through all stages, writes the checkpoint and evaluates it. evaluation: done when its programs are compiled."""
+def pretrain(
+    given: Inputs,
+    evaluation: concurrent.futures.Future[None],
+    output: Output,
+    layout: devices.Layout,
+    deadline: float,
+    seed: int,
+) -> Result:
+    """Trains through all stages, writes the checkpoint and evaluates it. evaluation: done when its programs are compiled.
+
+    Devices share the training. The models are small: every process evaluates on one device of its own.
+    """
     config, schedule = given.config, given.schedule
-    stages = within_the_limit(given.recipe, given.params, config, schedule, output, deadline)
-    training_run = TrainingRun(given.data.tokens, stages, config, schedule, seed)
-    trained = runs.train(given.params, training_run, output, resume=options.RESUME.value, saving=Saving())
+    with devices.in_force(layout, TRAINING):
+        stages = within_the_limit(given.recipe, given.params, config, schedule, output, deadline)
+        training_run = TrainingRun(given.data.tokens, stages, config, schedule, seed)
+        trained = runs.train(given.params, training_run, output, resume=options.RESUME.value, saving=Saving())
+        whole = jax.tree.map(to_host, trained.params)
     evaluation.result()
-    stored = jax.tree.map(lambda a, t: a.astype(t.dtype or jnp.bfloat16), trained.params, abstract(config, schedule))
+    stored = jax.tree.map(lambda a, t: jnp.asarray(a, t.dtype or jnp.bfloat16), whole, abstract(config, schedule))
     target = output.directory / "checkpoint"
     journal.remove(target)  # of an earlier --resume
     checkpoints_convert.save(target, stored, config, schedule, companions_of=output.directory)
@@ -361,7 +381,7 @@ def pretrain(given: Inputs, evaluation: concurrent.futures.Future[None], output:
     return Result(stages, trained, stored, losses, retrieval.accuracy(stored, config, schedule, schedule, asked))
 
 
-def report(result: Result, given: Inputs, output: Output, seed: int) -> None:
+def report(result: Result, given: Inputs, output: Output, layout: devices.Layout, seed: int) -> None:
     """Writes the model card beside the weights, results.json and report.md, and prints the card."""
     metrics = {
         "recipe": _RECIPE.value,
@@ -377,7 +397,7 @@ def report(result: Result, given: Inputs, output: Output, seed: int) -> None:
     }
     card = model_card(metrics, result.stages, given.data, given.config, given.schedule)
     Output(output.directory / "checkpoint").write("README.md", card)
-    output.finish("pretrain", metrics, card)
+    output.finish("pretrain", metrics, card, layout)
     print(card)
 
 
@@ -387,11 +407,14 @@ def run(output_dir: str, seed: int) -> None:
     output = Output.create(output_dir)
     runs.check_free(output.directory, options.RESUME.value)
     recipe = RECIPES[_RECIPE.value]
+    layout = training_layout(recipe)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # programs compile while the text is read
-        steps = pool.submit(runs.compile_steps, plan(recipe), *recipe.shape())
+        with devices.in_force(layout, TRAINING):
+            compile_steps = runs.in_a_thread(runs.compile_steps)
+        steps = pool.submit(compile_steps, plan(recipe), *recipe.shape())
         evaluation = pool.submit(compile_evaluation, *recipe.shape())
         given = read_inputs(recipe, output, seed)
         steps.result()
         print(f"text and programs ready after {time.perf_counter() - began:.0f} s")
-        result = pretrain(given, evaluation, output, deadline, seed)
-    report(result, given, output, seed)
+        result = pretrain(given, evaluation, output, layout, deadline, seed)
+    report(result, given, output, layout, seed)

@@ -25,6 +25,7 @@ def index_divergence(
     selection_bits: jax.Array,
     *,
     scale: float,
+    q_positions: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The sum over queries of KL(p || softmax of I), both within the selection: a float32 scalar.
@@ -33,9 +34,9 @@ def index_divergence(
 
     Args:
       index_queries: [B, S, Hi, Di]; index_keys: [B, T, Di]; head_weights: [B, S, Hi] float32.
-      queries, keys: [B, S, H, D] and [B, T, H, D] of the attention, queries at positions 0 .. S-1.
+      queries, keys: [B, S, H, D] and [B, T, H, D] of the attention.
       lse, selection_bits: [B, H, S] float32 and [B, ceil(T / 32), S] int32, which `selected_attention` returned and was given.
-      scale: of the logits.
+      scale, q_positions: as `selected_attention` was given them.
       implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "xla" runs anywhere and is the
         reference.
 
@@ -52,10 +53,12 @@ def index_divergence(
         "keys": "B, T, H, D",
         "lse": "B, H, S",
         "selection_bits": "B, ceil(T / 32), S",
+        "q_positions": "S",
     }
     arrays = (index_queries, index_keys, head_weights, queries, keys, lse, selection_bits)
-    check_shapes("index_divergence", expected, arrays, bits.DERIVED_SIZES)
+    check_shapes("index_divergence", expected, (*arrays, q_positions), bits.DERIVED_SIZES)
     if selection_bits.dtype != jnp.int32:
         raise ValueError(f"index_divergence: selection_bits must be int32, got {selection_bits.dtype}")
     constants = jax.lax.stop_gradient(arrays[3:])
-    return dispatch.call("index_divergence", BACKENDS, implementation, *arrays[:3], *constants, scale=scale)
+    arrays = (*arrays[:3], *constants)
+    return dispatch.call("index_divergence", BACKENDS, implementation, *arrays, scale=scale, q_positions=q_positions)

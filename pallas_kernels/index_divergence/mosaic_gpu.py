@@ -42,11 +42,13 @@ from pallas_kernels.hopper_tiles import (
     by_row,
     call_kernel,
     filled,
+    first_seeing,
     product,
     selected_by_row,
     smem,
     stream,
     streamed,
+    tiles_seen,
     to_tiles,
     vector,
 )
@@ -67,6 +69,7 @@ def why_not(
     words: jax.Array,
     *,
     scale: float,
+    q_positions: jax.Array | None = None,
 ) -> str | None:
     if reason := hopper.why_not():
         return reason
@@ -80,20 +83,15 @@ def why_not(
     return None
 
 
-def _visible(first: Any, query_tile: Any, key_tile: Any) -> Any:
-    """Whether any query of the tile, `first` being the block's, comes as late as the first key."""
-    return first + (query_tile + 1) * TILE > key_tile * TILE
-
-
-def _target(first, q, k, lse, words, heads: int, scale: float, interpret: Any) -> jax.Array:
+def _target(seen, q, k, lse, words, heads: int, scale: float, interpret: Any) -> jax.Array:
     """Mean over heads of the probabilities [B, R, T] float32 of queries [B, R, H D], 0 where not selected.
 
-    lse [B, H, R] to base 2, words [B, T / 32, R]; the block's first query is at `first` [1].
+    lse [B, H, R] to base 2, words [B, T / 32, R]; seen [R / TILE]: how many tiles of keys each tile of queries sees.
     """
     b, r, width = q.shape[0], q.shape[1], q.shape[2] // heads
     t = k.shape[1]
 
-    def target_kernel(first_ref, q_ref, k_ref, lse_ref, words_ref, out_ref, words_sm, barriers):
+    def target_kernel(seen_ref, q_ref, k_ref, lse_ref, words_ref, out_ref, words_sm, barriers):
         batch, i, j = lax.axis_index("batch"), lax.axis_index("queries"), lax.axis_index("keys")
         group = lax.axis_index("warpgroup")
         rows = pl.ds(i * TILE + group * ROWS, ROWS)
@@ -118,7 +116,7 @@ def _target(first, q, k, lse, words, heads: int, scale: float, interpret: Any) -
             streamed(TILE, width, lambda h: (j, h)),
             plgpu.BlockSpec((1, TILE), lambda h: (h, i)),
         ]
-        steps = jnp.where(_visible(first_ref[0], i, j), heads, 0)
+        steps = jnp.where(j < seen_ref[i], heads, 0)
         stream(step, context, (steps,), specs, STAGES)(q_ref.at[batch], k_ref.at[batch], lse_ref.at[batch])
 
     grid, names = (t // TILE, r // TILE, b), ("keys", "queries", "batch")
@@ -127,15 +125,15 @@ def _target(first, q, k, lse, words, heads: int, scale: float, interpret: Any) -
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
     run = call_kernel(target_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
-    return run(first, q, k, lse, words)
+    return run(seen, q, k, lse, words)
 
 
-def _scores(first, q, k, w, words, interpret: Any) -> jax.Array:
+def _scores(seen, q, k, w, words, interpret: Any) -> jax.Array:
     """I [B, R, T] float32 of index queries [B, R, Hi Di], keys [B, T, Di] and weights [B, Hi, R], MASKED where not selected."""
     b, r, heads = q.shape[0], q.shape[1], w.shape[1]
     t, width = k.shape[1], k.shape[2]
 
-    def scores_kernel(first_ref, q_ref, k_ref, w_ref, words_ref, out_ref, k_sm, words_sm, barriers):
+    def scores_kernel(seen_ref, q_ref, k_ref, w_ref, words_ref, out_ref, k_sm, words_sm, barriers):
         batch, i, j = lax.axis_index("batch"), lax.axis_index("queries"), lax.axis_index("keys")
         group = lax.axis_index("warpgroup")
         rows = pl.ds(i * TILE + group * ROWS, ROWS)
@@ -157,7 +155,7 @@ def _scores(first, q, k, w, words, interpret: Any) -> jax.Array:
             return total + jnp.maximum(dots, 0.0) * by_row(weights, TILE)
 
         specs = [streamed(TILE, width, lambda h: (i, h)), plgpu.BlockSpec((1, TILE), lambda h: (h, i))]
-        steps = jnp.where(_visible(first_ref[0], i, j), heads, 0)
+        steps = jnp.where(j < seen_ref[i], heads, 0)
         stream(step, context, (steps,), specs, STAGES)(q_ref.at[batch], w_ref.at[batch])
 
     grid, names = (t // TILE, r // TILE, b), ("keys", "queries", "batch")
@@ -167,15 +165,14 @@ def _scores(first, q, k, w, words, interpret: Any) -> jax.Array:
         plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
     )
     run = call_kernel(scores_kernel, jax.ShapeDtypeStruct((b, r, t), jnp.float32), grid, names, scratch, interpret)
-    return run(first, q, k, w, words)
+    return run(seen, q, k, w, words)
 
 
-def _of_queries(first, q, k, w, g, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _of_queries(seen, q, k, w, g, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """The gradients of index queries [B, R, Hi Di] and weights [B, Hi, R] from g [B, R, T] of the scores."""
-    b, r, heads = q.shape[0], q.shape[1], w.shape[1]
-    t, width = k.shape[1], k.shape[2]
+    b, r, heads, width = q.shape[0], q.shape[1], w.shape[1], k.shape[2]
 
-    def index_dq_kernel(first_ref, q_ref, k_ref, w_ref, g_ref, dq_ref, dw_ref, q_sm, w_sm, barriers):
+    def index_dq_kernel(seen_ref, q_ref, k_ref, w_ref, g_ref, dq_ref, dw_ref, q_sm, w_sm, barriers):
         batch, i, head = lax.axis_index("batch"), lax.axis_index("queries"), lax.axis_index("head")
         group = lax.axis_index("warpgroup")
         rows, columns = pl.ds(i * TILE + group * ROWS, ROWS), pl.ds(head * width, width)
@@ -203,8 +200,7 @@ def _of_queries(first, q, k, w, g, interpret: Any) -> tuple[jax.Array, jax.Array
             return add_product(dq, of_relu.astype(k_sm.dtype), k_sm), dw
 
         specs = [streamed(TILE, width, lambda j: (j, 0)), streamed(TILE, TILE, lambda j: (i, j))]
-        steps = jnp.minimum(lax.div(first_ref[0], TILE) + i + 1, t // TILE)
-        stream(step, context, (steps,), specs, STAGES)(k_ref.at[batch], g_ref.at[batch])
+        stream(step, context, (seen_ref[i],), specs, STAGES)(k_ref.at[batch], g_ref.at[batch])
 
     outputs = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(w.shape, jnp.float32)
     scratch = (
@@ -213,7 +209,7 @@ def _of_queries(first, q, k, w, g, interpret: Any) -> tuple[jax.Array, jax.Array
         plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
     )
     grid, names = (heads, r // TILE, b), ("head", "queries", "batch")
-    return call_kernel(index_dq_kernel, outputs, grid, names, scratch, interpret)(first, q, k, w, g)
+    return call_kernel(index_dq_kernel, outputs, grid, names, scratch, interpret)(seen, q, k, w, g)
 
 
 def _head_groups(heads: int, tiles: int) -> int:
@@ -221,7 +217,7 @@ def _head_groups(heads: int, tiles: int) -> int:
     return next((n for n in range(1, heads) if heads % n == 0 and n * tiles >= MIN_BLOCKS), heads)
 
 
-def _of_keys(first, q, k, w, g_transposed, interpret: Any) -> jax.Array:
+def _of_keys(seen, q, k, w, g_transposed, interpret: Any) -> jax.Array:
     """The gradient of index keys [B, T, Di] float32 from that of the scores [B, T, R]."""
     b, r, heads = q.shape[0], q.shape[1], w.shape[1]
     t, width = k.shape[1], k.shape[2]
@@ -232,7 +228,7 @@ def _of_keys(first, q, k, w, g_transposed, interpret: Any) -> jax.Array:
         batch, j, head_group = lax.axis_index("batch"), lax.axis_index("keys"), lax.axis_index("heads")
         group = lax.axis_index("warpgroup")
         rows = pl.ds(j * TILE + group * ROWS, ROWS)
-        start = jnp.clip(j - lax.div(first_ref[0], TILE), 0, r // TILE)  # tile of queries: those before see none of these keys
+        start = first_ref[j]  # tile of queries: those before see none of these keys
 
         def context(run: Any) -> None:
             plgpu.copy_gmem_to_smem(k_ref.at[batch, rows], k_sm.at[group], barriers.at[group])
@@ -257,7 +253,7 @@ def _of_keys(first, q, k, w, g_transposed, interpret: Any) -> jax.Array:
     scratch = (smem(WARPGROUPS, ROWS, width), plgpu.Barrier(num_barriers=WARPGROUPS))
     grid, names = (groups, t // TILE, b), ("heads", "keys", "batch")
     run = call_kernel(index_dk_kernel, output, grid, names, scratch, interpret)
-    return jnp.sum(run(first, q, k, w, g_transposed), axis=1)
+    return jnp.sum(run(first_seeing(seen, t), q, k, w, g_transposed), axis=1)
 
 
 def block_rows(batch: int, queries: int, keys: int) -> int:
@@ -267,7 +263,9 @@ def block_rows(batch: int, queries: int, keys: int) -> int:
     return -(-tiles // -(-tiles // most)) * TILE
 
 
-def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients: bool) -> tuple[jax.Array, Any]:
+def _run(
+    arrays: tuple[jax.Array, ...], q_positions: jax.Array | None, scale: float, interpret: Any, gradients: bool
+) -> tuple[jax.Array, Any]:
     index_queries, index_keys, head_weights, queries, keys, lse, words = arrays
     b, s, heads, _ = queries.shape
     index_heads, index_width = index_queries.shape[2:]
@@ -279,6 +277,8 @@ def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients:
     q, iq = to_tiles(flat(queries), 1, rows), to_tiles(flat(index_queries), 1, rows)
     k, ik = to_tiles(flat(keys), 1), to_tiles(index_keys, 1)
     w = to_tiles(head_weights.astype(jnp.float32).swapaxes(1, 2), 2, rows)
+    seen = tiles_seen(q_positions, s, index_keys.shape[1])
+    seen = jnp.pad(seen, (0, -seen.size % (rows // TILE)), mode="edge")
     lse, words = to_tiles(lse * LOG2E, 2, rows), to_tiles(to_tiles(words, 1, TILE // WORD_BITS), 2, rows)
 
     def step(carry: Any, i: jax.Array) -> Any:
@@ -287,10 +287,10 @@ def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients:
         def cut(x: jax.Array, axis: int) -> jax.Array:
             return lax.dynamic_slice_in_dim(x, i * rows, rows, axis)
 
-        first = (i * rows)[None]
+        seen_block = lax.dynamic_slice_in_dim(seen, i * (rows // TILE), rows // TILE)
         iq_block, w_block, words_block = cut(iq, 1), cut(w, 2), cut(words, 2)
-        p = _target(first, cut(q, 1), k, cut(lse, 2), words_block, heads, scale, interpret)
-        scores = _scores(first, iq_block, ik, w_block, words_block, interpret)
+        p = _target(seen_block, cut(q, 1), k, cut(lse, 2), words_block, heads, scale, interpret)
+        scores = _scores(seen_block, iq_block, ik, w_block, words_block, interpret)
         log_q = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
         terms = jnp.where(p > 0, p * (jnp.log(jnp.where(p > 0, p, 1.0)) - log_q), 0.0)
         total = total + jnp.sum(terms)
@@ -298,8 +298,8 @@ def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients:
             return (total, of_keys), None
         # All scores of a query that selects nothing are MASKED, and their softmax means nothing.
         g = jnp.where(scores > START, jnp.exp(log_q) - p, 0.0).astype(jnp.bfloat16)
-        dq, dw = _of_queries(first, iq_block, ik, w_block, g, interpret)
-        of_keys = of_keys + _of_keys(first, iq_block, ik, w_block, g.swapaxes(1, 2), interpret)
+        dq, dw = _of_queries(seen_block, iq_block, ik, w_block, g, interpret)
+        of_keys = of_keys + _of_keys(seen_block, iq_block, ik, w_block, g.swapaxes(1, 2), interpret)
         return (total, of_keys), (dq, dw)
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(ik.shape, jnp.float32)
@@ -312,19 +312,19 @@ def _run(arrays: tuple[jax.Array, ...], scale: float, interpret: Any, gradients:
     return total, (dq, of_keys[:, : index_keys.shape[1]].astype(index_keys.dtype), dw.astype(head_weights.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def diverge(arrays: tuple[jax.Array, ...], scale: float, interpret: Any) -> jax.Array:
-    return _run(arrays, scale, interpret, gradients=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def diverge(arrays: tuple[jax.Array, ...], q_positions: jax.Array | None, scale: float, interpret: Any) -> jax.Array:
+    return _run(arrays, q_positions, scale, interpret, gradients=False)[0]
 
 
-def _keep(arrays: tuple[jax.Array, ...], scale: float, interpret: Any) -> tuple[jax.Array, Any]:
-    return _run(arrays, scale, interpret, gradients=True)
+def _keep(arrays: tuple[jax.Array, ...], q_positions: jax.Array | None, scale: float, interpret: Any) -> tuple[jax.Array, Any]:
+    return _run(arrays, q_positions, scale, interpret, gradients=True)
 
 
 def _pull(scale: float, interpret: Any, gradients: tuple[jax.Array, ...], cotangent: jax.Array) -> Any:
     scaled = (cotangent * gradient.astype(jnp.float32) for gradient in gradients)
     of_queries, of_keys, of_weights = (x.astype(gradient.dtype) for x, gradient in zip(scaled, gradients, strict=True))
-    return ((of_queries, of_keys, of_weights, None, None, None, None),)
+    return (of_queries, of_keys, of_weights, None, None, None, None), None
 
 
 diverge.defvjp(_keep, _pull)
@@ -340,7 +340,10 @@ def index_divergence(
     words: jax.Array,
     *,
     scale: float,
+    q_positions: jax.Array | None = None,
+    interpret: Any = None,
 ) -> jax.Array:
     index_queries, queries, keys = (to_tiles(x, 3, SWIZZLE_COLUMNS) for x in (index_queries, queries, keys))
     index_keys = to_tiles(index_keys, 2, SWIZZLE_COLUMNS)
-    return diverge((index_queries, index_keys, head_weights, queries, keys, lse, words), scale, None)
+    arrays = (index_queries, index_keys, head_weights, queries, keys, lse, words)
+    return diverge(arrays, q_positions, scale, interpret)

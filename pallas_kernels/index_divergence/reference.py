@@ -37,7 +37,8 @@ def diverge(
     return jnp.sum(jax.scipy.special.xlogy(target, target) - target * jnp.where(mask, log_q, 0.0))
 
 
-def index_divergence(*arrays: jax.Array, scale: float) -> jax.Array:
+def index_divergence(*arrays: jax.Array, scale: float, q_positions: jax.Array | None = None) -> jax.Array:
+    """The bits say all: positions only tell a kernel which keys it need not read."""
     index_queries, index_keys, head_weights, queries, keys, lse, words = arrays
     b, s, h, _ = queries.shape
     rows = block_rows(s, 4 * b * keys.shape[1] * (h + index_queries.shape[2]), LOGIT_BYTES)

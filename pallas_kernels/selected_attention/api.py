@@ -22,6 +22,7 @@ def selected_attention(
     selection_bits: jax.Array,
     *,
     scale: float,
+    q_positions: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(scale * q . k) v over the selected keys, float32 inside, and the logarithm of the softmax's denominator.
@@ -29,11 +30,12 @@ def selected_attention(
     Numbers must be finite, also those of keys that nobody selects: what is not selected is multiplied by zero.
 
     Args:
-      queries: [B, S, H, D], at positions 0 .. S-1.
+      queries: [B, S, H, D].
       keys, values: [B, T, H, D] and [B, T, H, V].
       selection_bits: [B, ceil(T / 32), S] int32, the selection as `bits.pack` or `bits.causal` make it. No query may select a
         later position than its own.
       scale: of the logits.
+      q_positions: [S] int32, ascending: the position of each query in its row, as T counts them; None for 0 .. S-1.
       implementation: None picks the best for the backend; "mosaic_gpu" is for Hopper, "xla" runs anywhere and is the
         reference.
 
@@ -44,8 +46,15 @@ def selected_attention(
     Raises:
       ValueError for shapes that do not fit; NotImplementedError where a named implementation cannot serve.
     """
-    expected = {"queries": "B, S, H, D", "keys": "B, T, H, D", "values": "B, T, H, V", "selection_bits": "B, ceil(T / 32), S"}
-    check_shapes("selected_attention", expected, (queries, keys, values, selection_bits), bits.DERIVED_SIZES)
+    expected = {
+        "queries": "B, S, H, D",
+        "keys": "B, T, H, D",
+        "values": "B, T, H, V",
+        "selection_bits": "B, ceil(T / 32), S",
+        "q_positions": "S",
+    }
+    arrays = (queries, keys, values, selection_bits)
+    check_shapes("selected_attention", expected, (*arrays, q_positions), bits.DERIVED_SIZES)
     if selection_bits.dtype != jnp.int32:
         raise ValueError(f"selected_attention: selection_bits must be int32, got {selection_bits.dtype}")
-    return dispatch.call("selected_attention", BACKENDS, implementation, queries, keys, values, selection_bits, scale=scale)
+    return dispatch.call("selected_attention", BACKENDS, implementation, *arrays, scale=scale, q_positions=q_positions)

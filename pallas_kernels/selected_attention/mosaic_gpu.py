@@ -3,9 +3,9 @@
 A thread block owns a tile: two warpgroups of 64 rows each, and one that copies. Forward and gradient of queries: the
 rows are queries and tiles of keys stream past; gradient of keys and values: the rows are keys, tiles of queries stream
 past. Every sum is thus one block's, in the order of the tiles: the result repeats bit for bit. Tiles that causality
-empties are left out; within the rest every pair is computed and the mask zeroes what is not selected. At a selection of
-1/16 that is more arithmetic than gathering, but all of it runs on the tensor cores from tiles that TMA copies:
-a gathered row would serve one query, a tile serves 128.
+empties, by the positions of the queries, are left out; within the rest every pair is computed and the mask zeroes what
+is not selected. At a selection of 1/16 that is more arithmetic than gathering, but all of it runs on the tensor cores
+from tiles that TMA copies: a gathered row would serve one query, a tile serves 128.
 
 Why these tiles: registers. The rows' sums stay in them (64 x (192 + 128) numbers a warpgroup for keys and values: 160 a
 thread), so the streamed tile is 64 wide in the backward pass and 128 in the forward one, which keeps 64.
@@ -40,6 +40,7 @@ from pallas_kernels.hopper_tiles import (
     by_row,
     call_kernel,
     filled,
+    first_seeing,
     product,
     products,
     selected_by_column,
@@ -47,6 +48,7 @@ from pallas_kernels.hopper_tiles import (
     smem,
     stream,
     streamed,
+    tiles_seen,
     to_tiles,
     vector,
 )
@@ -57,7 +59,15 @@ STAGES = 2, 3  # streamed tiles in flight, forward and backward
 MAX_WIDTH = 192, 128  # of keys and values: what the registers hold; narrower ones are padded to a multiple of SWIZZLE_COLUMNS
 
 
-def why_not(queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float) -> str | None:
+def why_not(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    words: jax.Array,
+    *,
+    scale: float,
+    q_positions: jax.Array | None = None,
+) -> str | None:
     if reason := hopper.why_not():
         return reason
     if any(x.dtype != jnp.bfloat16 for x in (queries, keys, values)):
@@ -75,14 +85,17 @@ def _last_first(axis: str, tiles: int) -> jax.Array:
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, scale: float, interpret: Any
+    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, seen: jax.Array, scale: float, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """[B, S, H, V] and the logarithms to base 2 of the sums of exponentials [B, H, S]; S and T multiples of TILE."""
+    """[B, S, H, V] and the logarithms to base 2 of the sums of exponentials [B, H, S]; S and T multiples of TILE.
+
+    seen [S / TILE]: how many tiles of keys each tile of queries sees.
+    """
     b, s, h, width = q.shape
     value_width = v.shape[3]
     tiles = s // TILE
 
-    def selected_attention_forward(q_ref, k_ref, v_ref, words_ref, out_ref, lse_ref, q_sm, lse_sm, barriers):
+    def selected_attention_forward(q_ref, k_ref, v_ref, words_ref, seen_ref, out_ref, lse_ref, q_sm, lse_sm, barriers):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), _last_first("tile", tiles)
         group = lax.axis_index("warpgroup")
         rows = pl.ds(tile * TILE + group * ROWS, ROWS)
@@ -115,7 +128,7 @@ def _forward(
             streamed(KEYS, value_width, lambda i: (i, 0)),
             plgpu.BlockSpec((KEYS // WORD_BITS, TILE), lambda i: (i, tile)),
         ]
-        pipeline = stream(step, context, (tile * (TILE // KEYS) + TILE // KEYS,), specs, STAGES[0])
+        pipeline = stream(step, context, (seen_ref[tile] * (TILE // KEYS),), specs, STAGES[0])
         pipeline(k_ref.at[batch, :, head], v_ref.at[batch, :, head], words_ref.at[batch])
 
     outputs = (jax.ShapeDtypeStruct((b, s, h, value_width), q.dtype), jax.ShapeDtypeStruct((b, h, s), jnp.float32))
@@ -125,17 +138,30 @@ def _forward(
         plgpu.Barrier(num_barriers=WARPGROUPS),
     )
     run = call_kernel(selected_attention_forward, outputs, (h, tiles, b), ("head", "tile", "batch"), scratch, interpret)
-    return run(q, k, v, words)
+    return run(q, k, v, words, seen)
 
 
-def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any) -> jax.Array:
+def _of_queries(q, k, v, words, seen, lse, delta, out_grad, scale: float, interpret: Any) -> jax.Array:
     """The gradient of queries [B, S, H, D]."""
     b, s, h, width = q.shape
     value_width = v.shape[3]
     tiles = s // TILE
 
     def selected_attention_dq(
-        q_ref, k_ref, v_ref, grad_ref, words_ref, lse_ref, delta_ref, dq_ref, q_sm, grad_sm, lse_sm, delta_sm, barriers
+        q_ref,
+        k_ref,
+        v_ref,
+        grad_ref,
+        words_ref,
+        seen_ref,
+        lse_ref,
+        delta_ref,
+        dq_ref,
+        q_sm,
+        grad_sm,
+        lse_sm,
+        delta_sm,
+        barriers,
     ):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), _last_first("tile", tiles)
         group = lax.axis_index("warpgroup")
@@ -170,7 +196,7 @@ def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: A
             streamed(STREAMED, value_width, lambda i: (i, 0)),
             plgpu.BlockSpec((STREAMED // WORD_BITS, TILE), lambda i: (i, tile)),
         ]
-        pipeline = stream(step, context, (tile * (TILE // STREAMED) + TILE // STREAMED,), specs, STAGES[1])
+        pipeline = stream(step, context, (seen_ref[tile] * (TILE // STREAMED),), specs, STAGES[1])
         pipeline(k_ref.at[batch, :, head], v_ref.at[batch, :, head], words_ref.at[batch])
 
     scratch = (
@@ -182,21 +208,21 @@ def _of_queries(q, k, v, words, lse, delta, out_grad, scale: float, interpret: A
     )
     grid, names = (h, tiles, b), ("head", "tile", "batch")
     run = call_kernel(selected_attention_dq, jax.ShapeDtypeStruct(q.shape, q.dtype), grid, names, scratch, interpret)
-    return run(q, k, v, out_grad, words, lse, delta)
+    return run(q, k, v, out_grad, words, seen, lse, delta)
 
 
-def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _of_keys(q, k, v, words, seen, lse, delta, out_grad, scale: float, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """The gradients of keys [B, T, H, D] and values [B, T, H, V]."""
     b, s, h, width = q.shape
     t, value_width = k.shape[1], v.shape[3]
 
     def selected_attention_dkv(
-        q_ref, k_ref, v_ref, grad_ref, words_ref, lse_ref, delta_ref, dk_ref, dv_ref, k_sm, v_sm, barriers
+        q_ref, k_ref, v_ref, grad_ref, words_ref, first_ref, lse_ref, delta_ref, dk_ref, dv_ref, k_sm, v_sm, barriers
     ):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
         group = lax.axis_index("warpgroup")
         rows = pl.ds(tile * TILE + group * ROWS, ROWS)
-        first = tile * (TILE // STREAMED)  # tile of queries: those before see none of these keys
+        first = first_ref[tile] * (TILE // STREAMED)  # tile of queries: those before see none of these keys
 
         def context(run: Any) -> None:
             barrier = barriers.at[group]
@@ -239,7 +265,7 @@ def _of_keys(q, k, v, words, lse, delta, out_grad, scale: float, interpret: Any)
     )
     grid, names = (h, t // TILE, b), ("head", "tile", "batch")
     run = call_kernel(selected_attention_dkv, outputs, grid, names, scratch, interpret)
-    return run(q, k, v, out_grad, words, lse, delta)
+    return run(q, k, v, out_grad, words, first_seeing(seen, t), lse, delta)
 
 
 def padded(q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -248,37 +274,45 @@ def padded(q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array) -> tuple[
     return to_tiles(q, 1), to_tiles(k, 1), to_tiles(v, 1), words
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, scale: float, interpret: Any
+    q: jax.Array, k: jax.Array, v: jax.Array, words: jax.Array, seen: jax.Array, scale: float, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    out, lse = _forward(*padded(q, k, v, words), scale, interpret)
+    out, lse = _forward(*padded(q, k, v, words), seen, scale, interpret)
     return out[:, : q.shape[1]], lse[:, :, : q.shape[1]] / LOG2E
 
 
-def _keep(q, k, v, words, scale, interpret):
-    out, lse = attend(q, k, v, words, scale, interpret)
-    return (out, lse), (q, k, v, words, out, lse)
+def _keep(q, k, v, words, seen, scale, interpret):
+    out, lse = attend(q, k, v, words, seen, scale, interpret)
+    return (out, lse), (q, k, v, words, seen, out, lse)
 
 
 def _pull(scale, interpret, residuals, cotangents):
-    q, k, v, words, out, lse = residuals
+    q, k, v, words, seen, out, lse = residuals
     out_grad = cotangents[0]
     delta = jnp.einsum("bshv,bshv->bhs", out.astype(jnp.float32), out_grad.astype(jnp.float32))
     lse, delta = to_tiles(lse * LOG2E, 2), to_tiles(delta, 2)
-    arguments = (*padded(q, k, v, words), lse, delta, to_tiles(out_grad, 1), scale, interpret)
+    arguments = (*padded(q, k, v, words), seen, lse, delta, to_tiles(out_grad, 1), scale, interpret)
     dq = _of_queries(*arguments)
     dk, dv = _of_keys(*arguments)
-    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]], None
+    return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : k.shape[1]], None, None
 
 
 attend.defvjp(_keep, _pull)
 
 
 def selected_attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    words: jax.Array,
+    *,
+    scale: float,
+    q_positions: jax.Array | None = None,
+    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     width = values.shape[3]
     queries, keys, values = (to_tiles(x, 3, SWIZZLE_COLUMNS) for x in (queries, keys, values))
-    out, lse = attend(queries, keys, values, words, scale, None)
+    seen = tiles_seen(q_positions, queries.shape[1], keys.shape[1])
+    out, lse = attend(queries, keys, values, words, seen, scale, interpret)
     return out[..., :width], lse

@@ -31,8 +31,15 @@ def attend(
 
 
 def selected_attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, words: jax.Array, *, scale: float
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    words: jax.Array,
+    *,
+    scale: float,
+    q_positions: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
+    """The bits say all: positions only tell a kernel which keys it need not read."""
     b, s, h, _ = queries.shape
     block = jax.checkpoint(lambda q, w: attend(q, keys, values, w, scale=scale))
     rows = block_rows(s, 4 * b * h * keys.shape[1], LOGIT_BYTES)

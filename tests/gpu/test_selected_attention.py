@@ -9,7 +9,17 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import bits, hopper
-from tests.support.selection_cases import KINDS, SCALE, Case, assert_close, computed, indices_of, inputs, written_out
+from tests.support.selection_cases import (
+    KINDS,
+    SCALE,
+    Case,
+    assert_close,
+    computed,
+    indices_of,
+    inputs,
+    some_queries,
+    written_out,
+)
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 
@@ -48,3 +58,15 @@ def test_blocks_of_queries_do_not_change_the_divergence(monkeypatch):
     whole = computed(*kernels, given, words, 1.0)
     monkeypatch.setattr(mosaic_gpu, "BLOCK_BYTES", 4 * case.s * 128)
     assert_close(computed(*kernels, given, words, 1.0), whole, 1e-2, 1e-5)
+
+
+def test_queries_at_any_ascending_positions_see_their_own_keys():
+    """Two pieces of a row, as a device has them that shares it with three others; the keys after the second go unread."""
+    case = Case(2, 2048, 4, 192, 128, 4, 128)
+    queries = np.concatenate([np.arange(256, 512), np.arange(1536, 1792)]).astype(np.int32)
+    for kind in KINDS:
+        given = some_queries(inputs(case, kind, jnp.bfloat16), queries)
+        words = bits.pack(jnp.asarray(indices_of(given.mask)), case.s)
+        attend, diverge = (functools.partial(kernel, q_positions=jnp.asarray(queries)) for kernel in kernels)
+        found = jax.jit(lambda *given, by=(attend, diverge): computed(*by, *given, 0.5))(given, words)
+        assert_close(found, written_out(given, 0.5), 1.2e-2)

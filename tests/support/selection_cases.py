@@ -30,7 +30,7 @@ class Inputs:
     attention: tuple[jax.Array, jax.Array, jax.Array]  # queries, keys, values
     index: tuple[jax.Array, jax.Array, jax.Array]  # index queries, index keys, head weights
     out_grad: jax.Array
-    mask: np.ndarray  # [B, S, S]
+    mask: np.ndarray  # [B, S, S]: which keys each query selects
 
 
 def masks(kind: str, b: int, s: int, rng: np.random.Generator) -> np.ndarray:
@@ -72,6 +72,13 @@ def inputs(case: Case, kind: str, dtype: Any, seed: int = 0) -> Inputs:
         normal(*of_heads, c.value_width),
         masks(kind, c.b, c.s, rng),
     )
+
+
+def some_queries(given: Inputs, queries: np.ndarray) -> Inputs:
+    """The same keys for some of the queries alone: `mask` is [B, Q, S] then."""
+    (q, *keys), (index_q, index_k, weights) = given.attention, given.index
+    index = index_q[:, queries], index_k, weights[:, queries]
+    return Inputs((q[:, queries], *keys), index, given.out_grad[:, queries], given.mask[:, queries])
 
 
 def _float32(tree: Any) -> Any:
