@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -33,16 +32,6 @@ class Layers:
     def __init__(self, directory: str | pathlib.Path, schedule: Schedule | str | None = None, dtype: Any = None) -> None:
         self._checkpoint, self.schedule, self._tree = opened(directory, schedule, dtype)
         self._dtype, self.config = dtype, self._checkpoint.config
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all weights as they are read."""
-        return sum(math.prod(tensor.shape) * self._dtype_of(tensor).itemsize for tensor in jax.tree.leaves(self._tree))
-
-    def device_bytes(self, shardings: Params) -> int:
-        """Of all weights that one device holds where they lie so."""
-        placements = zip(jax.tree.leaves(self._tree), jax.tree.leaves(shardings), strict=True)
-        return sum(math.prod(at.shard_shape(tensor.shape)) * self._dtype_of(tensor).itemsize for tensor, at in placements)
 
     def _dtype_of(self, tensor: Tensor) -> np.dtype:
         return leaf_dtype(self._checkpoint, tensor, self._dtype)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import Layers, save
-from indexcache_jax import sharding
 from indexcache_jax.params import abstract
 from indexcache_jax.search import streamed
 from indexcache_jax.tensors import leaves
@@ -52,12 +51,3 @@ def test_every_part_is_read_once(format, tmp_path, monkeypatch):
     assert read == parts
     experts = found.moe.gate_up
     assert experts.size // 8 in read and experts.size not in read
-
-
-def test_what_a_device_holds(tmp_path):
-    save(tmp_path / "saved", CASE.params, CASE.config, CASE.schedule, format="safetensors")
-    layers = Layers(tmp_path / "saved")
-    with meshes.use("all"):
-        placed = sharding.put(CASE.params, TREE)
-        held = [sum(leaf.addressable_shards[i].data.nbytes for leaf in jax.tree.leaves(placed)) for i in range(8)]
-        assert {layers.device_bytes(streamed.shardings_in_force(layers))} == set(held)
