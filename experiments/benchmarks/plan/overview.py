@@ -31,7 +31,8 @@ One request, bfloat16, a cache of 131,072 tokens, the model's own schedule or a 
 weights and caches are sums over abstract trees, temporaries are those of compiled prefill and decode programs, and each row
 has its folder here with the command that made it. There is what a process may use: 95 % of an H200's 141 GiB
 (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95), and 95 GiB of a v5p. What NCCL and other libraries take of the rest is not counted.
-Weights in 8 bits are an estimate; they are not implemented.
+Weights in 8 bits are an estimate; they are not implemented. Lengths are those that memory allows: a model's positions may
+be fewer.
 
 {models}
 
