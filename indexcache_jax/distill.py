@@ -39,7 +39,7 @@ from indexcache_jax.model import AttentionLayer, token_losses
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.ops import HEADS, QUERIES, ROWS
 from indexcache_jax.params import MLP, MoE, Params, abstract, slots
-from indexcache_jax.positions import Positions, even_order, make_positions
+from indexcache_jax.positions import Positions, even_order, in_own_order, make_positions
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import constrain, devices_along, on_each_device
 from pallas_kernels import bits
@@ -230,13 +230,7 @@ def _attend(
 
 def _gathered(x: jax.Array) -> jax.Array:
     """Of every row all tokens' x [B, S, D] in the order of their positions, on all devices that share the row."""
-    x = constrain(x, "batch", None, None)
-    order = even_order(x.shape[1])
-    if order is None:
-        return x
-    pieces = 2 * devices_along("queries")
-    came_from = np.argsort(order[:: x.shape[1] // pieces])
-    return x.reshape(x.shape[0], pieces, -1, x.shape[2])[:, came_from].reshape(x.shape)
+    return in_own_order(constrain(x, "batch", None, None), even_order(x.shape[1]))
 
 
 def _by_bits(

@@ -129,7 +129,7 @@ def _expert_temporaries(c: Config, rows: int, chunk: int, own: int, s: int, mesh
     shared = math.prod(mesh.shape[name] for entry in entries for name in sharding.names_of(entry) if name in split)
     gathered, devices = own * shared, math.prod(mesh.shape[name] for name in split)
     pairs = gathered * c.num_experts_per_tok
-    room = pairs if pairs <= moe.SMALL_BUFFER else min(pairs, int(moe.SPARE * pairs) // devices)
+    room = moe.room_for(pairs, devices)
     total = gathered * c.hidden_size * (s + 4) + room * (c.hidden_size + c.moe_intermediate_size) * s
     return total if ops.platform() == "gpu" else total + pairs * c.hidden_size * (s + 4)
 

@@ -21,7 +21,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.ops import QUERIES
 from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, check_schedule, slots
-from indexcache_jax.positions import Positions, whole_rows
+from indexcache_jax.positions import Positions, in_own_order, whole_rows
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import constrain, on_each_device
 from pallas_kernels.blocks import map_queries
@@ -53,16 +53,14 @@ def attention_block(
     compiles both, which is how the search evaluates every schedule with one program. order [S]: which token stands in each
     place of a row, where they are not in their own order; indices are positions in any case.
     """
-
-    def in_own_order(x: jax.Array) -> jax.Array:
-        return x if order is None else constrain(x, "batch", None, None)[:, np.argsort(order)]
-
     with jax.named_scope("project"):
         h = rms_norm(x, p.norm, config.rms_norm_eps)
         q_latent = attention.query_latents(p.attention, h, config)
-        latents = in_own_order(attention.latents(p.attention, h, positions.cos_sin, config))
+        latents = in_own_order(attention.latents(p.attention, h, positions.cos_sin, config), order)
 
-        keys = None if p.indexer is None else in_own_order(indexer.index_keys(p.indexer, h, positions.cos_sin, config))
+        keys = None
+        if p.indexer is not None:
+            keys = in_own_order(indexer.index_keys(p.indexer, h, positions.cos_sin, config), order)
 
     def select() -> jax.Array:
         assert p.indexer is not None and keys is not None  # an F layer has both

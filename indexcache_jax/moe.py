@@ -200,7 +200,7 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
         rows = _products(p, tokens[order // k], sizes)[back].reshape(n, k, -1).astype(jnp.float32)
         return jnp.sum(rows * weights[..., None], axis=1)
 
-    room = n * k if n * k <= SMALL_BUFFER else min(n * k, -(-int(SPARE * n * k) // devices // 128) * 128)
+    room = room_for(n * k, devices)
     pieces = -(-n * k // room)
     order = jnp.pad(order, (0, pieces * room - n * k))
     ends = jnp.cumsum(sizes)
@@ -227,6 +227,11 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
         return piece(0).astype(tokens.dtype)
 
     return single_piece() if pieces == 1 else jax.lax.cond(total > room, pieces_in_turn, single_piece)
+
+
+def room_for(pairs: int, devices: int) -> int:
+    """How many of so many pairs of a token and an expert a device that shares the experts multiplies at a time."""
+    return pairs if pairs <= SMALL_BUFFER else min(pairs, -(-int(SPARE * pairs) // devices // 128) * 128)
 
 
 def _products(p: Matrices, rows: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -50,6 +50,19 @@ def even_order(width: int) -> np.ndarray | None:
     return np.stack([pieces[:devices], pieces[: devices - 1 : -1]], axis=1).reshape(-1)
 
 
+def in_own_order(x: jax.Array, order: np.ndarray | None) -> jax.Array:
+    """x [B, S, D] of tokens that stand in the order of `even_order`, in their own order and on all devices of the row.
+
+    x itself where they stand in their own order (None). Whole pieces are moved, whose gradient is a move too.
+    """
+    if order is None:
+        return x
+    x = sharding.constrain(x, "batch", None, None)
+    pieces = 2 * sharding.devices_along("queries")
+    came_from = np.argsort(order[:: x.shape[1] // pieces])
+    return x.reshape(x.shape[0], pieces, -1, x.shape[2])[:, came_from].reshape(x.shape)
+
+
 def whole_rows(x: jax.Array, config: Config, lengths: jax.Array | None = None, order: np.ndarray | None = None) -> Positions:
     """The positions of the right-padded rows x [B, S, ...], which nothing precedes; lengths [B] defaults to S everywhere.
 

@@ -105,6 +105,10 @@ def _h200s(name: str, count: int) -> Topology:
     return Topology(name, "gpu", "NVIDIA H200", count, usable, found)
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 @functools.cache
 def _described_gpus(hosts: int, of_a_host: int) -> list[jax.Device] | str:
     from jax.experimental import topologies
@@ -116,7 +120,7 @@ def _described_gpus(hosts: int, of_a_host: int) -> list[jax.Device] | str:
         described = topologies.get_topology_desc("h200", platform="cuda", target_config=_H200_TARGET, topology=shape)
         return list(described.devices)
     except Exception as error:  # whatever a plugin or a driver that is missing raises
-        return str(error).splitlines()[0]
+        return _first_line(error)
 
 
 @functools.cache
@@ -129,7 +133,7 @@ def described(name: str) -> list[jax.Device] | str:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # whatever a library that is missing or does not run here raises
-        return str(error).splitlines()[0]
+        return _first_line(error)
 
 
 def why_not(name: str) -> str | None:
