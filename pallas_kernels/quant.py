@@ -1,9 +1,14 @@
-"""Latents, index keys and index queries in 8 bits: a vector of codes and one float32 scale, whose product is the vector.
+"""Numbers in 8 bits: codes, and scales whose products with them are the numbers.
 
-What a cache keeps and what operations take. Kernels that quantise on registers give the same codes and scales.
+Latents, index keys and index queries have one float32 scale a vector: what a cache keeps and what operations take. Weights
+and activations (`Scaled`) have one for every 128 x 128 or 128 codes. Kernels that quantise on registers give the same codes
+and scales.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 INT8_MAX = 127.0
 MIN_MAGNITUDE = 1e-4  # a vector's largest magnitude counts as at least this, so that zeros have a scale
 INDEX_GROUP = 128  # elements that share a scale in published index caches: one index head
+BLOCK = 128  # a scale of published fp8 weights is that of 128 x 128 codes, one of an activation that of 128 codes
 
 
 def quantise_index(x: jax.Array, *, rotate: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -108,3 +114,80 @@ def dequantise_selected(
     selected = dequantise_latents(selected, jnp.take_along_axis(scales, rows, axis=1), dtype)
     order = jnp.arange(s * k, dtype=jnp.int32).reshape(s, k)
     return selected, jnp.where(indices >= 0, order, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Numbers in 8 bits: float8_e4m3fn codes [..., N, K] and multipliers of groups of them.
+
+    scales: [..., N, ceil(K / 128)], one for 128 codes of a row, as activations have them; or
+    [..., ceil(N / 128), ceil(K / 128)], one for a block of 128 x 128, as published weights have them. Blocks are cut from
+    the top left, so the last ones may be smaller. float32, or a narrower type of a checkpoint: bfloat16, float8_e8m0fnu, or
+    the exponents of the latter as uint8.
+    """
+
+    codes: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def by_row(self) -> bool:
+        """Whether every row has scales of its own. ValueError where the scales fit the codes neither way."""
+        *stacked, rows, columns = self.codes.shape
+        if self.scales.shape == (*stacked, rows, -(-columns // BLOCK)):
+            return True
+        if self.scales.shape == (*stacked, -(-rows // BLOCK), -(-columns // BLOCK)):
+            return False
+        raise ValueError(f"Scaled: scales {self.scales.shape} are not those of codes {self.codes.shape} in blocks of {BLOCK}")
+
+
+def float_scales(scales: jax.Array) -> jax.Array:
+    """Scales in float32, exactly, from any of the types that `Scaled` may keep them in."""
+    if scales.dtype == jnp.uint8:
+        scales = jax.lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu)
+    return scales.astype(jnp.float32)
+
+
+def quantise_rows(x: jax.Array) -> Scaled:
+    """Activations x [..., K] in 8 bits, with a float32 scale for every 128 numbers of a row: max(|x|, 1e-4) / 448.
+
+    A group that is not finite has the scale NaN, so that products with it are NaN too.
+    """
+    *rows, width = x.shape
+    groups = -(-width // BLOCK)
+    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(rows) + [(0, groups * BLOCK - width)])
+    wide = wide.reshape(*rows, groups, BLOCK)
+    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), MIN_MAGNITUDE) / E4M3_MAX
+    scales = jnp.where(jnp.all(jnp.isfinite(wide), axis=-1), scales, jnp.nan)
+    codes = jnp.clip(wide / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    return Scaled(codes.reshape(*rows, groups * BLOCK)[..., :width], scales)
+
+
+def quantise_matrix(w: jax.Array) -> Scaled:
+    """Weights w [..., N, K] in 8 bits, with a float32 scale for every block of 128 x 128: max |w| / 448, 1 for zeros."""
+    *stacked, rows, columns = w.shape
+    down, across = -(-rows // BLOCK), -(-columns // BLOCK)
+    padding = [(0, 0)] * len(stacked) + [(0, down * BLOCK - rows), (0, across * BLOCK - columns)]
+    blocks = jnp.pad(w.astype(jnp.float32), padding).reshape(*stacked, down, BLOCK, across, BLOCK)
+    largest = jnp.max(jnp.abs(blocks), axis=(-3, -1))
+    scales = jnp.where(largest > 0, largest / E4M3_MAX, 1.0)
+    codes = jnp.clip(blocks / scales[..., :, None, :, None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    return Scaled(codes.reshape(*stacked, down * BLOCK, across * BLOCK)[..., :rows, :columns], scales)
+
+
+def dequantise(x: Scaled, dtype: Any) -> jax.Array:
+    """The products of codes and scales, [..., N, K], rounded once, to `dtype`."""
+    *_, rows, columns = x.codes.shape
+    scales = float_scales(x.scales)
+    if not x.by_row:
+        scales = jnp.repeat(scales, BLOCK, axis=-2)[..., :rows, :]
+    scales = jnp.repeat(scales, BLOCK, axis=-1)[..., :columns]
+    return (x.codes.astype(jnp.float32) * scales).astype(dtype)
