@@ -39,9 +39,9 @@ def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
         "loss",
         "cost of the step",
         "closest other",
-        "above it by",
+        "higher by",
         "within noise",
-        "settled by",
+        "sequences to settle",
     ]
     cells = []
     for before, step in itertools.pairwise(steps):
@@ -73,8 +73,14 @@ def _shared_instead(pattern: str, chosen: Schedule) -> list[int]:
 def _sequences(step: Step) -> str:
     if not step.within_noise(ERROR):
         return "settled"
+    count = _to_settle(step)
+    return "no number" if count == math.inf else f"{count:.0f}" if count < 100_000 else "over 100000"
+
+
+def _to_settle(step: Step) -> float:
+    """How many sequences would settle an open step: more than there are, since a race may have dropped the rival before."""
     count = step.sequences_to_settle(ERROR)
-    return "no number" if count is None else f"{count} sequences"
+    return math.inf if count is None else max(count, len(step.losses) + 1)
 
 
 def cheapest_within_noise(steps: Sequence[Step], chosen: Schedule) -> tuple[Step, Margin] | None:
@@ -106,13 +112,10 @@ def _of_choice(taken: Sequence[Step], count: int) -> str:
     open_steps = [step for step in taken if step.within_noise(ERROR)]
     if not open_steps:
         return f"On {count} calibration sequences all {len(taken)} steps to this schedule are above noise ({CONFIDENCE:.0%})."
-    needed = [number for step in open_steps if (number := step.sequences_to_settle(ERROR)) is not None]
     line = f"On {count} calibration sequences {len(open_steps)} of the {len(taken)} steps to this schedule are within noise "
     line += f"({CONFIDENCE:.0%}): other layers may serve as well."
-    if needed:
-        settled = f"{min(needed)}" if min(needed) == max(needed) else f"{min(needed)} to {max(needed)}"
-        line += f" {settled} sequences would settle {'them' if len(needed) == len(open_steps) else f'{len(needed)} of them'}."
-    return line
+    settled = {more: sum(_to_settle(step) <= more for step in open_steps) for more in (4 * count, 16 * count)}
+    return f"{line} About {' and '.join(f'{more} sequences would settle {n} of them' for more, n in settled.items())}."
 
 
 def _share_measured(steps: Sequence[Step]) -> float | None:
