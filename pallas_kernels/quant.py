@@ -139,6 +139,10 @@ class Scaled:
         return self.codes.ndim
 
     @property
+    def dtype(self) -> Any:
+        return self.codes.dtype
+
+    @property
     def by_row(self) -> bool:
         """Whether every row has scales of its own. ValueError where the scales fit the codes neither way."""
         *stacked, rows, columns = self.codes.shape
