@@ -115,7 +115,9 @@ def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> 
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
         if weights is not None:
             first, second = axes[: len(inputs)], axes[len(inputs) :]
-            stored = tensor(layers, (fan_out, fan_in), (second[0], first[0]), [as_stored(name, (fan_out, fan_in))], fan_in=fan_in)
+            stored = tensor(
+                layers, (fan_out, fan_in), (second[0], first[0]), [as_stored(name, (fan_out, fan_in))], fan_in=fan_in
+            )
             return matrix(stored)
         view = (*outputs, *inputs)
         perm = (*range(len(outputs), len(view)), *range(len(outputs)))

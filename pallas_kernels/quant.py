@@ -136,7 +136,7 @@ class Scaled:
 
     @property
     def ndim(self) -> int:
-        return self.codes.ndim
+        return len(self.codes.shape)
 
     @property
     def dtype(self) -> Any:

@@ -178,9 +178,7 @@ def _layer(config: Config, layer: int, full: bool, weights: str | None) -> Layer
         key_norm=_vector(layer, f"{idx}.k_norm.weight", Di) if full else None,
         key_norm_bias=_vector(layer, f"{idx}.k_norm.bias", Di, init="zeros") if full else None,
         up=matrix(_rows(layer, [(f"{attn}.q_b_proj.weight", H * dq)], R, axes=("heads", "q_latent"))),
-        index_up=matrix(_rows(layer, [(f"{idx}.wq_b.weight", Hi * Di)], R, axes=("index_heads", "q_latent")))
-        if full
-        else None,
+        index_up=matrix(_rows(layer, [(f"{idx}.wq_b.weight", Hi * Di)], R, axes=("index_heads", "q_latent"))) if full else None,
         k_up=_tensor(layer, (H, C, dn), ("heads", None, None), kv_b((0, 2, 1), 0, dn), C**-0.5),
         v_up=_tensor(layer, (H, dv, C), ("heads", None, None), kv_b((0, 1, 2), dn, dn + dv), C**-0.5),
         out=matrix(_rows(layer, [(f"{attn}.o_proj.weight", D)], H * dv, axes=("embed", "heads"))),
@@ -319,9 +317,7 @@ def random_weights(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16, we
     weights: as of `abstract`; in 8 bits the codes themselves are drawn.
     """
     keys = jax.random.split(key, config.num_layers + 1)
-    layers = [
-        _random_layer(k, config, experts, dtype, weights) for k, experts in zip(keys[1:], config.moe_layers, strict=True)
-    ]
+    layers = [_random_layer(k, config, experts, dtype, weights) for k, experts in zip(keys[1:], config.moe_layers, strict=True)]
     return dataclasses.replace(_random_ends(keys[0], config, dtype), layers=tuple(layers))
 
 

@@ -37,7 +37,9 @@ def grouped_matmul(
 ) -> jax.Array:
     """rows [M, K] in groups of group_sizes [E] times matrices [E, K, N] -> [M, N] in the dtype of `rows`.
 
-    Matrices in 8 bits are [E, N, K]. The sizes sum to at most M: results for the rows after the last group are undefined. Products are accumulated in
+    Matrices in 8 bits are [E, N, K].
+
+    The sizes sum to at most M: results for the rows after the last group are undefined. Products are accumulated in
     float32. `implementation` None picks the best for the backend:
     "mosaic_gpu" on Hopper, else "per_row" for many more groups than rows (decode), "mosaic_tpu" on TPU, XLA's "ragged_dot"
     on other accelerators and "xla", the reference, on a CPU. Raises ValueError for shapes that do not fit,
@@ -65,7 +67,9 @@ def grouped_swiglu(
 ) -> jax.Array:
     """silu(gate) * up of rows [M, K] in groups of group_sizes [E] times gate_up [E, K, 2, I] -> [M, I].
 
-    In 8 bits gate_up is [E, 2, I, K]. As grouped_matmul, whose result "unfused", the best but for many rows on Hopper, rounds before the activation;
+    In 8 bits gate_up is [E, 2, I, K].
+
+    As grouped_matmul, whose result "unfused", the best but for many rows on Hopper, rounds before the activation;
     "mosaic_gpu" rounds the activation only.
     """
     if isinstance(gate_up, Scaled):
