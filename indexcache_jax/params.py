@@ -26,6 +26,9 @@ from indexcache_jax.tensors import Source, Tensor, as_stored
 from pallas_kernels.quant import Scaled, dequantise
 
 
+FP8_BASE = "fp8 base"
+
+
 @flax.struct.dataclass
 class Attention:
     q_down: Any  # [L, D, R]
@@ -87,8 +90,12 @@ class Params:
 def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> Params:
     """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ.
 
-    weights: "fp8" for matrices in 8 bits, None for all in the model's dtype.
+    weights: "fp8" for matrices in 8 bits, None for all in the model's dtype; "fp8 base" for those in 8 bits that are no
+    indexer's, so that indexers can be trained on them.
     """
+    if weights == FP8_BASE:
+        indexers = abstract(config, schedule).indexer
+        return dataclasses.replace(abstract(config, schedule, "fp8"), indexer=indexers)
     schedule.check_layers(config.num_layers)
     c = config
     D, H, R, C = c.hidden_size, c.num_heads, c.q_lora_rank, c.kv_lora_rank
@@ -189,6 +196,13 @@ def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> 
         head=None if c.tie_word_embeddings else linear(None, "lm_head.weight", D, V, ("embed", "vocab")),
         full_layers=full,
     )
+
+
+def weights_of(params: Params) -> str | None:
+    """The value of `weights` for which `abstract` describes `params`, or a tree like them."""
+    if not isinstance(params.attention.q_down, Scaled):
+        return None
+    return "fp8" if isinstance(params.indexer.queries, Scaled) else FP8_BASE
 
 
 Description = tuple[tuple[int, ...], tuple[str | None, ...], list[Source]]  # shape, axes and sources of a tensor
