@@ -25,7 +25,6 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Source, Tensor, as_stored
 from pallas_kernels.quant import Scaled, dequantise
 
-
 FP8_BASE = "fp8 base"
 
 
