@@ -159,12 +159,14 @@ def serving_need(
     )
 
 
-def training_need(config: Config, schedule: Schedule, kinds: list[str], mesh: Devices, rules: Rules) -> Need:
+def training_need(
+    config: Config, schedule: Schedule, kinds: list[str], mesh: Devices, rules: Rules, weights: str | None = None
+) -> Need:
     """What training keeps on one device: float32 weights and, for what trains, gradients and Adam's two moments.
 
-    kinds: of the stages; the one that trains most counts. Activations come on top.
+    kinds: of the stages; the one that trains most counts. weights: as of `params.abstract`. Activations come on top.
     """
-    tree = params.abstract(config, schedule)
+    tree = params.abstract(config, schedule, weights)
 
     def trained(kind: str) -> int:
         leaves, _ = training.split(tree, distill.trainable(tree, kind))

@@ -6,8 +6,9 @@ own part of the cached positions (`sharding.on_each_device`, `split_cache`); ker
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,8 +20,6 @@ from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
 from indexcache_jax.sharding import Axes, on_each_device, split_over
 from pallas_kernels import bits, device, dispatch, hopper, quant
-from pallas_kernels import grouped_matmul as grouped_matmul
-from pallas_kernels import grouped_swiglu as grouped_swiglu
 from pallas_kernels import index_divergence as index_divergence
 from pallas_kernels import selected_attention as selected_attention
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
@@ -133,6 +132,33 @@ def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bo
     return "xla" not in implementations
 
 
+# Part of the key of every compiled program.
+_ROUNDED_ROWS = jax.make_user_context(default_value=False)
+
+
+@contextlib.contextmanager
+def rounded_rows() -> Iterator[None]:
+    """Within, what matrices in 8 bits multiply is rounded to 8 bits first, as by kernels that multiply codes by codes."""
+    with _ROUNDED_ROWS(True):
+        yield
+
+
+def _rows(rows: jax.Array, matrix: jax.Array | Scaled) -> jax.Array:
+    if isinstance(matrix, Scaled) and _ROUNDED_ROWS.value:
+        return quant.dequantise(quant.quantise_rows(rows), rows.dtype)
+    return rows
+
+
+def grouped_matmul(rows: jax.Array, matrices: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+    """Rows [M, K] in groups of group_sizes [E] times matrices [E, K, N], in 8 bits [E, N, K] -> [M, N]."""
+    return pallas_kernels.grouped_matmul(_rows(rows, matrices), matrices, group_sizes)
+
+
+def grouped_swiglu(rows: jax.Array, gate_up: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+    """silu(gate) * up of rows [M, K] in groups of group_sizes [E], gate_up [E, K, 2, I], in 8 bits [E, 2, I, K] -> [M, I]."""
+    return pallas_kernels.grouped_swiglu(_rows(rows, gate_up), gate_up, group_sizes)
+
+
 def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
     """x [B, S, K] or [M, K] times a matrix in 8 bits [N, K] -> [..., N] in `dtype` or that of x.
 
@@ -141,7 +167,8 @@ def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str |
     axes = ("batch", "queries")[: x.ndim - 1]
 
     def multiply(x: jax.Array, matrix: Scaled) -> jax.Array:
-        product = pallas_kernels.scaled_matmul(x.reshape(-1, x.shape[-1]), matrix, dtype=dtype or x.dtype)
+        rows = _rows(x.reshape(-1, x.shape[-1]), matrix)
+        product = pallas_kernels.scaled_matmul(rows, matrix, dtype=dtype or x.dtype)
         product = jax.lax.psum(product, split) if split else product
         return product.reshape(*x.shape[:-1], -1)
 
