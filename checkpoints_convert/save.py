@@ -16,18 +16,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from checkpoints_convert import orbax_io
-from checkpoints_convert.checkpoint import FORMS, Checkpoint, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
+from checkpoints_convert import fp8, orbax_io
+from checkpoints_convert.checkpoint import (
+    FORMS,
+    Checkpoint,
+    check_dtype,
+    leaf_dtype,
+    open_checkpoint,
+    resolve_schedule,
+    resolve_weights,
+)
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint
+from checkpoints_convert.recode import Recoded
 from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_index, write_shard
-from checkpoints_convert.trees import Leaf, Leaves
+from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.params import Params, abstract, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import Weights
 from indexcache_jax.tensors import Part, Source, Tensor, leaves
@@ -55,11 +63,15 @@ class ArraysCheckpoint(Leaves):
     Where some are devices of other processes, process 0 alone may read, while all others are in `help`.
     """
 
+    quantization: dict[str, Any] | None = None  # of the checkpoint that matrices in 8 bits are from
+
     def __init__(self, arrays: Params | Weights, config: Config, schedule: Schedule):
         self.config, self.schedule = config, schedule
         self._form = "params" if isinstance(arrays, Params) else "serving"
+        form = weights_of(arrays) if isinstance(arrays, Params) else arrays.format
+        self.weights = form and "fp8"  # what is trained on a base in 8 bits is written like the base
         self._arrays = {path: _host_view(array) for path, array in leaves(arrays)}
-        super().__init__(FORMS[self._form](config, schedule))
+        super().__init__(FORMS[self._form](config, schedule, form))
 
     def check(self, tree: Any) -> None:
         """ValueError unless the arrays have the shapes that config and schedule give them, whatever tree is asked for."""
@@ -73,11 +85,16 @@ class ArraysCheckpoint(Leaves):
                     f"{self._form}: {path} has shape {list(array.shape)}, but config and schedule {self.schedule} make it "
                     f"{list(tensor.shape)}"
                 )
-            if np.dtype(array.dtype) not in (ml_dtypes.bfloat16, np.float32, np.float16):
-                raise ValueError(f"{self._form}: {path} has dtype {array.dtype}, which no checkpoint tensor has")
+            if np.dtype(array.dtype).name not in DTYPES_OF[tensor.kind]:
+                raise ValueError(f"{self._form}: {path} has dtype {array.dtype}, which no {tensor.kind} of a checkpoint have")
 
     def dtype_of(self, tensor: Tensor) -> np.dtype:
-        return np.dtype(self._arrays[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype)
+        """The dtype of the array, or of the first that a tensor is made from; of what is in 8 bits but decoded the model's."""
+        path = self.stored_in(tensor, tensor.every_layer[0])[0]
+        decoded = tensor.kind == "weights" and self.leaves[path].kind == "codes"
+        return np.dtype(self._arrays["embedding" if decoded else path].dtype)
+
+    stored_dtype = dtype_of
 
     @property
     def is_spread(self) -> bool:
@@ -165,10 +182,11 @@ def save(
 
     format: "safetensors" for transformers, vLLM and SGLang, or "orbax" for a checkpoint of params.
 
-    Leaves keep their dtypes. safetensors: Hugging Face names and shapes, shards of at most max_shard_size ("5GB",
-    "200KB", bytes; one tensor alone may be larger) and their index, config.json with the schedule. orbax:
-    config.json and params/. Host memory beyond the params: one layer of one leaf and a few MiB. companions_of: a checkpoint
-    directory whose tokenizer, chat template and generation config go along.
+    Leaves keep their dtypes, and matrices in 8 bits their codes and scales; what inference decodes of them, and what was
+    trained on a base in 8 bits, is quantised. safetensors: Hugging Face names and shapes, shards of at most max_shard_size
+    ("5GB", "200KB", bytes; one tensor alone may be larger) and their index, config.json with the schedule. orbax: config.json
+    and params/. Host memory beyond the params: one layer of one leaf and a few MiB. companions_of: a checkpoint directory whose
+    tokenizer, chat template, generation config and, for weights in 8 bits, quantization_config go along.
 
     The directory appears whole, by a rename, or not at all. ValueError where it exists and is not empty, and, before
     anything is written, where params do not fit config and schedule.
@@ -179,12 +197,24 @@ def save(
     """
     checkpoint = ArraysCheckpoint(params, config, schedule)
     checkpoint.check(None)
+    if checkpoint.weights is not None and companions_of is not None:
+        checkpoint.quantization = open_checkpoint(companions_of).quantization
     if checkpoint.is_spread and jax.process_index() > 0:
         checkpoint.help()
         return
     companions = [] if companions_of is None else _companions(pathlib.Path(companions_of))
     with checkpoint.helped():
-        _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, companions=companions)
+        source = Recoded(checkpoint)
+        _write(
+            pathlib.Path(directory),
+            source,
+            config,
+            schedule,
+            format,
+            max_shard_size,
+            weights=checkpoint.weights,
+            companions=companions,
+        )
 
 
 def _companions(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -201,12 +231,14 @@ def convert(
     keep_mtp: bool = False,
     keep_shared_indexers: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    weights: str | None = "stored",
 ) -> list[str]:
     """Converts one checkpoint directory into another, without ever holding the model. Returns what was left out.
 
-    format: None takes the one that `source` is not. schedule and dtype are as in `load`, the rest as in `save`.
-    keep_mtp, keep_shared_indexers: copy these tensors as they are stored (FP8 ones as dtype) into a safetensors
-    directory; they have no place in params. Tokenizer, chat template and generation config go along. `progress` is
+    format: None takes the one that `source` is not. schedule, dtype and weights are as in `load`, the rest as in `save`.
+    An FP8 checkpoint stays one unless weights is None; codes, scales and its quantization_config are written back as they are.
+    keep_mtp, keep_shared_indexers: copy these tensors as they are stored (FP8 ones as dtype unless the result is FP8) into a
+    safetensors directory; they have no place in params. Tokenizer, chat template and generation config go along. `progress` is
     told the bytes written and their total. Host memory: one layer of one leaf.
 
     ValueError as for `load` and `save`, before anything is written.
@@ -215,12 +247,13 @@ def convert(
     source = pathlib.Path(source)
     checkpoint = open_checkpoint(source)
     schedule = resolve_schedule(checkpoint, schedule)
+    form = resolve_weights(checkpoint, weights)
     config, copies, report = checkpoint.config, [], []
     if isinstance(checkpoint, HuggingFaceCheckpoint):
         format = format or "orbax"
         unused = checkpoint.unused(schedule)
         kept = (unused.mtp if keep_mtp else ()) + (unused.shared_indexers if keep_shared_indexers else ())
-        copies = checkpoint.copies(kept, dtype)
+        copies = checkpoint.copies(kept, dtype, keep_codes=form is not None and checkpoint.weights is not None)
         report = checkpoint.left_out(schedule, frozenset(kept))
     format = format or "safetensors"
     if (keep_mtp or keep_shared_indexers) and (format == "orbax" or not isinstance(checkpoint, HuggingFaceCheckpoint)):
@@ -228,18 +261,20 @@ def convert(
     if not keep_mtp:  # so that no engine looks for layers that are not there
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     companions = _companions(source)
-    _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, dtype, copies, companions, progress)
+    arguments = format, max_shard_size, dtype, form, copies, companions, progress
+    _write(pathlib.Path(directory), Recoded(checkpoint), config, schedule, *arguments)
     return report
 
 
 def _write(
     directory: pathlib.Path,
-    checkpoint: Checkpoint,
+    checkpoint: Recoded,
     config: Config,
     schedule: Schedule,
     format: str,
     max_shard_size: int | str,
     dtype: Any = None,
+    weights: str | None = None,
     copies: Sequence[tuple[Spec, Iterator[np.ndarray]]] = (),
     companions: Iterable[pathlib.Path] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -247,10 +282,12 @@ def _write(
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
     max_bytes = parse_size(max_shard_size)
-    tree = abstract(config, schedule)
+    tree = abstract(config, schedule, weights)
     checkpoint.check(tree)
-    dtypes = {path: leaf_dtype(checkpoint, tensor, dtype) for path, tensor in leaves(tree)}
+    dtypes = {path: _written_dtype(checkpoint, tensor, dtype, weights) for path, tensor in leaves(tree)}
     fields = config.to_hf() | schedule.to_hf() | {"dtype": dtypes["embedding"].name}
+    if weights is not None:
+        fields["quantization_config"] = checkpoint.stored.quantization or fp8.config_of(config)
     with new_directory(directory) as partial:
         if format == "orbax":
             _write_orbax(partial, checkpoint, tree, dtypes, progress)
@@ -260,6 +297,13 @@ def _write(
             shutil.copyfile(companion, partial / companion.name)
         # Last, so that not even the unfinished directory loads before it is whole.
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _written_dtype(checkpoint: Recoded, tensor: Tensor, dtype: Any, weights: str | None) -> np.dtype:
+    """What a tensor is written as: where matrices stay in 8 bits whatever is not asked for otherwise stays as stored."""
+    if weights is None or dtype is not None or tensor.kind != "weights":
+        return leaf_dtype(checkpoint, tensor, dtype)
+    return checkpoint.stored.stored_dtype(tensor)
 
 
 def _write_orbax(
@@ -303,7 +347,7 @@ class _Unit:
     def specs(self, dtypes: dict[str, np.dtype]) -> Iterator[Spec]:
         for name, parts in self.parts().items():
             path, source = parts[0]
-            yield Spec(name, NAMES[dtypes[path]], source.shape)
+            yield Spec(name, NAMES[dtypes[path]], source.stored_shape)
 
     def streams(self, checkpoint: Checkpoint, dtypes: dict[str, np.dtype]) -> Iterator[Iterator[np.ndarray]]:
         """For every one of `specs`, its data in slabs."""
@@ -325,7 +369,7 @@ class _Unit:
             for path, source in parts:
                 rows = (slice(None),) * source.row_axis + (slice(start, stop),)
                 source.write(slab, arrays[path][source.at][rows])
-            yield slab
+            yield slab[-(start * unit) % source.repeats :: source.repeats]
 
 
 def _units(tree: Params) -> list[_Unit]:

@@ -32,7 +32,7 @@ from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_docu
 from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
 from indexcache_jax.sharding import SERVING
 
-for _name in ("checkpoint", "dtype", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
+for _name in ("checkpoint", "dtype", "weights", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
     flags.declare_key_flag(_name)
 _PROMPTS = flags.DEFINE_string("prompts", "", 'JSONL file of {"prompt": "text"} or {"tokens": [1, 2, ...]}')
 _DOCUMENT = flags.DEFINE_string("document", "", "text file that stands before every prompt; prefilled once")
@@ -236,7 +236,9 @@ def about(settings: Settings, document: Sequence[int], schedule: Schedule, weigh
     }
 
 
-def check_memory(config: Config, schedule: Schedule, settings: Settings, prompt: int, document: int, dtype: str) -> None:
+def check_memory(
+    config: Config, schedule: Schedule, settings: Settings, prompt: int, document: int, checkpoint: inputs.Checkpoint
+) -> None:
     """Says what weights and the cache of the longest prompts take of each device; ValueError where that does not fit."""
     fit.serving(
         config,
@@ -244,10 +246,11 @@ def check_memory(config: Config, schedule: Schedule, settings: Settings, prompt:
         rows=settings.rows_per_batch,
         length=room_for(document + prompt + settings.max_new_tokens, settings),
         chunk=settings.chunk,
-        dtype=dtype,
+        dtype=checkpoint.dtype,
         form=settings.cache_format,
         document=document,
         flag="prompts",
+        weights=checkpoint.weights,
     )
 
 
@@ -276,8 +279,10 @@ def read_inputs(seed: int) -> Inputs:
     )
     document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist() if _DOCUMENT.value else []
     every = read_requests(encoder, config, room_for_a_prompt(config, document))
-    check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint.dtype)
-    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint)
+    config, schedule, weights = checkpoints_convert.load(
+        checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
+    )
     made_with = about(settings, document, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
     return Inputs(config, schedule, weights, encoder, document, every, settings, made_with)
 
