@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import fp8
+from checkpoints_convert.companions import with_stop_tokens
 from checkpoints_convert.safetensors_io import INDEX, NAMES, SINGLE, Entry, Spec, read_directory
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
@@ -50,7 +51,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
-        self.config = Config.from_hf(fields)
+        self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self._fields = fields
         self.entries = read_directory(directory)
         self.list_file = directory / (SINGLE if (directory / SINGLE).exists() else INDEX)

@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from checkpoints_convert.companions import with_stop_tokens
 from checkpoints_convert.trees import Leaf, Leaves
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
@@ -44,7 +45,7 @@ class OrbaxCheckpoint(Leaves):
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
-        self.config = Config.from_hf(fields)
+        self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self.schedule = Schedule.from_hf(fields)
         super().__init__(abstract(self.config, self.schedule))
         self._directory = (directory / PARAMS).absolute()

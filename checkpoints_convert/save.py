@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints_convert import orbax_io
 from checkpoints_convert.checkpoint import FORMS, Checkpoint, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
+from checkpoints_convert.companions import find_companions
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_index, write_shard
 from checkpoints_convert.trees import Leaf, Leaves
@@ -33,19 +34,6 @@ from indexcache_jax.serving import Weights
 from indexcache_jax.tensors import Part, Source, Tensor, leaves
 
 FORMATS = ("safetensors", "orbax")
-# What a conversion copies beside the weights: these names and no others.
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -182,13 +170,9 @@ def save(
     if checkpoint.is_spread and jax.process_index() > 0:
         checkpoint.help()
         return
-    companions = [] if companions_of is None else _companions(pathlib.Path(companions_of))
+    companions = [] if companions_of is None else find_companions(pathlib.Path(companions_of))
     with checkpoint.helped():
         _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, companions=companions)
-
-
-def _companions(directory: pathlib.Path) -> list[pathlib.Path]:
-    return [directory / name for name in COMPANIONS if (directory / name).is_file()]
 
 
 def convert(
@@ -227,7 +211,7 @@ def convert(
         raise ValueError("keep_mtp and keep_shared_indexers: only from safetensors to safetensors")
     if not keep_mtp:  # so that no engine looks for layers that are not there
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    companions = _companions(source)
+    companions = find_companions(source)
     _write(pathlib.Path(directory), checkpoint, config, schedule, format, max_shard_size, dtype, copies, companions, progress)
     return report
 
