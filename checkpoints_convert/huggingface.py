@@ -17,7 +17,7 @@ import numpy as np
 
 from checkpoints_convert import fp8
 from checkpoints_convert.companions import with_stop_tokens
-from checkpoints_convert.safetensors_io import INDEX, NAMES, SINGLE, Entry, Spec, read_directory
+from checkpoints_convert.safetensors_io import NAMES, Entry, Spec, read_stored
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
 from indexcache_jax.params import abstract
@@ -52,9 +52,9 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
         self.config = with_stop_tokens(Config.from_hf(fields), directory)
-        self._fields = fields
-        self.entries = read_directory(directory)
-        self.list_file = directory / (SINGLE if (directory / SINGLE).exists() else INDEX)
+        self.fields = fields
+        self._stored = read_stored(directory)
+        self.entries = self._stored.entries
         self._block = fp8.block_size(fields)
         self._dtype = self._model_dtype(fields.get("dtype") or fields.get("torch_dtype"))
         c = self.config
@@ -67,7 +67,7 @@ class HuggingFaceCheckpoint:
     @functools.cached_property
     def schedule(self) -> Schedule:
         """What config.json asks for; read only where nobody overrides it."""
-        return Schedule.from_hf(self._fields)
+        return Schedule.from_hf(self.fields)
 
     def _model_dtype(self, declared: str | None) -> np.dtype:
         """What the config says, else bfloat16 where the embedding is or a layer is FP8; float16 widens to float32."""
@@ -99,7 +99,7 @@ class HuggingFaceCheckpoint:
             name = next(iter(missing))
             why = ", which the schedule needs because it makes that layer F" if INDEXER in name else ""
             more = f" (and {len(missing) - 1} other tensors)" if len(missing) > 1 else ""
-            raise ValueError(f"{self.list_file}: tensor {name} is missing{why}{more}")
+            raise ValueError(f"{self._stored.listed_by}: tensor {name} is missing{why}{more}")
 
     def fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None = None) -> None:
         """Writes one layer of a leaf into `out`, or only a part of it, of which only what is needed is read.
@@ -158,6 +158,16 @@ class HuggingFaceCheckpoint:
                 found["unknown"].append(name)
         return Unused(**{kind: tuple(names) for kind, names in found.items()})
 
+    def take_mtp_from_beside(self) -> None:
+        """Adds the tensors of multi-token prediction that lie in files, or places of files, that the index does not list."""
+        for entry in self._stored.beside():
+            if self._is_mtp(entry.name):
+                self.entries.setdefault(entry.name, entry)
+
+    def mtp_layers(self, names: Iterable[str]) -> set[int]:
+        """The numbers of the layers of multi-token prediction that some of the stored tensors belong to."""
+        return {int(_LAYER.match(name)[1]) for name in names if self._is_mtp(name)}  # type: ignore[index]
+
     def left_out(self, schedule: Schedule, kept: Collection[str] = ()) -> list[str]:
         """One line for each kind of stored tensor without a use under `schedule`, those of `kept` apart."""
         unused, lines = self.unused(schedule), []
@@ -168,7 +178,7 @@ class HuggingFaceCheckpoint:
         ):
             if left := [name for name in names if name not in kept]:
                 lines.append(f"left out {len(left)} tensors {what}: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}")
-        return lines
+        return lines + self._stored.notes([self.entries[name] for name in kept])
 
     def _names(self, schedule: Schedule) -> set[str]:
         names = set()

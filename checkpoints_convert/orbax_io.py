@@ -45,6 +45,7 @@ class OrbaxCheckpoint(Leaves):
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
+        self.fields = fields
         self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self.schedule = Schedule.from_hf(fields)
         super().__init__(abstract(self.config, self.schedule))

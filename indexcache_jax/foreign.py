@@ -16,6 +16,7 @@ from typing import Any
 MAX_SMALL = 16 * 2**20  # bytes of a config.json; those of released models have some thousand
 MAX_LARGE = 100_000_000  # bytes of a tokenizer.json, an index or a header; the largest released have some 30 million
 MAX_SHOWN = 200  # characters of a stranger's text in a message
+_STEP = 2**16
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -60,10 +61,13 @@ def read_bytes(path: str | os.PathLike[str], most: int = MAX_SMALL) -> bytes:
         if status.st_size > most:
             raise ValueError(f"{path}: has {status.st_size} bytes, more than the {most} that such a file may have")
         try:
-            content = file.read(most + 1)
+            # A file that grows, and one whose file system does not tell its size, is read in steps, not into `most` bytes.
+            content = file.read(status.st_size)
+            while len(content) <= most and (more := file.read(_STEP)):
+                content += more
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {escaped(error.strerror or str(error))}") from None
-    if len(content) > most:  # of a file that grows, or a file system that does not tell sizes
+    if len(content) > most:
         raise ValueError(f"{path}: has more than the {most} bytes that such a file may have")
     return content
 

@@ -93,6 +93,7 @@ def test_stop_tokens_go_along_and_stand_where_they_stood(directory, tmp_path, fo
     write(directory, GENERATION, eos_token_id=[4, 5])
     convert(directory, tmp_path / "out", format=format)
     assert load(tmp_path / "out")[0].eos_token_ids == (3, 4, 5)
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["eos_token_id"] == 3
 
 
 # Files that go along.
