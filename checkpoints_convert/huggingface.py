@@ -17,6 +17,7 @@ import numpy as np
 
 from checkpoints_convert import fp8
 from checkpoints_convert.companions import with_stop_tokens
+from checkpoints_convert.formats import READ, block_fields, check_described, names_that_fit, quantisation
 from checkpoints_convert.safetensors_io import NAMES, Entry, Spec, read_stored
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
@@ -43,6 +44,16 @@ class Unused:
     unknown: tuple[str, ...]
 
 
+def _with_scales_of_one_name(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Entries under their names, but scales of FP8 that are stored as NAME_scale under NAME_scale_inv: both are multipliers."""
+    renamed = {}
+    for name, entry in entries.items():
+        weight = entries.get(name.removesuffix("_scale")) if name.endswith(".weight_scale") else None
+        blocks = weight is not None and weight.dtype == "F8_E4M3" and f"{weight.name}{fp8.SUFFIX}" not in entries
+        renamed[f"{name}_inv" if blocks else name] = entry
+    return renamed
+
+
 class HuggingFaceCheckpoint:
     """The tensors of a safetensors directory, under the names and shapes that indexcache_jax.params gives.
 
@@ -54,8 +65,9 @@ class HuggingFaceCheckpoint:
         self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self.fields = fields
         self._stored = read_stored(directory)
-        self.entries = self._stored.entries
-        self._block = fp8.block_size(fields)
+        self.entries = _with_scales_of_one_name(self._stored.entries)
+        self._block = fp8.block_size(block_fields(fields))
+        self._directory = directory
         self._dtype = self._model_dtype(fields.get("dtype") or fields.get("torch_dtype"))
         c = self.config
         stored, experts = sum(e.nbytes for e in self.entries.values()), c.n_routed_experts * sum(c.moe_layers)
@@ -63,6 +75,7 @@ class HuggingFaceCheckpoint:
             raise ValueError(
                 f"{directory / 'config.json'}: n_routed_experts: {c.n_routed_experts} cannot fit in the {stored} bytes stored"
             )
+        check_described(c, stored, directory / "config.json")
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -86,15 +99,30 @@ class HuggingFaceCheckpoint:
         return np.dtype(tensor.dtype) if tensor.dtype else self._dtype
 
     def check(self, tree: Any) -> None:
-        """ValueError where a tensor that an abstract tree needs is missing, misshapen or of a dtype that cannot be read."""
+        """ValueError where a tensor that an abstract tree needs is missing, misshapen or of a dtype that cannot be read.
+
+        Where the weights are quantised in a way that is not read, the error begins with that.
+        """
+        try:
+            self._check_tree(tree)
+        except ValueError as error:
+            if (format := quantisation(self.fields, self.entries, self._directory)) is None:
+                raise
+            raise ValueError(f"{self._directory}: {format}: {READ}; {error}") from None
+
+    def _check_tree(self, tree: Any) -> None:
         missing: dict[str, None] = {}  # kv_b_proj is missing once, though two leaves are made from it
+        found = 0
         for _, tensor in leaves(tree):
             for source in (source for layer in tensor.every_layer for source in tensor.stored(layer)):
                 entry = self._find(source.name)
                 if entry is None:
                     missing[source.name] = None
                 else:
+                    found += 1
                     self._check(entry, source.shape)
+        if missing and not found:
+            raise ValueError(f"{self._stored.listed_by}: {names_that_fit(missing, self.entries)}")
         if missing:
             name = next(iter(missing))
             why = ", which the schedule needs because it makes that layer F" if INDEXER in name else ""
