@@ -31,7 +31,7 @@ class Tiling:
     copies of its rows.
     """
 
-    waves: int = 2
+    tall: int = 1
     stages: int = 4
     slots: int = 2
     cluster: int = 1
@@ -41,6 +41,11 @@ class Tiling:
     ordered: bool = False
     rows_in_smem: bool = False
     worker: int = 232
+    leave_out: str = ""
+
+    @property
+    def waves(self) -> int:
+        return 2 // self.tall
 
     @property
     def columns(self) -> int:
@@ -49,7 +54,7 @@ class Tiling:
 
     @property
     def shared_memory(self) -> int:
-        return self.stages * BLOCK_K * (2 * HALF + self.waves * WAVE) + 2 * 2 * self.slots * HALF * PIECE
+        return self.stages * BLOCK_K * (2 * self.tall * HALF + self.waves * WAVE) + 2 * 2 * self.slots * HALF * PIECE
 
 
 def _scales(largest: jax.Array) -> jax.Array:
@@ -78,13 +83,14 @@ def multiply(
     from pallas_kernels.grouped_matmul import mosaic_gpu_scales as lanes
 
     (m, k), waves, stages, slots = rows.shape, tiling.waves, tiling.stages, tiling.slots
+    tall, pieces = tiling.tall, 2 * tiling.tall
     gated, coded, cluster = tiling.gated, tiling.coded, tiling.cluster
     width = matrices.shape[1] // (1 + gated)  # of the result
     columns, steps = pl.cdiv(width, tiling.columns * cluster), k // BLOCK_K  # columns of a cluster
     blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
     shared = "member" if cluster > 1 else None
     across = pl.cdiv(matrices.shape[1], WAVE)  # blocks of a matrix's columns
-    splits = tiling.split and not gated
+    splits = tiling.split and not gated and tall == 1
     layout = plgpu.Layout.WGMMA
     by_row = layout.reduce(1)
     piece_width = WAVE if coded else PIECE
@@ -96,7 +102,7 @@ def multiply(
         line = 128 // jnp.dtype(dtype).itemsize
         return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((line_rows, line)), plgpu.SwizzleTransform(128)))
 
-    row_shape, out_shape = (stages, 2, HALF, BLOCK_K), (2, slots, HALF, piece_width)
+    row_shape, out_shape = (stages, pieces, HALF, BLOCK_K), (2, slots, HALF, piece_width)
 
     def kernel(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
         if coded:
@@ -127,7 +133,7 @@ def multiply(
 
             def one_tile(i, nothing):
                 tile, column = place(i)
-                group, first, second = (tile_gmem[j, tile] for j in range(3))
+                group, first, *others = (tile_gmem[j, tile] for j in range(1 + pieces))
 
                 def step(j, nothing):
                     done = i * steps + j
@@ -145,13 +151,15 @@ def multiply(
 
                     copy_rows(0, first)
 
-                    @pl.when(second >= 0)
-                    def copy_second():
-                        copy_rows(1, second)
+                    for piece, begin in enumerate(others, 1):
 
-                    @pl.when(second < 0)
-                    def leave_second():
-                        plgpu.barrier_arrive(full.at[slot])  # in place of the copy
+                        @pl.when(begin >= 0)
+                        def copy(piece=piece, begin=begin):
+                            copy_rows(piece, begin)
+
+                        @pl.when(begin < 0)
+                        def leave():
+                            plgpu.barrier_arrive(full.at[slot])  # in place of the copy
 
                     for wave in range(waves):
                         source = matrix_gmem.at[group, pl.ds(column_of(wave, column), WAVE), depth]
@@ -166,25 +174,35 @@ def multiply(
 
             lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, None)
 
-        def product(i, half, own, group, begin, column):
-            """The waves `own` of rows `half` of the block's tile i, which begin at `begin`: a [HALF, WAVE] float32 each."""
+        def product(i, own, begins, group, column):
+            """A [HALF, WAVE] float32 for each of `own` pieces of rows, which begin at `begins`, and waves of the block's tile i."""
 
             def place_of(wave):
                 block = jnp.minimum(lax.div(column_of(wave, column), WAVE), across - 1)  # a tile may extend beyond the columns
                 return (group * across + block) * steps
 
-            places = [place_of(wave) for wave in (own if len(own) == 2 else (own[0], 1 - own[0]))]
+            own_waves = [wave for _, wave in own]
+            places = [place_of(wave) for wave in own_waves]
+            if tall > 1:
+                places = [places[0], jnp.maximum(places[0] - steps, 0)]
+            elif len(own) == 1:
+                places = [places[0], place_of(1 - own_waves[0])]
             if not interpret:
                 place = lanes.alternate(*places)
 
             def scales(j):
-                of_rows = plgpu.load(row_scale_gmem.at[j, pl.ds(begin, HALF)], layout=by_row, optimized=False)
+                of_rows = [
+                    plgpu.load(row_scale_gmem.at[j, pl.ds(begin, HALF)], layout=by_row, optimized=False) for begin in begins
+                ]
                 if interpret:
                     return of_rows, tuple(matrix_scale_gmem[place + j] for place in places)
                 return of_rows, lanes.load(matrix_scale_gmem, place, j)
 
             def factors(of_rows, of_blocks):
-                return [of_rows * of_block for of_block in of_blocks] if interpret else lanes.products(of_rows, of_blocks)
+                def of(row):
+                    return [row * of_block for of_block in of_blocks] if interpret else lanes.products(row, of_blocks)
+
+                return [of(row)[0] for row in of_rows] if tall > 1 else of(of_rows[0])
 
             def step(j, carry):
                 sums, (of_rows, of_blocks) = carry
@@ -194,11 +212,11 @@ def multiply(
                 slot = lax.rem(done, stages)
                 plgpu.barrier_wait(full.at[slot])
                 added = []
-                for which, (wave, total) in enumerate(zip(own, sums, strict=True)):
+                for which, ((piece, wave), total) in enumerate(zip(own, sums, strict=True)):
 
-                    def fresh(acc, wave=wave):
+                    def fresh(acc, piece=piece, wave=wave):
                         # Nothing may come between the zeros and wgmma: then no register is zeroed.
-                        plgpu.wgmma(acc, row_smem.at[slot, half], matrix_smem.at[slot, wave].transpose((1, 0)))
+                        plgpu.wgmma(acc, row_smem.at[slot, piece], matrix_smem.at[slot, wave].transpose((1, 0)))
                         if tiling.ordered:
                             plgpu.barrier_arrive(turn.at[1 - warpgroup])
                         return acc[...]
@@ -209,6 +227,9 @@ def multiply(
                     part = pl.run_scoped(fresh, plgpu.ACC((HALF, WAVE), jnp.float32))
                     if which == len(own) - 1:
                         plgpu.barrier_arrive(empty.at[slot])
+                    if tiling.leave_out == "promotion":
+                        added.append(part)
+                        continue
                     added.append(total + part * lax.broadcast_in_dim(factor[which], (HALF, WAVE), [0]))
                 return tuple(added), following
 
@@ -282,50 +303,63 @@ def multiply(
 
             def one_tile(i, nothing):
                 tile, column = place(i)
-                group, first, second, start, end = (tile_gmem[j, tile] for j in range(5))
+                group, *begins, start, end = (tile_gmem[j, tile] for j in range(3 + pieces))
 
-                def finish(results, own, begin):
+                def finish(results, waves, begins):
                     if gated:
                         gate, up = results
-                        results, own = [gate / (1.0 + jnp.exp(-gate)) * up], [0]
+                        results, waves = [gate / (1.0 + jnp.exp(-gate)) * up], [0]
                     if coded:
                         (result,) = results
                         scales = _scales(jnp.max(jnp.abs(result), axis=1))
-                        store_scales(scales, begin, start, end, column)
+                        store_scales(scales, begins[0], start, end, column)
                         results = [result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0])]
+                    stored = list(zip(results, waves, begins * len(waves) if tall == 1 else begins, strict=True))
 
                     @pl.when(end - start >= HALF)
                     def whole():
-                        for result, wave in zip(results, own, strict=True):
+                        for result, wave, begin in stored:
                             store(result, begin, column + wave * WAVE)
 
                     @pl.when(end - start < HALF)
                     def short():
-                        for result, wave in zip(results, own, strict=True):
+                        for result, wave, begin in stored[:1] if tall > 1 else stored:
                             store_some(result, begin, start, end - start, column + wave * WAVE)
 
-                everything = range(waves)
+                def run(own, begins):
+                    finish(product(i, own, begins, group, column), [wave for _, wave in own], begins)
+
+                own_begins = [jnp.where(warpgroup == 0, begins[2 * j], begins[2 * j + 1]) for j in range(tall)]
+                present = own_begins[-1] >= 0
+                if tall > 1:
+
+                    @pl.when((own_begins[0] >= 0) & (own_begins[1] < 0))
+                    def one_piece():
+                        run([(warpgroup, 0)], own_begins[:1])
+
+                    missing = own_begins[0] < 0
+                else:
+                    missing = own_begins[0] < 0
+
                 if splits:
+                    present = begins[1] >= 0
 
-                    @pl.when(second < 0)
+                    @pl.when(begins[1] < 0)
                     def share():
-                        finish(product(i, 0, [warpgroup], group, first, column), [warpgroup], first)
-
-                    @pl.when(second >= 0)
-                    def take_part():
-                        begin = jnp.where(warpgroup == 0, first, second)
-                        finish(product(i, warpgroup, everything, group, begin, column), everything, begin)
+                        run([(0, warpgroup)], begins[:1])
 
                 else:
-                    begin = jnp.where(warpgroup == 0, first, second)
 
-                    @pl.when(begin < 0)
+                    @pl.when(missing)
                     def sit_out():
                         skip(i)
 
-                    @pl.when(begin >= 0)
-                    def take_part():
-                        finish(product(i, warpgroup, everything, group, begin, column), everything, begin)
+                @pl.when(present)
+                def take_part():
+                    if tall == 1:
+                        run([(warpgroup, 0), (warpgroup, 1)], own_begins)
+                    else:
+                        run([(warpgroup, 0), (warpgroup + 2, 0)], own_begins)
 
             lax.fori_loop(0, mine, one_tile, None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -338,7 +372,7 @@ def multiply(
             plgpu.RefUnion(smem(row_shape, CODES), smem(row_shape, CODES, 1)),
             smem((stages, waves, WAVE, BLOCK_K), CODES),
             plgpu.RefUnion(smem(out_shape, out_dtype), smem(out_shape, out_dtype, 1), plgpu.SMEM((2, HALF, piece_width), out_dtype)),
-            plgpu.Barrier(num_arrivals=2 + waves, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=pieces + waves, num_barriers=stages),
             # Rows arrive in the slots of all blocks of a cluster, once all of them are free.
             plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=stages)
             if cluster > 1
@@ -367,7 +401,7 @@ def forward(
     interpret: Any = False,
 ) -> Any:
     """rows [M, K], M >= HALF, times matrices [E, N, K] -> [M, N]."""
-    tiles, count = tiles_of(group_sizes, rows.shape[0])
+    tiles, count = tiles_of(group_sizes, rows.shape[0], 2 * tiling.tall)
     scales = rows.scales.T, float_scales(matrices.scales)
     out = multiply(rows.codes, scales[0], matrices.codes, scales[1], tiles, count, tiling, dtype, interpret)
     if not tiling.coded:
