@@ -17,7 +17,7 @@ import pallas_kernels
 from indexcache_jax import split_cache
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
-from indexcache_jax.sharding import Axes, on_each_device
+from indexcache_jax.sharding import Axes, on_each_device, split_over
 from pallas_kernels import bits, device, dispatch, hopper, quant
 from pallas_kernels import grouped_matmul as grouped_matmul
 from pallas_kernels import grouped_swiglu as grouped_swiglu
@@ -25,6 +25,7 @@ from pallas_kernels import index_divergence as index_divergence
 from pallas_kernels import selected_attention as selected_attention
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
 from pallas_kernels.index_divergence import api as index_divergence_api
+from pallas_kernels.quant import Scaled
 from pallas_kernels.selected_attention import api as selected_attention_api
 
 # The logical axes that arrays are split by: their rows; these and their cached positions, their queries, or queries and heads.
@@ -130,6 +131,22 @@ def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bo
         dispatch.best(diverge, *index, queries, queries, lse, selection_bits, scale=1.0),
     )
     return "xla" not in implementations
+
+
+def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
+    """x [B, S, K] or [M, K] times a matrix in 8 bits [N, K] -> [..., N] in `dtype` or that of x.
+
+    inputs: the logical axis of K, along which devices that split it add up their products.
+    """
+    axes = ("batch", "queries")[: x.ndim - 1]
+
+    def multiply(x: jax.Array, matrix: Scaled) -> jax.Array:
+        product = pallas_kernels.scaled_matmul(x.reshape(-1, x.shape[-1]), matrix, dtype=dtype or x.dtype)
+        product = jax.lax.psum(product, split) if split else product
+        return product.reshape(*x.shape[:-1], -1)
+
+    split = split_over(inputs, matrix.shape[1])
+    return on_each_device(multiply, ((*axes, inputs), (None, inputs)), axes)(x, matrix)
 
 
 def quantise_latents(latents: jax.Array) -> tuple[jax.Array, jax.Array]:

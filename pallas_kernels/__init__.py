@@ -7,6 +7,7 @@ that runs anywhere and defines the result, and every other file is one backend, 
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 from pallas_kernels.index_divergence.api import index_divergence
 from pallas_kernels.indexer_topk.api import indexer_topk, select_topk
+from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.selected_attention.api import selected_attention
 from pallas_kernels.sparse_mla.api import sparse_mla
 
@@ -15,6 +16,7 @@ __all__ = [
     "grouped_swiglu",
     "index_divergence",
     "indexer_topk",
+    "scaled_matmul",
     "select_topk",
     "selected_attention",
     "sparse_mla",

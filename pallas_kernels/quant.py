@@ -136,7 +136,11 @@ class Scaled:
 
     @property
     def ndim(self) -> int:
-        return self.codes.ndim
+        return len(self.codes.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.codes.dtype
 
     @property
     def by_row(self) -> bool:

@@ -46,6 +46,11 @@ def checkpoint() -> Checkpoint:
     return Checkpoint(options.CHECKPOINT.value or str(options.DEMO), dtype)
 
 
+def made_weights() -> str | None:
+    """What --weights makes of weights that no checkpoint stores: "fp8" for matrices in 8 bits, else None."""
+    return "fp8" if options.WEIGHTS.value == "fp8" else None
+
+
 def described(directory: str) -> tuple[Config, Schedule]:
     """The model and the schedule of a checkpoint by its config.json alone; what is wrong elsewhere is said where it is read."""
     with warnings.catch_warnings(action="ignore"):  # they come with the weights

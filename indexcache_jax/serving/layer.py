@@ -20,16 +20,20 @@ from indexcache_jax.positions import Positions
 from indexcache_jax.rope import CosSin, rotate
 from indexcache_jax.serving.cache import LayerCache, append, formats
 from indexcache_jax.serving.weights import Dense, Layer
+from pallas_kernels.quant import Scaled
 
 FEW_SUMS = 4096  # so many numbers of a product are sums in one kernel, and no call of a library
 
 
-def linear(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
     """x [..., K] times weight [N, K] -> [..., N], accumulated in float32, in `dtype` or that of x.
 
+    inputs: the logical axis of K, where a mesh may split it.
     On a GPU a single row, and few numbers in all such as the router's, are written as the sums that they are: a library's
     product would be a kernel that nothing fuses with, and for float32 results of bfloat16 it would first convert the matrix.
     """
+    if isinstance(weight, Scaled):
+        return ops.scaled_matmul(x, weight, dtype, inputs)
     rows = x.size // x.shape[-1]
     if ops.platform() == "gpu" and (rows == 1 or rows * weight.shape[0] <= FEW_SUMS):
         products = x.astype(jnp.float32)[..., None, :] * weight.astype(jnp.float32)
@@ -46,15 +50,16 @@ def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, confi
     return on_each(p.up, p.k_up, q_latent, positions.cos_sin)
 
 
-def _absorb(up: jax.Array, k_up: jax.Array, q_latent: jax.Array, cos_sin: CosSin, config: Config) -> jax.Array:
+def _absorb(up: jax.Array | Scaled, k_up: jax.Array, q_latent: jax.Array, cos_sin: CosSin, config: Config) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of the H heads whose matrices are given, up [H dq, R] and k_up [H, C, dn].
 
     With one token a row a single product is cut into its parts. With many tokens, slicing the weights is cheaper than
     slicing the product, and the absorbing product leaves room for the rope part, which then is written into it: cutting
-    and joining the queries themselves are two passes over them and a transposition.
+    and joining the queries themselves are two passes over them and a transposition. A matrix in 8 bits is not cut: parts of
+    heads begin within its blocks.
     """
     c, (b, s, _), heads = config, q_latent.shape, k_up.shape[0]
-    if s == 1:
+    if s == 1 or isinstance(up, Scaled):
         # XLA would make one product of this and that with `index_up`, and join the two matrices at every step for it.
         q_latent = jax.lax.optimization_barrier(q_latent)
         product = linear(q_latent, up).reshape(b, s, heads, c.qk_head_dim)
@@ -116,12 +121,12 @@ def attention(
         scales = None if cache.latent_scales is None else cache.latent_scales[:, :kv_length]
         context = ops.attend(absorbed, cache.latents[:, :kv_length], indices, c, scales)
         heads = jnp.einsum("bshc,hvc->bshv", context, p.v_up)
-        out = linear(heads.reshape(*x.shape[:2], -1), p.out)
+        out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")
         x = x + (out if p.out_bias is None else out + p.out_bias)
         return sharding.constrain(x, "batch", "queries", None), indices, cache
 
 
-def _down_of_swiglu(gate_up: jax.Array, down: jax.Array) -> jax.Array:
+def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
     return linear(moe.swiglu(*jnp.split(gate_up, 2, axis=-1)), down)
 
 

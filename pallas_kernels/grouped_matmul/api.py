@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device, dispatch
 from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, per_row, reference
+from pallas_kernels.quant import Scaled
 
 
 def ragged_dot(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -32,9 +33,11 @@ BACKENDS = {
 
 
 def grouped_matmul(
-    rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+    rows: jax.Array, matrices: jax.Array | Scaled, group_sizes: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """rows [M, K] in groups of group_sizes [E] times matrices [E, K, N] -> [M, N] in the dtype of `rows`.
+
+    Matrices in 8 bits are [E, N, K].
 
     The sizes sum to at most M: results for the rows after the last group are undefined. Products are accumulated in
     float32. `implementation` None picks the best for the backend:
@@ -42,6 +45,8 @@ def grouped_matmul(
     on other accelerators and "xla", the reference, on a CPU. Raises ValueError for shapes that do not fit,
     NotImplementedError where a named implementation cannot serve.
     """
+    if isinstance(matrices, Scaled):
+        return reference.grouped_matmul(rows, matrices, group_sizes.astype(jnp.int32))
     if rows.ndim != 2 or matrices.ndim != 3 or rows.shape[1] != matrices.shape[1] or group_sizes.shape != matrices.shape[:1]:
         raise ValueError(
             "grouped_matmul: expected rows [M, K], matrices [E, K, N] and group_sizes [E], "
@@ -58,13 +63,17 @@ SWIGLU_BACKENDS = {
 
 
 def grouped_swiglu(
-    rows: jax.Array, gate_up: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+    rows: jax.Array, gate_up: jax.Array | Scaled, group_sizes: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
     """silu(gate) * up of rows [M, K] in groups of group_sizes [E] times gate_up [E, K, 2, I] -> [M, I].
+
+    In 8 bits gate_up is [E, 2, I, K].
 
     As grouped_matmul, whose result "unfused", the best but for many rows on Hopper, rounds before the activation;
     "mosaic_gpu" rounds the activation only.
     """
+    if isinstance(gate_up, Scaled):
+        return reference.scaled_swiglu(rows, gate_up, group_sizes.astype(jnp.int32))
     expected = rows.ndim == 2 and gate_up.ndim == 4 and gate_up.shape[2] == 2
     if not expected or rows.shape[1] != gate_up.shape[1] or group_sizes.shape != gate_up.shape[:1]:
         raise ValueError(
