@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, SHARED_MEMORY, tiles_of
-from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled, float_scales
+from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, SHARED_MEMORY, serves, tiles_of
+from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled, dequantise, float_scales, quantise_rows
 
 BLOCK_K = BLOCK  # 128 bytes, one swizzled line, and the codes that share a scale
 WAVE = BLOCK  # columns that share scales
@@ -55,6 +56,13 @@ class Tiling:
     @property
     def shared_memory(self) -> int:
         return self.stages * BLOCK_K * (2 * self.tall * HALF + self.waves * WAVE) + 2 * 2 * self.slots * HALF * PIECE
+
+
+def tiling_for(columns: int, gated: bool = False, coded: bool = False) -> Tiling:
+    """The fastest tiling for a result of so many columns; docs/kernels.md has the measurements."""
+    width = WAVE if gated else 2 * WAVE
+    cluster = 1 if -(-columns // width) % 2 else 2
+    return Tiling(cluster=cluster, gated=gated, coded=coded)
 
 
 def _scales(largest: jax.Array) -> jax.Array:
@@ -290,6 +298,7 @@ def multiply(
 
                         row = row + (size & length)
                         length //= 2
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(warpgroup < 2)
@@ -371,7 +380,9 @@ def multiply(
         scratch_types=[
             plgpu.RefUnion(smem(row_shape, CODES), smem(row_shape, CODES, 1)),
             smem((stages, waves, WAVE, BLOCK_K), CODES),
-            plgpu.RefUnion(smem(out_shape, out_dtype), smem(out_shape, out_dtype, 1), plgpu.SMEM((2, HALF, piece_width), out_dtype)),
+            plgpu.RefUnion(
+                smem(out_shape, out_dtype), smem(out_shape, out_dtype, 1), plgpu.SMEM((2, HALF, piece_width), out_dtype)
+            ),
             plgpu.Barrier(num_arrivals=pieces + waves, num_barriers=stages),
             # Rows arrive in the slots of all blocks of a cluster, once all of them are free.
             plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=stages)
@@ -408,3 +419,100 @@ def forward(
         return out
     codes, scales = out
     return Scaled(codes, scales.reshape(-1, rows.shape[0]).T)
+
+
+def _in_codes(rows: jax.Array | Scaled) -> Scaled:
+    return rows if isinstance(rows, Scaled) else quantise_rows(rows)
+
+
+def why_not_codes(rows: jax.Array | Scaled, matrices: Scaled) -> str | None:
+    """Why no kernel here multiplies rows [M, K] by matrices [..., N, K]."""
+    if reason := hopper.why_not():
+        return reason
+    if not isinstance(matrices, Scaled) or matrices.dtype != CODES:
+        return f"it multiplies by matrices in float8_e4m3fn with scales, not {matrices.dtype}"
+    if not isinstance(rows, Scaled) and rows.dtype != jnp.bfloat16:
+        return f"it multiplies rows in bfloat16 or 8 bits, not {rows.dtype}"
+    if matrices.by_row:
+        return "the matrices have scales of single rows, not of blocks"
+    *_, n, k = matrices.shape
+    if k % BLOCK_K or n % PIECE:
+        return f"K and N must be multiples of {BLOCK_K} and {PIECE}, they are {k} and {n}"
+    if rows.shape[0] == 0:
+        return "there are no rows"
+    return None
+
+
+def why_not(rows: jax.Array | Scaled, matrices: Scaled, group_sizes: jax.Array) -> str | None:
+    if reason := why_not_codes(rows, matrices):
+        return reason
+    if not serves(rows.shape[0], matrices.shape[0]):
+        return f"{rows.shape[0]} rows do not fill the tiles of {matrices.shape[0]} groups"
+    return None
+
+
+@jax.custom_vjp
+def grouped_matmul(rows: jax.Array | Scaled, matrices: Scaled, group_sizes: jax.Array) -> jax.Array:
+    return forward(_in_codes(rows), matrices, group_sizes, tiling=tiling_for(matrices.shape[1]))
+
+
+def _backward(residuals: tuple[Scaled, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None, None]:
+    matrices, group_sizes = residuals
+    return jax.lax.ragged_dot(cotangent, dequantise(matrices, cotangent.dtype), group_sizes), None, None
+
+
+grouped_matmul.defvjp(
+    lambda rows, matrices, group_sizes: (grouped_matmul(rows, matrices, group_sizes), (matrices, group_sizes)), _backward
+)
+
+
+def why_not_swiglu(rows: jax.Array | Scaled, gate_up: Scaled, group_sizes: jax.Array) -> str | None:
+    if reason := why_not(rows, gate_up, group_sizes):
+        return reason
+    if gate_up.shape[2] % WAVE:
+        return f"gate and up must have a multiple of {WAVE} columns, they have {gate_up.shape[2]}"
+    return None
+
+
+def _side_by_side(gate_up: Scaled) -> Scaled:
+    """[E, 2, I, K] as [E, 2 I, K]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, x.shape[-1]), gate_up)
+
+
+def _swiglu(rows: jax.Array | Scaled, gate_up: Scaled, group_sizes: jax.Array, coded: bool) -> Any:
+    tiling = tiling_for(gate_up.shape[2], gated=True, coded=coded)
+    return forward(_in_codes(rows), _side_by_side(gate_up), group_sizes, tiling=tiling)
+
+
+@jax.custom_vjp
+def grouped_swiglu(rows: jax.Array | Scaled, gate_up: Scaled, group_sizes: jax.Array) -> jax.Array:
+    return _swiglu(rows, gate_up, group_sizes, coded=False)
+
+
+def _backward_swiglu(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
+    rows, gate_up, group_sizes = residuals
+    _, pull = jax.vjp(lambda r: reference.scaled_swiglu_of(grouped_matmul, r, gate_up, group_sizes), rows)
+    return *pull(cotangent), None, None
+
+
+grouped_swiglu.defvjp(lambda *args: (grouped_swiglu(*args), args), _backward_swiglu)
+
+
+def why_not_mlp(rows: jax.Array | Scaled, gate_up: Any, down: Any, group_sizes: jax.Array) -> str | None:
+    if not (isinstance(gate_up, Scaled) and isinstance(down, Scaled)):
+        return "it multiplies by matrices in 8 bits"
+    return why_not_swiglu(rows, gate_up, group_sizes) or why_not(rows, down, group_sizes)
+
+
+@jax.custom_vjp
+def grouped_mlp(rows: jax.Array | Scaled, gate_up: Scaled, down: Scaled, group_sizes: jax.Array) -> jax.Array:
+    return grouped_matmul(_swiglu(rows, gate_up, group_sizes, coded=True), down, group_sizes)
+
+
+def _backward_mlp(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None, None]:
+    rows, gate_up, down, group_sizes = residuals
+    _, pull = jax.vjp(lambda r: grouped_matmul(grouped_swiglu(r, gate_up, group_sizes), down, group_sizes), rows)
+    return *pull(cotangent), None, None, None
+
+
+grouped_mlp.defvjp(lambda *args: (grouped_mlp(*args), args), _backward_mlp)
