@@ -197,6 +197,11 @@ def load_global(address: Value) -> Value:
     return asm("ld.global.nc.b32 $0, [$1];", [address], "=r,l", i32())
 
 
+def load_global_float(address: Value) -> Value:
+    """A float32 of what nothing writes during the kernel."""
+    return asm("ld.global.nc.f32 $0, [$1];", [address], "=f,l", ir.F32Type.get())
+
+
 def store_global(address: Value, value: Value, predicate: Value) -> None:
     asm("@$2 st.global.b32 [$0], $1;", [address, value, predicate], "l,r,b")
 
