@@ -104,24 +104,25 @@ def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Arr
     if reason := _why_not_codes(weights):
         return reason
     if latents.shape[2] != 576 or weights["kv_norm"].shape != (512,):
-        return f"it is laid out for C+R = 512+64, these are {weights['kv_norm'].size} of {latents.shape[2]}"
+        return f"it is laid out for C+R = 512+64, these are {weights['kv_norm'].shape[0]} of {latents.shape[2]}"
     if index_keys is not None and (index_keys.shape[2] != 128 or index_keys.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn)):
         return f"it keeps index keys of 128 in bfloat16 or float8_e4m3fn, not of {index_keys.shape[2]} in {index_keys.dtype}"
     heads, _, nope = weights["k_up"].shape
     value = weights["v_up"].shape[1]
     if heads > MAX_HEADS:
         return f"it takes up to {MAX_HEADS} heads, these are {heads}"
-    widths = {"hidden size": x.shape[2], "query rank": weights["q_norm"].size, "nope": nope, "heads x value": heads * value}
+    widths = {"hidden size": x.shape[2], "query rank": weights["q_norm"].shape[0], "nope": nope, "heads x value": heads * value}
     widths["second matrix"] = weights["shared_down"].shape[1] if "shared_down" in weights else 32
     for name, width in widths.items():
         if width % 32:
             return f"it reads rows in pieces of 32 numbers, the {name} is {width}"
     if "gate_up" in weights:
-        experts, hidden, width = weights["router_bias"].size, x.shape[2], weights["gate_up"].shape[-1]
-        if isinstance(weights["gate_up"], Scaled):
-            width, multiple = weights["expert_down"].shape[2], BLOCK
-        else:
-            multiple = 256
+        experts, hidden = weights["router_bias"].shape[0], x.shape[2]
+        width, multiple = (
+            (weights["gate_up"].shape[2], BLOCK)
+            if isinstance(weights["gate_up"], Scaled)
+            else (weights["gate_up"].shape[3], 256)
+        )
         if experts % 32 or width % multiple or hidden % 128:
             return f"it takes experts by 32, widths by {multiple} and hidden sizes by 128, not {experts}, {width} and {hidden}"
         if groups > 1:

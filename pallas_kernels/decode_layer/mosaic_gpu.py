@@ -212,10 +212,8 @@ class MatrixProduct:
 
 def _scales_of(a: Mapping[str, Value], names: Sequence[str], rows: BlockRows) -> Value | None:
     """The address of the scales of that of one or two matrices that `rows` are of, None if they are not codes."""
-    scales = [a.get(f"{name}_scales") for name in names]
-    if len(scales) == 1 or scales[0] is None:
-        return scales[0]
-    return ptx.select(rows.is_first, scales[0], scales[1])
+    scales = [a[f"{name}_scales"] for name in names if f"{name}_scales" in a]
+    return ptx.select(rows.is_first, *scales) if len(scales) == 2 else next(iter(scales), None)
 
 
 # ---- attention_inputs
@@ -784,11 +782,15 @@ class ExpertsSecondInCodes(Stage):
         most = parts.largest_block_share(p.hidden)
         self.split = TileSplit(p.num_experts_per_token * p.width, most)
         self.vector, self.sums = GroupedVector.allocate(shared, self.split.width), shared.allocate(self.split.sums_bytes)
-        self.of_shared = MatrixProduct(shared, p.shared, most, codes=True) if p.shared else None
+        self.of_shared: CodesProduct | None = None
+        if p.shared:
+            split = TileSplit(p.shared, most)
+            self.shared_vector, sums = GroupedVector.allocate(shared, p.shared), shared.allocate(split.sums_bytes)
         if a:
             self.first, self.end = parts.block_share(thread, p.hidden)
-            if self.of_shared:
-                self.of_shared.of(thread, a["shared_down"], a["shared_down_scales"], self.first, self.end)
+            if p.shared:
+                matrix = Codes(a["shared_down"], a["shared_down_scales"], p.shared)
+                self.of_shared = CodesProduct(thread, matrix, split, self.first, self.end, sums)
 
     def begin(self) -> None:
         """The experts are known before the barrier, what they multiply is not."""
@@ -799,18 +801,18 @@ class ExpertsSecondInCodes(Stage):
         self.product = CodesProduct(self.thread, matrices, self.split, self.first, self.end, self.sums)
         self.product.begin(parts.PIECES_IN_FLIGHT - 1)
         if self.of_shared:
-            self.of_shared.product.begin(1)
+            self.of_shared.begin(1)
 
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
         if self.of_shared:
             gate = ptx.offset(a["first"], ptx.constant(p.experts), 4)
-            _write_bfloat16(thread, p.shared // 2, _activated(gate, p.shared), self.of_shared.sink(thread))
+            _write_bfloat16(thread, p.shared // 2, _activated(gate, p.shared), parts.to_groups(thread, self.shared_vector))
         self.write_hidden()
         ptx.block_barrier()
         totals = [(row, ptx.rounded(total), exists) for row, total, exists in self.product.totals(self.vector)]
         if self.of_shared:
-            of_shared = self.of_shared.product.totals(self.of_shared.vector)
+            of_shared = self.of_shared.totals(self.shared_vector)
             totals = [
                 (row, ptx.rounded(ptx.plus(total, ptx.rounded(more))), exists)
                 for (row, total, exists), (_, more, _) in zip(totals, of_shared, strict=True)
@@ -915,7 +917,7 @@ def _output_stages(
 ) -> list[Stage]:
     values, out, first = Values(p, a, thread, shared), Out(p, a, thread, shared), First(p, a, thread, shared)
     stages: list[Stage] = [values, out, first]
-    products: Sequence[Product | MatrixProduct]
+    products: Sequence[Product | CodesProduct | MatrixProduct]
     if p.experts and p.mlp_codes:
         assert first.groups is not None
         codes_first = ExpertsFirstInCodes(p, a, thread, shared, first.groups)
@@ -996,14 +998,14 @@ def _inputs(
     full, scaled = layer.index_keys is not None, layer.index_scales is not None
     p = Inputs(
         hidden=hidden,
-        q_rank=w["q_norm"].size,
+        q_rank=w["q_norm"].shape[0],
         heads=w["k_up"].shape[0],
         nope=w["k_up"].shape[2],
         value=outputs["v_up"].shape[1],
         max_len=layer.latents.size // WIDTH,
         eps=layer.eps,
         latent_eps=layer.latent_eps,
-        index_heads=w["down"].shape[0] - w["q_norm"].size - WIDTH - INDEX_WIDTH if full else 0,
+        index_heads=w["down"].shape[0] - w["q_norm"].shape[0] - WIDTH - INDEX_WIDTH if full else 0,
         index_scale=layer.index_scale,
         index_interleaved=layer.index_interleaved,
         index_scaled=scaled,
@@ -1072,7 +1074,7 @@ def layer_outputs(
 ) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
     heads, value, _ = outputs["v_up"].shape
     routed = "gate_up" in outputs
-    experts = outputs["router_bias"].size if routed else 0
+    experts = outputs["router_bias"].shape[0] if routed else 0
     shared_width = outputs["shared_gate_up"].shape[0] // 2 if "shared_gate_up" in outputs else 0
     mlp_codes = isinstance(outputs["gate_up" if routed else "shared_gate_up"], Scaled)
     width = outputs["expert_down"].shape[2 if mlp_codes else 1] if routed else 0

@@ -79,7 +79,7 @@ class BlockRows:
     end: Value
     offset: Value
     most: int
-    is_first: Value | None = None
+    is_first: Value = None
 
     @staticmethod
     def of(
