@@ -563,6 +563,32 @@ def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
     return asm("{\n" + "\n".join(lines) + "\n}", [total, *a, *b], "=&f,f" + ",r" * 8, f32())
 
 
+def to_float16_pair(low: Value, high: Value) -> Value:
+    return asm("cvt.rn.f16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
+
+
+def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: Sequence[Value]) -> list[Value]:
+    """The products of 16 rows of 64 e4m3 codes with 64 float16 numbers, by tensor cores: of rows l / 4 and l / 4 + 8 in lane l.
+
+    row, other_row: 16 codes of each of the two rows, those from 16 (l % 4) on, as four words. vector: the 16 numbers of the
+    vector from there on, as eight words.
+    """
+    lines = [".reg .b16 low, high;", ".reg .b32 a<4>;", ".reg .f32 even, odd, x, y;"]
+    lines += [f"mov.f32 {register}, 0f00000000;" for register in ("even", "odd", "x", "y")]
+    for i in range(4):
+        for half, word in enumerate((f"${2 + i}", f"${6 + i}")):
+            lines += [f"mov.b32 {{low, high}}, {word};"]
+            lines += [f"cvt.rn.f16x2.e4m3x2 a{half}, low;", f"cvt.rn.f16x2.e4m3x2 a{2 + half}, high;"]
+        sums = "{even, x, odd, y}"
+        lines += [
+            f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, "
+            f"{{${10 + 2 * i}, ${11 + 2 * i}}}, {sums};"
+        ]
+    lines += ["mov.f32 $0, even;", "mov.f32 $1, odd;"]
+    text = "{\n" + "\n".join(lines) + "\n}"
+    return _unpacked(asm(text, [*row, *other_row, *vector], "=f,=f" + ",r" * 16, _floats(2)), 2)
+
+
 def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value) -> list[Value]:
     """totals[i] + factor * the i-th of the 8 bfloat16 numbers in four words."""
     lines = [".reg .f32 x;"]
@@ -608,6 +634,11 @@ def store_global_bfloat16(address: Value, x: Value, predicate: Value) -> None:
 def prefetch(address: Value, size: Value, predicate: Value) -> None:
     """Asks for `size` bytes, a multiple of 16, to be brought to L2; nothing waits for them."""
     asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
+
+
+def prefetch_line(address: Value, predicate: Value) -> None:
+    """Asks for the 128 bytes around an address to be brought to L2; nothing waits for them."""
+    asm("@$1 prefetch.global.L2 [$0];", [address, predicate], "l,b")
 
 
 # ---- a barrier of a grid whose blocks are all resident, and loads of what other blocks wrote before it
