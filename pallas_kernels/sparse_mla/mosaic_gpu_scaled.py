@@ -62,6 +62,8 @@ VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
 # Registers of a thread of the warpgroups, where the accumulators of 64 columns need more than a fourth of them.
 REGISTERS = (136, 168, 168, 40)
 
+FRAGMENTS = {False: 2, True: 1}  # of 16 keys and 64 value columns that are multiplied together; True for wide tasks
+
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
 
@@ -95,6 +97,11 @@ class Tasks:
     @property
     def columns(self) -> int:
         return -(-self.heads_per_tile // 8) * 8
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the accumulators need more than a warpgroup's even share of registers."""
+        return self.columns > MAX_COLUMNS // 2
 
     @property
     def count(self) -> int:
@@ -224,7 +231,7 @@ class _Task:
     def blocks(self, tasks: Tasks, counts_at: ptx.Value) -> ptx.Value:
         """How many key blocks to visit."""
         if tasks.splits > 1:
-            return ptx.constant(tasks.share)
+            return ptx.opaque(ptx.constant(tasks.share))  # as a constant it would cost registers
         return ptx.load_global(ptx.offset(counts_at, self.query, 4))
 
 
@@ -569,26 +576,24 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
         base = ptx.shared_address(ref)
         thread = ptx.bit_and(ptx.thread(), 127)
         lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
-        in_group = ptx.shift_right(lane, 2)
-        pair = ptx.shift_left(ptx.bit_and(lane, 3), 1)
         block = ptx.scalar(block)
         num_tasks = _tasks_of(tasks, block)
         counts_at = ptx.global_address(counts)
         # A lane has the address of a key's 16 columns, its warp's of a tile of 64; of every second tile 64 bytes further on.
         to_columns = [_in_tiles(lane, ptx.add(warp, 4 * odd)) for odd in range(2)]
 
-        def of_columns(kind: int, row) -> list[ptx.Value]:
-            """This thread's two of every 8 columns of a row of float32."""
-            at = ptx.add(base, kind, ptx.mul(row, 4 * tasks.columns), ptx.shift_left(pair, 2))
-            return [x for j in range(groups) for x in ptx.load_shared_floats(ptx.add(at, 32 * j))]
+        def of_columns(kind: int, row, j: int) -> list[ptx.Value]:
+            """This thread's two of the j-th 8 columns of a row of float32."""
+            own = ptx.shift_left(ptx.bit_and(ptx.opaque(ptx.thread()), 3), 3)
+            return ptx.load_shared_floats(ptx.add(base, kind + 32 * j, ptx.mul(row, 4 * tasks.columns), own))
 
         def by_column(values, factors):
             return [ptx.times(x, factors[i % (4 * groups) // 4 * 2 + i % 2]) for i, x in enumerate(values)]
 
         def add_block(ring: _Ring, place, by_tile):
-            """Starts the products of a block; when it returns, no more than those of the last step are under way."""
+            """Starts the products of a block, and frees its codes."""
             weights = ptx.matrix(ptx.add(base, memory.weights, ptx.mul(place, memory.of_weights)))
-            codes = ring.codes(base)
+            codes, together = ring.codes(base), FRAGMENTS[tasks.is_wide]
 
             def load(step: int) -> list[ptx.Value]:
                 """Four words: of 32 keys, two columns of two keys each."""
@@ -598,18 +603,24 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
 
             words = load(0)
             for step in range(2 * TILES):
-                fragments = [ptx.float16_from_e4m3(word) for word in words]
-                fragments = [[*fragments[i], *fragments[i + 1]] for i in (0, 2)]
+                tile, keys = divmod(step, 2)
+                pairs = [ptx.float16_from_e4m3(word) for word in words]
+                fragments = [[*pairs[i], *pairs[i + 1]] for i in (0, 2)]
                 if step + 1 < 2 * TILES:
                     words = load(step + 1)
                 else:  # all codes are in registers
                     ptx.barrier_arrive(ring.barrier(base, memory.empty, half))
-                tile, keys = divmod(step, 2)
-                by_tile[tile] = ptx.multiply_fragments(
-                    by_tile[tile], fragments, weights, [64 * keys, 64 * keys + 32], columns=tasks.columns
-                )
-                ptx.multiply_commit()
-                ptx.multiply_wait(1)  # the registers of the step before are free
+                for first in range(0, 2, together):
+                    these = range(first, first + together)
+                    by_tile[tile] = ptx.multiply_fragments(
+                        by_tile[tile],
+                        [fragments[i] for i in these],
+                        weights,
+                        [64 * keys + 32 * i for i in these],
+                        columns=tasks.columns,
+                    )
+                    ptx.multiply_commit()
+                    ptx.multiply_wait(1)  # the registers of the fragments before are free
             return by_tile
 
         def one_task(i, carry):
@@ -623,9 +634,11 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 ptx.barrier_wait(ring.barrier(base, memory.full, half), ring.round)
                 ptx.barrier_wait(ptx.add(base, memory.ready, ptx.shift_left(place, 3)), ptx.bit_and(turn, 1))
                 raised = ptx.load_shared(ptx.add(base, memory.raised, ptx.shift_left(place, 2)))
-                sums = ptx.choose(
-                    ptx.compare("ne", raised, 0), lambda: by_column(sums, of_columns(memory.factors, place)), sums
-                )
+
+                def rescaled():
+                    return by_column(sums, [x for j in range(groups) for x in of_columns(memory.factors, place, j)])
+
+                sums = ptx.choose(ptx.compare("ne", raised, 0), rescaled, sums)
                 by_tile = add_block(ring, place, [sums[i : i + 4 * groups] for i in range(0, len(sums), 4 * groups)])
                 sums = [x for tile in ptx.multiplied(by_tile) for x in tile]
                 with ptx.when(ptx.compare("ne", ptx.add(b, 1), blocks)):
@@ -633,22 +646,26 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 return [*ring.next().carry, ptx.add(done, 1), *sums]
 
             carry = ptx.loop(blocks, [*carry, *[ptx.number(0.0)] * (4 * TILES * groups)], one_block)
+            # Else the addresses of what follows are kept in registers through the loop.
+            thread = ptx.bit_and(ptx.opaque(ptx.thread()), 127)
+            lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
+            in_group, pair = ptx.shift_right(lane, 2), ptx.shift_left(ptx.bit_and(lane, 3), 1)
             place = ptx.bit_and(ptx.sub(carry[2], 1), 1)
-            by_warp = [of_columns(memory.sums, ptx.add(ptx.shift_left(place, 2), w)) for w in range(4)]
-            totals = [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
-            if tasks.splits > 1 and half == 0:
-                tops = of_columns(memory.tops, ptx.constant(0))
-                positive = [ptx.above(x, ptx.number(0.0)) for x in totals]
-                logs = [
-                    ptx.either(p, ptx.plus(top, ptx.log2(x)), ptx.number(START))
-                    for p, top, x in zip(positive, tops, totals, strict=True)
-                ]
-                with ptx.when(ptx.compare("slt", thread, 4)):
-                    to = ptx.add(base, memory.logs, ptx.shift_left(pair, 2))
-                    for j in range(groups):
-                        ptx.store_shared_floats(ptx.add(to, 32 * j), logs[2 * j : 2 * j + 2])
+            totals = []
+            for j in range(groups):
+                by_warp = [of_columns(memory.sums, ptx.add(ptx.shift_left(place, 2), w), j) for w in range(4)]
+                totals += [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
             ptx.barrier_arrive(ptx.add(base, memory.free, ptx.shift_left(place, 3)))
             zero = ptx.number(0.0)
+            if tasks.splits > 1 and half == 0:
+                with ptx.when(ptx.compare("slt", thread, 4)):
+                    for j in range(groups):
+                        tops = of_columns(memory.tops, ptx.constant(0), j)
+                        logs = [
+                            ptx.either(ptx.above(total, zero), ptx.plus(top, ptx.log2(total)), ptx.number(START))
+                            for total, top in zip(totals[2 * j : 2 * j + 2], tops, strict=True)
+                        ]
+                        ptx.store_shared_floats(ptx.add(base, memory.logs + 32 * j, ptx.shift_left(pair, 2)), logs)
             inverses = [ptx.either(ptx.above(x, zero), ptx.inverse(x), zero) for x in totals]
             sums = by_column(carry[3:], inverses)
             column = ptx.add(ptx.shift_left(warp, 4), ptx.shift_left(in_group, 1))  # of a tile, and the next one
@@ -682,7 +699,7 @@ def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) ->
     """The blocks of a cluster combine their parts: each writes an even share of the heads, from all blocks' shared memory."""
     share = -(-tasks.heads_per_tile // tasks.splits)
     ptx.cluster_barrier()
-    thread = ptx.add(ptx.bit_and(ptx.thread(), 127), 128 * half)
+    thread = ptx.add(ptx.bit_and(ptx.opaque(ptx.thread()), 127), 128 * half)
     split = ptx.rem(ptx.div(task.first_block, tasks.share), tasks.splits)
     to = ptx.offset(ptx.global_address(out), task.first_row, 2 * VALUE_DIM)
     chunk = ptx.bit_and(thread, 63)
@@ -738,7 +755,7 @@ def attend(
         _init_barriers(memory, ref)
 
         def limit_registers(number: int) -> None:
-            if tasks.columns > MAX_COLUMNS // 2:
+            if tasks.is_wide:
                 registers, at_launch = REGISTERS[number], hopper.REGISTER_FILE // (hopper.WARPGROUP * len(REGISTERS))
                 plgpu.set_max_registers(registers, action="increase" if registers > at_launch else "decrease")
 
