@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import orbax_io
+from checkpoints_convert.formats import check_no_overlay, instead
 from checkpoints_convert.huggingface import HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import INDEX, SINGLE
 from indexcache_jax import params, serving
@@ -52,9 +53,10 @@ def open_checkpoint(directory: str | pathlib.Path) -> HuggingFaceCheckpoint | or
         raise ValueError(f"{directory}: no such directory")
     if orbax_io.is_orbax(directory):
         return orbax_io.OrbaxCheckpoint(directory)
+    check_no_overlay(directory)
     if (directory / SINGLE).exists() or (directory / INDEX).exists():
         return HuggingFaceCheckpoint(directory)
-    raise ValueError(f"{directory}: holds neither {SINGLE} nor {INDEX} nor an orbax checkpoint")
+    raise ValueError(f"{directory}: holds neither {SINGLE} nor {INDEX} nor an orbax checkpoint{instead(directory)}")
 
 
 def resolve_schedule(checkpoint: Checkpoint, schedule: Schedule | str | None) -> Schedule:

@@ -16,7 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import fp8
-from checkpoints_convert.safetensors_io import INDEX, NAMES, NUMPY, SINGLE, Entry, Spec, read_directory
+from checkpoints_convert.companions import with_stop_tokens
+from checkpoints_convert.formats import READ, block_fields, check_described, names_that_fit, quantisation
+from checkpoints_convert.safetensors_io import NAMES, NUMPY, Entry, Spec, read_stored
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
 from indexcache_jax.params import abstract
@@ -42,6 +44,16 @@ class Unused:
     unknown: tuple[str, ...]
 
 
+def _with_scales_of_one_name(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Entries under their names, but scales of FP8 that are stored as NAME_scale under NAME_scale_inv: both are multipliers."""
+    renamed = {}
+    for name, entry in entries.items():
+        weight = entries.get(name.removesuffix("_scale")) if name.endswith(".weight_scale") else None
+        blocks = weight is not None and weight.dtype == "F8_E4M3" and f"{weight.name}{fp8.SUFFIX}" not in entries
+        renamed[f"{name}_inv" if blocks else name] = entry
+    return renamed
+
+
 class HuggingFaceCheckpoint:
     """The tensors of a safetensors directory, under the names and shapes that indexcache_jax.params gives.
 
@@ -50,11 +62,12 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
-        self.config = Config.from_hf(fields)
-        self._fields = fields
-        self.entries = read_directory(directory)
-        self.list_file = directory / (SINGLE if (directory / SINGLE).exists() else INDEX)
-        self._block = fp8.block_size(fields)
+        self.config = with_stop_tokens(Config.from_hf(fields), directory)
+        self.fields = fields
+        self._stored = read_stored(directory)
+        self.entries = _with_scales_of_one_name(self._stored.entries)
+        self._block = fp8.block_size(block_fields(fields))
+        self._directory = directory
         self._dtype = self._model_dtype(fields.get("dtype") or fields.get("torch_dtype"))
         c = self.config
         stored, experts = sum(e.nbytes for e in self.entries.values()), c.n_routed_experts * sum(c.moe_layers)
@@ -62,11 +75,12 @@ class HuggingFaceCheckpoint:
             raise ValueError(
                 f"{directory / 'config.json'}: n_routed_experts: {c.n_routed_experts} cannot fit in the {stored} bytes stored"
             )
+        check_described(c, stored, directory / "config.json")
 
     @functools.cached_property
     def schedule(self) -> Schedule:
         """What config.json asks for; read only where nobody overrides it."""
-        return Schedule.from_hf(self._fields)
+        return Schedule.from_hf(self.fields)
 
     def _model_dtype(self, declared: str | None) -> np.dtype:
         """What the config says, else bfloat16 where the embedding is or a layer is FP8; float16 widens to float32."""
@@ -88,7 +102,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        return self._fields.get("quantization_config") if self.weights else None
+        return self.fields.get("quantization_config") if self.weights else None
 
     def matrix(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
@@ -122,8 +136,20 @@ class HuggingFaceCheckpoint:
         return entry
 
     def check(self, tree: Any) -> None:
-        """ValueError where a tensor that an abstract tree needs is missing, misshapen or of a dtype that cannot be read."""
+        """ValueError where a tensor that an abstract tree needs is missing, misshapen or of a dtype that cannot be read.
+
+        Where the weights are quantised in a way that is not read, the error begins with that.
+        """
+        try:
+            self._check_tree(tree)
+        except ValueError as error:
+            if (format := quantisation(self.fields, self.entries, self._directory)) is None:
+                raise
+            raise ValueError(f"{self._directory}: {format}: {READ}; {error}") from None
+
+    def _check_tree(self, tree: Any) -> None:
         missing: dict[str, None] = {}  # kv_b_proj is missing once, though two leaves are made from it
+        found = 0
         for _, tensor in leaves(tree):
             if tensor.kind == "scales":
                 continue  # those that there are belong to their codes, and are checked with them
@@ -132,12 +158,15 @@ class HuggingFaceCheckpoint:
                 if entry is None:
                     missing[source.name] = None
                 else:
+                    found += 1
                     self._check(entry, source.shape)
+        if missing and not found:
+            raise ValueError(f"{self._stored.listed_by}: {names_that_fit(missing, self.entries)}")
         if missing:
             name = next(iter(missing))
             why = ", which the schedule needs because it makes that layer F" if INDEXER in name else ""
             more = f" (and {len(missing) - 1} other tensors)" if len(missing) > 1 else ""
-            raise ValueError(f"{self.list_file}: tensor {name} is missing{why}{more}")
+            raise ValueError(f"{self._stored.listed_by}: tensor {name} is missing{why}{more}")
 
     def fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None = None) -> None:
         """Writes one layer of a leaf into `out`, or only a part of it, of which only what is needed is read.
@@ -199,6 +228,16 @@ class HuggingFaceCheckpoint:
                 found["unknown"].append(name)
         return Unused(**{kind: tuple(names) for kind, names in found.items()})
 
+    def take_mtp_from_beside(self) -> None:
+        """Adds the tensors of multi-token prediction that lie in files, or places of files, that the index does not list."""
+        for entry in self._stored.beside():
+            if self._is_mtp(entry.name):
+                self.entries.setdefault(entry.name, entry)
+
+    def mtp_layers(self, names: Iterable[str]) -> set[int]:
+        """The numbers of the layers of multi-token prediction that some of the stored tensors belong to."""
+        return {int(_LAYER.match(name)[1]) for name in names if self._is_mtp(name)}  # type: ignore[index]
+
     def left_out(self, schedule: Schedule, kept: Collection[str] = ()) -> list[str]:
         """One line for each kind of stored tensor without a use under `schedule`, those of `kept` apart."""
         unused, lines = self.unused(schedule), []
@@ -209,7 +248,7 @@ class HuggingFaceCheckpoint:
         ):
             if left := [name for name in names if name not in kept]:
                 lines.append(f"left out {len(left)} tensors {what}: {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}")
-        return lines
+        return lines + self._stored.notes([self.entries[name] for name in kept])
 
     def _names(self, schedule: Schedule) -> set[str]:
         names = set()

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,9 +24,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from checkpoints_convert.companions import with_stop_tokens
+from checkpoints_convert.formats import check_described, description_bytes
 from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
+from indexcache_jax.foreign import escaped
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Part, Tensor, leaves
@@ -39,13 +43,27 @@ def is_orbax(directory: pathlib.Path) -> bool:
     return (directory / PARAMS / "_METADATA").exists()
 
 
+def _stored_bytes(directory: pathlib.Path, enough: int) -> int:
+    """The bytes of the files in a directory, counted until there are `enough`."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            total += os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
+        if total >= enough:
+            break
+    return total
+
+
 class OrbaxCheckpoint(Leaves):
     """The leaves of an orbax checkpoint. ValueError, naming the directory and the leaf, for what cannot be read."""
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
-        self.config = Config.from_hf(fields)
+        self.fields = fields
+        self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self.schedule = Schedule.from_hf(fields)
+        stored = _stored_bytes(directory / PARAMS, enough=description_bytes(self.config))
+        check_described(self.config, stored, directory / "config.json")
         self.quantization = fields.get("quantization_config")
         self.weights = None if self.quantization is None else "fp8"
         super().__init__(abstract(self.config, self.schedule, self.weights))
@@ -119,7 +137,7 @@ def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300]
+    return escaped(str(error).splitlines()[0], 300)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,10 @@ from pallas_kernels.quant import Scaled, dequantise
 MAX_BLOCK = 64  # rows; 64 keeps a CPU's matrix units busy, fewer rows per group get a smaller block
 
 
-def grouped_matmul(rows: jax.Array, matrices: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(rows: jax.Array | Scaled, matrices: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+    """Rows in 8 bits are decoded to float32; matrices in 8 bits [E, N, K] are, one at a time, to the dtype of the rows."""
+    if isinstance(rows, Scaled):
+        return grouped_matmul(dequantise(rows, jnp.float32), matrices, group_sizes).astype(jnp.bfloat16)
     m, groups = rows.shape[0], matrices.shape[0]
     block = max(1, min(MAX_BLOCK, m // groups))
     blocks = -(-m // block) + groups  # enough whatever the sizes are
@@ -54,9 +57,14 @@ def swiglu_of(
     return jax.nn.silu(product[:, :width]) * product[:, width:]
 
 
-def scaled_swiglu(rows: jax.Array, gate_up: Scaled, group_sizes: jax.Array) -> jax.Array:
-    """As `swiglu_of`, gate_up [E, 2, I, K] in 8 bits."""
+def scaled_swiglu_of(
+    multiply: Callable[[jax.Array | Scaled, Scaled, jax.Array], jax.Array],
+    rows: jax.Array | Scaled,
+    gate_up: Scaled,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """As `swiglu_of`, gate_up [E, 2, I, K] in 8 bits: two products, since blocks of scales may end within either matrix."""
     gate, up = (
-        grouped_matmul(rows, jax.tree.map(lambda stack, half=half: stack[:, half], gate_up), group_sizes) for half in range(2)
+        multiply(rows, jax.tree.map(lambda stack, half=half: stack[:, half], gate_up), group_sizes) for half in range(2)
     )
     return jax.nn.silu(gate) * up

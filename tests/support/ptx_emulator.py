@@ -121,6 +121,11 @@ class Block:
             assert at % 16 == 0 and count % 16 == 0 and count > 0, "not whole pieces of 16 bytes"
             assert (at & (1 << 40) - 1) + count <= memory.nbytes, "outside the array"
 
+    def prefetch_line(self, address, predicate):
+        on = self.active & self.spread(predicate).astype(bool)
+        for at in self.spread(address)[on]:
+            assert (at & (1 << 40) - 1) < self.memories[at >> 40].nbytes, "outside the array"
+
     def reduce_warp(self, operation, x):
         function = {"max": np.max, "min": np.min, "or": np.bitwise_or.reduce}[operation]
         return _wrapped(np.repeat(function(_unsigned(self._by_warp(x)), axis=1), 32))
@@ -164,7 +169,38 @@ class Block:
         def dot(total, a, b):
             return total + sum(x * y for x, y in zip(eight(a), eight(b), strict=True))
 
+        def float16_pair(low, high):
+            halves = [self._floats(x).astype(np.float16).view(np.uint16).astype(np.int64) for x in (low, high)]
+            return _wrapped(halves[0] | halves[1] << 16)
+
+        def bytes_of(words, kind):
+            words = np.stack([np.broadcast_to(_wrapped(word).astype(np.int32), (self.threads,)) for word in words], axis=1)
+            return np.ascontiguousarray(words).view(kind).astype(np.float32)
+
+        def products_of_codes(row, other_row, vector):
+            """The vector is that of lanes 0 .. 3; others must have the same."""
+            numbers = bytes_of(vector, np.float16)
+            lanes = self._by_warp(np.arange(self.threads)).reshape(-1)
+            first = numbers[lanes // 32 * 32 + lanes % 4]
+            assert np.array_equal(first, numbers, equal_nan=True), "every row has the same vector"
+            codes = (bytes_of(words, ml_dtypes.float8_e4m3fn) for words in (row, other_row))
+            sums = [(c * numbers).sum(1, dtype=np.float32) for c in codes]
+            for distance in (1, 2):
+                sums = [x + across(x, distance) for x in sums]
+            return sums
+
+        def float_or_zero(address, predicate):
+            with self.when(self.spread(predicate) != 0):
+                word = self.load(address)
+            return number(np.where(self.spread(predicate) != 0, word, 0))
+
         return {
+            "to_float16_pair": float16_pair,
+            "products_of_codes": products_of_codes,
+            "load_float_or_zero": float_or_zero,
+            "load_shared_floats": lambda address: [number(word) for word in self.load_words(address, 2)],
+            "times_plus": lambda a, b, c: a * b + c,
+            "prefetch_line": self.prefetch_line,
             "number": lambda value: self._floats(value),
             "plus": add,
             "minus": lambda a, b: a - b,
