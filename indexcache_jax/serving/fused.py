@@ -20,6 +20,7 @@ from indexcache_jax.positions import Positions
 from indexcache_jax.serving.cache import Cache, LayerCache
 from indexcache_jax.serving.weights import Dense, Layer, Weights
 from pallas_kernels.quant import Scaled
+from pallas_kernels.quant import Scaled
 
 # Absorbed queries [1, 1, H, C + dr], and of an F layer index queries [1, 1, Hi, Di] and head weights [1, 1, Hi].
 Queries = tuple[jax.Array, jax.Array | None, jax.Array | None]
@@ -47,7 +48,7 @@ def attention_weights(p: Layer, cache: LayerCache, positions: Positions, config:
 
 def output_weights(p: Layer) -> dict[str, jax.Array | Scaled]:
     """What the kernels need of a layer after its attention."""
-    weights = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
+    weights: dict[str, jax.Array | Scaled] = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
     if isinstance(p.mlp, Dense):
         return weights | {"shared_gate_up": p.mlp.gate_up, "shared_down": p.mlp.down}
     m = p.mlp

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import checkpoints_convert
-from indexcache_jax import forward, memory, ops, search, serving, sharding, tensors, training
+from indexcache_jax import forward, memory, moe, ops, search, serving, sharding, tensors, training
 from indexcache_jax import params as params_tree
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import SERVING
@@ -70,6 +70,21 @@ def test_transformers_gives_the_same_logits_from_the_decoded_checkpoint(stored, 
     logits, _ = oracle.record(oracle.load(tmp_path / "decoded"), RAGGED)
     found = forward(loaded(stored[0], "params", "fp8"), RAGGED.tokens, CONFIG, SCHEDULE, jnp.array(RAGGED.lengths))
     np.testing.assert_allclose(np.asarray(found)[RAGGED.is_valid], logits[RAGGED.is_valid], atol=ATOL, rtol=0)
+
+
+def test_experts_are_multiplied_alike_whatever_the_way():
+    width, inner, experts = 192, 160, 4
+    keys = jax.random.split(jax.random.key(0), 3)
+    gate_up = quantise_matrix(width**-0.5 * jax.random.normal(keys[0], (experts, 2, inner, width)))
+    down = quantise_matrix(inner**-0.5 * jax.random.normal(keys[1], (experts, width, inner)))
+    tokens = jax.random.normal(keys[2], (5, width))
+    chosen, weights = jnp.array([[0, 3], [3, 1], [2, 0], [0, 1], [3, 2]]), jnp.full((5, 2), 0.5)
+    ways = moe._every_expert, moe._matrix_by_matrix, moe._sorted_by_expert
+    every, single, by_group = (way(moe.Matrices(gate_up, down), tokens, chosen, weights) for way in ways)
+    np.testing.assert_allclose(single, every, atol=1e-5)
+    np.testing.assert_allclose(by_group, every, atol=1e-5)
+    plain = moe.Matrices(jnp.moveaxis(dequantise(gate_up, jnp.float32), -1, 1), dequantise(down, jnp.float32).swapaxes(1, 2))
+    np.testing.assert_allclose(moe._every_expert(plain, tokens, chosen, weights), every, atol=1e-5)
 
 
 # The search.
