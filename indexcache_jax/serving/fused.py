@@ -20,7 +20,6 @@ from indexcache_jax.positions import Positions
 from indexcache_jax.serving.cache import Cache, LayerCache
 from indexcache_jax.serving.weights import Dense, Layer, Weights
 from pallas_kernels.quant import Scaled
-from pallas_kernels.quant import Scaled
 
 # Absorbed queries [1, 1, H, C + dr], and of an F layer index queries [1, 1, Hi, Di] and head weights [1, 1, Hi].
 Queries = tuple[jax.Array, jax.Array | None, jax.Array | None]
