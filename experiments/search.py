@@ -135,7 +135,7 @@ def open_model(checkpoint: inputs.Checkpoint) -> Model:
 
     ValueError for one that is to be in memory and does not fit the device's.
     """
-    asked = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
     if _STREAM.value:
         return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), int(1e9 * _STREAM_MEMORY.value))
     rows, context = options.BATCH_SIZE.value, options.CONTEXT.value

@@ -149,14 +149,15 @@ def _rows(rows: jax.Array, matrix: jax.Array | Scaled) -> jax.Array:
     return rows
 
 
-def grouped_matmul(rows: jax.Array, matrices: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
-    """Rows [M, K] in groups of group_sizes [E] times matrices [E, K, N], in 8 bits [E, N, K] -> [M, N]."""
-    return pallas_kernels.grouped_matmul(_rows(rows, matrices), matrices, group_sizes)
+def grouped_mlp(rows: jax.Array, gate_up: jax.Array | Scaled, down: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+    """SwiGLU layers of rows [M, D] in groups of group_sizes [E] -> [M, D]; undefined for rows after the last group.
 
-
-def grouped_swiglu(rows: jax.Array, gate_up: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
-    """silu(gate) * up of rows [M, K] in groups of group_sizes [E], gate_up [E, K, 2, I], in 8 bits [E, 2, I, K] -> [M, I]."""
-    return pallas_kernels.grouped_swiglu(_rows(rows, gate_up), gate_up, group_sizes)
+    gate_up [E, D, 2, I] and down [E, I, D], or in 8 bits [E, 2, I, D] and [E, D, I].
+    """
+    if _ROUNDED_ROWS.value:
+        hidden = pallas_kernels.grouped_swiglu(_rows(rows, gate_up), gate_up, group_sizes)
+        return pallas_kernels.grouped_matmul(_rows(hidden, down), down, group_sizes)
+    return pallas_kernels.grouped_mlp(rows, gate_up, down, group_sizes)
 
 
 def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
