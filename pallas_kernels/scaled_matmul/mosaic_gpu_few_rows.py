@@ -275,9 +275,10 @@ class Block:
                 in_flight.append(self.load_codes(i + PIECES_IN_FLIGHT))
             factors_at = ptx.add(self.factors, 4 * columns * phase_piece, ptx.shift_left(self.quad_lane, 3))
             for eight in range(columns // 8):
-                factors = [ptx.times(x, scale) for x in ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))]
-                for at, factor in enumerate(factors * 2):
-                    totals[4 * eight + at] = ptx.times_plus(sums[4 * eight + at], factor, totals[4 * eight + at])
+                factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
+                for at, factor in enumerate(factors * 2, 4 * eight):
+                    # The product of a factor and a scale might be too small for a float32.
+                    totals[at] = ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at])
         for eight in range(columns // 8):
             for at in range(4):
                 row = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * (at // 2))

@@ -71,6 +71,13 @@ def test_codes_scales_and_rows_of_very_different_sizes(monkeypatch):
     check(emulated(monkeypatch, x, matrix, 2), x, matrix)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e3])
+def test_extreme_codes_and_scales_keep_the_products_of_small_rows(monkeypatch, scale):
+    matrix = quant.Scaled(jnp.full((16, 256), 448, jnp.float8_e4m3fn), jnp.full((1, 2), scale, jnp.float32))
+    x = jnp.full((2, 256), 1e4, jnp.bfloat16).at[1].set(1e-6)
+    check(emulated(monkeypatch, x, matrix, 1), x, matrix)
+
+
 def test_a_row_that_is_not_finite_leaves_the_others_alone(monkeypatch):
     matrix = quant.quantise_matrix(jnp.ones((8, 256)))
     x = jnp.ones((3, 256), jnp.bfloat16).at[1, 5].set(jnp.nan)
