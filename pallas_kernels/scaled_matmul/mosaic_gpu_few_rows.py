@@ -125,8 +125,9 @@ def multiply(rows: jax.Array, matrix: Scaled, split: Split) -> jax.Array:
     def scaled_matmul_few_rows(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(reference,) * 5 + (number,) * 2)
         def program(ctx: Any, rows: Any, codes: Any, scales: Any, out: Any, memory: Any, tile: Any, rank: Any) -> None:
-            addresses = [ptx.global_address(x) for x in (rows, codes, scales, out)]
-            block = Block(split, *addresses, ptx.shared_address(memory), ptx.scalar(tile), ptx.scalar(rank))
+            of_rows, of_codes, of_scales, of_out = map(ptx.global_address, (rows, codes, scales, out))
+            shared = ptx.shared_address(memory)
+            block = Block(split, of_rows, of_codes, of_scales, of_out, shared, ptx.scalar(tile), ptx.scalar(rank))
             for stage in stages(block):
                 stage()
 
@@ -216,11 +217,10 @@ class Block:
 
     def _write_row(self, row: Value, piece: Value, halves: Sequence[Sequence[Value]]) -> None:
         columns, in_eight = self.split.columns, ptx.bit_and(self.lane, 7)
-        pairs = [[ptx.from_bfloat16_pair(word) for word in half] for half in halves]
+        pairs = [[ptx.from_bfloat16_pair(word) for word in words] for words in halves]
         top = ptx.constant(0)
-        for half in pairs:
-            for pair in half:
-                top = ptx.maximum(top, ptx.maximum(*map(ptx.magnitude_bits, pair)))
+        for x in (x for of_half in pairs for pair in of_half for x in pair):
+            top = ptx.maximum(top, ptx.magnitude_bits(x))
         for distance in (1, 2, 4):
             top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
         scale, factor = ptx.float16_scale(top)
