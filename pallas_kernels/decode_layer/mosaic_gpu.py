@@ -826,8 +826,8 @@ class ExpertsSecondInCodes(Stage):
         p, thread = self.p, self.thread
         for i, exists in parts.indices_of_thread(thread, self.split.width // 4):
             slot, hidden = _hidden_of_experts(p, self.a, i)
-            top = functools.reduce(ptx.maximum, map(parts.magnitude_bits, hidden))
-            scale, factor = parts.scale_to_float16(ptx.reduce_warp("max", top))
+            top = functools.reduce(ptx.maximum, map(ptx.magnitude_bits, hidden))
+            scale, factor = ptx.float16_scale(ptx.reduce_warp("max", top))
             factor = ptx.bits_of(ptx.times(factor, _select_value(slot, self.before.routed.weights)))
             with ptx.when(exists):
                 for half in range(2):

@@ -311,8 +311,7 @@ def prefetch_scales(thread: Thread, scales: Value, row_bytes: int, first: Value,
 class GroupedVector:
     """A vector in shared memory, to be multiplied by codes: numbers in float16 and a float32 factor for every 64 of them.
 
-    The factors are powers of two, so chosen that a group's largest magnitude is 2^14 or more. So numbers that are bfloat16
-    are kept exactly, but for those below 2^-31 of their group's largest.
+    The factors are powers of two, those of `ptx.float16_scale`.
     """
 
     numbers: Value
@@ -323,22 +322,12 @@ class GroupedVector:
         return GroupedVector(shared.allocate(2 * size), shared.allocate(4 * (size // GROUP)))
 
 
-def scale_to_float16(top: Value) -> tuple[Value, Value]:
-    """What numbers are multiplied by before they become float16, and its inverse; `top`: bits of their largest magnitude."""
-    exponent = ptx.minimum(ptx.maximum(ptx.bit_and(top, 0x7F800000), 16 << 23), 254 << 23)
-    return ptx.float_of(ptx.sub((127 + 127 + 14) << 23, exponent)), ptx.float_of(ptx.sub(exponent, 14 << 23))
-
-
-def magnitude_bits(x: Value) -> Value:
-    return ptx.bit_and(ptx.bits_of(x), 0x7FFFFFFF)
-
-
 def to_groups(thread: Thread, vector: GroupedVector) -> Callable[[Value, Value, Value], None]:
     """A sink that keeps word i, two bfloat16, as numbers 2 i and 2 i + 1 of `vector`. A warp has 32 neighbouring words."""
 
     def sink(i: Value, word: Value, exists: Value) -> None:
         pair = ptx.from_bfloat16_pair(word)
-        scale, factor = scale_to_float16(ptx.reduce_warp("max", ptx.maximum(*map(magnitude_bits, pair))))
+        scale, factor = ptx.float16_scale(ptx.reduce_warp("max", ptx.maximum(*map(ptx.magnitude_bits, pair))))
         with ptx.when(exists):
             scaled = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
             ptx.store_shared(ptx.add(vector.numbers, ptx.shift_left(i, 2)), scaled)
