@@ -69,7 +69,7 @@ def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, 
 
 
 def _queries_and_cache(operands: decode_layer.AttentionOperands) -> tuple[Queries, LayerCache]:
-    cache = LayerCache(operands.latents, None, operands.index_keys, operands.index_scales)
+    cache = LayerCache(operands.latents, operands.index_keys, operands.index_scales)
     return (operands.queries, operands.index_queries, operands.index_weights), cache
 
 
