@@ -677,10 +677,6 @@ def float16_scale(top: Value) -> tuple[Value, Value]:
     return float_of(sub((127 + 127 + 14) << 23, exponent)), float_of(sub(exponent, 14 << 23))
 
 
-def to_float16_pair(low: Value, high: Value) -> Value:
-    return asm("cvt.rn.f16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
-
-
 def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: Sequence[Value]) -> list[Value]:
     """The products of 16 rows of 64 e4m3 codes with 64 float16 numbers, by tensor cores: of rows l / 4 and l / 4 + 8 in lane l.
 
