@@ -37,7 +37,7 @@ STREAMED_GROWTH = 2.0  # of a race's comparisons, each of which reads all weight
 OVERLAP_BATCHES = 2
 
 for _name in (
-    *("checkpoint", "dtype", "context", "text", "held_out", "sequences", "held_out_sequences", "batch_size"),
+    *("checkpoint", "dtype", "weights", "context", "text", "held_out", "sequences", "held_out_sequences", "batch_size"),
     *("retention", "retentions", "blocks", "resume", "mesh"),
 ):
     flags.declare_key_flag(_name)
@@ -143,16 +143,17 @@ class Streamed:
         return overlap.mean_overlap(selections, self.config.index_topk)
 
 
-def open_model(checkpoint: str, dtype: str) -> Model:
+def open_model(checkpoint: inputs.Checkpoint) -> Model:
     """The checkpoint's model, in memory or, with --stream, read as it is needed.
 
     ValueError for one that is to be in memory and does not fit the device's.
     """
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
     if _STREAM.value:
-        return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype), int(1e9 * _STREAM_MEMORY.value))
+        return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), int(1e9 * _STREAM_MEMORY.value))
     rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
-    fit.search(*inputs.described(checkpoint), rows=rows, context=context, dtype=dtype)
-    return InMemory(*checkpoints_convert.load(checkpoint, dtype=dtype))
+    fit.search(*inputs.described(checkpoint.directory), rows=rows, context=context, **asked)
+    return InMemory(*checkpoints_convert.load(checkpoint.directory, **asked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
     goal, checkpoint = read_goal(), inputs.checkpoint()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
-        model = open_model(checkpoint.directory, checkpoint.dtype)
+        model = open_model(checkpoint)
     reader = inputs.reader(checkpoint.directory, model.config)
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     calibration = reader.draw(sides.train, "text", options.SEQUENCES.value, seed)
@@ -354,7 +355,9 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
     if _STREAM.value or not _TIME.value:
         return [None for _ in schedules]
     with warnings.catch_warnings(action="ignore"):  # they came when the model was opened
-        config, _, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+        config, _, weights = checkpoints_convert.load(
+            checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
+        )
     batch, length = tokens.shape
     models = [serving.restrict(weights, config, schedule) for schedule in schedules]
     seconds: list[list[float]] = [[] for _ in schedules]

@@ -55,6 +55,10 @@ class Layers(Protocol):
     def schedule(self) -> Schedule:
         """The schedule that the weights are for: its F layers have an indexer."""
 
+    @property
+    def weights(self) -> str | None:
+        """The form of the params, as `params.abstract` names it."""
+
     def ends(self, shardings: Params | None = None) -> Params:
         """Embedding, final norm and head."""
 
@@ -72,7 +76,7 @@ def shardings_in_force(layers: Layers) -> Params | None:
 
 
 def _shardings(layers: Layers, mesh: Mesh, rules: sharding.Rules) -> Params:
-    return sharding.shardings(abstract(layers.config, layers.schedule), mesh, rules)
+    return sharding.shardings(abstract(layers.config, layers.schedule, layers.weights), mesh, rules)
 
 
 @functools.partial(jax.jit, static_argnames="full", donate_argnames="state")

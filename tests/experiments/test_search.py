@@ -13,7 +13,7 @@ from absl import flags
 
 import checkpoints_convert
 from experiments import search
-from experiments.common import options
+from experiments.common import inputs, options
 from indexcache_jax import memory
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
@@ -68,10 +68,10 @@ def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
     for stream in (False, True):
         monkeypatch.setattr(search, "_STREAM", types.SimpleNamespace(value=stream))
         if stream:
-            assert isinstance(search.open_model(str(options.DEMO), "float32"), search.Streamed)
+            assert isinstance(search.open_model(inputs.Checkpoint(str(options.DEMO), "float32")), search.Streamed)
         else:
             with pytest.raises(ValueError, match="needs .* of each device, there are 0.01 GB; .*; --stream reads"):
-                search.open_model(str(options.DEMO), "float32")
+                search.open_model(inputs.Checkpoint(str(options.DEMO), "float32"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class OneByOne:
     def __init__(self, case: Case = CASE, schedule: Schedule | None = None, params: Params | None = None) -> None:
         self.config, self.schedule = case.config, schedule or case.schedule
         self._params, self._tree = params or case.params, abstract(self.config, self.schedule)
+        self.weights = None
         self.asked: list[int] = []
 
     def _some(self, place, shardings) -> Params:
