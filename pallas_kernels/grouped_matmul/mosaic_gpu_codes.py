@@ -21,7 +21,7 @@ from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled, dequant
 
 BLOCK_K = BLOCK  # 128 bytes, one swizzled line, and the codes that share a scale
 WAVE = BLOCK  # columns that share scales
-PIECE = 64  # columns stored by one copy
+PIECE = 64  # the columns of a matrix are a multiple of it
 CODES = jnp.float8_e4m3fn
 
 
@@ -43,6 +43,7 @@ class Tiling:
     rows_in_smem: bool = False
     worker: int = 232
     leave_out: str = ""
+    pair: bool = False
 
     @property
     def waves(self) -> int:
@@ -88,40 +89,37 @@ def multiply(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from pallas_kernels.grouped_matmul import mosaic_gpu_scales as lanes
+    from pallas_kernels.grouped_matmul import mosaic_gpu_registers as registers
 
-    (m, k), waves, stages, slots = rows.shape, tiling.waves, tiling.stages, tiling.slots
+    (m, k), waves, stages = rows.shape, tiling.waves, tiling.stages
     tall, pieces = tiling.tall, 2 * tiling.tall
+    pair = tiling.pair
     gated, coded, cluster = tiling.gated, tiling.coded, tiling.cluster
     width = matrices.shape[1] // (1 + gated)  # of the result
-    columns, steps = pl.cdiv(width, tiling.columns * cluster), k // BLOCK_K  # columns of a cluster
+    columns, steps = pl.cdiv(width, tiling.columns * (1 if pair else cluster)), k // BLOCK_K  # columns of a cluster
     blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
     shared = "member" if cluster > 1 else None
     across = pl.cdiv(matrices.shape[1], WAVE)  # blocks of a matrix's columns
     splits = tiling.split and not gated and tall == 1
     layout = plgpu.Layout.WGMMA
     by_row = layout.reduce(1)
-    piece_width = WAVE if coded else PIECE
     out_dtype = CODES if coded else dtype
-    if coded:
-        slots = 1
 
     def smem(shape, dtype, line_rows=8):
         line = 128 // jnp.dtype(dtype).itemsize
         return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((line_rows, line)), plgpu.SwizzleTransform(128)))
 
-    row_shape, out_shape = (stages, pieces, HALF, BLOCK_K), (2, slots, HALF, piece_width)
+    row_shape = (stages, pieces, HALF, BLOCK_K)
 
     def kernel(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
         if coded:
             out_gmem, out_scale_gmem, *others = others
         else:
             out_gmem, *others = others
-        row_smems, matrix_smem, out_smems, full, empty, turn = others
+        row_smems, matrix_smem, full, empty, turn = others
         row_smem, row_lines = row_smems
-        out_smem, out_lines, out_plain = out_smems
         if interpret:
-            row_lines, out_lines = row_smem, out_smem
+            row_lines = row_smem
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         mine = lax.div(count_gmem[0] * columns - block + (blocks - 1), blocks)  # how many tiles this block has
 
@@ -129,7 +127,15 @@ def multiply(
             index = block + i * blocks
             tile = lax.div(index, columns)
             column = index - tile * columns
-            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 else column) * tiling.columns
+            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 and not pair else column) * tiling.columns
+
+        def begins_of(tile):
+            if not pair:
+                return [tile_gmem[1 + j, tile] for j in range(pieces)]
+            first = lax.axis_index("member") == 0
+            return [jnp.where(first, tile_gmem[1 + j, tile], tile_gmem[3 + j, tile]) for j in range(2)]
+
+        start_row = 1 + (4 if pair else pieces)
 
         def column_of(wave, column):
             """Of a matrix."""
@@ -141,7 +147,7 @@ def multiply(
 
             def one_tile(i, nothing):
                 tile, column = place(i)
-                group, first, *others = (tile_gmem[j, tile] for j in range(1 + pieces))
+                group, begins = tile_gmem[0, tile], begins_of(tile)
 
                 def step(j, nothing):
                     done = i * steps + j
@@ -155,11 +161,12 @@ def multiply(
 
                     def copy_rows(half, begin):
                         source = row_gmem.at[pl.ds(begin, HALF), depth]
-                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=shared)
+                        axes = None if pair else shared
+                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=axes)
 
-                    copy_rows(0, first)
-
-                    for piece, begin in enumerate(others, 1):
+                    if not pair:
+                        copy_rows(0, begins[0])
+                    for piece, begin in enumerate(begins[0 if pair else 1 :], 0 if pair else 1):
 
                         @pl.when(begin >= 0)
                         def copy(piece=piece, begin=begin):
@@ -171,7 +178,8 @@ def multiply(
 
                     for wave in range(waves):
                         source = matrix_gmem.at[group, pl.ds(column_of(wave, column), WAVE), depth]
-                        plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, wave], full.at[slot])
+                        axes = shared if pair else None
+                        plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, wave], full.at[slot], collective_axes=axes)
 
                 lax.fori_loop(0, steps, step, None)
 
@@ -196,7 +204,7 @@ def multiply(
             elif len(own) == 1:
                 places = [places[0], place_of(1 - own_waves[0])]
             if not interpret:
-                place = lanes.alternate(*places)
+                place = registers.alternate(*places)
 
             def scales(j):
                 of_rows = [
@@ -204,11 +212,11 @@ def multiply(
                 ]
                 if interpret:
                     return of_rows, tuple(matrix_scale_gmem[place + j] for place in places)
-                return of_rows, lanes.load(matrix_scale_gmem, place, j)
+                return of_rows, registers.load(matrix_scale_gmem, place, j)
 
             def factors(of_rows, of_blocks):
                 def of(row):
-                    return [row * of_block for of_block in of_blocks] if interpret else lanes.products(row, of_blocks)
+                    return [row * of_block for of_block in of_blocks] if interpret else registers.products(row, of_blocks)
 
                 return [of(row)[0] for row in of_rows] if tall > 1 else of(of_rows[0])
 
@@ -262,44 +270,21 @@ def multiply(
                 kept = out_scale_gmem[pl.ds(place, HALF)]
                 out_scale_gmem[pl.ds(place, HALF)] = jnp.where((row >= start) & (row < end), scales, kept)
             else:
-                lanes.store_some(out_scale_gmem, scales, place, start - begin, end - begin)
+                registers.store_some(out_scale_gmem, scales, place, start - begin, end - begin)
 
-        def store(result, begin, column):
-            for piece in range(WAVE // piece_width):
-                slot = piece % slots
-                at = column + piece * piece_width
+        def store(result, begin, start, end, column):
+            """result [HALF, WAVE], of rows from `begin` on, to those from start to end."""
+            if not interpret:
+                return registers.store_rows(out_gmem, result, begin, start, end, column)
+            row = begin + lax.iota(jnp.int32, HALF)
+            inside = ((row >= start) & (row < end))[:, None]
+            for piece in range(0, WAVE, PIECE):
+                places = pl.ds(begin, HALF), pl.ds(column + piece, PIECE)
 
-                @pl.when(at < width)
-                def _(piece=piece, slot=slot, at=at):
-                    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                    out_smem[warpgroup, slot] = result[:, piece * piece_width : (piece + 1) * piece_width].astype(out_dtype)
-                    plgpu.commit_smem()
-                    target = out_gmem.at[pl.ds(begin, HALF), pl.ds(at, piece_width)]
-                    plgpu.copy_smem_to_gmem(out_lines.at[warpgroup, slot], target)
-
-        def store_some(result, begin, start, size, column):
-            """Of a group of fewer than HALF rows."""
-            for piece in range(WAVE // piece_width):
-                at = column + piece * piece_width
-
-                @pl.when(at < width)
-                def _(piece=piece, at=at):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_plain[warpgroup] = result[:, piece * piece_width : (piece + 1) * piece_width].astype(out_dtype)
-                    plgpu.commit_smem()
-                    # A copy has a fixed number of rows: one copy for every bit of how many there are.
-                    row, length = start, HALF // 2
-                    while length:
-
-                        @pl.when(size & length != 0)
-                        def _(row=row, length=length):
-                            target = out_gmem.at[pl.ds(row, length), pl.ds(at, piece_width)]
-                            plgpu.copy_smem_to_gmem(out_plain.at[warpgroup, pl.ds(row - begin, length)], target)
-
-                        row = row + (size & length)
-                        length //= 2
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                @pl.when(column + piece < width)
+                def _(piece=piece, places=places):
+                    new = result[:, piece : piece + PIECE].astype(out_dtype)
+                    out_gmem[places] = jnp.where(inside, new, out_gmem[places])
 
         @pl.when(warpgroup < 2)
         def _multiply():
@@ -312,7 +297,8 @@ def multiply(
 
             def one_tile(i, nothing):
                 tile, column = place(i)
-                group, *begins, start, end = (tile_gmem[j, tile] for j in range(3 + pieces))
+                group, begins = tile_gmem[0, tile], begins_of(tile)
+                start, end = tile_gmem[start_row, tile], tile_gmem[start_row + 1, tile]
 
                 def finish(results, waves, begins):
                     if gated:
@@ -323,17 +309,10 @@ def multiply(
                         scales = _scales(jnp.max(jnp.abs(result), axis=1))
                         store_scales(scales, begins[0], start, end, column)
                         results = [result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0])]
-                    stored = list(zip(results, waves, begins * len(waves) if tall == 1 else begins, strict=True))
+                    stored = zip(results, waves, begins * len(waves) if tall == 1 else begins, strict=True)
 
-                    @pl.when(end - start >= HALF)
-                    def whole():
-                        for result, wave, begin in stored:
-                            store(result, begin, column + wave * WAVE)
-
-                    @pl.when(end - start < HALF)
-                    def short():
-                        for result, wave, begin in stored[:1] if tall > 1 else stored:
-                            store_some(result, begin, start, end - start, column + wave * WAVE)
+                    for result, wave, begin in stored:
+                        store(result, begin, start, end, column + wave * WAVE)
 
                 def run(own, begins):
                     finish(product(i, own, begins, group, column), [wave for _, wave in own], begins)
@@ -353,7 +332,13 @@ def multiply(
                 if splits:
                     present = begins[1] >= 0
 
-                    @pl.when(begins[1] < 0)
+                    if pair:
+
+                        @pl.when(begins[0] < 0)
+                        def sit_out():
+                            skip(i)
+
+                    @pl.when((begins[0] >= 0) & (begins[1] < 0))
                     def share():
                         run([(0, warpgroup)], begins[:1])
 
@@ -371,7 +356,6 @@ def multiply(
                         run([(warpgroup, 0), (warpgroup + 2, 0)], own_begins)
 
             lax.fori_loop(0, mine, one_tile, None)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     out_type = jax.ShapeDtypeStruct((m, width), out_dtype)
     run = plgpu.kernel(
@@ -380,9 +364,6 @@ def multiply(
         scratch_types=[
             plgpu.RefUnion(smem(row_shape, CODES), smem(row_shape, CODES, 1)),
             smem((stages, waves, WAVE, BLOCK_K), CODES),
-            plgpu.RefUnion(
-                smem(out_shape, out_dtype), smem(out_shape, out_dtype, 1), plgpu.SMEM((2, HALF, piece_width), out_dtype)
-            ),
             plgpu.Barrier(num_arrivals=pieces + waves, num_barriers=stages),
             # Rows arrive in the slots of all blocks of a cluster, once all of them are free.
             plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=stages)
@@ -412,7 +393,7 @@ def forward(
     interpret: Any = False,
 ) -> Any:
     """rows [M, K], M >= HALF, times matrices [E, N, K] -> [M, N]."""
-    tiles, count = tiles_of(group_sizes, rows.shape[0], 2 * tiling.tall)
+    tiles, count = tiles_of(group_sizes, rows.shape[0], 4 if tiling.pair else 2 * tiling.tall)
     scales = rows.scales.T, float_scales(matrices.scales)
     out = multiply(rows.codes, scales[0], matrices.codes, scales[1], tiles, count, tiling, dtype, interpret)
     if not tiling.coded:
