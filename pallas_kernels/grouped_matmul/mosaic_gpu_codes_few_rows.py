@@ -134,6 +134,36 @@ def multiply(
 
             lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
+        def product(slot):
+            """A [TILE, size] float32 of the stage `slot`."""
+            codes = matrix_smem.at[slot, pl.ds(warpgroup * TILE, TILE)]
+            halves = range(BLOCK_K // LINE)
+            if interpret:  # it knows no operands in registers
+                of_rows = [row_smem[slot, half].astype(jnp.float32) for half in halves]
+                own = [codes[...][:, half * LINE : (half + 1) * LINE].astype(jnp.float32) for half in halves]
+                return sum(a @ b.T for a, b in zip(own, of_rows, strict=True))
+            converted = [registers.float16_operand(codes, half) for half in halves]
+
+            def fresh(acc):
+                for half in halves:
+                    plgpu.wgmma(acc, converted[half], row_smem.at[slot, half].transpose((1, 0)))
+                return acc[...]
+
+            return pl.run_scoped(fresh, plgpu.ACC((TILE, size), jnp.float32))
+
+        def store(result, row, begin, end, column):
+            """result [TILE, size] to the rows from begin to end of `size` that start at `row`."""
+            if interpret:
+                places = pl.ds(row, size), pl.ds(column, TILE)
+                inside = (row + lax.iota(jnp.int32, size) >= begin) & (row + lax.iota(jnp.int32, size) < end)
+
+                @pl.when(column < n)
+                def _():
+                    kept = out_gmem[places]
+                    out_gmem[places] = jnp.where(inside[:, None], result.T.astype(out_gmem.dtype), kept)
+            else:
+                registers.store_transposed(out_gmem, result, row, begin, end, column)
+
         @pl.when(warpgroup < workers)
         def _multiply():
             def one_tile(group, row_block, begin, end, column, done):
@@ -151,15 +181,7 @@ def multiply(
                     following = scale(jnp.minimum(j + 1, steps - 1))  # in time for the next step
                     slot = lax.rem(done, stages)
                     plgpu.barrier_wait(full.at[slot])
-                    codes = matrix_smem.at[slot, pl.ds(warpgroup * TILE, TILE)]
-                    halves = [convert(codes, half) for half in range(BLOCK_K // LINE)]
-
-                    def fresh(acc):
-                        for half, part in enumerate(halves):
-                            plgpu.wgmma(acc, part, row_smem.at[slot, half].transpose((1, 0)))
-                        return acc[...]
-
-                    part = pl.run_scoped(fresh, plgpu.ACC((TILE, size), jnp.float32))
+                    part = product(slot)
                     plgpu.barrier_arrive(empty.at[slot])
                     return done + 1, total + part * lax.broadcast_in_dim(factor, (TILE, size), [0]), following
 
@@ -170,24 +192,6 @@ def multiply(
                 return done
 
             each_tile(one_tile, jnp.int32(0))
-
-        def convert(codes, half):
-            if interpret:
-                return codes[:, pl.ds(half * LINE, LINE)].astype(jnp.float16)
-            return registers.float16_operand(codes, half)
-
-        def store(result, row, begin, end, column):
-            """result [TILE, size] to the rows from begin to end of `size` that start at `row`."""
-            if interpret:
-                places = pl.ds(row, size), pl.ds(column, TILE)
-                inside = (row + lax.iota(jnp.int32, size) >= begin) & (row + lax.iota(jnp.int32, size) < end)
-
-                @pl.when(column < n)
-                def _():
-                    kept = out_gmem[places]
-                    out_gmem[places] = jnp.where(inside[:, None], result.T.astype(out_gmem.dtype), kept)
-            else:
-                registers.store_transposed(out_gmem, result, row, begin, end, column)
 
     kernel = plgpu.kernel(
         grouped_matmul_codes_few_rows,
