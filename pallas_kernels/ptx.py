@@ -484,7 +484,6 @@ def choose(condition: Value, body: Callable[[], Sequence[Value]], otherwise: Seq
 _PRODUCTS = {"bf16": (16, "bf16.bf16", True), "e4m3": (32, "e4m3.e4m3", False)}
 
 
-
 def matrix(address: Value) -> Value:
     """The descriptor of a matrix of 128-byte lines in tiles of 8 lines, swizzled, one tile after the other (1024 bytes).
 
