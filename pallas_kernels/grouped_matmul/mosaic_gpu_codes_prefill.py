@@ -39,7 +39,7 @@ class Tiling:
     coded: bool = False
     split: bool = True
     ordered: bool = False
-    rows_in_smem: bool = False
+    in_registers: bool = False
     worker: int = 232
     leave_out: str = ""
     pair: bool = False
@@ -226,12 +226,16 @@ def multiply(
                 done = i * steps + j
                 slot = lax.rem(done, stages)
                 plgpu.barrier_wait(full.at[slot])
+                held = None
+                if tiling.in_registers and len(own) == 2:
+                    held = plgpu.load(row_smem.at[slot, own[0][0]], layout=plgpu.Layout.WGMMA_8BIT)
                 added = []
                 for which, ((piece, wave), total) in enumerate(zip(own, sums, strict=True)):
 
                     def fresh(acc, piece=piece, wave=wave):
                         # Nothing may come between the zeros and wgmma: then no register is zeroed.
-                        plgpu.wgmma(acc, row_smem.at[slot, piece], matrix_smem.at[slot, wave].transpose((1, 0)))
+                        left = row_smem.at[slot, piece] if held is None else held
+                        plgpu.wgmma(acc, left, matrix_smem.at[slot, wave].transpose((1, 0)))
                         if tiling.ordered:
                             plgpu.barrier_arrive(turn.at[1 - warpgroup])
                         return acc[...]
