@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,9 +24,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from checkpoints_convert.trees import Leaf, Leaves
+from checkpoints_convert.companions import with_stop_tokens
+from checkpoints_convert.formats import check_described, description_bytes
+from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
+from indexcache_jax.foreign import escaped
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Part, Tensor, leaves
@@ -39,28 +43,44 @@ def is_orbax(directory: pathlib.Path) -> bool:
     return (directory / PARAMS / "_METADATA").exists()
 
 
+def _stored_bytes(directory: pathlib.Path, enough: int) -> int:
+    """The bytes of the files in a directory, counted until there are `enough`."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            total += os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
+        if total >= enough:
+            break
+    return total
+
+
 class OrbaxCheckpoint(Leaves):
     """The leaves of an orbax checkpoint. ValueError, naming the directory and the leaf, for what cannot be read."""
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
-        self.config = Config.from_hf(fields)
+        self.fields = fields
+        self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self.schedule = Schedule.from_hf(fields)
-        super().__init__(abstract(self.config, self.schedule))
+        stored = _stored_bytes(directory / PARAMS, enough=description_bytes(self.config))
+        check_described(self.config, stored, directory / "config.json")
+        self.quantization = fields.get("quantization_config")
+        self.weights = None if self.quantization is None else "fp8"
+        super().__init__(abstract(self.config, self.schedule, self.weights))
         self._directory = (directory / PARAMS).absolute()
         self._stores: dict[str, ts.TensorStore] = {}
 
     def check(self, tree: Any) -> None:
         """ValueError where a leaf that an abstract tree is made from is missing or misshapen, or a layer was not saved."""
         for path, tensor in leaves(tree):
-            for layer in tensor.every_layer:
+            for layer in () if tensor.kind == "scales" else tensor.every_layer:  # scales belong to their codes
                 names = self.stored_in(tensor, layer)
                 if not names:
                     raise ValueError(
                         f"{self._directory}: {path} of layer {layer} is missing, which the schedule needs because it "
                         f"makes that layer F; the checkpoint was saved with {self.schedule}"
                     )
-                for name in names:
+                for name in (*names, *self.scales_in(tensor, layer)):
                     if name not in self._stores:
                         self._stores[name] = self._checked(name)
 
@@ -72,11 +92,17 @@ class OrbaxCheckpoint(Leaves):
             )
         if any(chunk > max(size, 1) for chunk, size in zip(_chunk(store), store.shape, strict=True)):
             raise ValueError(f"{self._directory}: {path} has chunks larger than itself")
-        if store.dtype.name not in ("bfloat16", "float32", "float16"):
-            raise ValueError(f"{self._directory}: {path} has dtype {store.dtype.name}, which no weight has")
+        if store.dtype.name not in DTYPES_OF[saved.kind]:
+            raise ValueError(f"{self._directory}: {path} has dtype {store.dtype.name}, which no {saved.kind} have")
         return store
 
     def dtype_of(self, tensor: Tensor) -> np.dtype:
+        """The dtype that the leaf was saved in, or the first of those that it is made from; beside codes the model's."""
+        if tensor.kind == "weights" and self.weights is not None:
+            return np.dtype(tensor.dtype) if tensor.dtype else self._stores["embedding"].dtype.numpy_dtype
+        return self.stored_dtype(tensor)
+
+    def stored_dtype(self, tensor: Tensor) -> np.dtype:
         """The dtype that the leaf was saved in, or the first of those that it is made from."""
         return self._stores[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype.numpy_dtype
 
@@ -111,7 +137,7 @@ def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300]
+    return escaped(str(error).splitlines()[0], 300)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, is_name, parse_json, read_json, shown
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_JSON = 100_000_000  # bytes, of a header or an index; the format's own limit for headers
 MAX_DIMENSIONS = 16  # beyond any tensor's, so that a shape's product stays cheap
 
 _BITS = (
@@ -94,34 +95,86 @@ class Entry:
         return data.view(dtype).reshape(-1, *self.shape[1:])
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The tensors of a directory by name, as its index lists them, and what lies beside them and is not read.
+
+    unlisted: tensors of the index's files that it does not list, or lists in another file; files: other safetensors files.
+    listed_by: the file that says which tensors there are.
+    """
+
+    entries: dict[str, Entry]
+    unlisted: tuple[Entry, ...]
+    files: tuple[pathlib.Path, ...]
+    listed_by: pathlib.Path
+
+    def notes(self, kept: Iterable[Entry] = ()) -> list[str]:
+        """A line for the files and one for the tensors that are not read, those of `kept` apart."""
+        copied = {(entry.file, entry.name) for entry in kept}
+        files = [path for path in self.files if path not in {file for file, _ in copied}]
+        tensors = [entry for entry in self.unlisted if (entry.file, entry.name) not in copied]
+        lines = []
+        if files:
+            names = _some([escaped(path.name) for path in files])
+            lines.append(f"not read: {len(files)} files that {self.listed_by.name} does not name: {names}")
+        if tensors:
+            names = _some([f"{entry.name} in {entry.file.name}" for entry in tensors])
+            lines.append(f"not read: {len(tensors)} tensors that {self.listed_by.name} does not list there: {names}")
+        return lines
+
+    def beside(self) -> Iterator[Entry]:
+        """The tensors that are not read, for a caller who wants some of them. ValueError for a file that is none."""
+        yield from self.unlisted
+        for path in self.files:
+            yield from read_header(path).values()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def read_directory(directory: pathlib.Path) -> dict[str, Entry]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists, by name.
+    """Every tensor of the shards that model.safetensors.index.json lists, else of model.safetensors, by name.
 
     Reads headers only. ValueError names the file, and the tensor where there is one, for whatever does not add up.
     """
-    if (directory / SINGLE).exists():
-        return read_header(directory / SINGLE)
+    return read_stored(directory).entries
+
+
+def read_stored(directory: pathlib.Path) -> Stored:
+    """As `read_directory`, and what lies beside. The index decides what is read: exactly what its weight_map lists."""
     index = directory / INDEX
-    with open(index, "rb") as file:
-        weight_map = _json_object(file.read(MAX_JSON + 1), index).get("weight_map")
+    if not index.exists():
+        return Stored(read_header(directory / SINGLE), (), _other_files(directory, {SINGLE}), directory / SINGLE)
+    weight_map = read_json(index, MAX_LARGE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map is not an object with entries")
     for name, shard in weight_map.items():
+        if not is_name(name):
+            raise ValueError(f"{index}: weight_map lists {shown(name)}, which is not a tensor's name")
         # A name, never a path: nothing outside the directory is opened.
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", shard):
-            raise ValueError(f"{index}: weight_map gives {shard!r} for {name}, which is not the name of a .safetensors file")
+        if not is_name(shard) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", shard):
+            shard = shown(shard)
+            raise ValueError(f"{index}: weight_map gives {shard} for {name}, which is not the name of a .safetensors file")
     entries: dict[str, Entry] = {}
-    for shard in sorted(set(weight_map.values())):
+    unlisted: list[Entry] = []
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if not (directory / shard).exists():
             raise ValueError(f"{index}: names {shard}, but {directory} has no such file")
         for name, entry in read_header(directory / shard).items():
-            if name in entries:
-                raise ValueError(f"{entry.file}: tensor {name} is also in {entries[name].file}")
-            entries[name] = entry
+            if weight_map.get(name) == shard:
+                entries[name] = entry
+            else:
+                unlisted.append(entry)
     for name, shard in weight_map.items():
-        if name not in entries or entries[name].file.name != shard:
+        if name not in entries:
             raise ValueError(f"{index}: places tensor {name} in {shard}, which does not hold it")
-    return entries
+    return Stored(entries, tuple(unlisted), _other_files(directory, set(shards)), index)
+
+
+def _other_files(directory: pathlib.Path, read: set[str]) -> tuple[pathlib.Path, ...]:
+    return tuple(sorted(path for path in directory.glob("*.safetensors") if path.name not in read))
 
 
 def read_header(path: pathlib.Path) -> dict[str, Entry]:
@@ -130,10 +183,13 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
         raise ValueError(f"{path}: not a regular file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_JSON):
-            raise ValueError(f"{path}: a header of {length} bytes does not fit in a file of {size} (limit {MAX_JSON})")
-        header = _json_object(file.read(length), path)
+        start = file.read(64)
+        check_no_pointer(path, start)
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > min(size - 8, MAX_LARGE):
+            raise ValueError(f"{path}: a header of {length} bytes does not fit in a file of {size} (limit {MAX_LARGE})")
+        file.seek(8)
+        header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
     entries, end, last = {}, 0, "the header"
     parsed = [(name, *_fields(path, name, info)) for name, info in header.items()]
@@ -151,41 +207,26 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
 
 def _fields(path: pathlib.Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
     """dtype, shape and first and last offset of a header's entry, once they are seen to agree."""
+    if not is_name(name):
+        raise ValueError(f"{path}: holds {shown(name)}, which is not a tensor's name")
 
     def sizes(field: str, what: str) -> list[int]:
         values = info.get(field)
         is_sizes = isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
         if not is_sizes or len(values) > MAX_DIMENSIONS:
-            raise ValueError(f"{path}: tensor {name} has {field} {str(values)[:200]}, not {what}")
+            raise ValueError(f"{path}: tensor {name} has {field} {shown(values)}, not {what}")
         return values
 
     if not isinstance(info, dict) or str(info.get("dtype")) not in _BITS:
-        raise ValueError(f"{path}: tensor {name} has no dtype that safetensors knows: {str(info)[:200]}")
+        raise ValueError(f"{path}: tensor {name} has no dtype that safetensors knows: {shown(info)}")
     dtype, shape, offsets = info["dtype"], sizes("shape", "a short list of sizes"), sizes("data_offsets", "two positions")
     bits = math.prod(shape) * _BITS[dtype]
     if len(offsets) != 2 or bits != 8 * (offsets[1] - offsets[0]):
         raise ValueError(
-            f"{path}: tensor {name} of shape {shape} and dtype {dtype} takes {bits // 8} bytes, but has data_offsets {offsets}"
+            f"{path}: tensor {name} of shape {shape} and dtype {dtype} takes {bits // 8} bytes, but has data_offsets "
+            f"{shown(offsets)}"
         )
     return dtype, tuple(shape), offsets[0], offsets[1]
-
-
-def _json_object(text: bytes, path: pathlib.Path) -> dict[str, Any]:
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key is there twice")
-        return found
-
-    if len(text) > MAX_JSON:
-        raise ValueError(f"{path}: larger than {MAX_JSON} bytes")
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its JSON cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: its JSON is not an object")
-    return value
 
 
 @dataclasses.dataclass(frozen=True)

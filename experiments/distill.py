@@ -20,13 +20,24 @@ from experiments.common import data, devices, fit, inputs, journal, options, plo
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, with_schedule
+from indexcache_jax.params import FP8_BASE, Params, weights_of, with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage, flops_per_token
 
 for _name in (
-    *("checkpoint", "dtype", "schedule", "retention", "context", "batch_size", "text", "held_out", "held_out_sequences"),
+    *(
+        "checkpoint",
+        "dtype",
+        "weights",
+        "schedule",
+        "retention",
+        "context",
+        "batch_size",
+        "text",
+        "held_out",
+        "held_out_sequences",
+    ),
     *("accumulate", "warmup_steps", "sparse_steps", "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
     *("resume", "mesh"),
 ):
@@ -64,6 +75,22 @@ def target_schedule(base: Schedule) -> Schedule:
     return Schedule.uniform(base.num_layers, inputs.kept_at_retention(base.num_layers))
 
 
+def form_to_train(checkpoint: inputs.Checkpoint) -> str | None:
+    """The form to load the checkpoint in: on a base in 8 bits only indexers can be trained, so the warm-up alone.
+
+    ValueError where the flags ask for a base in 8 bits and for the stage that trains it.
+    """
+    if checkpoint.weights is None:
+        return None
+    if not options.SPARSE_STEPS.value:
+        return FP8_BASE
+    if options.WEIGHTS.value is not None:
+        raise ValueError(
+            f"--weights={options.WEIGHTS.value}: only with --sparse_steps=0, since the sparse stage trains all weights"
+        )
+    return None
+
+
 def checkpoint_folder(output: Output) -> pathlib.Path:
     """Where the distilled checkpoint goes."""
     return output.directory / "checkpoint"
@@ -82,10 +109,11 @@ def read_inputs(output_dir: str, seed: int) -> Inputs:
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
     config, base = inputs.described(checkpoint.directory)
-    fit.training(
-        config, target_schedule(base), inputs.distillation_stages(options.CONTEXT.value, checkpoint.dtype), checkpoint=base
-    )
-    config, base, loaded = checkpoints_convert.load(checkpoint.directory)
+    weights = form_to_train(checkpoint)
+    planned = inputs.distillation_stages(options.CONTEXT.value, checkpoint.dtype)
+    taken = [stage for stage in planned if stage.steps] or planned
+    fit.training(config, target_schedule(base), taken, checkpoint=base, weights=weights)
+    config, base, loaded = checkpoints_convert.load(checkpoint.directory, weights=weights)
     schedule = target_schedule(base)
     stored = with_schedule(loaded, base, schedule)
     reader = inputs.reader(checkpoint.directory, config)
@@ -140,11 +168,13 @@ def export(
 ) -> Params:
     """Writes params in the dtypes of `like`, with the tokenizer and whatever else goes along with checkpoint `source`.
 
-    Returns what was written.
+    Returns what was written: of a base in 8 bits the indexers as they are quantised.
     """
     written = jax.tree.map(lambda a, b: a.astype(b.dtype), params, like)
     checkpoints_convert.save(directory, written, config, schedule, companions_of=source)
-    return written
+    if (weights := weights_of(like)) is None:
+        return written
+    return checkpoints_convert.load(directory, weights=weights)[2]
 
 
 def speeds(trained: runs.Trained, stages: list[Stage], config: Config, schedule: Schedule) -> dict[str, Any]:

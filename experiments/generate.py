@@ -32,7 +32,7 @@ from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_docu
 from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
 from indexcache_jax.sharding import SERVING
 
-for _name in ("checkpoint", "dtype", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
+for _name in ("checkpoint", "dtype", "weights", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
     flags.declare_key_flag(_name)
 _PROMPTS = flags.DEFINE_string("prompts", "", 'JSONL file of {"prompt": "text"} or {"tokens": [1, 2, ...]}')
 _DOCUMENT = flags.DEFINE_string("document", "", "text file that stands before every prompt; prefilled once")
@@ -41,7 +41,7 @@ _ROWS = flags.DEFINE_integer("rows_per_batch", 8, "prompts at a time")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw among so many of the likeliest tokens; 0 is all")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw among the likeliest tokens that together have this probability")
-_STOP = flags.DEFINE_list("stop_tokens", [], "token numbers that end a completion; default the checkpoint's eos_token_id")
+_STOP = flags.DEFINE_list("stop_tokens", [], "token numbers that end a completion; default the checkpoint's own")
 _CACHE_LEN = flags.DEFINE_integer(
     "cache_len", 0, "tokens a row has room for, document and completion included; default the model's max_position_embeddings"
 )
@@ -60,8 +60,8 @@ class Request:
     error: str = ""
 
 
-def parse(line: str, encoder: text.Bytes | text.FromFile) -> list[int]:
-    """The tokens of one line; ValueError says what is wrong."""
+def parse(line: str, encoder: text.Bytes | text.FromFile, begins: bool = True) -> list[int]:
+    """The tokens of one line; ValueError says what is wrong. begins: no document stands before it."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -71,20 +71,22 @@ def parse(line: str, encoder: text.Bytes | text.FromFile) -> list[int]:
     if "prompt" in fields:
         if not isinstance(fields["prompt"], str):
             raise ValueError(f"prompt: {type(fields['prompt']).__name__}, not a string")
-        return encoder.encode(fields["prompt"].encode("utf-8", errors="replace")).tolist()
+        return encoder.encode(fields["prompt"].encode("utf-8", errors="replace"), begins=begins).tolist()
     tokens = fields["tokens"]
     if not isinstance(tokens, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
         raise ValueError("tokens: not a list of integers")
     return tokens
 
 
-def requests(path: pathlib.Path, encoder: text.Bytes | text.FromFile, config: Config, room: int) -> Iterator[Request]:
+def requests(
+    path: pathlib.Path, encoder: text.Bytes | text.FromFile, config: Config, room: int, begins: bool = True
+) -> Iterator[Request]:
     """Every line of the file that is not blank. Only a line feed ends one: strings may hold what else Unicode breaks at."""
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            tokens = parse(line.decode(), encoder)
+            tokens = parse(line.decode(), encoder, begins)
             check_prompts([tokens], config, room)
             yield Request(number, tokens)
         except ValueError as error:
@@ -206,7 +208,7 @@ def room_for_a_prompt(config: Config, document: Sequence[int]) -> int:
 def read_requests(encoder: text.Bytes | text.FromFile, config: Config, room: int) -> list[Request]:
     """The lines of --prompts; those that cannot be done are named on stderr. ValueError where there are none."""
     path = pathlib.Path(_PROMPTS.value)
-    every = list(requests(path, encoder, config, room))
+    every = list(requests(path, encoder, config, room, begins=not _DOCUMENT.value))
     if not every:
         raise ValueError(f"--prompts={path}: holds no lines")
     for request in every:
@@ -236,7 +238,9 @@ def about(settings: Settings, document: Sequence[int], schedule: Schedule, weigh
     }
 
 
-def check_memory(config: Config, schedule: Schedule, settings: Settings, prompt: int, document: int, dtype: str) -> None:
+def check_memory(
+    config: Config, schedule: Schedule, settings: Settings, prompt: int, document: int, checkpoint: inputs.Checkpoint
+) -> None:
     """Says what weights and the cache of the longest prompts take of each device; ValueError where that does not fit."""
     fit.serving(
         config,
@@ -244,10 +248,11 @@ def check_memory(config: Config, schedule: Schedule, settings: Settings, prompt:
         rows=settings.rows_per_batch,
         length=room_for(document + prompt + settings.max_new_tokens, settings),
         chunk=settings.chunk,
-        dtype=dtype,
+        dtype=checkpoint.dtype,
         form=settings.cache_format,
         document=document,
         flag="prompts",
+        weights=checkpoint.weights,
     )
 
 
@@ -262,8 +267,8 @@ def read_inputs(seed: int) -> Inputs:
     check_files()
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     checkpoint = inputs.checkpoint()
-    encoder = text.tokenizer(checkpoint.directory)
     config, schedule = inputs.described(checkpoint.directory)
+    encoder = text.tokenizer(checkpoint.directory, config.vocab_size)
     settings = Settings(
         sampling=sampling,
         seed=seed,
@@ -274,10 +279,14 @@ def read_inputs(seed: int) -> Inputs:
         chunk=options.CHUNK.value or CHUNK,
         cache_format=inputs.cache_format(checkpoint.dtype, checkpoint.dtype),
     )
-    document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes()).tolist() if _DOCUMENT.value else []
+    document: list[int] = []
+    if _DOCUMENT.value:
+        document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes(), ends=False).tolist()
     every = read_requests(encoder, config, room_for_a_prompt(config, document))
-    check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint.dtype)
-    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint)
+    config, schedule, weights = checkpoints_convert.load(
+        checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
+    )
     made_with = about(settings, document, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
     return Inputs(config, schedule, weights, encoder, document, every, settings, made_with)
 

@@ -16,6 +16,7 @@ import jax
 
 from indexcache_jax import config_json
 from indexcache_jax.config_json import ARCHITECTURES, HF_NAMES, MAX_VALUES
+from indexcache_jax.foreign import shown
 
 
 @jax.tree_util.register_static
@@ -37,7 +38,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         if self.type not in ("default", "yarn"):
-            raise ValueError(f"rope_parameters.rope_type: {self.type!r} is not supported, only 'default' and 'yarn'")
+            raise ValueError(f"rope_parameters.rope_type: {shown(self.type)} is not supported, only 'default' and 'yarn'")
         if not self.theta > 0:
             raise ValueError(f"rope_parameters.rope_theta: {self.theta!r} is not positive")
         if self.type == "yarn" and not self.factor >= 1:
@@ -119,15 +120,15 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.family not in ARCHITECTURES:
-            raise ValueError(f"model_type: {self.family!r} is not one of {sorted(ARCHITECTURES)}")
+            raise ValueError(f"model_type: {shown(self.family)} is not one of {sorted(ARCHITECTURES)}")
         for field in dataclasses.fields(self):
             if field.type == "int":
-                value = getattr(self, field.name)
+                value, name = getattr(self, field.name), HF_NAMES.get(field.name, field.name)
                 least = 0 if field.name in ("n_shared_experts", "num_nextn_predict_layers") else 1
                 if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                    raise ValueError(f"{HF_NAMES.get(field.name, field.name)}: {value!r} is not an integer of at least {least}")
+                    raise ValueError(f"{name}: {shown(value)} is not an integer of at least {least}")
                 if value > MAX_VALUES.get(field.name, value):
-                    raise ValueError(f"{HF_NAMES.get(field.name, field.name)}: {value} is above {MAX_VALUES[field.name]}")
+                    raise ValueError(f"{name}: {value} is above {MAX_VALUES[field.name]}")
         if not self.rms_norm_eps >= 0:
             raise ValueError(f"rms_norm_eps: {self.rms_norm_eps!r} is negative")
         if self.qk_rope_head_dim % 2:

@@ -5,11 +5,13 @@ A field that is null counts as absent. Defaults are those of transformers' confi
 
 from __future__ import annotations
 
-import json
 import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from indexcache_jax.foreign import escaped, read_json, shown
 
 if TYPE_CHECKING:
     from indexcache_jax.config import Config
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 GLM = "glm_moe_dsa"
 DEEPSEEK = "deepseek_v32"
 ARCHITECTURES = {GLM: "GlmMoeDsaForCausalLM", DEEPSEEK: "DeepseekV32ForCausalLM"}
+# Model types that a reader may take for these.
+OTHERS = {
+    "glm5_next": "GLM-5.3-Flash (glm5_next) is another architecture than GLM-5, 5.1, 5.2 and 5.3 (glm_moe_dsa)",
+    "deepseek_v3": "DeepSeek-V3 (deepseek_v3) has no indexers; DeepSeek-V3.2 (deepseek_v32) has",
+}
 HF_NAMES = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}  # where Config's names differ
 # Far above any model's, so that lists of layers and experts, which are made before a weight is seen, stay short.
 MAX_VALUES = {"num_layers": 10_000, "n_routed_experts": 100_000}
@@ -32,15 +39,9 @@ def read_config_json(source: Mapping[str, Any] | str | pathlib.Path) -> dict[str
     path = pathlib.Path(source)
     if path.is_dir():
         path = path / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a checkpoint directory holds a config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: holds {type(fields).__name__}, not an object")
-    return fields
+    if not path.exists() and not path.is_symlink():
+        raise ValueError(f"{path}: no such file; a checkpoint directory holds a config.json")
+    return read_json(path)
 
 
 def to_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,11 +56,11 @@ def to_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
     num_layers = reader.num_layers()
     heads = get("num_attention_heads")
     if (key_value_heads := get("num_key_value_heads", heads)) != heads:
-        raise ValueError(f"num_key_value_heads: {key_value_heads!r} differs from num_attention_heads {heads!r}")
+        raise ValueError(f"num_key_value_heads: {shown(key_value_heads)} differs from num_attention_heads {shown(heads)}")
     for name, supported in (("hidden_act", "silu"), ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if (value := get(name, supported)) != supported:
-            raise ValueError(f"{name}: {value!r} is not supported, only {supported!r}")
-    eos_token_ids = reader.eos_token_ids()
+            raise ValueError(f"{name}: {shown(value)} is not supported, only {supported!r}")
+    longest = get("max_position_embeddings", 202752 if glm else 163840)
     return {
         "family": family,
         "vocab_size": get("vocab_size"),
@@ -85,14 +86,14 @@ def to_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
         "index_head_dim": get("index_head_dim", 128),
         "index_topk": get("index_topk", 2048),
         "index_rope_interleave": flag("indexer_rope_interleave", glm),
-        "rope": _rope(fields),
-        "max_position_embeddings": get("max_position_embeddings", 202752 if glm else 163840),
+        "rope": _rope(fields, _number("max_position_embeddings", longest)),
+        "max_position_embeddings": longest,
         "rms_norm_eps": number("rms_norm_eps", 1e-5 if glm else 1e-6),
         "attention_bias": flag("attention_bias", False),
         "tie_word_embeddings": flag("tie_word_embeddings", False),
         "initializer_range": number("initializer_range", 0.02),
         "bos_token_id": reader.optional_integer("bos_token_id"),
-        "eos_token_ids": eos_token_ids,
+        "eos_token_ids": token_ids("eos_token_id", fields.get("eos_token_id")),
         "pad_token_id": reader.optional_integer("pad_token_id"),
         "num_nextn_predict_layers": get("num_nextn_predict_layers", 0),
     }
@@ -178,29 +179,30 @@ class _Reader:
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):  # "false", as a string, would count as true
-            raise ValueError(f"{name}: {value!r} is neither true nor false")
+            raise ValueError(f"{name}: {shown(value)} is neither true nor false")
         return value
 
     def optional_integer(self, name: str) -> int | None:
         value = self._fields.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{name}: {value!r} is not an integer")
+            raise ValueError(f"{name}: {shown(value)} is not an integer")
         return value
 
     def num_layers(self) -> int:
         value = self.get("num_hidden_layers")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"num_hidden_layers: {value!r} is not an integer of at least 1")
+            raise ValueError(f"num_hidden_layers: {shown(value)} is not an integer of at least 1")
         if value > MAX_VALUES["num_layers"]:  # before a list as long is made
             raise ValueError(f"num_hidden_layers: {value} is above {MAX_VALUES['num_layers']}")
         return value
 
-    def eos_token_ids(self) -> tuple[int, ...]:
-        value = self._fields.get("eos_token_id")
-        tokens = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
-            raise ValueError(f"eos_token_id: {value!r} is not an integer or a list of them")
-        return tokens
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The tokens that a field holds: one, a list of them, or None. ValueError that names it for anything else."""
+    tokens = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise ValueError(f"{name}: {shown(value)} is not an integer or a list of them")
+    return tokens
 
 
 def _family(fields: Mapping[str, Any]) -> str:
@@ -208,23 +210,28 @@ def _family(fields: Mapping[str, Any]) -> str:
     architectures = fields.get("architectures") or []
     model_type = fields.get("model_type")
     if not isinstance(architectures, (list, tuple)):
-        raise ValueError(f"architectures: {architectures!r} is not a list")
-    if architectures:
-        for family, architecture in ARCHITECTURES.items():
-            if architecture in architectures:
-                return family
-        raise ValueError(f"architectures: {architectures!r} is not supported, only {sorted(ARCHITECTURES.values())}")
-    if model_type in ARCHITECTURES:
+        raise ValueError(f"architectures: {shown(architectures)} is not a list")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ValueError(f"model_type: {shown(model_type)} is not a string")
+    for family, architecture in ARCHITECTURES.items():
+        if architecture in architectures:
+            return family
+    if not architectures and model_type in ARCHITECTURES:
         return str(model_type)
-    raise ValueError(f"model_type: {model_type!r} is not supported, only {sorted(ARCHITECTURES)}")
+    field, value = ("architectures", architectures) if architectures else ("model_type", model_type)
+    if model_type in OTHERS or any(isinstance(a, str) and a.startswith("Glm5Next") for a in architectures):
+        what = OTHERS.get(model_type or "", OTHERS["glm5_next"])
+        raise ValueError(f"{field}: {shown(value)} is not supported: {what}")
+    supported = sorted(ARCHITECTURES.values() if architectures else ARCHITECTURES)
+    raise ValueError(f"{field}: {shown(value)} is not supported, only {supported}")
 
 
 def _number(name: str, value: Any) -> float:
     """The value as a float. ValueError, naming it, unless it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}: {value!r} is not a number")
+        raise ValueError(f"{name}: {shown(value)} is not a number")
     if not abs(value) <= sys.float_info.max:  # NaN too; json reads NaN, Infinity and integers of any length
-        raise ValueError(f"{name}: {value!r} is not finite")
+        raise ValueError(f"{name}: {shown(value)} is not finite")
     return float(value)
 
 
@@ -238,27 +245,66 @@ def _moe_layers(fields: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
         first = fields.get("first_k_dense_replace")
         first = 3 if first is None else first
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise ValueError(f"first_k_dense_replace: {first!r} is not a non-negative integer")
+            raise ValueError(f"first_k_dense_replace: {shown(first)} is not a non-negative integer")
         return tuple(i >= first for i in range(num_layers))
     if not isinstance(types, (list, tuple)) or len(types) != num_layers:
-        raise ValueError(f"mlp_layer_types: {types!r} is not a list of {num_layers} entries")
+        raise ValueError(f"mlp_layer_types: {shown(types)} is not a list of {num_layers} entries")
     for entry in types:
         if entry not in ("dense", "sparse"):
-            raise ValueError(f"mlp_layer_types: {entry!r} is neither 'dense' nor 'sparse'")
+            raise ValueError(f"mlp_layer_types: {shown(entry)} is neither 'dense' nor 'sparse'")
     return tuple(entry == "sparse" for entry in types)
 
 
-def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `config.Rope`: of a non-null rope_scaling, else rope_parameters (docs/model.md, Rope).
+# What an object of rotary settings may hold, by rope_type; "type" is rope_type's old name.
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_YARN_KEYS = {
+    *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("original_max_position_embeddings", "truncate"),
+}
+# The same of config.json itself, and what only has a meaning beside it.
+_ROTARY = re.compile(r"(^|_)(m?rope|rotary|yarn)(_|$)")
+_TOP_LEVEL = {"rope_theta", "rope_scaling", "rope_parameters", "rope_interleave", "indexer_rope_interleave", "qk_rope_head_dim"}
 
-    A top-level rope_theta is used only where neither has one.
+
+def _check_rotary_fields(fields: Mapping[str, Any], name: str, values: Mapping[str, Any], rope_type: Any) -> None:
+    """ValueError for a rotary setting, of config.json or of its object `name`, that would count for nothing."""
+    for key, value in fields.items():
+        if value is not None and _ROTARY.search(key) and key not in {*_TOP_LEVEL, "partial_rotary_factor"}:
+            raise ValueError(f"{escaped(key)}: {shown(value)} is a rotary setting that is not understood")
+    if fields.get("rope_interleave") not in (None, True):
+        raise ValueError(f"rope_interleave: {shown(fields['rope_interleave'])} is not supported, only true")
+    for where, of in (("", fields), (f"{name}.", values)):
+        if of.get("partial_rotary_factor") not in (None, 1.0):
+            raise ValueError(f"{where}partial_rotary_factor: {shown(of['partial_rotary_factor'])} is not supported")
+    for key, value in values.items():
+        if value is None or key in _ROPE_KEYS:
+            continue
+        at = f"{name}.{escaped(key)}: {shown(value)}"
+        if isinstance(value, Mapping):
+            raise ValueError(f"{at} is an object in {name}; rotary settings are read from {name} itself, for all layers")
+        if key not in _YARN_KEYS:
+            raise ValueError(f"{at} is not understood, only {', '.join(sorted(_ROPE_KEYS | _YARN_KEYS))}")
+        if rope_type == "default" and value != 1 and value is not True:  # a factor of 1 stretches nothing
+            raise ValueError(f"{at} has no meaning for rope_type 'default'")
+    for key, only in (("attention_factor", None), ("truncate", True)):
+        if values.get(key) not in (None, only):
+            raise ValueError(f"{name}.{key}: {shown(values[key])} is not supported")
+
+
+def _rope(fields: Mapping[str, Any], longest: float) -> dict[str, Any]:
+    """The arguments of `config.Rope`, as transformers reads them: of rope_scaling, else rope_parameters (docs/model.md, Rope).
+
+    A top-level rope_theta fills a missing key; a top-level original_max_position_embeddings replaces yarn's own. longest:
+    max_position_embeddings. ValueError, naming the field, for a setting that is not understood.
     """
-    name = "rope_scaling" if fields.get("rope_scaling") is not None else "rope_parameters"
+    name = "rope_scaling" if fields.get("rope_scaling") not in (None, {}) else "rope_parameters"
     values = fields.get(name)
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
-        raise ValueError(f"{name}: {values!r} is not an object")
+        raise ValueError(f"{name}: {shown(values)} is not an object")
+    rope_type = values.get("rope_type") or values.get("type") or "default"
+    _check_rotary_fields(fields, name, values, rope_type)
 
     def number(key: str, default: float) -> float:
         return default if values.get(key) is None else _number(f"{name}.{key}", values[key])
@@ -266,23 +312,19 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     def optional(key: str) -> float | None:
         return None if values.get(key) is None else _number(f"{name}.{key}", values[key])
 
-    for key, only in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1.0)):
-        if values.get(key) not in (None, only):
-            raise ValueError(f"{name}.{key}: {values[key]!r} is not supported")
     top_theta = fields.get("rope_theta")
     theta = number("rope_theta", 10000.0 if top_theta is None else _number("rope_theta", top_theta))
-    rope_type = values.get("rope_type") or values.get("type") or "default"
     if rope_type != "yarn":
         return {"theta": theta, "type": rope_type}
-    longest = fields.get("max_position_embeddings")
-    longest = None if longest is None else _number("max_position_embeddings", longest)
-    original = number("original_max_position_embeddings", longest or 4096.0)
+    field = "original_max_position_embeddings"
+    of, where = (values, f"{name}.{field}") if fields.get(field) is None else (fields, field)
+    original = longest if of.get(field) is None else _number(where, of[field])
     if original < 1:
-        raise ValueError(f"{name}.original_max_position_embeddings: {original!r} is below 1")
+        raise ValueError(f"{where}: {original!r} is below 1")
     return {
         "theta": theta,
         "type": rope_type,
-        "factor": number("factor", longest / original if longest else 1.0),
+        "factor": number("factor", longest / original),
         "beta_fast": number("beta_fast", 0.0) or 32.0,
         "beta_slow": number("beta_slow", 0.0) or 1.0,
         "mscale": optional("mscale"),

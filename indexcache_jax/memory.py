@@ -133,6 +133,18 @@ def _expert_temporaries(c: Config, rows: int, chunk: int, own: int, s: int, mesh
     return total if ops.platform() == "gpu" else total + pairs * c.hidden_size * (s + 4)
 
 
+def decoded_layer(config: Config, schedule: Schedule, dtype: Any) -> int:
+    """Bytes of the matrices that the forward pass of params in 8 bits decodes for one layer, whole on each device."""
+    tree = params.abstract(config, schedule, "fp8")
+    mlps = [tree.dense, None if tree.moe is None else tree.moe.shared]
+
+    def numbers(part: Any) -> int:
+        return sum(math.prod(matrix.codes.layer_shape) for _, matrix in tensors.matrices(part))
+
+    most = numbers(tree.attention) + numbers(tree.indexer) + max(map(numbers, mlps))
+    return most * jnp.dtype(dtype).itemsize
+
+
 def serving_need(
     config: Config,
     schedule: Schedule,
@@ -159,12 +171,14 @@ def serving_need(
     )
 
 
-def training_need(config: Config, schedule: Schedule, kinds: list[str], mesh: Devices, rules: Rules) -> Need:
+def training_need(
+    config: Config, schedule: Schedule, kinds: list[str], mesh: Devices, rules: Rules, weights: str | None = None
+) -> Need:
     """What training keeps on one device: float32 weights and, for what trains, gradients and Adam's two moments.
 
-    kinds: of the stages; the one that trains most counts. Activations come on top.
+    kinds: of the stages; the one that trains most counts. weights: as of `params.abstract`. Activations come on top.
     """
-    tree = params.abstract(config, schedule)
+    tree = params.abstract(config, schedule, weights)
 
     def trained(kind: str) -> int:
         leaves, _ = training.split(tree, distill.trainable(tree, kind))

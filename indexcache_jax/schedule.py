@@ -15,14 +15,16 @@ from typing import Any
 
 import jax
 
+from indexcache_jax.foreign import shown
+
 ENGINES = ("transformers", "sglang", "vllm", "tensorrt-llm")
 DEFAULT_OFFSET = 2
 _LETTERS = {"F": "F", "S": "S", "FULL": "F", "SHARED": "S"}
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(value)} entries)"
+    text = shown(value)
+    return text if not text.endswith("...") else f"{text} ({len(value)} entries)"
 
 
 @jax.tree_util.register_static
@@ -37,7 +39,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
-            raise ValueError(f"schedule pattern: {self.pattern!r} is empty or not a string")
+            raise ValueError(f"schedule pattern: {shown(self.pattern)} is empty or not a string")
         if other := sorted(set(self.pattern) - {"F", "S"}):
             raise ValueError(f"schedule pattern: {_show(self.pattern)} holds {other[0]!r}; only F and S are allowed")
         if self.pattern[0] != "F":
@@ -90,6 +92,10 @@ class Schedule:
         """This schedule with `layer` turned from F to S, as one flip of the search; ValueError for layer 0."""
         return Schedule(self.pattern[:layer] + "S" + self.pattern[layer + 1 :])
 
+    def with_full(self, layer: int) -> Schedule:
+        """This schedule with `layer` turned to F, as when the search takes a flip back."""
+        return Schedule(self.pattern[:layer] + "F" + self.pattern[layer + 1 :])
+
     @classmethod
     def all_full(cls, num_layers: int) -> Schedule:
         """The schedule in which every layer runs its indexer: plain DeepSeek Sparse Attention."""
@@ -108,7 +114,7 @@ class Schedule:
         for entry in text:
             letter = _LETTERS.get(entry.upper()) if isinstance(entry, str) else None
             if letter is None:
-                raise ValueError(f"{field}: {_show(text)} holds {entry!r}; only F, S, full and shared are allowed")
+                raise ValueError(f"{field}: {_show(text)} holds {shown(entry)}; only F, S, full and shared are allowed")
             letters.append(letter)
         if num_layers is not None and len(letters) != num_layers:
             raise ValueError(f"{field}: {_show(text)} has {len(letters)} entries for {num_layers} layers")
@@ -124,7 +130,7 @@ class Schedule:
         """
         for field, value in (("num_hidden_layers", num_layers), ("index_topk_freq", freq), ("index_skip_topk_offset", offset)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field}: {value!r} is not an integer of at least 1")
+                raise ValueError(f"{field}: {shown(value)} is not an integer of at least 1")
         return cls("".join("F" if max(i - offset + 1, 0) % freq == 0 else "S" for i in range(num_layers)))
 
     @classmethod
@@ -148,7 +154,7 @@ class Schedule:
         """
         num_layers = fields.get("num_hidden_layers")
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"num_hidden_layers: {num_layers!r} is not an integer of at least 1")
+            raise ValueError(f"num_hidden_layers: {shown(num_layers)} is not an integer of at least 1")
         by_field: dict[str, Schedule] = {}
         for field in ("indexer_types", "index_topk_pattern"):
             if fields.get(field) is not None:

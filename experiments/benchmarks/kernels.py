@@ -324,25 +324,28 @@ def attention(
 ) -> Case:
     """sparse_mla; with `scaled` over latents in 8 bits."""
     b, s, t, k = sizes.batch(batch), sizes.queries(queries) if queries > 1 else 1, sizes.keys(keys), sizes.selected()
-    latents = repeated(b, (1, t, LATENT), FP8 if scaled else jnp.bfloat16)
-    scales = key_scales((b, t)) if scaled else None
-    read = b * s * k * (LATENT + 4 if scaled else 2 * LATENT)
+    latents: Any
+    if scaled:
+        codes, rotary = (repeated(b, (1, t, n), kind) for n, kind in ((VALUE_DIM, FP8), (LATENT - VALUE_DIM, jnp.bfloat16)))
+        latents = quant.Latents(codes, rotary, key_scales((b, t)))
+    else:
+        latents = repeated(b, (1, t, LATENT), jnp.bfloat16)
+    read = b * s * k * sum(x.nbytes for x in jax.tree.leaves(latents)) // (b * t)
 
-    def run(q: Any, indices: Any, kv: Any, scales: Any, implementation: str | None) -> Any:
-        options = dict(scale=LATENT**-0.5, value_dim=VALUE_DIM, latent_scales=scales)
-        return sparse_mla(q, kv, indices, **options, implementation=implementation)
+    def run(q: Any, indices: Any, kv: Any, implementation: str | None) -> Any:
+        return sparse_mla(q, kv, indices, scale=LATENT**-0.5, value_dim=VALUE_DIM, implementation=implementation)
 
     sets = [(normal((b, s, heads, LATENT), seed=seed), selections((b, s), t, k, shared, seed)) for seed in sizes.seeds(read)]
     n = max(1, s // part)
-    fewer = normal((b, n, heads, LATENT)), selections((b, n), t, k, shared), latents, scales
+    fewer = normal((b, n, heads, LATENT)), selections((b, n), t, k, shared), latents
     reference = (functools.partial(run, implementation="xla"), fewer, s // n)
     work: dict[str, Any] = dict(bytes=read) if queries == 1 else dict(flops=2 * b * s * heads * k * (LATENT + VALUE_DIM))
 
-    def stages(q: Any, indices: Any, kv: Any, scales: Any, leave_out: str) -> Any:
+    def stages(q: Any, indices: Any, kv: Any, leave_out: str) -> Any:
         from pallas_kernels.sparse_mla import mosaic_gpu_attention
 
         tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=k // mosaic_gpu_attention.PAIR)
-        flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), None, indices.reshape(-1, k), None
+        flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), indices.reshape(-1, k), None
         return mosaic_gpu_attention.attend(*flat, tasks, scale=LATENT**-0.5, leave_out=leave_out)
 
     variants = without(
@@ -357,7 +360,7 @@ def attention(
     return Case(
         functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
         sets,
-        common=(latents, scales),
+        common=(latents,),
         reference=reference if on_hopper() else None,
         variants=variants if heads >= 64 and queries > 1 and not scaled else {},
         **work,
@@ -498,10 +501,6 @@ def prefill_attention_rows(sizes: Sizes) -> Iterator[Row]:
         "falls little with the heads. Where neighbours share enough, which the lists themselves tell, three queries share a "
         "tile of 64 query rows over the union of their selections instead."
     )
-    packed = (
-        "the kernel for few heads takes no 8-bit latents: three queries share a tile of 64 query rows over the union of their "
-        "selections, which is three selections where these are random, the work of 64 heads."
-    )
     for heads, whose, times, targets in (
         (64, flash, (1.77, 2.03, 2.20), (None, None, 2.35)),
         (128, flash, (3.48, 3.98, 4.38), (None, None, None)),
@@ -516,22 +515,24 @@ def prefill_attention_rows(sizes: Sizes) -> Iterator[Row]:
         yield add(name, attention, 1, 4096, 20, 122880, shared=shared, public=(2.15, padded), target=target, part=8)
     for heads in (16, 32):
         yield add(f"sparse MLA, 4096 x 122880, {heads} heads, random", attention, 1, 4096, heads, 122880, part=8)
-    for heads in (64, 20):
+    for heads, target in ((64, 2.2), (128, None), (20, 1.15)):
         name = f"sparse MLA, 4096 x 122880, {heads} heads, random, fp8 latents"
-        yield add(name, attention, 1, 4096, heads, 122880, scaled=True, note=packed if heads == 20 else "", part=8)
+        yield add(name, attention, 1, 4096, heads, 122880, scaled=True, target=target, part=8)
+    name = "sparse MLA, 4096 x 122880, 20 heads, 85% shared, fp8 latents"
+    yield add(name, attention, 1, 4096, 20, 122880, shared=0.85, scaled=True, part=8)
 
 
 def decode_attention_rows(sizes: Sizes) -> Iterator[Row]:
     """sparse_mla over one query a row."""
     add = functools.partial(_row, sizes)
     flash = "FlashMLA bf16"
-    for b, t, ms, whose, target in (
-        (1, 122880, 0.0208, "FlashMLA fp8", 0.025),
-        (8, 122880, 0.0251, "FlashMLA fp8", 0.029),
-        (32, 122880, 0.0516, "FlashMLA fp8", None),
-        (128, 61440, 0.093, flash, None),
+    for b, t, ms, whose, targets in (
+        (1, 122880, 0.0208, "FlashMLA fp8", (0.025, 0.025)),
+        (8, 122880, 0.0251, "FlashMLA fp8", (0.029, 0.029)),
+        (32, 122880, 0.0516, "FlashMLA fp8", (None, 0.048)),
+        (128, 61440, 0.093, flash, (None, 0.088)),
     ):
-        for scaled in (False, True):
+        for scaled, target in zip((False, True), targets, strict=True):
             name = f"sparse MLA, decode, {b} x {t}, 64 heads" + ", fp8 latents" * scaled
             yield add(name, attention, b, 1, 64, t, scaled=scaled, public=(ms, whose), target=target)
     yield add("sparse MLA, decode, 8 x 122880, 20 heads", attention, 8, 1, 20, 122880)

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.common import processes
 from experiments.common.journal import replacing
-from experiments.common.text import Bytes, Document, FromFile
+from experiments.common.text import Bytes, Document, FromFile, ended
 
 T = TypeVar("T")
 PORTION_BYTES = 8 * 2**20  # of text that is encoded together
@@ -74,11 +74,10 @@ def _pack(
 def _write_tokens(
     file: BinaryIO, documents: Sequence[Document], encoder: Bytes | FromFile, separator: int | None, limit: float
 ) -> None:
-    end = np.array([] if separator is None else [separator], "<i4").tobytes()
     for contents in _portions(documents):
         for tokens in encoder.encode_many(contents):
             if file.tell() < 4 * limit:
-                file.write(tokens.astype("<i4").tobytes() + end)
+                file.write(ended(tokens, separator).astype("<i4").tobytes())
         if file.tell() >= 4 * limit:
             return
 

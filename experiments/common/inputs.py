@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
+import functools
 import math
+import pathlib
 import warnings
 from typing import Any
 
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoints_convert
+from checkpoints_convert.companions import with_stop_tokens
 from experiments.common import options, text
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
@@ -33,6 +37,12 @@ class Checkpoint:
 
     directory: str
     dtype: str
+
+    @functools.cached_property
+    def weights(self) -> str | None:
+        """The form to load it in: "fp8" for matrices in 8 bits, which --weights asks for or the checkpoint has, else None."""
+        asked = options.WEIGHTS.value
+        return checkpoints_convert.stored_weights(self.directory) if asked is None else made_weights()
 
     @property
     def name(self) -> str:
@@ -55,7 +65,7 @@ def described(directory: str) -> tuple[Config, Schedule]:
     """The model and the schedule of a checkpoint by its config.json alone; what is wrong elsewhere is said where it is read."""
     with warnings.catch_warnings(action="ignore"):  # they come with the weights
         fields = read_config_json(directory)
-        return Config.from_hf(fields), Schedule.from_hf(fields)
+        return with_stop_tokens(Config.from_hf(fields), pathlib.Path(directory)), Schedule.from_hf(fields)
 
 
 def share(flag: str, value: str) -> fractions.Fraction:
@@ -137,7 +147,7 @@ def split(patterns: str, held_out: str | None, flag: str = "text") -> Sides:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """How a model's text becomes sequences of `context` tokens, each document followed by `separator` if that is not None."""
+    """How a model's text becomes sequences of `context` tokens, each document ended by `separator` if that is not None."""
 
     encoder: text.Bytes | text.FromFile
     separator: int | None
@@ -176,7 +186,7 @@ def reader(directory: str, config: Config) -> Reader:
             f"schedules are the same, and at most {config.max_position_embeddings}, the model's longest"
         )
     separator = next((token for token in config.eos_token_ids if 0 <= token < config.vocab_size), None)
-    return Reader(text.tokenizer(directory), separator, context, config.vocab_size)
+    return Reader(text.tokenizer(directory, config.vocab_size), separator, context, config.vocab_size)
 
 
 def batches(cuts: np.ndarray) -> list[np.ndarray]:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 
+from checkpoints_convert.companions import TOKENIZER
+from checkpoints_convert.tokenizer_files import boundary, read_file, read_tokenizer
 from experiments.common import processes
 
 LARGEST_SOURCE = 200_000  # bytes
@@ -37,7 +39,7 @@ class Bytes:
 
     name = identity = "bytes"
 
-    def encode(self, text: bytes) -> np.ndarray:
+    def encode(self, text: bytes, begins: bool = True, ends: bool = True) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -48,28 +50,34 @@ class Bytes:
 
 
 class FromFile:
-    """A checkpoint's tokenizer.json."""
+    """A checkpoint's tokenizer.
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.name = path.name
-        content = path.read_bytes()
-        self.identity = f"{path.name} {zlib.crc32(content)}"  # the name is the same in every checkpoint
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises bare Exception for whatever it finds wrong
-            raise ValueError(f"{path}: not a tokenizer that the tokenizers library reads: {error}") from None
+    Like transformers it puts before and after a text what the tokenizer's post-processor says, such as one token where a
+    text begins.
+    """
 
-    def encode(self, text: bytes) -> np.ndarray:
-        encoding = self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
+    def __init__(self, path: pathlib.Path, tokenizer: tokenizers.Tokenizer, identity: str) -> None:
+        self.name, self.identity = path.name, identity
+        self._path, self._tokenizer = path, tokenizer
+
+    def encode(self, text: bytes, begins: bool = True, ends: bool = True) -> np.ndarray:
+        """The tokens of a text, or of a part of one, which does not begin or does not end where the text does."""
+        with boundary(self._path):
+            encoding = self._tokenizer.encode(text.decode("utf-8", errors="replace"))
+        ids, is_added = np.array(encoding.ids, np.int32), np.array(encoding.special_tokens_mask, bool)
+        own = np.flatnonzero(~is_added)  # what the post-processor does not add
+        first, last = (own[0], own[-1] + 1) if own.size else (is_added.size, is_added.size)
+        return ids[0 if begins else first : None if ends else last]
 
     def encode_many(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """As encode, on all cores."""
         decoded = [text.decode("utf-8", errors="replace") for text in texts]
-        return [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)]
+        with boundary(self._path):
+            return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(decoded)]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return self._tokenizer.decode(list(tokens))
+        with boundary(self._path):
+            return self._tokenizer.decode(list(tokens))
 
 
 # Words, digits one by one, runs of other signs with a space on either side, other space. A word never takes a space or a
@@ -112,13 +120,24 @@ def train_tokenizer(found: Sequence[Document], vocabulary: int, path: pathlib.Pa
         os.replace(beside, path)
 
     processes.from_main(make)
-    return FromFile(path)
+    return FromFile(path, *read_file(path))
 
 
-def tokenizer(directory: str | pathlib.Path) -> Bytes | FromFile:
-    """The tokenizer of a checkpoint directory: its tokenizer.json, or bytes."""
-    path = pathlib.Path(directory) / "tokenizer.json"
-    return FromFile(path) if path.is_file() else Bytes()
+MOST_FOR_BYTES = 512  # a vocabulary: 256 bytes and some tokens for other things
+
+
+def tokenizer(directory: str | pathlib.Path, vocab_size: int) -> Bytes | FromFile:
+    """The tokenizer of a checkpoint directory, as transformers reads it, or bytes where there is none.
+
+    vocab_size: the model's. ValueError for a tokenizer that is not read, and where bytes cannot be what the model reads.
+    """
+    directory = pathlib.Path(directory)
+    found = read_tokenizer(directory)
+    if found is not None:
+        return FromFile(directory / TOKENIZER, *found)
+    if vocab_size > MOST_FOR_BYTES:
+        raise ValueError(f"{directory / TOKENIZER}: no such file, and bytes are not the {vocab_size} tokens of this model")
+    return Bytes()
 
 
 def standard_library() -> list[Document]:
@@ -179,15 +198,20 @@ def documents(patterns: str) -> list[Document]:
     return list(found.values())
 
 
+def ended(tokens: np.ndarray, separator: int | None) -> np.ndarray:
+    """A document's tokens with `separator` after them, unless there is none or the tokenizer has put it there."""
+    if separator is None or (tokens.size and tokens[-1] == separator):
+        return tokens
+    return np.append(tokens, np.int32(separator))
+
+
 def stream(found: Sequence[Document], encoder: Bytes | FromFile, separator: int | None, limit: int | None = None) -> np.ndarray:
-    """The documents' tokens one after the other, each followed by `separator`, int32; stops past `limit` tokens."""
+    """The documents' tokens one after the other, each ended by `separator`, int32; stops past `limit` tokens."""
     parts, total = [], 0
     for document in found:
-        tokens = encoder.encode(document.path.read_bytes())
+        tokens = ended(encoder.encode(document.path.read_bytes()), separator)
         parts.append(tokens)
-        if separator is not None:
-            parts.append(np.array([separator], np.int32))
-        total += tokens.size + (separator is not None)
+        total += tokens.size
         if limit is not None and total >= limit:
             break
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)

@@ -116,7 +116,7 @@ def prompt(task: str, haystack: np.ndarray, encoder: Bytes | FromFile, context: 
 
 
 def _encode_one(encoder: Bytes | FromFile, part: str) -> np.ndarray:
-    return encoder.encode(part.encode())
+    return encoder.encode(part.encode(), begins=False, ends=False)
 
 
 def _scattered(haystack: np.ndarray, needles: Sequence[np.ndarray], before: int, rng: random.Random) -> list[np.ndarray]:

@@ -43,6 +43,18 @@ def linear(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = None, inputs: 
     return jax.lax.dot_general(x, weight, dims, precision=exact, preferred_element_type=dtype or x.dtype)
 
 
+def by_head(x: jax.Array, matrices: jax.Array) -> jax.Array:
+    """x [B, S, H, K] times the heads' matrices [H, N, K] -> [B, S, H, N].
+
+    Of a decode step the product has the rows before N. einsum puts the rows last, and where they are no multiple of 8
+    cuBLAS has slow kernels only for such a product.
+    """
+    if x.shape[1] > 1:
+        return jnp.einsum("bshk,hnk->bshn", x, matrices)
+    product = jax.lax.dot_general(x[:, 0], matrices, (((2,), (2,)), ((1,), (0,))))
+    return product.swapaxes(0, 1)[:, None]
+
+
 def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R]."""
     inputs = ("heads",), ("heads",), ("batch", "queries"), ("batch", "queries")
@@ -64,7 +76,7 @@ def _absorb(up: jax.Array | Scaled, k_up: jax.Array, q_latent: jax.Array, cos_si
         q_latent = jax.lax.optimization_barrier(q_latent)
         product = linear(q_latent, up).reshape(b, s, heads, c.qk_head_dim)
         nope, rope = finish_queries(product, cos_sin, c)
-        return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, k_up), rope], axis=-1)
+        return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
     matrices, tokens = up.reshape(heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
     nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
     wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
@@ -118,9 +130,9 @@ def attention(
     assert indices is not None  # the first layer is F
 
     with jax.named_scope("attend"):
-        scales = None if cache.latent_scales is None else cache.latent_scales[:, :kv_length]
-        context = ops.attend(absorbed, cache.latents[:, :kv_length], indices, c, scales)
-        heads = jnp.einsum("bshc,hvc->bshv", context, p.v_up)
+        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, c)
+        split = "batch", "queries", "heads"
+        heads = sharding.on_each_device(by_head, (split, ("heads",)), split)(context, p.v_up)
         out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")
         x = x + (out if p.out_bias is None else out + p.out_bias)
         return sharding.constrain(x, "batch", "queries", None), indices, cache

@@ -97,6 +97,11 @@ class Weights:
         return "".join("F" if layer.full else "S" for layer in self.layers)
 
     @property
+    def format(self) -> str | None:
+        """The value of `weights` for which `abstract` describes them: "fp8" for matrices in 8 bits, else None."""
+        return "fp8" if isinstance(self.layers[0].out, Scaled) else None
+
+    @property
     def ends(self) -> Weights:
         """The weights without the layers: embedding, final norm and head."""
         return dataclasses.replace(self, layers=())

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from checkpoints_convert.safetensors_io import Spec, plan_shards, read_directory, read_header, write_index, write_shard
+from checkpoints_convert.safetensors_io import (
+    Spec,
+    plan_shards,
+    read_directory,
+    read_header,
+    read_stored,
+    write_index,
+    write_shard,
+)
 from tests.checkpoints_convert import files
 
 TENSORS = {
@@ -159,10 +167,69 @@ def test_a_missing_shard_is_refused(sharded):
         read_directory(sharded)
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded):
-    files.write_file(sharded / "model-00002-of-00002.safetensors", TENSORS)
-    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: tensor a is also in .*model-00001-of-00002"):
-        read_directory(sharded)
+def test_exactly_what_the_index_lists_is_read(sharded):
+    """A tensor that another shard holds too, one that is not listed, and files that are not named: all named, none read."""
+    second = sharded / "model-00002-of-00002.safetensors"
+    files.write_file(second, {"a": TENSORS["a"] + 1, "b": TENSORS["b"], "extra": TENSORS["a"]})
+    files.write_file(sharded / "patch.safetensors", {"a": TENSORS["a"] + 2})
+    (sharded / "broken.safetensors").write_bytes(b"no header")
+    stored = read_stored(sharded)
+    assert stored.entries.keys() == TENSORS.keys()
+    assert stored.entries["a"].file.name == "model-00001-of-00002.safetensors"
+    np.testing.assert_array_equal(stored.entries["a"].rows(0, 2), TENSORS["a"])
+    assert stored.notes() == [
+        "not read: 2 files that model.safetensors.index.json does not name: broken.safetensors, patch.safetensors",
+        "not read: 2 tensors that model.safetensors.index.json does not list there: "
+        "a in model-00002-of-00002.safetensors, extra in model-00002-of-00002.safetensors",
+    ]
+
+
+def test_an_index_decides_where_there_is_a_single_file_too(sharded):
+    files.write_file(sharded / "model.safetensors", {"a": TENSORS["a"] + 1})
+    stored = read_stored(sharded)
+    np.testing.assert_array_equal(stored.entries["a"].rows(0, 2), TENSORS["a"])
+    assert stored.notes() == ["not read: 1 files that model.safetensors.index.json does not name: model.safetensors"]
+
+
+def test_the_order_of_a_header_means_nothing(path):
+    """As JSON may have it: names in another order than data, and a tensor without a byte between two others."""
+    names = {
+        "c": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+        "none": {"dtype": "F32", "shape": [0], "data_offsets": [8, 8]},
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+    }
+    files.write_raw(path, json.dumps(names).encode(), np.arange(4, dtype=np.float32).tobytes())
+    entries = read_header(path)
+    assert entries["a"].rows(0, 2).tolist() == [0, 1] and entries["c"].rows(0, 2).tolist() == [2, 3]
+
+
+HOSTILE = "\x1b]0;owned\x07\nmodel.norm.weight"
+
+
+def test_a_name_that_drives_a_terminal_is_shown_escaped(path, sharded):
+    files.write_file(path, {HOSTILE: TENSORS["a"]})
+    with rejected(path, r"holds '\\x1b\]0;owned\\x07\\nmodel.norm.weight', which is not a tensor's name") as caught:
+        read_header(path)
+    assert str(caught.value).isprintable()
+    path.unlink()
+    for changes in (
+        {HOSTILE: "model-00001-of-00002.safetensors"},
+        {"a": "\x1b[31m.safetensors"},
+        {"a": "x" * 300 + ".safetensors"},
+    ):
+        index = edit_index(sharded, **{"a": "model-00001-of-00002.safetensors"} | changes)
+        with pytest.raises(ValueError) as caught:
+            read_directory(sharded)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+        text = json.loads(index.read_text())
+        text["weight_map"].pop(HOSTILE, None)
+        index.write_text(json.dumps(text))
+
+
+def test_a_git_lfs_pointer_is_called_one(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4999\n")
+    with rejected(path, "is a Git LFS pointer, not the file itself"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}'])

@@ -42,7 +42,7 @@ def test_what_another_tokenizer_packed_is_not_kept(tmp_path):
     for folder, size in (("one", 257), ("two", 270)):
         (tmp_path / folder).mkdir()
         text.train_tokenizer(found, size, tmp_path / folder / "tokenizer.json", 0)
-    one, two = (text.tokenizer(tmp_path / folder) for folder in ("one", "two"))
+    one, two = (text.tokenizer(tmp_path / folder, 258) for folder in ("one", "two"))
     before = np.array(data.pack(found, one, 0, tmp_path / "tokens.bin", 0))
     after = data.pack(found, two, 0, tmp_path / "tokens.bin", 0)
     assert one.name == two.name and after.size < before.size

@@ -70,22 +70,22 @@ def test_sequences_are_distinct_seeded_cuts():
 
 
 def test_a_checkpoints_own_tokenizer_or_bytes(tmp_path):
-    assert text.tokenizer(tmp_path).encode("é".encode()).tolist() == [0xC3, 0xA9]
+    assert text.tokenizer(tmp_path, 258).encode("é".encode()).tolist() == [0xC3, 0xA9]
     vocabulary = {"[UNK]": 0, "def": 1, "x": 2}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "tokenizer.json"))
-    found = text.tokenizer(tmp_path)
+    found = text.tokenizer(tmp_path, 258)
     assert found.encode(b"def x y").tolist() == [1, 2, 0] and found.decode([1, 2]) == "def x"
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not a tokenizer"):
-        text.tokenizer(tmp_path)
+        text.tokenizer(tmp_path, 258)
 
 
 def test_a_tokenizer_made_here_cuts_a_word_the_same_wherever_it_stands(folder):
     documents = text.documents(str(folder))
     made = text.train_tokenizer(documents, 270, folder / "tokenizer.json", 0)
-    assert text.tokenizer(folder).name == made.name
+    assert text.tokenizer(folder, 270).name == made.name
     sample = "x = 12\n\té [qzv] == 'qzv'\n"
     assert made.decode(made.encode(sample.encode())) == sample
     word = made.encode(b"qzv").tolist()

@@ -21,6 +21,8 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 FIELDS = GLM_FIELDS | {
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
@@ -29,13 +31,6 @@ FIELDS = GLM_FIELDS | {
     "pad_token_id": 257,
     "max_position_embeddings": 160,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_selection_loss(case, tokens, seed=0):
@@ -139,7 +134,7 @@ def test_a_run_on_tokens_keeps_to_its_time_and_is_taken_up_again(tmp_path, monke
     steps = {entry["stage"]: entry["steps"] for entry in json.loads((tmp_path / "out" / "plan.json").read_text())}
     assert 1 <= steps["dense"] < 5000 and 1 <= steps["warm-up"] <= 3
     assert len(runs.read_log(tmp_path / "out")) == sum(steps.values())
-    encoder = text.tokenizer(tmp_path / "out" / "checkpoint")
+    encoder = text.tokenizer(tmp_path / "out" / "checkpoint", 300)
     assert isinstance(encoder, text.FromFile) and encoder.decode(encoder.encode(b"alpha beta")) == "alpha beta"
     log, found = (tmp_path / "out" / "train.jsonl").read_text(), tmp_path / "out" / "results.json"
     times = [json.loads(found.read_text())["metrics"][name] for name in ("seconds", "tokens_per_second")]

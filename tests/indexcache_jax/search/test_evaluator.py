@@ -51,7 +51,7 @@ def test_evaluator_of_params_without_some_indexers(params):
 def test_a_loss_that_is_not_finite_ends_the_search(params):
     broken = params.replace(final_norm=params.final_norm.at[0].set(jnp.nan))
     log = MemoryLog()
-    with pytest.raises(ValueError, match="loss of FFFFFF on batch 0 is nan"):
+    with pytest.raises(ValueError, match="loss of FFFFFF on sequence 0 is nan"):
         search.greedy_search(search.Evaluator(broken, CONFIG, ALL, [tokens(0)], log), ALL)
     assert log.get(ALL, 0) is None
 

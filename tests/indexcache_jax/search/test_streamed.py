@@ -27,6 +27,7 @@ class OneByOne:
     def __init__(self, case: Case = CASE, schedule: Schedule | None = None, params: Params | None = None) -> None:
         self.config, self.schedule = case.config, schedule or case.schedule
         self._params, self._tree = params or case.params, abstract(self.config, self.schedule)
+        self.weights = None
         self.asked: list[int] = []
 
     def _some(self, place, shardings) -> Params:
@@ -114,7 +115,7 @@ def test_a_layer_without_an_indexer_cannot_be_full():
 
 def test_a_loss_that_is_not_finite_is_no_loss():
     layers = OneByOne(params=CASE.params.replace(final_norm=CASE.params.final_norm.at[0].set(np.nan)))
-    with pytest.raises(ValueError, match="loss of FFSFS on batch 0 is nan"):
+    with pytest.raises(ValueError, match="loss of FFSFS on sequence 0 is nan"):
         streamed.StreamedEvaluator(layers, batches()).loss(CASE.schedule)
 
 

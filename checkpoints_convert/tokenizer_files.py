@@ -1,0 +1,146 @@
+"""A checkpoint's tokenizer as transformers makes it: tokenizer.json and the tokens that the files beside it add.
+
+Truncation and padding that were saved with it are off: a text gives all of its tokens and no others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+from checkpoints_convert.companions import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG, content_of
+from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, read_bytes, read_json, shown
+
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+# Files from which transformers makes a tokenizer where there is no tokenizer.json, or which tell of one.
+_OTHERS = (
+    *("tokenizer.model", "*.tiktoken", "tiktoken.model", "tekken.json", "*.model", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenization_*.py", "tokenizer.*.json", TOKENIZER_CONFIG, ADDED_TOKENS, SPECIAL_TOKENS_MAP),
+)
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_PROPERTIES = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def read_tokenizer(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, str] | None:
+    """The tokenizer of a checkpoint directory and what tells it from others; None where there is no tokenizer's file.
+
+    ValueError, naming the file, for a tokenizer.json that cannot be read, tokens beside it that contradict it, and for a
+    tokenizer in another format: none of its tokens may be taken for bytes.
+    """
+    path = directory / TOKENIZER
+    if not path.exists() and not path.is_symlink():
+        if others := sorted({found.name for pattern in _OTHERS for found in directory.glob(pattern)}):
+            raise ValueError(
+                f"{directory / others[0]}: belongs to a tokenizer without {TOKENIZER}, the only format that is read; make one "
+                f"with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
+        return None
+    tokenizer, identity = read_file(path)
+    declared, special, settings = _tokens_beside(directory)
+    with boundary(path):
+        _add(tokenizer, declared, special)
+        tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
+    for number, (token, source) in declared.items():
+        found = tokenizer.token_to_id(token.content)
+        if found != number:
+            raise ValueError(f"{source}: token {shown(token.content)} is {number} there, but {found} with {TOKENIZER}")
+    if declared or special:
+        about = json.dumps([[n, str(token)] for n, (token, _) in declared.items()] + [str(token) for token in special])
+        identity += f" {zlib.crc32(about.encode('utf-8', 'surrogatepass'))}"
+    return tokenizer, identity
+
+
+def read_file(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, str]:
+    """The tokenizer that one file describes, and what tells it from others."""
+    content = read_bytes(path, MAX_LARGE)
+    check_no_pointer(path, content)
+    with boundary(path):
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer, f"{path.name} {zlib.crc32(content)}"  # the name is the same in every checkpoint
+
+
+@contextlib.contextmanager
+def boundary(path: pathlib.Path | str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises, its panics too, into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception for whatever it finds wrong
+        raise ValueError(f"{path}: not a tokenizer that the tokenizers library reads: {escaped(str(error))}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which is no Exception
+            raise
+        raise ValueError(f"{path}: the tokenizers library fails with it: {escaped(str(error))}") from None
+
+
+Declared = dict[int, tuple[tokenizers.AddedToken, pathlib.Path]]
+
+
+def _tokens_beside(directory: pathlib.Path) -> tuple[Declared, list[tokenizers.AddedToken], Mapping[str, Any]]:
+    """Tokens with their numbers and files, special tokens without numbers, and tokenizer_config.json.
+
+    As transformers 5 reads them: added_tokens_decoder in tokenizer_config.json, else special_tokens_map.json and
+    added_tokens.json; and in any case the special tokens that tokenizer_config.json names.
+    """
+    path, declared = directory / TOKENIZER_CONFIG, {}
+    settings = read_json(path) if path.exists() else {}
+    files = settings.get("fast_tokenizer_files")
+    if files not in (None, [], [TOKENIZER]):
+        raise ValueError(f"{path}: fast_tokenizer_files: {shown(files)} are not read, only {TOKENIZER}")
+    of_decoder = settings.get("added_tokens_decoder")
+    if of_decoder is not None:
+        if not isinstance(of_decoder, Mapping) or not all(number.isdecimal() for number in of_decoder):
+            raise ValueError(f"{path}: added_tokens_decoder: {shown(of_decoder)} is not an object of tokens by number")
+        declared = {int(number): (_token(path, token), path) for number, token in of_decoder.items()}
+    elif (beside := directory / SPECIAL_TOKENS_MAP).exists():
+        settings = dict(settings) | read_json(beside)
+    special = _special(path, settings)
+    if of_decoder is None and (beside := directory / ADDED_TOKENS).exists():
+        names = {token.content for token in special}
+        for text, number in read_json(beside, MAX_LARGE).items():
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{beside}: token {shown(text)} has the number {shown(number)}")
+            token = tokenizers.AddedToken(text, normalized=text not in names, special=text in names)
+            declared[number] = (token, beside)
+    return dict(sorted(declared.items())), special, settings
+
+
+def _special(path: pathlib.Path, settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """The special tokens that tokenizer_config.json names, those of every model first."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    own = [name for name in settings if name.endswith("_token") and name not in _NAMED]
+    values = [settings.get(name) for name in (*_NAMED, *own)]
+    values = [value for value in values if content_of(value) is not None]  # add_bos_token, for one, is no token
+    if not isinstance(extra, (list, Mapping)):
+        raise ValueError(f"{path}: extra_special_tokens: {shown(extra)} is not a list of tokens")
+    values += list(extra.values()) if isinstance(extra, Mapping) else extra
+    return [_token(path, value) for value in values]
+
+
+def _token(path: pathlib.Path, value: Any) -> tokenizers.AddedToken:
+    text = content_of(value)
+    if not text:
+        raise ValueError(f"{path}: {shown(value)} is not a token")
+    if isinstance(value, str):
+        return tokenizers.AddedToken(text, normalized=False, special=True)
+    properties = {name: value[name] for name in _PROPERTIES if name in value}
+    if not all(isinstance(flag, bool) for flag in properties.values()):
+        raise ValueError(f"{path}: {shown(value)} is not a token")
+    return tokenizers.AddedToken(text, **properties)
+
+
+def _add(tokenizer: tokenizers.Tokenizer, declared: Declared, special: list[tokenizers.AddedToken]) -> None:
+    """Adds tokens in the order of their numbers, then the special ones, which keep what was said of them before."""
+    names = {token.content for token in special}
+    for token, _ in declared.values():
+        token.special = token.special or token.content in names
+    tokenizer.add_tokens([token for token, _ in declared.values()])
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([known.get(token.content, token) for token in special])
