@@ -215,27 +215,12 @@ def load_shared(address: Value) -> Value:
     return asm("ld.shared.b32 $0, [$1];", [address], "=r,r", i32())
 
 
-def load_shared_words(address: Value) -> list[Value]:
-    """16 bytes as four words."""
-    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    loaded = asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", words)
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
-
-
 def float16_pairs(word: Value) -> list[Value]:
     """4 e4m3 numbers as two vectors of two float16."""
     f16 = ir.F16Type.get()
-    ptx = (
-        "{\n.reg .b16 a0, a1;\nmov.b32 {a0, a1}, $2;\n"
-        "cvt.rn.f16x2.e4m3x2 $0, a0;\ncvt.rn.f16x2.e4m3x2 $1, a1;\n}"
-    )
+    ptx = "{\n.reg .b16 a0, a1;\nmov.b32 {a0, a1}, $2;\ncvt.rn.f16x2.e4m3x2 $0, a0;\ncvt.rn.f16x2.e4m3x2 $1, a1;\n}"
     pairs = asm(ptx, [word], "=r,=r,r", ir.Type.parse("!llvm.struct<(i32, i32)>"))
     return [llvm.bitcast(ir.VectorType.get((2,), f16), llvm.extractvalue(i32(), pairs, [i])) for i in range(2)]
-
-
-def store_global_bfloat16(address: Value, value: Value, predicate: Value) -> None:
-    """A float32, rounded."""
-    asm("{\n.reg .b16 h;\ncvt.rn.bf16.f32 h, $1;\n@$2 st.global.b16 [$0], h;\n}", [address, value, predicate], "l,f,b")
 
 
 def store_shared(address: Value, value: Value) -> None:

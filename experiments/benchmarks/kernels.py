@@ -34,7 +34,7 @@ from absl import flags
 from experiments.common import options
 from experiments.common.profiling import kernels_of
 from experiments.common.report import Output, command, device, markdown_table, versions
-from pallas_kernels import grouped_matmul, hopper, indexer_topk, quant, sparse_mla
+from pallas_kernels import grouped_matmul, hopper, indexer_topk, quant, scaled_matmul, sparse_mla
 from pallas_kernels.indexer_topk import reference as indexer_reference
 
 _ROWS = flags.DEFINE_string(
@@ -150,6 +150,14 @@ def normal(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0) -> 
 @functools.cache
 def key_scales(shape: tuple[int, int], seed: int = 0) -> jax.Array:
     return jax.device_put(np.abs(_drawn(shape, jnp.float32, seed)))
+
+
+@functools.cache
+def scaled_normal(shape: tuple[int, ...], seed: int = 0, *, by_row: bool = False) -> quant.Scaled:
+    """Numbers in 8 bits, with scales by row or by block."""
+    *stacked, rows, columns = shape
+    groups = (*stacked, rows if by_row else -(-rows // quant.BLOCK), -(-columns // quant.BLOCK))
+    return quant.Scaled(normal(shape, FP8, seed), jax.device_put(np.abs(_drawn(groups, jnp.float32, seed))))
 
 
 @functools.cache
@@ -359,21 +367,45 @@ def attention(
     )
 
 
-def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int) -> Case:
-    """grouped_matmul; few rows read only the matrices of groups that have any."""
+def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int, *, scaled: bool = False) -> Case:
+    """grouped_matmul; few rows read only the matrices of groups that have any.
+
+    scaled: matrices in 8 bits; rows too, where the groups have many.
+    """
     m, groups, k, n = sizes.queries(rows), sizes.batch(groups), sizes.width(k), sizes.width(n)
     counts = np.random.default_rng(0).multinomial(m, np.full(groups, 1 / groups)).astype(np.int32)
-    read = 2 * k * n * int((counts > 0).sum())
-    matrices = normal((groups, k, n))
-    sets = [(normal((m, k), seed=seed), jax.device_put(counts)) for seed in sizes.seeds(read)]
+    many = rows >= 128 * groups
+    read = (1 if scaled else 2) * k * n * int((counts > 0).sum())
+    matrices = scaled_normal((groups, n, k)) if scaled else normal((groups, k, n))
+
+    def rows_of(seed: int) -> Any:
+        return scaled_normal((m, k), seed=seed, by_row=True) if scaled and many else normal((m, k), seed=seed)
+
+    sets = [(rows_of(seed), jax.device_put(counts)) for seed in sizes.seeds(read)]
 
     def run(x: Any, counts: Any, matrices: Any, implementation: str | None = None) -> Any:
         return grouped_matmul(x, matrices, counts, implementation=implementation)
 
-    in_xla = functools.partial(run, implementation="ragged_dot")
-    work: dict[str, Any] = dict(flops=2 * m * k * n) if rows >= 128 * groups else dict(bytes=read)
+    in_xla = functools.partial(run, implementation="decoded" if scaled else "ragged_dot")
+    work: dict[str, Any] = dict(flops=2 * m * k * n) if many else dict(bytes=read)
     reference = (in_xla, (*sets[0], matrices), 1) if on_hopper() else None
     return Case(run, sets, common=(matrices,), reference=reference, **work)
+
+
+def scaled_product(sizes: Sizes, rows: int, k: int, n: int) -> Case:
+    """scaled_matmul of rows in 8 bits; few rows are bfloat16, and the matrix's bytes count."""
+    m, k, n = sizes.queries(rows) if rows > 128 else rows, sizes.width(k), sizes.width(n)
+    many = rows >= 128
+    work: dict[str, Any] = dict(flops=2 * m * k * n) if many else dict(bytes=k * n)
+    seeds = sizes.seeds(m * k + n * k)
+
+    def one(seed: int) -> Arguments:
+        rows = scaled_normal((m, k), seed=seed, by_row=True) if many else normal((m, k), seed=seed)
+        return rows, scaled_normal((n, k), seed=seed)
+
+    sets = [one(seed) for seed in seeds]
+    reference = (functools.partial(scaled_matmul, implementation="xla"), sets[0], 1) if on_hopper() else None
+    return Case(scaled_matmul, sets, reference=reference, **work)
 
 
 def matmul(sizes: Sizes, dtype: Any) -> Case:
@@ -513,6 +545,11 @@ def expert_rows(sizes: Sizes) -> Iterator[Row]:
         "grouped matmul, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, public=(1.16, "JAX's ragged_dot_mgpu")
     )
     yield add("grouped matmul, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
+    add_scaled = functools.partial(add, scaled=True)
+    yield add_scaled("grouped matmul, fp8, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, target=0.43)
+    yield add_scaled("grouped matmul, fp8, 65536 x 6144 x 4096, 32 groups", experts, 65536, 32, 6144, 4096, target=2.87)
+    yield add_scaled("grouped matmul, fp8, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
+    yield add("scaled matmul, fp8, 4096 x 16384 x 7168", scaled_product, 4096, 16384, 7168, target=0.837)
 
 
 def table(sizes: Sizes) -> list[Row]:

@@ -1,7 +1,7 @@
 """grouped_matmul on Hopper of matrices in 8 bits where groups have few rows: what counts is how fast the codes stream.
 
-A tile is 64 rows of a matrix for each working warpgroup and a block of `rows` rows with one group, as in mosaic_gpu. The matrix
-is wgmma's first operand: its codes, converted to float16 in registers, which keeps them as they are. Rows are float16 too, after
+A tile is 64 rows of a matrix for each working warpgroup and a block of rows with one group, as in mosaic_gpu. The matrix is
+wgmma's first operand: its codes, converted to float16 in registers, which keeps them as they are. Rows are float16 too, after
 division by a power of two of each row, so that what is lost of them lies below 2^-24 of a row's largest number.
 """
 

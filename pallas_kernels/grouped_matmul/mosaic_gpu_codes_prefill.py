@@ -1,8 +1,8 @@
 """grouped_matmul on Hopper of rows and matrices in 8 bits, where groups have many rows.
 
 Tiles, warpgroups and copies are those of mosaic_gpu_prefill. The sums of wgmma over 8-bit floats keep too few bits for a whole
-row, so each of them is over BLOCK_K = 128 codes, which share their scales, and begins at zero; float32 registers add the
-scaled sums up. A warpgroup multiplies WAVE columns at a time: while it scales and adds one wave, the other warpgroup multiplies.
+row, so each of them is over BLOCK_K = 128 codes, which share their scales, and begins at zero; float32 registers add up the
+scaled sums. A warpgroup multiplies WAVE columns at a time: while it scales and adds those, the other warpgroup multiplies.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tiling:
     coded: bool = False
     split: bool = True
     ordered: bool = False
-    rows_in_smem: bool = False
+    in_registers: bool = False
     worker: int = 232
     leave_out: str = ""
     pair: bool = False
@@ -190,7 +190,7 @@ def multiply(
             lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, None)
 
         def product(i, own, begins, group, column):
-            """A [HALF, WAVE] float32 for each of `own` pieces of rows, which begin at `begins`, and waves of the block's tile i."""
+            """A [HALF, WAVE] float32 for each of `own` pieces of rows and waves of the block's tile i."""
 
             def place_of(wave):
                 block = jnp.minimum(lax.div(column_of(wave, column), WAVE), across - 1)  # a tile may extend beyond the columns
@@ -226,12 +226,16 @@ def multiply(
                 done = i * steps + j
                 slot = lax.rem(done, stages)
                 plgpu.barrier_wait(full.at[slot])
+                held = None
+                if tiling.in_registers and len(own) == 2:
+                    held = plgpu.load(row_smem.at[slot, own[0][0]], layout=plgpu.Layout.WGMMA_8BIT)
                 added = []
                 for which, ((piece, wave), total) in enumerate(zip(own, sums, strict=True)):
 
                     def fresh(acc, piece=piece, wave=wave):
                         # Nothing may come between the zeros and wgmma: then no register is zeroed.
-                        plgpu.wgmma(acc, row_smem.at[slot, piece], matrix_smem.at[slot, wave].transpose((1, 0)))
+                        left = row_smem.at[slot, piece] if held is None else held
+                        plgpu.wgmma(acc, left, matrix_smem.at[slot, wave].transpose((1, 0)))
                         if tiling.ordered:
                             plgpu.barrier_arrive(turn.at[1 - warpgroup])
                         return acc[...]

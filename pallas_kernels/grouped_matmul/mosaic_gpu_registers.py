@@ -1,7 +1,7 @@
 """What kernels of matrices in 8 bits do to single registers: scales by lane, operands from codes, results to memory.
 
 A number that all threads load is a scalar to the compiler, which keeps it in a register of the whole warp and waits for it as
-soon as it is asked for. So scales of two blocks of a matrix are kept in the lanes of each warp, one in the even lanes and one in
+soon as it is asked for. So scales of two blocks of a matrix are kept in the lanes of each warp, one in the even lanes, one in
 the odd ones: what lanes load for themselves may arrive while the warpgroup multiplies.
 """
 
@@ -137,9 +137,7 @@ def _lane() -> _Lane:
 
 def _numbers(register: Any) -> list[Any]:
     """The two numbers of a register of such an array."""
-    return [
-        vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in range(2)
-    ]
+    return [vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in range(2)]
 
 
 def store_rows(target: Any, values: jax.Array, row: jax.Array, start: jax.Array, end: jax.Array, column: jax.Array) -> None:
@@ -186,7 +184,9 @@ def _halves_joined(words: list[Any]) -> list[Any]:
     return low + high
 
 
-def store_transposed(target: Any, values: jax.Array, row: jax.Array, begin: jax.Array, end: jax.Array, column: jax.Array) -> None:
+def store_transposed(
+    target: Any, values: jax.Array, row: jax.Array, begin: jax.Array, end: jax.Array, column: jax.Array
+) -> None:
     """values [64, R] as bfloat16 to target[row : row + R, column : column + 64] in global memory.
 
     Only the rows from begin to end are written, and only the columns that there are.
