@@ -274,6 +274,11 @@ def cluster_barrier() -> None:
     asm("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;")
 
 
+def cluster_exit() -> None:
+    """A barrier of all threads of the cluster before they end, so that no shared memory goes while others read it."""
+    asm("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;")
+
+
 def peer_address(address: Value, rank: Value | int) -> Value:
     """The address of the same shared memory in block `rank` of the cluster."""
     return asm("mapa.shared::cluster.u32 $0, $1, $2;", [address, _as_value(rank)], "=r,r,r", i32())
