@@ -61,7 +61,7 @@ class ArraysCheckpoint(Leaves):
         self._form = "params" if isinstance(arrays, Params) else "serving"
         form = weights_of(arrays) if isinstance(arrays, Params) else arrays.format
         self.weights = form and "fp8"  # what is trained on a base in 8 bits is written like the base
-        self._arrays = {path: _host_view(array) for path, array in leaves(arrays)}
+        self._arrays = {path: host_view(array) for path, array in leaves(arrays)}
         super().__init__(FORMS[self._form](config, schedule, form))
 
     def check(self, tree: Any) -> None:
@@ -148,7 +148,7 @@ def _layer(array: jax.Array, slot: jax.Array, stacked: bool) -> jax.Array:
     return array[slot] if stacked else array
 
 
-def _host_view(leaf: Any) -> Any:
+def host_view(leaf: Any) -> Any:
     """A NumPy view of an array in host memory; an array on other or several devices as it is."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
         leaf = leaf.addressable_data(0)  # which no other process is asked for
