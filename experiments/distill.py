@@ -139,7 +139,8 @@ def read_inputs(output_dir: str, seed: int) -> Inputs:
     config, base = inputs.described(checkpoint.directory)
     weights = form_to_train(checkpoint)
     planned = inputs.distillation_stages(options.CONTEXT.value, checkpoint.dtype)
-    fit.training(config, target_schedule(base), planned, checkpoint=base, weights=weights)
+    taken = [stage for stage in planned if stage.steps] or planned
+    fit.training(config, target_schedule(base), taken, checkpoint=base, weights=weights)
     config, base, loaded = checkpoints_convert.load(checkpoint.directory, weights=weights)
     schedule = target_schedule(base)
     stored = with_schedule(loaded, base, schedule)

@@ -83,9 +83,7 @@ def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.
     indices [B, S, k] int32, -1 for none.
     """
 
-    def attend(
-        queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, return_lse: bool = False
-    ) -> Any:
+    def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, return_lse: bool = False) -> Any:
         return pallas_kernels.sparse_mla(
             queries,
             latents,

@@ -216,9 +216,9 @@ def storing(weights: str | None) -> Callable[[Tensor], Any]:
 
 
 def matrices(tree: Any) -> Iterator[tuple[str, Scaled]]:
-    """The (path, `Scaled`) pairs of a tree."""
+    """The (path, `Scaled`) pairs of a tree; those are none whose arrays were taken out of it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Scaled)):
-        if isinstance(leaf, Scaled):
+        if isinstance(leaf, Scaled) and leaf.codes is not None:
             yield _joined(path), leaf
 
 

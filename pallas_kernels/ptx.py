@@ -215,6 +215,14 @@ def load_shared(address: Value) -> Value:
     return asm("ld.shared.b32 $0, [$1];", [address], "=r,r", i32())
 
 
+def float16_pairs(word: Value) -> list[Value]:
+    """4 e4m3 numbers as two vectors of two float16."""
+    f16 = ir.F16Type.get()
+    ptx = "{\n.reg .b16 a0, a1;\nmov.b32 {a0, a1}, $2;\ncvt.rn.f16x2.e4m3x2 $0, a0;\ncvt.rn.f16x2.e4m3x2 $1, a1;\n}"
+    pairs = asm(ptx, [word], "=r,=r,r", ir.Type.parse("!llvm.struct<(i32, i32)>"))
+    return [llvm.bitcast(ir.VectorType.get((2,), f16), llvm.extractvalue(i32(), pairs, [i])) for i in range(2)]
+
+
 def store_shared(address: Value, value: Value) -> None:
     asm("st.shared.b32 [$0], $1;", [address, value], "r,r")
 
@@ -264,6 +272,11 @@ def sum_of_lanes_below(x: Value) -> Value:
 def cluster_barrier() -> None:
     """A barrier of all threads of the cluster, after which all see what any wrote to shared memory before."""
     asm("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;")
+
+
+def cluster_exit() -> None:
+    """A barrier of all threads of the cluster before they end, so that no shared memory goes while others read it."""
+    asm("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;")
 
 
 def peer_address(address: Value, rank: Value | int) -> Value:
@@ -459,7 +472,6 @@ def choose(condition: Value, body: Callable[[], Sequence[Value]], otherwise: Seq
 # Instructions by the numbers of both matrices: how many of them are 32 bytes, types, and whether lines may lie along either
 # dimension, which takes two more operands.
 _PRODUCTS = {"bf16": (16, "bf16.bf16", True), "e4m3": (32, "e4m3.e4m3", False)}
-
 
 
 def matrix(address: Value) -> Value:

@@ -223,6 +223,14 @@ def prefetch(thread: Thread, matrix: Value, row_bytes: int, first: Value, end: V
     ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, exists)
 
 
+def prefetch_vectors(thread: Thread, vectors: Sequence[tuple[Value, int]]) -> None:
+    """The first thread block copies short arrays, given as addresses and bytes, to L2."""
+    with ptx.when(ptx.compare("eq", thread.block, 0)):
+        for address, size in vectors:
+            for i, exists in indices_of_thread(thread, -(-size // 128)):
+                ptx.prefetch_line(ptx.offset(address, i, 128), exists)
+
+
 class Product:
     """Rows first .. end - 1 (at most `most`) of a matrix [N, K] times a vector: `begin` starts, `finish` ends it.
 
@@ -480,11 +488,19 @@ class CodesProduct:
 
         emit(row, sum, stores): receives the sum of one row in every thread; `stores` is set in the one that is to store it.
         """
-        for row, total, exists in self.totals(vector):
+        for (row, exists), total in zip(self.rows_of_thread(), self.totals(vector), strict=True):
             emit(row, total, exists)
 
-    def totals(self, vector: GroupedVector) -> list[tuple[Value, Value, Value]]:
-        """(row, its sum, whether it exists) of the rows that this thread has after the sum."""
+    def rows_of_thread(self) -> list[tuple[Value, Value]]:
+        """(row, whether it exists) of the rows whose sums this thread has at the end."""
+        rows = []
+        for i, exists in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles):
+            row = ptx.add(self.first, i)
+            rows.append((row, ptx.both(exists, ptx.compare("slt", row, self.end))))
+        return rows
+
+    def totals(self, vector: GroupedVector) -> list[Value]:
+        """The sums of `rows_of_thread`."""
         totals, last = [ptx.number(0.0)] * 2, self.split.rounds(self.across)[1] - 1
         self.in_flight += [self._load(*step) for step in self.steps[len(self.in_flight) : self.depth]]
         for n, (tile, step) in enumerate(self.steps):
@@ -497,7 +513,7 @@ class CodesProduct:
                 self._store(tile, totals)
                 totals = [ptx.number(0.0)] * 2
         ptx.block_barrier()
-        return [self._total(i, exists) for i, exists in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
+        return [self._total(i) for i, _ in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
 
     def _at(self, tile: Value, warp: Value | int, row: Value) -> Value:
         """Where the sum of a row of a tile over the pieces of one of the warps that share it is kept."""
@@ -513,12 +529,10 @@ class CodesProduct:
             for half, total in enumerate(totals):
                 ptx.store_shared(ptx.add(at, 4 * 8 * half), ptx.bits_of(total))
 
-    def _total(self, i: Value, exists: Value) -> tuple[Value, Value, Value]:
+    def _total(self, i: Value) -> Value:
         tile, row = ptx.shift_right(i, 4), ptx.bit_and(i, TILE_ROWS - 1)
         first = self._at(tile, 0, row)
-        sums = [ptx.float_of(ptx.load_shared(ptx.add(first, 4 * TILE_ROWS * warp))) for warp in range(self.across)]
-        which = ptx.add(self.first, i)
-        return which, ptx.plus(*sums), ptx.both(exists, ptx.compare("slt", which, self.end))
+        return ptx.plus(*(ptx.float_of(ptx.load_shared(ptx.add(first, 4 * TILE_ROWS * warp))) for warp in range(self.across)))
 
 
 # ---- sums down the columns of bfloat16 matrices

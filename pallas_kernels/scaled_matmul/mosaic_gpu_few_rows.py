@@ -1,9 +1,12 @@
 """Up to 64 rows times a matrix in 8 bits on Hopper, in the time of reading the matrix.
 
-XLA would write the decoded matrix to memory and read it again. Here codes go from memory to registers, become float16 there,
-which is exact, and are wgmma's first operand: a tile is 128 rows of the matrix, so the product is that of the matrix and
-the rows' transpose. The rows lie in shared memory as float16 with a power-of-two factor for every 128 numbers; factors and
-the codes' scales are applied in float32 to the sums over 128 codes. Rows are not quantised.
+XLA would write the decoded matrix to memory and read it again. Here codes become float16 in registers, which is exact, and are
+wgmma's first operand: a tile is 128 rows of the matrix, so the product is that of the matrix and the rows' transpose. The
+rows lie in shared memory as float16 with a power-of-two factor for every 128 numbers; factors and the codes' scales are
+applied in float32 to the sums over 128 codes. Rows are not quantised.
+
+Every lane copies its own codes to shared memory several pieces ahead, where only it reads them: of loads to registers the
+compiler keeps no more than one piece in flight.
 
 Tiles alone are too few for all SMs, so the blocks of a cluster divide K and add their sums through each other's shared
 memory, always in the same order.
@@ -28,9 +31,14 @@ THREADS = WARPGROUPS * hopper.WARPGROUP
 WARPS = THREADS // 32
 TILE = 64 * WARPGROUPS  # rows of the matrix
 CLUSTERS = {1: hopper.NUM_SMS, 2: hopper.NUM_SMS // 2, 4: 32, 8: 16}  # blocks of one, and how many run at once
-PIECES_IN_FLIGHT = 4  # of 16 rows x 128 codes, by a warp: 68 registers of a lane
-ROW_LOADS = 4  # of 2 x 16 bytes, by a lane, of the rows
+PIECES_IN_FLIGHT = 6  # of 128 x 128 codes
+PIECE_BYTES = TILE * BLOCK
+ROW_LOADS = 2  # of 2 x 16 bytes, by a lane, of the rows
 SHARED_BYTES = 224 * 1024
+# For the choice of clusters, as measured: bytes a microsecond that an SM and all of them read, and microseconds of a block
+# besides, most of them for the barriers of a cluster.
+BYTES_OF_SM, BYTES_OF_MEMORY = 45e3, 4.2e6
+OVERHEAD = {1: 3.0, 2: 4.0, 4: 4.5, 8: 6.0}
 SUMS_PITCH = TILE + 4  # numbers from one column's sums to the next one's: no two lanes use the same bank
 
 Value = Any
@@ -76,21 +84,32 @@ class Split:
         return 4 * SUMS_PITCH * self.columns
 
     @property
+    def in_flight(self) -> int:
+        return min(self.pieces, PIECES_IN_FLIGHT)
+
+    @property
+    def other_bytes(self) -> int:
+        """All shared memory but that of the rows, which begin at a multiple of 1024."""
+        return 1024 + self.in_flight * PIECE_BYTES + self.sums_bytes + -(-self.pieces // 4) * 16
+
+    @property
     def phase(self) -> int:
-        return min(self.pieces, (SHARED_BYTES - 1024 - self.sums_bytes) // self.piece_bytes)
+        return min(self.pieces, (SHARED_BYTES - self.other_bytes) // self.piece_bytes)
 
     @property
     def shared_bytes(self) -> int:
-        return 1024 + self.phase * self.piece_bytes + self.sums_bytes  # the matrices begin at a multiple of 1024
+        return self.other_bytes + self.phase * self.piece_bytes
 
     @property
-    def time(self) -> int:
-        """Pieces that an SM multiplies one after the other."""
-        return -(-self.tiles // CLUSTERS[self.cluster]) * self.pieces
+    def time(self) -> float:
+        """About how many microseconds the product takes."""
+        at_once = min(self.tiles, CLUSTERS[self.cluster]) * self.cluster
+        of_piece = PIECE_BYTES * max(1 / BYTES_OF_SM, at_once / BYTES_OF_MEMORY)
+        return -(-self.tiles // CLUSTERS[self.cluster]) * (OVERHEAD[self.cluster] + self.pieces * of_piece)
 
 
 def split_of(rows: int, outputs: int, width: int) -> Split:
-    """The division that ends first, of equal ones that with the smallest clusters."""
+    """The division that ends first."""
     return min((Split(rows, outputs, width, cluster) for cluster in CLUSTERS), key=lambda split: split.time)
 
 
@@ -159,7 +178,7 @@ def stages(block: Block) -> list[Callable[[], None]]:
             ptx.block_barrier()
         block.add_sums()
         if block.split.cluster > 1:
-            ptx.cluster_barrier()  # no block leaves while others read its memory
+            ptx.cluster_exit()
 
     return [block.multiply, add_up]
 
@@ -176,8 +195,11 @@ class Block:
         self.thread, self.lane, self.warp = thread, ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
         self.quad_lane, self.row_of_8 = ptx.bit_and(self.lane, 3), ptx.shift_right(self.lane, 2)
         self.numbers = ptx.bit_and(ptx.add(memory, 1023), -1024)
-        self.factors = ptx.add(self.numbers, 2 * BLOCK * split.columns * split.phase)
+        codes_in_flight = ptx.add(self.numbers, 2 * BLOCK * split.columns * split.phase)
+        self.own_codes = ptx.add(codes_in_flight, ptx.shift_left(self.warp, 11), ptx.shift_left(self.lane, 4))
+        self.factors = ptx.add(codes_in_flight, PIECE_BYTES * split.in_flight)
         self.sums = ptx.add(self.factors, 4 * split.columns * split.phase)
+        self.own_scales = ptx.add(self.sums, split.sums_bytes)
         self.first_piece = ptx.mul(rank, split.pieces)
 
     def piece(self, i: int) -> Value:
@@ -240,25 +262,39 @@ class Block:
 
     # ---- the matrix
 
-    def load_codes(self, i: int) -> tuple[list[list[Value]], Value]:
-        """This lane's codes of piece i and the scale of the tile's 128 x 128 codes."""
+    def copy_codes(self, i: int) -> None:
+        """Starts copying this lane's codes of piece i."""
         split = self.split
         piece, exists = self.piece(i), self.exists(i)
-        codes: list[list[Value]] = []
-        for half in range(2):
-            for other in range(2):
-                local = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * other)
-                row = ptx.add(ptx.mul(self.tile, TILE), local)
-                loads = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.outputs)), 1, 0)
-                address = ptx.offset(ptx.offset(ptx.offset(self.codes, row, split.width), piece, BLOCK), self.quad_lane, 16)
-                codes.append(ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(half), 64), loads, 4))
-        scale_at = ptx.offset(self.scales, ptx.add(ptx.mul(self.tile, split.all_pieces), piece), 4)
-        return codes, ptx.load_float_or_zero(scale_at, ptx.select(exists, 1, 0))
+        for quarter in range(4):
+            half, other = divmod(quarter, 2)
+            local = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * other)
+            row = ptx.add(ptx.mul(self.tile, TILE), local)
+            size = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.outputs)), 16, 0)
+            row = ptx.minimum(row, split.outputs - 1)
+            source = ptx.offset(ptx.offset(ptx.offset(self.codes, row, split.width), piece, BLOCK), self.quad_lane, 16)
+            target = ptx.add(self.own_codes, PIECE_BYTES * (i % split.in_flight) + 512 * quarter)
+            ptx.copy_async(target, ptx.offset(source, ptx.constant(half), 64), size, 1, 0, 0)
+        ptx.copies_commit()
+
+    def write_scales(self) -> None:
+        """The scales of the tile's pieces, zero of those that do not exist, to shared memory."""
+        split = self.split
+        for start in range(0, split.pieces, THREADS):
+            i = ptx.add(self.thread, start)
+            piece = ptx.add(self.first_piece, i)
+            exists = ptx.both(ptx.compare("slt", i, split.pieces), ptx.compare("slt", piece, split.all_pieces))
+            at = ptx.offset(self.scales, ptx.add(ptx.mul(self.tile, split.all_pieces), piece), 4)
+            scale = ptx.load_float_or_zero(at, ptx.select(exists, 1, 0))
+            with ptx.when(ptx.compare("slt", i, split.pieces)):
+                ptx.store_shared(ptx.add(self.own_scales, ptx.shift_left(i, 2)), ptx.bits_of(scale))
 
     def multiply(self) -> None:
         """The tile's sums over this block's pieces, to shared memory."""
         split, columns = self.split, self.split.columns
-        in_flight = [self.load_codes(i) for i in range(min(PIECES_IN_FLIGHT, split.pieces))]
+        for i in range(split.in_flight):
+            self.copy_codes(i)
+        self.write_scales()
         totals = [ptx.number(0.0)] * (columns // 2)
         for i in range(split.pieces):
             phase_piece = i % split.phase
@@ -268,11 +304,14 @@ class Block:
                 self.write_rows(i, min(split.phase, split.pieces - i))
                 ptx.proxy_fence()
                 ptx.block_barrier()
-            codes, scale = in_flight.pop(0)
+            ptx.copies_done(min(split.in_flight, split.pieces - i) - 1)
+            own_codes = ptx.add(self.own_codes, PIECE_BYTES * (i % split.in_flight))
+            codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
+            scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, 4 * i)))
             b = ptx.matrix(ptx.add(self.numbers, phase_piece * 2 * BLOCK * columns))
             sums = ptx.multiply_codes(codes, b, BLOCK * columns, columns)
-            if i + PIECES_IN_FLIGHT < split.pieces:
-                in_flight.append(self.load_codes(i + PIECES_IN_FLIGHT))
+            if i + split.in_flight < split.pieces:
+                self.copy_codes(i + split.in_flight)
             factors_at = ptx.add(self.factors, 4 * columns * phase_piece, ptx.shift_left(self.quad_lane, 3))
             for eight in range(columns // 8):
                 factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))

@@ -75,7 +75,9 @@ def sparse_mla(
     if isinstance(latents, quant.Latents):
         kept = latents.codes.dtype, latents.rotary.dtype, latents.scales.dtype
         if kept != (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32):
-            raise ValueError(f"sparse_mla: 8-bit latents are float8_e4m3fn, bfloat16 and float32, not {', '.join(map(str, kept))}")
+            raise ValueError(
+                f"sparse_mla: 8-bit latents are float8_e4m3fn, bfloat16 and float32, not {', '.join(map(str, kept))}"
+            )
         rows = {x.shape[:2] for x in (latents.codes, latents.rotary, latents.scales)}
         if len(rows) > 1 or latents.scales.ndim != 2:
             raise ValueError(f"sparse_mla: codes, rotary numbers and scales of 8-bit latents are of different tokens: {rows}")

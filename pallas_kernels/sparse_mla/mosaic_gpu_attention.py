@@ -322,9 +322,7 @@ class _Rows:
                 ptx.copy_async(target, ptx.offset(source, ptx.constant(1), 2 * VALUE_DIM), size, 1, 0, 0)
 
 
-def _gather(
-    tasks: Tasks, latents, lists, counts, columns, rotary, marks, barriers, block, num_tasks, leave_out: str
-) -> None:
+def _gather(tasks: Tasks, latents, lists, counts, columns, rotary, marks, barriers, block, num_tasks, leave_out: str) -> None:
     """The gathering warpgroup: every listed latent of every task into its slot, and what the entries say into `marks`."""
     share = tasks.pairs // tasks.splits
     optional = () if counts is None else (counts,)

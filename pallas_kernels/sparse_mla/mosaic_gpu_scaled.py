@@ -302,9 +302,7 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
             def one_block(b, carry):
                 ring, current = _Ring(memory, *carry[:2]), carry[2:]
                 is_last = ptx.compare("eq", ptx.add(b, 1), blocks)
-                next_block = ptx.select(
-                    is_last, following.first_block, ptx.add(task.first_block, ptx.add(b, 1))
-                )
+                next_block = ptx.select(is_last, following.first_block, ptx.add(task.first_block, ptx.add(b, 1)))
                 after = entries(dataclasses.replace(task, first_block=next_block), ptx.constant(0))
                 rows = []  # (key, 1 if it counts else 0)
                 for entry in current:
@@ -386,9 +384,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 counts_ = ptx.select(ptx.compare("slt", here, task.heads), 1, 0)
                 # A line that does not count is not read, but its address has to be one of the array.
                 at = ptx.offset(source, ptx.minimum(here, ptx.sub(task.heads, 1)), 2 * WIDTH)
-                loaded = [
-                    ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts_, 4) for i in range(WIDTH // 64)
-                ]
+                loaded = [ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts_, 4) for i in range(WIDTH // 64)]
                 largest = functools.reduce(ptx.larger_magnitudes, [word for words in loaded[:-1] for word in words])
                 magnitude = ptx.larger(*ptx.from_bfloat16_pair(largest))
                 for distance in (1, 2, 4):

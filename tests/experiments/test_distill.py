@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import checkpoints_convert
 from experiments import distill
-from experiments.common import runs
+from experiments.common import inputs, runs
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from indexcache_jax.training import Stage
@@ -97,6 +99,24 @@ def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
     found = checkpoints_convert.load(tmp_path / "out")[2]
     assert found.indexer.keys.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found.attention.out, like.attention.out)
+
+
+def test_only_the_warm_up_trains_on_a_base_in_8_bits(checkpoint, tmp_path):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    checkpoints_convert.convert(checkpoint, tmp_path / "fp8", format="safetensors", weights="fp8")
+    given = inputs.Checkpoint(str(tmp_path / "fp8"), "float32")
+    with flagsaver.flagsaver(sparse_steps=0):
+        assert distill.form_to_train(given) == "fp8 base"
+        assert distill.form_to_train(inputs.Checkpoint(str(checkpoint), "float32")) is None
+    with flagsaver.flagsaver(sparse_steps=1):
+        assert distill.form_to_train(given) is None
+    asked = inputs.Checkpoint(str(checkpoint), "float32")
+    with (
+        flagsaver.flagsaver(sparse_steps=1, weights="fp8"),
+        pytest.raises(ValueError, match="--weights=fp8: only with --sparse"),
+    ):
+        distill.form_to_train(asked)
 
 
 def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):

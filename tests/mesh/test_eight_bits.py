@@ -7,7 +7,8 @@ import pytest
 
 from checkpoints_convert import load
 from checkpoints_convert.safetensors_io import Entry, read_directory
-from indexcache_jax import forward, serving
+from indexcache_jax import forward, serving, training
+from indexcache_jax.sharding import TRAINING
 from indexcache_jax.tensors import leaves
 from tests.checkpoints_convert import files
 from tests.support import meshes
@@ -61,3 +62,21 @@ def test_results_are_those_of_one_device(checkpoint, mesh):
         found = run(tokens)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
+
+
+def test_the_warm_up_on_a_split_base_is_that_of_one_device(checkpoint):
+    tokens = np.random.RandomState(0).randint(0, CONFIG.vocab_size, (1, 2, 33)).astype(np.int32)
+    stage = training.Stage("warmup", "warmup", 4, 2, 32, 0.0, 1e-3, compute_dtype="float32")
+
+    def run():
+        params = load(checkpoint, dtype="float32", weights="fp8 base")[2]
+        codes = params.attention.out.codes
+        state = training.init_optimiser_state(params, stage, CONFIG, SCHEDULE)
+        shard = codes.sharding.shard_shape(codes.shape)
+        return training.step(params, state, tokens, CONFIG, SCHEDULE, stage)[2], shard
+
+    expected, whole = run()
+    with meshes.use("all", TRAINING):
+        found, part = run()
+    assert part[1:] == (whole[1] // 2, whole[2] // 2)  # the hidden size over data, heads over tensor
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -109,7 +109,10 @@ def test_queries_are_sums_of_two_codes_exactly():
     rng = np.random.default_rng(0)
     numbers = (rng.uniform(0.25, 448, 512) * rng.choice([-1, 1], 512)).astype(jnp.bfloat16)
     words = [x.astype(np.int64) for x in numbers.view(np.int32).reshape(128 // 2, 4).T]
-    high, low = (np.stack(x, 1).astype(np.int32).view(jnp.float8_e4m3fn) for x in warpgroup_emulator.PURE["to_e4m3_sum"](words, np.ones(64, np.float32)))
+    high, low = (
+        np.stack(x, 1).astype(np.int32).view(jnp.float8_e4m3fn)
+        for x in warpgroup_emulator.PURE["to_e4m3_sum"](words, np.ones(64, np.float32))
+    )
     np.testing.assert_array_equal((high.astype(np.float32) + low.astype(np.float32)).reshape(-1), numbers.astype(np.float32))
 
 

@@ -35,6 +35,7 @@ class Block:
         self.active = np.ones(threads, bool)
         self.memories: list[np.ndarray] = []
         self.cluster: list[Block] = [self]
+        self.copies: list[list] = [[]]  # by group: what has been read and not been written yet
 
     def address(self, array: np.ndarray) -> np.ndarray:
         """Every array has 2**40 bytes of addresses of its own."""
@@ -121,6 +122,20 @@ class Block:
             memory = self.memories[at >> 40]
             assert at % 16 == 0 and count % 16 == 0 and count > 0, "not whole pieces of 16 bytes"
             assert (at & (1 << 40) - 1) + count <= memory.nbytes, "outside the array"
+
+    def copy_async(self, target, source, size, pieces, target_step, source_step):
+        for piece in range(pieces):
+            with self.when(self.spread(size) == 16):
+                words = self.load_words(source + piece * source_step, 4)
+            words = [np.where(self.spread(size) == 16, word, 0) for word in words]
+            self.copies[-1].append((self.active, target + piece * target_step, words))
+
+    def copies_done(self, pending=0):
+        """What this thread copied is there from here on, and not before."""
+        done, self.copies = self.copies[: len(self.copies) - 1 - pending], self.copies[len(self.copies) - 1 - pending :]
+        for active, target, words in (copy for group in done for copy in group):
+            with self.when(active):
+                self.store_words(target, words)
 
     def load_peer(self, address):
         out = np.full(self.threads, GARBAGE, np.int64)
@@ -303,7 +318,11 @@ class Block:
             "loop": self.loop,
             "block_barrier": lambda: None,
             "cluster_barrier": lambda: None,
+            "cluster_exit": lambda: None,
             "proxy_fence": lambda: None,
+            "copy_async": self.copy_async,
+            "copies_commit": lambda: self.copies.append([]),
+            "copies_done": self.copies_done,
             "load_global": self.load,
             "store_global": self.store,
             "load_shared": self.load,
