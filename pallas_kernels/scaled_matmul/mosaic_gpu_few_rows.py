@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, ptx
-from pallas_kernels.quant import BLOCK, Scaled, float_scales
+from pallas_kernels.quant import BLOCK, Scaled, dequantise, float_scales
 
 MAX_ROWS = 64
 WARPGROUPS = 2
@@ -129,16 +129,29 @@ def why_not(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> str 
     return None
 
 
-def few_rows(rows: jax.Array, matrix: Scaled) -> jax.Array:
+def few_rows(rows: jax.Array, matrix: Scaled, dtype: Any = None) -> jax.Array:
     """rows [M, K] bfloat16, M up to 64, times a matrix [N, K] in 8 bits -> [M, N] bfloat16.
 
-    Sums of products with the decoded numbers in float32, rounded once.
+    Sums of products with the decoded numbers in float32, rounded once. The matrix has no gradient.
     """
+    del dtype
+    return _product(rows, matrix)
+
+
+@jax.custom_vjp
+def _product(rows: jax.Array, matrix: Scaled) -> jax.Array:
     return multiply(rows, matrix, split_of(rows.shape[0], *matrix.shape))
 
 
+def _backward(matrix: Scaled, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    return cotangent @ dequantise(matrix, cotangent.dtype), None
+
+
+_product.defvjp(lambda rows, matrix: (_product(rows, matrix), matrix), _backward)
+
+
 def multiply(rows: jax.Array, matrix: Scaled, split: Split) -> jax.Array:
-    """As `few_rows`, divided as `split` says."""
+    """The product of `few_rows`, divided as `split` says."""
     reference, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
     def scaled_matmul_few_rows(*refs: Any) -> None:
