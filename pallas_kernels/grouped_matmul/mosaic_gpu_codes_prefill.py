@@ -167,7 +167,7 @@ def multiply(
                 return (group * down + jnp.minimum(lax.div(in_matrix(wave, column), WAVE), down - 1)) * steps
 
             indices = [scale_index(wave) for wave in (waves if len(waves) == WAVES else (waves[0], 1 - waves[0]))]
-            of_lane = None if interpret else registers.alternate(*indices)
+            of_lane: Any = None if interpret else registers.alternate(*indices)
 
             def scales(j):
                 of_rows = plgpu.load(row_scale_gmem.at[j, pl.ds(begin, HALF)], layout=registers.BY_ROW, optimized=False)
@@ -184,7 +184,7 @@ def multiply(
                 left = row_smem.at[slot, half]
                 if not interpret:  # read once for all waves; the interpreter knows no operand in registers
                     left = plgpu.load(left, layout=plgpu.Layout.WGMMA_8BIT)
-                added = []
+                added: list[jax.Array] = []
                 for wave, total, factor in zip(waves, sums, factors, strict=False):
 
                     def fresh(acc, wave=wave):
