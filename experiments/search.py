@@ -272,7 +272,8 @@ def find(
         if not options.RESUME.value:
             journal.set_aside(path)
         smallest = min(sizes)
-        bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
+        if goal.strategy == "greedy":  # what the floating search will try is not known
+            bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():

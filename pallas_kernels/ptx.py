@@ -447,6 +447,11 @@ def barrier(identity: int, threads: int) -> None:
     asm(f"barrier.cta.sync {identity}, {threads};")
 
 
+def warp_barrier() -> None:
+    """A barrier of the threads of a warp."""
+    asm("bar.warp.sync 0xffffffff;")
+
+
 def barrier_any(identity: int, threads: int, predicate: Value) -> Value:
     """A named barrier of `threads` threads that returns 1 to all of them if the predicate holds for any, else 0."""
     return asm(

@@ -195,8 +195,8 @@ def quantise_rows(x: jax.Array) -> Scaled:
     groups = -(-width // BLOCK)
     wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(rows) + [(0, groups * BLOCK - width)])
     wide = wide.reshape(*rows, groups, BLOCK)
-    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), MIN_MAGNITUDE) / E4M3_MAX
-    scales = jnp.where(jnp.all(jnp.isfinite(wide), axis=-1), scales, jnp.nan)
+    largest = jnp.max(jnp.abs(wide), axis=-1)  # NaN where a number is
+    scales = jnp.where(jnp.isfinite(largest), jnp.maximum(largest, MIN_MAGNITUDE) / E4M3_MAX, jnp.nan)
     codes = jnp.clip(wide / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
     return Scaled(codes.reshape(*rows, groups * BLOCK)[..., :width], scales)
 

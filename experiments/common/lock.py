@@ -15,17 +15,14 @@ class Lock:
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
-        self._descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(directory, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"--output_dir={directory}: another run writes there; wait for it, or choose another") from None
         except OSError:  # a file system without locks
             return
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
 
 
 _held: weakref.WeakValueDictionary[pathlib.Path, Lock] = weakref.WeakValueDictionary()

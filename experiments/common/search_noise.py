@@ -9,9 +9,9 @@ from typing import Any
 
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import Margin, Step
+from indexcache_jax.search.noise import NOISE_ERROR
 
-CONFIDENCE = 0.95  # with which something is called above noise
-ERROR = 1 - CONFIDENCE
+CONFIDENCE = 1 - NOISE_ERROR  # with which something is called above noise
 
 
 def change(losses: Sequence[float], reference: Sequence[float]) -> str:
@@ -39,9 +39,9 @@ def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
         "loss",
         "cost of the step",
         "closest other",
-        "above it by",
+        "higher by",
         "within noise",
-        "settled by",
+        "sequences to settle",
     ]
     cells = []
     for before, step in itertools.pairwise(steps):
@@ -54,7 +54,7 @@ def steps_table(steps: Sequence[Step]) -> tuple[list[str], list[list[str]]]:
                 _signed(Margin.between(step.losses, before.losses)),
                 "-" if closest is None else _layers(_shared_instead(closest, step.schedule)),
                 "-" if closest is None else _signed(step.rivals[closest]),
-                f"{len(step.within_noise(ERROR))} of {len(step.rivals)}",
+                f"{len(step.within_noise(NOISE_ERROR))} of {len(step.rivals)}",
                 _sequences(step),
             ]
         )
@@ -71,10 +71,16 @@ def _shared_instead(pattern: str, chosen: Schedule) -> list[int]:
 
 
 def _sequences(step: Step) -> str:
-    if not step.within_noise(ERROR):
+    if not step.within_noise(NOISE_ERROR):
         return "settled"
-    count = step.sequences_to_settle(ERROR)
-    return "no number" if count is None else f"{count} sequences"
+    count = _to_settle(step)
+    return "no number" if count == math.inf else f"{count:.0f}" if count < 100_000 else "over 100000"
+
+
+def _to_settle(step: Step) -> float:
+    """How many sequences would settle an open step: more than there are, since a race may have dropped the rival before."""
+    count = step.sequences_to_settle(NOISE_ERROR)
+    return math.inf if count is None else max(count, len(step.losses) + 1)
 
 
 def cheapest_within_noise(steps: Sequence[Step], chosen: Schedule) -> tuple[Step, Margin] | None:
@@ -82,7 +88,7 @@ def cheapest_within_noise(steps: Sequence[Step], chosen: Schedule) -> tuple[Step
     reference = next(step for step in steps if step.schedule == chosen)
     cheaper = [step for step in steps if step.schedule.num_full < chosen.num_full]
     margins = [(step, Margin.between(step.losses, reference.losses)) for step in cheaper]
-    within = [(step, margin) for step, margin in margins if not margin.is_above_noise(ERROR)]
+    within = [(step, margin) for step, margin in margins if not margin.is_above_noise(NOISE_ERROR)]
     return min(within, key=lambda pair: pair[0].schedule.num_full, default=None)
 
 
@@ -103,16 +109,14 @@ def sentences(steps: Sequence[Step], chosen: Schedule, name_cheaper: bool) -> li
 
 
 def _of_choice(taken: Sequence[Step], count: int) -> str:
-    open_steps = [step for step in taken if step.within_noise(ERROR)]
+    open_steps = [step for step in taken if step.within_noise(NOISE_ERROR)]
     if not open_steps:
         return f"On {count} calibration sequences all {len(taken)} steps to this schedule are above noise ({CONFIDENCE:.0%})."
-    needed = [number for step in open_steps if (number := step.sequences_to_settle(ERROR)) is not None]
-    line = f"On {count} calibration sequences {len(open_steps)} of the {len(taken)} steps to this schedule are within noise "
+    share = "all" if len(open_steps) == len(taken) else len(open_steps)
+    line = f"On {count} calibration sequences {share} of the {len(taken)} steps to this schedule are within noise "
     line += f"({CONFIDENCE:.0%}): other layers may serve as well."
-    if needed:
-        settled = f"{min(needed)}" if min(needed) == max(needed) else f"{min(needed)} to {max(needed)}"
-        line += f" {settled} sequences would settle {'them' if len(needed) == len(open_steps) else f'{len(needed)} of them'}."
-    return line
+    settled = {more: sum(_to_settle(step) <= more for step in open_steps) for more in (4 * count, 16 * count)}
+    return f"{line} About {' and '.join(f'{more} sequences would settle {n} of them' for more, n in settled.items())}."
 
 
 def _share_measured(steps: Sequence[Step]) -> float | None:

@@ -3,8 +3,9 @@
 Greedy only removes indexers, so what was cheap at an early step binds all later ones. After every flip the floating search
 tries two more kinds of change: one flip is taken back (the layer is F again), which pays where the schedule is better than the
 best known with as many F layers; or it is taken back and a neighbouring F layer is S in its place, which pays where the
-schedule is better than the one it came from. Where a change pays, the search goes on from there. (Pattern recognition calls
-this sequential floating backward selection; the exchanges are an addition.)
+schedule is better than the one it came from. Better means beyond noise, so with a single sequence nothing pays. Where a change
+pays, the search goes on from there. (Pattern recognition calls this sequential floating backward selection; the exchanges are
+an addition.)
 
 The search starts from the steps of the greedy one and replaces a schedule only by one with a lower loss on the same
 sequences, so that for no number of F layers it is worse there.
@@ -25,7 +26,7 @@ from indexcache_jax.search.greedy import (
     greedy_search,
 )
 from indexcache_jax.search.oracle import LossOracle
-from indexcache_jax.search.racing import Outcome, Race, contest
+from indexcache_jax.search.racing import Outcome, Race, challenge
 
 
 def floating_search(
@@ -86,7 +87,7 @@ def _best_changes(
         [above, *(schedule for schedule in restored if schedule != above)],
         [current, *_exchanges(start, current)],
     ]
-    higher, level = contest(oracle, current, groups, race, error)
+    higher, level = challenge(oracle, current, groups, race, error)
     return higher, level
 
 

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
+NOISE_ERROR = 0.05  # the probability with which a difference that is noise is called above it
+
 
 def t_quantile(error: float, sequences: int) -> float:
     """What the mean of so many normal numbers of mean 0, in standard errors, exceeds with probability `error`.

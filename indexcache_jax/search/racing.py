@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search.noise import Margin, t_quantile
+from indexcache_jax.search.noise import NOISE_ERROR, Margin, t_quantile
 from indexcache_jax.search.oracle import LossOracle
+
+Losses = dict[Schedule, np.ndarray]  # of each schedule on the first sequences
 
 FEWEST = 4  # sequences of the first comparison: fewer leave the spread unknown
 
@@ -91,12 +93,62 @@ def contest(
     base: the schedule from which all of them differ in few layers. race: how those that cannot win are dropped, wrongly with
     a probability of at most `error` in all groups together; None measures every schedule on all sequences.
     """
-    rivals = sum(len(group) - 1 for group in groups)
-    comparisons = [oracle.num_batches] if race is None else race.comparisons(oracle.num_batches, oracle.rows)
-    level = error / max(1, rivals) / max(1, len(comparisons) - 1)
+    total, level = oracle.num_batches * oracle.rows, _level(oracle, groups, race, error)
+    racing, losses = _measured(oracle, base, groups, race, lambda group, losses: _that_can_win(group, losses, total, level))
+    winners = [_leader(group, losses) if len(group) > 1 else group[0] for group in racing]
+    return _outcomes(oracle, base, groups, winners, losses)
+
+
+def challenge(
+    oracle: LossOracle, base: Schedule, groups: Sequence[Sequence[Schedule]], race: Race | None, error: float
+) -> list[Outcome]:
+    """The best of each group that is better than its first schedule, the incumbent, beyond noise; else the incumbent.
+
+    As `contest`, whose arguments it takes. A challenger is also dropped once it is not likely to end above noise (with the
+    probability race.error that it does), since with what differs by noise alone nothing is gained.
+    """
+    total, level = oracle.num_batches * oracle.rows, _level(oracle, groups, race, error)
+
+    def drop(group: Sequence[Schedule], losses: Mapping[Schedule, np.ndarray]) -> list[Schedule]:
+        assert race is not None, "without a race there is a single comparison"
+        likely = [schedule for schedule in group[1:] if _can_displace(schedule, group[0], losses, total, race.error)]
+        best = _that_can_win([group[0], *likely], losses, total, level)
+        return best if best[0] == group[0] else [group[0], *best]
+
+    racing, losses = _measured(oracle, base, groups, race, drop)
+    winners = []
+    for incumbent, *challengers in racing:
+        better = [
+            schedule
+            for schedule in challengers
+            if Margin.between(losses[incumbent], losses[schedule]).is_above_noise(NOISE_ERROR)
+        ]
+        winners.append(_leader(better, losses) if better else incumbent)
+    return _outcomes(oracle, base, groups, winners, losses)
+
+
+def _level(oracle: LossOracle, groups: Sequence[Sequence[Schedule]], race: Race | None, error: float) -> float:
+    """The probability with which each pair of schedules may be wrong in each comparison but the last, which is exact."""
+    if race is None:
+        return error
+    comparisons = race.comparisons(oracle.num_batches, oracle.rows)
+    return error / max(1, sum(len(group) - 1 for group in groups)) / max(1, len(comparisons) - 1)
+
+
+def _measured(
+    oracle: LossOracle,
+    base: Schedule,
+    groups: Sequence[Sequence[Schedule]],
+    race: Race | None,
+    drop: Callable[[Sequence[Schedule], Losses], list[Schedule]],
+) -> tuple[list[list[Schedule]], Losses]:
+    """What is left of each group, measured on all sequences unless it is alone, and the losses of all.
+
+    drop: what is left of a group after a comparison, given the losses so far.
+    """
     losses = {schedule: np.empty(0) for group in groups for schedule in group}
     racing, done = [list(group) for group in groups], 0
-    for stop in comparisons:
+    for stop in [oracle.num_batches] if race is None else race.comparisons(oracle.num_batches, oracle.rows):
         asked = [schedule for group in racing if len(group) > 1 for schedule in group]
         if not asked:
             break
@@ -104,10 +156,19 @@ def contest(
         for schedule, values in zip(asked, measured, strict=True):
             losses[schedule] = np.append(losses[schedule], values)
         if stop < oracle.num_batches:
-            total = oracle.num_batches * oracle.rows
-            racing = [_that_can_win(group, losses, total, level) if len(group) > 1 else group for group in racing]
+            racing = [drop(group, losses) if len(group) > 1 else group for group in racing]
         done = stop
-    winners = [_leader(group, losses) if len(group) > 1 else group[0] for group in racing]
+    return racing, losses
+
+
+def _outcomes(
+    oracle: LossOracle,
+    base: Schedule,
+    groups: Sequence[Sequence[Schedule]],
+    winners: Sequence[Schedule],
+    losses: Losses,
+) -> list[Outcome]:
+    """The outcomes of groups, their winners measured on all sequences."""
     for winner, values in zip(winners, oracle.sequence_losses(winners, base), strict=True):
         losses[winner] = values
     return [
@@ -132,3 +193,13 @@ def _that_can_win(group: Sequence[Schedule], losses: Mapping[Schedule, np.ndarra
         return margin.mean <= bound * margin.error
 
     return [schedule for schedule in group if schedule == leader or can_win(schedule)]
+
+
+def _can_displace(
+    schedule: Schedule, incumbent: Schedule, losses: Mapping[Schedule, np.ndarray], total: int, error: float
+) -> bool:
+    """Whether over `total` sequences a schedule can be better beyond noise; wrongly False with about this probability."""
+    margin = Margin.between(losses[incumbent], losses[schedule])
+    highest = margin.mean + t_quantile(error, margin.sequences) * margin.error * math.sqrt(1 - margin.sequences / total)
+    error_of_all = margin.error * math.sqrt(margin.sequences / total)
+    return highest >= t_quantile(NOISE_ERROR, total) * error_of_all

@@ -112,10 +112,10 @@ def multiply(
 
     def kernel(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
         if coded:
-            out_gmem, out_scale_gmem, *others = others
+            out_gmem, out_scale_gmem, *scratch = others
         else:
-            out_gmem, *others = others
-        row_smems, matrix_smem, full, empty, turn = others
+            out_gmem, *scratch = others
+        row_smems, matrix_smem, full, empty, turn = scratch
         row_smem, row_lines = row_smems
         if interpret:
             row_lines = row_smem

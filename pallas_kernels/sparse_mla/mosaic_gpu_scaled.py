@@ -59,8 +59,8 @@ SMALLEST = 2.0**-60  # largest magnitude that a head's queries count as having
 LOG2E = math.log2(math.e)
 VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
 
-# Registers of a thread of the warpgroups, where the accumulators of 64 columns need more than a fourth of them.
-REGISTERS = (136, 168, 168, 40)
+# Registers of a thread of the four warpgroups, by whether tasks are wide.
+REGISTERS = {False: (184, 144, 144, 40), True: (136, 168, 168, 40)}
 
 FRAGMENTS = {False: 2, True: 1}  # of 16 keys and 64 value columns that are multiplied together; True for wide tasks
 
@@ -69,7 +69,10 @@ _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """B x S queries of H heads over T keys each, with lists of `blocks` key blocks, each divided among `splits` tasks."""
+    """B x S queries of H heads over T keys each, with lists of `blocks` key blocks, each divided among `splits` tasks.
+
+    All but the last of these have `share` key blocks, the last one has what is left.
+    """
 
     batch: int
     queries: int
@@ -81,7 +84,7 @@ class Tasks:
     def __post_init__(self) -> None:
         if min(self.heads, self.blocks) < 1:
             raise ValueError(f"there is no task of {self.heads} heads and {self.blocks} key blocks")
-        if not 1 <= self.splits <= MAX_SPLITS or self.blocks % self.splits:
+        if not 1 <= self.splits <= MAX_SPLITS or (self.splits - 1) * self.share >= self.blocks:
             raise ValueError(f"{self.blocks} key blocks do not divide into {self.splits} of at most {MAX_SPLITS} splits")
 
     @property
@@ -115,7 +118,20 @@ class Tasks:
     @property
     def share(self) -> int:
         """Key blocks of a task, at most."""
-        return self.blocks // self.splits
+        return -(-self.blocks // self.splits)
+
+
+# How many clusters of so many blocks are sure to run at a time: the 132 multiprocessors are in groups of 14 to 18, and a cluster
+# lies within one.
+RESIDENT_CLUSTERS = {2: 66, 3: 42, 4: 29, 5: 21, 6: 18, 7: 16, 8: 13}
+
+
+def splits_of(tiles: int, blocks: int) -> int:
+    """Into how many parts lists of `blocks` key blocks are split, so that the device is full and all run at once."""
+    fitting = (splits for splits, clusters in RESIDENT_CLUSTERS.items() if tiles <= clusters)
+    most = min(max(fitting, default=1), blocks)
+    share = -(-blocks // most)
+    return -(-blocks // share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +222,7 @@ class _Task:
     """What a task is about."""
 
     query: ptx.Value
+    split: ptx.Value
     first_head: ptx.Value
     heads: ptx.Value
     first_row: ptx.Value  # of the [B * S * H] query rows
@@ -218,17 +235,19 @@ class _Task:
         first_head = ptx.mul(tile, tasks.heads_per_tile)
         return _Task(
             query,
+            split,
             first_head,
             ptx.minimum(ptx.sub(tasks.heads, first_head), tasks.heads_per_tile),
             ptx.add(ptx.mul(query, tasks.heads), first_head),
             ptx.add(ptx.mul(query, tasks.blocks), ptx.mul(split, tasks.share)),
         )
 
-    def blocks(self, tasks: Tasks, counts_at: ptx.Value) -> ptx.Value:
+    def blocks(self, tasks: Tasks, counts_at: ptx.Value | None) -> ptx.Value:
         """How many key blocks to visit."""
-        if tasks.splits > 1:
-            return ptx.opaque(ptx.constant(tasks.share))  # as a constant it would cost registers
-        return ptx.load_global(ptx.offset(counts_at, self.query, 4))
+        if counts_at is not None:
+            return ptx.load_global(ptx.offset(counts_at, self.query, 4))
+        rest = ptx.sub(tasks.blocks, ptx.mul(self.split, tasks.share))
+        return ptx.opaque(ptx.minimum(rest, tasks.share))  # a constant would cost registers
 
 
 def _line(thread: ptx.Value) -> tuple[ptx.Value, ptx.Value]:
@@ -240,6 +259,11 @@ def _in_tiles(line: ptx.Value, chunk: ptx.Value) -> ptx.Value:
     """Where a chunk of a line is in a matrix of swizzled tiles."""
     within = ptx.bit_and(line, 7)
     return ptx.add(ptx.shift_left(line, 7), ptx.shift_left(ptx.bit_xor(chunk, within), 4))
+
+
+def _address_of(optional: tuple) -> ptx.Value | None:
+    """Of an array that may be missing."""
+    return ptx.global_address(optional[0]) if optional else None
 
 
 def _tasks_of(tasks: Tasks, block: ptx.Value) -> ptx.Value:
@@ -274,8 +298,10 @@ def _meet_cluster(tasks: Tasks) -> None:
 def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, ref, block) -> None:
     """The fourth warpgroup: 8 lanes copy 128 bytes of a row with cp.async into the tiles that wgmma reads."""
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, *[_REF] * 6))
-    def gather(ctx, block, codes, rotary, scales, lists, counts, ref):
+    optional = () if counts is None else (counts,)
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, *[_REF] * 5, *[_REF for _ in optional]))
+    def gather(ctx, block, codes, rotary, scales, lists, ref, *optional):
         base = ptx.shared_address(ref)
         chunk, row = _line(ptx.bit_and(ptx.thread(), 127))
         to = _in_tiles(row, chunk)
@@ -283,7 +309,7 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
         to_scale = ptx.add(ptx.shift_left(row, 2), ptx.shift_left(chunk, 6))
         own_entry = ptx.offset(ptx.global_address(lists), row, 4)
         codes_at, rotary_at = (ptx.offset(ptx.global_address(x), chunk, 16) for x in (codes, rotary))
-        scales_at, count_at = ptx.global_address(scales), ptx.global_address(counts)
+        scales_at, counts_at = ptx.global_address(scales), _address_of(optional)
         block = ptx.scalar(block)
         num_tasks = _tasks_of(tasks, block)
 
@@ -297,7 +323,7 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
             task = _Task.of(tasks, number)
             following = _Task.of(tasks, ptx.minimum(ptx.add(number, tasks.grid), tasks.count - 1))
             first_key = ptx.mul(ptx.div(task.query, tasks.queries), tasks.keys)
-            blocks, blocks_after = carry[0], following.blocks(tasks, count_at)
+            blocks, blocks_after = carry[0], following.blocks(tasks, counts_at)
 
             def one_block(b, carry):
                 ring, current = _Ring(memory, *carry[:2]), carry[2:]
@@ -344,12 +370,12 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
             return [blocks_after, *ptx.loop(blocks, carry[1:], one_block)]
 
         first = _Task.of(tasks, block)
-        carry = [first.blocks(tasks, count_at), *_start(memory).carry, *entries(first, ptx.constant(0))]
+        carry = [first.blocks(tasks, counts_at), *_start(memory).carry, *entries(first, ptx.constant(0))]
         ptx.loop(num_tasks, carry, one_task)
         ptx.copies_done()
         _meet_cluster(tasks)
 
-    gather(block, codes, rotary, scales, lists, counts, ref)
+    gather(block, codes, rotary, scales, lists, ref, *optional)
 
 
 def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, block) -> None:
@@ -360,8 +386,10 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
     groups = tasks.columns // 8  # of 8 columns, 4 logits a thread each: two columns of row g, the same of g + 8
     to_logits = scale * LOG2E
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF))
-    def weigh(ctx, block, queries, counts, ref):
+    optional = () if counts is None else (counts,)
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, *[_REF for _ in optional]))
+    def weigh(ctx, block, queries, ref, *optional):
         base = ptx.shared_address(ref)
         thread = ptx.bit_and(ptx.thread(), 127)
         lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
@@ -372,7 +400,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
         own_columns = ptx.add(base, ptx.shift_left(first_column, 2))
         block = ptx.scalar(block)
         num_tasks = _tasks_of(tasks, block)
-        queries_at, counts_at = ptx.global_address(queries), ptx.global_address(counts)
+        queries_at, counts_at = ptx.global_address(queries), _address_of(optional)
 
         def load_queries(task: _Task) -> None:
             """Divided by a power of two for every head, and all but the rotary columns as sums of two e4m3 numbers."""
@@ -422,33 +450,35 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             """Starts the logits of a block, and ends with its scales of this thread's two keys."""
             matrix = ptx.matrix(ptx.add(base, memory.queries))
             codes = ptx.matrix(ring.codes(base))
-            logits = [[ptx.number(0.0)] * (8 * groups)]
             for half in range(HALVES):
                 ptx.barrier_wait(ring.barrier(base, memory.full, half), ring.round)
-                ptx.proxy_fence()
-                steps = [
-                    (0, piece * PIECE + 32 * i, piece * memory.query_piece + 32 * i)
-                    for piece in range(half * PIECES // HALVES, (half + 1) * PIECES // HALVES)
-                    for i in range(4)
-                ]
-                logits = ptx.multiply(
-                    logits, codes, matrix, steps, fresh=half == 0, columns=2 * tasks.columns, transposed=False, kind="e4m3"
-                )
-            # To the logits of the queries' larger parts.
-            parts = logits[0][: 4 * groups], logits[0][4 * groups :]
+            ptx.proxy_fence()
             rotary, rotary_queries = ptx.matrix(ring.rotary(base)), ptx.matrix(ptx.add(base, memory.rotary_queries))
             steps = [(0, 32 * i, 32 * i) for i in range(4)]
-            (first,) = ptx.multiply(
-                [parts[0]], rotary, rotary_queries, steps, fresh=False, columns=tasks.columns, transposed=False
+            zeros = [ptx.number(0.0)] * (4 * groups)
+            (sums,) = ptx.multiply(
+                [zeros], rotary, rotary_queries, steps, fresh=True, columns=tasks.columns, transposed=False
             )
-            logits = [[*first, *parts[1]]]
+            # Both parts of the queries are columns of one product or, where their sums take too many registers, added in turn.
+            steps = [
+                (0, piece * PIECE + 32 * i, piece * memory.query_piece + part * memory.query_part + 32 * i)
+                for piece in range(PIECES)
+                for part in range(2 if tasks.is_wide else 1)
+                for i in range(4)
+            ]
+            multiply = functools.partial(ptx.multiply, transposed=False, kind="e4m3")
+            if tasks.is_wide:
+                (sums,) = multiply([sums], codes, matrix, steps, fresh=False, columns=tasks.columns)
+                logits = [sums]
+            else:
+                (both,) = multiply([[*zeros, *zeros]], codes, matrix, steps, fresh=True, columns=2 * tasks.columns)
+                logits = [sums, both[: 4 * groups], both[4 * groups :]]
             ptx.multiply_commit()
             scales = [ptx.load_shared_float(ptx.add(ring.scales(base), own_scale, 32 * i)) for i in range(2)]
             return logits, scales
 
         def finish(logits):
-            (parts,) = ptx.multiplied(logits)
-            return [ptx.plus(high, low) for high, low in zip(parts[: 4 * groups], parts[4 * groups :], strict=True)]
+            return [ptx.plus(*parts) if len(parts) > 1 else parts[0] for parts in zip(*ptx.multiplied(logits), strict=True)]
 
         def raise_maxima(scaled, tops, totals, place):
             """New maxima where a block's are too far above, and what follows from them."""
@@ -473,12 +503,18 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                     ptx.store_shared_floats(ptx.add(of_columns(memory.factors, place), 32 * j), factors[2 * j : 2 * j + 2])
             return [*new_tops, *map(ptx.times, totals, factors)]
 
-        def publish(logits, scales, tops, totals, done, last=False):
-            """The weights of a block, the `done`-th of all, for the values' warpgroups."""
+        def prepare(logits, scales, tops, totals, done):
+            """Base-2 logarithms of a block's weights times scales, and the maxima and sums that they refer to.
+
+            All branches are here, so that products may be under way in `publish`.
+            """
             place, turn = ptx.bit_and(done, 1), ptx.shift_right(done, 1)
             counted = [ptx.above(x, ptx.number(0.0)) for x in scales]
             logs = [ptx.log2(x) for x in scales]  # minus infinity for keys that do not count
-            inverses = [ptx.either(c, ptx.inverse(x), ptx.number(0.0)) for c, x in zip(counted, scales, strict=True)]
+            inverses = [  # of scales that count
+                ptx.either(c, ptx.exp2(ptx.minus(ptx.number(0.0), x)), ptx.number(0.0))
+                for c, x in zip(counted, logs, strict=True)
+            ]
             by_row = [ptx.times(x, ptx.number(to_logits)) for x in scales]
             scaled = []
             for j in range(groups):
@@ -497,6 +533,13 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             tops, totals = changed[: 2 * groups], changed[2 * groups :]
             with ptx.when(ptx.compare("eq", thread, 0)):
                 ptx.store_shared(ptx.add(base, memory.raised, ptx.shift_left(place, 2)), raised)
+            return scaled, inverses, tops, totals
+
+        def publish(scaled, inverses, tops, totals, done, last=False):
+            """The weights of a block, the `done`-th of all, for the values' warpgroups."""
+            place = ptx.bit_and(done, 1)
+            column = [i // 4 * 2 + i % 2 for i in range(4 * groups)]
+            totals = list(totals)
             weights = [ptx.exp2(ptx.minus(x, tops[column[i]])) for i, x in enumerate(scaled)]  # times the keys' scales
             for i, x in enumerate(weights):
                 totals[column[i]] = ptx.times_plus(x, inverses[i % 4 // 2], totals[column[i]])
@@ -520,7 +563,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                             ptx.store_shared_floats(ptx.add(of_columns(memory.tops), 32 * j), tops[2 * j : 2 * j + 2])
             ptx.proxy_fence()
             ptx.barrier_arrive(ptx.add(base, memory.ready, ptx.shift_left(place, 3)))
-            return tops, totals
+            return totals
 
         def one_task(i, carry):
             number = ptx.add(block, ptx.mul(i, tasks.grid))
@@ -536,23 +579,25 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 ring, done, scales = _Ring(memory, *carry[:2]), carry[2], carry[3:5]
                 logits = carry[5 : 5 + 4 * groups]
                 tops, totals = carry[5 + 4 * groups : 5 + 6 * groups], carry[5 + 6 * groups :]
-                tops, totals = publish(logits, scales, tops, totals, done)
                 ring = ring.next()
-                begun, scales = issue(ring)
-                return [*ring.carry, ptx.add(done, 1), *scales, *finish(begun), *tops, *totals]
+                scaled, inverses, tops, totals = prepare(logits, scales, tops, totals, done)
+                begun, scales_after = issue(ring)  # are made while the weights are
+                totals = publish(scaled, inverses, tops, totals, done)
+                return [*ring.carry, ptx.add(done, 1), *scales_after, *finish(begun), *tops, *totals]
 
             start = [ptx.number(START)] * (2 * groups) + [ptx.number(0.0)] * (2 * groups)
             carry = ptx.loop(ptx.sub(blocks, 1), [*ring.carry, done, *scales, *logits, *start], one_block)
             ring, done, scales = _Ring(memory, *carry[:2]), carry[2], carry[3:5]
             logits = carry[5 : 5 + 4 * groups]
             tops, totals = carry[5 + 4 * groups : 5 + 6 * groups], carry[5 + 6 * groups :]
-            publish(logits, scales, tops, totals, done, last=True)
+            publish(*prepare(logits, scales, tops, totals, done), done, last=True)
             return [*ring.next().carry, ptx.add(done, 1)]
 
+        prefetch_queries(block)
         ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
         _meet_cluster(tasks)
 
-    weigh(block, queries, counts, ref)
+    weigh(block, queries, ref, *optional)
 
 
 def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int) -> None:
@@ -562,14 +607,16 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
     """
     groups = tasks.columns // 8
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF))
-    def sum_values(ctx, block, counts, ref, out):
+    optional = () if counts is None else (counts,)
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, *[_REF for _ in optional]))
+    def sum_values(ctx, block, ref, out, *optional):
         base = ptx.shared_address(ref)
         thread = ptx.bit_and(ptx.thread(), 127)
         lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
         block = ptx.scalar(block)
         num_tasks = _tasks_of(tasks, block)
-        counts_at = ptx.global_address(counts)
+        counts_at = _address_of(optional)
         # A lane has the address of a key's 16 columns, its warp's of a tile of 64; of every second tile 64 bytes further on.
         to_columns = [_in_tiles(lane, ptx.add(warp, 4 * odd)) for odd in range(2)]
 
@@ -615,8 +662,8 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
             return by_tile
 
         def one_task(i, carry):
-            task = _Task.of(tasks, ptx.add(block, ptx.mul(i, tasks.grid)))
-            blocks = task.blocks(tasks, counts_at)
+            number = ptx.add(block, ptx.mul(i, tasks.grid))
+            blocks = _Task.of(tasks, number).blocks(tasks, counts_at)
 
             def one_block(b, carry):
                 ring, done = _Ring(memory, *carry[:2]), carry[2]
@@ -637,7 +684,8 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 return [*ring.next().carry, ptx.add(done, 1), *sums]
 
             carry = ptx.loop(blocks, [*carry, *[ptx.number(0.0)] * (4 * TILES * groups)], one_block)
-            # Else the addresses of what follows are kept in registers through the loop.
+            # Else what the following needs is kept in registers through the loop.
+            task = _Task.of(tasks, ptx.opaque(number))
             thread = ptx.bit_and(ptx.opaque(ptx.thread()), 127)
             lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
             in_group, pair = ptx.shift_right(lane, 2), ptx.shift_left(ptx.bit_and(lane, 3), 1)
@@ -683,7 +731,7 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
 
         ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
 
-    sum_values(block, counts, ref, out)
+    sum_values(block, ref, out, *optional)
 
 
 def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) -> None:
@@ -691,12 +739,11 @@ def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) ->
     share = -(-tasks.heads_per_tile // tasks.splits)
     ptx.cluster_barrier()
     thread = ptx.add(ptx.bit_and(ptx.opaque(ptx.thread()), 127), 128 * half)
-    split = ptx.rem(ptx.div(task.first_block, tasks.share), tasks.splits)
     to = ptx.offset(ptx.global_address(out), task.first_row, 2 * VALUE_DIM)
     chunk = ptx.bit_and(thread, 63)
     for i in range(-(-share // 4)):  # 256 threads take 4 heads of 64 chunks of 16 bytes at a time
         within = ptx.add(ptx.shift_right(thread, 6), 4 * i)
-        head = ptx.add(ptx.mul(split, share), within)
+        head = ptx.add(ptx.mul(task.split, share), within)
         here = ptx.minimum(head, tasks.columns - 1)
         part_at = ptx.add(base, memory.queries, ptx.mul(here, STAGED_LINE), ptx.shift_left(chunk, 4))
         log_at = ptx.add(base, memory.logs, ptx.shift_left(here, 2))
@@ -721,7 +768,7 @@ def attend(
     rotary: jax.Array,
     scales: jax.Array,
     lists: jax.Array,
-    counts: jax.Array,
+    counts: jax.Array | None,
     tasks: Tasks,
     *,
     scale: float,
@@ -732,23 +779,26 @@ def attend(
       queries: [B * S * H, 576] bfloat16.
       codes: [B * T, 512] float8_e4m3fn. rotary: [B * T, 64] bfloat16. scales: [B * T] float32, positive.
       lists: [B * S, tasks.blocks * 64] int32, -1 where empty.
-      counts: [B * S] int32, how many key blocks to visit, at least 1; all of them are visited where lists are split.
+      counts: [B * S] int32, how many key blocks to visit, at least 1; None, as where lists are split, for all of them.
 
     Returns:
       [B * S * H, 512] bfloat16; zeros where no key counts.
     """
+    if counts is not None and tasks.splits > 1:
+        raise ValueError(f"lists that are split into {tasks.splits} have no counts")
     memory = Memory.of(tasks.columns)
 
-    def sparse_mla_scaled(queries, codes, rotary, scales, lists, counts, out, ref):
+    def sparse_mla_scaled(queries, codes, rotary, scales, lists, *others):
+        counts, out, ref = others if len(others) == 3 else (None, *others)
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         if tasks.splits > 1:
             block = block * tasks.splits + jax.lax.axis_index("split")
         _init_barriers(memory, ref)
 
         def limit_registers(number: int) -> None:
-            if tasks.is_wide:
-                registers, at_launch = REGISTERS[number], hopper.REGISTER_FILE // (hopper.WARPGROUP * len(REGISTERS))
-                plgpu.set_max_registers(registers, action="increase" if registers > at_launch else "decrease")
+            registers = REGISTERS[tasks.is_wide][number]
+            at_launch = hopper.REGISTER_FILE // (hopper.WARPGROUP * (2 + HALVES))
+            plgpu.set_max_registers(registers, action="increase" if registers > at_launch else "decrease")
 
         @pl.when(warpgroup == 0)
         def _():
@@ -780,4 +830,4 @@ def attend(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return kernel(queries, codes, rotary, scales, lists, counts)
+    return kernel(*(x for x in (queries, codes, rotary, scales, lists, counts) if x is not None))

@@ -25,7 +25,7 @@ def emulated(monkeypatch, queries, latents, indices, *, splits=1, seed=0, num_sm
     (b, s, h, width), t = queries.shape, latents.shape[1]
     lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % (kernel.KEYS * splits))), constant_values=-1)
     tasks = kernel.Tasks(b, s, h, t, lists.shape[1] // kernel.KEYS, splits)
-    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), kernel.KEYS))
+    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), kernel.KEYS)) if splits == 1 else None
     parts = [np.asarray(x).reshape(b * t, *x.shape[2:]) for x in (latents.codes, latents.rotary, latents.scales)]
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)

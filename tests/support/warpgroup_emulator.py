@@ -494,6 +494,7 @@ PURE: dict[str, Callable] = {
     "barrier_init_done": lambda: None,
     "opaque": lambda x: x,
     "barrier": lambda identity, threads: None,
+    "warp_barrier": lambda: None,
     "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
 }
 
