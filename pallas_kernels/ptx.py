@@ -187,11 +187,6 @@ def copy_async_word(target: Value, source: Value, size: Value) -> None:
     asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [target, source, size], "r,l,r")
 
 
-def copy_word_async(target: Value, source: Value, size: Value) -> None:
-    """A cp.async of 4 bytes, of which `size` (4 or 0) are read; the rest becomes zero."""
-    asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [target, source, size], "r,l,r")
-
-
 def copies_commit() -> None:
     """Makes one group of the copies that this thread started since the last commit."""
     asm("cp.async.commit_group;")

@@ -182,14 +182,14 @@ class MatrixProduct:
     def __init__(self, shared: SharedMemory, width: int, most: int, *, codes: bool):
         self.split, self.codes = TileSplit(width, most), codes
         self.vector = GroupedVector.allocate(shared, width) if codes else shared.allocate(2 * width)
-        self.sums, self.ring = shared.allocate(self.split.sums_bytes) if codes else None, shared.ring
+        self.sums = shared.allocate(self.split.sums_bytes) if codes else None
 
     def of(self, thread: Thread, matrix: Value, scales: Value | None, first: Value, end: Value) -> None:
         """Takes rows first .. end - 1 of the matrix at address `matrix`, codes with the scales at `scales`."""
         width, most = self.split.width, self.split.most
         self.product: Product | CodesProduct
         if self.codes:
-            self.product = CodesProduct(thread, Codes(matrix, scales, width), self.split, first, end, self.sums, ring=self.ring)
+            self.product = CodesProduct(thread, Codes(matrix, scales, width), self.split, first, end, self.sums)
         else:
             self.product = Product(thread, matrix, width, first, end, most)
 
@@ -534,13 +534,7 @@ class First(Stage):
                 self.of_bfloat16 = Product(thread, rows.matrix, p.hidden, rows.first, rows.end, rows.most)
             elif not p.experts:
                 self.of_codes = CodesProduct(
-                    thread,
-                    Codes(rows.matrix, a["shared_gate_up_scales"], p.hidden),
-                    split,
-                    rows.first,
-                    rows.end,
-                    sums,
-                    ring=shared.ring,
+                    thread, Codes(rows.matrix, a["shared_gate_up_scales"], p.hidden), split, rows.first, rows.end, sums
                 )
             else:  # a thread block has rows of one of the two; fewer loads in flight leave registers for both
                 end = ptx.select(rows.is_first, rows.end, rows.first)
@@ -549,7 +543,7 @@ class First(Stage):
                     Codes(a["shared_gate_up"], a["shared_gate_up_scales"], p.hidden),
                     ptx.select(rows.is_first, rows.first, rows.end),
                 )
-                self.of_codes = CodesProduct(thread, matrix, split, rows.first, end, sums, MIXED_PIECES, ring=shared.ring)
+                self.of_codes = CodesProduct(thread, matrix, split, rows.first, end, sums, MIXED_PIECES)
             self.products = [product for product in (self.of_bfloat16, self.of_codes) if product is not None]
 
     def begin(self) -> None:
@@ -753,13 +747,13 @@ class ExpertsFirstInCodes(Stage):
         self.p, self.a, self.thread, self.vector = p, a, thread, vector
         self.rows = p.num_experts_per_token * 2 * p.width
         self.split = TileSplit(p.hidden, parts.largest_block_share(self.rows))
-        self.sums, self.ring = shared.allocate(self.split.sums_bytes), shared.ring
+        self.sums = shared.allocate(self.split.sums_bytes)
 
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
         self.routed = RoutedExperts(p, a, thread)
         matrices = RowsOfExperts(Codes(a["gate_up"], a["gate_up_scales"], p.hidden), 2 * p.width, self.routed.experts)
-        product = CodesProduct(thread, matrices, self.split, *parts.block_share(thread, self.rows), self.sums, ring=self.ring)
+        product = CodesProduct(thread, matrices, self.split, *parts.block_share(thread, self.rows), self.sums)
         product.begin()
         product.finish(self.vector, _float32_sink(a["hidden"]))
 
@@ -802,7 +796,6 @@ class ExpertsSecondInCodes(Stage):
         self.split = TileSplit(p.num_experts_per_token * p.width, most)
         self.vector, self.sums = GroupedVector.allocate(shared, self.split.width), shared.allocate(self.split.sums_bytes)
         self.of_shared: CodesProduct | None = None
-        self.ring = shared.ring
         if p.shared:
             split = TileSplit(p.shared, most)
             self.shared_vector, sums = GroupedVector.allocate(shared, p.shared), shared.allocate(split.sums_bytes)
@@ -810,10 +803,7 @@ class ExpertsSecondInCodes(Stage):
             self.first, self.end = parts.block_share(thread, p.hidden)
             if p.shared:
                 matrix = Codes(a["shared_down"], a["shared_down_scales"], p.shared)
-                ring = shared.ring
-                if ring is not None and ring.depth >= 4:
-                    ring = ring.part(ring.depth - 1, 1)
-                self.of_shared = CodesProduct(thread, matrix, split, self.first, self.end, sums, ring=ring)
+                self.of_shared = CodesProduct(thread, matrix, split, self.first, self.end, sums)
 
     def begin(self) -> None:
         """The experts are known before the barrier, what they multiply is not."""
@@ -821,12 +811,9 @@ class ExpertsSecondInCodes(Stage):
         matrices = ColumnsOfExperts(
             Codes(a["expert_down"], a["expert_down_scales"], p.width), p.hidden, self.before.routed.experts
         )
-        ring = self.ring
-        if ring is not None and ring.depth >= 4 and self.of_shared:
-            ring = ring.part(0, ring.depth - 1)
-        self.product = CodesProduct(self.thread, matrices, self.split, self.first, self.end, self.sums, ring=ring)
+        self.product = CodesProduct(self.thread, matrices, self.split, self.first, self.end, self.sums)
         self.product.begin(parts.PIECES_IN_FLIGHT - 1)
-        if self.of_shared and (self.ring is None or self.ring.depth >= 4):
+        if self.of_shared:
             self.of_shared.begin(1)
 
     def run(self) -> None:
@@ -840,8 +827,6 @@ class ExpertsSecondInCodes(Stage):
         before = [_load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh) for row, _ in rows]
         totals = [ptx.rounded(total) for total in self.product.totals(self.vector)]
         if self.of_shared:
-            if self.ring is not None and self.ring.depth < 4:
-                self.of_shared.begin()
             of_shared = self.of_shared.totals(self.shared_vector)
             totals = [ptx.rounded(ptx.plus(x, ptx.rounded(y))) for x, y in zip(totals, of_shared, strict=True)]
         for (row, exists), x, total in zip(rows, before, totals, strict=True):
@@ -988,13 +973,10 @@ def _call_kernel(
     stages: Callable[[Mapping[str, Value], Any, SharedMemory], Sequence[Stage]],
     operands: Mapping[str, Any],
     outs: Mapping[str, jax.ShapeDtypeStruct],
-    in_codes: bool = False,
 ) -> dict[str, jax.Array]:
     """Calls a kernel whose `stages` read `operands` and write `outs` and the operands that are references, all by name."""
     sizes = SharedMemory()
     stages({}, None, sizes)
-    depth = min(parts.RING_DEPTH, (parts.SHARED_LIMIT - sizes.used) // parts.RING_BYTES) if in_codes and parts.RING else 0
-    shared_bytes = sizes.used + depth * parts.RING_BYTES
     names = [*operands, *outs, "shared"]
 
     def body(*refs: Any) -> None:
@@ -1004,9 +986,7 @@ def _call_kernel(
             *arrays, memory = references
             addresses = {n: ptx.global_address(v) for n, v in zip(names[:-1], arrays, strict=True)}
             thread = Thread.current(ptx.scalar(block))
-            base = ptx.shared_address(memory)
-            ring = parts.Ring(ptx.add(base, sizes.used), depth) if depth else None
-            _in_sequence(stages(addresses, thread, SharedMemory(base, ring)), addresses["barrier_count"])
+            _in_sequence(stages(addresses, thread, SharedMemory(ptx.shared_address(memory))), addresses["barrier_count"])
 
         program(*refs, jax.lax.axis_index("block"))
 
@@ -1014,7 +994,7 @@ def _call_kernel(
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outs.values()),
-        scratch_types=(plgpu.SMEM((shared_bytes // 4,), jnp.int32),),
+        scratch_types=(plgpu.SMEM((sizes.used // 4,), jnp.int32),),
         grid=(parts.BLOCKS,),
         grid_names=("block",),
         num_threads=parts.THREADS // 128,
@@ -1100,7 +1080,7 @@ def attention_inputs(
     def stages(a: Mapping[str, Value], thread: Any, shared: SharedMemory) -> Sequence[Stage]:
         return _input_stages(p, a, thread, shared, is_first_kernel=True)
 
-    results = _call_kernel("decode_inputs", stages, operands, outs, p.codes)
+    results = _call_kernel("decode_inputs", stages, operands, outs)
     return _attention_operands(layer, operands, results), jax.freeze(operands["barrier_count"])
 
 
@@ -1155,9 +1135,6 @@ def layer_outputs(
     def stages(a: Mapping[str, Value], thread: Any, shared: SharedMemory) -> list[Stage]:
         return _output_stages(p, next_sizes, a, thread, shared)
 
-    in_codes = p.out_codes or p.mlp_codes or (next_sizes is not None and next_sizes.codes)
-    results = _call_kernel(
-        "decode_outputs" if next_sizes is None else "decode_outputs_inputs", stages, operands, outs, in_codes
-    )
+    results = _call_kernel("decode_outputs" if next_sizes is None else "decode_outputs_inputs", stages, operands, outs)
     attention = None if next_layer is None else _attention_operands(next_layer, operands, results)
     return results["y"], attention, jax.freeze(operands["barrier_count"])

@@ -23,11 +23,6 @@ COLUMN_LOADS_IN_FLIGHT = 16  # fewer, because 8 sums need registers too
 SCALE_BLOCK = 128  # rows and columns of codes that share a scale
 TILE_ROWS = 16  # of codes, that a warp multiplies at once
 GROUP = 64  # numbers of a vector in float16 that share a factor
-SLOT_BYTES = TILE_ROWS * SCALE_BLOCK + 256  # of a piece of codes on its way: and two scales a lane
-RING_BYTES = WARPS * SLOT_BYTES
-RING_DEPTH = 4  # pieces of codes on their way a warp, at most
-SHARED_LIMIT = 225 * 1024
-RING = True
 PIECES_IN_FLIGHT = 4  # of 16 x 128 codes, by a warp: 72 registers of a lane
 
 Value = Any
@@ -52,22 +47,11 @@ class Thread:
         return ptx.compare("eq", self.block, BLOCKS - number)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """Shared memory for pieces of codes on their way, `depth` of them a warp."""
-
-    address: Value
-    depth: int
-
-    def part(self, first: int, depth: int) -> Ring:
-        return Ring(ptx.add(self.address, first * RING_BYTES), depth)
-
-
 class SharedMemory:
     """Allocates shared memory from `base` on; without `base` it only adds up the sizes, in `used`."""
 
-    def __init__(self, base: Value | None = None, ring: Ring | None = None):
-        self.base, self.used, self.ring = base, 0, ring
+    def __init__(self, base: Value | None = None):
+        self.base, self.used = base, 0
 
     def allocate(self, size: int) -> Value:
         start, self.used = self.used, self.used + -(-size // 16) * 16
@@ -445,9 +429,7 @@ class CodesProduct:
         end: Value,
         sums: Value,
         in_flight: int = PIECES_IN_FLIGHT,
-        ring: Ring | None = None,
     ):
-        self.ring = ring
         self.thread, self.matrix, self.split, self.first, self.end, self.sums = thread, matrix, split, first, end, sums
         self.depth, self.across = in_flight, split.across
         self.piece = ptx.bit_and(thread.warp, self.across - 1)  # of the first step
@@ -457,13 +439,13 @@ class CodesProduct:
         self.steps = [(tile * (WARPS // self.across), step * self.across) for tile in range(tiles) for step in range(pieces)]
         self.in_flight: list[tuple[list[list[Value]], list[Value]]] = []
 
-    def row(self, tile: Value | int, half: int) -> Value:
+    def row(self, tile: int, half: int) -> Value:
         local = ptx.add(ptx.shift_left(ptx.add(self.tile, tile), 4), ptx.shift_right(self.thread.lane, 2), 8 * half)
         return ptx.add(self.first, local)
 
-    def _is_whole(self, step: Value | int) -> bool:
+    def _is_whole(self, step: int) -> bool:
         """Whether every warp has a piece in this step."""
-        return isinstance(step, int) and step + self.across <= self.split.pieces
+        return step + self.across <= self.split.pieces
 
     def _load(self, tile: int, step: int) -> tuple[list[list[Value]], list[Value]]:
         """The codes of row l / 4, then l / 4 + 8, and the two rows' scales."""
@@ -481,73 +463,14 @@ class CodesProduct:
         return codes, scales
 
     def begin(self, pieces: int | None = None) -> None:
-        if self.ring is not None:
-            for i in range(self.ring_depth):
-                self._copy(ptx.constant(i), ptx.constant(i))
-                ptx.copies_commit()
-            return
         self.in_flight = [self._load(*step) for step in self.steps[: pieces or self.depth]]
-
-    @property
-    def ring_depth(self) -> int:
-        assert self.ring is not None
-        return min(self.ring.depth, len(self.steps))
-
-    def _copy(self, n: Value, slot: Value) -> None:
-        """Starts copying this lane's codes and scales of its n-th piece."""
-        assert self.ring is not None
-        rounds = self.split.rounds(self.across)[1]
-        tile, step = ptx.mul(ptx.div(n, rounds), WARPS // self.across), ptx.mul(ptx.rem(n, rounds), self.across)
-        piece, slot_at = ptx.add(self.piece, step), self._slot(slot)
-        for half in range(2):
-            row = self.row(tile, half)
-            exists = ptx.both(ptx.compare("slt", row, self.end), ptx.compare("slt", piece, self.split.pieces))
-            row, at = ptx.select(exists, row, self.first), ptx.select(exists, piece, 0)
-            address, scale = self.matrix.piece(row, at, 0)
-            address = ptx.offset(address, self.quad_lane, 16)
-            for i in range(2):
-                target = ptx.add(slot_at, ptx.shift_left(self.thread.lane, 4), 512 * (2 * half + i))
-                ptx.copy_async(target, ptx.offset(address, ptx.constant(i), GROUP), ptx.select(exists, 16, 0), 1, 0, 0)
-            target = ptx.add(slot_at, ptx.shift_left(self.thread.lane, 2), 2048 + 128 * half)
-            ptx.copy_word_async(target, scale, ptx.select(exists, 4, 0))
-
-    def _slot(self, slot: Value) -> Value:
-        assert self.ring is not None
-        return ptx.add(self.ring.address, ptx.mul(slot, RING_BYTES), ptx.mul(self.thread.warp, SLOT_BYTES))
-
-    def _ring_totals(self, vector: GroupedVector) -> None:
-        """Sums all pieces of this warp and stores the sums."""
-        tiles, rounds = self.split.rounds(self.across)
-        depth = self.ring_depth
-
-        def one_piece(n: Value, carry: list[Value]) -> list[Value]:
-            slot, *totals = carry
-            tile, step = ptx.div(n, rounds), ptx.rem(n, rounds)
-            ptx.copies_done(depth - 1)
-            own = ptx.add(self._slot(slot), ptx.shift_left(self.thread.lane, 4))
-            codes = [ptx.load_shared_words(ptx.add(own, 512 * i)) for i in range(4)]
-            own = ptx.add(self._slot(slot), ptx.shift_left(self.thread.lane, 2), 2048)
-            scales = [ptx.float_of(ptx.load_shared(ptx.add(own, 128 * half))) for half in range(2)]
-            sums = self._sums(ptx.mul(step, self.across), codes, vector)
-            totals = [ptx.times_plus(x, scale, total) for x, scale, total in zip(sums, scales, totals, strict=True)]
-            with ptx.when(ptx.compare("slt", ptx.add(n, depth), tiles * rounds)):
-                self._copy(ptx.add(n, depth), slot)
-            ptx.copies_commit()
-            is_last = ptx.compare("eq", step, rounds - 1)
-            with ptx.when(is_last):
-                self._store(ptx.mul(tile, WARPS // self.across), totals)
-            following = ptx.add(slot, 1)
-            slot = ptx.select(ptx.compare("eq", following, depth), 0, following)
-            return [slot, *(ptx.select(is_last, ptx.number(0.0), total) for total in totals)]
-
-        ptx.loop(ptx.constant(tiles * rounds), [ptx.constant(0), ptx.number(0.0), ptx.number(0.0)], one_piece)
 
     def prefetch(self, thread: Thread) -> None:
         """Copies the rows to L2, where a later `begin` finds them."""
         assert isinstance(self.matrix, Codes)
         self.matrix.prefetch(thread, self.first, self.end, self.split.most)
 
-    def _sums(self, step: Value | int, codes: list[list[Value]], vector: GroupedVector) -> list[Value]:
+    def _sums(self, step: int, codes: list[list[Value]], vector: GroupedVector) -> list[Value]:
         """The sums over 128 codes of the two rows, without their scales."""
         piece = ptx.add(self.piece, step)
         if not self._is_whole(step):
@@ -578,10 +501,6 @@ class CodesProduct:
 
     def totals(self, vector: GroupedVector) -> list[Value]:
         """The sums of `rows_of_thread`."""
-        if self.ring is not None:
-            self._ring_totals(vector)
-            ptx.block_barrier()
-            return [self._total(i) for i, _ in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
         totals, last = [ptx.number(0.0)] * 2, self.split.rounds(self.across)[1] - 1
         self.in_flight += [self._load(*step) for step in self.steps[len(self.in_flight) : self.depth]]
         for n, (tile, step) in enumerate(self.steps):
@@ -602,7 +521,7 @@ class CodesProduct:
             self.sums, ptx.shift_left(ptx.add(ptx.mul(ptx.add(ptx.mul(tile, self.across), warp), TILE_ROWS), row), 2)
         )
 
-    def _store(self, tile: Value | int, totals: Sequence[Value]) -> None:
+    def _store(self, tile: int, totals: Sequence[Value]) -> None:
         tile_of_warp = ptx.add(self.tile, tile)
         stores = ptx.both(ptx.compare("eq", self.quad_lane, 0), ptx.compare("slt", tile_of_warp, self.split.tiles))
         at = self._at(tile_of_warp, self.piece, ptx.shift_right(self.thread.lane, 2))

@@ -456,9 +456,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             rotary, rotary_queries = ptx.matrix(ring.rotary(base)), ptx.matrix(ptx.add(base, memory.rotary_queries))
             steps = [(0, 32 * i, 32 * i) for i in range(4)]
             zeros = [ptx.number(0.0)] * (4 * groups)
-            (sums,) = ptx.multiply(
-                [zeros], rotary, rotary_queries, steps, fresh=True, columns=tasks.columns, transposed=False
-            )
+            (sums,) = ptx.multiply([zeros], rotary, rotary_queries, steps, fresh=True, columns=tasks.columns, transposed=False)
             # Both parts of the queries are columns of one product or, where their sums take too many registers, added in turn.
             steps = [
                 (0, piece * PIECE + 32 * i, piece * memory.query_piece + part * memory.query_part + 32 * i)

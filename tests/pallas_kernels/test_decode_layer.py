@@ -49,13 +49,13 @@ class Reference:
     value: jax.Array
 
 
-def emulated_kernel_call(monkeypatch, depth=2):
+def emulated_kernel_call(monkeypatch):
     """Stands for `_call_kernel`: the same arguments, NumPy arrays in place of references."""
 
     def words(x):
         return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy()
 
-    def call_kernel(name, stages, operands, outs, in_codes=False):
+    def call_kernel(name, stages, operands, outs):
         counted = mosaic_gpu_parts.SharedMemory()
         stages({}, None, counted)
         references = {n: x for n, x in operands.items() if isinstance(x, Reference)}
@@ -67,14 +67,9 @@ def emulated_kernel_call(monkeypatch, depth=2):
             arrays[n] = np.full(size, 0x7FC07FC0, np.int32)  # NaN until written
 
         def of_block(addresses, block, shared):
-            thread, ring = mosaic_gpu_parts.Thread.current(block), None
-            if in_codes and depth:
-                ring = mosaic_gpu_parts.Ring(ptx.add(shared, counted.used), depth)
-            return stages(addresses, thread, mosaic_gpu_parts.SharedMemory(shared, ring))
+            return stages(addresses, mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared))
 
-        blocks, threads = mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS
-        size = counted.used + depth * mosaic_gpu_parts.RING_BYTES
-        ptx_emulator.run_grid(monkeypatch, arrays, blocks, threads, size, of_block)
+        ptx_emulator.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
         made = {n: jnp.asarray(arrays[n].view(kind).reshape(shape)) for n, (shape, kind) in shapes.items()}
         for n, reference in references.items():
             reference.value = made[n]

@@ -130,14 +130,8 @@ class Block:
             words = [np.where(self.spread(size) == 16, word, 0) for word in words]
             self.copies[-1].append((self.active, target + piece * target_step, words))
 
-    def copy_word_async(self, target, source, size):
-        with self.when(self.spread(size) == 4):
-            word = self.load(source)
-        self.copies[-1].append((self.active, target, [np.where(self.spread(size) == 4, word, 0)]))
-
     def copies_done(self, pending=0):
         """What this thread copied is there from here on, and not before."""
-        pending = min(pending, len(self.copies) - 1)
         done, self.copies = self.copies[: len(self.copies) - 1 - pending], self.copies[len(self.copies) - 1 - pending :]
         for active, target, words in (copy for group in done for copy in group):
             with self.when(active):
@@ -327,7 +321,6 @@ class Block:
             "cluster_exit": lambda: None,
             "proxy_fence": lambda: None,
             "copy_async": self.copy_async,
-            "copy_word_async": self.copy_word_async,
             "copies_commit": lambda: self.copies.append([]),
             "copies_done": self.copies_done,
             "load_global": self.load,
