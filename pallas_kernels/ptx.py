@@ -261,6 +261,11 @@ def cluster_barrier() -> None:
     asm("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;")
 
 
+def cluster_rank() -> Value:
+    """Which block of its cluster this is."""
+    return asm("mov.u32 $0, %cluster_ctarank;", (), "=r", i32())
+
+
 def peer_address(address: Value, rank: Value | int) -> Value:
     """The address of the same shared memory in block `rank` of the cluster."""
     return asm("mapa.shared::cluster.u32 $0, $1, $2;", [address, _as_value(rank)], "=r,r,r", i32())
