@@ -1,8 +1,8 @@
 """Numbers in 8 bits: codes, and scales whose products with them are the numbers.
 
-Index keys and index queries have one float32 scale a vector, and so have latents (`Latents`), whose rotary numbers stay bfloat16:
-what a cache keeps and what operations take. Weights and activations (`Scaled`) have one for every 128 x 128 or 128 codes.
-Kernels that quantise on registers give the same codes and scales.
+Index keys and index queries have one float32 scale a vector, and so have latents (`Latents`), whose rotary numbers stay
+bfloat16: what a cache keeps and what operations take. Weights and activations (`Scaled`) have one for every 128 x 128 or 128
+codes. Kernels that quantise on registers give the same codes and scales.
 """
 
 from __future__ import annotations

@@ -12,14 +12,15 @@ A token's scale factors out of all: it multiplies the token's logits, and its we
   down to 2**-10 of its head's largest number, below within 2**-20 of that. Both parts are columns of the same product, and
   their logits are added;
 - the last one needs codes with their lines along the columns, which wgmma reads from shared memory in 16 bits only. Here a
-  warp loads them transposed, two columns a register, and makes float16 of them, exactly. The weights carry the scales, and refer
-  to the largest product of weight and scale, so float16 holds them; their sum is without scales.
+  warp loads them transposed, two columns a register, and makes float16 of them, exactly. The weights carry the scales, and
+  refer to the largest product of weight and scale, so float16 holds them; their sum is without scales.
 
-A task is up to 64 heads of a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one on each SM,
-or one of a cluster whose blocks share a list and combine what they have. It has four warpgroups: the first makes logits and
-weights, the second and the third multiply 256 value columns each, the fourth gathers by cp.async. What they hand on:
+A task is up to 64 heads of a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one on each
+SM, or one of a cluster whose blocks share a list and combine what they have. It has four warpgroups: the first makes logits
+and weights, the next block's logits while it makes a block's weights; the second and the third multiply 256 value columns
+each; the fourth gathers by cp.async. What they hand on:
 
-- Codes of a key block and their scales, in a ring of 3 to 6 slots, by halves of 256 columns; the rotary columns and the scales
+- Codes of a key block and their scales, in a ring of 3 to 5 slots, by halves of 256 columns; the rotary columns and the scales
   come with the second one. full[slot][half]: an arrival of every gathering thread after its copies; empty[slot][half]: one of
   every thread of the half's warpgroup, once the codes are in its registers.
 - The weights of a block, in one of two places, with the factors by which the values so far are rescaled, and after the last
@@ -123,8 +124,8 @@ class Tasks:
         return -(-self.blocks // self.splits)
 
 
-# How many clusters of so many blocks are sure to run at a time: the 132 multiprocessors are in groups of 14 to 18, and a cluster
-# lies within one.
+# How many clusters of so many blocks are sure to run at a time: the 132 multiprocessors are in groups of 14 to 18, and a
+# cluster lies within one.
 RESIDENT_CLUSTERS = {2: 66, 3: 42, 4: 29, 5: 21, 6: 18, 7: 16, 8: 13}
 
 
@@ -458,9 +459,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             rotary, rotary_queries = ptx.matrix(ring.rotary(base)), ptx.matrix(ptx.add(base, memory.rotary_queries))
             steps = [(0, 32 * i, 32 * i) for i in range(4)]
             zeros = [ptx.number(0.0)] * (4 * groups)
-            (sums,) = ptx.multiply(
-                [zeros], rotary, rotary_queries, steps, fresh=True, columns=tasks.columns, transposed=False
-            )
+            (sums,) = ptx.multiply([zeros], rotary, rotary_queries, steps, fresh=True, columns=tasks.columns, transposed=False)
             # Both parts of the queries are columns of one product or, where their sums take too many registers, added in turn.
             steps = [
                 (0, piece * PIECE + 32 * i, piece * memory.query_piece + part * memory.query_part + 32 * i)
