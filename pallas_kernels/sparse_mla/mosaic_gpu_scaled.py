@@ -12,14 +12,15 @@ A token's scale factors out of all: it multiplies the token's logits, and its we
   down to 2**-10 of its head's largest number, below within 2**-20 of that. Both parts are columns of the same product, and
   their logits are added;
 - the last one needs codes with their lines along the columns, which wgmma reads from shared memory in 16 bits only. Here a
-  warp loads them transposed, two columns a register, and makes float16 of them, exactly. The weights carry the scales, and refer
-  to the largest product of weight and scale, so float16 holds them; their sum is without scales.
+  warp loads them transposed, two columns a register, and makes float16 of them, exactly. The weights carry the scales, and
+  refer to the largest product of weight and scale, so float16 holds them; their sum is without scales.
 
-A task is up to 64 heads of a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one on each SM,
-or one of a cluster whose blocks share a list and combine what they have. It has four warpgroups: the first makes logits and
-weights, the second and the third multiply 256 value columns each, the fourth gathers by cp.async. What they hand on:
+A task is up to 64 heads of a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one on each
+SM, or one of a cluster whose blocks share a list and combine what they have. It has four warpgroups: the first makes logits
+and weights, the next block's logits while it makes a block's weights; the second and the third multiply 256 value columns
+each; the fourth gathers by cp.async. What they hand on:
 
-- Codes of a key block and their scales, in a ring of 3 to 6 slots, by halves of 256 columns; the rotary columns and the scales
+- Codes of a key block and their scales, in a ring of 3 to 5 slots, by halves of 256 columns; the rotary columns and the scales
   come with the second one. full[slot][half]: an arrival of every gathering thread after its copies; empty[slot][half]: one of
   every thread of the half's warpgroup, once the codes are in its registers.
 - The weights of a block, in one of two places, with the factors by which the values so far are rescaled, and after the last
@@ -69,9 +70,10 @@ _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """B x S queries of H heads over T keys each, with lists of `blocks` key blocks, each divided among `splits` tasks.
+    """B x S queries of H heads over T keys each, with lists of `blocks` key blocks.
 
-    All but the last of these have `share` key blocks, the last one has what is left.
+    Where `splits` is more than 1, a task is that of a cluster: all but its last block have `share` key blocks of the list, the
+    last one has what is left.
     """
 
     batch: int
@@ -108,11 +110,12 @@ class Tasks:
 
     @property
     def count(self) -> int:
-        return self.batch * self.queries * self.tiles * self.splits
+        """Tasks, or clusters that share one."""
+        return self.batch * self.queries * self.tiles
 
     @property
     def grid(self) -> int:
-        """Persistent blocks, or one for each task of a cluster."""
+        """Persistent blocks, or clusters of one task each."""
         return self.count if self.splits > 1 else min(hopper.NUM_SMS, self.count)
 
     @property
@@ -121,8 +124,8 @@ class Tasks:
         return -(-self.blocks // self.splits)
 
 
-# How many clusters of so many blocks are sure to run at a time: the 132 multiprocessors are in groups of 14 to 18, and a cluster
-# lies within one.
+# How many clusters of so many blocks are sure to run at a time: the 132 multiprocessors are in groups of 14 to 18, and a
+# cluster lies within one.
 RESIDENT_CLUSTERS = {2: 66, 3: 42, 4: 29, 5: 21, 6: 18, 7: 16, 8: 13}
 
 
@@ -149,7 +152,6 @@ class Memory:
     query_scales: int  # [columns] float32
     factors: int  # [2][columns] float32
     sums: int  # [2][4 warps][columns] float32
-    tops: int  # [columns] float32, the maxima after the last block
     logs: int  # [columns] float32, log2 of the sum of the weights of a cluster's block
     maxima: int  # [4 warps][columns] float32
     raised: int  # [2], whether factors are to be applied
@@ -164,7 +166,7 @@ class Memory:
         for slots in range(MAX_SLOTS, 1, -1):
             row, barriers = 4 * columns, 16 * slots
             sizes = [slots * PIECES * PIECE, slots * PIECE, PIECES * 256 * columns, 128 * columns, 256 * columns]
-            sizes += [4 * KEYS * slots, row, 2 * row, 8 * row, row, row, 4 * row, 8, barriers, barriers, 16, 16]
+            sizes += [4 * KEYS * slots, row, 2 * row, 8 * row, row, 4 * row, 8, barriers, barriers, 16, 16]
             if sum(sizes) <= SHARED_BYTES:
                 break
         return Memory(columns, slots, *itertools.accumulate([0, *sizes]))
@@ -230,8 +232,8 @@ class _Task:
 
     @staticmethod
     def of(tasks: Tasks, number: ptx.Value) -> _Task:
-        tile_number, split = ptx.div(number, tasks.splits), ptx.rem(number, tasks.splits)
-        query, tile = ptx.div(tile_number, tasks.tiles), ptx.rem(tile_number, tasks.tiles)
+        query, tile = ptx.div(number, tasks.tiles), ptx.rem(number, tasks.tiles)
+        split = ptx.cluster_rank() if tasks.splits > 1 else ptx.constant(0)
         first_head = ptx.mul(tile, tasks.heads_per_tile)
         return _Task(
             query,
@@ -266,9 +268,13 @@ def _address_of(optional: tuple) -> ptx.Value | None:
     return ptx.global_address(optional[0]) if optional else None
 
 
-def _tasks_of(tasks: Tasks, block: ptx.Value) -> ptx.Value:
-    """How many tasks a block of the grid has."""
-    return ptx.div(ptx.sub(tasks.count + tasks.grid - 1, block), tasks.grid)
+def _for_each_task(tasks: Tasks, block: ptx.Value, carry: list, body) -> None:
+    """carry = body(number of a task, carry) for the tasks of a block of the grid."""
+    if tasks.splits > 1:
+        body(block, carry)
+        return
+    count = ptx.div(ptx.sub(tasks.count + tasks.grid - 1, block), tasks.grid)
+    ptx.loop(count, carry, lambda i, carry: body(ptx.add(block, ptx.mul(i, tasks.grid)), carry))
 
 
 def _init_barriers(memory: Memory, ref) -> None:
@@ -311,15 +317,13 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
         codes_at, rotary_at = (ptx.offset(ptx.global_address(x), chunk, 16) for x in (codes, rotary))
         scales_at, counts_at = ptx.global_address(scales), _address_of(optional)
         block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
 
         def entries(task: _Task, key_block):
             """Of this thread's four rows of a key block."""
             at = ptx.offset(own_entry, ptx.add(task.first_block, key_block), 4 * KEYS)
             return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
 
-        def one_task(i, carry):
-            number = ptx.add(block, ptx.mul(i, tasks.grid))
+        def one_task(number, carry):
             task = _Task.of(tasks, number)
             following = _Task.of(tasks, ptx.minimum(ptx.add(number, tasks.grid), tasks.count - 1))
             first_key = ptx.mul(ptx.div(task.query, tasks.queries), tasks.keys)
@@ -371,7 +375,7 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
 
         first = _Task.of(tasks, block)
         carry = [first.blocks(tasks, counts_at), *_start(memory).carry, *entries(first, ptx.constant(0))]
-        ptx.loop(num_tasks, carry, one_task)
+        _for_each_task(tasks, block, carry, one_task)
         ptx.copies_done()
         _meet_cluster(tasks)
 
@@ -399,7 +403,6 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
         own_scale = ptx.shift_left(ptx.add(ptx.shift_left(warp, 4), in_group), 2)
         own_columns = ptx.add(base, ptx.shift_left(first_column, 2))
         block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
         queries_at, counts_at = ptx.global_address(queries), _address_of(optional)
 
         def load_queries(task: _Task) -> None:
@@ -555,16 +558,25 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 with ptx.when(speaks):
                     for j in range(groups):
                         ptx.store_shared_floats(ptx.add(to, 32 * j), sums[2 * j : 2 * j + 2])
-                if tasks.splits > 1:
-                    with ptx.when(ptx.compare("slt", thread, 4)):
-                        for j in range(groups):
-                            ptx.store_shared_floats(ptx.add(of_columns(memory.tops), 32 * j), tops[2 * j : 2 * j + 2])
             ptx.proxy_fence()
             ptx.barrier_arrive(ptx.add(base, memory.ready, ptx.shift_left(place, 3)))
             return totals
 
-        def one_task(i, carry):
-            number = ptx.add(block, ptx.mul(i, tasks.grid))
+        def store_logs(tops, place) -> None:
+            """What the blocks of a cluster weigh their results by."""
+            ptx.barrier(MAXIMA_BARRIER, 128)  # all warps' sums are there
+            with ptx.when(ptx.compare("slt", thread, 4)):
+                for j in range(groups):
+                    at = ptx.add(of_columns(memory.sums, ptx.shift_left(place, 2)), 32 * j)
+                    by_warp = [ptx.load_shared_floats(ptx.add(at, 4 * tasks.columns * w)) for w in range(4)]
+                    totals = [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
+                    logs = [
+                        ptx.either(ptx.above(total, ptx.number(0.0)), ptx.plus(top, ptx.log2(total)), ptx.number(START))
+                        for total, top in zip(totals, tops[2 * j : 2 * j + 2], strict=True)
+                    ]
+                    ptx.store_shared_floats(ptx.add(of_columns(memory.logs), 32 * j), logs)
+
+        def one_task(number, carry):
             task = _Task.of(tasks, number)
             ring, done = _Ring(memory, *carry[:2]), carry[2]
             blocks = task.blocks(tasks, counts_at)
@@ -588,11 +600,14 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             ring, done, scales = _Ring(memory, *carry[:2]), carry[2], carry[3:5]
             logits = carry[5 : 5 + 4 * groups]
             tops, totals = carry[5 + 4 * groups : 5 + 6 * groups], carry[5 + 6 * groups :]
-            publish(*prepare(logits, scales, tops, totals, done), done, last=True)
+            scaled, inverses, tops, totals = prepare(logits, scales, tops, totals, done)
+            publish(scaled, inverses, tops, totals, done, last=True)
+            if tasks.splits > 1:
+                store_logs(tops, ptx.bit_and(done, 1))
             return [*ring.next().carry, ptx.add(done, 1)]
 
         prefetch_queries(block)
-        ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
+        _for_each_task(tasks, block, [*_start(memory).carry, ptx.constant(0)], one_task)
         _meet_cluster(tasks)
 
     weigh(block, queries, ref, *optional)
@@ -613,7 +628,6 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
         thread = ptx.bit_and(ptx.thread(), 127)
         lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
         block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
         counts_at = _address_of(optional)
         # A lane has the address of a key's 16 columns, its warp's of a tile of 64; of every second tile 64 bytes further on.
         to_columns = [_in_tiles(lane, ptx.add(warp, 4 * odd)) for odd in range(2)]
@@ -659,8 +673,7 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                     ptx.multiply_wait(1)  # the registers of the fragments before are free
             return by_tile
 
-        def one_task(i, carry):
-            number = ptx.add(block, ptx.mul(i, tasks.grid))
+        def one_task(number, carry):
             blocks = _Task.of(tasks, number).blocks(tasks, counts_at)
 
             def one_block(b, carry):
@@ -694,15 +707,6 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 totals += [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
             ptx.barrier_arrive(ptx.add(base, memory.free, ptx.shift_left(place, 3)))
             zero = ptx.number(0.0)
-            if tasks.splits > 1 and half == 0:
-                with ptx.when(ptx.compare("slt", thread, 4)):
-                    for j in range(groups):
-                        tops = of_columns(memory.tops, ptx.constant(0), j)
-                        logs = [
-                            ptx.either(ptx.above(total, zero), ptx.plus(top, ptx.log2(total)), ptx.number(START))
-                            for total, top in zip(totals[2 * j : 2 * j + 2], tops, strict=True)
-                        ]
-                        ptx.store_shared_floats(ptx.add(base, memory.logs + 32 * j, ptx.shift_left(pair, 2)), logs)
             inverses = [ptx.either(ptx.above(x, zero), ptx.inverse(x), zero) for x in totals]
             sums = by_column(carry[3:], inverses)
             column = ptx.add(ptx.shift_left(warp, 4), ptx.shift_left(in_group, 1))  # of a tile, and the next one
@@ -727,7 +731,7 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 _combine(tasks, memory, base, out, task, half)
             return carry[:3]
 
-        ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
+        _for_each_task(tasks, block, [*_start(memory).carry, ptx.constant(0)], one_task)
 
     sum_values(block, ref, out, *optional)
 
@@ -739,8 +743,9 @@ def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) ->
     thread = ptx.add(ptx.bit_and(ptx.opaque(ptx.thread()), 127), 128 * half)
     to = ptx.offset(ptx.global_address(out), task.first_row, 2 * VALUE_DIM)
     chunk = ptx.bit_and(thread, 63)
-    for i in range(-(-share // 4)):  # 256 threads take 4 heads of 64 chunks of 16 bytes at a time
-        within = ptx.add(ptx.shift_right(thread, 6), 4 * i)
+
+    def four_heads(i, carry):  # 256 threads take 64 chunks of 16 bytes of each
+        within = ptx.add(ptx.shift_right(thread, 6), ptx.shift_left(i, 2))
         head = ptx.add(ptx.mul(task.split, share), within)
         here = ptx.minimum(head, tasks.columns - 1)
         part_at = ptx.add(base, memory.queries, ptx.mul(here, STAGED_LINE), ptx.shift_left(chunk, 4))
@@ -757,6 +762,9 @@ def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) ->
             words.append(ptx.to_bfloat16_pair(*(ptx.times(x, inverse) for x in sums)))
         counts = ptx.both(ptx.compare("slt", within, share), ptx.compare("slt", head, task.heads))
         ptx.store_global_words(ptx.offset(ptx.offset(to, here, 2 * VALUE_DIM), chunk, 16), words, counts)
+        return carry
+
+    ptx.loop(ptx.opaque(ptx.constant(-(-share // 4))), [], four_heads)  # unrolled, it would take too many registers
     ptx.cluster_barrier()  # no block leaves while others read its memory
 
 
@@ -789,8 +797,6 @@ def attend(
     def sparse_mla_scaled(queries, codes, rotary, scales, lists, *others):
         counts, out, ref = others if len(others) == 3 else (None, *others)
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
-        if tasks.splits > 1:
-            block = block * tasks.splits + jax.lax.axis_index("split")
         _init_barriers(memory, ref)
 
         def limit_registers(number: int) -> None:
@@ -820,7 +826,7 @@ def attend(
         sparse_mla_scaled,
         out_type=jax.ShapeDtypeStruct((tasks.batch * tasks.queries * tasks.heads, VALUE_DIM), jnp.bfloat16),
         scratch_types=(plgpu.SMEM((memory.end // 4,), jnp.uint32),),
-        grid=(tasks.grid // tasks.splits,),
+        grid=(tasks.grid,),
         grid_names=("block",),
         cluster=(tasks.splits,) if is_split else (),
         cluster_names=("split",) if is_split else (),

@@ -535,6 +535,7 @@ OWN: dict[str, Callable] = {
     )
 } | {
     "thread": lambda self: self.threads,
+    "cluster_rank": lambda self: np.full(128, self.rank, np.int64),
     "load_global": lambda self, address: self.load(address, np.int32)[0],
     "store_global": lambda self, address, value, predicate: self.store(address, [value], np.int32, predicate),
     "load_shared": lambda self, address: self.load(address, np.int32)[0],
