@@ -1,9 +1,8 @@
-"""The one command: `python -m experiments.run [--experiment=NAME]`. Without flags it searches the shipped checkpoint."""
+"""The one command: `python -m experiments.run [VERB]`, or --experiment=VERB. Without one it searches the shipped checkpoint."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from types import FrameType, ModuleType
 
 from absl import app, flags, logging
 
+from experiments.common import command_line
 from experiments.common.options import EXPERIMENTS, TOGETHER
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
@@ -21,13 +21,6 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes that run this, with --coordinator", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of the processes this one is, from 0", lower_bound=0)
-
-
-def experiment_of(arguments: list[str]) -> str:
-    """The experiment that a command line names; wrong names are left to absl, which says so."""
-    joined = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
-    apart = [b for a, b in itertools.pairwise(arguments) if a in ("-experiment", "--experiment")]
-    return next((name for name in [*joined, *apart] if name in EXPERIMENTS), next(iter(EXPERIMENTS)))
 
 
 def load(name: str) -> ModuleType:
@@ -72,5 +65,18 @@ def _ended_early(number: int, frame: FrameType | None) -> None:
 if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, _ended_early)
-    load(experiment_of(sys.argv[1:]))  # its flags exist once it is imported
-    app.run(main)
+    _arguments: list[str] = []
+    try:
+        _arguments = command_line.with_flag(sys.argv[1:])
+        _name = command_line.experiment_of(_arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(command_line.USAGE_ERROR)
+    if command_line.wants_help(_arguments) and command_line.named(_arguments) is None:
+        print(command_line.overview())
+        sys.exit(0)
+    load(_name)  # its flags exist once it is imported
+    if command_line.wants_help(_arguments):
+        print(command_line.help_of(_name))
+        sys.exit(0)
+    app.run(main, argv=[sys.argv[0], *_arguments], flags_parser=command_line.parse)

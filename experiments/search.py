@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import json
+import math
 import pathlib
 import shlex
 import statistics
@@ -41,9 +42,10 @@ for _name in (
 ):
     flags.declare_key_flag(_name)
 _LOSS_BUDGET = flags.DEFINE_float(
-    "loss_budget", None, "instead of --retention: keep flipping while the calibration loss grows by at most this share, as 0.01"
+    "loss_budget", None, "instead of --retention: flip as long as the calibration loss grows by at most this share, as 0.01"
 )
 _STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
+_COMPARE = flags.DEFINE_list("compare", [], "patterns of F and S that the table has besides, such as published ones")
 _TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill under every schedule, once the search is done")
 _STREAM = flags.DEFINE_bool(
     "stream", False, "read the weights layer by layer, for a model larger than the device; prefill is not measured then"
@@ -154,6 +156,7 @@ class Goal:
     budget: float | None
     strategy: str
     blocks: int
+    compare: tuple[Schedule, ...] = ()  # that the table has besides
 
     def sizes(self, base: Schedule) -> list[int]:
         """The numbers of F layers at all retentions, the most first."""
@@ -179,21 +182,40 @@ class Inputs:
     goal: Goal
 
 
-def read_goal() -> Goal:
-    """The goal that the flags give; ValueError where they contradict each other."""
+def read_goal(base: Schedule) -> Goal:
+    """The goal that the flags give for a checkpoint's schedule; ValueError where they contradict each other or it."""
     budget, strategy = _LOSS_BUDGET.value, _STRATEGY.value
     if budget is not None and (not budget >= 0 or strategy != "greedy"):
         raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
+    if budget is not None and options.RETENTION.present:
+        raise ValueError(
+            f"--retention={options.RETENTION.value}: counts for nothing beside --loss_budget={budget}; leave one out"
+        )
+    if options.BLOCKS.value > base.num_layers:
+        raise ValueError(f"--blocks={options.BLOCKS.value}: the model has {base.num_layers} layers")
     if _STREAM.value and strategy != "greedy":
         raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
     retentions = [inputs.share("retentions", value) for value in options.RETENTIONS.value]
-    return Goal(retentions, inputs.share("retention", options.RETENTION.value), budget, strategy, options.BLOCKS.value)
+    target = inputs.share("retention", options.RETENTION.value)
+    return Goal(retentions, target, budget, strategy, options.BLOCKS.value, patterns_to_compare(base))
+
+
+def patterns_to_compare(base: Schedule) -> tuple[Schedule, ...]:
+    """The schedules of --compare; ValueError for one that the checkpoint has no indexers for."""
+    found = []
+    for pattern in _COMPARE.value:
+        schedule = Schedule.parse(pattern, base.num_layers, f"--compare={pattern}")
+        if lacking := [layer for layer in schedule.full_layers if not base.is_full[layer]]:
+            raise ValueError(f"--compare={pattern}: layer {lacking[0]} is F, but the checkpoint has no indexer for it")
+        found.append(schedule)
+    return tuple(dict.fromkeys(found))
 
 
 def read_inputs(seed: int) -> tuple[Inputs, Model]:
     """All that is read, checked before anything takes long. The model comes apart, so that it can be let go of first."""
     options.check_positive("sequences", "held_out_sequences", "blocks")
-    goal, checkpoint = read_goal(), inputs.checkpoint()
+    checkpoint = inputs.checkpoint()
+    goal = read_goal(inputs.described(checkpoint.directory)[1])
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
         model = open_model(checkpoint.directory, checkpoint.dtype)
@@ -251,36 +273,34 @@ def find(
         path = output.directory / LOG
         if not options.RESUME.value:
             journal.set_aside(path)
-        smallest = min(sizes)
-        bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
+        bar.total = len(calibration) * search.layers_to_run(base, min(sizes), goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():
                 bar.write(f"note: {line}")
-            steps = search.greedy_search(losses, base, num_full=smallest, blocks=goal.blocks)
-            if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
-                steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]
+            steps = search_down(losses, base, goal)
         bar.total = bar.n
         bar.refresh()
-    reached = [size for size in sizes if size >= steps[-1].schedule.num_full]
-    return steps, {size: search.first_step_with_at_most(steps, size).schedule for size in reached}
+    by_size = {step.schedule.num_full: step.schedule for step in steps}
+    return steps, {size: by_size[size] for size in sizes if size in by_size}
 
 
-def within_budget(steps: list[search.Step], budget: float) -> search.Step:
-    """The last step before the calibration loss first exceeds the start's by more than `budget`."""
-    allowed = steps[0].loss * (1 + budget)
-    first_over = next((i for i, step in enumerate(steps) if step.loss > allowed), len(steps))
-    return steps[first_over - 1]
+def search_down(losses: search.LossOracle, base: Schedule, goal: Goal) -> list[search.Step]:
+    """The steps of the greedy search: a schedule at every size of the goal, as far as the budget allows, and to its end."""
+    steps = [search.Step(base, losses.loss(base))]
+    most = math.inf if goal.budget is None else steps[0].loss * (1 + goal.budget)
+    for size in [*goal.sizes(base), *([] if goal.budget is None else [1])]:
+        start = steps[-1].schedule
+        if size < start.num_full:
+            steps += search.greedy_search(losses, start, num_full=size, max_loss=most, blocks=goal.blocks)[1:]
+        if steps[-1].schedule.num_full > size:  # the next step would exceed the budget
+            break
+    return steps
 
 
 def choose(steps: list[search.Step], by_size: dict[int, Schedule], base: Schedule, goal: Goal) -> Schedule:
-    """The schedule that the goal asks for, of those that were found."""
-    if goal.budget is not None:
-        return within_budget(steps, goal.budget).schedule
-    size = goal.size(base, goal.target)
-    if size not in by_size:
-        raise ValueError(f"--retention={goal.target}: --blocks={goal.blocks} keeps more layers F than that; use fewer blocks")
-    return by_size[size]
+    """The schedule that the goal asks for, of those that were found: the last within the budget, or that of its size."""
+    return by_size[goal.size(base, goal.target)] if goal.budget is None else steps[-1].schedule
 
 
 def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goal: Goal) -> list[tuple[str, Schedule]]:
@@ -295,7 +315,8 @@ def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goa
             named.append((f"{goal.label(base, size)} {strategy}", by_size[size]))
     if chosen not in [schedule for _, schedule in named]:
         named.append(("within the budget", chosen))
-    return named
+    given = (schedule for schedule in goal.compare if schedule not in [other for _, other in named])
+    return named + [(f"{schedule.num_full}/{schedule.num_layers} given", schedule) for schedule in given]
 
 
 def run_search(model: Model, given: Inputs, output: Output) -> Result:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import types
+from fractions import Fraction
 
 import pytest
 from absl import flags
@@ -54,12 +55,84 @@ def test_engines_are_given_safetensors(tmp_path):
     assert directory == f"{tmp_path}/a b-safetensors" and search.for_engines(str(options.DEMO)) == (str(options.DEMO), "")
 
 
-def test_the_last_step_within_the_budget():
-    steps = [
-        search.search.Step(Schedule(p), loss) for p, loss in (("FFFF", 1.0), ("FFSF", 1.005), ("FSSF", 1.2), ("FSSS", 1.0))
-    ]
-    assert search.within_budget(steps, 0.01).schedule.pattern == "FFSF"
-    assert search.within_budget(steps, 0.0).schedule.pattern == "FFFF"
+class Counted:
+    """A model whose loss grows by what each S layer costs; it counts its evaluations."""
+
+    def __init__(self, alone):
+        self.alone, self.evaluations = alone, 0
+
+    def loss(self, schedule):
+        self.evaluations += 1
+        return 1 + sum(cost for cost, full in zip(self.alone, schedule.is_full, strict=True) if not full)
+
+    def flips(self, schedule, layers):
+        return {layer: self.loss(schedule.with_shared(layer)) for layer in layers}
+
+
+COSTS = (9, *(i / 1000 for i in range(1, 12)))
+
+
+def goal_of(budget=None, blocks=1, retentions=("1/2", "1/4"), target="1/4"):
+    return search.Goal([Fraction(r) for r in retentions], Fraction(target), budget, "greedy", blocks)
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 5])
+def test_every_size_that_was_asked_for_is_reached_exactly(blocks):
+    """Steps of 4 flips pass 12 to 6 and 3 by; the labels of the table are those of what it holds."""
+    base, goal = Schedule.all_full(12), goal_of(blocks=blocks)
+    steps = search.search_down(Counted(COSTS), base, goal)
+    sizes = {step.schedule.num_full: step.schedule for step in steps}
+    assert {6, 3} <= sizes.keys() and steps[-1].schedule.num_full == 3
+    assert search.choose(steps, sizes, base, goal).num_full == 3
+    named = dict(search.compared(sizes, base, sizes[3], goal))
+    assert [named[f"{share} searched"].num_full for share in ("1/2", "1/4")] == [6, 3]
+
+
+def test_a_loss_budget_ends_the_search_where_it_is_exceeded():
+    base = Schedule.all_full(12)
+    for budget, full, most in ((0.0, 12, 13), (0.0101, 8, 60), (1.0, 1, 100)):
+        model, goal = Counted(COSTS), goal_of(budget)
+        steps = search.search_down(model, base, goal)
+        assert search.choose(steps, {}, base, goal).num_full == full and model.evaluations <= most
+        assert all(step.loss <= 1 + budget for step in steps)
+
+
+@pytest.fixture
+def with_flags():
+    def parse(*arguments):
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["test", *arguments])
+
+    parse()
+    yield parse
+    parse()
+    for name in ("retention", "loss_budget", "blocks", "compare"):
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["test"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss_budget=0.01", "--retention=1/4"], "--retention=1/4: counts for nothing beside --loss_budget=0.01"),
+        (["--blocks=13"], "--blocks=13: the model has 12 layers"),
+        (["--compare=FFFF"], "--compare=FFFF: 'FFFF' has 4 entries for 12 layers"),
+        (["--compare=SFFFFFFFFFFF"], "starts with a shared layer"),
+        (["--compare=FFFFFFFFFFFF"], "layer 11 is F, but the checkpoint has no indexer for it"),
+    ],
+)
+def test_goals_that_cannot_be_are_refused_before_the_search(with_flags, arguments, message):
+    with_flags(*arguments)
+    with pytest.raises(ValueError, match=message):
+        search.read_goal(Schedule("FFFFFFFFFFFS"))
+
+
+def test_given_patterns_stand_in_the_table(with_flags):
+    base = Schedule.all_full(12)
+    with_flags("--compare=FSSSSSSSSSSS,FFSSSSSSSSSS")
+    goal = search.read_goal(base)
+    named = dict(search.compared({}, base, base, goal))
+    assert named["1/12 given"].pattern == "FSSSSSSSSSSS" and named["2/12 given"].pattern == "FFSSSSSSSSSS"
 
 
 def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
