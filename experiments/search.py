@@ -180,6 +180,7 @@ class Inputs:
     calibration: list[np.ndarray]
     held_out: list[np.ndarray]
     goal: Goal
+    text: dict[str, Any]  # what was read, for the report
 
 
 def read_goal(base: Schedule) -> Goal:
@@ -223,7 +224,8 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     calibration = reader.draw(sides.train, "text", options.SEQUENCES.value, seed)
     held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
-    given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal)
+    about = about_text(sides, reader, calibration, held_out)
+    given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal, about)
     config, base = model.config, model.schedule
     on = f"{checkpoint.dtype} on {device()['kind']}"
     print(f"{checkpoint.directory}: {config.num_layers} layers, {base.num_full} indexers; {on}")
@@ -231,16 +233,61 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
     return given, model
 
 
+def about_text(sides: inputs.Sides, reader: inputs.Reader, calibration: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """What was read, for the report: where from, documents, and the tokens of the sequences drawn from them."""
+    return {
+        "text": options.TEXT.value or "standard-library",
+        "held_out": options.HELD_OUT.value or "a tenth of the documents, by the hash of their names",
+        "documents": len(sides.train),
+        "held_out_documents": len(sides.held_out),
+        "calibration_tokens": int(calibration[:, 1:].size),
+        "held_out_tokens": int(held_out[:, 1:].size),
+        "tokenizer": reader.encoder.identity,
+    }
+
+
 # ---- the search
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One schedule of the table and its loss in nats per token."""
+    """One schedule of the table and its losses in nats per token, of every held-out batch."""
 
     name: str
     schedule: Schedule
-    held_out_loss: float
+    losses: tuple[float, ...]
+
+    @property
+    def held_out_loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+    def change(self, first: Row) -> tuple[float, float | None]:
+        """The change of the loss against another row's as a share, and its standard error; None for a single batch.
+
+        Batches are compared one by one, so what makes a text hard for both counts for nothing.
+        """
+        differences = [a - b for a, b in zip(self.losses, first.losses, strict=True)]
+        mean = statistics.fmean(differences) / first.held_out_loss
+        if len(differences) < 2:
+            return mean, None
+        return mean, statistics.stdev(differences) / len(differences) ** 0.5 / first.held_out_loss
+
+
+class ByBatch:
+    """Holds the losses of every batch that an evaluator measures (`search.LossLog`)."""
+
+    def __init__(self) -> None:
+        self._losses: dict[tuple[Schedule, int], float] = {}
+
+    def get(self, schedule: Schedule, batch: int) -> float | None:
+        return self._losses.get((schedule, batch))
+
+    def add(self, schedule: Schedule, batch: int, loss: float) -> None:
+        self._losses[schedule, batch] = loss
+
+    def of(self, schedule: Schedule) -> tuple[float, ...]:
+        """A schedule's losses in the order of the batches."""
+        return tuple(loss for _, loss in sorted((batch, loss) for (s, batch), loss in self._losses.items() if s == schedule))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,9 +375,10 @@ def run_search(model: Model, given: Inputs, output: Output) -> Result:
     schedules = [schedule for _, schedule in named]
     total = len(schedules) * len(given.held_out) * model.config.num_layers
     with progress(total=total, unit="layer", desc="held-out") as bar:
-        losses = model.evaluator(given.held_out, bar.update).losses(schedules)
+        measured = ByBatch()
+        model.evaluator(given.held_out, bar.update, measured).losses(schedules)
         bar.total = bar.n  # streamed schedules share layers
-    rows = [Row(name, schedule, loss) for (name, schedule), loss in zip(named, losses, strict=True)]
+    rows = [Row(name, schedule, measured.of(schedule)) for name, schedule in named]
     return Result(model.config, base, steps, rows, chosen, model.overlap(given.calibration[:OVERLAP_BATCHES]))
 
 
@@ -392,6 +440,22 @@ def settings(schedule: Schedule, checkpoint: str, config: Config) -> list[Settin
     return found
 
 
+def caveats(config: Config) -> list[str]:
+    """What to know before a setting is pasted (docs/model.md, Schedules)."""
+    found = [
+        "The settings are those of transformers 5.23, SGLang 0.5.23 and the vLLM and TensorRT-LLM of that time; older ones "
+        "ignore them and run every layer as F.",
+        "With pipeline parallelism let every stage begin with an F layer: indices stay within a stage.",
+        "The draft layer of multi-token prediction is no layer of the pattern; it keeps its own indexer.",
+    ]
+    if config.family != GLM:
+        found.append(
+            "transformers gives indexers that a checkpoint lacks random weights, without an error: from a checkpoint that was "
+            "written for this schedule its logits are wrong."
+        )
+    return found
+
+
 def for_engines(checkpoint: str) -> tuple[str, str]:
     """The directory that engines are to read, and the command that makes it, "" where `checkpoint` is of their format."""
     if not is_orbax(pathlib.Path(checkpoint)):
@@ -400,19 +464,25 @@ def for_engines(checkpoint: str) -> tuple[str, str]:
     return made, f"python -m checkpoints_convert {shlex.quote(checkpoint)} {shlex.quote(made)} --format=safetensors"
 
 
-def table(rows: list[Row], times: list[float | None]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells. times: seconds of prefill, None where it was not measured."""
+def shown_change(row: Row, first: Row) -> str:
+    """A row's change as "+1.23 % ± 0.45 %", with a standard error where there is one."""
+    change, error = row.change(first)
+    return f"{change:+.2%}" + ("" if error is None or row is first else f" ± {error:.2%}")
+
+
+def table(rows: list[Row], times: list[float | None], chosen: Schedule) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, the chosen schedule's row marked. times: seconds of prefill, None where it was not measured."""
     header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "prefill s", "speed-up"]
     first, first_time = rows[0], times[0]
     layers = first.schedule.num_layers
     cells = [
         [
-            row.name,
+            f"{row.name} (chosen)" if row.schedule == chosen else row.name,
             row.schedule.pattern,
             str(row.schedule.num_full),
             f"{1 - row.schedule.num_full / layers:.0%}",
             f"{row.held_out_loss:.4f}",
-            f"{row.held_out_loss / first.held_out_loss - 1:+.2%}",
+            shown_change(row, first),
             "-" if seconds is None else f"{seconds:.3f}",
             "-" if seconds is None or first_time is None else f"{first_time / seconds:.2f}x",
         ]
@@ -451,7 +521,13 @@ def metrics_of(result: Result, times: list[float | None], pasted: list[Setting])
         "pattern": result.chosen.pattern,
         "removed": 1 - result.chosen.num_full / result.chosen.num_layers,
         "schedules": [
-            {"name": r.name, "pattern": r.schedule.pattern, "held_out_loss": r.held_out_loss, "prefill_seconds": seconds}
+            {
+                "name": r.name,
+                "pattern": r.schedule.pattern,
+                "held_out_loss": r.held_out_loss,
+                "change_standard_error": r.change(result.rows[0])[1],
+                "prefill_seconds": seconds,
+            }
             for r, seconds in rows
         ],
         "steps": [
@@ -468,21 +544,23 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     plot_losses(output, result, given.goal.budget)
     plots.overlap(output, result.overlap, result.base, result.chosen)
     chosen, checkpoint = result.chosen, given.checkpoint.directory
-    header, cells = table(result.rows, times)
+    header, cells = table(result.rows, times, chosen)
     removed = 1 - chosen.num_full / chosen.num_layers
     summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
     directory, first = for_engines(checkpoint)
     pasted = settings(chosen, directory, result.config)
-    note = "Losses in nats per token, on held-out text."
+    note = "Losses in nats per token, on held-out text; ± one standard error of the change, over its batches."
     if times[0] is not None:
         tokens = f"{len(given.held_out[0])} x {options.CONTEXT.value} tokens"
         note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
     lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
+    lines += "\n\n" + "\n".join(f"- {caveat}" for caveat in caveats(result.config))
     if first:
         lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"
     text = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
     text += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
-    output.finish("search", metrics_of(result, times, pasted), text, layout)
+    text += f"\n## The text\n\n{markdown_table(['what', 'value'], [[k.replace('_', ' '), v] for k, v in given.text.items()])}\n"
+    output.finish("search", metrics_of(result, times, pasted) | {"text": given.text}, text, layout)
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{summary}\n\n{lines}\n\nwritten to {output.directory}/")
 
 

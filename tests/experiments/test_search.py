@@ -106,7 +106,7 @@ def with_flags():
     parse()
     yield parse
     parse()
-    for name in ("retention", "loss_budget", "blocks", "compare"):
+    for name in ("retention", "loss_budget", "blocks", "compare", "context", "sequences", "held_out_sequences", "retentions"):
         flags.FLAGS[name].unparse()
     flags.FLAGS(["test"])
 
@@ -226,3 +226,34 @@ def test_ones_own_text_and_a_loss_budget(tmp_path):
     chosen = [s["pattern"] for s in metrics["steps"]].index(metrics["pattern"])
     assert all(loss <= allowed for loss in losses[: chosen + 1])
     assert chosen > 0 and (chosen + 1 == len(losses) or losses[chosen + 1] > allowed)
+
+
+def test_changes_come_with_the_standard_error_of_paired_batches():
+    first = search.Row("all F", Schedule("FFF"), (1.0, 2.0, 3.0))
+    other = search.Row("1/3 searched", Schedule("FSS"), (1.1, 2.3, 3.2))
+    change, error = other.change(first)
+    assert change == pytest.approx(0.2 / 2) and error == pytest.approx(0.1 / 3**0.5 / 2)
+    assert search.shown_change(other, first) == "+10.00% ± 2.89%" and search.shown_change(first, first) == "+0.00%"
+    assert search.Row("a", Schedule("F"), (2.0,)).change(search.Row("b", Schedule("F"), (1.0,))) == (1.0, None)
+    _, cells = search.table([first, other], [None, None], other.schedule)
+    assert [row[0] for row in cells] == ["all F", "1/3 searched (chosen)"]
+
+
+def test_a_deepseek_export_warns_of_transformers():
+    assert any("random weights" in line for line in search.caveats(Config.from_hf(DEEPSEEK_FIELDS)))
+    assert not any("random weights" in line for line in search.caveats(Config.from_hf(GLM_FIELDS)))
+
+
+@pytest.mark.slow
+def test_a_small_search_reports_its_text_and_what_made_it(tmp_path, with_flags, monkeypatch):
+    with_flags("--context=130", "--sequences=1", "--held_out_sequences=2", "--retention=11/12", "--retentions=11/12")
+    monkeypatch.setattr(search, "prefill_seconds", lambda checkpoint, schedules, tokens: [None for _ in schedules])
+    search.run(str(tmp_path / "out"), 0)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    about = results["metrics"]["text"]
+    assert (about["text"], about["tokenizer"], about["calibration_tokens"]) == ("standard-library", "bytes", 130)
+    assert about["documents"] > about["held_out_documents"] > 0 and about["held_out_tokens"] == 260
+    assert results["date"].endswith("UTC") and "commit" in results
+    report = (tmp_path / "out" / "report.md").read_text()
+    for words in ("(chosen)", "±", "standard-library", "UTC", "pipeline"):
+        assert words in report
