@@ -46,8 +46,9 @@ def main(argv: list[str]) -> None:
 
 
 def _run(name: str, resumable: bool) -> None:
-    from experiments.common import processes
+    from experiments.common import processes, programs
 
+    programs.keep()
     go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
     with processes.sharing_fate():
@@ -62,21 +63,25 @@ def _ended_early(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-if __name__ == "__main__":
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, _ended_early)
-    _arguments: list[str] = []
+def command() -> None:
+    """What `indexcache` and `python -m experiments.run` do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _ended_early)
     try:
-        _arguments = command_line.with_flag(sys.argv[1:])
-        _name = command_line.experiment_of(_arguments)
+        arguments = command_line.with_flag(sys.argv[1:])
+        name = command_line.experiment_of(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(command_line.USAGE_ERROR)
-    if command_line.wants_help(_arguments) and command_line.named(_arguments) is None:
+    if command_line.wants_help(arguments) and command_line.named(arguments) is None:
         print(command_line.overview())
         sys.exit(0)
-    load(_name)  # its flags exist once it is imported
-    if command_line.wants_help(_arguments):
-        print(command_line.help_of(_name))
+    load(name)  # its flags exist once it is imported
+    if command_line.wants_help(arguments):
+        print(command_line.help_of(name))
         sys.exit(0)
-    app.run(main, argv=[sys.argv[0], *_arguments], flags_parser=command_line.parse)
+    app.run(main, argv=[sys.argv[0], *arguments], flags_parser=command_line.parse)
+
+
+if __name__ == "__main__":
+    command()

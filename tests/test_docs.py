@@ -119,7 +119,8 @@ def check_arguments(arguments: list[str]) -> None:
     """AssertionError unless experiments.run takes these arguments: flags of the experiment, with values they can have."""
     experiment = command_line.experiment_of(arguments)
     module = EXPERIMENTS[experiment]
-    importlib.import_module(module)
+    for name in ("experiments.run", module):
+        importlib.import_module(name)
     known = {f.name: f for name in ("experiments.run", module) for f in flags.FLAGS.get_key_flags_for_module(name)}
     for argument in arguments:
         if argument == "--help":
