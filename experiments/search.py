@@ -11,7 +11,7 @@ import shlex
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -23,10 +23,10 @@ from checkpoints_convert.orbax_io import is_orbax
 from experiments.common import devices, fit, inputs, journal, options, plots
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
-from indexcache_jax import search, serving
+from indexcache_jax import memory, search, serving
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import ARCHITECTURES, GLM
-from indexcache_jax.params import Params
+from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import ENGINES, Schedule
 from indexcache_jax.search import overlap, streamed
 from indexcache_jax.search.streamed import StreamedEvaluator
@@ -46,6 +46,7 @@ _LOSS_BUDGET = flags.DEFINE_float(
 )
 _STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
 _COMPARE = flags.DEFINE_list("compare", [], "patterns of F and S that the table has besides, such as published ones")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "check all that is read and say what the search takes, but search nothing")
 _TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill under every schedule, once the search is done")
 _STREAM = flags.DEFINE_bool(
     "stream", False, "read the weights layer by layer, for a model larger than the device; prefill is not measured then"
@@ -216,7 +217,12 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
     """All that is read, checked before anything takes long. The model comes apart, so that it can be let go of first."""
     options.check_positive("sequences", "held_out_sequences", "blocks")
     checkpoint = inputs.checkpoint()
-    goal = read_goal(inputs.described(checkpoint.directory)[1])
+    config, base = inputs.described(checkpoint.directory)
+    goal = read_goal(base)
+    if goal.strategy == "greedy":
+        size = memory.tree_bytes(abstract(config, base), checkpoint.dtype, memory.mesh_of(), SERVING) if _STREAM.value else None
+        rows = options.BATCH_SIZE.value
+        print(cost(base, goal, options.SEQUENCES.value // rows, rows * options.CONTEXT.value, size), flush=True)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
         model = open_model(checkpoint.directory, checkpoint.dtype)
@@ -343,6 +349,33 @@ def search_down(losses: search.LossOracle, base: Schedule, goal: Goal) -> list[s
         if steps[-1].schedule.num_full > size:  # the next step would exceed the budget
             break
     return steps
+
+
+class _Counter:
+    """Counts the losses that a search asks for, each of which it takes for nothing; passes: the walks through the model."""
+
+    def __init__(self) -> None:
+        self.losses = self.passes = 0
+
+    def loss(self, schedule: Schedule) -> float:
+        self.losses, self.passes = self.losses + 1, self.passes + 1
+        return 0.0
+
+    def flips(self, schedule: Schedule, layers: Sequence[int]) -> dict[int, float]:
+        self.losses, self.passes = self.losses + len(layers), self.passes + 1
+        return dict.fromkeys(layers, 0.0)
+
+
+def cost(base: Schedule, goal: Goal, batches: int, tokens: int, model_bytes: int | None) -> str:
+    """What a greedy search takes at most, in a sentence. model_bytes: of a streamed model, which every pass reads."""
+    counter = _Counter()
+    search_down(counter, base, goal)
+    layers = batches * search.layers_to_run(base, min(goal.sizes(base)), goal.blocks)
+    found = f"the search measures at most {counter.losses:,} losses on {batches} batches of {tokens:,} tokens"
+    found += f", about {layers:,} layers of a batch"
+    if model_bytes is not None:
+        found += f", and reads the weights at least {counter.passes:,} times, {counter.passes * model_bytes / 1e12:,.1f} TB"
+    return found
 
 
 def choose(steps: list[search.Step], by_size: dict[int, Schedule], base: Schedule, goal: Goal) -> Schedule:
@@ -569,6 +602,8 @@ def run(output_dir: str, seed: int) -> None:
     layout = devices.layout(options.BATCH_SIZE.value)
     with devices.in_force(layout, SERVING):
         given, model = read_inputs(seed)
+        if _DRY_RUN.value:
+            return
         output = Output.create(output_dir)
         result = run_search(model, given, output)
         del model  # its weights make room for those of inference

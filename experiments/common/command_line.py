@@ -96,7 +96,7 @@ def help_of(name: str) -> str:
 def _described(name: str) -> list[str]:
     flag = flags.FLAGS[name]
     values = f"={'|'.join(flag.parser.enum_values)}" if hasattr(flag.parser, "enum_values") else ""
-    default = flag.default_as_str.strip("'") if flag.default not in (None, "", []) else ""
+    default = (flag.default_as_str or "").strip("'") if flag.default not in (None, "", []) else ""
     words = flag.help.partition(">: ")[2] if flag.help.startswith("<") else flag.help
     text = f"{words}{f' (default {default})' if default else ''}"
     head = f"  --{'[no]' if flag.boolean else ''}{name}{values}"

@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import zlib
+from typing import Any
 
 import jax
 
@@ -25,6 +26,7 @@ def folder() -> pathlib.Path:
 
 def keep() -> None:
     """Keeps compiled programs in `folder`, unless JAX was told where, or not to (JAX_ENABLE_COMPILATION_CACHE=false)."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    config: Any = jax.config  # whose settings have no types
+    if config.jax_compilation_cache_dir is None and config.jax_enable_compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

@@ -117,9 +117,9 @@ def _of_line(line: bytes, document: Document) -> bytes:
     fields = parse_json(line, where)
     text = fields.get("text")
     if text is None and isinstance(messages := fields.get("messages"), list):
-        contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
-        if all(isinstance(content, str) for content in contents):
-            text = "\n\n".join(contents)
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        strings = [content for content in contents if isinstance(content, str)]
+        text = "\n\n".join(strings) if len(strings) == len(messages) else None
     if not isinstance(text, str):
         raise ValueError(f'{where}: has neither a "text" nor "messages" with contents that are strings')
     return text.encode("utf-8", errors="replace")

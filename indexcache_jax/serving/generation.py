@@ -155,8 +155,6 @@ def decode(
 
 
 def _check(name: str, tokens: Sequence[int], config: Config, room: int) -> None:
-    if isinstance(tokens, str):
-        raise ValueError(f"{name}: is a string, not token numbers; a tokenizer makes them")
     if len(tokens) == 0:
         raise ValueError(f"{name}: is empty")
     if len(tokens) > room:

@@ -97,6 +97,18 @@ def test_a_loss_budget_ends_the_search_where_it_is_exceeded():
         assert all(step.loss <= 1 + budget for step in steps)
 
 
+def test_what_a_search_takes_is_what_it_takes():
+    base = Schedule.all_full(12)
+    for goal in (goal_of(), goal_of(blocks=4), goal_of(retentions=("11/12",), target="11/12")):
+        model, counter = Counted(COSTS), search._Counter()
+        search.search_down(model, base, goal)
+        search.search_down(counter, base, goal)
+        assert counter.losses == model.evaluations
+    text = search.cost(base, goal, 3, 1000, 10**12)
+    assert "at most 13 losses on 3 batches of 1,000 tokens" in text and "at least 3 times, 3.0 TB" in text
+    assert "weights" not in search.cost(base, goal, 3, 1000, None)
+
+
 @pytest.fixture
 def with_flags():
     def parse(*arguments):
@@ -106,7 +118,17 @@ def with_flags():
     parse()
     yield parse
     parse()
-    for name in ("retention", "loss_budget", "blocks", "compare", "context", "sequences", "held_out_sequences", "retentions"):
+    for name in (
+        "retention",
+        "loss_budget",
+        "blocks",
+        "compare",
+        "context",
+        "sequences",
+        "held_out_sequences",
+        "retentions",
+        "dry_run",
+    ):
         flags.FLAGS[name].unparse()
     flags.FLAGS(["test"])
 
@@ -242,6 +264,12 @@ def test_changes_come_with_the_standard_error_of_paired_batches():
 def test_a_deepseek_export_warns_of_transformers():
     assert any("random weights" in line for line in search.caveats(Config.from_hf(DEEPSEEK_FIELDS)))
     assert not any("random weights" in line for line in search.caveats(Config.from_hf(GLM_FIELDS)))
+
+
+def test_a_dry_run_checks_and_says_what_it_takes_and_writes_nothing(tmp_path, with_flags, capsys):
+    with_flags("--context=130", "--sequences=2", "--dry_run")
+    search.run(str(tmp_path / "out"), 0)
+    assert "the search measures at most" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
