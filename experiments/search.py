@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
-import json
 import math
-import pathlib
-import shlex
 import statistics
 import time
 import warnings
@@ -19,15 +16,13 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import devices, fit, inputs, journal, options, plots
+from experiments.common import devices, engines, fit, inputs, journal, options, plots
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from indexcache_jax import memory, search, serving
 from indexcache_jax.config import Config
-from indexcache_jax.config_json import ARCHITECTURES, GLM
 from indexcache_jax.params import Params, abstract
-from indexcache_jax.schedule import ENGINES, Schedule
+from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap, streamed
 from indexcache_jax.search.streamed import StreamedEvaluator
 from indexcache_jax.sharding import SERVING
@@ -446,57 +441,6 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
 # ---- the report
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """How to give a schedule to an engine: the config fields, and where they go."""
-
-    engine: str
-    fields: dict[str, Any]
-    usage: str
-
-
-def settings(schedule: Schedule, checkpoint: str, config: Config) -> list[Setting]:
-    path = shlex.quote(checkpoint)
-    found = []
-    for engine in ENGINES:
-        fields = schedule.to_engine(engine)
-        pasted = shlex.quote(json.dumps(fields))
-        usage = {
-            "transformers": f"AutoModelForCausalLM.from_pretrained({checkpoint!r}, **{fields!r})",
-            "sglang": f"python -m sglang.launch_server --model-path {path} --json-model-override-args {pasted}",
-            "vllm": f"vllm serve {path} --hf-overrides {pasted}",
-            "tensorrt-llm": f"in {checkpoint}/config.json: {json.dumps(fields)[1:-1]}",
-        }[engine]
-        if engine == "transformers" and config.family != GLM:
-            usage = f"not supported: transformers runs every layer of a {ARCHITECTURES[config.family]} as full"
-        found.append(Setting(engine, fields, usage))
-    return found
-
-
-def caveats(config: Config) -> list[str]:
-    """What to know before a setting is pasted (docs/model.md, Schedules)."""
-    found = [
-        "The settings are those of transformers 5.23, SGLang 0.5.23 and the vLLM and TensorRT-LLM of that time; older ones "
-        "ignore them and run every layer as F.",
-        "With pipeline parallelism let every stage begin with an F layer: indices stay within a stage.",
-        "The draft layer of multi-token prediction is no layer of the pattern; it keeps its own indexer.",
-    ]
-    if config.family != GLM:
-        found.append(
-            "transformers gives indexers that a checkpoint lacks random weights, without an error: from a checkpoint that was "
-            "written for this schedule its logits are wrong."
-        )
-    return found
-
-
-def for_engines(checkpoint: str) -> tuple[str, str]:
-    """The directory that engines are to read, and the command that makes it, "" where `checkpoint` is of their format."""
-    if not is_orbax(pathlib.Path(checkpoint)):
-        return checkpoint, ""
-    made = f"{checkpoint.rstrip('/')}-safetensors"
-    return made, f"python -m checkpoints_convert {shlex.quote(checkpoint)} {shlex.quote(made)} --format=safetensors"
-
-
 def shown_change(row: Row, first: Row) -> str:
     """A row's change as "+1.23 % ± 0.45 %", with a standard error where there is one."""
     change, error = row.change(first)
@@ -547,7 +491,7 @@ def plot_losses(output: Output, result: Result, budget: float | None) -> None:
     output.save_figure(figure, "loss.png")
 
 
-def metrics_of(result: Result, times: list[float | None], pasted: list[Setting]) -> dict[str, Any]:
+def metrics_of(result: Result, times: list[float | None], pasted: list[engines.Setting]) -> dict[str, Any]:
     """What results.json holds of a search."""
     rows = zip(result.rows, times, strict=True)
     return {
@@ -580,16 +524,12 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     header, cells = table(result.rows, times, chosen)
     removed = 1 - chosen.num_full / chosen.num_layers
     summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
-    directory, first = for_engines(checkpoint)
-    pasted = settings(chosen, directory, result.config)
+    pasted = engines.settings(chosen, engines.for_engines(checkpoint)[0], result.config)
     note = "Losses in nats per token, on held-out text; ± one standard error of the change, over its batches."
     if times[0] is not None:
         tokens = f"{len(given.held_out[0])} x {options.CONTEXT.value} tokens"
         note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
-    lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
-    lines += "\n\n" + "\n".join(f"- {caveat}" for caveat in caveats(result.config))
-    if first:
-        lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"
+    lines = engines.to_paste(chosen, checkpoint, result.config)
     text = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
     text += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
     text += f"\n## The text\n\n{markdown_table(['what', 'value'], [[k.replace('_', ' '), v] for k, v in given.text.items()])}\n"

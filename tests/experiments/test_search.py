@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shlex
 import subprocess
 import sys
 import types
@@ -12,13 +11,10 @@ from fractions import Fraction
 import pytest
 from absl import flags
 
-import checkpoints_convert
 from experiments import search
 from experiments.common import options
 from indexcache_jax import memory
-from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
-from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -33,26 +29,6 @@ def command(*arguments, cwd=ROOT):
         text=True,
         timeout=900,
     )
-
-
-def test_settings_are_what_each_engine_reads():
-    config = Config.from_hf(GLM_FIELDS)
-    found = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "my dir/glm", config)}
-    for engine, flag in (("sglang", "--json-model-override-args"), ("vllm", "--hf-overrides")):
-        words = shlex.split(found[engine])
-        assert "my dir/glm" in words
-        assert json.loads(words[words.index(flag) + 1])["index_topk_pattern"] == "FFSFS"
-    assert "indexer_types" in found["transformers"] and '"index_topk_pattern": "FFSFS"' in found["tensorrt-llm"]
-    deepseek = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "x", Config.from_hf(DEEPSEEK_FIELDS))}
-    assert deepseek["transformers"].startswith("not supported")
-
-
-def test_engines_are_given_safetensors(tmp_path):
-    config, schedule, params = checkpoints_convert.load(options.DEMO)
-    checkpoints_convert.save(tmp_path / "a b", params, config, schedule, format="orbax")
-    directory, command = search.for_engines(f"{tmp_path}/a b/")
-    assert command == f"python -m checkpoints_convert '{tmp_path}/a b/' '{directory}' --format=safetensors"
-    assert directory == f"{tmp_path}/a b-safetensors" and search.for_engines(str(options.DEMO)) == (str(options.DEMO), "")
 
 
 class Counted:
@@ -259,11 +235,6 @@ def test_changes_come_with_the_standard_error_of_paired_batches():
     assert search.Row("a", Schedule("F"), (2.0,)).change(search.Row("b", Schedule("F"), (1.0,))) == (1.0, None)
     _, cells = search.table([first, other], [None, None], other.schedule)
     assert [row[0] for row in cells] == ["all F", "1/3 searched (chosen)"]
-
-
-def test_a_deepseek_export_warns_of_transformers():
-    assert any("random weights" in line for line in search.caveats(Config.from_hf(DEEPSEEK_FIELDS)))
-    assert not any("random weights" in line for line in search.caveats(Config.from_hf(GLM_FIELDS)))
 
 
 def test_a_dry_run_checks_and_says_what_it_takes_and_writes_nothing(tmp_path, with_flags, capsys):
