@@ -1,6 +1,7 @@
-"""python -m checkpoints_convert SRC DST: safetensors to orbax, orbax to safetensors, FP8 to bfloat16, a new schedule.
+"""python -m checkpoints_convert SRC DST: safetensors to orbax, orbax to safetensors, FP8 to bfloat16 and back, a new schedule.
 
     python -m checkpoints_convert GLM-5-FP8 glm-5-orbax
+    python -m checkpoints_convert GLM-5-FP8 glm-5-bf16 --format=safetensors --weights=bf16
     python -m checkpoints_convert GLM-5-FP8 glm-5-shared --format=safetensors --schedule=FSSF...
 
 SRC is a Hugging Face directory with safetensors files, or an orbax one; DST must not exist or be empty.
@@ -23,7 +24,10 @@ from indexcache_jax.foreign import escaped
 
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of DST; without it, the one that SRC is not.")
 _SCHEDULE = flags.DEFINE_string("schedule", None, "F or S for every layer (FSSF...), instead of the schedule in SRC.")
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights in DST; without it, SRC's own (FP8 becomes bfloat16).")
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights in DST; without it, SRC's own.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["fp8", "bf16"], "Matrices as FP8 with a scale for each 128 x 128, or decoded; without it, as in SRC."
+)
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Upper bound of a safetensors file: 5GB, 200KB, 1GiB.")
 _KEEP_MTP = flags.DEFINE_bool("keep_mtp", False, "Copy the multi-token prediction layers (safetensors to safetensors).")
 _KEEP_SHARED_INDEXERS = flags.DEFINE_bool(
@@ -57,6 +61,7 @@ def _convert(source: str, directory: str) -> None:
             keep_mtp=_KEEP_MTP.value,
             keep_shared_indexers=_KEEP_SHARED_INDEXERS.value,
             progress=progress,
+            weights={None: "stored", "fp8": "fp8", "bf16": None}[_WEIGHTS.value],
         )
     for line in report:
         print(f"{source}: {line}", file=sys.stderr)

@@ -14,6 +14,7 @@ from checkpoints_convert.huggingface import HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import INDEX, SINGLE
 from indexcache_jax import params, serving
 from indexcache_jax.config import Config
+from indexcache_jax.params import FP8_BASE
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Part, Tensor
 
@@ -64,9 +65,16 @@ def resolve_schedule(checkpoint: Checkpoint, schedule: Schedule | str | None) ->
     return schedule if isinstance(schedule, Schedule) else Schedule.parse(schedule, checkpoint.config.num_layers)
 
 
+def resolve_weights(stored: HuggingFaceCheckpoint | orbax_io.OrbaxCheckpoint, weights: str | None) -> str | None:
+    """The form of the tree that `weights` asks for: "stored" is the checkpoint's own. ValueError for what is no form."""
+    if weights not in (None, "stored", "fp8", FP8_BASE):
+        raise ValueError(f"weights: {weights!r} is not one of stored, fp8, {FP8_BASE} and None")
+    return stored.weights if weights == "stored" else weights
+
+
 def leaf_dtype(checkpoint: Checkpoint, tensor: Tensor, dtype: Any) -> np.dtype:
-    """What a tensor is loaded or written as: its own fixed dtype, else the one asked for, else as stored."""
-    if dtype is None:
+    """What a tensor is loaded or written as: its own fixed dtype, else the one asked for, else as stored, as scales are."""
+    if dtype is None or tensor.kind == "scales":
         return checkpoint.dtype_of(tensor)
     return np.dtype(jnp.dtype(tensor.dtype or dtype))
 

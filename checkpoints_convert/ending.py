@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 
@@ -94,8 +94,7 @@ def _missing_device() -> str | None:
     try:
         jax.devices()
     except Exception as error:
-        config: Any = jax.config  # whose settings have no types
-        wanted = os.environ.get("JAX_PLATFORMS") or config.jax_platforms or ""
+        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.values["jax_platforms"] or ""
         first = escaped(str(error).strip().splitlines()[0], 300) if str(error).strip() else "JAX finds none"
         return f"JAX_PLATFORMS={wanted}: there is no such device here, or it cannot be used: {first}"
     return None

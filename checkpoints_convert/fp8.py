@@ -14,8 +14,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-SUFFIX = "_scale_inv"
-DEFAULT_BLOCK = (128, 128)
+from indexcache_jax.config import Config
+from indexcache_jax.tensors import SCALES
+from pallas_kernels.quant import BLOCK, E4M3_MAX
+
+SUFFIX = SCALES
+DEFAULT_BLOCK = (BLOCK, BLOCK)
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # a table is five times faster
 
 
@@ -46,3 +50,32 @@ def dequantise(codes: np.ndarray, scale: np.ndarray, first_row: int, block: tupl
     values = _E4M3[codes.view(np.uint8)]
     values *= scale[rows][:, columns]
     return values
+
+
+def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """e4m3 codes and float32 scales of float32 rows [n, in] that begin with a block: as `quant.quantise_matrix` does."""
+    rows, columns = (np.arange(0, size, BLOCK) for size in values.shape)
+    largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), rows, axis=0), columns, axis=1)
+    scales = np.where(largest > 0, largest / np.float32(E4M3_MAX), np.float32(1))
+    codes = np.empty(values.shape, ml_dtypes.float8_e4m3fn)
+    for scale, row in zip(scales, rows, strict=True):
+        block = values[row : row + BLOCK] / np.repeat(scale, BLOCK)[: values.shape[1]]
+        codes[row : row + BLOCK] = np.clip(block, -E4M3_MAX, E4M3_MAX)
+    return codes, scales
+
+
+def config_of(config: Config) -> dict[str, Any]:
+    """The quantization_config of a checkpoint whose matrices are quantised here.
+
+    It names what stays as it is beside embedding and norms, for engines that would look for scales of every matrix.
+    """
+    layers = range(config.num_layers)
+    kept = [f"model.layers.{i}.mlp.gate" for i in config.expert_layers]
+    kept += [f"model.layers.{i}.self_attn.indexer.weights_proj" for i in layers]
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(DEFAULT_BLOCK),
+        "modules_to_not_convert": ["lm_head", *kept],
+    }

@@ -18,7 +18,7 @@ import numpy as np
 from checkpoints_convert import fp8
 from checkpoints_convert.companions import with_stop_tokens
 from checkpoints_convert.formats import READ, block_fields, check_described, names_that_fit, quantisation
-from checkpoints_convert.safetensors_io import NAMES, Entry, Spec, read_stored
+from checkpoints_convert.safetensors_io import NAMES, NUMPY, Entry, Spec, read_stored
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
 from indexcache_jax.params import abstract
@@ -94,9 +94,46 @@ class HuggingFaceCheckpoint:
             )
         return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else np.float32)
 
+    @property
+    def weights(self) -> str | None:
+        """ "fp8" where it holds matrices in 8 bits, in blocks of 128 x 128; others are decoded."""
+        in_codes = (entry.dtype == "F8_E4M3" and not self._is_mtp(name) for name, entry in self.entries.items())
+        return "fp8" if self._block == fp8.DEFAULT_BLOCK and any(in_codes) else None
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        return self.fields.get("quantization_config") if self.weights else None
+
+    def matrix(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def scales_of(self, name: str) -> Tensor | None:
+        entry = self._find(name)
+        if entry is None or entry.dtype != "F8_E4M3" or self._block != fp8.DEFAULT_BLOCK:
+            return None
+        stored = as_stored(name + fp8.SUFFIX, fp8.scale_shape(entry.shape, self._block))
+        return Tensor(stored.shape, (None, None), "constant", 1.0, (stored,), kind="scales")
+
+    def holds(self, source: Source, kind: str) -> bool:
+        """Of what is decoded all, of codes and scales those that are stored in blocks of 128 x 128."""
+        return kind == "weights" or self.scales_of(source.name.removesuffix(fp8.SUFFIX)) is not None
+
     def dtype_of(self, tensor: Tensor) -> np.dtype:
-        """The dtype a leaf has where the caller asks for none."""
+        """The dtype a leaf has where the caller asks for none; of scales the stored one."""
+        if tensor.kind == "scales":
+            return NUMPY[self.entries[tensor.sources[0].name].dtype]
         return np.dtype(tensor.dtype) if tensor.dtype else self._dtype
+
+    def stored_dtype(self, tensor: Tensor) -> np.dtype:
+        """The dtype that a leaf is stored in, which of a norm may not be the model's; `dtype_of` where it has several."""
+        stored = {self._entry(source.name).dtype for layer in tensor.every_layer for source in tensor.stored(layer)}
+        alike = tensor.kind == "weights" and tensor.dtype is None and len(stored) == 1
+        return NUMPY[stored.pop()] if alike and stored <= {"BF16", "F32"} else self.dtype_of(tensor)
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._find(name)
+        assert entry is not None, "check() comes first"
+        return entry
 
     def check(self, tree: Any) -> None:
         """ValueError where a tensor that an abstract tree needs is missing, misshapen or of a dtype that cannot be read.
@@ -114,6 +151,8 @@ class HuggingFaceCheckpoint:
         missing: dict[str, None] = {}  # kv_b_proj is missing once, though two leaves are made from it
         found = 0
         for _, tensor in leaves(tree):
+            if tensor.kind == "scales":
+                continue  # those that there are belong to their codes, and are checked with them
             for source in (source for layer in tensor.every_layer for source in tensor.stored(layer)):
                 entry = self._find(source.name)
                 if entry is None:
@@ -140,8 +179,10 @@ class HuggingFaceCheckpoint:
             window = source.window(tensor.layer_shape, part)
             if window is None:
                 return
-            entry = self._find(source.name)
-            assert entry is not None, "check() comes first"
+            if tensor.kind == "scales":
+                source.fill(out, window, window.rows[0], self._scales(source, out.dtype, window.rows))
+                return
+            entry = self._entry(source.name)
             for start, slab in self._slabs(entry, source, out.dtype, window.rows, window.run(source.view)):
                 source.fill(out, window, start, slab)
 
@@ -153,20 +194,21 @@ class HuggingFaceCheckpoint:
             for _ in readers.map(read, sources):  # raises what a reader raised
                 pass
 
-    def copies(self, names: Iterable[str], dtype: Any) -> list[tuple[Spec, Iterator[np.ndarray]]]:
+    def copies(self, names: Iterable[str], dtype: Any, keep_codes: bool = False) -> list[tuple[Spec, Iterator[np.ndarray]]]:
         """What to write for a copy of stored tensors: as they are, but FP8 with its scale in `dtype` (None: the model's).
 
-        A copy in FP8 would stand in a checkpoint whose config no longer says that it is quantised.
+        keep_codes: FP8 as it is too. Without it a copy in FP8 would stand in a checkpoint whose config no longer says that it
+        is quantised.
         """
         wanted = self._dtype if dtype is None else np.dtype(jnp.dtype(dtype))
         found: list[tuple[Spec, Iterator[np.ndarray]]] = []
         for name in names:
             entry = self.entries[name]
-            if entry.dtype == "F8_E4M3" and entry.nbytes:
+            if entry.dtype == "F8_E4M3" and entry.nbytes and not keep_codes:
                 self._check(entry, entry.shape)
                 slabs = self._slabs(entry, as_stored(name, entry.shape), wanted, (0, entry.shape[0]))
                 found.append((Spec(name, NAMES[wanted], entry.shape), (slab for _, slab in slabs)))
-            elif not name.endswith(fp8.SUFFIX):
+            elif keep_codes or not name.endswith(fp8.SUFFIX):
                 found.append((Spec(name, entry.dtype, entry.shape), entry.slabs(SLAB_BYTES)))
         return found
 
@@ -265,15 +307,26 @@ class HuggingFaceCheckpoint:
         if scale.dtype not in _SCALES:
             raise ValueError(f"{scale.file}: tensor {scale.name} has dtype {scale.dtype}, not one of {', '.join(_SCALES)}")
 
+    def _scales(self, source: Source, dtype: np.dtype, rows: tuple[int, int]) -> np.ndarray:
+        """Scales as they are stored or in float32: entries `rows` of the first axis of source.view."""
+        unit = source.shape[0] // source.view[0]
+        first, last = (row * unit for row in rows)
+        start = first // source.repeats
+        stored = self.entries[source.name].rows(start, -(-last // source.repeats))
+        scales = stored if stored.dtype == dtype else fp8.decode_scale(stored)
+        start *= source.repeats
+        return np.repeat(scales, source.repeats, axis=0)[first - start : last - start]
+
     def _slabs(
         self, entry: Entry, source: Source, dtype: np.dtype, rows: tuple[int, int], run: tuple[int, int] | None = None
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(start, slab in dtype): entries [start, ...) of the first axis of source.view, over the entries `rows`.
 
+        FP8 is decoded unless it is asked for in its own dtype.
         run: the elements [first, last) of each of these entries that are needed, default all; the others are not read.
         """
         scale = None
-        if entry.dtype == "F8_E4M3":
+        if entry.dtype == "F8_E4M3" and dtype != NUMPY[entry.dtype]:
             stored = self.entries[entry.name + fp8.SUFFIX]
             scale = fp8.decode_scale(stored.rows(0, stored.shape[0]))
         count = source.view[0]

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from checkpoints_convert.checkpoint import leaf_dtype
 from checkpoints_convert.load import aligned, opened, parts_held
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params
+from indexcache_jax.params import Params, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor
 
@@ -28,10 +28,17 @@ class Layers:
 
     config: Config
     schedule: Schedule
+    weights: str | None  # the form of the params, as `params.abstract` names it
 
-    def __init__(self, directory: str | pathlib.Path, schedule: Schedule | str | None = None, dtype: Any = None) -> None:
-        self._checkpoint, self.schedule, self._tree = opened(directory, schedule, dtype)
-        self._dtype, self.config = dtype, self._checkpoint.config
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        schedule: Schedule | str | None = None,
+        dtype: Any = None,
+        weights: str | None = None,
+    ) -> None:
+        self._checkpoint, self.schedule, self._tree = opened(directory, schedule, dtype, weights=weights)
+        self._dtype, self.config, self.weights = dtype, self._checkpoint.config, weights_of(self._tree)
 
     def _dtype_of(self, tensor: Tensor) -> np.dtype:
         return leaf_dtype(self._checkpoint, tensor, self._dtype)

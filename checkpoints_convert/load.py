@@ -14,9 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.checkpoint import FORMS, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
+from checkpoints_convert.checkpoint import (
+    FORMS,
+    check_dtype,
+    leaf_dtype,
+    open_checkpoint,
+    resolve_schedule,
+    resolve_weights,
+)
 from checkpoints_convert.huggingface import HuggingFaceCheckpoint
-from checkpoints_convert.orbax_io import OrbaxCheckpoint
+from checkpoints_convert.recode import Recoded
 from indexcache_jax import sharding
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
@@ -34,6 +41,7 @@ def load(
     dtype: Any = None,
     shardings: Any = None,
     form: str = "params",
+    weights: str | None = None,
 ) -> tuple[Config, Schedule, Any]:
     """(config, schedule, weights) of a Hugging Face safetensors directory or an orbax one.
 
@@ -45,6 +53,9 @@ def load(
         rules in force (`indexcache_jax.sharding.use`); without a mesh everything goes to the default device.
       form: "params" for training and the search, "serving" for `serving.Weights`, which inference runs. Either tree is
         filled straight from the files: no other copy of the weights exists.
+      weights: "fp8" keeps matrices in 8 bits, as `quant.Scaled`: those of an FP8 checkpoint bit for bit, others are quantised.
+        "stored" does so for an FP8 checkpoint alone, None for none. "fp8 base", with form "params", leaves out the indexers,
+        which then can be trained.
 
     A mesh may have devices of other processes, each of which calls `load` with the same arguments. A process reads what
     its own devices hold: a part that several of them hold alike once, from safetensors nothing else but the scales of
@@ -56,12 +67,13 @@ def load(
     the leaf and axis that the devices do not divide. All headers are checked before a weight is read. Stored tensors
     without a use are left out, with a warning.
     """
-    checkpoint, schedule, tree = opened(directory, schedule, dtype, form)
+    checkpoint, schedule, tree = opened(directory, schedule, dtype, form, weights)
     placements = _per_leaf(tree, _in_force(tree) if shardings is None else shardings, form, schedule)
     planned = [
         _Leaf(
             tensor,
-            leaf_dtype(checkpoint, tensor, dtype),
+            # Inference multiplies by float32 scales; params keep those that are written back.
+            np.dtype(np.float32) if form == "serving" and tensor.kind == "scales" else leaf_dtype(checkpoint, tensor, dtype),
             sharding,
             parts_held(tensor.shape, sharding),
             functools.partial(checkpoint.fill, tensor),
@@ -86,20 +98,29 @@ def _in_force(tree: Any) -> Any:
 
 
 def opened(
-    directory: str | pathlib.Path, schedule: Schedule | str | None, dtype: Any, form: str = "params"
-) -> tuple[HuggingFaceCheckpoint | OrbaxCheckpoint, Schedule, Any]:
+    directory: str | pathlib.Path,
+    schedule: Schedule | str | None,
+    dtype: Any,
+    form: str = "params",
+    weights: str | None = None,
+) -> tuple[Recoded, Schedule, Any]:
     """(checkpoint, schedule, abstract tree) that `load` reads, all headers checked; warns of what is left out."""
     if form not in FORMS:
         raise ValueError(f"form: {form!r} is not one of {', '.join(FORMS)}")
     check_dtype(dtype)
-    checkpoint = open_checkpoint(directory)
-    schedule = resolve_schedule(checkpoint, schedule)
-    tree = FORMS[form](checkpoint.config, schedule)
-    checkpoint.check(tree)
-    if isinstance(checkpoint, HuggingFaceCheckpoint):
-        for line in checkpoint.left_out(schedule):
+    stored = open_checkpoint(directory)
+    schedule = resolve_schedule(stored, schedule)
+    tree = FORMS[form](stored.config, schedule, resolve_weights(stored, weights))
+    stored.check(tree)
+    if isinstance(stored, HuggingFaceCheckpoint):
+        for line in stored.left_out(schedule):
             warnings.warn(f"{directory}: {line}", stacklevel=3)
-    return checkpoint, schedule, tree
+    return Recoded(stored), schedule, tree
+
+
+def stored_weights(directory: str | pathlib.Path) -> str | None:
+    """What `load` understands by weights="stored": "fp8" for a checkpoint whose matrices are in 8 bits, else None."""
+    return open_checkpoint(directory).weights
 
 
 def _per_leaf(tree: Any, shardings: Any, form: str, schedule: Schedule) -> list[jax.sharding.Sharding | None]:

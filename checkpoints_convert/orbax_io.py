@@ -27,7 +27,7 @@ import tensorstore as ts
 from checkpoints_convert.companions import with_stop_tokens
 from checkpoints_convert.ending import writing
 from checkpoints_convert.formats import check_described, description_bytes
-from checkpoints_convert.trees import Leaf, Leaves
+from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
 from indexcache_jax.foreign import escaped
@@ -65,21 +65,23 @@ class OrbaxCheckpoint(Leaves):
         self.schedule = Schedule.from_hf(fields)
         stored = _stored_bytes(directory / PARAMS, enough=description_bytes(self.config))
         check_described(self.config, stored, directory / "config.json")
-        super().__init__(abstract(self.config, self.schedule))
+        self.quantization = fields.get("quantization_config")
+        self.weights = None if self.quantization is None else "fp8"
+        super().__init__(abstract(self.config, self.schedule, self.weights))
         self._directory = (directory / PARAMS).absolute()
         self._stores: dict[str, ts.TensorStore] = {}
 
     def check(self, tree: Any) -> None:
         """ValueError where a leaf that an abstract tree is made from is missing or misshapen, or a layer was not saved."""
         for path, tensor in leaves(tree):
-            for layer in tensor.every_layer:
+            for layer in () if tensor.kind == "scales" else tensor.every_layer:  # scales belong to their codes
                 names = self.stored_in(tensor, layer)
                 if not names:
                     raise ValueError(
                         f"{self._directory}: {path} of layer {layer} is missing, which the schedule needs because it "
                         f"makes that layer F; the checkpoint was saved with {self.schedule}"
                     )
-                for name in names:
+                for name in (*names, *self.scales_in(tensor, layer)):
                     if name not in self._stores:
                         self._stores[name] = self._checked(name)
 
@@ -91,11 +93,17 @@ class OrbaxCheckpoint(Leaves):
             )
         if any(chunk > max(size, 1) for chunk, size in zip(_chunk(store), store.shape, strict=True)):
             raise ValueError(f"{self._directory}: {path} has chunks larger than itself")
-        if store.dtype.name not in ("bfloat16", "float32", "float16"):
-            raise ValueError(f"{self._directory}: {path} has dtype {store.dtype.name}, which no weight has")
+        if store.dtype.name not in DTYPES_OF[saved.kind]:
+            raise ValueError(f"{self._directory}: {path} has dtype {store.dtype.name}, which no {saved.kind} have")
         return store
 
     def dtype_of(self, tensor: Tensor) -> np.dtype:
+        """The dtype that the leaf was saved in, or the first of those that it is made from; beside codes the model's."""
+        if tensor.kind == "weights" and self.weights is not None:
+            return np.dtype(tensor.dtype) if tensor.dtype else self._stores["embedding"].dtype.numpy_dtype
+        return self.stored_dtype(tensor)
+
+    def stored_dtype(self, tensor: Tensor) -> np.dtype:
         """The dtype that the leaf was saved in, or the first of those that it is made from."""
         return self._stores[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype.numpy_dtype
 

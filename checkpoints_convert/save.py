@@ -16,22 +16,30 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from checkpoints_convert import orbax_io
-from checkpoints_convert.checkpoint import FORMS, Checkpoint, check_dtype, leaf_dtype, open_checkpoint, resolve_schedule
+from checkpoints_convert import fp8, orbax_io
+from checkpoints_convert.checkpoint import (
+    FORMS,
+    Checkpoint,
+    check_dtype,
+    leaf_dtype,
+    open_checkpoint,
+    resolve_schedule,
+    resolve_weights,
+)
 from checkpoints_convert.companions import find_companions, with_stop_tokens
 from checkpoints_convert.ending import unfinished, writing
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint, Unused
+from checkpoints_convert.recode import Recoded
 from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_index, write_shard
-from checkpoints_convert.trees import Leaf, Leaves
+from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from checkpoints_convert.written_config import Origin, written_fields
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import GLM, read_config_json
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.params import Params, abstract, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import Weights
 from indexcache_jax.tensors import Part, Source, Tensor, leaves
@@ -46,11 +54,15 @@ class ArraysCheckpoint(Leaves):
     Where some are devices of other processes, process 0 alone may read, while all others are in `help`.
     """
 
+    quantization: dict[str, Any] | None = None  # of the checkpoint that matrices in 8 bits are from
+
     def __init__(self, arrays: Params | Weights, config: Config, schedule: Schedule):
         self.config, self.schedule = config, schedule
         self._form = "params" if isinstance(arrays, Params) else "serving"
-        self._arrays = {path: _host_view(array) for path, array in leaves(arrays)}
-        super().__init__(FORMS[self._form](config, schedule))
+        form = weights_of(arrays) if isinstance(arrays, Params) else arrays.format
+        self.weights = form and "fp8"  # what is trained on a base in 8 bits is written like the base
+        self._arrays = {path: host_view(array) for path, array in leaves(arrays)}
+        super().__init__(FORMS[self._form](config, schedule, form))
 
     def check(self, tree: Any) -> None:
         """ValueError unless the arrays have the shapes that config and schedule give them, whatever tree is asked for."""
@@ -64,11 +76,16 @@ class ArraysCheckpoint(Leaves):
                     f"{self._form}: {path} has shape {list(array.shape)}, but config and schedule {self.schedule} make it "
                     f"{list(tensor.shape)}"
                 )
-            if np.dtype(array.dtype) not in (ml_dtypes.bfloat16, np.float32, np.float16):
-                raise ValueError(f"{self._form}: {path} has dtype {array.dtype}, which no checkpoint tensor has")
+            if np.dtype(array.dtype).name not in DTYPES_OF[tensor.kind]:
+                raise ValueError(f"{self._form}: {path} has dtype {array.dtype}, which no {tensor.kind} of a checkpoint have")
 
     def dtype_of(self, tensor: Tensor) -> np.dtype:
-        return np.dtype(self._arrays[self.stored_in(tensor, tensor.every_layer[0])[0]].dtype)
+        """The dtype of the array, or of the first that a tensor is made from; of what is in 8 bits but decoded the model's."""
+        path = self.stored_in(tensor, tensor.every_layer[0])[0]
+        decoded = tensor.kind == "weights" and self.leaves[path].kind == "codes"
+        return np.dtype(self._arrays["embedding" if decoded else path].dtype)
+
+    stored_dtype = dtype_of
 
     @property
     def is_spread(self) -> bool:
@@ -131,7 +148,7 @@ def _layer(array: jax.Array, slot: jax.Array, stacked: bool) -> jax.Array:
     return array[slot] if stacked else array
 
 
-def _host_view(leaf: Any) -> Any:
+def host_view(leaf: Any) -> Any:
     """A NumPy view of an array in host memory; an array on other or several devices as it is."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
         leaf = leaf.addressable_data(0)  # which no other process is asked for
@@ -156,11 +173,12 @@ def save(
 
     format: "safetensors" for transformers, vLLM and SGLang, or "orbax" for a checkpoint of params.
 
-    Leaves keep their dtypes. safetensors: Hugging Face names and shapes, shards of at most max_shard_size ("5GB",
-    "200KB", bytes; one tensor alone may be larger) and their index, config.json with the schedule. orbax:
-    config.json and params/. Host memory beyond the params: one layer of one leaf and a few MiB. companions_of: the checkpoint
-    directory that params come from: its tokenizer, chat template and generation config go along, and its config.json is the
-    new one's, but for what has changed.
+    Leaves keep their dtypes, and matrices in 8 bits their codes and scales; what inference decodes of them, and what was
+    trained on a base in 8 bits, is quantised. safetensors: Hugging Face names and shapes, shards of at most max_shard_size
+    ("5GB", "200KB", bytes; one tensor alone may be larger) and their index, config.json with the schedule. orbax: config.json
+    and params/. Host memory beyond the params: one layer of one leaf and a few MiB. companions_of: the checkpoint directory
+    that params come from: its tokenizer, chat template and generation config go along, and its config.json is the new one's,
+    but for what has changed.
 
     The directory appears whole, by a rename, or not at all. ValueError where it exists and is not empty, and, before
     anything is written, where params do not fit config and schedule.
@@ -171,6 +189,8 @@ def save(
     """
     checkpoint = ArraysCheckpoint(params, config, schedule)
     checkpoint.check(None)
+    if checkpoint.weights is not None and companions_of is not None:
+        checkpoint.quantization = open_checkpoint(companions_of).quantization
     if checkpoint.is_spread and jax.process_index() > 0:
         checkpoint.help()
         return
@@ -179,9 +199,16 @@ def save(
         companions = find_companions(pathlib.Path(companions_of))
         fields = read_config_json(companions_of)
         origin = Origin(fields, with_stop_tokens(Config.from_hf(fields), pathlib.Path(companions_of)))
-    new = _New(pathlib.Path(directory), format, parse_size(max_shard_size), companions=companions, origin=origin)
+    new = _New(
+        pathlib.Path(directory),
+        format,
+        parse_size(max_shard_size),
+        weights=checkpoint.weights,
+        companions=companions,
+        origin=origin,
+    )
     with checkpoint.helped():
-        _write(new, checkpoint, config, schedule)
+        _write(new, Recoded(checkpoint), config, schedule)
 
 
 def convert(
@@ -194,13 +221,16 @@ def convert(
     keep_mtp: bool = False,
     keep_shared_indexers: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    weights: str | None = "stored",
 ) -> list[str]:
     """Converts one checkpoint directory into another, without ever holding the model. Returns what was left out, and warnings.
 
-    format: None takes the one that `source` is not. schedule and dtype are as in `load`, the rest as in `save`.
-    keep_mtp, keep_shared_indexers: copy these tensors as they are stored (FP8 ones as dtype) into a safetensors
-    directory; they have no place in params. Those of multi-token prediction may lie in a file beside the ones that the index
-    names. Tokenizer, chat template and generation config go along, and config.json, but for what has changed. `progress` is
+    format: None takes the one that `source` is not. schedule, dtype and weights are as in `load`, the rest as in `save`.
+    An FP8 checkpoint stays one unless weights is None; codes, scales and its quantization_config are written back as they are.
+    keep_mtp, keep_shared_indexers: copy these tensors as they are stored (FP8 ones as dtype unless the result is FP8) into a
+    safetensors directory; they have no place in params. Those of multi-token prediction may lie in a file beside the ones that
+    the index names. Tokenizer, chat template and generation config go along, and config.json, but for what has changed.
+    `progress` is
     told the bytes written and their total. Host memory: one layer of one leaf.
 
     ValueError as for `load` and `save`, and where there is nothing to keep, before anything is written.
@@ -209,6 +239,7 @@ def convert(
     source = pathlib.Path(source)
     checkpoint = open_checkpoint(source)
     schedule = resolve_schedule(checkpoint, schedule)
+    form = resolve_weights(checkpoint, weights)
     format = format or ("orbax" if isinstance(checkpoint, HuggingFaceCheckpoint) else "safetensors")
     copies, report, mtp_layers, unused = [], [], 0, Unused((), (), ())
     if isinstance(checkpoint, HuggingFaceCheckpoint):
@@ -216,7 +247,7 @@ def convert(
             checkpoint.take_mtp_from_beside()
         unused = checkpoint.unused(schedule)
         kept = (unused.mtp if keep_mtp else ()) + (unused.shared_indexers if keep_shared_indexers else ())
-        copies = checkpoint.copies(kept, dtype)
+        copies = checkpoint.copies(kept, dtype, keep_codes=form is not None and checkpoint.weights is not None)
         report = checkpoint.left_out(schedule, frozenset(kept))
         mtp_layers = len(checkpoint.mtp_layers(kept))
     if (keep_mtp or keep_shared_indexers) and (format == "orbax" or not isinstance(checkpoint, HuggingFaceCheckpoint)):
@@ -232,12 +263,13 @@ def convert(
         format,
         parse_size(max_shard_size),
         dtype,
+        form,
         copies,
         find_companions(source),
         Origin(checkpoint.fields, checkpoint.config),
         mtp_layers,
     )
-    _write(new, checkpoint, checkpoint.config, schedule, progress)
+    _write(new, Recoded(checkpoint), checkpoint.config, schedule, progress)
     return report
 
 
@@ -245,13 +277,15 @@ def convert(
 class _New:
     """A checkpoint to be written: where, how, and what it holds besides the model's tensors.
 
-    copies: stored tensors, of which those of multi-token prediction are of so many layers. origin: what it comes from.
+    weights: "fp8" where matrices are written in 8 bits. copies: stored tensors, of which those of multi-token prediction are of
+    mtp_layers layers. origin: what it comes from.
     """
 
     directory: pathlib.Path
     format: str
     max_shard_bytes: int
     dtype: Any = None
+    weights: str | None = None
     copies: Sequence[tuple[Spec, Iterator[np.ndarray]]] = ()
     companions: Sequence[pathlib.Path] = ()
     origin: Origin | None = None
@@ -264,15 +298,16 @@ class _New:
 
 def _write(
     new: _New,
-    checkpoint: Checkpoint,
+    checkpoint: Recoded,
     config: Config,
     schedule: Schedule,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    tree = abstract(config, schedule)
+    tree = abstract(config, schedule, new.weights)
     checkpoint.check(tree)
-    dtypes = {path: leaf_dtype(checkpoint, tensor, new.dtype) for path, tensor in leaves(tree)}
-    fields = written_fields(config, schedule, dtypes["embedding"].name, new.mtp_layers, new.origin)
+    dtypes = {path: _written_dtype(checkpoint, tensor, new.dtype, new.weights) for path, tensor in leaves(tree)}
+    quantization = None if new.weights is None else checkpoint.stored.quantization or fp8.config_of(config)
+    fields = written_fields(config, schedule, dtypes["embedding"].name, new.mtp_layers, new.origin, quantization)
     with new_directory(new.directory) as partial:
         if new.format == "orbax":
             _write_orbax(partial, checkpoint, tree, dtypes, progress)
@@ -283,6 +318,13 @@ def _write(
                 shutil.copyfile(companion, partial / companion.name)
         # Last, so that not even the unfinished directory loads before it is whole.
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _written_dtype(checkpoint: Recoded, tensor: Tensor, dtype: Any, weights: str | None) -> np.dtype:
+    """What a tensor is written as: where matrices stay in 8 bits whatever is not asked for otherwise stays as stored."""
+    if weights is None or dtype is not None or tensor.kind != "weights":
+        return leaf_dtype(checkpoint, tensor, dtype)
+    return checkpoint.stored.stored_dtype(tensor)
 
 
 def _write_orbax(
@@ -326,7 +368,7 @@ class _Unit:
     def specs(self, dtypes: dict[str, np.dtype]) -> Iterator[Spec]:
         for name, parts in self.parts().items():
             path, source = parts[0]
-            yield Spec(name, NAMES[dtypes[path]], source.shape)
+            yield Spec(name, NAMES[dtypes[path]], source.stored_shape)
 
     def streams(self, checkpoint: Checkpoint, dtypes: dict[str, np.dtype]) -> Iterator[Iterator[np.ndarray]]:
         """For every one of `specs`, its data in slabs."""
@@ -348,7 +390,7 @@ class _Unit:
             for path, source in parts:
                 rows = (slice(None),) * source.row_axis + (slice(start, stop),)
                 source.write(slab, arrays[path][source.at][rows])
-            yield slab
+            yield slab[-(start * unit) % source.repeats :: source.repeats]
 
 
 def _units(tree: Params) -> list[_Unit]:

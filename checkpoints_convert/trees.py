@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from indexcache_jax.tensors import Part, Source, Tensor, Window, leaves, whole
+from indexcache_jax.tensors import SCALES, Part, Source, Tensor, Window, leaves, whole
+
+# The dtypes that leaves of each kind may have.
+DTYPES_OF = {
+    "weights": ("bfloat16", "float32", "float16"),
+    "codes": ("float8_e4m3fn",),
+    "scales": ("float32", "bfloat16", "float8_e8m0fnu", "uint8"),
+}
 
 Bounds = list[tuple[int, int]]  # [start, stop) of every axis
 
@@ -40,6 +47,25 @@ class Leaves:
                 for source in tensor.stored(layer):
                     self._parts.setdefault(source.name, []).append((Leaf(path, tensor, layer), source))
 
+    def matrix(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored matrix."""
+        return self._parts[name][0][1].shape
+
+    def scales_of(self, name: str) -> Tensor | None:
+        """The scales of a stored matrix, by block or by row as the leaves hold them; None where it is not in 8 bits."""
+        if (held := self._parts.get(name + SCALES)) is None:
+            return None
+        source = held[0][1]
+        stored = Source(source.name, source.shape, source.shape, (0, 1), repeats=source.repeats)
+        return Tensor(source.shape, (None, None), "constant", 1.0, (stored,), kind="scales")
+
+    def holds(self, source: Source, kind: str) -> bool:
+        """Whether the leaves hold what a tensor of this kind is made from in the form that it wants."""
+        scales = self.scales_of(source.name.removesuffix(SCALES) if kind == "scales" else source.name)
+        if kind == "scales":
+            return scales is not None and scales.sources[0].repeats == source.repeats
+        return (scales is not None) == (kind == "codes")
+
     def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
         """Writes a part of one layer of a leaf into `out`, which has the part's shape and any strides."""
         raise NotImplementedError
@@ -48,6 +74,10 @@ class Leaves:
         """The paths of the leaves that one layer of a tensor is made from, or [] where a stored tensor is not there."""
         parts = [self._parts.get(source.name, []) for source in tensor.stored(layer)]
         return [leaf.path for found in parts for leaf, _ in found] if all(parts) else []
+
+    def scales_in(self, tensor: Tensor, layer: int | None) -> list[str]:
+        """The paths of the scales of the codes that one layer of a tensor is made from."""
+        return [leaf.path for source in tensor.stored(layer) for leaf, _ in self._parts.get(source.name + SCALES, [])]
 
     def fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None = None) -> None:
         """Writes one layer of a tensor, which may be another tree's, into `out`, or only a part of it."""

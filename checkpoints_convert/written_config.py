@@ -19,7 +19,7 @@ _ALSO_SAID_BY = {
     "num_nextn_predict_layers": (),
 }
 _FREQUENCY = ("index_topk_freq", "index_skip_topk_offset")
-# Weights are written as plain numbers, and code is not copied.
+# What says how the origin's weights are stored, and code, which is not copied.
 _NOT_HELD = ("quantization_config", "compression_config", "auto_map")
 _DTYPE_NAMES = ("dtype", "torch_dtype")
 
@@ -33,13 +33,22 @@ class Origin:
 
 
 def written_fields(
-    config: Config, schedule: Schedule, dtype: str, mtp_layers: int = 0, origin: Origin | None = None
+    config: Config,
+    schedule: Schedule,
+    dtype: str,
+    mtp_layers: int = 0,
+    origin: Origin | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The fields of a checkpoint of this shape and schedule, with so many layers of multi-token prediction."""
+    """The fields of a checkpoint of this shape and schedule, with so many layers of multi-token prediction.
+
+    quantization: the quantization_config of weights that are written in 8 bits.
+    """
+    quantised = {} if quantization is None else {"quantization_config": dict(quantization)}
     config = dataclasses.replace(config, num_nextn_predict_layers=mtp_layers)
     said = config.to_hf()
     if origin is None:
-        return said | schedule.to_hf() | {"dtype": dtype}
+        return said | schedule.to_hf() | {"dtype": dtype} | quantised
     before, fields = origin.config.to_hf(), dict(origin.fields)
     changed = {name: value for name, value in said.items() if value != before[name]}
     for name in changed:
@@ -51,7 +60,7 @@ def written_fields(
     if not _agrees(fields, schedule):
         for name in _FREQUENCY:
             fields.pop(name, None)
-    return fields
+    return fields | quantised
 
 
 def _agrees(fields: Mapping[str, Any], schedule: Schedule) -> bool:

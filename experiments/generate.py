@@ -36,7 +36,7 @@ from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_docu
 from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
 from indexcache_jax.sharding import SERVING
 
-for _name in ("checkpoint", "dtype", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
+for _name in ("checkpoint", "dtype", "weights", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
     flags.declare_key_flag(_name)
 _PROMPTS = flags.DEFINE_string(
     "prompts", "", 'JSONL file of {"prompt": "text"}, {"tokens": [1, 2, ...]} or {"messages": [...]}'
@@ -304,7 +304,9 @@ def about(
     }
 
 
-def check_memory(config: Config, schedule: Schedule, settings: Settings, prompt: int, document: int, dtype: str) -> None:
+def check_memory(
+    config: Config, schedule: Schedule, settings: Settings, prompt: int, document: int, checkpoint: inputs.Checkpoint
+) -> None:
     """Says what weights and the cache of the longest prompts take of each device; ValueError where that does not fit."""
     fit.serving(
         config,
@@ -312,10 +314,11 @@ def check_memory(config: Config, schedule: Schedule, settings: Settings, prompt:
         rows=settings.rows_per_batch,
         length=room_for(document + prompt + settings.max_new_tokens, settings),
         chunk=settings.chunk,
-        dtype=dtype,
+        dtype=checkpoint.dtype,
         form=settings.cache_format,
         document=document,
         flag="prompts",
+        weights=checkpoint.weights,
     )
 
 
@@ -346,8 +349,10 @@ def read_inputs(seed: int) -> Inputs:
     if _DOCUMENT.value:
         document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes(), ends=False).tolist()
     every = read_requests(encoder, config, room_for_a_prompt(config, document), chat_template(checkpoint.directory))
-    check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint.dtype)
-    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint)
+    config, schedule, weights = checkpoints_convert.load(
+        checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
+    )
     made_with = about(settings, document, every, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
     return Inputs(config, schedule, weights, encoder, document, every, settings, made_with)
 

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import devices, engines, fit, inputs, journal, options, plots
+from experiments.common import devices, engines, fit, inputs, journal, options, plots, search_noise
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from indexcache_jax import memory, search, serving
@@ -29,17 +29,30 @@ from indexcache_jax.sharding import SERVING
 
 LOG = "evaluations.jsonl"
 TIMED_RUNS = 3
+STREAMED_GROWTH = 2.0  # of a race's comparisons, each of which reads all weights
 OVERLAP_BATCHES = 2
 
 for _name in (
-    *("checkpoint", "dtype", "context", "text", "held_out", "sequences", "held_out_sequences", "batch_size"),
+    *("checkpoint", "dtype", "weights", "context", "text", "held_out", "sequences", "held_out_sequences", "batch_size"),
     *("retention", "retentions", "blocks", "resume", "mesh"),
 ):
     flags.declare_key_flag(_name)
 _LOSS_BUDGET = flags.DEFINE_float(
     "loss_budget", None, "instead of --retention: flip as long as the calibration loss grows by at most this share, as 0.01"
 )
-_STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
+_STRATEGY = flags.DEFINE_enum(
+    "strategy",
+    "greedy",
+    ["greedy", "floating", "similarity"],
+    "greedy on the loss; floating, which also takes flips back or exchanges them; or the similarity DP",
+)
+_RACE = flags.DEFINE_float(
+    "race",
+    0.05,
+    "probability, at most, that dropping schedules which cannot win changes the result; 0 measures each on all sequences",
+    0.0,
+    0.5,
+)
 _COMPARE = flags.DEFINE_list("compare", [], "patterns of F and S that the table has besides, such as published ones")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "check all that is read and say what the search takes, but search nothing")
 _TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill under every schedule, once the search is done")
@@ -128,16 +141,17 @@ class Streamed:
         return overlap.mean_overlap(selections, self.config.index_topk)
 
 
-def open_model(checkpoint: str, dtype: str) -> Model:
+def open_model(checkpoint: inputs.Checkpoint) -> Model:
     """The checkpoint's model, in memory or, with --stream, read as it is needed.
 
     ValueError for one that is to be in memory and does not fit the device's.
     """
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
     if _STREAM.value:
-        return Streamed(checkpoints_convert.Layers(checkpoint, dtype=dtype), int(1e9 * _STREAM_MEMORY.value))
+        return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), int(1e9 * _STREAM_MEMORY.value))
     rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
-    fit.search(*inputs.described(checkpoint), rows=rows, context=context, dtype=dtype)
-    return InMemory(*checkpoints_convert.load(checkpoint, dtype=dtype))
+    fit.search(*inputs.described(checkpoint.directory), rows=rows, context=context, **asked)
+    return InMemory(*checkpoints_convert.load(checkpoint.directory, **asked))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,16 +196,18 @@ class Inputs:
 def read_goal(base: Schedule) -> Goal:
     """The goal that the flags give for a checkpoint's schedule; ValueError where they contradict each other or it."""
     budget, strategy = _LOSS_BUDGET.value, _STRATEGY.value
-    if budget is not None and (not budget >= 0 or strategy != "greedy"):
-        raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
+    if budget is not None and (not budget >= 0 or strategy == "similarity"):
+        raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy or floating")
     if budget is not None and options.RETENTION.present:
         raise ValueError(
             f"--retention={options.RETENTION.value}: counts for nothing beside --loss_budget={budget}; leave one out"
         )
     if options.BLOCKS.value > base.num_layers:
         raise ValueError(f"--blocks={options.BLOCKS.value}: the model has {base.num_layers} layers")
-    if _STREAM.value and strategy != "greedy":
+    if _STREAM.value and strategy == "similarity":
         raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
+    if strategy == "floating" and options.BLOCKS.value > 1:
+        raise ValueError(f"--blocks={options.BLOCKS.value}: --strategy=floating has no blocks, it changes one layer at a time")
     retentions = [inputs.share("retentions", value) for value in options.RETENTIONS.value]
     target = inputs.share("retention", options.RETENTION.value)
     return Goal(retentions, target, budget, strategy, options.BLOCKS.value, patterns_to_compare(base))
@@ -220,7 +236,7 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
         print(cost(base, goal, options.SEQUENCES.value // rows, rows * options.CONTEXT.value, size), flush=True)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
-        model = open_model(checkpoint.directory, checkpoint.dtype)
+        model = open_model(checkpoint)
     reader = inputs.reader(checkpoint.directory, model.config)
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     calibration = reader.draw(sides.train, "text", options.SEQUENCES.value, seed)
@@ -252,7 +268,7 @@ def about_text(sides: inputs.Sides, reader: inputs.Reader, calibration: np.ndarr
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One schedule of the table and its losses in nats per token, of every held-out batch."""
+    """One schedule of the table and its losses in nats per token on each held-out sequence."""
 
     name: str
     schedule: Schedule
@@ -261,34 +277,6 @@ class Row:
     @property
     def held_out_loss(self) -> float:
         return statistics.fmean(self.losses)
-
-    def change(self, first: Row) -> tuple[float, float | None]:
-        """The change of the loss against another row's as a share, and its standard error; None for a single batch.
-
-        Batches are compared one by one, so what makes a text hard for both counts for nothing.
-        """
-        differences = [a - b for a, b in zip(self.losses, first.losses, strict=True)]
-        mean = statistics.fmean(differences) / first.held_out_loss
-        if len(differences) < 2:
-            return mean, None
-        return mean, statistics.stdev(differences) / len(differences) ** 0.5 / first.held_out_loss
-
-
-class ByBatch:
-    """Holds the losses of every batch that an evaluator measures (`search.LossLog`)."""
-
-    def __init__(self) -> None:
-        self._losses: dict[tuple[Schedule, int], float] = {}
-
-    def get(self, schedule: Schedule, batch: int) -> float | None:
-        return self._losses.get((schedule, batch))
-
-    def add(self, schedule: Schedule, batch: int, loss: float) -> None:
-        self._losses[schedule, batch] = loss
-
-    def of(self, schedule: Schedule) -> tuple[float, ...]:
-        """A schedule's losses in the order of the batches."""
-        return tuple(loss for _, loss in sorted((batch, loss) for (s, batch), loss in self._losses.items() if s == schedule))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,44 +309,64 @@ def find(
         path = output.directory / LOG
         if not options.RESUME.value:
             journal.set_aside(path)
-        bar.total = len(calibration) * search.layers_to_run(base, min(sizes), goal.blocks)
+        if goal.strategy == "greedy":  # what the floating search will try is not known
+            bar.total = len(calibration) * search.layers_to_run(base, min(sizes), goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():
                 bar.write(f"note: {line}")
-            steps = search_down(losses, base, goal)
+            growth = STREAMED_GROWTH if _STREAM.value else search.Race.growth
+            race = search.Race(_RACE.value, growth=growth) if _RACE.value else None
+            steps = search_down(losses, base, goal, race)
         bar.total = bar.n
         bar.refresh()
     by_size = {step.schedule.num_full: step.schedule for step in steps}
     return steps, {size: by_size[size] for size in sizes if size in by_size}
 
 
-def search_down(losses: search.LossOracle, base: Schedule, goal: Goal) -> list[search.Step]:
-    """The steps of the greedy search: a schedule at every size of the goal, as far as the budget allows, and to its end."""
-    steps = [search.Step(base, losses.loss(base))]
-    most = math.inf if goal.budget is None else steps[0].loss * (1 + goal.budget)
-    for size in [*goal.sizes(base), *([] if goal.budget is None else [1])]:
-        start = steps[-1].schedule
-        if size < start.num_full:
-            steps += search.greedy_search(losses, start, num_full=size, max_loss=most, blocks=goal.blocks)[1:]
+def search_down(losses: search.LossOracle, base: Schedule, goal: Goal, race: search.Race | None = None) -> list[search.Step]:
+    """The steps of the goal's strategy: a schedule at every size of the goal, as far as the budget allows, and to its end.
+
+    race: how schedules are dropped that cannot win, with an error for all steps together.
+    """
+    most = math.inf
+    if goal.budget is not None:
+        most = float(losses.sequence_losses([base])[0].mean()) * (1 + goal.budget)
+    end = min(goal.sizes(base)) if goal.budget is None else 1
+    # Steps of several flips would pass a size by, so each is a search of its own.
+    ends = sorted({*goal.sizes(base), end}, reverse=True) if goal.blocks > 1 and goal.strategy == "greedy" else [end]
+    dropping = race and dataclasses.replace(race, error=race.error / len(ends))
+    steps: list[search.Step] = []
+    for size in ends:
+        start = steps[-1].schedule if steps else base
+        if goal.strategy == "floating":
+            found = search.floating_search(losses, start, race=dropping, num_full=size, max_loss=most)
+        else:
+            found = search.greedy_search(losses, start, race=dropping, blocks=goal.blocks, num_full=size, max_loss=most)
+        steps += found[1:] if steps else found
         if steps[-1].schedule.num_full > size:  # the next step would exceed the budget
             break
     return steps
 
 
 class _Counter:
-    """Counts the losses that a search asks for, each of which it takes for nothing; passes: the walks through the model."""
+    """A `search.LossOracle` that counts the schedules it is asked for, each of which it takes for nothing.
+
+    passes: how often it was asked for some, which a streamed model is read for.
+    """
+
+    num_batches = rows = 1
 
     def __init__(self) -> None:
-        self.losses = self.passes = 0
+        self.known: set[Schedule] = set()
+        self.passes = 0
 
-    def loss(self, schedule: Schedule) -> float:
-        self.losses, self.passes = self.losses + 1, self.passes + 1
-        return 0.0
-
-    def flips(self, schedule: Schedule, layers: Sequence[int]) -> dict[int, float]:
-        self.losses, self.passes = self.losses + len(layers), self.passes + 1
-        return dict.fromkeys(layers, 0.0)
+    def sequence_losses(
+        self, schedules: Sequence[Schedule], base: Schedule | None = None, batches: Sequence[int] | None = None
+    ) -> np.ndarray:
+        self.passes += not self.known.issuperset(schedules)
+        self.known |= set(schedules)
+        return np.zeros((len(schedules), 1 if batches is None else len(batches)))
 
 
 def cost(base: Schedule, goal: Goal, batches: int, tokens: int, model_bytes: int | None) -> str:
@@ -366,7 +374,7 @@ def cost(base: Schedule, goal: Goal, batches: int, tokens: int, model_bytes: int
     counter = _Counter()
     search_down(counter, base, goal)
     layers = batches * search.layers_to_run(base, min(goal.sizes(base)), goal.blocks)
-    found = f"the search measures at most {counter.losses:,} losses on {batches} batches of {tokens:,} tokens"
+    found = f"the search measures at most {len(counter.known):,} losses on {batches} batches of {tokens:,} tokens"
     found += f", about {layers:,} layers of a batch"
     if model_bytes is not None:
         found += f", and reads the weights at least {counter.passes:,} times, {counter.passes * model_bytes / 1e12:,.1f} TB"
@@ -380,7 +388,7 @@ def choose(steps: list[search.Step], by_size: dict[int, Schedule], base: Schedul
 
 def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goal: Goal) -> list[tuple[str, Schedule]]:
     """The table's schedules with their names: the checkpoint's, and at every size a uniform one and the one found."""
-    strategy = "searched" if goal.strategy == "greedy" else "similarity"
+    strategy = "similarity" if goal.strategy == "similarity" else "searched"
     named = [(options.ALL_F if base.num_full == base.num_layers else "as shipped", base)]
     for size in goal.sizes(base):
         uniform = Schedule.uniform(base.num_layers, size)
@@ -403,10 +411,11 @@ def run_search(model: Model, given: Inputs, output: Output) -> Result:
     schedules = [schedule for _, schedule in named]
     total = len(schedules) * len(given.held_out) * model.config.num_layers
     with progress(total=total, unit="layer", desc="held-out") as bar:
-        measured = ByBatch()
-        model.evaluator(given.held_out, bar.update, measured).losses(schedules)
+        losses = model.evaluator(given.held_out, bar.update).sequence_losses(schedules)
         bar.total = bar.n  # streamed schedules share layers
-    rows = [Row(name, schedule, measured.of(schedule)) for name, schedule in named]
+    rows = [
+        Row(name, schedule, tuple(by_sequence)) for (name, schedule), by_sequence in zip(named, losses.tolist(), strict=True)
+    ]
     return Result(model.config, base, steps, rows, chosen, model.overlap(given.calibration[:OVERLAP_BATCHES]))
 
 
@@ -419,7 +428,9 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
     if _STREAM.value or not _TIME.value:
         return [None for _ in schedules]
     with warnings.catch_warnings(action="ignore"):  # they came when the model was opened
-        config, _, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+        config, _, weights = checkpoints_convert.load(
+            checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
+        )
     batch, length = tokens.shape
     models = [serving.restrict(weights, config, schedule) for schedule in schedules]
     seconds: list[list[float]] = [[] for _ in schedules]
@@ -441,12 +452,6 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
 # ---- the report
 
 
-def shown_change(row: Row, first: Row) -> str:
-    """A row's change as "+1.23 % ± 0.45 %", with a standard error where there is one."""
-    change, error = row.change(first)
-    return f"{change:+.2%}" + ("" if error is None or row is first else f" ± {error:.2%}")
-
-
 def table(rows: list[Row], times: list[float | None], chosen: Schedule) -> tuple[list[str], list[list[str]]]:
     """Header and cells, the chosen schedule's row marked. times: seconds of prefill, None where it was not measured."""
     header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "prefill s", "speed-up"]
@@ -459,7 +464,7 @@ def table(rows: list[Row], times: list[float | None], chosen: Schedule) -> tuple
             str(row.schedule.num_full),
             f"{1 - row.schedule.num_full / layers:.0%}",
             f"{row.held_out_loss:.4f}",
-            shown_change(row, first),
+            search_noise.change(row.losses, first.losses),
             "-" if seconds is None else f"{seconds:.3f}",
             "-" if seconds is None or first_time is None else f"{first_time / seconds:.2f}x",
         ]
@@ -475,9 +480,9 @@ def plot_losses(output: Output, result: Result, budget: float | None) -> None:
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     rows = result.rows
-    steps = result.steps or [search.Step(result.base, rows[0].held_out_loss)]
-    start = steps[0].schedule.num_full
-    if steps[-1].candidates:
+    steps = result.steps
+    start = result.base.num_full
+    if steps:
         axes.plot([start - s.schedule.num_full for s in steps], [s.loss for s in steps], "o-", label="searched, calibration")
     for name, marker in (("searched", "D"), ("similarity", "P"), ("uniform", "s")):
         points = [(start - r.schedule.num_full, r.held_out_loss) for r in rows if r.name.endswith(name)]
@@ -499,17 +504,26 @@ def metrics_of(result: Result, times: list[float | None], pasted: list[engines.S
         "removed": 1 - result.chosen.num_full / result.chosen.num_layers,
         "schedules": [
             {
-                "name": r.name,
-                "pattern": r.schedule.pattern,
-                "held_out_loss": r.held_out_loss,
-                "change_standard_error": r.change(result.rows[0])[1],
+                "name": row.name,
+                "pattern": row.schedule.pattern,
+                "held_out_loss": row.held_out_loss,
+                "held_out_losses": row.losses,
+                "change": search_noise.as_json(search.Margin.between(row.losses, result.rows[0].losses)),
                 "prefill_seconds": seconds,
             }
-            for r, seconds in rows
+            for row, seconds in rows
         ],
         "steps": [
-            {"pattern": s.schedule.pattern, "loss": s.loss, "flipped": s.flipped, "candidates": dict(s.candidates)}
-            for s in result.steps
+            {
+                "pattern": step.schedule.pattern,
+                "loss": step.loss,
+                "losses": step.losses,
+                "flipped": step.flipped,
+                "restored": step.restored,
+                "candidates": dict(step.candidates),
+                "rivals": {pattern: search_noise.as_json(margin) for pattern, margin in step.rivals.items()},
+            }
+            for step in result.steps
         ],
         "overlap": result.overlap.round(4).tolist(),
         "settings": {s.engine: s.fields for s in pasted},
@@ -525,16 +539,26 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     removed = 1 - chosen.num_full / chosen.num_layers
     summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
     pasted = engines.settings(chosen, engines.for_engines(checkpoint)[0], result.config)
-    note = "Losses in nats per token, on held-out text; ± one standard error of the change, over its batches."
+    note = "Losses in nats per token, on held-out text"
+    if len(result.rows[0].losses) > 1:
+        note += f"; ± is the standard error of the change, from differences on the same {len(result.rows[0].losses)} sequences"
+    note += "."
     if times[0] is not None:
         tokens = f"{len(given.held_out[0])} x {options.CONTEXT.value} tokens"
         note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
     lines = engines.to_paste(chosen, checkpoint, result.config)
+    certainty = ""
+    if result.steps:
+        certainty = "\n".join(search_noise.sentences(result.steps, chosen, name_cheaper=given.goal.budget is None))
     text = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
-    text += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
+    text += "![loss](loss.png)\n\n![overlap](overlap.png)\n\n"
+    if result.steps:
+        text += f"## How sure the search is\n\n{certainty}\n\n{markdown_table(*search_noise.steps_table(result.steps))}\n\n"
+    text += f"## To use it\n\n{lines}\n"
     text += f"\n## The text\n\n{markdown_table(['what', 'value'], [[k.replace('_', ' '), v] for k, v in given.text.items()])}\n"
     output.finish("search", metrics_of(result, times, pasted) | {"text": given.text}, text, layout)
-    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{summary}\n\n{lines}\n\nwritten to {output.directory}/")
+    parts = [text_table(header, cells), note, summary, *([certainty] if certainty else []), lines]
+    print("\n" + "\n\n".join(parts) + f"\n\nwritten to {output.directory}/")
 
 
 def run(output_dir: str, seed: int) -> None:

@@ -35,10 +35,10 @@ import numpy as np
 
 from indexcache_jax import attention, indexer, moe, ops
 from indexcache_jax.config import Config
-from indexcache_jax.model import AttentionLayer, token_losses
+from indexcache_jax.model import AttentionLayer, decoded_layer, token_losses
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.ops import HEADS, QUERIES, ROWS
-from indexcache_jax.params import MLP, MoE, Params, abstract, slots
+from indexcache_jax.params import MLP, MoE, Params, abstract, decoded, slots, weights_of
 from indexcache_jax.positions import Positions, even_order, in_own_order, make_positions
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import constrain, devices_along, on_each_device
@@ -396,7 +396,7 @@ def losses(
     """The losses of rows of tokens [B, S+1]: inputs and their successors (paper 3.2).
 
     Args:
-        params: the weights, rounded to compute_dtype for the arithmetic.
+        params: the weights, rounded to compute_dtype for the arithmetic; matrices in 8 bits are decoded layer by layer.
         tokens: int32, without padding.
         config: the weights' shape.
         schedule: the one the params are for, and the one trained for unless `traced` is given.
@@ -416,8 +416,8 @@ def losses(
         raise ValueError(
             f"losses: a traced schedule needs the indexers of all layers, but the params are for {schedule.pattern}"
         )
-    tree = abstract(config, schedule)
-    params = jax.tree.map(lambda a, t: a.astype(t.dtype or compute_dtype), params, tree)
+    tree = abstract(config, schedule, weights_of(params))
+    params = jax.tree.map(lambda a, t: a if t.kind != "weights" else a.astype(t.dtype or compute_dtype), params, tree)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     b, s = inputs.shape
     order = even_order(s)
@@ -498,6 +498,7 @@ def _layer(
     x, kl_total, positions, state = jax.lax.optimization_barrier(carry)
     weights, this_layer = xs
     p, mlp, norm = jax.tree.map(lambda weight, tensor: _whole(weight, tensor.axes[1:]), weights, tensors)
+    p, mlp = decoded_layer(p, config, x.dtype), decoded(mlp, config, x.dtype)
     x, state, kl = _attend(p, x, state, positions, config, this_layer.full if full is None else full, sparse)
     kl_total = kl_total + this_layer.kl_weight * kl
     with jax.named_scope("mlp"):

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from indexcache_jax import distill, moe, ops, params, sharding, tensors, training
+from indexcache_jax import distill, moe, ops, params, serving, sharding, tensors, training
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.serving import cache, weights
 from indexcache_jax.serving.cache import CacheFormat
 from indexcache_jax.sharding import AXES, Axes, Rules
 
@@ -72,7 +71,7 @@ def cache_bytes(
     if length % (devices := _devices(("tokens",), (length,), rules, mesh, fitting=False)):
         raise ValueError(f"cache of {length} tokens: cannot be divided over the {devices} devices that split it")
     total = 0
-    for _, tensor in tensors.leaves(cache.abstract(config, schedule, rows, length, form)):
+    for _, tensor in tensors.leaves(serving.cache.abstract(config, schedule, rows, length, form)):
         share, (*others, width) = _devices(tensor.axes, tensor.shape, rules, mesh), tensor.shape
         if others and ops.platform() == "tpu":
             width = -(-width // LANES) * LANES
@@ -134,6 +133,18 @@ def _expert_temporaries(c: Config, rows: int, chunk: int, own: int, s: int, mesh
     return total if ops.platform() == "gpu" else total + pairs * c.hidden_size * (s + 4)
 
 
+def decoded_layer(config: Config, schedule: Schedule, dtype: Any) -> int:
+    """Bytes of the matrices that the forward pass of params in 8 bits decodes for one layer, whole on each device."""
+    tree = params.abstract(config, schedule, "fp8")
+    mlps = [tree.dense, None if tree.moe is None else tree.moe.shared]
+
+    def numbers(part: Any) -> int:
+        return sum(math.prod(matrix.codes.layer_shape) for _, matrix in tensors.matrices(part))
+
+    most = numbers(tree.attention) + numbers(tree.indexer) + max(map(numbers, mlps))
+    return most * jnp.dtype(dtype).itemsize
+
+
 def serving_need(
     config: Config,
     schedule: Schedule,
@@ -145,23 +156,29 @@ def serving_need(
     form: CacheFormat,
     mesh: Devices,
     rules: Rules,
+    weights: str | None = None,
 ) -> Need:
-    """What inference needs of one device: weights in `dtype`, a cache of [rows, length] in `form`, a chunk's temporaries."""
+    """What inference needs of one device: weights in `dtype`, a cache of [rows, length] in `form`, a chunk's temporaries.
+
+    weights: "fp8" for matrices in 8 bits.
+    """
     return Need(
         {
-            "weights": tree_bytes(weights.abstract(config, schedule), dtype, mesh, rules),
+            "weights": tree_bytes(serving.weights.abstract(config, schedule, weights), dtype, mesh, rules),
             "cache": cache_bytes(config, schedule, rows, length, form, mesh, rules),
             "temporaries": prefill_temporaries(config, schedule, rows, min(chunk, length), length, dtype, mesh, rules),
         }
     )
 
 
-def training_need(config: Config, schedule: Schedule, kinds: list[str], mesh: Devices, rules: Rules) -> Need:
+def training_need(
+    config: Config, schedule: Schedule, kinds: list[str], mesh: Devices, rules: Rules, weights: str | None = None
+) -> Need:
     """What training keeps on one device: float32 weights and, for what trains, gradients and Adam's two moments.
 
-    kinds: of the stages; the one that trains most counts. Activations come on top.
+    kinds: of the stages; the one that trains most counts. weights: as of `params.abstract`. Activations come on top.
     """
-    tree = params.abstract(config, schedule)
+    tree = params.abstract(config, schedule, weights)
 
     def trained(kind: str) -> int:
         leaves, _ = training.split(tree, distill.trainable(tree, kind))

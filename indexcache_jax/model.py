@@ -20,7 +20,7 @@ from indexcache_jax import attention, indexer, moe
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.ops import QUERIES
-from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, check_schedule, slots
+from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, check_schedule, decoded, slots
 from indexcache_jax.positions import Positions, in_own_order, whole_rows
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import constrain, on_each_device
@@ -38,6 +38,11 @@ class AttentionLayer:
     indexer: Indexer | None
 
 
+def decoded_layer(p: AttentionLayer, config: Config, dtype: Any) -> AttentionLayer:
+    """The weights with the matrices that formulas multiply, those in 8 bits in `dtype`."""
+    return AttentionLayer(p.norm, decoded(p.attention, config, dtype), decoded(p.indexer, config, dtype))
+
+
 def attention_block(
     p: AttentionLayer,
     x: jax.Array,
@@ -51,8 +56,10 @@ def attention_block(
 
     `full`: run the indexer (F) or reuse `indices` (S). A Python bool compiles only that branch; a traced boolean
     compiles both, which is how the search evaluates every schedule with one program. order [S]: which token stands in each
-    place of a row, where they are not in their own order; indices are positions in any case.
+    place of a row, where they are not in their own order; indices are positions in any case. Matrices in 8 bits are decoded
+    here, so that a model has those of one layer decoded at a time.
     """
+    p = decoded_layer(p, config, x.dtype)
     with jax.named_scope("project"):
         h = rms_norm(x, p.norm, config.rms_norm_eps)
         q_latent = attention.query_latents(p.attention, h, config)
@@ -77,9 +84,9 @@ def attention_block(
 
 
 def mlp_block(p: MLP | MoE, norm: jax.Array, x: jax.Array, config: Config) -> jax.Array:
-    """x + mlp(norm(x)) of hidden states x [B, S, D]."""
+    """x + mlp(norm(x)) of hidden states x [B, S, D]. Matrices in 8 bits are decoded, save those of routed experts."""
     with jax.named_scope("mlp"):
-        h = rms_norm(x, norm, config.rms_norm_eps)
+        p, h = decoded(p, config, x.dtype), rms_norm(x, norm, config.rms_norm_eps)
         return x + (moe.mlp(p, h) if isinstance(p, MLP) else moe.moe(p, h, config))
 
 

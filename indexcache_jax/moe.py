@@ -8,7 +8,7 @@ the tokens choose, all of them to the experts of one device too, every choice is
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -17,26 +17,36 @@ import jax.numpy as jnp
 from indexcache_jax import ops, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.params import MLP, MoE
+from pallas_kernels.quant import Scaled, dequantise
 
 SMALL_BUFFER = 4096  # pairs of a token and an expert that a device has room for, whatever its share of them
 SPARE = 1.25  # times a device's even share of more pairs: what it has room for at once
 
 
 class HasMatrices(Protocol):
-    """What holds the routed experts' weights: gate_up [E, D, 2, I] and down [E, I, D]."""
+    """What holds the routed experts' weights: gate_up [E, D, 2, I] and down [E, I, D], or in 8 bits [E, 2, I, D], [E, D, I]."""
 
     @property
-    def gate_up(self) -> jax.Array: ...
+    def gate_up(self) -> jax.Array | Scaled: ...
     @property
-    def down(self) -> jax.Array: ...
+    def down(self) -> jax.Array | Scaled: ...
 
 
 @flax.struct.dataclass
 class Matrices:
     """The routed experts' weights alone, of all experts or of a device's own."""
 
-    gate_up: jax.Array  # [E, D, 2, I]
-    down: jax.Array  # [E, I, D]
+    gate_up: jax.Array | Scaled  # [E, D, 2, I], in 8 bits [E, 2, I, D]
+    down: jax.Array | Scaled  # [E, I, D], in 8 bits [E, D, I]
+
+
+def _decoded(p: HasMatrices, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """gate_up [..., D, 2, I] and down [..., I, D] as arrays; in `dtype` what is in 8 bits."""
+
+    def inputs_first(matrix: jax.Array | Scaled, axis: int) -> jax.Array:
+        return jnp.moveaxis(dequantise(matrix, dtype), -1, axis) if isinstance(matrix, Scaled) else matrix
+
+    return inputs_first(p.gate_up, -3), inputs_first(p.down, -2)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -160,10 +170,11 @@ def _few_rows(experts: jax.Array, num_experts: int) -> bool:
 def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
     """All experts of tokens [N, D], those not chosen with weight 0 -> [N, D] float32."""
     gates = jnp.sum(jax.nn.one_hot(experts, p.gate_up.shape[0]) * weights[..., None], axis=1)
-    gate_up = jnp.einsum("nd,edgi->negi", tokens, p.gate_up)
+    matrices, down = _decoded(p, tokens.dtype)
+    gate_up = jnp.einsum("nd,edgi->negi", tokens, matrices)
     hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1])
     hidden = (hidden.astype(jnp.float32) * gates[..., None]).astype(tokens.dtype)
-    return jnp.einsum("nei,eid->nd", hidden, p.down, preferred_element_type=jnp.float32)
+    return jnp.einsum("nei,eid->nd", hidden, down, preferred_element_type=jnp.float32)
 
 
 def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
@@ -174,11 +185,11 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     weights = jnp.where(experts < p.gate_up.shape[0], weights, 0.0)  # beyond, a slice is that of the last expert
 
     def apply(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
-        def matrix(stack: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False)
-
-        gate_up = jnp.einsum("d,dgi->gi", token, matrix(p.gate_up))
-        return jnp.einsum("i,id->d", swiglu(gate_up[0], gate_up[1]), matrix(p.down))
+        stacks = Matrices(p.gate_up, p.down)
+        own = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), stacks)
+        matrix, down = _decoded(own, token.dtype)
+        gate_up = jnp.einsum("d,dgi->gi", token, matrix)
+        return jnp.einsum("i,id->d", swiglu(gate_up[0], gate_up[1]), down)
 
     n, k = experts.shape
     rows = jnp.stack([jnp.stack([apply(tokens[i], experts[i, j]) for j in range(k)]) for i in range(n)])  # [N, k, D]
@@ -197,7 +208,7 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     sizes = tokens_per_expert(experts, groups)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     if devices == 1:
-        rows = _products(p, tokens[order // k], sizes)[back].reshape(n, k, -1).astype(jnp.float32)
+        rows = ops.grouped_mlp(tokens[order // k], p.gate_up, p.down, sizes)[back].reshape(n, k, -1).astype(jnp.float32)
         return jnp.sum(rows * weights[..., None], axis=1)
 
     room = room_for(n * k, devices)
@@ -210,7 +221,7 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
         """The part of the sum that the pairs first .. first + room - 1 make, [N, D]."""
         pairs = jax.lax.dynamic_slice(order, (first,), (room,))
         filled = jnp.clip(ends - first, 0, room)
-        products = _products(p, tokens[pairs // k], jnp.diff(filled, prepend=0))
+        products = ops.grouped_mlp(tokens[pairs // k], p.gate_up, p.down, jnp.diff(filled, prepend=0))
         row = (back - first).reshape(n, k)
         here = (row >= 0) & (row < jnp.minimum(total - first, room))
         rows = jnp.where(here[..., None], products[jnp.clip(row, 0, room - 1)], 0).astype(jnp.float32)
@@ -232,8 +243,3 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
 def room_for(pairs: int, devices: int) -> int:
     """How many of so many pairs of a token and an expert a device that shares the experts multiplies at a time."""
     return pairs if pairs <= SMALL_BUFFER else min(pairs, -(-int(SPARE * pairs) // devices // 128) * 128)
-
-
-def _products(p: Matrices, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The experts' outputs [M, D] for rows [M, D] in groups of sizes [E]; undefined for rows after the last group."""
-    return ops.grouped_matmul(ops.grouped_swiglu(rows, p.gate_up, sizes), p.down, sizes)

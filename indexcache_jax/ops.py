@@ -6,8 +6,9 @@ own part of the cached positions (`sharding.on_each_device`, `split_cache`); ker
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,14 +18,13 @@ import pallas_kernels
 from indexcache_jax import split_cache
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
-from indexcache_jax.sharding import Axes, on_each_device
+from indexcache_jax.sharding import Axes, on_each_device, split_over
 from pallas_kernels import bits, device, dispatch, hopper, quant
-from pallas_kernels import grouped_matmul as grouped_matmul
-from pallas_kernels import grouped_swiglu as grouped_swiglu
 from pallas_kernels import index_divergence as index_divergence
 from pallas_kernels import selected_attention as selected_attention
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
 from pallas_kernels.index_divergence import api as index_divergence_api
+from pallas_kernels.quant import Scaled
 from pallas_kernels.selected_attention import api as selected_attention_api
 
 # The logical axes that arrays are split by: their rows; these and their cached positions, their queries, or queries and heads.
@@ -77,28 +77,19 @@ def select(
     return on_each_device(run, inputs, QUERIES)(*arguments)
 
 
-def attend(
-    queries: jax.Array, latents: jax.Array, indices: jax.Array, config: Config, latent_scales: jax.Array | None = None
-) -> jax.Array:
+def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, config: Config) -> jax.Array:
     """Attention of absorbed queries [B, S, H, C + dr] to the selected latents [B, T, C + dr]: context [B, S, H, C].
 
-    indices [B, S, k] int32, -1 for none; latent_scales [B, T] where the latents are kept in 8 bits.
+    indices [B, S, k] int32, -1 for none.
     """
 
-    def attend(
-        queries: jax.Array,
-        latents: jax.Array,
-        indices: jax.Array,
-        latent_scales: jax.Array | None,
-        return_lse: bool = False,
-    ) -> Any:
+    def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, return_lse: bool = False) -> Any:
         return pallas_kernels.sparse_mla(
             queries,
             latents,
             indices,
             scale=config.attention_scale,
             value_dim=config.kv_lora_rank,
-            latent_scales=latent_scales,
             return_lse=return_lse,
         )
 
@@ -107,7 +98,7 @@ def attend(
     run: Callable[..., jax.Array] = attend
     if devices is not None:
         cached, run = TOKENS, functools.partial(split_cache.attend, functools.partial(attend, return_lse=True), devices)
-    return on_each_device(run, (HEADS, cached, QUERIES, cached), HEADS)(queries, latents, indices, latent_scales)
+    return on_each_device(run, (HEADS, cached, QUERIES), HEADS)(queries, latents, indices)
 
 
 def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
@@ -132,9 +123,54 @@ def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bo
     return "xla" not in implementations
 
 
-def quantise_latents(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Latents [..., C + dr] in float8_e4m3fn, and their scales [...] float32."""
-    return quant.quantise_latents(latents)
+# Part of the key of every compiled program.
+_ROUNDED_ROWS = jax.make_user_context(default_value=False)
+
+
+@contextlib.contextmanager
+def rounded_rows() -> Iterator[None]:
+    """Within, what matrices in 8 bits multiply is rounded to 8 bits first, as by kernels that multiply codes by codes."""
+    with _ROUNDED_ROWS(True):
+        yield
+
+
+def _rows(rows: jax.Array, matrix: jax.Array | Scaled) -> jax.Array:
+    if isinstance(matrix, Scaled) and _ROUNDED_ROWS.value:
+        return quant.dequantise(quant.quantise_rows(rows), rows.dtype)
+    return rows
+
+
+def grouped_mlp(rows: jax.Array, gate_up: jax.Array | Scaled, down: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+    """SwiGLU layers of rows [M, D] in groups of group_sizes [E] -> [M, D]; undefined for rows after the last group.
+
+    gate_up [E, D, 2, I] and down [E, I, D], or in 8 bits [E, 2, I, D] and [E, D, I].
+    """
+    if _ROUNDED_ROWS.value:
+        hidden = pallas_kernels.grouped_swiglu(_rows(rows, gate_up), gate_up, group_sizes)
+        return pallas_kernels.grouped_matmul(_rows(hidden, down), down, group_sizes)
+    return pallas_kernels.grouped_mlp(rows, gate_up, down, group_sizes)
+
+
+def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
+    """x [B, S, K] or [M, K] times a matrix in 8 bits [N, K] -> [..., N] in `dtype` or that of x.
+
+    inputs: the logical axis of K, along which devices that split it add up their products.
+    """
+    axes = ("batch", "queries")[: x.ndim - 1]
+
+    def multiply(x: jax.Array, matrix: Scaled) -> jax.Array:
+        rows = _rows(x.reshape(-1, x.shape[-1]), matrix)
+        product = pallas_kernels.scaled_matmul(rows, matrix, dtype=dtype or x.dtype)
+        product = jax.lax.psum(product, split) if split else product
+        return product.reshape(*x.shape[:-1], -1)
+
+    split = split_over(inputs, matrix.shape[1])
+    return on_each_device(multiply, ((*axes, inputs), (None, inputs)), axes)(x, matrix)
+
+
+def quantise_latents(latents: jax.Array, value_dim: int) -> quant.Latents:
+    """Latents [..., C + dr] in 8 bits, C = value_dim."""
+    return quant.quantise_latents(latents, value_dim)
 
 
 def quantise_index(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:

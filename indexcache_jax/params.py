@@ -3,11 +3,15 @@
 The tree has some twenty leaves however many layers there are, so dispatching a step costs the same for 5 layers as for
 78. S layers have no indexer: that stack is as long as the schedule has F layers. Matrices are [in, out]. Inference has a
 tree of its own, `serving.Weights`.
+
+With weights="fp8" every matrix that FP8 checkpoints hold in 8 bits is a `Scaled` of codes [..., out, in] and scales as they
+are stored. `decoded` gives a layer's matrices [in, out] when it runs; the routed experts are multiplied as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +23,9 @@ from indexcache_jax import tensors
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Source, Tensor, as_stored
+from pallas_kernels.quant import Scaled, dequantise
+
+FP8_BASE = "fp8 base"
 
 
 @flax.struct.dataclass
@@ -79,14 +86,22 @@ class Params:
     full_layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
-def abstract(config: Config, schedule: Schedule) -> Params:
-    """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ."""
+def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> Params:
+    """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ.
+
+    weights: "fp8" for matrices in 8 bits, None for all in the model's dtype; "fp8 base" for those in 8 bits that are no
+    indexer's, so that indexers can be trained on them.
+    """
+    if weights == FP8_BASE:
+        indexers = abstract(config, schedule).indexer
+        return dataclasses.replace(abstract(config, schedule, "fp8"), indexer=indexers)
     schedule.check_layers(config.num_layers)
     c = config
     D, H, R, C = c.hidden_size, c.num_heads, c.q_lora_rank, c.kv_lora_rank
     dn, dr, dv, dq = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.qk_head_dim
     Hi, Di, E, I, V = c.index_n_heads, c.index_head_dim, c.n_routed_experts, c.moe_intermediate_size, c.vocab_size
     every, dense, moe = tuple(range(c.num_layers)), c.dense_layers, c.expert_layers
+    matrix = tensors.storing(weights)
 
     def tensor(layers, shape, axes, sources, init="normal", fan_in=1, dtype=None):
         if layers is not None:
@@ -101,55 +116,50 @@ def abstract(config: Config, schedule: Schedule) -> Params:
         source = Source(name, (fan_out, fan_in), (fan_out, fan_in), (1, 0))
         return tensor(layers, (fan_in, fan_out), axes, [source], fan_in=fan_in)
 
-    def swiglu(layers, prefix, width, axis):
-        def half(name, at):
-            return Source(f"{prefix}.{name}.weight", (width, D), (width, D), (1, 0), at=(slice(None), at))
+    def projection(layers, name, inputs, outputs, axes):
+        """A stored matrix [out, in] as [*inputs, *outputs], whose axes are given so; in 8 bits as it is stored."""
+        fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+        if weights is not None:
+            first, second = axes[: len(inputs)], axes[len(inputs) :]
+            stored = tensor(
+                layers, (fan_out, fan_in), (second[0], first[0]), [as_stored(name, (fan_out, fan_in))], fan_in=fan_in
+            )
+            return matrix(stored)
+        view = (*outputs, *inputs)
+        perm = (*range(len(outputs), len(view)), *range(len(outputs)))
+        return tensor(layers, (*inputs, *outputs), axes, [Source(name, (fan_out, fan_in), view, perm)], fan_in=fan_in)
 
+    def swiglu(layers, prefix, width, axis):
+        names = [(at, f"{prefix}.{name}.weight") for at, name in enumerate(("gate_proj", "up_proj"))]
+        if weights is None:
+            halves = [Source(name, (width, D), (width, D), (1, 0), at=(slice(None), at)) for at, name in names]
+            gate_up = tensor(layers, (D, 2, width), ("embed", None, axis), halves, fan_in=D)
+        else:
+            halves = [as_stored(name, (width, D), (at,)) for at, name in names]
+            gate_up = tensor(layers, (2, width, D), (None, axis, "embed"), halves, fan_in=D)
         return MLP(
-            gate_up=tensor(layers, (D, 2, width), ("embed", None, axis), [half("gate_proj", 0), half("up_proj", 1)], fan_in=D),
-            down=linear(layers, f"{prefix}.down_proj.weight", width, D, (axis, "embed")),
+            gate_up=matrix(gate_up),
+            down=projection(layers, f"{prefix}.down_proj.weight", (width,), (D,), (axis, "embed")),
         )
 
     layer = "model.layers.{layer}"
     attn = f"{layer}.self_attn"
 
-    def kv_b(perm, first, last):  # one tensor holds every head's key and value rows
-        rows = (slice(None), slice(first, last))
-        return [Source(f"{attn}.kv_b_proj.weight", (H * (dn + dv), C), (H, dn + dv, C), perm, take=rows)]
+    def kv_b(first, last, transposed):  # one tensor holds every head's key and value rows
+        perm, rows = (0, 2, 1) if transposed else (0, 1, 2), (slice(None), slice(first, last))
+        source = Source(f"{attn}.kv_b_proj.weight", (H * (dn + dv), C), (H, dn + dv, C), perm, take=rows)
+        shape = (H, C, last - first) if transposed else (H, last - first, C)
+        return matrix(tensor(every, shape, ("heads", None, None), [source], fan_in=C))
 
     attention = Attention(
-        q_down=linear(every, f"{attn}.q_a_proj.weight", D, R, ("embed", "q_latent")),
+        q_down=projection(every, f"{attn}.q_a_proj.weight", (D,), (R,), ("embed", "q_latent")),
         q_norm=vector(every, f"{attn}.q_a_layernorm.weight", R, "q_latent"),
-        q_up=tensor(
-            every,
-            (R, H, dq),
-            ("q_latent", "heads", None),
-            [Source(f"{attn}.q_b_proj.weight", (H * dq, R), (H, dq, R), (2, 0, 1))],
-            fan_in=R,
-        ),
-        kv_down=linear(every, f"{attn}.kv_a_proj_with_mqa.weight", D, C + dr, ("embed", None)),
+        q_up=projection(every, f"{attn}.q_b_proj.weight", (R,), (H, dq), ("q_latent", "heads", None)),
+        kv_down=projection(every, f"{attn}.kv_a_proj_with_mqa.weight", (D,), (C + dr,), ("embed", None)),
         kv_norm=vector(every, f"{attn}.kv_a_layernorm.weight", C),
-        k_up=tensor(
-            every,
-            (H, dn, C),
-            ("heads", None, None),
-            kv_b((0, 1, 2), 0, dn),
-            fan_in=C,
-        ),
-        v_up=tensor(
-            every,
-            (H, C, dv),
-            ("heads", None, None),
-            kv_b((0, 2, 1), dn, dn + dv),
-            fan_in=C,
-        ),
-        out=tensor(
-            every,
-            (H, dv, D),
-            ("heads", None, "embed"),
-            [Source(f"{attn}.o_proj.weight", (D, H * dv), (D, H, dv), (1, 2, 0))],
-            fan_in=H * dv,
-        ),
+        k_up=kv_b(0, dn, False),
+        v_up=kv_b(dn, dn + dv, weights is None),
+        out=projection(every, f"{attn}.o_proj.weight", (H, dv), (D,), ("heads", None, "embed")),
         q_down_bias=vector(every, f"{attn}.q_a_proj.bias", R, "q_latent", "zeros") if c.attention_bias else None,
         kv_down_bias=vector(every, f"{attn}.kv_a_proj_with_mqa.bias", C + dr, None, "zeros") if c.attention_bias else None,
         out_bias=vector(every, f"{attn}.o_proj.bias", D, "embed", "zeros") if c.attention_bias else None,
@@ -157,25 +167,14 @@ def abstract(config: Config, schedule: Schedule) -> Params:
     full = schedule.full_layers
     idx = f"{attn}.indexer"
     indexer = Indexer(
-        queries=tensor(
-            full,
-            (R, Hi, Di),
-            ("q_latent", "index_heads", None),
-            [Source(f"{idx}.wq_b.weight", (Hi * Di, R), (Hi, Di, R), (2, 0, 1))],
-            fan_in=R,
-        ),
-        keys=linear(full, f"{idx}.wk.weight", D, Di, ("embed", None)),
+        queries=projection(full, f"{idx}.wq_b.weight", (R,), (Hi, Di), ("q_latent", "index_heads", None)),
+        keys=projection(full, f"{idx}.wk.weight", (D,), (Di,), ("embed", None)),
         key_norm=vector(full, f"{idx}.k_norm.weight", Di),
         key_norm_bias=vector(full, f"{idx}.k_norm.bias", Di, init="zeros"),
         head_weights=linear(full, f"{idx}.weights_proj.weight", D, Hi, ("embed", "index_heads")),
     )
     mlp = f"{layer}.mlp"
-    experts = [
-        Source(f"{mlp}.experts.{e}.{name}.weight", (I, D), (I, D), (1, 0), at=(e, slice(None), at))
-        for e in range(E)
-        for at, name in enumerate(("gate_proj", "up_proj"))
-    ]
-    down = [Source(f"{mlp}.experts.{e}.down_proj.weight", (D, I), (D, I), (1, 0), at=(e,)) for e in range(E)]
+    gate_up, down = routed_experts(c, weights)
     return Params(
         embedding=tensor(None, (V, D), ("vocab", "embed"), [as_stored("model.embed_tokens.weight", (V, D))], "embedding"),
         input_norm=vector(every, f"{layer}.input_layernorm.weight", D, "embed"),
@@ -186,8 +185,8 @@ def abstract(config: Config, schedule: Schedule) -> Params:
         moe=MoE(
             router=linear(moe, f"{mlp}.gate.weight", D, E, ("embed", None)),
             router_bias=vector(moe, f"{mlp}.gate.e_score_correction_bias", E, None, "zeros", "float32"),
-            gate_up=tensor(moe, (E, D, 2, I), ("expert", "expert_embed", None, "expert_mlp"), experts, fan_in=D),
-            down=tensor(moe, (E, I, D), ("expert", "expert_mlp", "expert_embed"), down, fan_in=I),
+            gate_up=matrix(tensor(moe, *gate_up, fan_in=D)),
+            down=matrix(tensor(moe, *down, fan_in=I)),
             shared=swiglu(moe, f"{mlp}.shared_experts", c.n_shared_experts * I, "mlp") if c.n_shared_experts else None,
         )
         if moe
@@ -198,9 +197,78 @@ def abstract(config: Config, schedule: Schedule) -> Params:
     )
 
 
-def shape_structs(config: Config, schedule: Schedule, dtype: Any, shardings: Params | None = None) -> Params:
-    """The params of a model under a schedule as ShapeDtypeStructs; see `tensors.shape_structs`."""
-    return tensors.shape_structs(abstract(config, schedule), dtype, shardings)
+def weights_of(params: Params) -> str | None:
+    """The value of `weights` for which `abstract` describes `params`, or a tree like them."""
+    if not isinstance(params.attention.q_down, Scaled):
+        return None
+    return "fp8" if isinstance(params.indexer.queries, Scaled) else FP8_BASE
+
+
+Description = tuple[tuple[int, ...], tuple[str | None, ...], list[Source]]  # shape, axes and sources of a tensor
+
+
+def routed_experts(config: Config, weights: str | None) -> tuple[Description, Description]:
+    """What one layer's matrices of routed experts are made of, gate_up and down: [in, out], or in 8 bits [out, in]."""
+    D, E, I = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+    experts = "model.layers.{layer}.mlp.experts"
+
+    def source(expert: int, name: str, shape: tuple[int, int], half: int | None = None) -> Source:
+        stored = f"{experts}.{expert}.{name}.weight"
+        if weights is None:
+            return Source(stored, shape, shape, (1, 0), at=(expert,) if half is None else (expert, slice(None), half))
+        return as_stored(stored, shape, (expert,) if half is None else (expert, half))
+
+    halves = [source(e, name, (I, D), half) for e in range(E) for half, name in enumerate(("gate_proj", "up_proj"))]
+    downs = [source(e, "down_proj", (D, I)) for e in range(E)]
+    if weights is None:
+        return (
+            ((E, D, 2, I), ("expert", "expert_embed", None, "expert_mlp"), halves),
+            ((E, I, D), ("expert", "expert_mlp", "expert_embed"), downs),
+        )
+    return (
+        ((E, 2, I, D), ("expert", None, "expert_mlp", "expert_embed"), halves),
+        ((E, D, I), ("expert", "expert_embed", "expert_mlp"), downs),
+    )
+
+
+def decoded(p: Any, config: Config, dtype: Any) -> Any:
+    """Attention, indexer or MLP weights of one layer with the matrices [in, out] that formulas multiply, in `dtype`.
+
+    What is not in 8 bits stays as it is, and so do the matrices of routed experts.
+    """
+    c = config
+
+    def inputs_first(matrix: Any, *shape: int) -> Any:
+        if not isinstance(matrix, Scaled):
+            return matrix
+        plain = jnp.moveaxis(dequantise(matrix, dtype), -1, 0)
+        return plain.reshape(shape) if shape else plain
+
+    if isinstance(p, Attention) and isinstance(p.q_up, Scaled):
+        return dataclasses.replace(
+            p,
+            q_down=inputs_first(p.q_down),
+            q_up=inputs_first(p.q_up, c.q_lora_rank, c.num_heads, c.qk_head_dim),
+            kv_down=inputs_first(p.kv_down),
+            k_up=dequantise(p.k_up, dtype),
+            v_up=dequantise(p.v_up, dtype).swapaxes(1, 2),
+            out=inputs_first(p.out, c.num_heads, c.v_head_dim, c.hidden_size),
+        )
+    if isinstance(p, Indexer):
+        queries = inputs_first(p.queries, c.q_lora_rank, c.index_n_heads, c.index_head_dim)
+        return dataclasses.replace(p, queries=queries, keys=inputs_first(p.keys))
+    if isinstance(p, MLP):
+        return MLP(inputs_first(p.gate_up), inputs_first(p.down))
+    if isinstance(p, MoE) and p.shared is not None:
+        return dataclasses.replace(p, shared=decoded(p.shared, config, dtype))
+    return p
+
+
+def shape_structs(
+    config: Config, schedule: Schedule, dtype: Any, shardings: Params | None = None, weights: str | None = None
+) -> Params:
+    """The params of a model under a schedule as ShapeDtypeStructs; see `tensors.shape_structs` and `abstract`."""
+    return tensors.shape_structs(abstract(config, schedule, weights), dtype, shardings)
 
 
 def init(key: jax.Array, config: Config, schedule: Schedule, dtype: Any = jnp.float32) -> Params:

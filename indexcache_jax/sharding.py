@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from indexcache_jax.tensors import Tensor, leaves
+from indexcache_jax.tensors import Tensor, leaves, matrices
+from pallas_kernels.quant import BLOCK, Scaled
 
 MeshAxes = str | tuple[str, ...] | None  # one axis of the mesh, several together, or none: replicated
 Axes = tuple[str | None, ...]  # the logical axes of an array's dimensions, None for a dimension that is never split
@@ -153,8 +154,11 @@ def fitting_spec(shape: tuple[int, ...], axes: Axes, rules: Rules, mesh: Mesh | 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """A tree of NamedShardings for an abstract tree: of params, serving weights or a cache.
 
-    Raises ValueError that names tensor, axis, size and mesh size where an axis cannot be divided evenly.
+    Raises ValueError that names tensor, axis, size and mesh size where an axis cannot be divided evenly, or a device would
+    begin within a block of a matrix in 8 bits.
     """
+    for path, matrix in matrices(tree):
+        _check_blocks(path, matrix, matrix.codes.axes, tuple(spec(matrix.codes.axes, rules, mesh)), mesh)
 
     def of(path: str, tensor: Tensor) -> NamedSharding:
         entries = spec(tensor.axes, rules, mesh)
@@ -166,6 +170,24 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
         return NamedSharding(mesh, entries)
 
     return jax.tree.unflatten(jax.tree.structure(tree), [of(path, tensor) for path, tensor in leaves(tree)])
+
+
+def _check_blocks(path: str, matrix: Scaled, axes: Axes, entries: Sequence[MeshAxes], mesh: Mesh | AbstractMesh) -> None:
+    """ValueError where a device's part of a matrix in 8 bits, abstract or not, would begin within a block."""
+    of_blocks = {matrix.ndim - 1} if matrix.by_row else {matrix.ndim - 2, matrix.ndim - 1}
+    for dimension, (axis, entry) in enumerate(zip(axes, entries, strict=False)):
+        names, size = names_of(entry), matrix.shape[dimension]
+        devices = math.prod(mesh.shape[name] for name in names)
+        if dimension in of_blocks and devices > 1 and size % (devices * BLOCK):
+            raise ValueError(
+                f"{path}: axis {axis} of size {size}, in blocks of {BLOCK}, cannot be divided over {devices} devices of {names}"
+            )
+
+
+def split_over(axis: str | None, size: int) -> tuple[str, ...]:
+    """The axes of the mesh in force that split a dimension of an activation with this logical axis and size."""
+    mesh, rules = current()
+    return () if mesh is None else names_of(fitting_spec((size,), (axis,), rules, mesh)[0])
 
 
 def fitting(shape: tuple[int, ...], axes: Axes) -> NamedSharding | None:
@@ -200,8 +222,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, axes, rules, mesh))
 
 
-def _fits(x: jax.Array, axes: Axes, rules: Rules, mesh: AbstractMesh) -> PartitionSpec:
-    return fitting_spec(x.shape[: len(axes)], axes[: x.ndim], rules, mesh)
+def _fits(x: Any, axes: Axes, rules: Rules, mesh: AbstractMesh) -> Any:
+    """The PartitionSpec of an array, or those of codes and scales, which are split alike."""
+    entries = fitting_spec(x.shape[: len(axes)], axes[: x.ndim], rules, mesh)
+    if not isinstance(x, Scaled):
+        return entries
+    _check_blocks(f"matrix {x.shape} in 8 bits", x, axes, tuple(entries), mesh)
+    return Scaled(entries, entries)
 
 
 def on_each_device(function: Callable[..., Any], inputs: Sequence[Axes], outputs: Any) -> Callable[..., Any]:
@@ -217,7 +244,9 @@ def on_each_device(function: Callable[..., Any], inputs: Sequence[Axes], outputs
 
     def call(*arguments: Any) -> Any:
         trees = [
-            jax.tree.map(functools.partial(_fits, axes=axes, rules=rules, mesh=mesh), x)
+            jax.tree.map(
+                functools.partial(_fits, axes=axes, rules=rules, mesh=mesh), x, is_leaf=lambda leaf: isinstance(leaf, Scaled)
+            )
             for x, axes in zip(arguments, inputs, strict=True)
         ]
         split: dict[str, MeshAxes] = {}

@@ -3,18 +3,27 @@
 A tree of `Tensor`s is a tree of arrays before it exists. `params.abstract` describes the stacked tree of training and
 conversion, `serving.weights.abstract` the tree that inference runs. Whatever depends on a tensor alone reads its
 `Tensor`: initialisation, shardings, the converter's shape checks, loading and export, for either tree.
+
+A matrix in 8 bits is a `Scaled` of two `Tensor`s, its codes and their scales (`in_codes`), which are stored, placed and sent
+like any others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.quant import BLOCK, Scaled
+
+SCALES = "_scale_inv"  # what follows a stored matrix's name in that of its scales, which are multipliers nevertheless
+CODE = "float8_e4m3fn"
+RANDOM_CODE = 64.0  # the standard deviation of random codes: the largest draw is below the largest code
 
 Part = Sequence[slice]  # a slice for every axis of a layer's tensor, step 1
 
@@ -51,7 +60,8 @@ class Source:
 
     Example: `kv_b_proj` [H (dn + dv), C] holds the key and the value rows of every head, so k_up [H, dn, C] has view
     [H, dn + dv, C], take [:, :dn] and the identity as perm. `take` must keep the first axis of `view` whole, so that the
-    stored tensor can be streamed in slabs along it.
+    stored tensor can be streamed in slabs along it. With `repeats` a stored row stands for so many rows of the tensor
+    described, its last one for what is left: the scales of blocks of rows, as those of single rows.
     """
 
     name: str  # with {layer}
@@ -60,6 +70,12 @@ class Source:
     perm: tuple[int, ...]
     take: tuple[slice, ...] = ()
     at: tuple[int | slice, ...] = ()
+    repeats: int = 1
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor in the checkpoint."""
+        return (-(-self.shape[0] // self.repeats), *self.shape[1:])
 
     @property
     def row_axis(self) -> int:
@@ -121,17 +137,19 @@ class Tensor:
 
     layers: the layers whose weights it holds, None where it belongs to no layer. stacked: whether its first axis runs
     over them; `shape` and `axes` include that axis. scale: the standard deviation of its initial values, for the
-    initialisers "normal" and "embedding".
+    initialisers "normal" and "embedding"; the value itself for "constant".
+    kind: "weights", or "codes" or "scales" of a matrix in 8 bits.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: str  # "normal", "embedding", "ones" or "zeros"
+    init: str  # "normal", "embedding", "constant", "ones" or "zeros"
     scale: float
     sources: tuple[Source, ...]
     layers: tuple[int, ...] | None = None
     stacked: bool = False
     dtype: str | None = None  # where it differs from the model's
+    kind: str = "weights"
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -153,6 +171,57 @@ def as_stored(name: str, shape: tuple[int, ...], at: tuple[int | slice, ...] = (
     return Source(name, shape, shape, tuple(range(len(shape))), at=at)
 
 
+def in_codes(matrix: Tensor) -> Scaled:
+    """A matrix [..., out, in], made of stored matrices [out, in] that are not transposed, as codes and scales of them.
+
+    There is a scale for every block of 128 x 128 codes where the rows of each stored matrix begin with a block. Otherwise,
+    and where only some rows of a stored matrix are in it, there is one for 128 codes of a row: that of the row's block.
+    """
+    *stacked, rows, columns = matrix.shape
+    across = -(-columns // BLOCK)
+    first_rows = [source.region(matrix.layer_shape)[-2] for source in matrix.sources]
+    starts = [axis.indices(rows)[0] for axis in first_rows if isinstance(axis, slice)]
+    by_block = all(source.view == source.shape for source in matrix.sources) and not any(start % BLOCK for start in starts)
+
+    def scales_of(source: Source) -> Source:
+        name, shape = source.name + SCALES, (*source.shape[:-1], across)
+        if not by_block:
+            return Source(name, shape, (*source.view[:-1], across), source.perm, source.take, source.at, repeats=BLOCK)
+        shape = (-(-source.shape[0] // BLOCK), across)
+        *at, of_rows, _ = source.region(matrix.layer_shape)
+        assert isinstance(of_rows, slice)  # a stored matrix has both axes
+        start, stop, _ = of_rows.indices(rows)
+        return as_stored(name, shape, (*at, slice(start // BLOCK, -(-stop // BLOCK))))
+
+    codes = dataclasses.replace(matrix, dtype=CODE, init="normal", scale=RANDOM_CODE, kind="codes")
+    return Scaled(
+        codes,
+        dataclasses.replace(
+            matrix,
+            shape=(*stacked, -(-rows // BLOCK) if by_block else rows, across),
+            init="constant",
+            scale=matrix.scale / RANDOM_CODE,
+            sources=tuple(map(scales_of, matrix.sources)),
+            dtype="float32",
+            kind="scales",
+        ),
+    )
+
+
+def storing(weights: str | None) -> Callable[[Tensor], Any]:
+    """What becomes of a tree's matrices: `in_codes` for "fp8", nothing for None. ValueError for any other text."""
+    if weights not in (None, "fp8"):
+        raise ValueError(f"weights: {weights!r} is neither fp8 nor None")
+    return in_codes if weights == "fp8" else lambda matrix: matrix
+
+
+def matrices(tree: Any) -> Iterator[tuple[str, Scaled]]:
+    """The (path, `Scaled`) pairs of a tree; those are none whose arrays were taken out of it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Scaled)):
+        if isinstance(leaf, Scaled) and leaf.codes is not None:
+            yield _joined(path), leaf
+
+
 def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
     """The part of a tensor that is all of it."""
     return (slice(None),) * len(shape)
@@ -161,12 +230,16 @@ def whole(shape: tuple[int, ...]) -> tuple[slice, ...]:
 def leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """The (path, leaf) pairs of a tree, such as ("attention.q_up", ...) or ("layers.3.down", ...)."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield ".".join(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.idx) for key in path), leaf
+        yield _joined(path), leaf
+
+
+def _joined(path: Sequence[Any]) -> str:
+    return ".".join(str(key.name if isinstance(key, jax.tree_util.GetAttrKey) else key.idx) for key in path)
 
 
 def count(tree: Any) -> int:
-    """Number of weights of an abstract tree."""
-    return sum(math.prod(tensor.shape) for _, tensor in leaves(tree))
+    """Number of weights of an abstract tree; scales are none."""
+    return sum(math.prod(tensor.shape) for _, tensor in leaves(tree) if tensor.kind != "scales")
 
 
 def shape_structs(tree: Any, dtype: Any, shardings: Any = None) -> Any:
@@ -181,13 +254,18 @@ def shape_structs(tree: Any, dtype: Any, shardings: Any = None) -> Any:
 
 
 def init(key: jax.Array, tree: Any, dtype: Any = jnp.float32) -> Any:
-    """Random arrays for an abstract tree: normal with each tensor's scale, norms 1, biases 0."""
+    """Random arrays for an abstract tree: normal with each tensor's scale, norms 1, biases 0.
+
+    Matrices in 8 bits get random codes, and scales that give their products the deviation of the matrix.
+    """
     tensors, treedef = jax.tree.flatten(tree)
 
     def make(key: jax.Array, t: Tensor) -> jax.Array:
         kind = jnp.dtype(t.dtype or dtype)
         if t.init in ("ones", "zeros"):
             return jnp.full(t.shape, t.init == "ones", kind)
+        if t.init == "constant":
+            return jnp.full(t.shape, t.scale, kind)
         return (t.scale * jax.random.normal(key, t.shape, jnp.float32)).astype(kind)
 
     keys = jax.random.split(key, len(tensors))

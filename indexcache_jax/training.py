@@ -2,7 +2,8 @@
 
 A run is a list of stages (paper 3.2: a dense warm-up of the indexers, then the sparse stage that trains everything).
 Which weights a stage trains follows from their place in the tree (`distill.trainable`); gradients and optimiser state
-exist for those alone. Weights are float32, arithmetic is in the stage's compute dtype.
+exist for those alone. Weights are float32, arithmetic is in the stage's compute dtype. What a stage does not train may be in
+8 bits: the warm-up takes params of weights="fp8 base" (`params.abstract`).
 
 On a mesh, by the rules `sharding.TRAINING`, weights and what the optimiser keeps of them are split over all devices of the
 data axis (fsdp), and experts over all devices; a step leaves them where they lay.
@@ -19,10 +20,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from indexcache_jax import distill, sharding
+from indexcache_jax import distill, sharding, tensors
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.params import Params, abstract, weights_of
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import CODE
 
 # What a step returns: both losses in nats a token, the largest share of a layer's tokens that one expert gets, and the
 # norm of the gradient before clipping.
@@ -96,14 +98,15 @@ def learning_rate(stage: Stage, peak: float, steps: jax.Array | int) -> optax.Sc
 
 
 def optimiser(
-    stage: Stage, config: Config, schedule: Schedule, steps: jax.Array | int | None = None
+    stage: Stage, config: Config, schedule: Schedule, steps: jax.Array | int | None = None, weights: str | None = None
 ) -> optax.GradientTransformation:
     """AdamW over the stage's trained leaves, with a learning rate and a clipping norm for the model and for the indexers.
 
-    steps: the stage's length where it is not stage.steps; may be traced.
+    steps: the stage's length where it is not stage.steps; may be traced. weights: the form of the params
+    (`params.weights_of`).
     """
     length = stage.steps if steps is None else steps
-    tree = abstract(config, schedule)
+    tree = abstract(config, schedule, weights)
     labels = distill.trainable(tree, stage.kind)
     decayed = split(jax.tree.map(lambda t: t.init == "normal", tree), labels)[0]
 
@@ -121,7 +124,7 @@ def init_optimiser_state(params: Params, stage: Stage, config: Config, schedule:
 
     def init(params: Params) -> Any:
         labels = distill.trainable(params, stage.kind)
-        state = optimiser(stage, config, schedule).init(split(params, labels)[0])
+        state = optimiser(stage, config, schedule, weights=weights_of(params)).init(split(params, labels)[0])
         return _in_place(params, state, config, schedule)[1]
 
     return init(params) if sharding.current()[0] is None else jax.jit(init)(params)
@@ -132,7 +135,7 @@ def _in_place(params: Params, state: Any, config: Config, schedule: Schedule) ->
     mesh, rules = sharding.current()
     if mesh is None:
         return params, state
-    of_params = sharding.shardings(abstract(config, schedule), mesh, rules)
+    of_params = sharding.shardings(abstract(config, schedule, weights_of(params)), mesh, rules)
     return jax.lax.with_sharding_constraint((params, state), (of_params, optimiser_shardings(state, of_params)))
 
 
@@ -166,13 +169,15 @@ def step(
     """One update on tokens [accumulate, rows, S+1]: the params, the optimiser's state, and METRICS [4] float32.
 
     The metrics are means over the micro-batches, of the params before the update. `params` (float32) and `state` are
-    donated: their buffers are used again.
+    donated: their buffers are used again. ValueError for params that the stage trains and that are in 8 bits.
 
     steps, traced: the stage's length and the schedule to train for, as data. With `stage.program`, one compiled step serves
     stages of any length; with `traced`, params that have all indexers are trained for any schedule by it.
     """
     labels = distill.trainable(params, stage.kind)
     trained, frozen = split(params, labels)
+    if in_codes := [path for path, leaf in tensors.leaves(trained) if leaf.dtype == CODE]:
+        raise ValueError(f"{in_codes[0]}: is in 8 bits, which stage {stage.kind} cannot train; load it with weights=None")
 
     def objective(trained: Any, tokens: jax.Array) -> tuple[jax.Array, distill.Losses]:
         losses = distill.losses(
@@ -199,7 +204,7 @@ def step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, micro_batch(rows)), None), zeros, tokens)
         gradients, losses = jax.tree.map(lambda x: x / stage.accumulate, total)
-    updates, state = optimiser(stage, config, schedule, steps).update(gradients, state, trained)
+    updates, state = optimiser(stage, config, schedule, steps, weights_of(params)).update(gradients, state, trained)
     params = merge(optax.apply_updates(trained, updates), frozen)
     if params.moe is not None and stage.balance_speed:
         bias = distill.balance(params.moe.router_bias, losses.tokens_per_expert, stage.balance_speed)

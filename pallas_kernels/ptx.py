@@ -182,6 +182,16 @@ def copy_async(target: Value, source: Value, size: Value, pieces: int, target_st
     asm("\n".join(lines), [target, source, size], "r,l,r")
 
 
+def copy_async_word(target: Value, source: Value, size: Value) -> None:
+    """A cp.async of 4 bytes, of which `size` (4 or 0) are read; else the word becomes zero."""
+    asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [target, source, size], "r,l,r")
+
+
+def copy_word_async(target: Value, source: Value, size: Value) -> None:
+    """A cp.async of 4 bytes, of which `size` (4 or 0) are read; the rest becomes zero."""
+    asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [target, source, size], "r,l,r")
+
+
 def copies_commit() -> None:
     """Makes one group of the copies that this thread started since the last commit."""
     asm("cp.async.commit_group;")
@@ -197,6 +207,11 @@ def load_global(address: Value) -> Value:
     return asm("ld.global.nc.b32 $0, [$1];", [address], "=r,l", i32())
 
 
+def load_global_float(address: Value) -> Value:
+    """A float32 of what nothing writes during the kernel."""
+    return asm("ld.global.nc.f32 $0, [$1];", [address], "=f,l", ir.F32Type.get())
+
+
 def store_global(address: Value, value: Value, predicate: Value) -> None:
     asm("@$2 st.global.b32 [$0], $1;", [address, value, predicate], "l,r,b")
 
@@ -205,8 +220,21 @@ def load_shared(address: Value) -> Value:
     return asm("ld.shared.b32 $0, [$1];", [address], "=r,r", i32())
 
 
+def float16_pairs(word: Value) -> list[Value]:
+    """4 e4m3 numbers as two vectors of two float16."""
+    f16 = ir.F16Type.get()
+    ptx = "{\n.reg .b16 a0, a1;\nmov.b32 {a0, a1}, $2;\ncvt.rn.f16x2.e4m3x2 $0, a0;\ncvt.rn.f16x2.e4m3x2 $1, a1;\n}"
+    pairs = asm(ptx, [word], "=r,=r,r", ir.Type.parse("!llvm.struct<(i32, i32)>"))
+    return [llvm.bitcast(ir.VectorType.get((2,), f16), llvm.extractvalue(i32(), pairs, [i])) for i in range(2)]
+
+
 def store_shared(address: Value, value: Value) -> None:
     asm("st.shared.b32 [$0], $1;", [address, value], "r,r")
+
+
+def store_shared_pair(address: Value, pair: Sequence[Value]) -> None:
+    """Two words that lie side by side."""
+    asm("st.shared.v2.b32 [$0], {$1, $2};", [address, *pair], "r,r,r")
 
 
 def store_shared_zeros(address: Value) -> None:
@@ -251,6 +279,11 @@ def cluster_barrier() -> None:
     asm("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;")
 
 
+def cluster_exit() -> None:
+    """A barrier of all threads of the cluster before they end, so that no shared memory goes while others read it."""
+    asm("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;")
+
+
 def peer_address(address: Value, rank: Value | int) -> Value:
     """The address of the same shared memory in block `rank` of the cluster."""
     return asm("mapa.shared::cluster.u32 $0, $1, $2;", [address, _as_value(rank)], "=r,r,r", i32())
@@ -277,6 +310,10 @@ def exp2(x: Value) -> Value:
     return asm("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", ir.F32Type.get())
 
 
+def log2(x: Value) -> Value:
+    return asm("lg2.approx.ftz.f32 $0, $1;", [x], "=f,f", ir.F32Type.get())
+
+
 def from_bfloat16_pair(word: Value) -> tuple[Value, Value]:
     """The low and the high half of a word as float32."""
     f32 = ir.F32Type.get()
@@ -285,6 +322,16 @@ def from_bfloat16_pair(word: Value) -> tuple[Value, Value]:
 
 def to_bfloat16_pair(low: Value, high: Value) -> Value:
     return asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
+
+
+def to_float16_pair(low: Value, high: Value) -> Value:
+    return asm("cvt.rn.f16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
+
+
+def larger_magnitudes(a: Value, b: Value) -> Value:
+    """The larger of |a| and |b|, of both bfloat16 numbers of a word."""
+    ptx = "{\n.reg .b32 x, y;\nand.b32 x, $1, 0x7fff7fff;\nand.b32 y, $2, 0x7fff7fff;\nmax.bf16x2 $0, x, y;\n}"
+    return asm(ptx, [a, b], "=r,r,r", i32())
 
 
 def load_words_or_zeros(address: Value, predicate: Value, count: int) -> list[Value]:
@@ -382,6 +429,10 @@ def transposed_among_lanes(words: Sequence[Value], lane: Value) -> list[Value]:
     return words
 
 
+def load_shared_float(address: Value) -> Value:
+    return asm("ld.shared.f32 $0, [$1];", [address], "=f,r", f32())
+
+
 def load_shared_floats(address: Value) -> list[Value]:
     """Two that lie side by side."""
     pair = ir.Type.parse("!llvm.struct<(f32, f32)>")
@@ -399,6 +450,11 @@ def store_shared_floats(address: Value, pair: Sequence[Value]) -> None:
 def barrier(identity: int, threads: int) -> None:
     """The named barrier `identity` of `threads` threads of the block; number 0 is that of the whole block."""
     asm(f"barrier.cta.sync {identity}, {threads};")
+
+
+def warp_barrier() -> None:
+    """A barrier of the threads of a warp."""
+    asm("bar.warp.sync 0xffffffff;")
 
 
 def barrier_any(identity: int, threads: int, predicate: Value) -> Value:
@@ -421,7 +477,11 @@ def choose(condition: Value, body: Callable[[], Sequence[Value]], otherwise: Seq
     return list(branch.results)
 
 
-# ---- matrices: wgmma on bfloat16 in shared memory, and the 8 x 8 blocks of its fragments
+# ---- matrices: wgmma on matrices in shared memory or fragments in registers, and the 8 x 8 blocks of fragments
+
+# Instructions by the numbers of both matrices: how many of them are 32 bytes, types, and whether lines may lie along either
+# dimension, which takes two more operands.
+_PRODUCTS = {"bf16": (16, "bf16.bf16", True), "e4m3": (32, "e4m3.e4m3", False)}
 
 
 def matrix(address: Value) -> Value:
@@ -443,16 +503,20 @@ def multiply(
     columns: int,
     transposed: bool,
     fresh: bool,
+    kind: str = "bf16",
 ) -> list[list[Value]]:
     """Starts sums[i] [64, columns] += A [64, 16] B [16, columns] for every (i, bytes into a, bytes into b) of `steps`.
 
     a: descriptor; lines are rows of A, or with `transposed` its columns.
     b: descriptor; lines are columns of B.
     fresh: the sums start at zero.
+    kind: "bf16", or "e4m3": then A is [64, 32] and B [32, columns], and A is not transposed.
     Until they are waited for, nothing else may touch the sums.
     """
     flat = [value for values in sums for value in values]
     each, total = columns // 2, len(flat)
+    depth, types, either_way = _PRODUCTS[kind]
+    directions = f", {int(transposed)}, 0" if either_way else ""
     lines = [".reg .pred add, set;", ".reg .b64 a, b;", f"setp.ne.b32 add, ${2 * total + 2}, 0;"]
     lines += [f"setp.eq.b32 set, ${2 * total + 2}, 0;", "wgmma.fence.sync.aligned;"]
     begun: set[int] = set()
@@ -462,13 +526,38 @@ def multiply(
         begun.add(i)
         lines += [f"add.s64 a, ${2 * total}, {into_a >> 4};", f"add.s64 b, ${2 * total + 1}, {into_b >> 4};"]
         lines += [
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{registers}}}, a, b, "
-            f"{'set' if first else 'add'}, 1, 1, {int(transposed)}, 0;"
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{types} {{{registers}}}, a, b, "
+            f"{'set' if first else 'add'}, 1, 1{directions};"
         ]
     constraints = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["l", "l", "n"])
     text = "{\n" + "\n".join(lines) + "\n}"
     results = _unpacked(asm(text, [*flat, a, b, constant(1)], constraints, _floats(total)), total)
     return [results[i : i + each] for i in range(0, total, each)]
+
+
+def multiply_fragments(
+    sums: Sequence[Value], fragments: Sequence[Sequence[Value]], b: Value, into_b: Sequence[int], *, columns: int
+) -> list[Value]:
+    """Starts sums [64, columns] += A [64, 16] B [16, columns] in float16 for every fragment and the bytes into b that go with it.
+
+    fragments: A, four words a thread: rows g, g + 8, g, g + 8 of a warp's 16, g = lane / 4, and of these columns
+      2 (lane % 4) and the next, for the last two words 8 further on.
+    b: descriptor; lines are columns of B.
+    Until they are waited for, nothing else may touch the sums and the fragments.
+    """
+    total, words = len(sums), [word for fragment in fragments for word in fragment]
+    at_b = total + len(words) + total
+    lines = [".reg .pred add;", ".reg .b64 b;", f"setp.ne.b32 add, ${at_b + 1}, 0;", "wgmma.fence.sync.aligned;"]
+    registers = ", ".join(f"${i}" for i in range(total))
+    for i, offset_ in enumerate(into_b):
+        of_a = ", ".join(f"${2 * total + 4 * i + j}" for j in range(4))
+        lines += [
+            f"add.s64 b, ${at_b}, {offset_ >> 4};",
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{registers}}}, {{{of_a}}}, b, add, 1, 1, 0;",
+        ]
+    constraints = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["r"] * len(words) + ["l", "n"])
+    text = "{\n" + "\n".join(lines) + "\n}"
+    return _unpacked(asm(text, [*sums, *words, b, constant(1)], constraints, _floats(total)), total)
 
 
 def _floats(count: int) -> ir.Type:
@@ -504,6 +593,14 @@ def store_shared_transposed(address: Value, words: Sequence[Value]) -> None:
     Lanes 0 to 7 have the addresses of the first block's lines, 8 to 15 those of the second's.
     """
     asm("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};", [address, *words], "r,r,r")
+
+
+def load_shared_transposed(address: Value) -> list[Value]:
+    """Four 8 x 8 blocks of 16-bit numbers as fragments of their transposes; 8 lanes each have the addresses of a block's lines."""
+    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+    loaded = asm(text, [address], "=r,=r,=r,=r,r", words)
+    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
 
 
 def transposed_block(word: Value) -> Value:
@@ -548,6 +645,35 @@ def to_e4m3_word(xs: Sequence[Value]) -> Value:
     return asm(ptx, list(xs), "=r,f,f,f,f", i32())
 
 
+def float16_from_e4m3(word: Value) -> list[Value]:
+    """The first and third of four e4m3 numbers as a pair of float16, exactly, and the second and fourth."""
+    ptx = (
+        "{\n.reg .b32 t;\n.reg .b16 a, b;\nprmt.b32 t, $2, 0, 0x3120;\nmov.b32 {a, b}, t;\n"
+        "cvt.rn.f16x2.e4m3x2 $0, a;\ncvt.rn.f16x2.e4m3x2 $1, b;\n}"
+    )
+    pair = asm(ptx, [word], "=r,=r,r", ir.Type.parse("!llvm.struct<(i32, i32)>"))
+    return [llvm.extractvalue(i32(), pair, [i]) for i in range(2)]
+
+
+def to_e4m3_sum(words: Sequence[Value], factor: Value) -> tuple[list[Value], list[Value]]:
+    """8 bfloat16 numbers (four words) times a factor as sums of two e4m3 numbers: two words of the larger, two of the others.
+
+    The product is rounded to float16. Where it has at most 8 significant bits and is at least 2**-2, the sum is exact; else it is
+    within 2**-10.
+    """
+    lines = [".reg .f32 x, y;", ".reg .b32 a, b;", ".reg .b16 h<4>, l<4>;"]
+    for i in range(4):
+        lines += [f"shl.b32 a, ${4 + i}, 16;", "mov.b32 x, a;", f"and.b32 b, ${4 + i}, 0xffff0000;", "mov.b32 y, b;"]
+        lines += ["mul.f32 x, x, $8;", "mul.f32 y, y, $8;", "cvt.rn.f16x2.f32 a, y, x;"]
+        lines += [f"cvt.rn.satfinite.e4m3x2.f16x2 h{i}, a;", f"cvt.rn.f16x2.e4m3x2 b, h{i};"]
+        lines += ["sub.f16x2 a, a, b;", f"cvt.rn.satfinite.e4m3x2.f16x2 l{i}, a;"]
+    lines += ["mov.b32 $0, {h0, h1};", "mov.b32 $1, {h2, h3};", "mov.b32 $2, {l0, l1};", "mov.b32 $3, {l2, l3};"]
+    kind = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    out = asm("{\n" + "\n".join(lines) + "\n}", [*words, factor], ",".join(["=&r"] * 4 + ["r"] * 4 + ["f"]), kind)
+    parts = [llvm.extractvalue(i32(), out, [i]) for i in range(4)]
+    return parts[:2], parts[2:]
+
+
 def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
     """total + the dot product of 8 bfloat16 numbers with 8 others, four words each."""
     lines = [".reg .f32 x, y, odd;", "mov.f32 $0, $1;", "mov.f32 odd, 0f00000000;"]
@@ -556,6 +682,75 @@ def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
         lines += [f"and.b32 x, ${2 + i}, 0xffff0000;", f"and.b32 y, ${6 + i}, 0xffff0000;", "fma.rn.f32 odd, x, y, odd;"]
     lines += ["add.f32 $0, $0, odd;"]
     return asm("{\n" + "\n".join(lines) + "\n}", [total, *a, *b], "=&f,f" + ",r" * 8, f32())
+
+
+def magnitude_bits(x: Value) -> Value:
+    """The bits of |x|, which are ordered as |x| is."""
+    return bit_and(bits_of(x), 0x7FFFFFFF)
+
+
+def float16_scale(top: Value) -> tuple[Value, Value]:
+    """A power of two that numbers are multiplied by to be float16, and its inverse.
+
+    top: `magnitude_bits` of the largest of them, which becomes at least 2^14. So numbers that are bfloat16 stay exact, but for
+    those below 2^-31 of the largest.
+    """
+    exponent = minimum(maximum(bit_and(top, 0x7F800000), 16 << 23), 254 << 23)
+    return float_of(sub((127 + 127 + 14) << 23, exponent)), float_of(sub(exponent, 14 << 23))
+
+
+def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: Sequence[Value]) -> list[Value]:
+    """The products of 16 rows of 64 e4m3 codes with 64 float16 numbers, by tensor cores: of rows l / 4 and l / 4 + 8 in lane l.
+
+    row, other_row: 16 codes of each of the two rows, those from 16 (l % 4) on, as four words. vector: the 16 numbers of the
+    vector from there on, as eight words.
+    """
+    lines = [".reg .b16 low, high;", ".reg .b32 a<4>;", ".reg .f32 even, odd, x, y;"]
+    lines += [f"mov.f32 {register}, 0f00000000;" for register in ("even", "odd", "x", "y")]
+    for i in range(4):
+        for half, word in enumerate((f"${2 + i}", f"${6 + i}")):
+            lines += [f"mov.b32 {{low, high}}, {word};"]
+            lines += [f"cvt.rn.f16x2.e4m3x2 a{half}, low;", f"cvt.rn.f16x2.e4m3x2 a{2 + half}, high;"]
+        sums = "{even, x, odd, y}"
+        lines += [
+            f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {sums}, {{a0, a1, a2, a3}}, "
+            f"{{${10 + 2 * i}, ${11 + 2 * i}}}, {sums};"
+        ]
+    lines += ["mov.f32 $0, even;", "mov.f32 $1, odd;"]
+    text = "{\n" + "\n".join(lines) + "\n}"
+    return _unpacked(asm(text, [*row, *other_row, *vector], "=f,=f" + ",r" * 16, _floats(2)), 2)
+
+
+def multiply_codes(codes: Sequence[Sequence[Value]], b: Value, chunk: int, columns: int) -> list[Value]:
+    """The product of 64 rows of 128 e4m3 codes and a float16 matrix [128, columns] in shared memory, by a warpgroup.
+
+    codes: 16 codes each, as four words, of rows l / 4 and l / 4 + 8 of the warp's 16, for lane l: those from 16 (l % 4) on of
+      the first 64 codes, then of the other 64.
+    b: descriptor of 64 of the matrix's rows as lines of 64 numbers, a line a column; `chunk` bytes further are the other 64.
+      Of the 16 bytes i of a line, word q is rows 16 q + 2 i and 16 q + 2 i + 1: the order in which the lanes have the codes.
+    Returns as wgmma does, of every 8 columns, two of row l / 4 and the same two of l / 4 + 8.
+    """
+    sums, inputs = columns // 2, [word for piece in codes for word in piece]
+    lines = [".reg .b16 low, high;", ".reg .b32 a<32>;", ".reg .b64 b;", ".reg .pred set, add;"]
+    lines += [f"setp.eq.b32 set, ${sums + 17}, 0;", f"setp.ne.b32 add, ${sums + 17}, 0;"]
+    for step in range(8):
+        half, word = divmod(step, 4)
+        for row in range(2):
+            lines += [f"mov.b32 {{low, high}}, ${sums + 4 * (2 * half + row) + word};"]
+            lines += [f"cvt.rn.f16x2.e4m3x2 a{4 * step + row}, low;", f"cvt.rn.f16x2.e4m3x2 a{4 * step + 2 + row}, high;"]
+    lines += ["wgmma.fence.sync.aligned;"]
+    registers = ", ".join(f"${i}" for i in range(sums))
+    for step in range(8):
+        half, word = divmod(step, 4)
+        a = ", ".join(f"a{4 * step + i}" for i in range(4))
+        lines += [
+            f"add.s64 b, ${sums + 16}, {(half * chunk + 32 * word) >> 4};",
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{registers}}}, {{{a}}}, b, "
+            f"{'add' if step else 'set'}, 1, 1, 0;",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
+    constraints = ",".join(["=&f"] * sums + ["r"] * 16 + ["l", "n"])
+    return _unpacked(asm("{\n" + "\n".join(lines) + "\n}", [*inputs, b, constant(1)], constraints, _floats(sums)), sums)
 
 
 def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value) -> list[Value]:
@@ -603,6 +798,11 @@ def store_global_bfloat16(address: Value, x: Value, predicate: Value) -> None:
 def prefetch(address: Value, size: Value, predicate: Value) -> None:
     """Asks for `size` bytes, a multiple of 16, to be brought to L2; nothing waits for them."""
     asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
+
+
+def prefetch_line(address: Value, predicate: Value) -> None:
+    """Asks for the 128 bytes around an address to be brought to L2; nothing waits for them."""
+    asm("@$1 prefetch.global.L2 [$0];", [address, predicate], "l,b")
 
 
 # ---- a barrier of a grid whose blocks are all resident, and loads of what other blocks wrote before it

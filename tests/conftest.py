@@ -30,6 +30,14 @@ def reference() -> Callable[[str], numpy_reference.Trace]:
     return trace
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile() -> Iterator[None]:
+    """For modules whose tests compile for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 MEMORY_MAPS = pathlib.Path("/proc/self/maps")
 MANY_MAPS = 20_000  # of the 65,530 that Linux gives a process by default; every compiled program takes a few
 

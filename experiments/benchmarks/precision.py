@@ -1,12 +1,15 @@
-"""What 8 bits in the cache change: selections, logits and loss of a checkpoint on held-out text.
+"""What 8 bits change, in the cache and in the weights: selections, logits and loss of a checkpoint on held-out text.
 
-Caches with index keys, latents or both in float8_e4m3fn, a scale a token, against one in the dtype of the weights; the text
-goes through the layers that inference runs. Selections: |A n B| / k of queries that see more than k keys, every F layer given
+Caches with index keys, latents or both in float8_e4m3fn, a scale a token; and matrices in it with a scale for each 128 x 128,
+as --weights=fp8 loads them, with activations as they are or in 8 bits too, a scale for each 128 numbers, as kernels for Hopper
+have them that multiply many tokens. Each against the model decoded into --dtype, with its cache in that; the text goes through
+the layers that inference runs. Selections: |A n B| / k of queries that see more than k keys, every F layer given
 the hidden states that the unrounded model has below it, so that a layer's figure is its own. Logits and loss: end to end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -20,24 +23,32 @@ from absl import flags
 import checkpoints_convert
 from experiments.common import inputs, options, text
 from experiments.common.report import Output, device, markdown_table, text_table
-from indexcache_jax import serving
+from indexcache_jax import memory, ops, serving
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
 from indexcache_jax.serving import FP8, CacheFormat, Weights
+from indexcache_jax.sharding import SERVING
 
 for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype"):
     flags.declare_key_flag(_name)
 
 # The parts of a cache that are kept in 8 bits.
 CACHES = {"fp8 index keys": ("index_dtype",), "fp8 latents": ("latent_dtype",), "fp8 both": ("index_dtype", "latent_dtype")}
+# Matrices in 8 bits: whether the activations that they multiply are too.
+WEIGHTS = {"fp8 weights": False, "fp8 weights and activations": True}
 QUERIES = 64  # of a sequence, whose selections are compared
 BLOCK = 256  # tokens whose logits exist at a time
 
 
 def cache_format(cache: str | None, dtype: Any) -> CacheFormat:
-    """The format of one of CACHES beside `dtype`; None is all of it in `dtype`."""
-    return dataclasses.replace(CacheFormat.of(dtype), **dict.fromkeys(() if cache is None else CACHES[cache], FP8))
+    """The format of one of CACHES beside `dtype`; for any other name all of it is in `dtype`."""
+    return dataclasses.replace(CacheFormat.of(dtype), **dict.fromkeys(CACHES.get(cache or "", ()), FP8))
+
+
+def activations(name: str) -> contextlib.AbstractContextManager[None]:
+    """Within, activations are as one of WEIGHTS has them."""
+    return ops.rounded_rows() if WEIGHTS.get(name) else contextlib.nullcontext()
 
 
 def walk(
@@ -84,22 +95,29 @@ def selected_alike(exact: list[jax.Array], rounded: list[jax.Array], k: int) -> 
     return np.array([float(jnp.mean(overlap.intersection_sizes(pair)[:, 0, 1])) / k for pair in pairs])
 
 
-def measure(weights: Weights, cuts: np.ndarray, config: Config, schedule: Schedule) -> dict[str, dict[str, Any]]:
-    """By cache: losses in nats a token, KL, agreement of the likeliest token, and what the F layers select alike."""
+def measure(
+    weights: Weights, in_8_bits: Weights, cuts: np.ndarray, config: Config, schedule: Schedule
+) -> dict[str, dict[str, Any]]:
+    """By what is in 8 bits: losses in nats a token, KL, agreement of the likeliest token, and what the F layers select alike.
+
+    in_8_bits: the same weights as --weights=fp8 loads them.
+    """
     dtype = weights.embedding.dtype
-    sums = {name: np.zeros(4) for name in CACHES}
-    alike: dict[str, list[np.ndarray]] = {name: [] for name in CACHES}
+    models = dict.fromkeys(CACHES, weights) | dict.fromkeys(WEIGHTS, in_8_bits)
+    sums = {name: np.zeros(4) for name in models}
+    alike: dict[str, list[np.ndarray]] = {name: [] for name in models}
     for number, cut in enumerate(cuts):
         tokens, targets = jnp.asarray(cut[None, :-1]), jnp.asarray(cut[1:])
         states, selections = walk(weights, tokens, config, schedule, cache_format(None, dtype))
-        for name in CACHES:
+        for name, model in models.items():
             form = cache_format(name, dtype)
-            rounded, _ = walk(weights, tokens, config, schedule, form)
+            with activations(name):
+                rounded, _ = walk(model, tokens, config, schedule, form)
+                _, chosen = walk(model, tokens, config, schedule, form, states)
             for first in range(0, targets.size, BLOCK):
                 part = slice(first, first + BLOCK)
                 found = _compare(weights.ends, states[-1][0, part], rounded[-1][0, part], targets[part], config)
                 sums[name] += np.asarray(found, np.float64)
-            _, chosen = walk(weights, tokens, config, schedule, form, states)
             alike[name].append(selected_alike(selections, chosen, config.index_topk))
         print(f"sequence {number + 1}/{len(cuts)}", flush=True)
     result = {}
@@ -117,8 +135,9 @@ def measure(weights: Weights, cuts: np.ndarray, config: Config, schedule: Schedu
 
 
 HEADER = [
-    "cache",
-    "bytes a token",
+    "in 8 bits",
+    "cache, bytes a token",
+    "weights, MB",
     "loss",
     "change",
     "KL of predictions",
@@ -128,17 +147,25 @@ HEADER = [
 ]
 
 
+def megabytes(config: Config, schedule: Schedule, dtype: Any, weights: str | None) -> str:
+    """Of all weights, with matrices in 8 bits ("fp8") or in `dtype`."""
+    tree = serving.weights.abstract(config, schedule, weights)
+    return f"{memory.tree_bytes(tree, dtype, memory.mesh_of(), SERVING) / 1e6:,.1f}"
+
+
 def rows(measured: Mapping[str, Mapping[str, Any]], config: Config, schedule: Schedule, dtype: Any) -> list[list[str]]:
-    """The table, the unrounded cache first."""
+    """The table, the model without 8 bits first."""
     size = serving.bytes_per_token(config, schedule, dtype)
     exact = next(iter(measured.values()))["loss_unrounded"]
-    table = [[f"{dtype}", f"{size:,}", f"{exact:.4f}", "", "", "", "", ""]]
+    whole = megabytes(config, schedule, dtype, None)
+    table = [[f"nothing, {dtype}", f"{size:,}", whole, f"{exact:.4f}", "", "", "", "", ""]]
     for name, one in measured.items():
         alike = one["selected_alike"]
         table.append(
             [
                 name,
                 f"{serving.bytes_per_token(config, schedule, cache_format(name, dtype)):,}",
+                megabytes(config, schedule, dtype, "fp8") if name in WEIGHTS else whole,
                 f"{one['loss']:.4f}",
                 f"{100 * (one['loss'] / exact - 1):+.2f} %",
                 f"{one['divergence']:.5f}",
@@ -152,12 +179,13 @@ def rows(measured: Mapping[str, Mapping[str, Any]], config: Config, schedule: Sc
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A checkpoint, its weights as inference runs them, and cuts [N, S+1] of held-out text."""
+    """A checkpoint, its weights as inference runs them, decoded and in 8 bits, and cuts [N, S+1] of held-out text."""
 
     checkpoint: inputs.Checkpoint
     config: Config
     schedule: Schedule
     weights: Weights
+    in_8_bits: Weights
     cuts: np.ndarray
 
 
@@ -165,14 +193,16 @@ def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
-    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, dtype=checkpoint.dtype, form="serving")
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
+    config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
+    in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
     reader = inputs.reader(checkpoint.directory, config)
     given = options.HELD_OUT.value
     documents = text.documents(given) if given else inputs.split("", given, "held_out").held_out
     cuts = reader.draw(documents, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     about = f"{schedule.pattern}; {len(cuts)} x {reader.context} tokens; {checkpoint.dtype} on {device()['kind']}"
     print(f"{checkpoint.name}: {about}")
-    return Inputs(checkpoint, config, schedule, weights, cuts)
+    return Inputs(checkpoint, config, schedule, weights, in_8_bits, cuts)
 
 
 def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output) -> None:
@@ -181,13 +211,13 @@ def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Out
     table = rows(measured, given.config, given.schedule, given.checkpoint.dtype)
     about = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
     count, length = given.cuts[:, 1:].shape
-    text = f"# 8 bits in the cache of {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
+    text = f"# 8 bits in {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
     text += f"{count} sequences of {length} tokens, losses in nats a token; schedule `{pattern}`.\n"
-    output.finish("precision", {"checkpoint": name, "pattern": pattern, "caches": measured}, text)
+    output.finish("precision", {"checkpoint": name, "pattern": pattern, "in_8_bits": measured}, text)
     print(f"\n{text_table(HEADER, table)}\n\nwritten to {output.directory}/")
 
 
 def run(output_dir: str, seed: int) -> None:
     given = read_inputs(seed)
     output = Output.create(output_dir)
-    report(measure(given.weights, given.cuts, given.config, given.schedule), given, output)
+    report(measure(given.weights, given.in_8_bits, given.cuts, given.config, given.schedule), given, output)

@@ -37,15 +37,26 @@ def serving(
     form: CacheFormat,
     flag: str,
     document: int = 0,
+    weights: str | None = None,
 ) -> None:
     """Says what inference needs at a cache of [rows, length] and, before them, of a document that the rows share.
 
+    weights: "fp8" for matrices in 8 bits, as of `memory.serving_need`.
     ValueError, naming the flag that the length is from, where that does not fit the devices.
     """
 
     def need(length: int, mesh: Devices, rules: Rules) -> Need:
         found = memory.serving_need(
-            config, schedule, rows=rows, length=length, chunk=chunk, dtype=dtype, form=form, mesh=mesh, rules=rules
+            config,
+            schedule,
+            rows=rows,
+            length=length,
+            chunk=chunk,
+            dtype=dtype,
+            form=form,
+            mesh=mesh,
+            rules=rules,
+            weights=weights,
         )
         if not document:
             return found
@@ -55,28 +66,39 @@ def serving(
     _check(need, length, rows, SERVING, f"--{flag}: {rows} x {length:,} tokens", CACHE_MULTIPLE)
 
 
-def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype: Any) -> None:
+def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype: Any, weights: str | None = None) -> None:
     """Says what a search needs that keeps all weights on the devices; ValueError where that does not fit them."""
 
     def need(length: int, mesh: Devices, rules: Rules) -> Need:
-        weights = memory.tree_bytes(params.abstract(config, schedule), dtype, mesh, rules)
+        size = memory.tree_bytes(params.abstract(config, schedule, weights), dtype, mesh, rules)
         arguments = config, schedule, rows, length, length, dtype, mesh, rules
-        return Need({"weights": weights, "temporaries": memory.prefill_temporaries(*arguments)})
+        temporaries = memory.prefill_temporaries(*arguments)
+        if weights is not None:
+            temporaries += memory.decoded_layer(config, schedule, dtype)
+        return Need({"weights": size, "temporaries": temporaries})
 
     _check(need, context, rows, SERVING, f"--context={context}", 1, "; --stream reads the weights layer by layer")
 
 
-def training(config: Config, schedule: Schedule, stages: list[Stage], *, checkpoint: Schedule | None = None) -> None:
+def training(
+    config: Config,
+    schedule: Schedule,
+    stages: list[Stage],
+    *,
+    checkpoint: Schedule | None = None,
+    weights: str | None = None,
+) -> None:
     """Says what the stages keep on each device, without activations; ValueError where that does not fit.
 
-    checkpoint: the schedule of a checkpoint whose weights are kept beside those in training, counted as bfloat16.
+    checkpoint: the schedule of a checkpoint whose weights are kept beside those in training, counted as bfloat16. weights:
+    the form of both, as of `params.abstract`.
     """
 
     def need(_: int, mesh: Devices, rules: Rules) -> Need:
-        found = memory.training_need(config, schedule, [stage.kind for stage in stages], mesh, rules)
+        found = memory.training_need(config, schedule, [stage.kind for stage in stages], mesh, rules, weights)
         if checkpoint is None:
             return found
-        tree = params.abstract(config, checkpoint)
+        tree = params.abstract(config, checkpoint, weights)
         return Need(found.parts | {"checkpoint": memory.tree_bytes(tree, jnp.bfloat16, mesh, rules)})
 
     _check(need, 0, max(stage.rows for stage in stages), TRAINING, "training, without activations", 1)

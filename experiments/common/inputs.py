@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
+import functools
 import math
 import pathlib
 import warnings
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import checkpoints_convert
 from checkpoints_convert.companions import with_stop_tokens
 from experiments.common import options, text
 from indexcache_jax.config import Config
@@ -36,6 +38,12 @@ class Checkpoint:
     directory: str
     dtype: str
 
+    @functools.cached_property
+    def weights(self) -> str | None:
+        """The form to load it in: "fp8" for matrices in 8 bits, which --weights asks for or the checkpoint has, else None."""
+        asked = options.WEIGHTS.value
+        return checkpoints_convert.stored_weights(self.directory) if asked is None else made_weights()
+
     @property
     def name(self) -> str:
         """What a report calls it."""
@@ -46,6 +54,11 @@ def checkpoint() -> Checkpoint:
     """--checkpoint and --dtype, or what stands for them where they are not given."""
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return Checkpoint(options.CHECKPOINT.value or str(options.DEMO), dtype)
+
+
+def made_weights() -> str | None:
+    """What --weights makes of weights that no checkpoint stores: "fp8" for matrices in 8 bits, else None."""
+    return "fp8" if options.WEIGHTS.value == "fp8" else None
 
 
 def described(directory: str) -> tuple[Config, Schedule]:

@@ -39,6 +39,13 @@ PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"
 )
+WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    ["fp8", "bf16"],
+    "matrices as fp8 codes with a scale for each 128 x 128 of them, or decoded into --dtype; default as the checkpoint stores "
+    "them, and bf16 where weights are made",
+)
 NUM_LAYERS = flags.DEFINE_integer(
     "num_layers", 0, "cut the model to so many layers; 0 is the experiment's own choice", lower_bound=0
 )

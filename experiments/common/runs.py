@@ -37,7 +37,7 @@ from experiments.common.report import Output
 from indexcache_jax import distill, sharding, training
 from indexcache_jax.config import Config
 from indexcache_jax.foreign import escaped
-from indexcache_jax.params import Params, abstract, init, shape_structs
+from indexcache_jax.params import Params, abstract, init, shape_structs, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import fingerprint
 from indexcache_jax.training import METRICS, Stage
@@ -269,9 +269,9 @@ def check_free(directory: pathlib.Path, resume: bool) -> None:
 
 
 def train(params: Params, run: TrainingRun, output: Output, *, resume: bool, saving: Saving) -> Trained:
-    """Float32 params after all stages of a run. Checkpoints and metrics go into the output's folder.
+    """Params after all stages of a run, float32 but for matrices in 8 bits.
 
-    `params` of any dtype stay as they are: training starts from a copy.
+    Checkpoints and metrics go into the output's folder. `params` of any dtype stay as they are: training starts from a copy.
 
     resume: go on from the newest whole checkpoint there, if any; a newer one that is torn is named.
 
@@ -323,8 +323,8 @@ def _newest(checkpoints: _Checkpoints, run: TrainingRun, params: Params, times: 
                 raise Torn(f"{error}; without that folder the run goes on from an older one") from None
             torn.append((step, error))
             continue
-        for newer, why in torn:
-            print(f"warning: {why}; going on from step {step}")
+        for newer, reason in torn:
+            print(f"warning: {reason}; going on from step {step}")
             checkpoints.set_aside(newer)
         times.load(earlier)
         return step, *found
@@ -334,9 +334,10 @@ def _newest(checkpoints: _Checkpoints, run: TrainingRun, params: Params, times: 
 
 
 def _copied(params: Params, config: Config, schedule: Schedule) -> Params:
-    """The params in float32 in arrays of their own, where they lie on the mesh in force."""
-    params = sharding.put(params, abstract(config, schedule))
-    return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+    """The params in float32 in arrays of their own, where they lie on the mesh in force; codes and scales as they are."""
+    tree = abstract(config, schedule, weights_of(params))
+    params = sharding.put(params, tree)
+    return jax.tree.map(lambda a, t: jnp.array(a, jnp.float32 if t.kind == "weights" else a.dtype, copy=True), params, tree)
 
 
 def random_params(key: jax.Array, config: Config, schedule: Schedule) -> Params:

@@ -32,7 +32,7 @@ import scipy.stats
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, inputs, options, plots, runs, text
+from experiments.common import data, devices, inputs, options, plots, runs, text
 from experiments.common.journal import Journal
 from experiments.common.loss_journal import LossJournal
 from experiments.common.options import ALL_F
@@ -46,11 +46,12 @@ from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.overlap import layer_overlap
+from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage
 
 for _name in (
     *("checkpoint", "dtype", "context", "text", "sequences", "held_out_sequences", "batch_size", "woven"),
-    *("retention", "retentions", "blocks", "resume", "time_limit"),
+    *("retention", "retentions", "blocks", "resume", "time_limit", "mesh"),
     *("accumulate", "warmup_steps", "sparse_steps"),
     *("warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
 ):
@@ -424,7 +425,7 @@ def read_inputs(seed: int, deadline: float) -> Inputs:
 
 def open_rows(given: Inputs, output: Output) -> Rows:
     """The rows that are finished; those of other weights or flags are refused."""
-    not_asked = ("resume", "seeds", "time_limit", "distilled")
+    not_asked = ("resume", "seeds", "time_limit", "distilled", "mesh")
     asked = {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__) if f.name not in not_asked}
     weights = search.fingerprint(given.studied.params, [])["weights"]
     about = {"weights": weights, "dtype": given.studied.dtype, "flags": asked}
@@ -606,7 +607,7 @@ def note(result: Result) -> str:
     return "\n".join(lines)
 
 
-def report(result: Result, given: Inputs, output: Output) -> None:
+def report(result: Result, given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes the plots, results.json and report.md, and prints the tables."""
     plots.overlap(output, result.overlap, given.studied.base, given.studied.base)
     plot_training(output, given.distilled, given.seeds[0])
@@ -624,7 +625,8 @@ def report(result: Result, given: Inputs, output: Output) -> None:
     every, about = tables(result), note(result)
     sections = "\n\n".join(f"## {title}\n\n{markdown_table(header, rows)}" for title, header, rows in every)
     images = "![overlap](overlap.png)\n" + ("\n![training](training.png)\n" if result.trained else "")
-    output.finish("quality", metrics, f"# Quality of {given.checkpoint.directory}\n\n{sections}\n\n{about}\n\n{images}")
+    text = f"# Quality of {given.checkpoint.directory}\n\n{sections}\n\n{about}\n\n{images}"
+    output.finish("quality", metrics, text, layout)
     for title, header, rows in every:
         print(f"\n{title}\n{text_table(header, rows)}")
     print(f"\n{about}\n\nwritten to {output.directory}/")
@@ -632,11 +634,14 @@ def report(result: Result, given: Inputs, output: Output) -> None:
 
 def run(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
-    given = read_inputs(seed, began + options.seconds_to_spend(math.inf))
-    output = Output.create(output_dir)
-    rows = open_rows(given, output)
-    compile_all(given.studied, given.stages if given.distilled else [])
-    print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
-    result = measure_all(given, rows, output)
+    layout = devices.layout(rows=1)
+    with devices.in_force(layout, TRAINING):
+        given = read_inputs(seed, began + options.seconds_to_spend(math.inf))
+        output = Output.create(output_dir)
+        rows = open_rows(given, output)
+        if layout.num_devices == 1:  # a mesh's programs depend on where their arguments are
+            compile_all(given.studied, given.stages if given.distilled else [])
+        print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
+        result = measure_all(given, rows, output)
     rows.close()
-    report(result, given, output)
+    report(result, given, output, layout)

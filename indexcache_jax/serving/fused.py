@@ -2,8 +2,8 @@
 
 Where `why_not` has nothing against any layer, `model.step` runs a token through these functions instead of `layer.layer`. An
 S layer is then the attention and one kernel of `pallas_kernels.decode_layer`, an F layer has the scores and the selection
-besides; XLA's own kernels for the same work would be 23 and 33. It serves one row on one device, weights and latents in
-bfloat16, index keys in bfloat16 or float8_e4m3fn, no biases of projections, no groups of experts.
+besides; XLA's own kernels for the same work would be 23 and 33. It serves one row on one device, weights in bfloat16 or 8 bits,
+latents in bfloat16, index keys in bfloat16 or float8_e4m3fn, no biases of projections, no groups of experts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from indexcache_jax.ops import decode_layer
 from indexcache_jax.positions import Positions
 from indexcache_jax.serving.cache import Cache, LayerCache
 from indexcache_jax.serving.weights import Dense, Layer, Weights
+from pallas_kernels.quant import Scaled
 
 # Absorbed queries [1, 1, H, C + dr], and of an F layer index queries [1, 1, Hi, Di] and head weights [1, 1, Hi].
 Queries = tuple[jax.Array, jax.Array | None, jax.Array | None]
@@ -44,9 +45,9 @@ def attention_weights(p: Layer, cache: LayerCache, positions: Positions, config:
     )
 
 
-def output_weights(p: Layer) -> dict[str, jax.Array]:
+def output_weights(p: Layer) -> dict[str, jax.Array | Scaled]:
     """What the kernels need of a layer after its attention."""
-    weights = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
+    weights: dict[str, jax.Array | Scaled] = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
     if isinstance(p.mlp, Dense):
         return weights | {"shared_gate_up": p.mlp.gate_up, "shared_down": p.mlp.down}
     m = p.mlp
@@ -68,7 +69,7 @@ def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, 
 
 
 def _queries_and_cache(operands: decode_layer.AttentionOperands) -> tuple[Queries, LayerCache]:
-    cache = LayerCache(operands.latents, None, operands.index_keys, operands.index_scales)
+    cache = LayerCache(operands.latents, operands.index_keys, operands.index_scales)
     return (operands.queries, operands.index_queries, operands.index_weights), cache
 
 

@@ -20,16 +20,20 @@ from indexcache_jax.positions import Positions
 from indexcache_jax.rope import CosSin, rotate
 from indexcache_jax.serving.cache import LayerCache, append, formats
 from indexcache_jax.serving.weights import Dense, Layer
+from pallas_kernels.quant import Scaled
 
 FEW_SUMS = 4096  # so many numbers of a product are sums in one kernel, and no call of a library
 
 
-def linear(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
     """x [..., K] times weight [N, K] -> [..., N], accumulated in float32, in `dtype` or that of x.
 
+    inputs: the logical axis of K, where a mesh may split it.
     On a GPU a single row, and few numbers in all such as the router's, are written as the sums that they are: a library's
     product would be a kernel that nothing fuses with, and for float32 results of bfloat16 it would first convert the matrix.
     """
+    if isinstance(weight, Scaled):
+        return ops.scaled_matmul(x, weight, dtype, inputs)
     rows = x.size // x.shape[-1]
     if ops.platform() == "gpu" and (rows == 1 or rows * weight.shape[0] <= FEW_SUMS):
         products = x.astype(jnp.float32)[..., None, :] * weight.astype(jnp.float32)
@@ -39,6 +43,18 @@ def linear(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     return jax.lax.dot_general(x, weight, dims, precision=exact, preferred_element_type=dtype or x.dtype)
 
 
+def by_head(x: jax.Array, matrices: jax.Array) -> jax.Array:
+    """x [B, S, H, K] times the heads' matrices [H, N, K] -> [B, S, H, N].
+
+    Of a decode step the product has the rows before N. einsum puts the rows last, and where they are no multiple of 8
+    cuBLAS has slow kernels only for such a product.
+    """
+    if x.shape[1] > 1:
+        return jnp.einsum("bshk,hnk->bshn", x, matrices)
+    product = jax.lax.dot_general(x[:, 0], matrices, (((2,), (2,)), ((1,), (0,))))
+    return product.swapaxes(0, 1)[:, None]
+
+
 def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R]."""
     inputs = ("heads",), ("heads",), ("batch", "queries"), ("batch", "queries")
@@ -46,20 +62,21 @@ def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, confi
     return on_each(p.up, p.k_up, q_latent, positions.cos_sin)
 
 
-def _absorb(up: jax.Array, k_up: jax.Array, q_latent: jax.Array, cos_sin: CosSin, config: Config) -> jax.Array:
+def _absorb(up: jax.Array | Scaled, k_up: jax.Array, q_latent: jax.Array, cos_sin: CosSin, config: Config) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of the H heads whose matrices are given, up [H dq, R] and k_up [H, C, dn].
 
     With one token a row a single product is cut into its parts. With many tokens, slicing the weights is cheaper than
     slicing the product, and the absorbing product leaves room for the rope part, which then is written into it: cutting
-    and joining the queries themselves are two passes over them and a transposition.
+    and joining the queries themselves are two passes over them and a transposition. A matrix in 8 bits is not cut: parts of
+    heads begin within its blocks.
     """
     c, (b, s, _), heads = config, q_latent.shape, k_up.shape[0]
-    if s == 1:
+    if s == 1 or isinstance(up, Scaled):
         # XLA would make one product of this and that with `index_up`, and join the two matrices at every step for it.
         q_latent = jax.lax.optimization_barrier(q_latent)
         product = linear(q_latent, up).reshape(b, s, heads, c.qk_head_dim)
         nope, rope = finish_queries(product, cos_sin, c)
-        return jnp.concatenate([jnp.einsum("bshn,hcn->bshc", nope, k_up), rope], axis=-1)
+        return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
     matrices, tokens = up.reshape(heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
     nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
     wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
@@ -113,15 +130,15 @@ def attention(
     assert indices is not None  # the first layer is F
 
     with jax.named_scope("attend"):
-        scales = None if cache.latent_scales is None else cache.latent_scales[:, :kv_length]
-        context = ops.attend(absorbed, cache.latents[:, :kv_length], indices, c, scales)
-        heads = jnp.einsum("bshc,hvc->bshv", context, p.v_up)
-        out = linear(heads.reshape(*x.shape[:2], -1), p.out)
+        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, c)
+        split = "batch", "queries", "heads"
+        heads = sharding.on_each_device(by_head, (split, ("heads",)), split)(context, p.v_up)
+        out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")
         x = x + (out if p.out_bias is None else out + p.out_bias)
         return sharding.constrain(x, "batch", "queries", None), indices, cache
 
 
-def _down_of_swiglu(gate_up: jax.Array, down: jax.Array) -> jax.Array:
+def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
     return linear(moe.swiglu(*jnp.split(gate_up, 2, axis=-1)), down)
 
 

@@ -10,6 +10,11 @@ Params stack equal layers, which is what training and conversion want. Inference
   stands before and after it, where [inputs, outputs] would be a product written to memory and a second pass over it. The
   routed experts are [in, out] as in Params, since that is what `grouped_matmul` multiplies.
 
+With weights="fp8" the matrices that a released model spends its bytes on are `Scaled`, codes and scales as an FP8 checkpoint
+stores them: `up`, `index_up`, `out` and those of the MLPs, routed experts being [out, in] too. The others are in the model's
+dtype: `down` joins stored matrices whose blocks do not line up, those of `k_up` and `v_up` run across heads, and the rest
+no checkpoint has in 8 bits.
+
 `abstract` describes the tree, so that `checkpoints_convert.load(directory, form="serving")` fills it straight from the
 files and `sharding.shardings` places it.
 """
@@ -26,9 +31,10 @@ import jax.numpy as jnp
 
 from indexcache_jax import sharding, tensors
 from indexcache_jax.config import Config
-from indexcache_jax.params import MLP, MoE, Params, at_layer, check_schedule, slots
+from indexcache_jax.params import MLP, MoE, Params, at_layer, check_schedule, decoded, routed_experts, slots
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Source, Tensor, as_stored
+from pallas_kernels.quant import BLOCK, Scaled
 
 
 @flax.struct.dataclass
@@ -45,8 +51,8 @@ class Experts:
 
     router: Any  # [E, D]
     router_bias: Any  # [E] float32: for the choice of experts only
-    gate_up: Any  # [E, D, 2, I]
-    down: Any  # [E, I, D]
+    gate_up: Any  # [E, D, 2, I]; Scaled [E, 2, I, D]
+    down: Any  # [E, I, D]; Scaled [E, D, I]
     shared_gate_up: Any  # [2 Is, D]: gate first
     shared_down: Any  # [D, Is]
 
@@ -91,13 +97,21 @@ class Weights:
         return "".join("F" if layer.full else "S" for layer in self.layers)
 
     @property
+    def format(self) -> str | None:
+        """The value of `weights` for which `abstract` describes them: "fp8" for matrices in 8 bits, else None."""
+        return "fp8" if isinstance(self.layers[0].out, Scaled) else None
+
+    @property
     def ends(self) -> Weights:
         """The weights without the layers: embedding, final norm and head."""
         return dataclasses.replace(self, layers=())
 
 
-def abstract(config: Config, schedule: Schedule) -> Weights:
-    """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ."""
+def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> Weights:
+    """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ.
+
+    weights: "fp8" for matrices in 8 bits, None for all in the model's dtype.
+    """
     schedule.check_layers(config.num_layers)
     c = config
     shape = (c.vocab_size, c.hidden_size)
@@ -105,7 +119,7 @@ def abstract(config: Config, schedule: Schedule) -> Weights:
     head = _tensor(None, shape, ("vocab", "embed"), [as_stored("lm_head.weight", shape)], scale=c.hidden_size**-0.5)
     return Weights(
         embedding=dataclasses.replace(embedding, init="embedding", scale=c.initializer_range),
-        layers=tuple(_layer(c, layer, full) for layer, full in enumerate(schedule.is_full)),
+        layers=tuple(_layer(c, layer, full, weights) for layer, full in enumerate(schedule.is_full)),
         final_norm=_vector(None, "model.norm.weight", c.hidden_size, "embed"),
         head=None if c.tie_word_embeddings else head,
     )
@@ -139,8 +153,8 @@ def _rows(layer: int, parts: list[tuple[str, int]], *inputs: int, axes: tuple[st
     return _tensor(layer, (start, *inputs), axes, sources, inputs[0] ** -0.5 if inputs else 1.0, init)
 
 
-def _layer(config: Config, layer: int, full: bool) -> Layer:
-    c = config
+def _layer(config: Config, layer: int, full: bool, weights: str | None) -> Layer:
+    c, matrix = config, tensors.storing(weights)
     D, H, R, C = c.hidden_size, c.num_heads, c.q_lora_rank, c.kv_lora_rank
     dn, dr, dv, dq, Hi, Di = (
         c.qk_nope_head_dim,
@@ -168,14 +182,16 @@ def _layer(config: Config, layer: int, full: bool) -> Layer:
         kv_norm=_vector(layer, f"{attn}.kv_a_layernorm.weight", C),
         key_norm=_vector(layer, f"{idx}.k_norm.weight", Di) if full else None,
         key_norm_bias=_vector(layer, f"{idx}.k_norm.bias", Di, init="zeros") if full else None,
-        up=_rows(layer, [(f"{attn}.q_b_proj.weight", H * dq)], R, axes=("heads", "q_latent")),
-        index_up=_rows(layer, [(f"{idx}.wq_b.weight", Hi * Di)], R, axes=("index_heads", "q_latent")) if full else None,
+        up=matrix(_rows(layer, [(f"{attn}.q_b_proj.weight", H * dq)], R, axes=("heads", "q_latent"))),
+        index_up=matrix(_rows(layer, [(f"{idx}.wq_b.weight", Hi * Di)], R, axes=("index_heads", "q_latent"))) if full else None,
         k_up=_tensor(layer, (H, C, dn), ("heads", None, None), kv_b((0, 2, 1), 0, dn), C**-0.5),
         v_up=_tensor(layer, (H, dv, C), ("heads", None, None), kv_b((0, 1, 2), dn, dn + dv), C**-0.5),
-        out=_rows(layer, [(f"{attn}.o_proj.weight", D)], H * dv, axes=("embed", "heads")),
+        out=matrix(_rows(layer, [(f"{attn}.o_proj.weight", D)], H * dv, axes=("embed", "heads"))),
         out_bias=_vector(layer, f"{attn}.o_proj.bias", D, "embed", "zeros") if c.attention_bias else None,
         mlp_norm=_vector(layer, "model.layers.{layer}.post_attention_layernorm.weight", D, "embed"),
-        mlp=_experts(c, layer) if c.moe_layers[layer] else Dense(*_swiglu(c, layer, "", c.intermediate_size)),
+        mlp=_experts(c, layer, weights)
+        if c.moe_layers[layer]
+        else Dense(*map(matrix, _swiglu(c, layer, "", c.intermediate_size))),
     )
 
 
@@ -186,22 +202,17 @@ def _swiglu(config: Config, layer: int, prefix: str, width: int) -> tuple[Tensor
     return gate_up, _rows(layer, [(f"{mlp}.down_proj.weight", D)], width, axes=("embed", "mlp"))
 
 
-def _experts(config: Config, layer: int) -> Experts:
-    c, mlp = config, "model.layers.{layer}.mlp"
+def _experts(config: Config, layer: int, weights: str | None) -> Experts:
+    c, mlp, matrix = config, "model.layers.{layer}.mlp", tensors.storing(weights)
     D, E, I = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
-    gate_up = [
-        Source(f"{mlp}.experts.{e}.{name}.weight", (I, D), (I, D), (1, 0), at=(e, slice(None), at))
-        for e in range(E)
-        for at, name in enumerate(("gate_proj", "up_proj"))
-    ]
-    down = [Source(f"{mlp}.experts.{e}.down_proj.weight", (D, I), (D, I), (1, 0), at=(e,)) for e in range(E)]
+    gate_up, down = routed_experts(c, weights)
     shared = c.n_shared_experts * I
-    shared_gate_up, shared_down = _swiglu(c, layer, ".shared_experts", shared) if shared else (None, None)
+    shared_gate_up, shared_down = map(matrix, _swiglu(c, layer, ".shared_experts", shared)) if shared else (None, None)
     return Experts(
         router=_rows(layer, [(f"{mlp}.gate.weight", E)], D, axes=(None, "embed")),
         router_bias=_vector(layer, f"{mlp}.gate.e_score_correction_bias", E, None, "zeros", "float32"),
-        gate_up=_tensor(layer, (E, D, 2, I), ("expert", "expert_embed", None, "expert_mlp"), gate_up, D**-0.5),
-        down=_tensor(layer, (E, I, D), ("expert", "expert_mlp", "expert_embed"), down, I**-0.5),
+        gate_up=matrix(_tensor(layer, *gate_up, D**-0.5)),
+        down=matrix(_tensor(layer, *down, I**-0.5)),
         shared_gate_up=shared_gate_up,
         shared_down=shared_down,
     )
@@ -209,22 +220,22 @@ def _experts(config: Config, layer: int) -> Experts:
 
 def layer_of(params: Params, layer: Any, indexer_slot: Any, mlp_slot: Any, config: Config, full: bool, experts: bool) -> Layer:
     """A layer of `params`. Its places in the stacks may be traced; `full` and `experts` say which stacks it is in."""
-    c, p = config, at_layer(params.attention, layer)
-    down, index, bias = [p.q_down.T, p.kv_down.T], None, None
+    c, dtype, coded = config, params.embedding.dtype, at_layer(params.attention, layer)
+    p = decoded(coded, c, dtype)
+    down, bias, coded_index, index = [p.q_down.T, p.kv_down.T], None, None, None
     if full:
-        index = at_layer(params.indexer, indexer_slot)
+        coded_index = at_layer(params.indexer, indexer_slot)
+        index = decoded(coded_index, c, dtype)
         down += [index.keys.T, index.head_weights.T]
     if p.q_down_bias is not None:
         bias = jnp.concatenate([p.q_down_bias, p.kv_down_bias])
     mlp: Dense | Experts
     if experts:
         m: MoE = at_layer(params.moe, mlp_slot)
-        shared = None if m.shared is None else m.shared.gate_up.reshape(c.hidden_size, -1).T
-        shared_down = None if m.shared is None else m.shared.down.T
-        mlp = Experts(m.router.T, m.router_bias, m.gate_up, m.down, shared, shared_down)
+        shared = (None, None) if m.shared is None else _swiglu_of(m.shared)
+        mlp = Experts(m.router.T, m.router_bias, m.gate_up, m.down, *shared)
     else:
-        d: MLP = at_layer(params.dense, mlp_slot)
-        mlp = Dense(d.gate_up.reshape(c.hidden_size, -1).T, d.down.T)
+        mlp = Dense(*_swiglu_of(at_layer(params.dense, mlp_slot)))
     return Layer(
         norm=at_layer(params.input_norm, layer),
         down=jnp.concatenate(down),
@@ -233,15 +244,31 @@ def layer_of(params: Params, layer: Any, indexer_slot: Any, mlp_slot: Any, confi
         kv_norm=p.kv_norm,
         key_norm=None if index is None else index.key_norm,
         key_norm_bias=None if index is None else index.key_norm_bias,
-        up=p.q_up.reshape(c.q_lora_rank, -1).T,
-        index_up=None if index is None else index.queries.reshape(c.q_lora_rank, -1).T,
+        up=_rows_of(coded.q_up, c.q_lora_rank),
+        index_up=None if coded_index is None else _rows_of(coded_index.queries, c.q_lora_rank),
         k_up=p.k_up.swapaxes(1, 2),
         v_up=p.v_up.swapaxes(1, 2),
-        out=p.out.reshape(-1, c.hidden_size).T,
+        out=coded.out if isinstance(coded.out, Scaled) else p.out.reshape(-1, c.hidden_size).T,
         out_bias=p.out_bias,
         mlp_norm=at_layer(params.mlp_norm, layer),
         mlp=mlp,
     )
+
+
+def _rows_of(matrix: Any, inputs: int) -> Any:
+    """A matrix [inputs, ...] of params as [outputs, inputs], which a `Scaled` one is already."""
+    return matrix if isinstance(matrix, Scaled) else matrix.reshape(inputs, -1).T
+
+
+def _swiglu_of(p: MLP) -> tuple[Any, Any]:
+    """The two matrices of an MLP of `params` as those of `Dense`."""
+    if not isinstance(p.gate_up, Scaled):
+        return _rows_of(p.gate_up, p.gate_up.shape[0]), p.down.T
+    two, width, hidden = p.gate_up.shape
+    scales = p.gate_up.scales
+    if width % BLOCK:  # blocks of the up rows begin within one of the gate rows
+        scales = jnp.repeat(scales, BLOCK, axis=1)[:, :width]
+    return Scaled(p.gate_up.codes.reshape(two * width, hidden), scales.reshape(-1, scales.shape[-1])), p.down
 
 
 _layer_of = jax.jit(layer_of, static_argnames=("full", "experts"))
@@ -273,10 +300,10 @@ def weights_for(params: Params | Weights, config: Config, schedule: Schedule) ->
     return params
 
 
-@functools.partial(jax.jit, static_argnames=("experts", "dtype"))
-def _random_layer(key: jax.Array, config: Config, experts: bool, dtype: Any) -> Layer:
+@functools.partial(jax.jit, static_argnames=("experts", "dtype", "weights"))
+def _random_layer(key: jax.Array, config: Config, experts: bool, dtype: Any, weights: str | None) -> Layer:
     one = dataclasses.replace(config, num_layers=1, moe_layers=(experts,))
-    return _random(key, _layer(one, 0, full=True), dtype)
+    return _random(key, _layer(one, 0, True, weights), dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -289,10 +316,13 @@ def _random(key: jax.Array, tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x, t: sharding.constrain(x, *t.axes), tensors.init(key, tree, dtype), tree)
 
 
-def random_weights(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16) -> Weights:
-    """Random weights with an indexer in every layer, made on the devices layer by layer: for measuring speed."""
+def random_weights(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16, weights: str | None = None) -> Weights:
+    """Random weights with an indexer in every layer, made on the devices layer by layer: for measuring speed.
+
+    weights: as of `abstract`; in 8 bits the codes themselves are drawn.
+    """
     keys = jax.random.split(key, config.num_layers + 1)
-    layers = [_random_layer(k, config, experts, dtype) for k, experts in zip(keys[1:], config.moe_layers, strict=True)]
+    layers = [_random_layer(k, config, experts, dtype, weights) for k, experts in zip(keys[1:], config.moe_layers, strict=True)]
     return dataclasses.replace(_random_ends(keys[0], config, dtype), layers=tuple(layers))
 
 

@@ -17,12 +17,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
+from pallas_kernels.quant import BLOCK, Scaled
 
 MAX_HEADS = 128  # a thread block's share of the value and key matrices is of one head or two
+# Matrices that may be `Scaled`: those of a group all or none.
+IN_CODES = (("up", "index_up"), ("out",), ("gate_up", "expert_down", "shared_gate_up", "shared_down"))
 
 
 def attention_inputs(
-    x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array], barrier_count: jax.Array
+    x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array | Scaled], barrier_count: jax.Array
 ) -> tuple[AttentionOperands, jax.Array]:
     """What the first layer's attention takes, and the new barrier count.
 
@@ -41,7 +44,7 @@ def attention_inputs(
 def layer_outputs(
     x: jax.Array,
     context: jax.Array,
-    outputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.Array | Scaled],
     barrier_count: jax.Array,
     *,
     eps: float,
@@ -49,7 +52,7 @@ def layer_outputs(
     normalised: bool,
     scale: float,
     next_layer: AttentionWeights | None = None,
-    next_outputs: Mapping[str, jax.Array] | None = None,
+    next_outputs: Mapping[str, jax.Array | Scaled] | None = None,
 ) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
     """A layer's output [1, 1, D], what the next layer's attention takes (None without next_layer), the new barrier count.
 
@@ -57,7 +60,9 @@ def layer_outputs(
       x: [1, 1, D] bfloat16, the layer's input. context: [1, 1, H, C], the attention's result.
       outputs: v_up [H, dv, C], out [D, H dv], mlp_norm [D]; with experts router [E, D], router_bias [E] float32,
         gate_up [E, D, 2, I], expert_down [E, I, D], and where there are shared ones shared_gate_up [2 Is, D] and
-        shared_down [D, Is]; in a dense layer these two alone, [2 F, D] and [D, F].
+        shared_down [D, Is]; in a dense layer these two alone, [2 F, D] and [D, F]. `out` and the MLP's matrices but for the
+        router may be `Scaled`, with blocks of 128 x 128; gate_up then is [E, 2, I, D] and expert_down [E, D, I]. Sums are
+        those of the decoded weights in float32.
       barrier_count: as for `attention_inputs`.
       eps: of the norm before the MLP.
       normalised, scale: whether the weights of a token's experts are made to sum to 1, and what they are multiplied by.
@@ -79,7 +84,7 @@ def layer_outputs(
     )
 
 
-def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array], groups: int = 1) -> str | None:
+def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array | Scaled], groups: int = 1) -> str | None:
     """Why these kernels cannot serve a layer, None where they can.
 
     groups: into how many the experts are divided, of which a token's experts come from a few (n_group).
@@ -91,26 +96,54 @@ def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Arr
         return f"it needs {hopper.NUM_SMS} SMs at once, this device has {count}"
     if x.shape[:2] != (1, 1):
         return f"it is for a single token, not for {x.shape[0]} rows of {x.shape[1]}"
-    kinds = {x.dtype, latents.dtype} | {w.dtype for name, w in weights.items() if name != "router_bias"}
+    kinds = {x.dtype, latents.dtype} | {
+        w.dtype for name, w in weights.items() if not isinstance(w, Scaled) and name != "router_bias"
+    }
     if kinds != {jnp.dtype(jnp.bfloat16)}:
         return f"it takes activations, latents and weights in bfloat16, not {sorted(map(str, kinds))}"
+    if reason := _why_not_codes(weights):
+        return reason
     if latents.shape[2] != 576 or weights["kv_norm"].shape != (512,):
-        return f"it is laid out for C+R = 512+64, these are {weights['kv_norm'].size} of {latents.shape[2]}"
+        return f"it is laid out for C+R = 512+64, these are {weights['kv_norm'].shape[0]} of {latents.shape[2]}"
     if index_keys is not None and (index_keys.shape[2] != 128 or index_keys.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn)):
         return f"it keeps index keys of 128 in bfloat16 or float8_e4m3fn, not of {index_keys.shape[2]} in {index_keys.dtype}"
     heads, _, nope = weights["k_up"].shape
     value = weights["v_up"].shape[1]
     if heads > MAX_HEADS:
         return f"it takes up to {MAX_HEADS} heads, these are {heads}"
-    widths = {"hidden size": x.shape[2], "query rank": weights["q_norm"].size, "nope": nope, "heads x value": heads * value}
+    widths = {"hidden size": x.shape[2], "query rank": weights["q_norm"].shape[0], "nope": nope, "heads x value": heads * value}
     widths["second matrix"] = weights["shared_down"].shape[1] if "shared_down" in weights else 32
     for name, width in widths.items():
         if width % 32:
             return f"it reads rows in pieces of 32 numbers, the {name} is {width}"
     if "gate_up" in weights:
-        experts, hidden, _, width = weights["gate_up"].shape
-        if experts % 32 or width % 256 or hidden % 128:
-            return f"it takes experts by 32, widths by 256 and hidden sizes by 128, not {experts}, {width} and {hidden}"
+        experts, hidden = weights["router_bias"].shape[0], x.shape[2]
+        width, multiple = (
+            (weights["gate_up"].shape[2], BLOCK)
+            if isinstance(weights["gate_up"], Scaled)
+            else (weights["gate_up"].shape[3], 256)
+        )
+        if experts % 32 or width % multiple or hidden % 128:
+            return f"it takes experts by 32, widths by {multiple} and hidden sizes by 128, not {experts}, {width} and {hidden}"
         if groups > 1:
             return f"it chooses among all experts, not within {groups} groups"
+    return None
+
+
+def _why_not_codes(weights: Mapping[str, jax.Array | Scaled]) -> str | None:
+    """Why these kernels cannot read the `Scaled` of a layer's weights, None where they can."""
+    codes = {name: w for name, w in weights.items() if isinstance(w, Scaled)}
+    for group in IN_CODES:
+        both = [name for name in group if name in weights]
+        if {name in codes for name in both} == {True, False}:
+            return f"it takes {', '.join(both)} all in 8 bits or none, in 8 bits are {', '.join(n for n in both if n in codes)}"
+    if others := codes.keys() - {name for group in IN_CODES for name in group}:
+        return f"it takes {', '.join(sorted(others))} in bfloat16, not in 8 bits"
+    for name, w in codes.items():
+        if w.codes.dtype != jnp.float8_e4m3fn:
+            return f"it reads codes in float8_e4m3fn, those of {name} are {w.codes.dtype}"
+        if w.by_row:
+            return f"it takes a scale for every {BLOCK} x {BLOCK} codes, {name} has one for every row"
+        if w.shape[-1] % BLOCK or (w.ndim > 2 and w.shape[-2] % BLOCK):
+            return f"it takes whole blocks of {BLOCK} x {BLOCK} codes, {name} is {w.shape}"
     return None

@@ -7,16 +7,19 @@ from collections.abc import Mapping
 
 import jax
 
+from pallas_kernels.quant import Scaled
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionWeights:
     """What a layer's attention inputs are computed from, besides the hidden state: weights, caches of one row, position.
 
     weights: norm [D], down [R + C + dr (+ Di + Hi), D], q_norm [R], kv_norm [C], up [H (dn + dr), R], k_up [H, C, dn], and
-    where the layer selects index_up [Hi Di, R], key_norm and key_norm_bias [Di].
+    where the layer selects index_up [Hi Di, R], key_norm and key_norm_bias [Di]. The two matrices of the query latent, up and
+    index_up, may be `Scaled`.
     """
 
-    weights: Mapping[str, jax.Array]
+    weights: Mapping[str, jax.Array | Scaled]
     latents: jax.Array  # [1, T, C + dr]
     index_keys: jax.Array | None  # [1, T, Di], None where the layer does not select
     index_scales: jax.Array | None  # [1, T], where the keys are float8_e4m3fn

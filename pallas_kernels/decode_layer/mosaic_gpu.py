@@ -16,6 +16,7 @@ the order in which they run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -25,16 +26,29 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx
+from pallas_kernels import ptx, quant
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
-from pallas_kernels.decode_layer.mosaic_gpu_parts import Product, SharedMemory, Thread, Value
+from pallas_kernels.decode_layer.mosaic_gpu_parts import (
+    BlockRows,
+    Codes,
+    CodesProduct,
+    GroupedVector,
+    Product,
+    SharedMemory,
+    Thread,
+    TileSplit,
+    Value,
+)
+from pallas_kernels.quant import Scaled
 
 WIDTH, VALUE_DIM, ROTARY = 576, 512, 64  # of a latent
 INDEX_WIDTH = 128
 # Thread blocks, counted from the last, that apply rope or make index queries instead of taking rows of a matrix.
 ROPE_BLOCK, INDEX_BLOCK = 1, 2
 EXPERT_LANES, OUTPUT_LANES = 4, 2  # lanes across the columns of a unit: 32 of the experts' first, 16 of their second matrix
+# Loads and pieces of codes that a lane and a warp have in flight where a stage has a matrix in bfloat16 and one in codes.
+MIXED_LOADS, MIXED_PIECES = 8, 2
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
@@ -55,6 +69,7 @@ class Inputs:
     index_scale: float = 0.0
     index_interleaved: bool = True
     index_scaled: bool = False  # keys in 8 bits with scales
+    codes: bool = False  # whether the projections up are in 8 bits
 
     @property
     def latent_end(self) -> int:
@@ -87,6 +102,8 @@ class Outputs:
     width: int = 0  # of an expert
     normalised: bool = True
     scale: float = 1.0
+    out_codes: bool = False  # whether the output projection, and the matrices of the MLP, are in 8 bits
+    mlp_codes: bool = False
 
     @property
     def first(self) -> int:
@@ -146,10 +163,71 @@ def _load_float32(base: Value, i: Value) -> Value:
     return ptx.float_of(ptx.load_fresh(ptx.offset(base, i, 4)))
 
 
-def _write_bfloat16(thread: Thread, pairs: int, pair: Callable[[Value], tuple[Value, Value]], target: Value) -> None:
-    sink = parts.to_shared(target)
+def _write_bfloat16(
+    thread: Thread,
+    pairs: int,
+    pair: Callable[[Value], tuple[Value, Value]],
+    sink: Callable[[Value, Value, Value], None],
+) -> None:
     for i, exists in parts.indices_of_thread(thread, pairs):
         sink(i, ptx.to_bfloat16_pair(*pair(i)), exists)
+
+
+class MatrixProduct:
+    """Rows of a matrix [N, width], bfloat16 or codes, times a vector in shared memory; a thread block takes at most `most`.
+
+    It is made with the shared memory that it needs, and `of` says which rows it takes.
+    """
+
+    def __init__(self, shared: SharedMemory, width: int, most: int, *, codes: bool):
+        self.split, self.codes = TileSplit(width, most), codes
+        self.vector = GroupedVector.allocate(shared, width) if codes else shared.allocate(2 * width)
+        self.sums, self.ring = shared.allocate(self.split.sums_bytes) if codes else None, shared.ring
+
+    def of(self, thread: Thread, matrix: Value, scales: Value | None, first: Value, end: Value) -> None:
+        """Takes rows first .. end - 1 of the matrix at address `matrix`, codes with the scales at `scales`."""
+        width, most = self.split.width, self.split.most
+        self.product: Product | CodesProduct
+        if self.codes:
+            self.product = CodesProduct(thread, Codes(matrix, scales, width), self.split, first, end, self.sums, ring=self.ring)
+        else:
+            self.product = Product(thread, matrix, width, first, end, most)
+
+    def sink(self, thread: Thread) -> Callable[[Value, Value, Value], None]:
+        """What receives the vector as pairs of bfloat16."""
+        return parts.to_groups(thread, self.vector) if self.codes else parts.to_shared(self.vector)
+
+    def begin(self) -> None:
+        self.product.begin()
+
+    def prefetch(self, thread: Thread) -> None:
+        self.product.prefetch(thread)
+
+    def finish(self, emit: Callable[[Value, Value, Value], None]) -> None:
+        if isinstance(self.product, CodesProduct):
+            self.product.finish(self.vector, emit)
+        else:
+            self.product.finish(lambda row: self.vector, emit)
+
+    def add_to(self, load: Callable[[Value], Value], target: Value) -> None:
+        """Stores load(row) + sum, in bfloat16, as number `row` at `target`; codes load before they sum."""
+
+        def store(row: Value, x: Value, total: Value, stores: Value) -> None:
+            ptx.store_global_bfloat16(ptx.offset(target, row, 2), ptx.plus(x, ptx.rounded(total)), stores)
+
+        if isinstance(self.product, CodesProduct):
+            rows = self.product.rows_of_thread()
+            loaded = [load(row) for row, _ in rows]
+            for (row, exists), x, total in zip(rows, loaded, self.product.totals(self.vector), strict=True):
+                store(row, x, total, exists)
+        else:
+            self.product.finish(lambda row: self.vector, lambda row, total, stores: store(row, load(row), total, stores))
+
+
+def _scales_of(a: Mapping[str, Value], names: Sequence[str], rows: BlockRows) -> Value | None:
+    """The address of the scales of that of one or two matrices that `rows` are of, None if they are not codes."""
+    scales = [a[f"{name}_scales"] for name in names if f"{name}_scales" in a]
+    return ptx.select(rows.is_first, *scales) if len(scales) == 2 else next(iter(scales), None)
 
 
 # ---- attention_inputs
@@ -182,23 +260,24 @@ class Up(Stage):
 
     def __init__(self, p: Inputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
         self.p, self.a, self.thread = p, a, thread
-        self.vector, self.sums, self.own_sums = shared.allocate(2 * p.q_rank), shared.allocate(64), shared.allocate(64)
+        counts = {"up": p.heads * p.head_dim, "index_up": p.index_heads * INDEX_WIDTH}
+        names = [name for name, count in counts.items() if count]
+        most = max(parts.largest_block_shares([counts[name] for name in names], ROPE_BLOCK))
+        self.product = MatrixProduct(shared, p.q_rank, most, codes=p.codes)
+        self.sums, self.own_sums = shared.allocate(64), shared.allocate(64)
         if a:
-            matrices = [(a["up"], p.heads * p.head_dim)]
-            if p.index_heads:
-                matrices.append((a["index_up"], p.index_heads * INDEX_WIDTH))
-            self.rows = parts.BlockRows.of(thread, matrices, ROPE_BLOCK)
-            self.product = Product(thread, self.rows.matrix, p.q_rank, self.rows.first, self.rows.end, self.rows.most)
+            self.rows = rows = BlockRows.of(thread, [(a[name], counts[name]) for name in names], ROPE_BLOCK)
+            self.product.of(thread, rows.matrix, _scales_of(a, names, rows), rows.first, rows.end)
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
-        pair, sink = parts.fresh_pair(a["down_out"]), parts.to_shared(self.vector)
+        pair, sink = parts.fresh_pair(a["down_out"]), self.product.sink(thread)
         parts.normalise(thread, p.q_rank // 2, pair, a["q_norm"], p.latent_eps, self.sums, sink, in_bfloat16=False)
         ptx.block_barrier()
-        self.product.finish(lambda row: self.vector, _rounded_sink(ptx.offset(a["up_out"], self.rows.offset, 4)))
+        self.product.finish(_rounded_sink(ptx.offset(a["up_out"], self.rows.offset, 4)))
         with ptx.when(thread.is_block_from_end(ROPE_BLOCK)):
             self.write_latent()
 
@@ -261,7 +340,7 @@ class Absorb(Stage):
             which = ptx.minimum(ptx.add(head, ptx.div(i, pairs)), p.heads - 1)
             return parts.fresh_pair(a["up_out"])(ptx.add(ptx.mul(which, p.head_dim // 2), ptx.rem(i, pairs)))
 
-        _write_bfloat16(thread, 2 * pairs, pair, self.vectors)
+        _write_bfloat16(thread, 2 * pairs, pair, parts.to_shared(self.vectors))
         ptx.block_barrier()
 
         def vector(row: Value) -> Value:
@@ -410,48 +489,96 @@ class Out(Stage):
 
     def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
         self.p, self.a, self.thread = p, a, thread
-        self.vector = shared.allocate(2 * p.heads * p.value)
+        most = parts.largest_block_share(p.hidden)
+        self.product = MatrixProduct(shared, p.heads * p.value, most, codes=p.out_codes)
         if a:
-            first, end = parts.block_share(thread, p.hidden)
-            most = parts.largest_block_share(p.hidden)
-            self.product = Product(thread, a["out"], p.heads * p.value, first, end, most)
+            self.product.of(thread, a["out"], a.get("out_scales"), *parts.block_share(thread, p.hidden))
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
         p, a = self.p, self.a
-        _write_bfloat16(self.thread, p.heads * p.value // 2, parts.fresh_pair(a["values"]), self.vector)
+        _write_bfloat16(self.thread, p.heads * p.value // 2, parts.fresh_pair(a["values"]), self.product.sink(self.thread))
         ptx.block_barrier()
 
-        def emit(row: Value, total: Value, stores: Value) -> None:
-            x = _load_bfloat16(a["x"], ptx.minimum(row, p.hidden - 1), ptx.load_global)
-            ptx.store_global_bfloat16(ptx.offset(a["middle"], row, 2), ptx.plus(x, ptx.rounded(total)), stores)
+        def load(row: Value) -> Value:
+            return _load_bfloat16(a["x"], ptx.minimum(row, p.hidden - 1), ptx.load_global)
 
-        self.product.finish(lambda row: self.vector, emit)
+        self.product.add_to(load, a["middle"])
 
 
 class First(Stage):
-    """norm(middle) times the router and the shared experts' first matrix, or a dense layer's -> first float32."""
+    """norm(middle) times the router and the shared experts' first matrix, or a dense layer's -> first float32.
+
+    vector, groups: norm(middle) in shared memory as bfloat16 and for codes, where this stage or the next one needs it.
+    """
 
     def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
         self.p, self.a, self.thread = p, a, thread
-        self.vector, self.sums = shared.allocate(2 * p.hidden), shared.allocate(64)
+        counts = {"router": p.experts, "shared_gate_up": 2 * p.shared}
+        names = [name for name, count in counts.items() if count]
+        self.vector = shared.allocate(2 * p.hidden) if p.experts or not p.mlp_codes else None
+        self.sums = shared.allocate(64)
+        self.groups = GroupedVector.allocate(shared, p.hidden) if p.mlp_codes else None
+        row_bytes = (2 * p.hidden, p.hidden) if p.mlp_codes else (1, 1)
+        most = parts.largest_block_shares([counts[name] for name in names], row_bytes=row_bytes)
+        split = TileSplit(p.hidden, most[-1]) if p.mlp_codes and p.shared else None
+        sums = shared.allocate(split.sums_bytes) if split else None
         if a:
-            counts = {"router": p.experts, "shared_gate_up": 2 * p.shared}
-            matrices = [(a[name], count) for name, count in counts.items() if count]
-            self.rows = parts.BlockRows.of(thread, matrices)
-            self.product = Product(thread, self.rows.matrix, p.hidden, self.rows.first, self.rows.end, self.rows.most)
+            matrices = [(a[name], counts[name]) for name in names]
+            self.rows = rows = BlockRows.of(thread, matrices, row_bytes=row_bytes)
+            self.of_bfloat16: Product | None = None
+            self.of_codes: CodesProduct | None = None
+            if split is None:
+                self.of_bfloat16 = Product(thread, rows.matrix, p.hidden, rows.first, rows.end, rows.most)
+            elif not p.experts:
+                self.of_codes = CodesProduct(
+                    thread,
+                    Codes(rows.matrix, a["shared_gate_up_scales"], p.hidden),
+                    split,
+                    rows.first,
+                    rows.end,
+                    sums,
+                    ring=shared.ring,
+                )
+            else:  # a thread block has rows of one of the two; fewer loads in flight leave registers for both
+                end = ptx.select(rows.is_first, rows.end, rows.first)
+                self.of_bfloat16 = Product(thread, a["router"], p.hidden, rows.first, end, most[0], MIXED_LOADS)
+                matrix, end = (
+                    Codes(a["shared_gate_up"], a["shared_gate_up_scales"], p.hidden),
+                    ptx.select(rows.is_first, rows.first, rows.end),
+                )
+                self.of_codes = CodesProduct(thread, matrix, split, rows.first, end, sums, MIXED_PIECES, ring=shared.ring)
+            self.products = [product for product in (self.of_bfloat16, self.of_codes) if product is not None]
 
     def begin(self) -> None:
-        self.product.begin()
+        for product in self.products:
+            product.begin()
 
     def run(self) -> None:
-        p, a = self.p, self.a
-        pair, sink = _bfloat16_pair(a["middle"], ptx.load_fresh), parts.to_shared(self.vector)
-        parts.normalise(self.thread, p.hidden // 2, pair, a["mlp_norm"], p.eps, self.sums, sink, in_bfloat16=True)
+        p, a, thread = self.p, self.a, self.thread
+        sinks = [] if self.vector is None else [parts.to_shared(self.vector)]
+        if self.groups is not None:
+            sinks.append(parts.to_groups(thread, self.groups))
+
+        def sink(i: Value, word: Value, exists: Value) -> None:
+            for keep in sinks:
+                keep(i, word, exists)
+
+        pair = _bfloat16_pair(a["middle"], ptx.load_fresh)
+        parts.normalise(thread, p.hidden // 2, pair, a["mlp_norm"], p.eps, self.sums, sink, in_bfloat16=True)
         ptx.block_barrier()
-        self.product.finish(lambda row: self.vector, _float32_sink(ptx.offset(a["first"], self.rows.offset, 4)))
+        emit = _float32_sink(ptx.offset(a["first"], self.rows.offset, 4))
+        is_first = self.rows.is_first
+        if self.of_bfloat16 is not None:
+            with contextlib.nullcontext() if self.of_codes is None else ptx.when(is_first):
+                self.of_bfloat16.finish(lambda row: self.vector, emit)
+        if self.of_codes is not None:
+            assert self.groups is not None
+            is_second = None if self.of_bfloat16 is None else ptx.compare("eq", ptx.select(is_first, 1, 0), 0)
+            with contextlib.nullcontext() if is_second is None else ptx.when(is_second):
+                self.of_codes.finish(self.groups, emit)
 
 
 class RoutedExperts:
@@ -580,15 +707,10 @@ class ExpertsSecond(Stage):
         p, a, thread = self.p, self.a, self.thread
         if p.shared:
             gate = ptx.offset(a["first"], ptx.constant(p.experts), 4)
-            _write_bfloat16(thread, p.shared // 2, _activated(gate, p.shared), self.shared_vector)
+            _write_bfloat16(thread, p.shared // 2, _activated(gate, p.shared), parts.to_shared(self.shared_vector))
         for i, exists in parts.indices_of_thread(thread, p.num_experts_per_token * p.width // 4):
-            slot, four = ptx.div(i, p.width // 4), ptx.rem(i, p.width // 4)
-            at = ptx.offset(ptx.offset(a["hidden"], slot, 8 * p.width), four, 16)
-            gates = [ptx.rounded(ptx.float_of(word)) for word in ptx.load_fresh_words(at)]
-            ups = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
-            ups = [ptx.rounded(ptx.float_of(word)) for word in ups]
+            slot, hidden = _hidden_of_experts(p, a, i)
             weight = _select_value(slot, self.before.routed.weights)
-            hidden = [ptx.rounded(ptx.times(parts.silu(g), u)) for g, u in zip(gates, ups, strict=True)]
             words = [ptx.bits_of(ptx.times(x, weight)) for x in hidden]
             with ptx.when(exists):
                 ptx.store_shared_words(ptx.add(self.vector, ptx.shift_left(i, 4)), words)
@@ -624,29 +746,156 @@ class ExpertsSecond(Stage):
             ptx.block_barrier()
 
 
+class ExpertsFirstInCodes(Stage):
+    """As `ExpertsFirst`, with matrices [E, 2, I, D] in codes. `vector`: norm(middle), from `First`."""
+
+    def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory, vector: GroupedVector):
+        self.p, self.a, self.thread, self.vector = p, a, thread, vector
+        self.rows = p.num_experts_per_token * 2 * p.width
+        self.split = TileSplit(p.hidden, parts.largest_block_share(self.rows))
+        self.sums, self.ring = shared.allocate(self.split.sums_bytes), shared.ring
+
+    def run(self) -> None:
+        p, a, thread = self.p, self.a, self.thread
+        self.routed = RoutedExperts(p, a, thread)
+        matrices = RowsOfExperts(Codes(a["gate_up"], a["gate_up_scales"], p.hidden), 2 * p.width, self.routed.experts)
+        product = CodesProduct(thread, matrices, self.split, *parts.block_share(thread, self.rows), self.sums, ring=self.ring)
+        product.begin()
+        product.finish(self.vector, _float32_sink(a["hidden"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsOfExperts:
+    """The matrices of some experts below each other, `rows` rows of each; `all_matrices`: those of all experts."""
+
+    all_matrices: Codes
+    rows: int
+    experts: Sequence[Value]
+
+    def piece(self, row: Value, piece: Value, step: int) -> tuple[Value, Value]:
+        expert = _select_value(ptx.div(row, self.rows), self.experts)
+        return self.all_matrices.piece(ptx.add(ptx.mul(expert, self.rows), ptx.rem(row, self.rows)), piece, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnsOfExperts:
+    """The matrices of some experts beside each other, `rows` rows in all."""
+
+    all_matrices: Codes
+    rows: int
+    experts: Sequence[Value]
+
+    def piece(self, row: Value, piece: Value, step: int) -> tuple[Value, Value]:
+        pieces, piece = self.all_matrices.width // parts.SCALE_BLOCK, ptx.add(piece, step)
+        expert = _select_value(ptx.div(piece, pieces), self.experts)
+        return self.all_matrices.piece(ptx.add(ptx.mul(expert, self.rows), row), ptx.rem(piece, pieces), 0)
+
+
+class ExpertsSecondInCodes(Stage):
+    """As `ExpertsSecond`, with matrices in codes: [E, D, I] of the experts, [D, Is] of the shared ones."""
+
+    def __init__(
+        self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory, experts_first: ExpertsFirstInCodes
+    ):
+        self.p, self.a, self.thread, self.before = p, a, thread, experts_first
+        most = parts.largest_block_share(p.hidden)
+        self.split = TileSplit(p.num_experts_per_token * p.width, most)
+        self.vector, self.sums = GroupedVector.allocate(shared, self.split.width), shared.allocate(self.split.sums_bytes)
+        self.of_shared: CodesProduct | None = None
+        self.ring = shared.ring
+        if p.shared:
+            split = TileSplit(p.shared, most)
+            self.shared_vector, sums = GroupedVector.allocate(shared, p.shared), shared.allocate(split.sums_bytes)
+        if a:
+            self.first, self.end = parts.block_share(thread, p.hidden)
+            if p.shared:
+                matrix = Codes(a["shared_down"], a["shared_down_scales"], p.shared)
+                ring = shared.ring
+                if ring is not None and ring.depth >= 4:
+                    ring = ring.part(ring.depth - 1, 1)
+                self.of_shared = CodesProduct(thread, matrix, split, self.first, self.end, sums, ring=ring)
+
+    def begin(self) -> None:
+        """The experts are known before the barrier, what they multiply is not."""
+        p, a = self.p, self.a
+        matrices = ColumnsOfExperts(
+            Codes(a["expert_down"], a["expert_down_scales"], p.width), p.hidden, self.before.routed.experts
+        )
+        ring = self.ring
+        if ring is not None and ring.depth >= 4 and self.of_shared:
+            ring = ring.part(0, ring.depth - 1)
+        self.product = CodesProduct(self.thread, matrices, self.split, self.first, self.end, self.sums, ring=ring)
+        self.product.begin(parts.PIECES_IN_FLIGHT - 1)
+        if self.of_shared and (self.ring is None or self.ring.depth >= 4):
+            self.of_shared.begin(1)
+
+    def run(self) -> None:
+        p, a, thread = self.p, self.a, self.thread
+        if self.of_shared:
+            gate = ptx.offset(a["first"], ptx.constant(p.experts), 4)
+            _write_bfloat16(thread, p.shared // 2, _activated(gate, p.shared), parts.to_groups(thread, self.shared_vector))
+        self.write_hidden()
+        ptx.block_barrier()
+        rows = self.product.rows_of_thread()
+        before = [_load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh) for row, _ in rows]
+        totals = [ptx.rounded(total) for total in self.product.totals(self.vector)]
+        if self.of_shared:
+            if self.ring is not None and self.ring.depth < 4:
+                self.of_shared.begin()
+            of_shared = self.of_shared.totals(self.shared_vector)
+            totals = [ptx.rounded(ptx.plus(x, ptx.rounded(y))) for x, y in zip(totals, of_shared, strict=True)]
+        for (row, exists), x, total in zip(rows, before, totals, strict=True):
+            ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), ptx.plus(x, total), exists)
+
+    def write_hidden(self) -> None:
+        """silu(gate) * up of the experts, one after the other, each multiplied by the expert's weight: by its factors."""
+        p, thread = self.p, self.thread
+        for i, exists in parts.indices_of_thread(thread, self.split.width // 4):
+            slot, hidden = _hidden_of_experts(p, self.a, i)
+            top = functools.reduce(ptx.maximum, map(ptx.magnitude_bits, hidden))
+            scale, factor = ptx.float16_scale(ptx.reduce_warp("max", top))
+            factor = ptx.bits_of(ptx.times(factor, _select_value(slot, self.before.routed.weights)))
+            with ptx.when(exists):
+                for half in range(2):
+                    pair = [ptx.times(x, scale) for x in hidden[2 * half : 2 * half + 2]]
+                    at = ptx.add(self.vector.numbers, ptx.shift_left(i, 3), 4 * half)
+                    ptx.store_shared(at, ptx.to_float16_pair(*pair))
+                with ptx.when(ptx.compare("slt", thread.lane, 2)):  # 128 numbers of a warp are two groups
+                    group = ptx.add(ptx.shift_left(ptx.shift_right(i, 5), 1), thread.lane)
+                    ptx.store_shared(ptx.add(self.vector.factors, ptx.shift_left(group, 2)), factor)
+
+
+def _hidden_of_experts(p: Outputs, a: Mapping[str, Value], i: Value) -> tuple[Value, list[Value]]:
+    """The i-th four of silu(gate) * up of the token's experts, and whose they are, by number among the token's experts."""
+    slot, four = ptx.div(i, p.width // 4), ptx.rem(i, p.width // 4)
+    at = ptx.offset(ptx.offset(a["hidden"], slot, 8 * p.width), four, 16)
+    gates = [ptx.rounded(ptx.float_of(word)) for word in ptx.load_fresh_words(at)]
+    ups = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
+    ups = [ptx.rounded(ptx.float_of(word)) for word in ups]
+    return slot, [ptx.rounded(ptx.times(parts.silu(g), u)) for g, u in zip(gates, ups, strict=True)]
+
+
 class DenseSecond(Stage):
     """middle + a dense layer's second matrix -> out [D] bfloat16."""
 
     def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
         self.p, self.a, self.thread = p, a, thread
-        self.vector = shared.allocate(2 * p.shared)
+        self.product = MatrixProduct(shared, p.shared, parts.largest_block_share(p.hidden), codes=p.mlp_codes)
         if a:
-            first, end = parts.block_share(thread, p.hidden)
-            self.product = Product(thread, a["shared_down"], p.shared, first, end, parts.largest_block_share(p.hidden))
+            self.product.of(thread, a["shared_down"], a.get("shared_down_scales"), *parts.block_share(thread, p.hidden))
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
-        p, a = self.p, self.a
-        _write_bfloat16(self.thread, p.shared // 2, _activated(a["first"], p.shared), self.vector)
+        p, a, thread = self.p, self.a, self.thread
+        _write_bfloat16(thread, p.shared // 2, _activated(a["first"], p.shared), self.product.sink(thread))
         ptx.block_barrier()
 
-        def emit(row: Value, total: Value, stores: Value) -> None:
-            x = _load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
-            ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), ptx.plus(x, ptx.rounded(total)), stores)
+        def load(row: Value) -> Value:
+            return _load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
 
-        self.product.finish(lambda row: self.vector, emit)
+        self.product.add_to(load, a["y"])
 
 
 def _activated(gate: Value, width: int) -> Callable[[Value], tuple[Value, Value]]:
@@ -670,13 +919,31 @@ def _input_stages(
     down, up, absorb = Down(p, a, thread, shared), Up(p, a, thread, shared), Absorb(p, a, thread, shared)
     if a:
         if is_first_kernel:
-            down.prefetches = [lambda: up.product.prefetch(thread), lambda: absorb.product.prefetch(thread)]
+            vectors = functools.partial(parts.prefetch_vectors, thread, _input_vectors(p, a))
+            down.prefetches = [vectors, lambda: up.product.prefetch(thread), lambda: absorb.product.prefetch(thread)]
         # The attention between the kernels leaves SMs idle: meanwhile its outputs' first matrices stream to L2.
         absorb.prefetches = [
             lambda: parts.prefetch(thread, a["next_v_up"], 2 * VALUE_DIM, *parts.block_share(thread, p.heads * p.value)),
-            lambda: parts.prefetch(thread, a["next_out"], 2 * p.heads * p.value, *parts.block_share(thread, p.hidden)),
+            functools.partial(_prefetch_out, p, a, thread),
         ]
     return [down, up, absorb]
+
+
+def _input_vectors(p: Inputs, a: Mapping[str, Value]) -> list[tuple[Value, int]]:
+    """Addresses and bytes of the vectors that the stages before an attention read."""
+    sizes = {"norm": 2 * p.hidden, "q_norm": 2 * p.q_rank, "kv_norm": 2 * VALUE_DIM, "cos": 2 * ROTARY, "sin": 2 * ROTARY}
+    if p.index_heads:
+        sizes |= {"key_norm": 2 * INDEX_WIDTH, "key_norm_bias": 2 * INDEX_WIDTH}
+    return [(a[name], size) for name, size in sizes.items()]
+
+
+def _prefetch_out(p: Inputs, a: Mapping[str, Value], thread: Thread) -> None:
+    first, end = parts.block_share(thread, p.hidden)
+    width = p.heads * p.value
+    if "next_out_scales" in a:
+        Codes(a["next_out"], a["next_out_scales"], width).prefetch(thread, first, end, parts.largest_block_share(p.hidden))
+    else:
+        parts.prefetch(thread, a["next_out"], 2 * width, first, end)
 
 
 def _output_stages(
@@ -684,21 +951,33 @@ def _output_stages(
 ) -> list[Stage]:
     values, out, first = Values(p, a, thread, shared), Out(p, a, thread, shared), First(p, a, thread, shared)
     stages: list[Stage] = [values, out, first]
-    second: Stage
-    if p.experts:
+    products: Sequence[Product | CodesProduct | MatrixProduct]
+    if p.experts and p.mlp_codes:
+        assert first.groups is not None
+        codes_first = ExpertsFirstInCodes(p, a, thread, shared, first.groups)
+        codes_second = ExpertsSecondInCodes(p, a, thread, shared, codes_first)
+        stages += [codes_first, codes_second]
+        products = [codes_second.of_shared] if codes_second.of_shared else []
+    elif p.experts:
         experts_first = ExpertsFirst(p, a, thread, shared, first.vector)
-        stages.append(experts_first)
-        second = experts = ExpertsSecond(p, a, thread, shared, experts_first)
+        experts = ExpertsSecond(p, a, thread, shared, experts_first)
+        stages += [experts_first, experts]
         products = experts.products if a else []
     else:
-        second = dense = DenseSecond(p, a, thread, shared)
-        products = [dense.product] if a else []
-    stages.append(second)
+        dense = DenseSecond(p, a, thread, shared)
+        stages.append(dense)
+        products = [dense.product]
     inputs: list[Down | Up | Absorb] = []
     if next_layer is not None:
         inputs = _input_stages(next_layer, {**a, "x": a["y"]} if a else a, thread, shared, is_first_kernel=False)
     if a:
-        values.prefetches = [functools.partial(product.prefetch, thread) for product in (first.product, *products)]
+        vectors = [(a["mlp_norm"], 2 * p.hidden)]
+        if p.experts:
+            vectors.append((a["router_bias"], 4 * p.experts))
+        if next_layer is not None:
+            vectors += _input_vectors(next_layer, a)
+        values.prefetches = [functools.partial(product.prefetch, thread) for product in (*first.products, *products)]
+        values.prefetches.append(functools.partial(parts.prefetch_vectors, thread, vectors))
         # While the experts are num_experts_per_token nothing of this layer can stream.
         stages[3].prefetches = [functools.partial(stage.product.prefetch, thread) for stage in inputs]
     return [*stages, *inputs]
@@ -709,10 +988,13 @@ def _call_kernel(
     stages: Callable[[Mapping[str, Value], Any, SharedMemory], Sequence[Stage]],
     operands: Mapping[str, Any],
     outs: Mapping[str, jax.ShapeDtypeStruct],
+    in_codes: bool = False,
 ) -> dict[str, jax.Array]:
     """Calls a kernel whose `stages` read `operands` and write `outs` and the operands that are references, all by name."""
     sizes = SharedMemory()
     stages({}, None, sizes)
+    depth = min(parts.RING_DEPTH, (parts.SHARED_LIMIT - sizes.used) // parts.RING_BYTES) if in_codes and parts.RING else 0
+    shared_bytes = sizes.used + depth * parts.RING_BYTES
     names = [*operands, *outs, "shared"]
 
     def body(*refs: Any) -> None:
@@ -722,7 +1004,9 @@ def _call_kernel(
             *arrays, memory = references
             addresses = {n: ptx.global_address(v) for n, v in zip(names[:-1], arrays, strict=True)}
             thread = Thread.current(ptx.scalar(block))
-            _in_sequence(stages(addresses, thread, SharedMemory(ptx.shared_address(memory))), addresses["barrier_count"])
+            base = ptx.shared_address(memory)
+            ring = parts.Ring(ptx.add(base, sizes.used), depth) if depth else None
+            _in_sequence(stages(addresses, thread, SharedMemory(base, ring)), addresses["barrier_count"])
 
         program(*refs, jax.lax.axis_index("block"))
 
@@ -730,7 +1014,7 @@ def _call_kernel(
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outs.values()),
-        scratch_types=(plgpu.SMEM((sizes.used // 4,), jnp.int32),),
+        scratch_types=(plgpu.SMEM((shared_bytes // 4,), jnp.int32),),
         grid=(parts.BLOCKS,),
         grid_names=("block",),
         num_threads=parts.THREADS // 128,
@@ -740,34 +1024,44 @@ def _call_kernel(
     return dict(zip(outs, kernel(*operands.values()), strict=True))
 
 
+def _arrays(weights: Mapping[str, jax.Array | Scaled]) -> dict[str, jax.Array]:
+    """The weights' arrays by name; a matrix in codes is one of codes and NAME_scales in float32."""
+    arrays: dict[str, jax.Array] = {}
+    for name, w in weights.items():
+        if isinstance(w, Scaled):
+            arrays |= {name: w.codes, f"{name}_scales": quant.float_scales(w.scales)}
+        else:
+            arrays[name] = w
+    return arrays
+
+
 def _inputs(
-    hidden: int, layer: AttentionWeights, outputs: Mapping[str, jax.Array]
+    hidden: int, layer: AttentionWeights, outputs: Mapping[str, jax.Array | Scaled]
 ) -> tuple[Inputs, dict[str, Any], dict[str, Any]]:
     """Sizes, operands and outputs of the stages before an attention; `outputs`: the layer's weights for `layer_outputs`."""
     w = layer.weights
     full, scaled = layer.index_keys is not None, layer.index_scales is not None
     p = Inputs(
         hidden=hidden,
-        q_rank=w["q_norm"].size,
+        q_rank=w["q_norm"].shape[0],
         heads=w["k_up"].shape[0],
         nope=w["k_up"].shape[2],
         value=outputs["v_up"].shape[1],
         max_len=layer.latents.size // WIDTH,
         eps=layer.eps,
         latent_eps=layer.latent_eps,
-        index_heads=w["down"].shape[0] - w["q_norm"].size - WIDTH - INDEX_WIDTH if full else 0,
+        index_heads=w["down"].shape[0] - w["q_norm"].shape[0] - WIDTH - INDEX_WIDTH if full else 0,
         index_scale=layer.index_scale,
         index_interleaved=layer.index_interleaved,
         index_scaled=scaled,
+        codes=isinstance(w["up"], Scaled),
     )
     cos, sin = layer.cos_sin
     operands: dict[str, Any] = {
         "position": layer.position,
         "cos": cos,
         "sin": sin,
-        "next_v_up": outputs["v_up"],
-        "next_out": outputs["out"],
-        **w,
+        **_arrays({"next_v_up": outputs["v_up"], "next_out": outputs["out"], **w}),
     }
     for name, array in layer.caches().items():
         operands[name] = jax.new_ref(array)
@@ -798,7 +1092,7 @@ def _attention_operands(
 
 
 def attention_inputs(
-    x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array], barrier_count: jax.Array
+    x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array | Scaled], barrier_count: jax.Array
 ) -> tuple[AttentionOperands, jax.Array]:
     p, operands, outs = _inputs(x.size, layer, outputs)
     operands |= {"x": x, "barrier_count": jax.new_ref(barrier_count)}
@@ -806,14 +1100,14 @@ def attention_inputs(
     def stages(a: Mapping[str, Value], thread: Any, shared: SharedMemory) -> Sequence[Stage]:
         return _input_stages(p, a, thread, shared, is_first_kernel=True)
 
-    results = _call_kernel("decode_inputs", stages, operands, outs)
+    results = _call_kernel("decode_inputs", stages, operands, outs, p.codes)
     return _attention_operands(layer, operands, results), jax.freeze(operands["barrier_count"])
 
 
 def layer_outputs(
     x: jax.Array,
     context: jax.Array,
-    outputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jax.Array | Scaled],
     barrier_count: jax.Array,
     *,
     eps: float,
@@ -821,17 +1115,29 @@ def layer_outputs(
     normalised: bool,
     scale: float,
     next_layer: AttentionWeights | None,
-    next_outputs: Mapping[str, jax.Array] | None,
+    next_outputs: Mapping[str, jax.Array | Scaled] | None,
 ) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
     heads, value, _ = outputs["v_up"].shape
     routed = "gate_up" in outputs
-    experts = outputs["router_bias"].size if routed else 0
+    experts = outputs["router_bias"].shape[0] if routed else 0
     shared_width = outputs["shared_gate_up"].shape[0] // 2 if "shared_gate_up" in outputs else 0
-    width = outputs["expert_down"].shape[1] if routed else 0
+    mlp_codes = isinstance(outputs["gate_up" if routed else "shared_gate_up"], Scaled)
+    width = outputs["expert_down"].shape[2 if mlp_codes else 1] if routed else 0
     p = Outputs(
-        x.size, heads, value, eps, shared_width, experts, num_experts_per_token if routed else 0, width, normalised, scale
+        x.size,
+        heads,
+        value,
+        eps,
+        shared_width,
+        experts,
+        num_experts_per_token if routed else 0,
+        width,
+        normalised,
+        scale,
+        out_codes=isinstance(outputs["out"], Scaled),
+        mlp_codes=mlp_codes,
     )
-    operands: dict[str, Any] = {"x": x, "context": context, **outputs, "barrier_count": jax.new_ref(barrier_count)}
+    operands: dict[str, Any] = {"x": x, "context": context, **_arrays(outputs), "barrier_count": jax.new_ref(barrier_count)}
     outs: dict[str, Any] = {
         "values": jax.ShapeDtypeStruct((heads * value,), jnp.float32),
         "middle": jax.ShapeDtypeStruct((p.hidden,), jnp.bfloat16),
@@ -849,6 +1155,9 @@ def layer_outputs(
     def stages(a: Mapping[str, Value], thread: Any, shared: SharedMemory) -> list[Stage]:
         return _output_stages(p, next_sizes, a, thread, shared)
 
-    results = _call_kernel("decode_outputs" if next_sizes is None else "decode_outputs_inputs", stages, operands, outs)
+    in_codes = p.out_codes or p.mlp_codes or (next_sizes is not None and next_sizes.codes)
+    results = _call_kernel(
+        "decode_outputs" if next_sizes is None else "decode_outputs_inputs", stages, operands, outs, in_codes
+    )
     attention = None if next_layer is None else _attention_operands(next_layer, operands, results)
     return results["y"], attention, jax.freeze(operands["barrier_count"])

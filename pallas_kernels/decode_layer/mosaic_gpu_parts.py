@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from pallas_kernels import hopper, ptx
 
@@ -20,6 +20,15 @@ LOADS_IN_FLIGHT = 20  # of 16 bytes, by a lane: 80 of its 128 registers
 PREFETCH_BYTES = 8192  # copied to L2 by one instruction
 MAX_PREFETCHES = 256  # instructions of a thread block for one matrix
 COLUMN_LOADS_IN_FLIGHT = 16  # fewer, because 8 sums need registers too
+SCALE_BLOCK = 128  # rows and columns of codes that share a scale
+TILE_ROWS = 16  # of codes, that a warp multiplies at once
+GROUP = 64  # numbers of a vector in float16 that share a factor
+SLOT_BYTES = TILE_ROWS * SCALE_BLOCK + 256  # of a piece of codes on its way: and two scales a lane
+RING_BYTES = WARPS * SLOT_BYTES
+RING_DEPTH = 4  # pieces of codes on their way a warp, at most
+SHARED_LIMIT = 225 * 1024
+RING = True
+PIECES_IN_FLIGHT = 4  # of 16 x 128 codes, by a warp: 72 registers of a lane
 
 Value = Any
 
@@ -43,11 +52,22 @@ class Thread:
         return ptx.compare("eq", self.block, BLOCKS - number)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Shared memory for pieces of codes on their way, `depth` of them a warp."""
+
+    address: Value
+    depth: int
+
+    def part(self, first: int, depth: int) -> Ring:
+        return Ring(ptx.add(self.address, first * RING_BYTES), depth)
+
+
 class SharedMemory:
     """Allocates shared memory from `base` on; without `base` it only adds up the sizes, in `used`."""
 
-    def __init__(self, base: Value | None = None):
-        self.base, self.used = base, 0
+    def __init__(self, base: Value | None = None, ring: Ring | None = None):
+        self.base, self.used, self.ring = base, 0, ring
 
     def allocate(self, size: int) -> Value:
         start, self.used = self.used, self.used + -(-size // 16) * 16
@@ -67,6 +87,7 @@ class BlockRows:
     """The rows first .. end - 1 of `matrix` that this thread block takes.
 
     They are the rows `offset` + first, ... of all matrices laid below each other; no thread block takes more than `most`.
+    Of two matrices, `is_first` says whether it is the first.
     """
 
     matrix: Value
@@ -74,32 +95,51 @@ class BlockRows:
     end: Value
     offset: Value
     most: int
+    is_first: Value = None
 
     @staticmethod
-    def of(thread: Thread, matrices: Sequence[tuple[Value, int]], spared: int = 0) -> BlockRows:
+    def of(
+        thread: Thread, matrices: Sequence[tuple[Value, int]], spared: int = 0, row_bytes: tuple[int, int] = (1, 1)
+    ) -> BlockRows:
         """Shares the rows of one or two matrices, given as addresses and numbers of rows, among all but the last blocks.
 
-        Every thread block takes rows of one matrix, so that two cost a lane no more registers than one does.
+        Every thread block takes rows of one matrix, so that two cost a lane no more registers than one does. `row_bytes`: of
+        two matrices, how long their rows are, at least in proportion.
         """
         (address, count), *second = matrices
         blocks = BLOCKS - spared
         if not second:
             return BlockRows(address, *block_share(thread, count, spared), ptx.constant(0), largest_block_share(count, spared))
         ((address2, count2),) = second
-
-        def largest(blocks_of_first: int) -> int:
-            return max(-(-count // blocks_of_first), -(-count2 // (blocks - blocks_of_first)))
-
-        border = min(range(1, blocks), key=largest)
+        border, most = _border((count, count2), blocks, row_bytes)
         is_first = ptx.compare("slt", thread.block, border)
         block = ptx.select(is_first, thread.block, ptx.sub(thread.block, border))
         rows, sharing = ptx.select(is_first, count, count2), ptx.select(is_first, border, blocks - border)
         first, end = (ptx.minimum(ptx.div(ptx.mul(ptx.add(block, i), rows), sharing), rows) for i in range(2))
-        return BlockRows(ptx.select(is_first, address, address2), first, end, ptx.select(is_first, 0, count), largest(border))
+        matrix, offset = ptx.select(is_first, address, address2), ptx.select(is_first, 0, count)
+        return BlockRows(matrix, first, end, offset, max(most), is_first)
 
 
 def largest_block_share(count: int, spared: int = 0) -> int:
     return -(-count // (BLOCKS - spared))
+
+
+def _border(counts: tuple[int, int], blocks: int, row_bytes: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """How many thread blocks take rows of the first of two matrices, and the most rows that one takes of either."""
+
+    def most(border: int) -> tuple[int, int]:
+        return -(-counts[0] // border), -(-counts[1] // (blocks - border))
+
+    border = min(range(1, blocks), key=lambda border: max(n * size for n, size in zip(most(border), row_bytes, strict=True)))
+    return border, most(border)
+
+
+def largest_block_shares(counts: Sequence[int], spared: int = 0, row_bytes: tuple[int, int] = (1, 1)) -> tuple[int, ...]:
+    """The most rows that a thread block takes of each of one or two matrices, as `BlockRows.of` shares them."""
+    if len(counts) == 1:
+        return (largest_block_share(counts[0], spared),)
+    first, second = counts
+    return _border((first, second), BLOCKS - spared, row_bytes)[1]
 
 
 def warp_sum(x: Value, lanes: int = 32) -> Value:
@@ -199,13 +239,30 @@ def prefetch(thread: Thread, matrix: Value, row_bytes: int, first: Value, end: V
     ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, exists)
 
 
+def prefetch_vectors(thread: Thread, vectors: Sequence[tuple[Value, int]]) -> None:
+    """The first thread block copies short arrays, given as addresses and bytes, to L2."""
+    with ptx.when(ptx.compare("eq", thread.block, 0)):
+        for address, size in vectors:
+            for i, exists in indices_of_thread(thread, -(-size // 128)):
+                ptx.prefetch_line(ptx.offset(address, i, 128), exists)
+
+
 class Product:
     """Rows first .. end - 1 (at most `most`) of a matrix [N, K] times a vector: `begin` starts, `finish` ends it.
 
     A row is read by as many lanes as its length divides into 16 bytes each, up to a whole warp.
     """
 
-    def __init__(self, thread: Thread, matrix: Value, width: int, first: Value, end: Value, most: int):
+    def __init__(
+        self,
+        thread: Thread,
+        matrix: Value,
+        width: int,
+        first: Value,
+        end: Value,
+        most: int,
+        loads_in_flight: int = LOADS_IN_FLIGHT,
+    ):
         self.lanes = next((lanes for lanes in (32, 16, 8, 4) if width % (8 * lanes) == 0), 0)
         if not self.lanes:
             raise ValueError(f"rows of {width} numbers do not divide into pieces of 32")
@@ -218,7 +275,7 @@ class Product:
         self.rows = WARPS * of_warp  # of a round
         self.lane_matrix = ptx.offset(matrix, self.lane, 16)
         pieces = [(r, chunk) for r in range(self.rounds) for chunk in range(self.chunks)]
-        self.batches = [pieces[i : i + LOADS_IN_FLIGHT] for i in range(0, len(pieces), LOADS_IN_FLIGHT)]
+        self.batches = [pieces[i : i + loads_in_flight] for i in range(0, len(pieces), loads_in_flight)]
         self.in_flight: list[list[Value]] = []
 
     def row(self, r: int) -> Value:
@@ -260,6 +317,306 @@ class Product:
                     stores = ptx.bit_and(leads, ptx.select(ptx.compare("slt", row, self.end), 1, 0))
                     emit(row, warp_sum(total, self.lanes), ptx.compare("ne", stores, 0))
         self.in_flight = []
+
+
+# ---- matrices of e4m3 codes
+
+
+def prefetch_scales(thread: Thread, scales: Value, row_bytes: int, first: Value, end: Value, most: int) -> None:
+    """Copies the scales of rows first .. end - 1, at most `most`, of a matrix of codes to L2."""
+    first_byte = ptx.mul(ptx.div(first, SCALE_BLOCK), row_bytes)
+    end_byte = ptx.mul(ptx.div(ptx.add(end, SCALE_BLOCK - 1), SCALE_BLOCK), row_bytes)
+    for i, exists in indices_of_thread(thread, -(-(-(-most // SCALE_BLOCK) + 1) * row_bytes // 128)):
+        at = ptx.add(first_byte, ptx.shift_left(i, 7))
+        ptx.prefetch_line(ptx.offset(scales, at, 1), ptx.both(exists, ptx.compare("slt", at, end_byte)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedVector:
+    """A vector in shared memory, to be multiplied by codes: numbers in float16 and a float32 factor for every 64 of them.
+
+    The factors are powers of two, those of `ptx.float16_scale`.
+    """
+
+    numbers: Value
+    factors: Value
+
+    @staticmethod
+    def allocate(shared: SharedMemory, size: int) -> GroupedVector:
+        return GroupedVector(shared.allocate(2 * size), shared.allocate(4 * (size // GROUP)))
+
+
+def to_groups(thread: Thread, vector: GroupedVector) -> Callable[[Value, Value, Value], None]:
+    """A sink that keeps word i, two bfloat16, as numbers 2 i and 2 i + 1 of `vector`. A warp has 32 neighbouring words."""
+
+    def sink(i: Value, word: Value, exists: Value) -> None:
+        pair = ptx.from_bfloat16_pair(word)
+        scale, factor = ptx.float16_scale(ptx.reduce_warp("max", ptx.maximum(*map(ptx.magnitude_bits, pair))))
+        with ptx.when(exists):
+            scaled = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
+            ptx.store_shared(ptx.add(vector.numbers, ptx.shift_left(i, 2)), scaled)
+            with ptx.when(ptx.compare("eq", thread.lane, 0)):
+                ptx.store_shared(ptx.add(vector.factors, ptx.shift_left(ptx.shift_right(i, 5), 2)), ptx.bits_of(factor))
+
+    return sink
+
+
+class CodeRows(Protocol):
+    """Rows of codes in global memory."""
+
+    def piece(self, row: Value, piece: Value, step: int) -> tuple[Value, Value]:
+        """Where codes 128 (piece + step) and following of a row begin, and where their scale is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """A matrix [N, width] of e4m3 codes and its scales [ceil(N / 128), width / 128] in float32: their addresses."""
+
+    address: Value
+    scales: Value
+    width: int
+
+    def piece(self, row: Value, piece: Value, step: int) -> tuple[Value, Value]:
+        pieces = self.width // SCALE_BLOCK
+        codes = ptx.offset(ptx.offset(self.address, row, self.width), piece, SCALE_BLOCK)
+        scales = ptx.offset(ptx.offset(self.scales, ptx.div(row, SCALE_BLOCK), 4 * pieces), piece, 4)
+        return ptx.offset(codes, ptx.constant(step), SCALE_BLOCK), ptx.offset(scales, ptx.constant(step), 4)
+
+    def prefetch(self, thread: Thread, first: Value, end: Value, most: int) -> None:
+        """Copies rows first .. end - 1, at most `most`, to L2."""
+        prefetch(thread, self.address, self.width, first, end)
+        prefetch_scales(thread, self.scales, 4 * self.width // SCALE_BLOCK, first, end, most)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSplit:
+    """How the warps of a thread block divide up to `most` rows of `width` codes into pieces of 16 rows x 128 codes.
+
+    across: how many warps share a row; the others take other tiles of 16 rows.
+    """
+
+    width: int
+    most: int
+
+    @property
+    def pieces(self) -> int:
+        return self.width // SCALE_BLOCK
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.most // TILE_ROWS)
+
+    def rounds(self, across: int) -> tuple[int, int]:
+        """Tiles and pieces of a tile that a warp takes."""
+        return -(-self.tiles // (WARPS // across)), -(-self.pieces // across)
+
+    @property
+    def across(self) -> int:
+        def pieces_of_warp(across: int) -> int:
+            tiles, pieces = self.rounds(across)
+            return tiles * pieces
+
+        return min((1, 2, 4, 8, 16), key=pieces_of_warp)
+
+    @property
+    def sums_bytes(self) -> int:
+        """The shared memory for the warps' sums."""
+        return 4 * TILE_ROWS * self.across * self.tiles
+
+
+class CodesProduct:
+    """Rows first .. end - 1 of matrices of codes times a vector: `begin` starts, `finish` ends it.
+
+    A warp multiplies 16 rows x 128 codes at once. Its lane l loads 16 codes of rows l / 4 and l / 4 + 8, from code
+    16 (l % 4) and from 64 codes further: in which order a tensor core sums them does not matter. Sums of the warps that share
+    rows are added through shared memory.
+
+    matrix: where the codes and scales of its rows are, as `Codes` says it.
+    sums: shared memory for `split.sums_bytes`.
+    in_flight: how many pieces a warp loads ahead; `begin` may be told to load fewer.
+    """
+
+    def __init__(
+        self,
+        thread: Thread,
+        matrix: CodeRows,
+        split: TileSplit,
+        first: Value,
+        end: Value,
+        sums: Value,
+        in_flight: int = PIECES_IN_FLIGHT,
+        ring: Ring | None = None,
+    ):
+        self.ring = ring
+        self.thread, self.matrix, self.split, self.first, self.end, self.sums = thread, matrix, split, first, end, sums
+        self.depth, self.across = in_flight, split.across
+        self.piece = ptx.bit_and(thread.warp, self.across - 1)  # of the first step
+        self.tile = ptx.div(thread.warp, self.across)
+        self.quad_lane = ptx.bit_and(thread.lane, 3)
+        tiles, pieces = split.rounds(self.across)
+        self.steps = [(tile * (WARPS // self.across), step * self.across) for tile in range(tiles) for step in range(pieces)]
+        self.in_flight: list[tuple[list[list[Value]], list[Value]]] = []
+
+    def row(self, tile: Value | int, half: int) -> Value:
+        local = ptx.add(ptx.shift_left(ptx.add(self.tile, tile), 4), ptx.shift_right(self.thread.lane, 2), 8 * half)
+        return ptx.add(self.first, local)
+
+    def _is_whole(self, step: Value | int) -> bool:
+        """Whether every warp has a piece in this step."""
+        return isinstance(step, int) and step + self.across <= self.split.pieces
+
+    def _load(self, tile: int, step: int) -> tuple[list[list[Value]], list[Value]]:
+        """The codes of row l / 4, then l / 4 + 8, and the two rows' scales."""
+        codes, scales = [], []
+        for half in range(2):
+            row = self.row(tile, half)
+            exists = ptx.compare("slt", row, self.end)
+            if not self._is_whole(step):
+                exists = ptx.both(exists, ptx.compare("slt", self.piece, self.split.pieces - step))
+            exists = ptx.select(exists, 1, 0)
+            address, scale = self.matrix.piece(row, self.piece, step)
+            address = ptx.offset(address, self.quad_lane, 16)
+            codes += [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), GROUP), exists, 4) for i in range(2)]
+            scales.append(ptx.load_float_or_zero(scale, exists))
+        return codes, scales
+
+    def begin(self, pieces: int | None = None) -> None:
+        if self.ring is not None:
+            for i in range(self.ring_depth):
+                self._copy(ptx.constant(i), ptx.constant(i))
+                ptx.copies_commit()
+            return
+        self.in_flight = [self._load(*step) for step in self.steps[: pieces or self.depth]]
+
+    @property
+    def ring_depth(self) -> int:
+        assert self.ring is not None
+        return min(self.ring.depth, len(self.steps))
+
+    def _copy(self, n: Value, slot: Value) -> None:
+        """Starts copying this lane's codes and scales of its n-th piece."""
+        assert self.ring is not None
+        rounds = self.split.rounds(self.across)[1]
+        tile, step = ptx.mul(ptx.div(n, rounds), WARPS // self.across), ptx.mul(ptx.rem(n, rounds), self.across)
+        piece, slot_at = ptx.add(self.piece, step), self._slot(slot)
+        for half in range(2):
+            row = self.row(tile, half)
+            exists = ptx.both(ptx.compare("slt", row, self.end), ptx.compare("slt", piece, self.split.pieces))
+            row, at = ptx.select(exists, row, self.first), ptx.select(exists, piece, 0)
+            address, scale = self.matrix.piece(row, at, 0)
+            address = ptx.offset(address, self.quad_lane, 16)
+            for i in range(2):
+                target = ptx.add(slot_at, ptx.shift_left(self.thread.lane, 4), 512 * (2 * half + i))
+                ptx.copy_async(target, ptx.offset(address, ptx.constant(i), GROUP), ptx.select(exists, 16, 0), 1, 0, 0)
+            target = ptx.add(slot_at, ptx.shift_left(self.thread.lane, 2), 2048 + 128 * half)
+            ptx.copy_word_async(target, scale, ptx.select(exists, 4, 0))
+
+    def _slot(self, slot: Value) -> Value:
+        assert self.ring is not None
+        return ptx.add(self.ring.address, ptx.mul(slot, RING_BYTES), ptx.mul(self.thread.warp, SLOT_BYTES))
+
+    def _ring_totals(self, vector: GroupedVector) -> None:
+        """Sums all pieces of this warp and stores the sums."""
+        tiles, rounds = self.split.rounds(self.across)
+        depth = self.ring_depth
+
+        def one_piece(n: Value, carry: list[Value]) -> list[Value]:
+            slot, *totals = carry
+            tile, step = ptx.div(n, rounds), ptx.rem(n, rounds)
+            ptx.copies_done(depth - 1)
+            own = ptx.add(self._slot(slot), ptx.shift_left(self.thread.lane, 4))
+            codes = [ptx.load_shared_words(ptx.add(own, 512 * i)) for i in range(4)]
+            own = ptx.add(self._slot(slot), ptx.shift_left(self.thread.lane, 2), 2048)
+            scales = [ptx.float_of(ptx.load_shared(ptx.add(own, 128 * half))) for half in range(2)]
+            sums = self._sums(ptx.mul(step, self.across), codes, vector)
+            totals = [ptx.times_plus(x, scale, total) for x, scale, total in zip(sums, scales, totals, strict=True)]
+            with ptx.when(ptx.compare("slt", ptx.add(n, depth), tiles * rounds)):
+                self._copy(ptx.add(n, depth), slot)
+            ptx.copies_commit()
+            is_last = ptx.compare("eq", step, rounds - 1)
+            with ptx.when(is_last):
+                self._store(ptx.mul(tile, WARPS // self.across), totals)
+            following = ptx.add(slot, 1)
+            slot = ptx.select(ptx.compare("eq", following, depth), 0, following)
+            return [slot, *(ptx.select(is_last, ptx.number(0.0), total) for total in totals)]
+
+        ptx.loop(ptx.constant(tiles * rounds), [ptx.constant(0), ptx.number(0.0), ptx.number(0.0)], one_piece)
+
+    def prefetch(self, thread: Thread) -> None:
+        """Copies the rows to L2, where a later `begin` finds them."""
+        assert isinstance(self.matrix, Codes)
+        self.matrix.prefetch(thread, self.first, self.end, self.split.most)
+
+    def _sums(self, step: Value | int, codes: list[list[Value]], vector: GroupedVector) -> list[Value]:
+        """The sums over 128 codes of the two rows, without their scales."""
+        piece = ptx.add(self.piece, step)
+        if not self._is_whole(step):
+            piece = ptx.minimum(piece, self.split.pieces - 1)
+        factors = ptx.load_shared_floats(ptx.add(vector.factors, ptx.shift_left(piece, 3)))
+        numbers = ptx.add(vector.numbers, ptx.shift_left(piece, 8), ptx.shift_left(self.quad_lane, 5))
+        totals = []
+        for i, factor in enumerate(factors):
+            words = [word for at in (0, 16) for word in ptx.load_shared_words(ptx.add(numbers, 2 * GROUP * i + at))]
+            totals.append([ptx.times(x, factor) for x in ptx.products_of_codes(codes[i], codes[2 + i], words)])
+        return [ptx.plus(*halves) for halves in zip(*totals, strict=True)]
+
+    def finish(self, vector: GroupedVector, emit: Callable[[Value, Value, Value], None]) -> None:
+        """Sums the rows' products and passes them on; all threads of the block take part.
+
+        emit(row, sum, stores): receives the sum of one row in every thread; `stores` is set in the one that is to store it.
+        """
+        for (row, exists), total in zip(self.rows_of_thread(), self.totals(vector), strict=True):
+            emit(row, total, exists)
+
+    def rows_of_thread(self) -> list[tuple[Value, Value]]:
+        """(row, whether it exists) of the rows whose sums this thread has at the end."""
+        rows = []
+        for i, exists in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles):
+            row = ptx.add(self.first, i)
+            rows.append((row, ptx.both(exists, ptx.compare("slt", row, self.end))))
+        return rows
+
+    def totals(self, vector: GroupedVector) -> list[Value]:
+        """The sums of `rows_of_thread`."""
+        if self.ring is not None:
+            self._ring_totals(vector)
+            ptx.block_barrier()
+            return [self._total(i) for i, _ in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
+        totals, last = [ptx.number(0.0)] * 2, self.split.rounds(self.across)[1] - 1
+        self.in_flight += [self._load(*step) for step in self.steps[len(self.in_flight) : self.depth]]
+        for n, (tile, step) in enumerate(self.steps):
+            codes, scales = self.in_flight.pop(0)
+            sums = self._sums(step, codes, vector)
+            totals = [ptx.times_plus(x, scale, total) for x, scale, total in zip(sums, scales, totals, strict=True)]
+            if n + self.depth < len(self.steps):
+                self.in_flight.append(self._load(*self.steps[n + self.depth]))
+            if step == last * self.across:
+                self._store(tile, totals)
+                totals = [ptx.number(0.0)] * 2
+        ptx.block_barrier()
+        return [self._total(i) for i, _ in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
+
+    def _at(self, tile: Value, warp: Value | int, row: Value) -> Value:
+        """Where the sum of a row of a tile over the pieces of one of the warps that share it is kept."""
+        return ptx.add(
+            self.sums, ptx.shift_left(ptx.add(ptx.mul(ptx.add(ptx.mul(tile, self.across), warp), TILE_ROWS), row), 2)
+        )
+
+    def _store(self, tile: Value | int, totals: Sequence[Value]) -> None:
+        tile_of_warp = ptx.add(self.tile, tile)
+        stores = ptx.both(ptx.compare("eq", self.quad_lane, 0), ptx.compare("slt", tile_of_warp, self.split.tiles))
+        at = self._at(tile_of_warp, self.piece, ptx.shift_right(self.thread.lane, 2))
+        with ptx.when(stores):
+            for half, total in enumerate(totals):
+                ptx.store_shared(ptx.add(at, 4 * 8 * half), ptx.bits_of(total))
+
+    def _total(self, i: Value) -> Value:
+        tile, row = ptx.shift_right(i, 4), ptx.bit_and(i, TILE_ROWS - 1)
+        first = self._at(tile, 0, row)
+        return ptx.plus(*(ptx.float_of(ptx.load_shared(ptx.add(first, 4 * TILE_ROWS * warp))) for warp in range(self.across)))
+
+
+# ---- sums down the columns of bfloat16 matrices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,27 +78,30 @@ def serves(rows: int, groups: int) -> bool:
     return rows >= 2 * HALF * groups
 
 
-def tiles_of(group_sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """([5, tiles] int32: group, first row of each half (-1: no second one), first row and end of the group; their number [1]).
+def tiles_of(group_sizes: jax.Array, rows: int, pieces: int = 2) -> tuple[jax.Array, jax.Array]:
+    """The tiles of up to `pieces` times HALF rows, as [3 + pieces, tiles] int32, and their number [1].
 
-    A half that is not whole (size < HALF) starts where the rows end at the latest, which may be before its group.
+    A tile's group, the first row of each piece of HALF rows (-1: there is none), first row and end of the group. A piece that
+    is not whole (size < HALF) starts where the rows end at the latest, which may be before its group.
     """
-    groups = group_sizes.shape[0]
-    count = rows // (2 * HALF) + min(groups, rows)
+    groups, tall = group_sizes.shape[0], pieces * HALF
+    count = rows // tall + min(groups, rows)
     places = jnp.arange(groups)
     up_to = places[None] <= places[:, None]
     ends = jnp.sum(jnp.where(up_to, group_sizes[None], 0), axis=1)
-    tiles = -(-group_sizes // (2 * HALF))
+    tiles = -(-group_sizes // tall)
     after = jnp.sum(jnp.where(up_to, tiles[None], 0), axis=1)
     tile = jnp.arange(count)
     group = jnp.minimum(jnp.sum(after <= tile[:, None], axis=1), groups - 1)
     end, size = ends[group], group_sizes[group]
     start = end - size
-    first = 2 * HALF * (tile - (after - tiles)[group])  # of the tile in its group
+    first = tall * (tile - (after - tiles)[group])  # of the tile in its group
     latest = jnp.where(size < HALF, jnp.minimum(start, rows - HALF), end - HALF)
-    begins = jnp.minimum(start + first, latest)
-    second = jnp.where(first + HALF < size, jnp.minimum(start + first + HALF, latest), -1)
-    return jnp.stack([group, begins, second, start, end]).astype(jnp.int32), after[-1:].astype(jnp.int32)
+    begins = [jnp.minimum(start + first, latest)]
+    for piece in range(1, pieces):
+        row = first + piece * HALF
+        begins.append(jnp.where(row < size, jnp.minimum(start + row, latest), -1))
+    return jnp.stack([group, *begins, start, end]).astype(jnp.int32), after[-1:].astype(jnp.int32)
 
 
 def multiply(

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
+from pallas_kernels.quant import Scaled, dequantise
 
 
-def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str | None:
+def why_not(rows: jax.Array | Scaled, matrices: jax.Array | Scaled, group_sizes: jax.Array) -> str | None:
     if device.platform() == "tpu":
         return "on a TPU XLA would copy the matrices first"
     if 4 * rows.shape[0] > matrices.shape[0]:
@@ -21,8 +22,21 @@ def why_not(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> str
     return None
 
 
-def grouped_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def _group_of_row(group_sizes: jax.Array, rows: int) -> jax.Array:
     ends = jnp.cumsum(group_sizes)
-    group_of_row = jnp.sum(ends <= jnp.arange(rows.shape[0])[:, None], axis=1)  # one fused step, not a search
-    products = rows.astype(jnp.float32)[:, :, None] * matrices[group_of_row].astype(jnp.float32)
-    return jnp.sum(products, axis=1).astype(rows.dtype)
+    group = jnp.sum(ends <= jnp.arange(rows)[:, None], axis=1)  # one fused step, not a search
+    return jnp.minimum(group, group_sizes.shape[0] - 1)
+
+
+def grouped_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    own = matrices[_group_of_row(group_sizes, rows.shape[0])].astype(jnp.float32)
+    return jnp.sum(rows.astype(jnp.float32)[:, :, None] * own, axis=1).astype(rows.dtype)
+
+
+def grouped_matmul_of_codes(rows: jax.Array | Scaled, matrices: Scaled, group_sizes: jax.Array) -> jax.Array:
+    """As `grouped_matmul`, matrices [E, N, K] in 8 bits."""
+    dtype = jnp.bfloat16 if isinstance(rows, Scaled) else rows.dtype
+    wide = dequantise(rows, jnp.float32) if isinstance(rows, Scaled) else rows.astype(jnp.float32)
+    group = _group_of_row(group_sizes, rows.shape[0])
+    own = dequantise(jax.tree.map(lambda stack: stack[group], matrices), jnp.float32)
+    return jnp.sum(wide[:, None, :] * own, axis=2).astype(dtype)

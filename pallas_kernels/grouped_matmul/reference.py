@@ -12,10 +12,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quant import Scaled, dequantise
+
 MAX_BLOCK = 64  # rows; 64 keeps a CPU's matrix units busy, fewer rows per group get a smaller block
 
 
-def grouped_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(rows: jax.Array | Scaled, matrices: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+    """Rows in 8 bits are decoded to float32; matrices in 8 bits [E, N, K] are, one at a time, to the dtype of the rows."""
+    if isinstance(rows, Scaled):
+        return grouped_matmul(dequantise(rows, jnp.float32), matrices, group_sizes).astype(jnp.bfloat16)
     m, groups = rows.shape[0], matrices.shape[0]
     block = max(1, min(MAX_BLOCK, m // groups))
     blocks = -(-m // block) + groups  # enough whatever the sizes are
@@ -31,7 +36,9 @@ def grouped_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array)
 
     def multiply(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         block_rows, group = inputs
-        matrix = jax.lax.dynamic_index_in_dim(matrices, group, keepdims=False)
+        matrix = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, group, keepdims=False), matrices)
+        if isinstance(matrix, Scaled):
+            matrix = dequantise(matrix, rows.dtype).T
         return jnp.dot(block_rows, matrix, preferred_element_type=jnp.float32).astype(rows.dtype)
 
     out = jax.lax.map(multiply, (padded.reshape(blocks, block, -1), group_of_block))
@@ -48,3 +55,16 @@ def swiglu_of(
     groups, k, _, width = gate_up.shape
     product = multiply(rows, gate_up.reshape(groups, k, 2 * width), group_sizes)
     return jax.nn.silu(product[:, :width]) * product[:, width:]
+
+
+def scaled_swiglu_of(
+    multiply: Callable[[jax.Array | Scaled, Scaled, jax.Array], jax.Array],
+    rows: jax.Array | Scaled,
+    gate_up: Scaled,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """As `swiglu_of`, gate_up [E, 2, I, K] in 8 bits: two products, since blocks of scales may end within either matrix."""
+    gate, up = (
+        multiply(rows, jax.tree.map(lambda stack, half=half: stack[:, half], gate_up), group_sizes) for half in range(2)
+    )
+    return jax.nn.silu(gate) * up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -85,3 +85,39 @@ def dequantise(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int] = (
             at = np.s_[i * height : (i + 1) * height, j * width : (j + 1) * width]
             weight[at] = codes[at].astype(np.float32) * np.float32(scales[i, j])
     return weight
+
+
+def _power(scale: np.ndarray) -> np.ndarray:
+    return np.clip(np.ceil(np.log2(scale)) + 127, 0, 254).astype(np.uint8)
+
+
+# The types that scales are stored in, each with what makes it of float32.
+SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "F32": lambda scale: scale,
+    "BF16": lambda scale: scale.astype(ml_dtypes.bfloat16),
+    "U8": _power,
+    "F8_E8M0": lambda scale: _power(scale).view(ml_dtypes.float8_e8m0fnu),
+}
+
+
+def _as_number(scale: np.ndarray) -> np.ndarray:
+    if scale.dtype.itemsize > 1:
+        return scale.astype(np.float32)
+    return 2.0 ** (scale.view(np.uint8).astype(np.float64) - 127)
+
+
+def quantised(
+    case: Case, encode: Callable[[np.ndarray], np.ndarray] = SCALES["F32"], block: tuple[int, int] = (128, 128)
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(tensors as stored, the same as float32 numbers): every matrix in FP8 but router, head weights, embeddings and head."""
+    stored, numbers = {}, {}
+    for name, tensor in case.state.items():
+        if tensor.ndim == 1 or name.endswith(
+            ("mlp.gate.weight", "embed_tokens.weight", "lm_head.weight", "weights_proj.weight")
+        ):
+            stored[name] = numbers[name] = tensor
+        else:
+            codes, scale = quantise(tensor, block)
+            stored |= {name: codes, f"{name}_scale_inv": encode(scale)}
+            numbers[name] = dequantise(codes, _as_number(encode(scale)), block)
+    return stored, numbers

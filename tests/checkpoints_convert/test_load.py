@@ -118,41 +118,9 @@ RAGGED = Case(
 )
 
 
-def quantised(case, encode=lambda scale: scale, block=(128, 128)):
-    """(tensors as stored, the same as float32 numbers): every matrix but router, embeddings and head in FP8."""
-    stored, numbers = {}, {}
-    for name, tensor in case.state.items():
-        if tensor.ndim == 1 or name.endswith(
-            ("mlp.gate.weight", "embed_tokens.weight", "lm_head.weight", "weights_proj.weight")
-        ):
-            stored[name] = numbers[name] = tensor
-        else:
-            codes, scale = files.quantise(tensor, block)
-            stored |= {name: codes, f"{name}_scale_inv": encode(scale)}
-            numbers[name] = files.dequantise(codes, encode_back(encode(scale)), block)
-    return stored, numbers
-
-
-def power(scale):
-    return np.clip(np.ceil(np.log2(scale)) + 127, 0, 254).astype(np.uint8)
-
-
-def encode_back(scale):
-    return 2.0 ** (scale.view(np.uint8).astype(np.float64) - 127) if scale.dtype.itemsize == 1 else scale.astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    "encode",
-    [
-        lambda scale: scale,
-        lambda scale: scale.astype(ml_dtypes.bfloat16),
-        power,
-        lambda scale: power(scale).view(ml_dtypes.float8_e8m0fnu),
-    ],
-    ids=["F32", "BF16", "U8", "F8_E8M0"],
-)
+@pytest.mark.parametrize("encode", files.SCALES.values(), ids=files.SCALES)
 def test_fp8_with_ragged_blocks(write, encode):
-    stored, numbers = quantised(RAGGED, encode)
+    stored, numbers = files.quantised(RAGGED, encode)
     name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
     assert stored[name].shape == (576, 64) and stored[f"{name}_scale_inv"].shape == (5, 1)
     _, _, params = load(write(stored, RAGGED))
@@ -161,14 +129,14 @@ def test_fp8_with_ragged_blocks(write, encode):
 
 
 def test_fp8_blocks_of_the_config_s_size(write):
-    stored, numbers = quantised(RAGGED, block=(96, 16))
+    stored, numbers = files.quantised(RAGGED, block=(96, 16))
     quantization = {"quant_method": "fp8", "weight_block_size": [96, 16], "modules_to_not_convert": ["model.layers.0"]}
     _, _, params = load(write(stored, RAGGED, quantization_config=quantization), dtype="float32")
     assert_equal(params, to_params(numbers, RAGGED.config, RAGGED.schedule))
 
 
 def test_fp8_that_does_not_fit_is_refused(write):
-    stored, _ = quantised(RAGGED)
+    stored, _ = files.quantised(RAGGED)
     name = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
     scale = f"{name}_scale_inv"
 

@@ -20,19 +20,14 @@ from indexcache_jax.schedule import Schedule
 from pallas_kernels.blocks import block_rows
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 # Two runs each: compiling gradients is what these tests spend their time on.
 CASES = {
     "glm": Case(GLM_FIELDS | {"num_hidden_layers": 4}, "FFSS", 2, (26, 26)),
     "deepseek": Case(DEEPSEEK_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 1}, "FSS", 0, (26, 26)),
 }
 both_stages = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def ours(params, case, sparse, **options):

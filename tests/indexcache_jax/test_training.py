@@ -15,17 +15,12 @@ from indexcache_jax.params import abstract, with_schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 258}, "FS", 0)
 WITH_EXPERTS = Case(GLM_FIELDS | {"num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 258}, "F", 0)
 WARMUP = Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-2, lr_warmup_steps=1, compute_dtype="float32")
 SPARSE = Stage("sparse", "sparse", 3, 1, 24, 1e-3, 1e-2, lr_warmup_steps=1, compute_dtype="float32")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def take_steps(stage, tokens, case=CASE):

@@ -14,19 +14,14 @@ from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}, "FS", 2)
 TOKENS = np.random.default_rng(0).integers(0, 97, 4000).astype(np.int32)
 WARMUP = Stage("warm-up", "warmup", 4, 4, 32, 0.0, 1e-2, lr_warmup_steps=1, compute_dtype="float32")
 RUN = TrainingRun(TOKENS, [WARMUP], CASE.config, CASE.schedule, 0)
 ALL = {"data": 2, "context": 2, "tensor": 2}
 OTHER = {"data": 4, "context": 2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def use(sizes):

@@ -17,6 +17,8 @@ from indexcache_jax.training import Stage
 from tests.support import meshes
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 # S layers with experts above an F layer without.
 CASES = {
     "glm": Case(GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 1}, "FSS", 2),
@@ -30,13 +32,6 @@ MESHES = ["data", "context", "tensor", "expert", "all"]
 KINDS = ["dense", "warmup", "sparse"]
 FAST = {("all", "sparse"), ("context", "warmup")}  # a program for gradients takes long to compile
 STEPS = 3  # the first has a rate of 0, the third's losses show what the second changed
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def use(mesh):

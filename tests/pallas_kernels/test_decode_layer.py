@@ -16,8 +16,10 @@ from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused
 from indexcache_jax.serving import layer as layers
-from pallas_kernels.decode_layer import mosaic_gpu, mosaic_gpu_parts
+from pallas_kernels import hopper, ptx, quant
+from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts
 from tests.support import ptx_emulator
+from tests.support.serving_cases import in_codes
 
 SMALL = dict(
     hidden_size=256,
@@ -36,6 +38,7 @@ SMALL = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
+CODES = dict(q_lora_rank=384, v_head_dim=128)  # all rows of codes are whole blocks of 128
 MAX_LEN = 8
 
 
@@ -46,13 +49,13 @@ class Reference:
     value: jax.Array
 
 
-def emulated_kernel_call(monkeypatch):
+def emulated_kernel_call(monkeypatch, depth=2):
     """Stands for `_call_kernel`: the same arguments, NumPy arrays in place of references."""
 
     def words(x):
         return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy()
 
-    def call_kernel(name, stages, operands, outs):
+    def call_kernel(name, stages, operands, outs, in_codes=False):
         counted = mosaic_gpu_parts.SharedMemory()
         stages({}, None, counted)
         references = {n: x for n, x in operands.items() if isinstance(x, Reference)}
@@ -64,9 +67,14 @@ def emulated_kernel_call(monkeypatch):
             arrays[n] = np.full(size, 0x7FC07FC0, np.int32)  # NaN until written
 
         def of_block(addresses, block, shared):
-            return stages(addresses, mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared))
+            thread, ring = mosaic_gpu_parts.Thread.current(block), None
+            if in_codes and depth:
+                ring = mosaic_gpu_parts.Ring(ptx.add(shared, counted.used), depth)
+            return stages(addresses, thread, mosaic_gpu_parts.SharedMemory(shared, ring))
 
-        ptx_emulator.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
+        blocks, threads = mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS
+        size = counted.used + depth * mosaic_gpu_parts.RING_BYTES
+        ptx_emulator.run_grid(monkeypatch, arrays, blocks, threads, size, of_block)
         made = {n: jnp.asarray(arrays[n].view(kind).reshape(shape)) for n, (shape, kind) in shapes.items()}
         for n, reference in references.items():
             reference.value = made[n]
@@ -229,6 +237,119 @@ def test_layer_outputs(emulated, monkeypatch, experts, fields):
 
 
 @pytest.mark.parametrize("full", [False, True])
+def test_attention_inputs_from_codes_are_those_from_the_same_numbers(emulated, monkeypatch, full):
+    config, layer, cache, x = make(full=full, **CODES)
+    layer, decoded = in_codes(layer)
+    positions = positions_at(5, config)
+    exact, new_cache = inputs_in_xla(config, decoded, cache, x, positions, monkeypatch)
+    given, after = fused.attention_weights(layer, cache, positions, config), fused.output_weights(layer)
+    ready, _ = mosaic_gpu.attention_inputs(x, given, after, jnp.zeros((1,), jnp.int32))
+    compare(ready, exact, new_cache)
+
+
+@pytest.mark.parametrize(
+    "experts,fields",
+    [(True, {}), (True, {"n_shared_experts": 0}), (False, {"intermediate_size": 384}), (True, {"hidden_size": 640})],
+    ids=["experts", "unshared", "dense", "wide"],
+)
+def test_layer_outputs_from_codes_are_those_from_the_same_numbers(emulated, monkeypatch, experts, fields):
+    """`wide`: several tiles of 16 rows for every SM. The kernels round the same numbers, so only orders of sums differ."""
+    config, layer, cache, x = make(experts=experts, **CODES, **fields)
+    layer, decoded = in_codes(layer)
+    middle, _ = outputs_in_xla(config, decoded, x, context_of(config))
+    exact, _ = run_outputs(config, decoded, x, context_of(config))
+    ours, _ = run_outputs(config, layer, x, context_of(config))
+    assert float(jnp.abs(exact - middle).max()) > 0.05  # the second half counts
+    close(ours, exact, "y", scale=2.0**-8)
+    assert (ours != exact).mean() < 0.05
+
+
+def test_a_layer_of_codes_before_one_of_bfloat16(emulated, monkeypatch):
+    config, layer, cache, x = make(**CODES)
+    scaled, decoded = in_codes(layer)
+    positions, context = positions_at(3, config), context_of(config)
+    for first, second in ((scaled, decoded), (decoded, scaled)):
+        given, after = fused.attention_weights(second, cache, positions, config), fused.output_weights(second)
+        y, ready = run_outputs(config, first, x, context, given, after)
+        close(y, outputs_in_xla(config, decoded, x, context)[1], "y")
+        compare(ready, *inputs_in_xla(config, decoded, cache, y, positions, monkeypatch))
+
+
+class ProductOfCodes(mosaic_gpu.Stage):
+    """Rows of a matrix of codes times a bfloat16 vector -> out."""
+
+    def __init__(self, a, thread, shared, rows, width):
+        self.a, self.thread, self.width = a, thread, width
+        self.product = mosaic_gpu.MatrixProduct(shared, width, mosaic_gpu_parts.largest_block_share(rows), codes=True)
+        if a:
+            self.product.of(thread, a["codes"], a["scales"], *mosaic_gpu_parts.block_share(thread, rows))
+            self.prefetches = [lambda: self.product.prefetch(thread)]
+
+    def begin(self):
+        self.product.begin()
+
+    def run(self):
+        sink = self.product.sink(self.thread)
+        for i, exists in mosaic_gpu_parts.indices_of_thread(self.thread, self.width // 2):
+            sink(i, ptx.load_global(ptx.offset(self.a["vector"], i, 4)), exists)
+        self.product.finish(mosaic_gpu._float32_sink(self.a["out"]))
+
+
+def codes_times_vector(monkeypatch, matrix, vector):
+    """The product of a `Scaled` [N, K] and a bfloat16 vector [K] by three thread blocks: [N] float32."""
+    rows, width = matrix.shape
+    monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 3)
+    sizes, out = mosaic_gpu_parts.SharedMemory(), np.zeros(rows, np.int32)
+    ProductOfCodes({}, None, sizes, rows, width)
+    arrays = {name: np.asarray(x).view(np.int32).reshape(-1).copy() for name, x in vars(matrix).items()}
+    arrays |= {"vector": np.asarray(vector).view(np.int32), "out": out}
+
+    def of_block(a, block, shared):
+        thread, memory = mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared)
+        return [ProductOfCodes(a, thread, memory, rows, width)]
+
+    ptx_emulator.run_grid(monkeypatch, arrays, 3, mosaic_gpu_parts.THREADS, sizes.used, of_block)
+    return out.view(np.float32)
+
+
+@pytest.mark.parametrize("rows,width", [(3, 128), (129, 384), (310, 128), (67, 2176), (900, 256)])
+@pytest.mark.parametrize("values", ["ordinary", "wide"])
+def test_codes_times_a_vector_are_the_product_of_the_decoded_numbers(monkeypatch, rows, width, values):
+    """Rows of a last block that is not whole, too. `wide`: codes of all values, scales and numbers of very different sizes."""
+    random = np.random.default_rng(rows + width)
+    if values == "ordinary":
+        matrix = quant.quantise_matrix(jnp.asarray(random.standard_normal((rows, width)), jnp.float32))
+        vector = jnp.asarray(random.standard_normal(width), jnp.bfloat16)
+    else:
+        codes = (
+            random.integers(0, 127, (rows, width)).astype(np.uint8) | random.integers(0, 2, (rows, width)).astype(np.uint8) << 7
+        )
+        scales = 10.0 ** random.uniform(-30, 3, (-(-rows // 128), width // 128))
+        matrix = quant.Scaled(codes.view(ml_dtypes.float8_e4m3fn), jnp.asarray(scales, jnp.float32))
+        vector = jnp.asarray(random.standard_normal(width) * 10.0 ** random.uniform(-4, 6, width), jnp.bfloat16)
+    ours = codes_times_vector(monkeypatch, matrix, vector)
+    decoded, numbers = np.asarray(quant.dequantise(matrix, jnp.float32), np.float64), np.asarray(vector, np.float64)
+    assert (np.abs(ours - decoded @ numbers) <= 1e-5 * (np.abs(decoded) @ np.abs(numbers))).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e3])
+@pytest.mark.parametrize("value", [1e4, 1e-6])
+def test_extreme_codes_and_scales_keep_the_products_of_small_numbers(monkeypatch, scale, value):
+    matrix = quant.Scaled(jnp.full((8, 256), 448, jnp.float8_e4m3fn), jnp.full((1, 2), scale, jnp.float32))
+    ours = codes_times_vector(monkeypatch, matrix, jnp.full(256, value, jnp.bfloat16))
+    np.testing.assert_allclose(ours, 256 * 448 * np.float32(scale) * float(jnp.bfloat16(value)), rtol=1e-5)
+
+
+def test_numbers_that_are_not_finite_make_a_product_of_codes_not_finite(monkeypatch):
+    matrix = quant.quantise_matrix(jnp.ones((8, 256)))
+    for value in (np.nan, np.inf):
+        assert not np.isfinite(codes_times_vector(monkeypatch, matrix, jnp.ones(256, jnp.bfloat16).at[3].set(value))).any()
+    codes = matrix.codes.at[5, 200].set(np.nan)
+    ours = codes_times_vector(monkeypatch, dataclasses.replace(matrix, codes=codes), jnp.ones(256, jnp.bfloat16))
+    assert np.isnan(ours[5]) and np.isfinite(np.delete(ours, 5)).all()
+
+
+@pytest.mark.parametrize("full", [False, True])
 def test_two_layers_in_one_kernel(emulated, monkeypatch, full):
     config, layer, _, x = make()
     _, following, cache, _ = make(full=full)
@@ -269,3 +390,31 @@ def test_a_decode_step_of_whole_layers(emulated, monkeypatch):
     for a, b in zip(new.layers, old.layers, strict=True):
         close(a.latents, b.latents, "latents", scale=0.05)
     assert (new.lengths == old.lengths).all()
+
+
+def why_not(layer, cache, x, config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(hopper, "why_not", lambda: None)
+        given = fused.attention_weights(layer, cache, positions_at(0, config), config)
+        return api.why_not(x, given, fused.output_weights(layer))
+
+
+def test_matrices_in_8_bits_are_served_where_their_scales_are_of_whole_blocks(monkeypatch):
+    config, in_bfloat16, cache, x = make(**CODES)
+    layer, _ = jax.eval_shape(in_codes, in_bfloat16)
+    replaced = functools.partial(dataclasses.replace, layer)
+
+    def codes(rows, columns, scale_rows):
+        shape = jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn)
+        return quant.Scaled(shape, jax.ShapeDtypeStruct((scale_rows, -(-columns // 128)), jnp.float32))
+
+    by_row, ragged, down = codes(256, 384, 256), codes(256, 480, 2), codes(*layer.down.shape, -(-layer.down.shape[0] // 128))
+    cases = {
+        None: layer,
+        "it takes a scale for every 128 x 128 codes, out has one for every row": replaced(out=by_row),
+        "it takes whole blocks of 128 x 128 codes, out is (256, 480)": replaced(out=ragged),
+        "it takes down in bfloat16, not in 8 bits": replaced(down=down),
+        "it takes up, index_up all in 8 bits or none, in 8 bits are up": replaced(index_up=in_bfloat16.index_up),
+    }
+    for reason, tree in cases.items():
+        assert why_not(tree, cache, x, config, monkeypatch) == reason

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import types
@@ -186,6 +187,30 @@ class Warpgroup:
 
             self.copies.append(land)
 
+    def copy_async_word(self, target, source, size):
+        on, size = self.active.copy(), self.spread(size)
+        assert np.isin(size[on], (0, 4)).all()
+        to, of = self.spread(target), self.spread(source)
+        list(self._places(of, 4, on))
+        for memory, places, _ in self._places(to, 4, on):
+            memory[places] = 0xFF
+
+        def land():
+            data = np.zeros((128, 4), np.uint8)
+            for memory, places, threads in self._places(of, 4, on & (size == 4)):
+                data[threads] = memory[places]
+            for memory, places, threads in self._places(to, 4, on):
+                memory[places] = data[threads]
+
+        self.copies.append(land)
+
+    def prefetch(self, address, size, predicate):
+        on = self.active & self.spread(predicate)
+        for at, count in zip(self.spread(address)[on], self.spread(size)[on], strict=True):
+            memory = self.chip.memories[at >> SEGMENT]
+            assert at % 16 == 0 and count % 16 == 0 and count > 0, "not whole pieces of 16 bytes"
+            assert (at & (1 << SEGMENT) - 1) + count <= memory.size, "outside the array"
+
     def _copies_so_far(self, then: Callable[[], None]):
         copies, self.copies = self.copies, []
         landed = [False]
@@ -237,18 +262,18 @@ class Warpgroup:
 
     # -- matrices
 
-    def _matrix(self, address, lines: int, length: int) -> np.ndarray:
-        """[lines, length] 16-bit words at a descriptor's address; lines are 128 bytes, 8 lines 1024."""
+    def _matrix(self, address, lines: int, length: int, dtype) -> np.ndarray:
+        """[lines, length] numbers at a descriptor's address as float32; lines are 128 bytes, 8 lines 1024."""
         memory, address = self.chip.memories[self.rank], address - (self.rank << SEGMENT)
-        line, place = np.arange(lines)[:, None], 2 * np.arange(length)[None]
+        size = np.dtype(dtype).itemsize
+        line, place = np.arange(lines)[:, None], size * np.arange(length)[None]
         address = address + line // 8 * 1024 + line % 8 * 128 + place
         address = address ^ (address >> 7 & 7) << 4
         assert (address < memory.size).all()
-        words = memory.view(np.uint16)[address // 2].astype(np.uint32) << 16
-        return words.view(np.float32)
+        return memory.view(dtype)[address // size].astype(np.float32)
 
-    def multiply(self, sums, a, b, steps, *, columns, transposed, fresh):
-        a, b = int(self.uniform(a)), int(self.uniform(b))
+    def _start_product(self, sums, columns, fresh, steps):
+        """sums[i] += left() @ right() for (i, left, right) of `steps`, whenever it is made."""
         assert columns % 8 == 0 and all(len(values) == columns // 2 for values in sums)
         results = [[np.full(128, np.nan, np.float32) for _ in values] for values in sums]
         lane, warp = np.arange(128) % 32, np.arange(128) // 32
@@ -260,16 +285,52 @@ class Warpgroup:
             for values, matrix in zip(sums, total, strict=True):
                 for i, value in enumerate(values):
                     matrix[rows[i], cols[i]] = 0 if fresh else value
-            for i, into_a, into_b in steps:
-                left = self._matrix(a + into_a, 16, 64).T if transposed else self._matrix(a + into_a, 64, 16)
-                with np.errstate(invalid="ignore"):
-                    total[i] += left @ self._matrix(b + into_b, columns, 16).T
+            with np.errstate(invalid="ignore"):
+                for i, left, right in steps:
+                    total[i] += left() @ right()
             for values, matrix in zip(results, total, strict=True):
                 for i, value in enumerate(values):
                     value[:] = matrix[rows[i], cols[i]]
 
         self.under_way[-1].append(run)
         return results
+
+    def multiply(self, sums, a, b, steps, *, columns, transposed, fresh, kind="bf16"):
+        a, b = int(self.uniform(a)), int(self.uniform(b))
+        dtype = {"bf16": jnp.bfloat16, "e4m3": jnp.float8_e4m3fn}[kind]
+        depth = 32 // np.dtype(dtype).itemsize
+        assert kind == "bf16" or not transposed
+
+        def left(into):
+            if transposed:
+                return self._matrix(a + into, depth, 64, dtype).T
+            return self._matrix(a + into, 64, depth, dtype)
+
+        def right(into):
+            return self._matrix(b + into, columns, depth, dtype).T
+
+        products = [(i, functools.partial(left, into_a), functools.partial(right, into_b)) for i, into_a, into_b in steps]
+        return self._start_product(sums, columns, fresh, products)
+
+    def multiply_fragments(self, sums, fragments, b, into_b, *, columns):
+        b = int(self.uniform(b))
+        lane, warp = np.arange(128) % 32, np.arange(128) // 32
+
+        def left(fragment):
+            out = np.zeros((64, 16), np.float32)
+            for i, word in enumerate(fragment):
+                for half, numbers in enumerate(_words(word).view(np.float16).reshape(128, 2).T):
+                    out[16 * warp + lane // 4 + i % 2 * 8, lane % 4 * 2 + i // 2 * 8 + half] = numbers
+            return out
+
+        def right(into):
+            return self._matrix(b + into, columns, 16, np.float16).T
+
+        products = [
+            (0, functools.partial(left, fragment), functools.partial(right, into))
+            for fragment, into in zip(fragments, into_b, strict=True)
+        ]
+        return self._start_product([sums], columns, False, products)[0]
 
     def multiply_commit(self):
         self.under_way.append([])
@@ -301,6 +362,16 @@ class Warpgroup:
                     at = address[warp, 8 * i + line]
                     memory[at : at + 16] = np.ascontiguousarray(numbers[:, line]).view(np.uint8)
 
+    def load_shared_transposed(self, address):
+        memory, address = self.chip.memories[self.rank], self.spread(address).reshape(4, 32) - (self.rank << SEGMENT)
+        assert (address % 16 == 0).all() and (address >= 0).all() and (address + 16 <= memory.size).all()
+        words = []
+        for block in range(4):
+            lines = memory[address[:, 8 * block : 8 * block + 8, None] + np.arange(16)].view(np.uint16)  # [warps, lines, 8]
+            fragment = np.ascontiguousarray(lines.transpose(0, 2, 1)).view(np.int32).reshape(128)
+            words.append(fragment.astype(np.int64))
+        return words
+
     def transposed_block(self, word):
         blocks = np.asarray(word, np.int64).astype(np.uint32).view(np.uint16).reshape(4, 8, 8)
         return np.ascontiguousarray(blocks.transpose(0, 2, 1)).reshape(-1).view(np.int32).astype(np.int64)
@@ -323,14 +394,43 @@ class Warpgroup:
         return list(body()) if self.uniform(condition) else list(otherwise)
 
 
-def _pair(low, high):
-    halves = [np.asarray(x, np.float32).astype(jnp.bfloat16).view(np.uint16).astype(np.uint32) for x in (low, high)]
-    return (halves[0] | halves[1] << 16).view(np.int32).astype(np.int64)
-
-
 def _halves(word):
     bits = np.asarray(word, np.int64).astype(np.uint32)
     return (bits << 16).view(np.float32), (bits & 0xFFFF0000).view(np.float32)
+
+
+def _words(word) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(word, np.int64).astype(np.uint32))
+
+
+def _pair_of(dtype):
+    def pair(low, high):
+        halves = [np.asarray(x, np.float32).astype(dtype).view(np.uint16).astype(np.uint32) for x in (low, high)]
+        return (halves[0] | halves[1] << 16).view(np.int32).astype(np.int64)
+
+    return pair
+
+
+_pair = _pair_of(jnp.bfloat16)
+
+
+def _float16_from_e4m3(word):
+    numbers = _words(word).view(jnp.float8_e4m3fn).reshape(128, 4).astype(np.float32)
+    return [_pair_of(np.float16)(numbers[:, i], numbers[:, i + 2]) for i in range(2)]
+
+
+def _to_e4m3_sum(words, factor):
+    with np.errstate(all="ignore"):
+        numbers = np.stack([x for word in words for x in _halves(word)], 1) * np.asarray(factor)[:, None]
+        exact = numbers.astype(np.float16).astype(np.float32)
+        high = np.clip(exact, -448, 448).astype(jnp.float8_e4m3fn)
+        low = np.clip(exact - high.astype(np.float32), -448, 448).astype(jnp.float8_e4m3fn)
+    return tuple(list(x.view(np.int32).astype(np.int64).T) for x in (high, low))
+
+
+def _larger_magnitudes(a, b):
+    halves = zip(_halves(a), _halves(b), strict=True)
+    return _pair(*(np.fmax(np.abs(x), np.abs(y)) for x, y in halves))
 
 
 def _floats(function):
@@ -369,7 +469,7 @@ PURE: dict[str, Callable] = {
     "select": np.where,
     "offset": lambda base, index, scale: base + index * scale,
     "number": lambda x: np.full(128, x, np.float32),
-    "plus": _floats(np.add),
+    "plus": _floats(lambda a, *others: functools.reduce(np.add, others, a)),
     "minus": _floats(np.subtract),
     "times": _floats(np.multiply),
     "times_plus": _floats(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
@@ -379,6 +479,14 @@ PURE: dict[str, Callable] = {
     "inverse": _floats(lambda x: 1 / x),
     "exp2": _floats(np.exp2),
     "lane_distant": lambda x, distance: x[np.arange(128) ^ distance],
+    "log2": _floats(np.log2),
+    "bits_of": lambda x: np.broadcast_to(np.asarray(x, np.float32), (128,)).view(np.int32).astype(np.int64),
+    "float_of": lambda bits: np.asarray(bits, np.int64).astype(np.int32).view(np.float32),
+    "both": np.logical_and,
+    "larger_magnitudes": _larger_magnitudes,
+    "to_e4m3_sum": _to_e4m3_sum,
+    "float16_from_e4m3": _float16_from_e4m3,
+    "to_float16_pair": _pair_of(np.float16),
     "to_bfloat16_pair": _pair,
     "from_bfloat16_pair": _halves,
     "matrix": lambda address: address,
@@ -386,6 +494,7 @@ PURE: dict[str, Callable] = {
     "barrier_init_done": lambda: None,
     "opaque": lambda x: x,
     "barrier": lambda identity, threads: None,
+    "warp_barrier": lambda: None,
     "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
 }
 
@@ -402,6 +511,8 @@ OWN: dict[str, Callable] = {
         Warpgroup.peer_address,
         Warpgroup.load_words_or_zeros,
         Warpgroup.copy_async,
+        Warpgroup.copy_async_word,
+        Warpgroup.prefetch,
         Warpgroup.barrier_arrive_after_copies,
         Warpgroup.copies_commit,
         Warpgroup.copies_done,
@@ -411,10 +522,12 @@ OWN: dict[str, Callable] = {
         Warpgroup.block_barrier,
         Warpgroup.cluster_barrier,
         Warpgroup.multiply,
+        Warpgroup.multiply_fragments,
         Warpgroup.multiply_commit,
         Warpgroup.multiply_wait,
         Warpgroup.multiplied,
         Warpgroup.store_shared_transposed,
+        Warpgroup.load_shared_transposed,
         Warpgroup.transposed_block,
         Warpgroup.when,
         Warpgroup.loop,
@@ -432,6 +545,8 @@ OWN: dict[str, Callable] = {
     "store_shared_words": lambda self, address, words: self.store(address, words, np.int32),
     "load_words": lambda self, address: self.load(address, np.int32, 4),
     "store_global_words": lambda self, address, words, predicate: self.store(address, words, np.int32, predicate),
+    "store_shared_pair": lambda self, address, words: self.store(address, words, np.int32),
+    "load_shared_float": lambda self, address: self.load(address, np.float32)[0],
     "load_shared_floats": lambda self, address: self.load(address, np.float32, 2),
     "store_shared_floats": lambda self, address, pair: self.store(address, pair, np.float32),
     "scalar": lambda self, x: np.full(128, x, np.int64),
@@ -487,6 +602,7 @@ def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
         inline_mgpu=lambda arg_types: lambda f: lambda *refs: f(None, *refs),
         CompilerParams=lambda **_: None,
         SMEM=lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype),
+        set_max_registers=lambda count, action: None,
     )
     with monkeypatch.context() as patch:
         for name, word in PURE.items():

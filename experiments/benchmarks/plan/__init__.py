@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from experiments.common import devices, fit, inputs, options, topologies
 from experiments.common.devices import Layout
 from experiments.common.report import Output, markdown_table, text_table
 from experiments.common.topologies import Topology
-from indexcache_jax import memory, serving, sharding, tensors
+from indexcache_jax import memory, serving, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
 from indexcache_jax.memory import Devices, Need
@@ -36,13 +35,13 @@ from indexcache_jax.serving.generation import CACHE_MULTIPLE
 from indexcache_jax.sharding import SERVING, Rules
 from pallas_kernels import device
 
-for _name in ("preset", "schedule", "topology", "mesh", "tokens", "chunk", "batch_size", "latent_cache", "index_cache"):
+_READ = "preset", "schedule", "topology", "mesh", "tokens", "chunk", "batch_size", "latent_cache", "index_cache", "weights"
+for _name in _READ:
     flags.declare_key_flag(_name)
 
 CHUNK = 4096  # tokens of a prefill chunk for every device that shares it, by default
 SHARE = "1/4"  # of layers that are F, where neither --schedule nor the model says
 LONGEST = 2**22  # tokens, up to which the longest length that fits is looked for
-FP8_BLOCK = 128 * 128  # numbers with a float32 scale of their own in the estimate of weights in 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Inputs:
     length: int
     chunk: int
     form: CacheFormat
+    weights: str | None  # "fp8" for matrices in 8 bits
 
     @property
     def rules(self) -> Rules:
@@ -71,7 +71,7 @@ class Inputs:
         """The model under a schedule on the topology's devices, which must be there to compile for."""
         assert self.topology.devices is not None
         mesh = sharding.make_mesh(self.layout.data, self.layout.context, self.layout.tensor, self.topology.devices)
-        return Model(self.config, schedule, self.rows, self.length, self.form, mesh, self.rules)
+        return Model(self.config, schedule, self.rows, self.length, self.form, mesh, self.rules, self.weights)
 
     def need(self, length: int, mesh: Devices, rules: Rules, temporaries: int | None = None) -> Need:
         """What one device needs at another length, on another mesh. temporaries: instead of their estimate."""
@@ -85,6 +85,7 @@ class Inputs:
             form=self.form,
             mesh=mesh,
             rules=rules,
+            weights=self.weights,
         )
         return found if temporaries is None else Need(found.parts | {"temporaries": temporaries})
 
@@ -109,7 +110,7 @@ def read_inputs() -> Inputs:
     if chunk > length:
         raise ValueError(f"--chunk={chunk}: is more than --tokens={length}")
     form = inputs.cache_format(jnp.bfloat16, jnp.bfloat16)
-    return Inputs(name, config, schedule, topology, layout, rows, length, chunk, form)
+    return Inputs(name, config, schedule, topology, layout, rows, length, chunk, form, inputs.made_weights())
 
 
 # ---- sums over abstract trees
@@ -117,7 +118,7 @@ def read_inputs() -> Inputs:
 
 def weights_by_part(given: Inputs) -> dict[str, int]:
     """Bytes of one device's weights by what they belong to."""
-    tree = serving.weights.abstract(given.config, given.schedule)
+    tree = serving.weights.abstract(given.config, given.schedule, given.weights)
     routed: list[Any] = []
     attention: list[Any] = []
     others: list[Any] = []
@@ -140,18 +141,24 @@ def weights_by_part(given: Inputs) -> dict[str, int]:
     }
 
 
-def fp8_bytes(given: Inputs) -> int:
-    """An estimate of one device's weights in 8 bits: the layers' matrices, with a float32 scale for every block.
+def weights_bytes(given: Inputs, schedule: Schedule, weights: str | None) -> int:
+    """Bytes of one device's weights under a schedule, with matrices in 8 bits ("fp8") or all in bfloat16.
 
-    Embedding, head, routers, norms and biases stay as they are.
+    ValueError where the mesh cannot divide them.
     """
-    tree, total = serving.weights.abstract(given.config, given.schedule), 0.0
-    placed = jax.tree.leaves(sharding.shardings(tree, given.abstract_mesh, given.rules))
-    for (path, tensor), place in zip(tensors.leaves(tree), placed, strict=True):
-        size = math.prod(place.shard_shape(tensor.shape))
-        in_8_bits = tensor.layers is not None and len(tensor.shape) > 1 and not path.endswith("router")
-        total += size * (1 + 4 / FP8_BLOCK) if in_8_bits else size * jnp.dtype(tensor.dtype or jnp.bfloat16).itemsize
-    return int(total)
+    tree = serving.weights.abstract(given.config, schedule, weights)
+    return memory.tree_bytes(tree, jnp.bfloat16, given.abstract_mesh, given.rules)
+
+
+def weights_by_form(given: Inputs) -> dict[str, int | None]:
+    """Bytes of one device's weights for either value of --weights; None for a form that the mesh cannot divide."""
+    sizes: dict[str, int | None] = {}
+    for form, weights in (("bf16", None), ("fp8", "fp8")):
+        try:
+            sizes[form] = weights_bytes(given, given.schedule, weights)
+        except ValueError:
+            sizes[form] = None
+    return sizes
 
 
 def bytes_per_token(given: Inputs, schedule: Schedule) -> int:
@@ -205,8 +212,11 @@ def memory_rows(given: Inputs, result: Result | None) -> list[list[str]]:
     """What one device holds, line by line."""
     estimated = given.need(given.length, given.abstract_mesh, given.rules)
     rows = [[f"weights: {name}", gb(size)] for name, size in weights_by_part(given).items()]
-    rows.append(["weights in all, bfloat16", gb(estimated.parts["weights"])])
-    rows.append(["weights in all, 8 bits (an estimate, not implemented)", gb(fp8_bytes(given))])
+    asked = given.weights or "bf16"
+    rows.append([f"weights in all, {asked}", gb(estimated.parts["weights"])])
+    for form, size in weights_by_form(given).items():
+        if form != asked and size is not None:
+            rows.append([f"weights in all, with --weights={form}", gb(size)])
     rows.append([f"cache of {given.rows} x {given.length:,} tokens", gb(estimated.parts["cache"])])
     rows.append(["temporaries, estimated", gb(estimated.parts["temporaries"])])
     if result is not None:
@@ -273,10 +283,7 @@ def collective_rows(result: Result) -> list[list[str]]:
 def saving_rows(given: Inputs, result: Result | None) -> list[list[str]]:
     """All F against the schedule: what one device stores and moves."""
     all_full = Schedule.all_full(given.config.num_layers)
-    weights = [
-        memory.tree_bytes(serving.weights.abstract(given.config, schedule), jnp.bfloat16, given.abstract_mesh, given.rules)
-        for schedule in (all_full, given.schedule)
-    ]
+    weights = [weights_bytes(given, schedule, given.weights) for schedule in (all_full, given.schedule)]
     caches = [
         memory.cache_bytes(given.config, schedule, given.rows, given.length, given.form, given.abstract_mesh, given.rules)
         for schedule in (all_full, given.schedule)
@@ -311,7 +318,8 @@ def report(given: Inputs, result: Result | None, output: Output) -> None:
         sections.append(("Compiled programs", PROGRAM_HEADER, program_rows(result)))
         sections.append(("What devices exchange", COLLECTIVE_HEADER, collective_rows(result)))
     about = (
-        f"{given.config.num_layers} layers, {given.schedule.num_full} F (`{given.schedule.pattern}`), bfloat16, "
+        f"{given.config.num_layers} layers, {given.schedule.num_full} F (`{given.schedule.pattern}`), bfloat16"
+        f"{', matrices in fp8' if given.weights else ''}, "
         f"{given.rows} row(s), chunks of {given.chunk:,} tokens a row. GB are 10^9 bytes."
     )
     if result is None:
@@ -323,7 +331,7 @@ def report(given: Inputs, result: Result | None, output: Output) -> None:
         "mesh": fit.mesh_flag(given.layout),
         "need": given.need(given.length, given.abstract_mesh, given.rules).parts,
         "weights": weights_by_part(given),
-        "weights_in_8_bits_estimate": fp8_bytes(given),
+        "weights_by_form": weights_by_form(given),
         "not_compiled": given.topology.why_not if result is None else None,
         "programs": []
         if result is None

@@ -23,7 +23,7 @@ HEADER = [
     "fits",
 ]
 HEADER += ["longest cache, tokens", "the same split over context, estimate", "fewest such devices, by the estimates"]
-HEADER += ["weights in 8 bits, GB, estimate", "longest cache with those, tokens, estimate"]
+HEADER += ["weights with --weights=fp8, GB", "longest cache with those, tokens, estimate"]
 ESTIMATE_HEADER = ["plan", "estimated, GB", "compiled, GB", "estimated / compiled"]
 TEXT = """# What the large models take of each device
 
@@ -31,8 +31,8 @@ One request, bfloat16, a cache of 131,072 tokens, the model's own schedule or a 
 weights and caches are sums over abstract trees, temporaries are those of compiled prefill and decode programs, and each row
 has its folder here with the command that made it. There is what a process may use: 95 % of an H200's 141 GiB
 (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95), and 95 GiB of a v5p. What NCCL and other libraries take of the rest is not counted.
-Weights in 8 bits are an estimate; they are not implemented. Lengths are those that memory allows: a model's positions may
-be fewer.
+Weights are in the form that --weights says, by default bfloat16. Lengths are those that memory allows: a model's positions
+may be fewer.
 
 {models}
 
@@ -72,8 +72,8 @@ def rows_of(name: str, results: dict[str, Any]) -> tuple[list[str], list[str] | 
     row += ["yes" if metrics["fits"] else "no", tokens(metrics["longest_tokens"])]
     row.append(tokens(int((beside - need["weights"]) * context / per_token)))
     row.append(f"`{metrics['smallest_mesh']}`" if metrics["smallest_mesh"] else "none")
-    in_8_bits = metrics["weights_in_8_bits_estimate"]
-    row += [gb(in_8_bits), tokens(int((beside - in_8_bits) / per_token))]
+    in_8_bits = metrics["weights_by_form"]["fp8"]
+    row += ["-", "-"] if in_8_bits is None else [gb(in_8_bits), tokens(int((beside - in_8_bits) / per_token))]
     if compiled is None:
         return row, None
     ratio = f"{need['temporaries'] / compiled:.2f}"

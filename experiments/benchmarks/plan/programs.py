@@ -53,6 +53,7 @@ class Lowered:
 class Model:
     """The shapes of a model for inference on a mesh: `rows` rows of `length` cached tokens, bfloat16.
 
+    weights_format: "fp8" for matrices in 8 bits.
     mesh: of devices of a topology, or of those at hand.
     """
 
@@ -63,10 +64,11 @@ class Model:
     form: CacheFormat
     mesh: Mesh
     rules: Rules
+    weights_format: str | None = None
 
     @functools.cached_property
     def weights(self) -> serving.Weights:
-        tree = serving.weights.abstract(self.config, self.schedule)
+        tree = serving.weights.abstract(self.config, self.schedule, self.weights_format)
         return tensors.shape_structs(tree, jnp.bfloat16, sharding.shardings(tree, self.mesh, self.rules))
 
     @functools.cached_property

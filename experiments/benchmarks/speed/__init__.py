@@ -50,7 +50,7 @@ from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import SERVING
 
-for _name in ("preset", "num_layers", "schedule", "chunk", "latent_cache", "index_cache", "time_limit", "mesh"):
+for _name in ("preset", "num_layers", "schedule", "chunk", "latent_cache", "index_cache", "weights", "time_limit", "mesh"):
     flags.declare_key_flag(_name)
 _LENGTHS = flags.DEFINE_list("lengths", ["10240", "61440", "122880", "204800"], "prompt tokens, multiples of the chunk")
 _STEPS = flags.DEFINE_integer("decode_steps", 32, "decode steps of a program")
@@ -74,13 +74,14 @@ class Inputs:
     schedules: dict[str, Schedule]
     sizes: Sizes
     cache_format: serving.CacheFormat
+    weights: str | None  # "fp8" for matrices in 8 bits
     rounds: int
     prompt: np.ndarray
 
     @property
     def model_name(self) -> str:
         layers = f"{self.model.config.num_layers} of {self.model.layers} layers"
-        return f"{self.model.name}, {layers}, random bf16 weights"
+        return f"{self.model.name}, {layers}, random {self.weights or 'bf16'} weights"
 
 
 def integers(flag: str, values: list[str]) -> Iterator[int]:
@@ -115,6 +116,7 @@ def read_inputs(seed: int) -> Inputs:
         schedules={entry: shape.schedule(entry) for entry in dict.fromkeys(options.SCHEDULE.value or SCHEDULES)},
         sizes=sizes,
         cache_format=inputs.cache_format(jnp.bfloat16, serving.FP8),
+        weights=inputs.made_weights(),
         rounds=_ROUNDS.value,
         prompt=random_prompt(seed, shape.config.vocab_size, sizes.lengths[-1], _RUN.value),
     )
@@ -124,8 +126,9 @@ def make_bench(given: Inputs, seed: int) -> Bench:
     """The model under every schedule, its programs still to be compiled."""
     shape, sizes, began = given.model, given.sizes, time.perf_counter()
     asked = {"rows": 1, "length": sizes.max_len, "chunk": sizes.chunk, "dtype": jnp.bfloat16, "form": given.cache_format}
+    asked["weights"] = given.weights
     fit.serving(shape.config, Schedule.all_full(shape.config.num_layers), **asked, flag="lengths")
-    whole = jax.block_until_ready(serving.random_weights(jax.random.key(seed), shape.config))
+    whole = jax.block_until_ready(serving.random_weights(jax.random.key(seed), shape.config, weights=given.weights))
     print(f"weights made in {time.perf_counter() - began:.0f} s", flush=True)
     return Bench(
         model=shape,

@@ -85,7 +85,7 @@ def planned(tmp_path, *arguments):
 @pytest.fixture(autouse=True)
 def flags_as_they_were():
     yield
-    for name in ("preset", "topology", "mesh", "tokens", "chunk", "schedule"):
+    for name in ("preset", "topology", "mesh", "tokens", "chunk", "schedule", "weights"):
         flags.FLAGS[name].unparse()
 
 
@@ -98,7 +98,16 @@ def test_where_nothing_can_be_compiled_the_sums_are_reported_and_that_is_said(tm
     # 256 experts of 3 x 6144 x 2048 in 75 layers, a sixteenth of them.
     assert metrics["weights"]["routed experts"] == 75 * 256 * 3 * 6144 * 2048 * 2 // 16
     assert sum(metrics["weights"].values()) == metrics["need"]["weights"]
-    assert 0.5 < metrics["weights_in_8_bits_estimate"] / metrics["need"]["weights"] < 0.55
+    assert metrics["weights_by_form"]["bf16"] == metrics["need"]["weights"]
+
+
+def test_weights_in_8_bits_are_counted_with_their_scales(tmp_path, monkeypatch):
+    monkeypatch.setattr(topologies, "_described_gpus", lambda hosts, of_a_host: "no plugin")
+    metrics, report = planned(tmp_path, "--preset=glm-5.2", "--topology=h200:8", "--mesh=context=8", "--weights=fp8")
+    numbers = 75 * 256 * 3 * 6144 * 2048 // 8
+    assert metrics["weights"]["routed experts"] == numbers + 4 * numbers // 128**2
+    assert metrics["need"]["weights"] == metrics["weights_by_form"]["fp8"] < 0.55 * metrics["weights_by_form"]["bf16"]
+    assert metrics["fits"] and "weights in all, with --weights=bf16" in report
 
 
 def test_half_as_many_devices_do_not_hold_it(tmp_path, monkeypatch):

@@ -51,13 +51,14 @@ def test_a_cut_model_walks_as_inference_does_and_layers_take_the_states_they_are
 def test_it_writes_what_it_measured(tmp_path, capsys):
     with flagsaver.flagsaver(context=160, held_out_sequences=1):
         precision.run(str(tmp_path), 0)
-    found = json.loads((tmp_path / "results.json").read_text())["metrics"]["caches"]
-    assert list(found) == list(precision.CACHES)
+    found = json.loads((tmp_path / "results.json").read_text())["metrics"]["in_8_bits"]
+    assert list(found) == [*precision.CACHES, *precision.WEIGHTS]
     for one in found.values():
         assert abs(one["loss"] - one["loss_unrounded"]) < 0.1 and 0 <= one["divergence"] < 0.1
         assert len(one["selected_alike"]) == 12
     assert found["fp8 latents"]["selected_alike"] == [1] * 12  # they are no part of the scores
     assert found["fp8 index keys"]["divergence"] < found["fp8 both"]["divergence"]
+    assert 0 < found["fp8 weights"]["divergence"] < found["fp8 weights and activations"]["divergence"]
     assert "worst layer" in (tmp_path / "report.md").read_text() and "fp8 both" in capsys.readouterr().out
 
 

@@ -21,6 +21,8 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 FIELDS = GLM_FIELDS | {
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
@@ -29,13 +31,6 @@ FIELDS = GLM_FIELDS | {
     "pad_token_id": 257,
     "max_position_embeddings": 160,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_selection_loss(case, tokens, seed=0):
