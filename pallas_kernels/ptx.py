@@ -117,6 +117,11 @@ def opaque(x: Value) -> Value:
     return asm("mov.b32 $0, $1;", [x], "=r,r", i32())
 
 
+def uniform(x: Value) -> Value:
+    """x of the warp's first lane. The compiler knows nothing more of it, and that it is the same in all lanes."""
+    return asm("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", [x], "=r,r", i32())
+
+
 when = utils.when
 
 
@@ -450,11 +455,6 @@ def store_shared_floats(address: Value, pair: Sequence[Value]) -> None:
 def barrier(identity: int, threads: int) -> None:
     """The named barrier `identity` of `threads` threads of the block; number 0 is that of the whole block."""
     asm(f"barrier.cta.sync {identity}, {threads};")
-
-
-def warp_barrier() -> None:
-    """A barrier of the threads of a warp."""
-    asm("bar.warp.sync 0xffffffff;")
 
 
 def barrier_any(identity: int, threads: int, predicate: Value) -> Value:

@@ -124,17 +124,15 @@ class Tasks:
         return -(-self.blocks // self.splits)
 
 
-# How many clusters of so many blocks are sure to run at a time: the 132 multiprocessors are in groups of 14 to 18, and a
-# cluster lies within one.
-RESIDENT_CLUSTERS = {2: 66, 3: 42, 4: 29, 5: 21, 6: 18, 7: 16, 8: 13}
+# How many clusters of so many blocks run at a time for sure: a cluster lies within a group of 14 to 18 of the 132
+# multiprocessors. One cluster too many takes as long as twice as many (docs/kernels.md).
+RESIDENT_CLUSTERS = {8: 13, 4: 29, 2: 66}
 
 
 def splits_of(tiles: int, blocks: int) -> int:
     """Into how many parts lists of `blocks` key blocks are split, so that the device is full and all run at once."""
-    fitting = (splits for splits, clusters in RESIDENT_CLUSTERS.items() if tiles <= clusters)
-    most = min(max(fitting, default=1), blocks)
-    share = -(-blocks // most)
-    return -(-blocks // share)
+    fitting = (n for n, most in RESIDENT_CLUSTERS.items() if tiles <= most and (n - 1) * -(-blocks // n) < blocks)
+    return max(fitting, default=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -460,15 +458,16 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             steps = [(0, 32 * i, 32 * i) for i in range(4)]
             zeros = [ptx.number(0.0)] * (4 * groups)
             (sums,) = ptx.multiply([zeros], rotary, rotary_queries, steps, fresh=True, columns=tasks.columns, transposed=False)
-            # Both parts of the queries are columns of one product or, where their sums take too many registers, added in turn.
+            # The queries' two parts are columns of one product or, where their sums take too many registers, added in turn, the
+            # smaller ones first: every step of the tensor cores in e4m3 cuts what is added to the size of the sum.
             steps = [
-                (0, piece * PIECE + 32 * i, piece * memory.query_piece + part * memory.query_part + 32 * i)
-                for piece in range(PIECES)
-                for part in range(2 if tasks.is_wide else 1)
-                for i in range(4)
+                (0, piece * PIECE + 32 * i, piece * memory.query_piece + 32 * i) for piece in range(PIECES) for i in range(4)
             ]
             multiply = functools.partial(ptx.multiply, transposed=False, kind="e4m3")
             if tasks.is_wide:
+                smaller = ptx.matrix(ptx.add(base, memory.queries + memory.query_part))
+                (sums,) = multiply([sums], codes, smaller, steps, fresh=False, columns=tasks.columns)
+                codes = ptx.matrix(ptx.uniform(ring.codes(base)))  # else 16 addresses are kept for their second use
                 (sums,) = multiply([sums], codes, matrix, steps, fresh=False, columns=tasks.columns)
                 logits = [sums]
             else:

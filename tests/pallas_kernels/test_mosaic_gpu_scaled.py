@@ -131,7 +131,7 @@ def test_registers_are_those_that_a_block_is_launched_with():
 
 @pytest.mark.parametrize(
     "tiles, blocks, expected",
-    [(1, 32, 8), (13, 32, 8), (16, 32, 7), (32, 32, 3), (50, 32, 2), (67, 32, 1), (1, 5, 5), (1, 9, 5)],
+    [(1, 32, 8), (13, 32, 8), (14, 32, 4), (30, 32, 2), (67, 32, 1), (1, 5, 2), (1, 9, 2), (1, 1, 1)],
 )
 def test_splits_are_those_that_run_at_once(tiles, blocks, expected):
     splits = kernel.splits_of(tiles, blocks)

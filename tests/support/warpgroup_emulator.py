@@ -494,7 +494,7 @@ PURE: dict[str, Callable] = {
     "barrier_init_done": lambda: None,
     "opaque": lambda x: x,
     "barrier": lambda identity, threads: None,
-    "warp_barrier": lambda: None,
+    "uniform": lambda x: np.broadcast_to(x, (128,))[np.arange(128) // 32 * 32],
     "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
 }
 
