@@ -3,6 +3,7 @@
     config, schedule, params = load(directory)
     config, schedule, weights = load(directory, form="serving", weights="stored")
     save(directory, params, config, schedule, format="safetensors")
+    save_indexers(directory, params, config, schedule, source)     links to all that did not change
     convert(source, directory)     as a command: python -m checkpoints_convert SRC DST
     Layers(directory)              reads a layer when it is asked for it
 
@@ -11,7 +12,8 @@ never become paths outside it.
 """
 
 from checkpoints_convert.layers import Layers
+from checkpoints_convert.linked import save_indexers
 from checkpoints_convert.load import load, stored_weights
 from checkpoints_convert.save import convert, save
 
-__all__ = ["Layers", "convert", "load", "save", "stored_weights"]
+__all__ = ["Layers", "convert", "load", "save", "save_indexers", "stored_weights"]

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from checkpoints_convert.companions import with_stop_tokens
+from checkpoints_convert.ending import writing
 from checkpoints_convert.formats import check_described, description_bytes
 from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from indexcache_jax.config import Config
@@ -158,6 +159,23 @@ def write(directory: pathlib.Path, tree: Params) -> None:
         _save(directory / PARAMS, tree)
     finally:
         logger.setLevel(level)
+    _check_written(directory / PARAMS, tree)
+
+
+def _check_written(directory: pathlib.Path, tree: Params) -> None:
+    """OSError where something that was to be written is not there: libraries may pass over a full disk."""
+
+    def is_whole(path: pathlib.Path) -> bool:
+        return path.is_file() and path.stat().st_size > 0
+
+    whole = {"_METADATA": is_whole(directory / "_METADATA")}
+    for name, leaf in leaves(tree):
+        chunk = _chunk_shape(leaf.tensor, leaf.dtype)
+        chunks = math.prod(math.ceil(size / step) for size, step in zip(leaf.tensor.shape, chunk, strict=True))
+        there = [path for path in (directory / name).glob("*") if not path.name.startswith(".") and is_whole(path)]
+        whole[name] = is_whole(directory / name / ".zarray") and len(there) == chunks
+    if missing := [name for name, is_there in whole.items() if not is_there]:
+        raise OSError(f"{directory / missing[0]}: was not written whole; is the disk full?")
 
 
 def _save(path: pathlib.Path, tree: Params) -> None:
@@ -184,17 +202,19 @@ class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
 def _write_leaf(leaf: LazyLeaf, path: pathlib.Path) -> None:
     tensor = leaf.tensor
     chunk = _chunk_shape(tensor, leaf.dtype)
-    store = ts.open(
-        {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": {"chunks": chunk, "compressor": {"id": "zstd", "level": 1}},
-            "store_data_equal_to_fill_value": True,
-        },
-        create=True,
-        dtype=leaf.dtype,
-        shape=tensor.shape,
-    ).result()
+    with writing(path):
+        store = ts.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{path}/"},
+                "metadata": {"chunks": chunk, "compressor": {"id": "zstd", "level": 1}},
+                "store_data_equal_to_fill_value": True,
+            },
+            create=True,
+            dtype=leaf.dtype,
+            shape=tensor.shape,
+        ).result()
+    nbytes = math.prod(tensor.shape) * leaf.dtype.itemsize
     stage = np.empty(tensor.layer_shape, leaf.dtype)
     step = chunk[-stage.ndim]
     for slot, layer in enumerate(tensor.every_layer):
@@ -205,9 +225,11 @@ def _write_leaf(leaf: LazyLeaf, path: pathlib.Path) -> None:
             part = slice(start, min(start + step, len(stage)))
             pending.append(target[part].write(stage[part], can_reference_source_data_indefinitely=True).commit)
             if len(pending) == PENDING_CHUNKS:
-                pending.popleft().result()
+                with writing(path, nbytes):
+                    pending.popleft().result()
         for future in pending:
-            future.result()
+            with writing(path, nbytes):
+                future.result()
 
 
 def _chunk_shape(tensor: Tensor, dtype: np.dtype) -> list[int]:

@@ -31,6 +31,7 @@ from checkpoints_convert.checkpoint import (
     resolve_weights,
 )
 from checkpoints_convert.companions import find_companions, with_stop_tokens
+from checkpoints_convert.ending import unfinished, writing
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint, Unused
 from checkpoints_convert.recode import Recoded
 from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_index, write_shard
@@ -60,7 +61,7 @@ class ArraysCheckpoint(Leaves):
         self._form = "params" if isinstance(arrays, Params) else "serving"
         form = weights_of(arrays) if isinstance(arrays, Params) else arrays.format
         self.weights = form and "fp8"  # what is trained on a base in 8 bits is written like the base
-        self._arrays = {path: _host_view(array) for path, array in leaves(arrays)}
+        self._arrays = {path: host_view(array) for path, array in leaves(arrays)}
         super().__init__(FORMS[self._form](config, schedule, form))
 
     def check(self, tree: Any) -> None:
@@ -147,7 +148,7 @@ def _layer(array: jax.Array, slot: jax.Array, stacked: bool) -> jax.Array:
     return array[slot] if stacked else array
 
 
-def _host_view(leaf: Any) -> Any:
+def host_view(leaf: Any) -> Any:
     """A NumPy view of an array in host memory; an array on other or several devices as it is."""
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
         leaf = leaf.addressable_data(0)  # which no other process is asked for
@@ -311,7 +312,8 @@ def _write(
         else:
             _write_safetensors(partial, checkpoint, tree, dtypes, new.max_shard_bytes, new.copies, progress)
         for companion in new.companions:
-            shutil.copyfile(companion, partial / companion.name)
+            with writing(partial / companion.name, companion.stat().st_size):
+                shutil.copyfile(companion, partial / companion.name)
         # Last, so that not even the unfinished directory loads before it is whole.
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -419,6 +421,8 @@ def _write_safetensors(
         (stream for unit in units for stream in unit.streams(checkpoint, dtypes)), (stream for _, stream in copies)
     )
     total, done = sum(spec.nbytes for spec in specs), 0
+    if (free := shutil.disk_usage(directory).free) < total:
+        raise OSError(f"{directory.parent}: the weights take {total:,} bytes, {free:,} are free on that disk")
 
     def counted(count: int) -> Iterator[np.ndarray]:
         nonlocal done
@@ -430,7 +434,8 @@ def _write_safetensors(
 
     shards = plan_shards(specs, max_bytes)
     for file, shard in shards.items():
-        write_shard(directory / file, shard, counted(len(shard)))
+        with writing(directory / file, sum(spec.nbytes for spec in shard)):
+            write_shard(directory / file, shard, counted(len(shard)))
     write_index(directory, shards)
 
 
@@ -438,8 +443,9 @@ def _write_safetensors(
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory beside `path` to write into, which takes its name once all is written and on disk.
 
-    ValueError where `path` is there and is not an empty directory. Where it is a link, that is what it leads to. What is
-    left of it after an error is removed; a killed process leaves `.NAME.*.partial`.
+    ValueError where `path` is there and is not an empty directory, OSError that names the file for a full disk. Where it
+    is a link, that is what it leads to. What is left of it after an error is removed; a killed process leaves
+    `.NAME.*.partial`.
     """
     path = path.resolve()  # a directory cannot take the name of a link
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -447,16 +453,13 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     partial.mkdir()
-    try:
+    with unfinished(partial), writing(path):
         yield partial
         for directory, _, files in os.walk(partial):
             for name in (*files, "."):
                 _sync(pathlib.Path(directory) / name)
         partial.rename(path)
         _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _sync(path: pathlib.Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
+from checkpoints_convert.orbax_io import is_orbax
 from experiments.common import data, devices, fit, inputs, journal, options, plots, runs
 from experiments.common.report import Output, device, markdown_table, text_table
 from experiments.common.runs import Saving, TrainingRun
@@ -46,6 +47,12 @@ for _name in (
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "steps between checkpoints", lower_bound=1)
 _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
+_EXPORT = flags.DEFINE_enum(
+    "export",
+    "full",
+    ["full", "linked"],
+    "full: a checkpoint of its own; linked, where indexers alone train: new indexers beside links to --checkpoint's files",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +103,27 @@ def checkpoint_folder(output: Output) -> pathlib.Path:
     return output.directory / "checkpoint"
 
 
+def link_or_copy(stages: list[Stage], source: str) -> bool | None:
+    """Whether what does not change is exported by links or as copies of the files of `source`; None where all is written anew.
+
+    That is where more than indexers trains or there are no such files; ValueError where --export=linked asks for links then.
+    """
+    linked = _EXPORT.value == "linked"
+    for stage in stages:
+        if stage.steps and stage.model_learning_rate:
+            if linked:
+                raise ValueError(
+                    f"--export=linked: the {stage.name} stage trains all weights; --sparse_steps=0 or --model_learning_rate=0 "
+                    "trains indexers alone"
+                )
+            return None
+    if is_orbax(pathlib.Path(source)):
+        if linked:
+            raise ValueError(f"--export=linked: {source} is an orbax checkpoint, there are no safetensors files to link to")
+        return None
+    return linked
+
+
 def check_output(output: Output) -> None:
     """ValueError for a folder that holds an earlier run which is not to be resumed."""
     folder, resume = checkpoint_folder(output), options.RESUME.value
@@ -111,7 +139,8 @@ def read_inputs(output_dir: str, seed: int) -> Inputs:
     config, base = inputs.described(checkpoint.directory)
     weights = form_to_train(checkpoint)
     planned = inputs.distillation_stages(options.CONTEXT.value, checkpoint.dtype)
-    fit.training(config, target_schedule(base), planned, checkpoint=base, weights=weights)
+    taken = [stage for stage in planned if stage.steps] or planned
+    fit.training(config, target_schedule(base), taken, checkpoint=base, weights=weights)
     config, base, loaded = checkpoints_convert.load(checkpoint.directory, weights=weights)
     schedule = target_schedule(base)
     stored = with_schedule(loaded, base, schedule)
@@ -121,6 +150,7 @@ def read_inputs(output_dir: str, seed: int) -> Inputs:
     stages = inputs.distillation_stages(reader.context, checkpoint.dtype, _CROSS_LAYER.value)
     if not any(stage.steps for stage in stages):
         raise ValueError("--warmup_steps=0 --sparse_steps=0: nothing is trained")
+    link_or_copy(stages, checkpoint.directory)
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     cuts = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     try:
@@ -157,20 +187,32 @@ def distil(given: Inputs, seed: int) -> Result:
     trained = runs.train(given.stored, training_run, given.output, resume=options.RESUME.value, saving=saving)
     folder = checkpoint_folder(given.output)
     journal.remove(folder)  # of an earlier --resume
-    written = export(folder, trained.params, given.stored, config, schedule, given.checkpoint.directory)
+    source = given.checkpoint.directory
+    written = export(folder, trained.params, given.stored, config, schedule, source, link_or_copy(given.stages, source))
     held_out["distilled"] = runs.evaluate(written, given.cuts, config, schedule, dtype)
     return Result(held_out, speeds(trained, given.stages, config, schedule), trained.seconds)
 
 
 def export(
-    directory: pathlib.Path, params: Params, like: Params, config: Config, schedule: Schedule, source: str | pathlib.Path
+    directory: pathlib.Path,
+    params: Params,
+    like: Params,
+    config: Config,
+    schedule: Schedule,
+    source: str | pathlib.Path,
+    link: bool | None = None,
 ) -> Params:
     """Writes params in the dtypes of `like`, with the tokenizer and whatever else goes along with checkpoint `source`.
 
+    link: only the indexers are those of `params`, the rest are links to the files of `source` or copies; None writes all.
     Returns what was written: of a base in 8 bits the indexers as they are quantised.
     """
     written = jax.tree.map(lambda a, b: a.astype(b.dtype), params, like)
-    checkpoints_convert.save(directory, written, config, schedule, companions_of=source)
+    if link is None:
+        checkpoints_convert.save(directory, written, config, schedule, companions_of=source)
+    else:
+        for note in checkpoints_convert.save_indexers(directory, written, config, schedule, source, link):
+            print(f"note: {note}")
     if (weights := weights_of(like)) is None:
         return written
     return checkpoints_convert.load(directory, weights=weights)[2]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
+import signal
 import sys
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from absl import app, flags, logging
 
-from experiments.common import processes
 from experiments.common.options import EXPERIMENTS, TOGETHER
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
@@ -34,27 +35,42 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(EXPERIMENTS[name])
 
 
+# What makes an experiment's memory smaller, of the flags that it has.
+_SMALLER = ("stream", "batch_size", "rows_per_batch", "context", "chunk", "cache_len", "latent_cache", "tokens", "mesh")
+
+
 def main(argv: list[str]) -> None:
+    from checkpoints_convert.ending import end_well
+
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --checkpoint=DIR")
     logging.set_verbosity(logging.WARNING)  # orbax reports every file at INFO
     name = _EXPERIMENT.value
-    resumable = "resume" in {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
-    try:
-        go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
-        processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
-        with processes.sharing_fate():
-            if processes.count() > 1 and name not in TOGETHER:
-                raise ValueError(f"--experiment={name}: runs in one process, but there are {processes.count()}")
-            load(name).run(_OUTPUT_DIR.value or f"out/{name}", _SEED.value)
-    except (ValueError, NotImplementedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"interrupted{'; the same command with --resume goes on from here' if resumable else ''}", file=sys.stderr)
-        sys.exit(130)
+    own = {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
+    go_on = "; the same command with --resume goes on from here" if "resume" in own else ""
+    smaller = " or ".join(f"--{flag}" for flag in _SMALLER if flag in own)
+    end_well(lambda: _run(name, "resume" in own), f"interrupted{go_on}", smaller)
+
+
+def _run(name: str, resumable: bool) -> None:
+    from experiments.common import processes
+
+    go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
+    with processes.sharing_fate():
+        if processes.count() > 1 and name not in TOGETHER:
+            raise ValueError(f"--experiment={name}: runs in one process, but there are {processes.count()}")
+        load(name).run(_OUTPUT_DIR.value or f"out/{name}", _SEED.value)
+
+
+def _ended_early(number: int, frame: FrameType | None) -> None:
+    """Ends the process while it imports: there is nothing to tidy up yet."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _ended_early)
     load(experiment_of(sys.argv[1:]))  # its flags exist once it is imported
     app.run(main)

@@ -19,7 +19,7 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import devices, fit, inputs, journal, options, plots
+from experiments.common import devices, fit, inputs, journal, options, plots, search_noise
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from indexcache_jax import search, serving
@@ -33,6 +33,7 @@ from indexcache_jax.sharding import SERVING
 
 LOG = "evaluations.jsonl"
 TIMED_RUNS = 3
+STREAMED_GROWTH = 2.0  # of a race's comparisons, each of which reads all weights
 OVERLAP_BATCHES = 2
 
 for _name in (
@@ -43,7 +44,19 @@ for _name in (
 _LOSS_BUDGET = flags.DEFINE_float(
     "loss_budget", None, "instead of --retention: keep flipping while the calibration loss grows by at most this share, as 0.01"
 )
-_STRATEGY = flags.DEFINE_enum("strategy", "greedy", ["greedy", "similarity"], "greedy on the loss, or the similarity DP")
+_STRATEGY = flags.DEFINE_enum(
+    "strategy",
+    "greedy",
+    ["greedy", "floating", "similarity"],
+    "greedy on the loss; floating, which also takes flips back or exchanges them; or the similarity DP",
+)
+_RACE = flags.DEFINE_float(
+    "race",
+    0.05,
+    "probability, at most, that dropping schedules which cannot win changes the result; 0 measures each on all sequences",
+    0.0,
+    0.5,
+)
 _TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill under every schedule, once the search is done")
 _STREAM = flags.DEFINE_bool(
     "stream", False, "read the weights layer by layer, for a model larger than the device; prefill is not measured then"
@@ -135,7 +148,7 @@ def open_model(checkpoint: inputs.Checkpoint) -> Model:
 
     ValueError for one that is to be in memory and does not fit the device's.
     """
-    asked = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
     if _STREAM.value:
         return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), int(1e9 * _STREAM_MEMORY.value))
     rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
@@ -183,10 +196,12 @@ class Inputs:
 def read_goal() -> Goal:
     """The goal that the flags give; ValueError where they contradict each other."""
     budget, strategy = _LOSS_BUDGET.value, _STRATEGY.value
-    if budget is not None and (not budget >= 0 or strategy != "greedy"):
-        raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy")
-    if _STREAM.value and strategy != "greedy":
+    if budget is not None and (not budget >= 0 or strategy == "similarity"):
+        raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy or floating")
+    if _STREAM.value and strategy == "similarity":
         raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
+    if strategy == "floating" and options.BLOCKS.value > 1:
+        raise ValueError(f"--blocks={options.BLOCKS.value}: --strategy=floating has no blocks, it changes one layer at a time")
     retentions = [inputs.share("retentions", value) for value in options.RETENTIONS.value]
     return Goal(retentions, inputs.share("retention", options.RETENTION.value), budget, strategy, options.BLOCKS.value)
 
@@ -215,11 +230,15 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One schedule of the table and its loss in nats per token."""
+    """One schedule of the table and its losses in nats per token on each held-out sequence."""
 
     name: str
     schedule: Schedule
-    held_out_loss: float
+    losses: tuple[float, ...]
+
+    @property
+    def held_out_loss(self) -> float:
+        return statistics.fmean(self.losses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,18 +272,30 @@ def find(
         if not options.RESUME.value:
             journal.set_aside(path)
         smallest = min(sizes)
-        bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
+        if goal.strategy == "greedy":  # what the floating search will try is not known
+            bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():
                 bar.write(f"note: {line}")
-            steps = search.greedy_search(losses, base, num_full=smallest, blocks=goal.blocks)
+            steps = descend(losses, base, goal, num_full=smallest)
             if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
-                steps += search.greedy_search(losses, steps[-1].schedule, max_loss=most, blocks=goal.blocks)[1:]
+                steps += descend(losses, steps[-1].schedule, goal, max_loss=most)[1:]
         bar.total = bar.n
         bar.refresh()
     reached = [size for size in sizes if size >= steps[-1].schedule.num_full]
     return steps, {size: search.first_step_with_at_most(steps, size).schedule for size in reached}
+
+
+def descend(losses: search.LossOracle, start: Schedule, goal: Goal, **bounds: Any) -> list[search.Step]:
+    """The steps of the goal's strategy from a schedule, within the bounds `num_full` or `max_loss`."""
+    race = None
+    if _RACE.value:
+        searches = 1 if goal.budget is None else 2
+        race = search.Race(_RACE.value / searches, growth=STREAMED_GROWTH if _STREAM.value else search.Race.growth)
+    if goal.strategy == "floating":
+        return search.floating_search(losses, start, race=race, **bounds)
+    return search.greedy_search(losses, start, race=race, blocks=goal.blocks, **bounds)
 
 
 def within_budget(steps: list[search.Step], budget: float) -> search.Step:
@@ -286,7 +317,7 @@ def choose(steps: list[search.Step], by_size: dict[int, Schedule], base: Schedul
 
 def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goal: Goal) -> list[tuple[str, Schedule]]:
     """The table's schedules with their names: the checkpoint's, and at every size a uniform one and the one found."""
-    strategy = "searched" if goal.strategy == "greedy" else "similarity"
+    strategy = "similarity" if goal.strategy == "similarity" else "searched"
     named = [(options.ALL_F if base.num_full == base.num_layers else "as shipped", base)]
     for size in goal.sizes(base):
         uniform = Schedule.uniform(base.num_layers, size)
@@ -308,9 +339,11 @@ def run_search(model: Model, given: Inputs, output: Output) -> Result:
     schedules = [schedule for _, schedule in named]
     total = len(schedules) * len(given.held_out) * model.config.num_layers
     with progress(total=total, unit="layer", desc="held-out") as bar:
-        losses = model.evaluator(given.held_out, bar.update).losses(schedules)
+        losses = model.evaluator(given.held_out, bar.update).sequence_losses(schedules)
         bar.total = bar.n  # streamed schedules share layers
-    rows = [Row(name, schedule, loss) for (name, schedule), loss in zip(named, losses, strict=True)]
+    rows = [
+        Row(name, schedule, tuple(by_sequence)) for (name, schedule), by_sequence in zip(named, losses.tolist(), strict=True)
+    ]
     return Result(model.config, base, steps, rows, chosen, model.overlap(given.calibration[:OVERLAP_BATCHES]))
 
 
@@ -394,7 +427,7 @@ def table(rows: list[Row], times: list[float | None]) -> tuple[list[str], list[l
             str(row.schedule.num_full),
             f"{1 - row.schedule.num_full / layers:.0%}",
             f"{row.held_out_loss:.4f}",
-            f"{row.held_out_loss / first.held_out_loss - 1:+.2%}",
+            search_noise.change(row.losses, first.losses),
             "-" if seconds is None else f"{seconds:.3f}",
             "-" if seconds is None or first_time is None else f"{first_time / seconds:.2f}x",
         ]
@@ -410,9 +443,9 @@ def plot_losses(output: Output, result: Result, budget: float | None) -> None:
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     rows = result.rows
-    steps = result.steps or [search.Step(result.base, rows[0].held_out_loss)]
-    start = steps[0].schedule.num_full
-    if steps[-1].candidates:
+    steps = result.steps
+    start = result.base.num_full
+    if steps:
         axes.plot([start - s.schedule.num_full for s in steps], [s.loss for s in steps], "o-", label="searched, calibration")
     for name, marker in (("searched", "D"), ("similarity", "P"), ("uniform", "s")):
         points = [(start - r.schedule.num_full, r.held_out_loss) for r in rows if r.name.endswith(name)]
@@ -433,12 +466,27 @@ def metrics_of(result: Result, times: list[float | None], pasted: list[Setting])
         "pattern": result.chosen.pattern,
         "removed": 1 - result.chosen.num_full / result.chosen.num_layers,
         "schedules": [
-            {"name": r.name, "pattern": r.schedule.pattern, "held_out_loss": r.held_out_loss, "prefill_seconds": seconds}
-            for r, seconds in rows
+            {
+                "name": row.name,
+                "pattern": row.schedule.pattern,
+                "held_out_loss": row.held_out_loss,
+                "held_out_losses": row.losses,
+                "change": search_noise.as_json(search.Margin.between(row.losses, result.rows[0].losses)),
+                "prefill_seconds": seconds,
+            }
+            for row, seconds in rows
         ],
         "steps": [
-            {"pattern": s.schedule.pattern, "loss": s.loss, "flipped": s.flipped, "candidates": dict(s.candidates)}
-            for s in result.steps
+            {
+                "pattern": step.schedule.pattern,
+                "loss": step.loss,
+                "losses": step.losses,
+                "flipped": step.flipped,
+                "restored": step.restored,
+                "candidates": dict(step.candidates),
+                "rivals": {pattern: search_noise.as_json(margin) for pattern, margin in step.rivals.items()},
+            }
+            for step in result.steps
         ],
         "overlap": result.overlap.round(4).tolist(),
         "settings": {s.engine: s.fields for s in pasted},
@@ -455,17 +503,27 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
     directory, first = for_engines(checkpoint)
     pasted = settings(chosen, directory, result.config)
-    note = "Losses in nats per token, on held-out text."
+    note = "Losses in nats per token, on held-out text"
+    if len(result.rows[0].losses) > 1:
+        note += f"; ± is the standard error of the change, from differences on the same {len(result.rows[0].losses)} sequences"
+    note += "."
     if times[0] is not None:
         tokens = f"{len(given.held_out[0])} x {options.CONTEXT.value} tokens"
         note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
     lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
     if first:
         lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"
+    certainty = ""
+    if result.steps:
+        certainty = "\n".join(search_noise.sentences(result.steps, chosen, name_cheaper=given.goal.budget is None))
     text = f"# Schedule for {checkpoint}\n\n`{summary}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n"
-    text += f"![loss](loss.png)\n\n![overlap](overlap.png)\n\n## To use it\n\n{lines}\n"
+    text += "![loss](loss.png)\n\n![overlap](overlap.png)\n\n"
+    if result.steps:
+        text += f"## How sure the search is\n\n{certainty}\n\n{markdown_table(*search_noise.steps_table(result.steps))}\n\n"
+    text += f"## To use it\n\n{lines}\n"
     output.finish("search", metrics_of(result, times, pasted), text, layout)
-    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{summary}\n\n{lines}\n\nwritten to {output.directory}/")
+    parts = [text_table(header, cells), note, summary, *([certainty] if certainty else []), lines]
+    print("\n" + "\n\n".join(parts) + f"\n\nwritten to {output.directory}/")
 
 
 def run(output_dir: str, seed: int) -> None:

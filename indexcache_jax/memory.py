@@ -133,6 +133,18 @@ def _expert_temporaries(c: Config, rows: int, chunk: int, own: int, s: int, mesh
     return total if ops.platform() == "gpu" else total + pairs * c.hidden_size * (s + 4)
 
 
+def decoded_layer(config: Config, schedule: Schedule, dtype: Any) -> int:
+    """Bytes of the matrices that the forward pass of params in 8 bits decodes for one layer, whole on each device."""
+    tree = params.abstract(config, schedule, "fp8")
+    mlps = [tree.dense, None if tree.moe is None else tree.moe.shared]
+
+    def numbers(part: Any) -> int:
+        return sum(math.prod(matrix.codes.layer_shape) for _, matrix in tensors.matrices(part))
+
+    most = numbers(tree.attention) + numbers(tree.indexer) + max(map(numbers, mlps))
+    return most * jnp.dtype(dtype).itemsize
+
+
 def serving_need(
     config: Config,
     schedule: Schedule,

@@ -39,13 +39,14 @@ class Matrices:
     gate_up: jax.Array | Scaled  # [E, D, 2, I], in 8 bits [E, 2, I, D]
     down: jax.Array | Scaled  # [E, I, D], in 8 bits [E, D, I]
 
-    def decoded(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """gate_up [..., D, 2, I] and down [..., I, D] as arrays; in `dtype` what is in 8 bits."""
 
-        def inputs_first(matrix: jax.Array | Scaled, axis: int) -> jax.Array:
-            return jnp.moveaxis(dequantise(matrix, dtype), -1, axis) if isinstance(matrix, Scaled) else matrix
+def _decoded(p: HasMatrices, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """gate_up [..., D, 2, I] and down [..., I, D] as arrays; in `dtype` what is in 8 bits."""
 
-        return inputs_first(self.gate_up, -3), inputs_first(self.down, -2)
+    def inputs_first(matrix: jax.Array | Scaled, axis: int) -> jax.Array:
+        return jnp.moveaxis(dequantise(matrix, dtype), -1, axis) if isinstance(matrix, Scaled) else matrix
+
+    return inputs_first(p.gate_up, -3), inputs_first(p.down, -2)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -169,7 +170,7 @@ def _few_rows(experts: jax.Array, num_experts: int) -> bool:
 def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
     """All experts of tokens [N, D], those not chosen with weight 0 -> [N, D] float32."""
     gates = jnp.sum(jax.nn.one_hot(experts, p.gate_up.shape[0]) * weights[..., None], axis=1)
-    matrices, down = p.decoded(tokens.dtype)
+    matrices, down = _decoded(p, tokens.dtype)
     gate_up = jnp.einsum("nd,edgi->negi", tokens, matrices)
     hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1])
     hidden = (hidden.astype(jnp.float32) * gates[..., None]).astype(tokens.dtype)
@@ -184,8 +185,9 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     weights = jnp.where(experts < p.gate_up.shape[0], weights, 0.0)  # beyond, a slice is that of the last expert
 
     def apply(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
-        own = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), p)
-        matrix, down = own.decoded(token.dtype)
+        stacks = Matrices(p.gate_up, p.down)
+        own = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), stacks)
+        matrix, down = _decoded(own, token.dtype)
         gate_up = jnp.einsum("d,dgi->gi", token, matrix)
         return jnp.einsum("i,id->d", swiglu(gate_up[0], gate_up[1]), down)
 
@@ -206,7 +208,7 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     sizes = tokens_per_expert(experts, groups)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     if devices == 1:
-        rows = _products(p, tokens[order // k], sizes)[back].reshape(n, k, -1).astype(jnp.float32)
+        rows = ops.grouped_mlp(tokens[order // k], p.gate_up, p.down, sizes)[back].reshape(n, k, -1).astype(jnp.float32)
         return jnp.sum(rows * weights[..., None], axis=1)
 
     room = room_for(n * k, devices)
@@ -219,7 +221,7 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
         """The part of the sum that the pairs first .. first + room - 1 make, [N, D]."""
         pairs = jax.lax.dynamic_slice(order, (first,), (room,))
         filled = jnp.clip(ends - first, 0, room)
-        products = _products(p, tokens[pairs // k], jnp.diff(filled, prepend=0))
+        products = ops.grouped_mlp(tokens[pairs // k], p.gate_up, p.down, jnp.diff(filled, prepend=0))
         row = (back - first).reshape(n, k)
         here = (row >= 0) & (row < jnp.minimum(total - first, room))
         rows = jnp.where(here[..., None], products[jnp.clip(row, 0, room - 1)], 0).astype(jnp.float32)
@@ -241,8 +243,3 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
 def room_for(pairs: int, devices: int) -> int:
     """How many of so many pairs of a token and an expert a device that shares the experts multiplies at a time."""
     return pairs if pairs <= SMALL_BUFFER else min(pairs, -(-int(SPARE * pairs) // devices // 128) * 128)
-
-
-def _products(p: Matrices, rows: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The experts' outputs [M, D] for rows [M, D] in groups of sizes [E]; undefined for rows after the last group."""
-    return ops.grouped_matmul(ops.grouped_swiglu(rows, p.gate_up, sizes), p.down, sizes)

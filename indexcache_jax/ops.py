@@ -77,28 +77,19 @@ def select(
     return on_each_device(run, inputs, QUERIES)(*arguments)
 
 
-def attend(
-    queries: jax.Array, latents: jax.Array, indices: jax.Array, config: Config, latent_scales: jax.Array | None = None
-) -> jax.Array:
+def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, config: Config) -> jax.Array:
     """Attention of absorbed queries [B, S, H, C + dr] to the selected latents [B, T, C + dr]: context [B, S, H, C].
 
-    indices [B, S, k] int32, -1 for none; latent_scales [B, T] where the latents are kept in 8 bits.
+    indices [B, S, k] int32, -1 for none.
     """
 
-    def attend(
-        queries: jax.Array,
-        latents: jax.Array,
-        indices: jax.Array,
-        latent_scales: jax.Array | None,
-        return_lse: bool = False,
-    ) -> Any:
+    def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, return_lse: bool = False) -> Any:
         return pallas_kernels.sparse_mla(
             queries,
             latents,
             indices,
             scale=config.attention_scale,
             value_dim=config.kv_lora_rank,
-            latent_scales=latent_scales,
             return_lse=return_lse,
         )
 
@@ -107,7 +98,7 @@ def attend(
     run: Callable[..., jax.Array] = attend
     if devices is not None:
         cached, run = TOKENS, functools.partial(split_cache.attend, functools.partial(attend, return_lse=True), devices)
-    return on_each_device(run, (HEADS, cached, QUERIES, cached), HEADS)(queries, latents, indices, latent_scales)
+    return on_each_device(run, (HEADS, cached, QUERIES), HEADS)(queries, latents, indices)
 
 
 def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
@@ -149,14 +140,15 @@ def _rows(rows: jax.Array, matrix: jax.Array | Scaled) -> jax.Array:
     return rows
 
 
-def grouped_matmul(rows: jax.Array, matrices: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
-    """Rows [M, K] in groups of group_sizes [E] times matrices [E, K, N], in 8 bits [E, N, K] -> [M, N]."""
-    return pallas_kernels.grouped_matmul(_rows(rows, matrices), matrices, group_sizes)
+def grouped_mlp(rows: jax.Array, gate_up: jax.Array | Scaled, down: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+    """SwiGLU layers of rows [M, D] in groups of group_sizes [E] -> [M, D]; undefined for rows after the last group.
 
-
-def grouped_swiglu(rows: jax.Array, gate_up: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
-    """silu(gate) * up of rows [M, K] in groups of group_sizes [E], gate_up [E, K, 2, I], in 8 bits [E, 2, I, K] -> [M, I]."""
-    return pallas_kernels.grouped_swiglu(_rows(rows, gate_up), gate_up, group_sizes)
+    gate_up [E, D, 2, I] and down [E, I, D], or in 8 bits [E, 2, I, D] and [E, D, I].
+    """
+    if _ROUNDED_ROWS.value:
+        hidden = pallas_kernels.grouped_swiglu(_rows(rows, gate_up), gate_up, group_sizes)
+        return pallas_kernels.grouped_matmul(_rows(hidden, down), down, group_sizes)
+    return pallas_kernels.grouped_mlp(rows, gate_up, down, group_sizes)
 
 
 def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
@@ -176,9 +168,9 @@ def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str |
     return on_each_device(multiply, ((*axes, inputs), (None, inputs)), axes)(x, matrix)
 
 
-def quantise_latents(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Latents [..., C + dr] in float8_e4m3fn, and their scales [...] float32."""
-    return quant.quantise_latents(latents)
+def quantise_latents(latents: jax.Array, value_dim: int) -> quant.Latents:
+    """Latents [..., C + dr] in 8 bits, C = value_dim."""
+    return quant.quantise_latents(latents, value_dim)
 
 
 def quantise_index(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -132,13 +132,13 @@ def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> 
     def swiglu(layers, prefix, width, axis):
         names = [(at, f"{prefix}.{name}.weight") for at, name in enumerate(("gate_proj", "up_proj"))]
         if weights is None:
-            shape, axes = (D, 2, width), ("embed", None, axis)
             halves = [Source(name, (width, D), (width, D), (1, 0), at=(slice(None), at)) for at, name in names]
+            gate_up = tensor(layers, (D, 2, width), ("embed", None, axis), halves, fan_in=D)
         else:
-            shape, axes = (2, width, D), (None, axis, "embed")
             halves = [as_stored(name, (width, D), (at,)) for at, name in names]
+            gate_up = tensor(layers, (2, width, D), (None, axis, "embed"), halves, fan_in=D)
         return MLP(
-            gate_up=matrix(tensor(layers, shape, axes, halves, fan_in=D)),
+            gate_up=matrix(gate_up),
             down=projection(layers, f"{prefix}.down_proj.weight", (width,), (D,), (axis, "embed")),
         )
 
@@ -212,11 +212,11 @@ def routed_experts(config: Config, weights: str | None) -> tuple[Description, De
     D, E, I = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
     experts = "model.layers.{layer}.mlp.experts"
 
-    def source(expert: int, name: str, shape: tuple[int, int], *half: int) -> Source:
+    def source(expert: int, name: str, shape: tuple[int, int], half: int | None = None) -> Source:
         stored = f"{experts}.{expert}.{name}.weight"
         if weights is None:
-            return Source(stored, shape, shape, (1, 0), at=(expert, *((slice(None), *half) if half else ())))
-        return as_stored(stored, shape, (expert, *half))
+            return Source(stored, shape, shape, (1, 0), at=(expert,) if half is None else (expert, slice(None), half))
+        return as_stored(stored, shape, (expert,) if half is None else (expert, half))
 
     halves = [source(e, name, (I, D), half) for e in range(E) for half, name in enumerate(("gate_proj", "up_proj"))]
     downs = [source(e, "down_proj", (D, I)) for e in range(E)]

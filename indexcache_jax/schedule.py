@@ -92,6 +92,10 @@ class Schedule:
         """This schedule with `layer` turned from F to S, as one flip of the search; ValueError for layer 0."""
         return Schedule(self.pattern[:layer] + "S" + self.pattern[layer + 1 :])
 
+    def with_full(self, layer: int) -> Schedule:
+        """This schedule with `layer` turned to F, as when the search takes a flip back."""
+        return Schedule(self.pattern[:layer] + "F" + self.pattern[layer + 1 :])
+
     @classmethod
     def all_full(cls, num_layers: int) -> Schedule:
         """The schedule in which every layer runs its indexer: plain DeepSeek Sparse Attention."""

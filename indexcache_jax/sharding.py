@@ -158,7 +158,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     begin within a block of a matrix in 8 bits.
     """
     for path, matrix in matrices(tree):
-        _check_blocks(path, matrix, matrix.codes.axes, spec(matrix.codes.axes, rules, mesh), mesh)
+        _check_blocks(path, matrix, matrix.codes.axes, tuple(spec(matrix.codes.axes, rules, mesh)), mesh)
 
     def of(path: str, tensor: Tensor) -> NamedSharding:
         entries = spec(tensor.axes, rules, mesh)
@@ -227,7 +227,7 @@ def _fits(x: Any, axes: Axes, rules: Rules, mesh: AbstractMesh) -> Any:
     entries = fitting_spec(x.shape[: len(axes)], axes[: x.ndim], rules, mesh)
     if not isinstance(x, Scaled):
         return entries
-    _check_blocks(f"matrix {x.shape} in 8 bits", x, axes, entries, mesh)
+    _check_blocks(f"matrix {x.shape} in 8 bits", x, axes, tuple(entries), mesh)
     return Scaled(entries, entries)
 
 

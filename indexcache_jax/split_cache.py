@@ -20,16 +20,17 @@ import jax.numpy as jnp
 
 from indexcache_jax import sharding
 from indexcache_jax.sharding import Exchange
+from pallas_kernels import quant
 
 # (queries, keys, head_weights, q_positions, kv_lengths, key_scales) -> positions and scores [B, S, k], as `indexer_topk`.
 Candidates = Callable[..., tuple[jax.Array, jax.Array]]
 # (scores [B, S, N], visible [B, S]) -> places [B, S, k] among the N, ascending, then -1.
 Best = Callable[[jax.Array, jax.Array], jax.Array]
-# (queries, latents, indices, latent_scales) -> context [B, S, H, C] and log-sum-exp [B, S, H], as `sparse_mla`.
+# (queries, latents, indices) -> context [B, S, H, C] and log-sum-exp [B, S, H], as `sparse_mla`.
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def exchange(queries: jax.Array, cached: jax.Array) -> Exchange | None:
+def exchange(queries: jax.Array, cached: jax.Array | quant.Latents) -> Exchange | None:
     """What the devices exchange for queries [B, S, ...] that split the positions of `cached` [B, T, ...].
 
     None where every device computes with all positions: without a mesh, where nothing splits them or the devices do not divide
@@ -71,9 +72,8 @@ def attend(
     partial: Attend,
     devices: Exchange,
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
-    latent_scales: jax.Array | None,
 ) -> jax.Array:
     """The context [B, S, H, C] of all selected latents, from this device's part [B, T / n, C + dr] of them.
 
@@ -82,7 +82,7 @@ def attend(
     """
     own = indices - devices.index() * latents.shape[1]
     own = jnp.where((indices >= 0) & (own >= 0) & (own < latents.shape[1]), own, -1)
-    context, lse = partial(queries, latents, own, latent_scales)
+    context, lse = partial(queries, latents, own)
     of_all = jax.nn.logsumexp(jax.lax.all_gather(lse, devices.weights), axis=0)
     share = jnp.where(jnp.isneginf(of_all), 0.0, jnp.exp(lse - of_all))
     return jax.lax.psum(share[..., None] * context.astype(jnp.float32), devices.weights).astype(context.dtype)

@@ -188,9 +188,10 @@ def in_codes(matrix: Tensor) -> Scaled:
         if not by_block:
             return Source(name, shape, (*source.view[:-1], across), source.perm, source.take, source.at, repeats=BLOCK)
         shape = (-(-source.shape[0] // BLOCK), across)
-        at = source.region(matrix.layer_shape)[:-1]
-        start, stop, _ = at[-1].indices(rows)
-        return as_stored(name, shape, (*at[:-1], slice(start // BLOCK, -(-stop // BLOCK))))
+        *at, of_rows, _ = source.region(matrix.layer_shape)
+        assert isinstance(of_rows, slice)  # a stored matrix has both axes
+        start, stop, _ = of_rows.indices(rows)
+        return as_stored(name, shape, (*at, slice(start // BLOCK, -(-stop // BLOCK))))
 
     codes = dataclasses.replace(matrix, dtype=CODE, init="normal", scale=RANDOM_CODE, kind="codes")
     return Scaled(
@@ -215,9 +216,9 @@ def storing(weights: str | None) -> Callable[[Tensor], Any]:
 
 
 def matrices(tree: Any) -> Iterator[tuple[str, Scaled]]:
-    """The (path, `Scaled`) pairs of a tree."""
+    """The (path, `Scaled`) pairs of a tree; those are none whose arrays were taken out of it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Scaled)):
-        if isinstance(leaf, Scaled):
+        if isinstance(leaf, Scaled) and leaf.codes is not None:
             yield _joined(path), leaf
 
 

@@ -215,6 +215,14 @@ def load_shared(address: Value) -> Value:
     return asm("ld.shared.b32 $0, [$1];", [address], "=r,r", i32())
 
 
+def float16_pairs(word: Value) -> list[Value]:
+    """4 e4m3 numbers as two vectors of two float16."""
+    f16 = ir.F16Type.get()
+    ptx = "{\n.reg .b16 a0, a1;\nmov.b32 {a0, a1}, $2;\ncvt.rn.f16x2.e4m3x2 $0, a0;\ncvt.rn.f16x2.e4m3x2 $1, a1;\n}"
+    pairs = asm(ptx, [word], "=r,=r,r", ir.Type.parse("!llvm.struct<(i32, i32)>"))
+    return [llvm.bitcast(ir.VectorType.get((2,), f16), llvm.extractvalue(i32(), pairs, [i])) for i in range(2)]
+
+
 def store_shared(address: Value, value: Value) -> None:
     asm("st.shared.b32 [$0], $1;", [address, value], "r,r")
 
@@ -264,6 +272,11 @@ def sum_of_lanes_below(x: Value) -> Value:
 def cluster_barrier() -> None:
     """A barrier of all threads of the cluster, after which all see what any wrote to shared memory before."""
     asm("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;")
+
+
+def cluster_exit() -> None:
+    """A barrier of all threads of the cluster before they end, so that no shared memory goes while others read it."""
+    asm("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;")
 
 
 def peer_address(address: Value, rank: Value | int) -> Value:
@@ -459,7 +472,6 @@ def choose(condition: Value, body: Callable[[], Sequence[Value]], otherwise: Seq
 # Instructions by the numbers of both matrices: how many of them are 32 bytes, types, and whether lines may lie along either
 # dimension, which takes two more operands.
 _PRODUCTS = {"bf16": (16, "bf16.bf16", True), "e4m3": (32, "e4m3.e4m3", False)}
-
 
 
 def matrix(address: Value) -> Value:
@@ -662,8 +674,19 @@ def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
     return asm("{\n" + "\n".join(lines) + "\n}", [total, *a, *b], "=&f,f" + ",r" * 8, f32())
 
 
-def to_float16_pair(low: Value, high: Value) -> Value:
-    return asm("cvt.rn.f16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
+def magnitude_bits(x: Value) -> Value:
+    """The bits of |x|, which are ordered as |x| is."""
+    return bit_and(bits_of(x), 0x7FFFFFFF)
+
+
+def float16_scale(top: Value) -> tuple[Value, Value]:
+    """A power of two that numbers are multiplied by to be float16, and its inverse.
+
+    top: `magnitude_bits` of the largest of them, which becomes at least 2^14. So numbers that are bfloat16 stay exact, but for
+    those below 2^-31 of the largest.
+    """
+    exponent = minimum(maximum(bit_and(top, 0x7F800000), 16 << 23), 254 << 23)
+    return float_of(sub((127 + 127 + 14) << 23, exponent)), float_of(sub(exponent, 14 << 23))
 
 
 def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: Sequence[Value]) -> list[Value]:
@@ -686,6 +709,38 @@ def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: 
     lines += ["mov.f32 $0, even;", "mov.f32 $1, odd;"]
     text = "{\n" + "\n".join(lines) + "\n}"
     return _unpacked(asm(text, [*row, *other_row, *vector], "=f,=f" + ",r" * 16, _floats(2)), 2)
+
+
+def multiply_codes(codes: Sequence[Sequence[Value]], b: Value, chunk: int, columns: int) -> list[Value]:
+    """The product of 64 rows of 128 e4m3 codes and a float16 matrix [128, columns] in shared memory, by a warpgroup.
+
+    codes: 16 codes each, as four words, of rows l / 4 and l / 4 + 8 of the warp's 16, for lane l: those from 16 (l % 4) on of
+      the first 64 codes, then of the other 64.
+    b: descriptor of 64 of the matrix's rows as lines of 64 numbers, a line a column; `chunk` bytes further are the other 64.
+      Of the 16 bytes i of a line, word q is rows 16 q + 2 i and 16 q + 2 i + 1: the order in which the lanes have the codes.
+    Returns as wgmma does, of every 8 columns, two of row l / 4 and the same two of l / 4 + 8.
+    """
+    sums, inputs = columns // 2, [word for piece in codes for word in piece]
+    lines = [".reg .b16 low, high;", ".reg .b32 a<32>;", ".reg .b64 b;", ".reg .pred set, add;"]
+    lines += [f"setp.eq.b32 set, ${sums + 17}, 0;", f"setp.ne.b32 add, ${sums + 17}, 0;"]
+    for step in range(8):
+        half, word = divmod(step, 4)
+        for row in range(2):
+            lines += [f"mov.b32 {{low, high}}, ${sums + 4 * (2 * half + row) + word};"]
+            lines += [f"cvt.rn.f16x2.e4m3x2 a{4 * step + row}, low;", f"cvt.rn.f16x2.e4m3x2 a{4 * step + 2 + row}, high;"]
+    lines += ["wgmma.fence.sync.aligned;"]
+    registers = ", ".join(f"${i}" for i in range(sums))
+    for step in range(8):
+        half, word = divmod(step, 4)
+        a = ", ".join(f"a{4 * step + i}" for i in range(4))
+        lines += [
+            f"add.s64 b, ${sums + 16}, {(half * chunk + 32 * word) >> 4};",
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 {{{registers}}}, {{{a}}}, b, "
+            f"{'add' if step else 'set'}, 1, 1, 0;",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
+    constraints = ",".join(["=&f"] * sums + ["r"] * 16 + ["l", "n"])
+    return _unpacked(asm("{\n" + "\n".join(lines) + "\n}", [*inputs, b, constant(1)], constraints, _floats(sums)), sums)
 
 
 def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value) -> list[Value]:

@@ -1,8 +1,8 @@
 """Numbers in 8 bits: codes, and scales whose products with them are the numbers.
 
-Latents, index keys and index queries have one float32 scale a vector: what a cache keeps and what operations take. Weights
-and activations (`Scaled`) have one for every 128 x 128 or 128 codes. Kernels that quantise on registers give the same codes
-and scales.
+Index keys and index queries have one float32 scale a vector, and so have latents (`Latents`), whose rotary numbers stay bfloat16:
+what a cache keeps and what operations take. Weights and activations (`Scaled`) have one for every 128 x 128 or 128 codes.
+Kernels that quantise on registers give the same codes and scales.
 """
 
 from __future__ import annotations
@@ -73,47 +73,73 @@ def quantise_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(jnp.round(wide / scales[..., None]), -INT8_MAX, INT8_MAX).astype(jnp.int8), scales
 
 
-def quantise_latents(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Latents in e4m3 with one scale a token: 580 bytes a token instead of 1152 at C+R = 512+64.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Latents in 8 bits, scale * [codes, rotary]: 644 bytes a token instead of 1152 at C+R = 512+64.
 
-    Args:
-      latents: [..., C+R].
+    The rotary numbers keep 16 bits: three quarters of what rounding to 8 changes in a model's predictions comes from
+    these few (docs/model.md). A scale serves all of a token, so that it factors out of products with latents.
 
-    Returns:
-      float8_e4m3fn [..., C+R] and scales [...] float32. Each token's largest magnitude becomes 448; numbers down to 2**-15
-      of it are kept within 1/16, smaller ones are lost.
+    codes: float8_e4m3fn [..., C]. rotary: bfloat16 [..., R]. scales: float32 [...], positive.
+    """
+
+    codes: Any
+    rotary: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., C+R]."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] + self.rotary.shape[-1])
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def dtype(self) -> Any:
+        return self.codes.dtype
+
+
+def quantise_latents(latents: jax.Array, value_dim: int) -> Latents:
+    """Latents [..., C+R] in 8 bits, C = value_dim.
+
+    The largest magnitude of a token's C numbers, at least 1e-4, becomes 448; numbers down to 2**-15 of it are kept within
+    1/16, smaller ones are lost.
     """
     wide = latents.astype(jnp.float32)
-    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), MIN_MAGNITUDE) / E4M3_MAX
-    return jnp.clip(wide / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scales
+    values = wide[..., :value_dim]
+    scales = jnp.maximum(jnp.max(jnp.abs(values), axis=-1), MIN_MAGNITUDE) / E4M3_MAX
+    codes = jnp.clip(values / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    return Latents(codes, (wide[..., value_dim:] / scales[..., None]).astype(jnp.bfloat16), scales)
 
 
-def dequantise_latents(latents: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The products of latents [..., C+R] and scales [...], rounded once, to `dtype`."""
-    return (latents.astype(jnp.float32) * scales[..., None]).astype(dtype)
+def dequantise_latents(latents: Latents, dtype: Any) -> jax.Array:
+    """[..., C+R], products rounded once, to `dtype`."""
+    both = jnp.concatenate([latents.codes.astype(jnp.float32), latents.rotary.astype(jnp.float32)], axis=-1)
+    return (both * latents.scales[..., None]).astype(dtype)
 
 
-def dequantise_selected(
-    latents: jax.Array, scales: jax.Array, indices: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
+def dequantise_selected(latents: Latents, indices: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Latents in `dtype` for a selection, and the selection's indices into them.
 
     All latents are dequantised where the queries select more rows than there are (prefill), else the selected ones (decode).
 
     Args:
-      latents: float8_e4m3fn [B, T, C+R]. scales: [B, T]. indices: [B, S, k] int32 positions in T, -1 where empty.
+      latents: [B, T, C+R].
+      indices: [B, S, k] int32 positions in T, -1 where empty.
 
     Returns:
       [B, T', C+R], and [B, S, k] int32 of which each index names the row that `indices` names in `latents`.
     """
     b, s, k = indices.shape
     if s * k >= latents.shape[1]:
-        return dequantise_latents(latents, scales, dtype), indices
+        return dequantise_latents(latents, dtype), indices
     rows = jnp.maximum(indices.reshape(b, s * k), 0)
-    selected = jnp.take_along_axis(latents, rows[..., None], axis=1)
-    selected = dequantise_latents(selected, jnp.take_along_axis(scales, rows, axis=1), dtype)
+    selected = jax.tree.map(lambda x: jnp.take_along_axis(x, rows.reshape(b, s * k, *[1] * (x.ndim - 2)), axis=1), latents)
     order = jnp.arange(s * k, dtype=jnp.int32).reshape(s, k)
-    return selected, jnp.where(indices >= 0, order, -1)
+    return dequantise_latents(selected, dtype), jnp.where(indices >= 0, order, -1)
 
 
 @jax.tree_util.register_dataclass

@@ -34,7 +34,7 @@ from absl import flags
 from experiments.common import options
 from experiments.common.profiling import kernels_of
 from experiments.common.report import Output, command, device, markdown_table, versions
-from pallas_kernels import grouped_matmul, hopper, indexer_topk, sparse_mla
+from pallas_kernels import grouped_matmul, hopper, indexer_topk, quant, scaled_matmul, sparse_mla
 from pallas_kernels.indexer_topk import reference as indexer_reference
 
 _ROWS = flags.DEFINE_string(
@@ -150,6 +150,14 @@ def normal(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, seed: int = 0) -> 
 @functools.cache
 def key_scales(shape: tuple[int, int], seed: int = 0) -> jax.Array:
     return jax.device_put(np.abs(_drawn(shape, jnp.float32, seed)))
+
+
+@functools.cache
+def scaled_normal(shape: tuple[int, ...], seed: int = 0, *, by_row: bool = False) -> quant.Scaled:
+    """Numbers in 8 bits, with scales by row or by block."""
+    *stacked, rows, columns = shape
+    groups = (*stacked, rows if by_row else -(-rows // quant.BLOCK), -(-columns // quant.BLOCK))
+    return quant.Scaled(normal(shape, FP8, seed), jax.device_put(np.abs(_drawn(groups, jnp.float32, seed))))
 
 
 @functools.cache
@@ -316,25 +324,28 @@ def attention(
 ) -> Case:
     """sparse_mla; with `scaled` over latents in 8 bits."""
     b, s, t, k = sizes.batch(batch), sizes.queries(queries) if queries > 1 else 1, sizes.keys(keys), sizes.selected()
-    latents = repeated(b, (1, t, LATENT), FP8 if scaled else jnp.bfloat16)
-    scales = key_scales((b, t)) if scaled else None
-    read = b * s * k * (LATENT + 4 if scaled else 2 * LATENT)
+    latents: Any
+    if scaled:
+        codes, rotary = (repeated(b, (1, t, n), kind) for n, kind in ((VALUE_DIM, FP8), (LATENT - VALUE_DIM, jnp.bfloat16)))
+        latents = quant.Latents(codes, rotary, key_scales((b, t)))
+    else:
+        latents = repeated(b, (1, t, LATENT), jnp.bfloat16)
+    read = b * s * k * sum(x.nbytes for x in jax.tree.leaves(latents)) // (b * t)
 
-    def run(q: Any, indices: Any, kv: Any, scales: Any, implementation: str | None) -> Any:
-        options = dict(scale=LATENT**-0.5, value_dim=VALUE_DIM, latent_scales=scales)
-        return sparse_mla(q, kv, indices, **options, implementation=implementation)
+    def run(q: Any, indices: Any, kv: Any, implementation: str | None) -> Any:
+        return sparse_mla(q, kv, indices, scale=LATENT**-0.5, value_dim=VALUE_DIM, implementation=implementation)
 
     sets = [(normal((b, s, heads, LATENT), seed=seed), selections((b, s), t, k, shared, seed)) for seed in sizes.seeds(read)]
     n = max(1, s // part)
-    fewer = normal((b, n, heads, LATENT)), selections((b, n), t, k, shared), latents, scales
+    fewer = normal((b, n, heads, LATENT)), selections((b, n), t, k, shared), latents
     reference = (functools.partial(run, implementation="xla"), fewer, s // n)
     work: dict[str, Any] = dict(bytes=read) if queries == 1 else dict(flops=2 * b * s * heads * k * (LATENT + VALUE_DIM))
 
-    def stages(q: Any, indices: Any, kv: Any, scales: Any, leave_out: str) -> Any:
+    def stages(q: Any, indices: Any, kv: Any, leave_out: str) -> Any:
         from pallas_kernels.sparse_mla import mosaic_gpu_attention
 
         tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=k // mosaic_gpu_attention.PAIR)
-        flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), None, indices.reshape(-1, k), None
+        flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), indices.reshape(-1, k), None
         return mosaic_gpu_attention.attend(*flat, tasks, scale=LATENT**-0.5, leave_out=leave_out)
 
     variants = without(
@@ -349,28 +360,52 @@ def attention(
     return Case(
         functools.partial(run, implementation="mosaic_gpu" if on_hopper() else "xla"),
         sets,
-        common=(latents, scales),
+        common=(latents,),
         reference=reference if on_hopper() else None,
         variants=variants if heads >= 64 and queries > 1 and not scaled else {},
         **work,
     )
 
 
-def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int) -> Case:
-    """grouped_matmul; few rows read only the matrices of groups that have any."""
+def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int, *, scaled: bool = False) -> Case:
+    """grouped_matmul; few rows read only the matrices of groups that have any.
+
+    scaled: matrices in 8 bits; rows too, where the groups have many.
+    """
     m, groups, k, n = sizes.queries(rows), sizes.batch(groups), sizes.width(k), sizes.width(n)
     counts = np.random.default_rng(0).multinomial(m, np.full(groups, 1 / groups)).astype(np.int32)
-    read = 2 * k * n * int((counts > 0).sum())
-    matrices = normal((groups, k, n))
-    sets = [(normal((m, k), seed=seed), jax.device_put(counts)) for seed in sizes.seeds(read)]
+    many = rows >= 128 * groups
+    read = (1 if scaled else 2) * k * n * int((counts > 0).sum())
+    matrices = scaled_normal((groups, n, k)) if scaled else normal((groups, k, n))
+
+    def rows_of(seed: int) -> Any:
+        return scaled_normal((m, k), seed=seed, by_row=True) if scaled and many else normal((m, k), seed=seed)
+
+    sets = [(rows_of(seed), jax.device_put(counts)) for seed in sizes.seeds(read)]
 
     def run(x: Any, counts: Any, matrices: Any, implementation: str | None = None) -> Any:
         return grouped_matmul(x, matrices, counts, implementation=implementation)
 
-    in_xla = functools.partial(run, implementation="ragged_dot")
-    work: dict[str, Any] = dict(flops=2 * m * k * n) if rows >= 128 * groups else dict(bytes=read)
+    in_xla = functools.partial(run, implementation="decoded" if scaled else "ragged_dot")
+    work: dict[str, Any] = dict(flops=2 * m * k * n) if many else dict(bytes=read)
     reference = (in_xla, (*sets[0], matrices), 1) if on_hopper() else None
     return Case(run, sets, common=(matrices,), reference=reference, **work)
+
+
+def scaled_product(sizes: Sizes, rows: int, k: int, n: int) -> Case:
+    """scaled_matmul of rows in 8 bits; few rows are bfloat16, and the matrix's bytes count."""
+    m, k, n = sizes.queries(rows) if rows > 128 else rows, sizes.width(k), sizes.width(n)
+    many = rows >= 128
+    work: dict[str, Any] = dict(flops=2 * m * k * n) if many else dict(bytes=k * n)
+    seeds = sizes.seeds(m * k + n * k)
+
+    def one(seed: int) -> Arguments:
+        rows = scaled_normal((m, k), seed=seed, by_row=True) if many else normal((m, k), seed=seed)
+        return rows, scaled_normal((n, k), seed=seed)
+
+    sets = [one(seed) for seed in seeds]
+    reference = (functools.partial(scaled_matmul, implementation="xla"), sets[0], 1) if on_hopper() else None
+    return Case(scaled_matmul, sets, reference=reference, **work)
 
 
 def matmul(sizes: Sizes, dtype: Any) -> Case:
@@ -466,10 +501,6 @@ def prefill_attention_rows(sizes: Sizes) -> Iterator[Row]:
         "falls little with the heads. Where neighbours share enough, which the lists themselves tell, three queries share a "
         "tile of 64 query rows over the union of their selections instead."
     )
-    packed = (
-        "the kernel for few heads takes no 8-bit latents: three queries share a tile of 64 query rows over the union of their "
-        "selections, which is three selections where these are random, the work of 64 heads."
-    )
     for heads, whose, times, targets in (
         (64, flash, (1.77, 2.03, 2.20), (None, None, 2.35)),
         (128, flash, (3.48, 3.98, 4.38), (None, None, None)),
@@ -484,22 +515,24 @@ def prefill_attention_rows(sizes: Sizes) -> Iterator[Row]:
         yield add(name, attention, 1, 4096, 20, 122880, shared=shared, public=(2.15, padded), target=target, part=8)
     for heads in (16, 32):
         yield add(f"sparse MLA, 4096 x 122880, {heads} heads, random", attention, 1, 4096, heads, 122880, part=8)
-    for heads in (64, 20):
+    for heads, target in ((64, 2.2), (128, None), (20, 1.15)):
         name = f"sparse MLA, 4096 x 122880, {heads} heads, random, fp8 latents"
-        yield add(name, attention, 1, 4096, heads, 122880, scaled=True, note=packed if heads == 20 else "", part=8)
+        yield add(name, attention, 1, 4096, heads, 122880, scaled=True, target=target, part=8)
+    name = "sparse MLA, 4096 x 122880, 20 heads, 85% shared, fp8 latents"
+    yield add(name, attention, 1, 4096, 20, 122880, shared=0.85, scaled=True, part=8)
 
 
 def decode_attention_rows(sizes: Sizes) -> Iterator[Row]:
     """sparse_mla over one query a row."""
     add = functools.partial(_row, sizes)
     flash = "FlashMLA bf16"
-    for b, t, ms, whose, target in (
-        (1, 122880, 0.0208, "FlashMLA fp8", 0.025),
-        (8, 122880, 0.0251, "FlashMLA fp8", 0.029),
-        (32, 122880, 0.0516, "FlashMLA fp8", None),
-        (128, 61440, 0.093, flash, None),
+    for b, t, ms, whose, targets in (
+        (1, 122880, 0.0208, "FlashMLA fp8", (0.025, 0.025)),
+        (8, 122880, 0.0251, "FlashMLA fp8", (0.029, 0.029)),
+        (32, 122880, 0.0516, "FlashMLA fp8", (None, 0.048)),
+        (128, 61440, 0.093, flash, (None, 0.088)),
     ):
-        for scaled in (False, True):
+        for scaled, target in zip((False, True), targets, strict=True):
             name = f"sparse MLA, decode, {b} x {t}, 64 heads" + ", fp8 latents" * scaled
             yield add(name, attention, b, 1, 64, t, scaled=scaled, public=(ms, whose), target=target)
     yield add("sparse MLA, decode, 8 x 122880, 20 heads", attention, 8, 1, 20, 122880)
@@ -512,6 +545,11 @@ def expert_rows(sizes: Sizes) -> Iterator[Row]:
         "grouped matmul, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, public=(1.16, "JAX's ragged_dot_mgpu")
     )
     yield add("grouped matmul, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
+    add_scaled = functools.partial(add, scaled=True)
+    yield add_scaled("grouped matmul, fp8, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, target=0.43)
+    yield add_scaled("grouped matmul, fp8, 65536 x 6144 x 4096, 32 groups", experts, 65536, 32, 6144, 4096, target=2.87)
+    yield add_scaled("grouped matmul, fp8, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
+    yield add("scaled matmul, fp8, 4096 x 16384 x 7168", scaled_product, 4096, 16384, 7168, target=0.837)
 
 
 def table(sizes: Sizes) -> list[Row]:

@@ -193,7 +193,7 @@ def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
-    asked = {"dtype": checkpoint.dtype, "form": "serving"}
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
     config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
     in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
     reader = inputs.reader(checkpoint.directory, config)

@@ -72,7 +72,10 @@ def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype
     def need(length: int, mesh: Devices, rules: Rules) -> Need:
         size = memory.tree_bytes(params.abstract(config, schedule, weights), dtype, mesh, rules)
         arguments = config, schedule, rows, length, length, dtype, mesh, rules
-        return Need({"weights": size, "temporaries": memory.prefill_temporaries(*arguments)})
+        temporaries = memory.prefill_temporaries(*arguments)
+        if weights is not None:
+            temporaries += memory.decoded_layer(config, schedule, dtype)
+        return Need({"weights": size, "temporaries": temporaries})
 
     _check(need, context, rows, SERVING, f"--context={context}", 1, "; --stream reads the weights layer by layer")
 

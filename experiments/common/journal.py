@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from checkpoints_convert.ending import unfinished, writing
 from experiments.common import processes
 
 MISSING = "(missing)"
@@ -91,8 +92,10 @@ class Journal:
     def append(self, entry: Mapping[str, Any]) -> None:
         """Adds an entry; it is in the operating system's hands on return, so that a kill leaves it there."""
         if self._file is not None:
-            self._file.write(_line(entry))
-            self._file.flush()
+            line = _line(entry)
+            with writing(self.path, len(line)):
+                self._file.write(line)
+                self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -183,10 +186,7 @@ def check_resumed(path: pathlib.Path, begun: bool, resume: bool) -> None:
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` once the block ends; a kill or an error before leaves `path` as it was."""
     beside = path.with_name(path.name + ".partial")
-    try:
+    with unfinished(beside), writing(path):
         with open(beside, "wb") as file:
             yield file
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    os.replace(beside, path)
+        os.replace(beside, path)

@@ -12,23 +12,23 @@ from indexcache_jax.schedule import Schedule
 
 
 class LossJournal:
-    """Losses by schedule and batch number in a `Journal`, for the `log` of an evaluator (`search.LossLog`).
+    """Losses by schedule and sequence number in a `Journal`, for the `log` of an evaluator (`search.LossLog`).
 
     about: what a loss depends on: the weights, the dtype, the text (`search.fingerprint`). ValueError as for a `Journal`.
     """
 
     def __init__(self, path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-        self._journal = Journal(path, about, fields={"pattern": str, "batch": int, "loss": float})
-        self._losses = {(entry["pattern"], entry["batch"]): entry["loss"] for entry in self._journal.entries}
+        self._journal = Journal(path, about, fields={"pattern": str, "sequence": int, "loss": float})
+        self._losses = {(entry["pattern"], entry["sequence"]): entry["loss"] for entry in self._journal.entries}
 
-    def get(self, schedule: Schedule, batch: int) -> float | None:
+    def get(self, schedule: Schedule, sequence: int) -> float | None:
         """The loss, None where it was not measured yet."""
-        return self._losses.get((schedule.pattern, batch))
+        return self._losses.get((schedule.pattern, sequence))
 
-    def add(self, schedule: Schedule, batch: int, loss: float) -> None:
+    def add(self, schedule: Schedule, sequence: int, loss: float) -> None:
         """Keeps a loss, in the file too."""
-        self._losses[schedule.pattern, batch] = loss
-        self._journal.append({"pattern": schedule.pattern, "batch": batch, "loss": loss})
+        self._losses[schedule.pattern, sequence] = loss
+        self._journal.append({"pattern": schedule.pattern, "sequence": sequence, "loss": loss})
 
     def close(self) -> None:
         self._journal.close()

@@ -23,6 +23,7 @@ from absl import flags
 from experiments.common import processes
 from experiments.common.devices import Layout
 from experiments.common.journal import replacing
+from experiments.common.lock import Lock, hold
 from experiments.common.options import EXPERIMENTS
 
 # Environment variables that change a measurement; they are no flags of ours.
@@ -82,23 +83,26 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """An experiment's output folder. A file in it appears whole or not at all."""
+    """An experiment's output folder, which no other run may write into. A file in it appears whole or not at all."""
 
     directory: pathlib.Path
+    lock: Lock | None = None  # of process 0
 
     @classmethod
     def create(cls, directory: str) -> Output:
-        """The folder, made where it is not there; ValueError where it cannot be made."""
-        path = pathlib.Path(directory)
+        """The folder, made where it is not there; ValueError where it cannot be made, or another run has it."""
+        path, lock = pathlib.Path(directory), None
 
         def make() -> None:
+            nonlocal lock
             try:
                 path.mkdir(parents=True, exist_ok=True)
+                lock = hold(path)
             except OSError as error:
                 raise ValueError(f"--output_dir={directory}: cannot be made: {error}") from None
 
         processes.from_main(make)
-        return cls(path)
+        return cls(path, lock)
 
     def write(self, name: str, text: str) -> None:
         if processes.is_main():

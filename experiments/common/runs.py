@@ -16,10 +16,11 @@ import functools
 import itertools
 import math
 import pathlib
+import secrets
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ from experiments.common.data import Rows, prefetch
 from experiments.common.report import Output
 from indexcache_jax import distill, sharding, training
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import escaped
 from indexcache_jax.params import Params, abstract, init, shape_structs, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import fingerprint
@@ -186,6 +188,10 @@ class _Times:
         return Trained(params, self.seconds, {name: statistics.median(rates) for name, rates in self.rates.items()})
 
 
+class Torn(ValueError):
+    """A checkpoint of training that is not whole."""
+
+
 class _Checkpoints:
     """The checkpoints in a run's output folder: params, optimiser state, times, and what the run is made with."""
 
@@ -194,24 +200,46 @@ class _Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def latest(self) -> tuple[int, dict[str, Any]]:
-        """The step of the newest whole checkpoint and its times; 0 and {} for none. ValueError for another run's."""
-        step = self._manager.latest_step()
-        if step is None:
-            return 0, {}
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        times = about.pop("spent")
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def times(self, step: int) -> dict[str, Any]:
+        """A checkpoint's times. ValueError for another run's, Torn for one that cannot be read."""
+        with self._reading(step):
+            about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            times = about.pop("spent")
         journal.check_same(about, self._about, self.folder)
-        return step, times
+        return times
 
     def restore(self, step: int, params: Params, state: Any) -> tuple[Params, Any]:
         """A checkpoint's params and optimiser state, of the shapes, dtypes and shardings of those given.
 
-        They may be ShapeDtypeStructs. The mesh that the checkpoint was saved on need not be there.
+        They may be ShapeDtypeStructs. The mesh that the checkpoint was saved on need not be there. Torn where they cannot be
+        read.
         """
         like = jax.tree.map(_abstract, {"params": params, "optimiser": state})
-        restored = self._manager.restore(step, args=ocp.args.Composite(weights=ocp.args.StandardRestore(like)))["weights"]
+        with self._reading(step):
+            weights = ocp.args.StandardRestore(like)
+            restored = self._manager.restore(step, args=ocp.args.Composite(weights=weights))["weights"]
         return restored["params"], restored["optimiser"]
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Makes whatever orbax raises for a checkpoint that is not whole a Torn."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise Torn(f"{self.folder / str(step)}: cannot be read ({escaped(str(error), 200)})") from None
+
+    def set_aside(self, step: int) -> None:
+        """Takes a checkpoint that cannot be read out of the way of those that are to be saved."""
+        folder = self.folder / str(step)
+        folder.replace(self.folder.with_name(f"{self.folder.name}-torn-{step}-{secrets.token_hex(2)}"))
+        self._manager.reload()
 
     def save(self, step: int, params: Params, state: Any, times: dict[str, Any]) -> None:
         weights = ocp.args.StandardSave({"params": params, "optimiser": state})
@@ -245,26 +273,24 @@ def train(params: Params, run: TrainingRun, output: Output, *, resume: bool, sav
 
     Checkpoints and metrics go into the output's folder. `params` of any dtype stay as they are: training starts from a copy.
 
-    resume: go on from the newest whole checkpoint there, if any. ValueError, with the step, where a loss, a gradient or a
-    weight to be saved or returned is not finite (the checkpoints before it stay); for a folder that holds another run, or
-    one and not `resume`.
+    resume: go on from the newest whole checkpoint there, if any; a newer one that is torn is named.
+
+    ValueError, with the step, where a loss, a gradient or a weight to be saved or returned is not finite (the checkpoints
+    before it stay); for a folder that holds another run, or one and not `resume`.
     """
     run, times = dataclasses.replace(run, stages=[stage for stage in run.stages if stage.steps]), _Times()
     params = _copied(params, run.config, run.schedule)
     if not run.num_steps:
         return times.of(params)
     with contextlib.ExitStack() as stack:
-        checkpoints, done = None, 0
+        checkpoints, done, state = None, 0, None
         if saving.every is not None:
             check_free(output.directory, resume)
             checkpoints = stack.enter_context(_Checkpoints(output.directory, saving.keep, run.about(params)))
-            done, earlier = checkpoints.latest()
-            if done:
-                times.load(earlier)
+            done, params, state = _newest(checkpoints, run, params, times)
         number = run.stage_number(done)
-        state = training.init_optimiser_state(params, run.stages[number], run.config, run.schedule)
-        if checkpoints is not None and done:
-            params, state = checkpoints.restore(done, params, state)
+        if state is None:
+            state = training.init_optimiser_state(params, run.stages[number], run.config, run.schedule)
         metrics = stack.enter_context(Metrics(output.directory, done))
         process = _Process(run, saving, metrics, times, checkpoints)
         while done < run.num_steps:
@@ -279,6 +305,32 @@ def train(params: Params, run: TrainingRun, output: Output, *, resume: bool, sav
             if checkpoints is not None:
                 checkpoints.save(done, params, state, times.saved())
     return times.of(params)
+
+
+def _newest(checkpoints: _Checkpoints, run: TrainingRun, params: Params, times: _Times) -> tuple[int, Params, Any]:
+    """Step, params and optimiser state of the newest whole checkpoint, whose times are loaded; (0, params, None) for none.
+
+    Torn where there are checkpoints but none is whole, and in one of several processes, of which others may read on.
+    """
+    torn: list[tuple[int, Torn]] = []
+    for step in checkpoints.steps:
+        try:
+            earlier = checkpoints.times(step)
+            state = training.init_optimiser_state(params, run.stages[run.stage_number(step)], run.config, run.schedule)
+            found = checkpoints.restore(step, params, state)
+        except Torn as error:
+            if processes.count() > 1:
+                raise Torn(f"{error}; without that folder the run goes on from an older one") from None
+            torn.append((step, error))
+            continue
+        for newer, error in torn:
+            print(f"warning: {error}; going on from step {step}")
+            checkpoints.set_aside(newer)
+        times.load(earlier)
+        return step, *found
+    if torn:
+        raise Torn(f"{torn[0][1]}, nor an older one; choose another --output_dir to start again")
+    return 0, params, None
 
 
 def _copied(params: Params, config: Config, schedule: Schedule) -> Params:

@@ -1,8 +1,8 @@
-"""Mean losses of a model under any schedule, on fixed calibration batches: what a search compares.
+"""Losses of a model under any schedule on fixed calibration sequences: what a search compares.
 
-A flip at layer l changes nothing below l. `Evaluator.flips` therefore walks a batch up the layers once under the current
-schedule and branches off at every layer it flips: the layers from there on run with that one layer S. No state is stored
-but the walk's own, and the three programs that do it (layerwise.py) compile once.
+A flip at layer l changes nothing below l. `Evaluator` therefore walks a batch up the layers once under the schedule that is
+flipped and branches off where each flip does: the layers from there on run under it. No state is stored but the walk's own,
+and the three programs that do it (layerwise.py) compile once.
 
 Under a mesh in force (`sharding.use`) its devices share the rows of a batch, their tokens, heads and experts as the rules
 say; where they could share no rows, and each holds the whole model, they run different schedules. All processes of a mesh
@@ -26,7 +26,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
-from indexcache_jax.search.greedy import LossLog
+from indexcache_jax.search.oracle import LossLog, MemoryLog
 from indexcache_jax.sharding import constrain
 
 Missing = list[tuple[int, list[Schedule]]]  # batch numbers, and the schedules whose loss on that batch is not known
@@ -39,12 +39,13 @@ def no_progress(layers: int) -> None:
 
 
 class BatchEvaluator(abc.ABC):
-    """Mean losses under any schedule on fixed batches [B, S+1] of one shape, of which a log may hold some.
+    """Losses under any schedule on the sequences of fixed batches [B, S+1] of one shape: a `LossOracle`.
 
     Subclasses say how losses are measured (`_measure`).
 
     config, dtype: of the weights. schedule: the one that the weights are for, so only its F layers have an indexer.
-    log: holds every loss that was measured, and answers for those it holds.
+    log: holds every loss that was measured, and answers for those it holds; None keeps them as long as the evaluator lives.
+    Sequence i is row i % B of batch i // B.
 
     Raises ValueError where the batches differ in shape, for a schedule with an F layer that has no indexer, and where a loss
     is NaN or infinite: the lowest of such losses means nothing.
@@ -62,13 +63,24 @@ class BatchEvaluator(abc.ABC):
         if len({batch.shape for batch in batches}) != 1:
             raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
         self.config, self.schedule, self.dtype = config, schedule, dtype
-        self.batches, self.log, self.progress = list(batches), log, progress
+        self.batches, self.progress = list(batches), progress
+        self.log = MemoryLog() if log is None else log
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are."""
+        return len(self.batches)
+
+    @property
+    def rows(self) -> int:
+        """B, how many sequences a batch has."""
+        return len(self.batches[0])
 
     @abc.abstractmethod
-    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, float]]:
-        """The losses that are missing, as they are measured: schedule, batch number, loss.
+    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, np.ndarray]]:
+        """The losses that are missing, as they are measured: schedule, batch number, losses [B].
 
-        base: the schedule of which each one to measure is a flip; None where they have nothing in common.
+        base: the schedule from which those to measure differ in few layers; None where they have nothing in common.
         """
 
     def advice(self) -> list[str]:
@@ -82,52 +94,59 @@ class BatchEvaluator(abc.ABC):
         return found
 
     def loss(self, schedule: Schedule) -> float:
-        """The mean loss in nats a token under `schedule`, over all batches."""
+        """The mean loss in nats a token under `schedule`, over all sequences."""
         return self.losses([schedule])[0]
 
     def losses(self, schedules: Sequence[Schedule]) -> list[float]:
-        """The mean loss in nats a token under each of the schedules, over all batches."""
-        return self._means(schedules, None)
+        """The mean loss in nats a token under each of the schedules, over all sequences."""
+        return np.mean(self.sequence_losses(schedules), axis=1).tolist()
 
-    def flips(self, schedule: Schedule, layers: Sequence[int]) -> dict[int, float]:
-        """For each of the layers, the mean loss under `schedule` with that layer alone turned from F to S."""
-        flipped = [schedule.with_shared(layer) for layer in layers]
-        return dict(zip(layers, self._means(flipped, schedule), strict=True))
+    def sequence_losses(
+        self, schedules: Sequence[Schedule], base: Schedule | None = None, batches: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """The mean losses in nats a token of each sequence, [schedules, sequences] float64.
 
-    def _means(self, schedules: Sequence[Schedule], base: Schedule | None) -> list[float]:
+        base: a schedule from which they differ in few layers: what lies below the first of these is run once for all.
+        batches: the numbers of the batches whose sequences are asked for, default all.
+        """
         for schedule in schedules:
             self._check(schedule)
-        losses: dict[tuple[Schedule, int], float] = {}
+        numbers = range(self.num_batches) if batches is None else batches
         missing: Missing = []
-        for number in range(len(self.batches)):
-            unknown = []
-            for schedule in dict.fromkeys(schedules):
-                known = None if self.log is None else self.log.get(schedule, number)
-                if known is None:
-                    unknown.append(schedule)
-                else:
-                    losses[schedule, number] = known
+        for number in numbers:
+            unknown = [schedule for schedule in dict.fromkeys(schedules) if self._known(schedule, number) is None]
             if unknown:
                 missing.append((number, unknown))
-        for schedule, number, loss in self._measure(missing, base):
-            self._check_finite(loss, schedule, number)
-            losses[schedule, number] = loss
-            if self.log is not None:
-                self.log.add(schedule, number, loss)
-        return [float(np.mean([losses[schedule, n] for n in range(len(self.batches))])) for schedule in schedules]
+        for schedule, number, losses in self._measure(missing, base):
+            self._keep(schedule, number, losses.tolist())
+        return np.array([np.concatenate([self._known(schedule, number) for number in numbers]) for schedule in schedules])
+
+    def _known(self, schedule: Schedule, number: int) -> list[float] | None:
+        """The losses of a batch's sequences, None where one was not measured yet."""
+        losses = [self.log.get(schedule, sequence) for sequence in self._sequences(number)]
+        return None if None in losses else [loss for loss in losses if loss is not None]
+
+    def _keep(self, schedule: Schedule, number: int, losses: list[float]) -> None:
+        for sequence, loss in zip(self._sequences(number), losses, strict=True):
+            self._check_finite(loss, schedule, sequence)
+            if self.log.get(schedule, sequence) is None:  # a kill may have left some of a batch
+                self.log.add(schedule, sequence, loss)
+
+    def _sequences(self, number: int) -> range:
+        return range(number * self.rows, (number + 1) * self.rows)
 
     def _check(self, schedule: Schedule) -> None:
         if lacking := [i for i in schedule.full_layers if not self.schedule.is_full[i]]:
             raise ValueError(f"schedule {schedule.pattern}: layer {lacking[0]} is F, but the weights have no indexer for it")
 
-    def _check_finite(self, loss: float, schedule: Schedule, number: int) -> None:
+    def _check_finite(self, loss: float, schedule: Schedule, sequence: int) -> None:
         if not math.isfinite(loss):
             why = f"the weights hold NaN or infinity, or {self.dtype} arithmetic overflows"
-            raise ValueError(f"loss of {schedule.pattern} on batch {number} is {loss}: {why}")
+            raise ValueError(f"loss of {schedule.pattern} on sequence {sequence} is {loss}: {why}")
 
 
 class Evaluator(BatchEvaluator):
-    """Mean losses of a model in memory under any schedule, on fixed batches [B, S+1] of one shape.
+    """Losses of a model in memory under any schedule, on the sequences of fixed batches [B, S+1] of one shape.
 
     Args:
         params: the weights, on the device or, under a mesh, placed on it (`sharding.put`, `checkpoints_convert.load`).
@@ -162,15 +181,15 @@ class Evaluator(BatchEvaluator):
         """How many schedules are run at once."""
         return layerwise.schedules_at_once(self.batches[0].shape[0], self.config)
 
-    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, float]]:
+    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, np.ndarray]]:
         for number, schedules in missing:
-            for schedule, loss in self._measure_batch(self.batches[number], schedules, base):
-                yield schedule, number, loss
+            for schedule, losses in self._measure_batch(self.batches[number], schedules, base):
+                yield schedule, number, losses
 
     def _measure_batch(
         self, batch: np.ndarray, schedules: Sequence[Schedule], base: Schedule | None
-    ) -> Iterator[tuple[Schedule, float]]:
-        """The losses on one batch, in the order in which the schedules leave the walk under `base`."""
+    ) -> Iterator[tuple[Schedule, np.ndarray]]:
+        """The losses [B] on one batch, in the order in which the schedules leave the walk under `base`."""
         tokens, targets = layerwise.place(batch[:, :-1]), layerwise.place(batch[:, 1:])
         state = layerwise.start(self.params, tokens, self.config)
         layer = 0
@@ -183,20 +202,20 @@ class Evaluator(BatchEvaluator):
                 state = layerwise.advance(self.params, state, np.int32(layer), full, self.config, self.schedule)
                 layer += 1
                 self.progress(1)
-            for schedule, loss in zip(group, self._finish(state, layer, group, targets), strict=True):
+            for schedule, losses in zip(group, self._finish(state, layer, group, targets), strict=True):
                 self.progress(self.config.num_layers - _first_difference(schedule, base))
-                yield schedule, loss
+                yield schedule, losses
 
-    def _finish(self, state: layerwise.State, layer: int, group: list[Schedule], targets: jax.Array) -> list[float]:
-        """The losses under one schedule or, at once, under several, from the state before `layer`."""
+    def _finish(self, state: layerwise.State, layer: int, group: list[Schedule], targets: jax.Array) -> Sequence[np.ndarray]:
+        """The losses [B] under one schedule or, at once, under several, from the state before `layer`."""
         rest = targets, self.config, self.schedule
         if self._at_once == 1:
             full = np.array(group[0].is_full)
-            return [float(layerwise.finish(self.params, state, np.int32(layer), full, *rest))]
+            return [np.asarray(layerwise.finish(self.params, state, np.int32(layer), full, *rest))]
         padded = group + group[-1:] * (self._at_once - len(group))
         every = np.array([schedule.is_full for schedule in padded])
         losses = np.asarray(layerwise.finish_each(self.params, state, np.int32(layer), layerwise.place(every), *rest))
-        return losses[: len(group)].tolist()
+        return list(losses[: len(group)])
 
 
 def _first_difference(schedule: Schedule, base: Schedule | None) -> int:

@@ -1,7 +1,7 @@
-"""The greedy search for a schedule (paper, Algorithm 1), over any model that can say a schedule's loss.
+"""The greedy search for a schedule (paper, Algorithm 1), over any model that can say a schedule's losses.
 
 Starting from the checkpoint's own schedule, every step flips each F layer alone to S, measures the language modelling loss
-on the same calibration batches, and keeps the flip with the lowest. The sets of F layers are nested, so one search answers
+on the same calibration sequences, and keeps the flip with the lowest. The sets of F layers are nested, so one search answers
 for every number of F layers on its way.
 """
 
@@ -10,43 +10,56 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+
+import numpy as np
 
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.search.noise import Margin
+from indexcache_jax.search.oracle import LossOracle
+from indexcache_jax.search.racing import Outcome, Race, contest
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of a greedy search.
+    """One step of a search.
 
-    schedule: the schedule after the step. loss: its mean loss in nats a token. flipped: the layers that the step turned from
-    F to S, none for the starting point. candidates: for every layer that was tried, the loss with that layer alone flipped.
+    schedule: the schedule after the step. losses: its mean losses in nats a token on each sequence. flipped: the layers that
+    are S and were F before the step, restored: those that are F and were S; none for the starting point. candidates: for
+    every layer that was tried, the loss with that layer alone flipped; of a flip that a race dropped an estimate. rivals: the
+    patterns that were tried and not taken, with how much higher their losses are.
     """
 
     schedule: Schedule
-    loss: float
+    losses: tuple[float, ...]
     flipped: tuple[int, ...] = ()
+    restored: tuple[int, ...] = ()
     candidates: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    rivals: Mapping[str, Margin] = dataclasses.field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss in nats a token over all sequences."""
+        return float(np.mean(self.losses))
+
+    def within_noise(self, error: float) -> dict[str, Margin]:
+        """The rivals that on all text may be better than what the step took, the closest first.
+
+        error: the probability, at most, that one which is better is not among them.
+        """
+        level = error / max(1, len(self.rivals))
+        close = {pattern: margin for pattern, margin in self.rivals.items() if not margin.is_above_noise(level)}
+        return dict(sorted(close.items(), key=lambda item: item[1].mean))
+
+    def sequences_to_settle(self, error: float) -> int | None:
+        """How many sequences would leave no rival within noise, if they are like those measured; None where none do."""
+        level = error / max(1, len(self.rivals))
+        needed = [margin.sequences_to_settle(level) for margin in self.rivals.values()]
+        return None if None in needed else max((count for count in needed if count is not None), default=0)
 
 
-class LossOracle(Protocol):
-    """What the greedy search asks of a model: mean losses in nats a token on fixed calibration batches."""
-
-    def loss(self, schedule: Schedule) -> float:
-        """The loss under `schedule`."""
-
-    def flips(self, schedule: Schedule, layers: Sequence[int]) -> dict[int, float]:
-        """For each of the layers, the loss under `schedule` with that layer alone turned from F to S."""
-
-
-class LossLog(Protocol):
-    """Where an evaluator keeps the losses it measures, so that a search that was stopped does not measure them again."""
-
-    def get(self, schedule: Schedule, batch: int) -> float | None:
-        """The loss of a schedule on a batch, by its number; None where it was not measured yet."""
-
-    def add(self, schedule: Schedule, batch: int, loss: float) -> None:
-        """Keeps the loss of a schedule on a batch, by its number."""
+def first_step(oracle: LossOracle, schedule: Schedule) -> Step:
+    """The starting point of a search."""
+    return Step(schedule, tuple(oracle.sequence_losses([schedule])[0].tolist()))
 
 
 def candidates(schedule: Schedule, blocks: int = 1) -> list[list[int]]:
@@ -69,7 +82,13 @@ def layers_to_run(schedule: Schedule, num_full: int, blocks: int = 1) -> int:
 
 
 def greedy_search(
-    oracle: LossOracle, schedule: Schedule, *, num_full: int = 1, max_loss: float = float("inf"), blocks: int = 1
+    oracle: LossOracle,
+    schedule: Schedule,
+    *,
+    num_full: int = 1,
+    max_loss: float = float("inf"),
+    blocks: int = 1,
+    race: Race | None = None,
 ) -> list[Step]:
     """The steps of a greedy search from `schedule`, the starting point first (paper, Algorithm 1).
 
@@ -81,43 +100,77 @@ def greedy_search(
         blocks: contiguous blocks that the layers are cut into. Each step flips the best layer of every block, which takes
             about `blocks` times fewer evaluations. Every flip is judged alone; where all of a step's flips together exceed
             max_loss, only the best of them is made.
+        race: how flips that cannot win are dropped before they are measured on all sequences; None measures all on all. With
+            fewer than 5 sequences nothing is dropped.
 
     Of flips with equal losses the lowest layer is taken.
 
     Raises:
         ValueError: num_full or blocks is out of range.
     """
-    if not 1 <= num_full <= schedule.num_full:
-        raise ValueError(f"num_full: {num_full!r} is not between 1 and {schedule.num_full}, the F layers of {schedule.pattern}")
+    check_num_full(schedule, num_full)
     if not 1 <= blocks <= schedule.num_layers:
         raise ValueError(f"blocks: {blocks!r} is not between 1 and {schedule.num_layers}")
-    steps = [Step(schedule, oracle.loss(schedule))]
+    steps = [first_step(oracle, schedule)]
+    error = error_of_a_step(race, schedule.num_full - num_full)
     while (most_flips := steps[-1].schedule.num_full - num_full) > 0:
         current = steps[-1].schedule
         by_block = [block for block in candidates(current, blocks) if block]
         if not by_block:
             break
-        flip_losses = oracle.flips(current, list(itertools.chain(*by_block)))
-
-        def rank(layer: int, flip_losses: Mapping[int, float] = flip_losses) -> tuple[float, int]:
-            return flip_losses[layer], layer
-
-        best = sorted((min(block, key=rank) for block in by_block), key=rank)[:most_flips]
-        step = _commit(oracle, current, best, flip_losses)
+        outcomes = flip_contest(oracle, current, by_block, race, error)
+        best = sorted(outcomes, key=lambda outcome: outcome.loss)[:most_flips]
+        step = _commit(oracle, current, best, outcomes)
         if len(best) > 1 and step.loss > max_loss:
-            step = _commit(oracle, current, best[:1], flip_losses)
+            step = _commit(oracle, current, best[:1], outcomes)
         if step.loss > max_loss:
             break
         steps.append(step)
     return steps
 
 
-def _commit(oracle: LossOracle, schedule: Schedule, layers: Sequence[int], flip_losses: Mapping[int, float]) -> Step:
-    """The step that flips `layers` of `schedule`; the loss of a single flip is known already."""
-    for layer in layers:
+def check_num_full(schedule: Schedule, num_full: int) -> None:
+    """ValueError unless a search from `schedule` can end at so many F layers."""
+    if not 1 <= num_full <= schedule.num_full:
+        raise ValueError(f"num_full: {num_full!r} is not between 1 and {schedule.num_full}, the F layers of {schedule.pattern}")
+
+
+def error_of_a_step(race: Race | None, steps: int) -> float:
+    """The probability with which each of so many steps may drop what would have won."""
+    return 0.0 if race is None else race.error / max(1, steps)
+
+
+def flip_contest(
+    oracle: LossOracle, schedule: Schedule, by_block: Sequence[Sequence[int]], race: Race | None, error: float
+) -> list[Outcome]:
+    """The best flip of each block of layers, in their order."""
+    groups = [[schedule.with_shared(layer) for layer in block] for block in by_block]
+    return contest(oracle, schedule, groups, race, error)
+
+
+def flip_step(schedule: Schedule, losses: np.ndarray, flipped: Sequence[int], outcomes: Sequence[Outcome]) -> Step:
+    """The step that flips these layers of `schedule` to a schedule of these losses, after contests of single flips."""
+    tried = {flipped_layer(schedule, flip): outcome.estimate(flip) for outcome in outcomes for flip in outcome.losses}
+    rivals = {pattern: margin for outcome in outcomes for pattern, margin in outcome.rivals.items()}
+    for layer in flipped:
         schedule = schedule.with_shared(layer)
-    loss = flip_losses[layers[0]] if len(layers) == 1 else oracle.loss(schedule)
-    return Step(schedule, loss, tuple(layers), dict(flip_losses))
+    return Step(schedule, tuple(losses.tolist()), tuple(flipped), candidates=tried, rivals=rivals)
+
+
+def flipped_layer(schedule: Schedule, flip: Schedule) -> int:
+    """The layer that is F in `schedule` and S in `flip`."""
+    return next(i for i, (a, b) in enumerate(zip(schedule.pattern, flip.pattern, strict=True)) if a != b)
+
+
+def _commit(oracle: LossOracle, schedule: Schedule, best: Sequence[Outcome], outcomes: Sequence[Outcome]) -> Step:
+    """The step that makes the winning flips of `best`; the losses of a single flip are known already."""
+    flipped = [flipped_layer(schedule, outcome.winner) for outcome in best]
+    if len(best) == 1:
+        return flip_step(schedule, best[0].losses[best[0].winner], flipped, outcomes)
+    together = schedule
+    for layer in flipped:
+        together = together.with_shared(layer)
+    return flip_step(schedule, oracle.sequence_losses([together], schedule)[0], flipped, outcomes)
 
 
 def first_step_with_at_most(steps: Sequence[Step], num_full: int) -> Step:

@@ -126,8 +126,8 @@ def hidden_states(params: Params, tokens: jax.Array, full: jax.Array, config: Co
 
 
 @jax.jit
-def mean_loss(params: Params, x: jax.Array, targets: jax.Array, config: Config) -> jax.Array:
-    """The mean loss in nats a token of targets [B, S], from hidden states x [B, S, D] after the last layer.
+def row_losses(params: Params, x: jax.Array, targets: jax.Array, config: Config) -> jax.Array:
+    """The mean losses [B] in nats a token of targets [B, S], from hidden states x [B, S, D] after the last layer.
 
     Of the params only embedding, final norm and head are read.
     """
@@ -135,19 +135,19 @@ def mean_loss(params: Params, x: jax.Array, targets: jax.Array, config: Config) 
     ends = dataclasses.replace(nothing, embedding=params.embedding, final_norm=params.final_norm, head=params.head)
     tokens = ("batch", "queries")
     losses = sharding.on_each_device(functools.partial(model.token_losses, config=config), ((), tokens, tokens), tokens)
-    return jnp.mean(losses(ends, x, _dealt(targets)))
+    return constrain(jnp.mean(losses(ends, x, _dealt(targets)), axis=1), None)
 
 
 @jax.jit
 def finish(
     params: Params, state: State, layer: jax.Array, full: jax.Array, targets: jax.Array, config: Config, schedule: Schedule
 ) -> jax.Array:
-    """The mean loss in nats a token of targets [B, S], from the state before `layer`: the layers from there on are run.
+    """The mean losses [B] in nats a token of targets [B, S], from the state before `layer`: the layers from there on are run.
 
     full [L] bool, traced: which layers run as F. `schedule` is the one the params are for.
     """
     state = jax.lax.fori_loop(layer, config.num_layers, lambda i, s: _layer(params, s, i, full[i], config, schedule), state)
-    return mean_loss(params, state.x, targets, config)
+    return row_losses(params, state.x, targets, config)
 
 
 def schedules_at_once(rows: int, config: Config) -> int:
@@ -167,13 +167,13 @@ def schedules_at_once(rows: int, config: Config) -> int:
 def finish_each(
     params: Params, state: State, layer: jax.Array, full: jax.Array, targets: jax.Array, config: Config, schedule: Schedule
 ) -> jax.Array:
-    """`finish` under a schedule for each of N = `schedules_at_once` devices: full [N, L] -> losses [N]."""
+    """`finish` under a schedule for each of N = `schedules_at_once` devices: full [N, L] -> losses [N, B]."""
 
     def on_one(params: Params, state: State, layer: jax.Array, full: jax.Array, targets: jax.Array) -> jax.Array:
         return finish(params, state, layer, full[0], targets, config, schedule)[None]
 
     losses = sharding.on_each_device(on_one, ((), (), (), ("batch",), ()), ("batch",))(params, state, layer, full, targets)
-    return constrain(losses, None)
+    return constrain(losses, None, None)
 
 
 def selected(state: State, queries: np.ndarray) -> np.ndarray:

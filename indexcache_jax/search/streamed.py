@@ -29,8 +29,8 @@ from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.evaluator import BatchEvaluator, Missing, Progress, no_progress
-from indexcache_jax.search.greedy import LossLog
 from indexcache_jax.search.layerwise import State
+from indexcache_jax.search.oracle import LossLog
 from indexcache_jax.sharding import SERVING
 
 HIDDEN_STATE_BYTES = 64 * 2**30  # of host memory, at most, for the hidden states of one pass over the layers
@@ -187,14 +187,14 @@ class StreamedEvaluator(BatchEvaluator):
             self._walk(batches, keep)
         return [np.stack(selections) for selections in by_batch]
 
-    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, float]]:
+    def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, np.ndarray]]:
         for batches in self._passes(missing):
             states = self._walk(batches)
             for number, schedules in batches.items():
                 targets = self._run(layerwise.place, self.batches[number][:, 1:])
                 for schedule in schedules:
                     x = states[number, schedule.pattern].x.on_devices()
-                    yield schedule, number, float(self._run(layerwise.mean_loss, self._ends, x, targets, self.config))
+                    yield schedule, number, np.asarray(self._run(layerwise.row_losses, self._ends, x, targets, self.config))
 
     def _passes(self, missing: Missing) -> Iterator[Pass]:
         """The batches and schedules in groups, each with no more hidden states than `memory` holds (or of one batch)."""

@@ -16,6 +16,7 @@ from indexcache_jax import ops, sharding, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor
+from pallas_kernels import quant
 
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 
@@ -23,9 +24,10 @@ FP8 = jnp.dtype(jnp.float8_e4m3fn)
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CacheFormat:
-    """The dtypes that a cache keeps its two parts in; float8_e4m3fn has a float32 scale a token and layer beside it.
+    """The dtypes that a cache keeps its two parts in.
 
-    At C + dr = 576 and Di = 128 a token's latent takes 1152 bytes in bfloat16 and 580 in 8 bits, its index key 256 and 132.
+    float8_e4m3fn has a float32 scale a token and layer beside it, and a latent's rotary numbers are bfloat16 then. At
+    C + dr = 576 and Di = 128 a token's latent takes 1152 bytes in bfloat16 and 644 in 8 bits, its index key 256 and 132.
     """
 
     latent_dtype: Any = jnp.bfloat16
@@ -43,12 +45,11 @@ class CacheFormat:
 
 @flax.struct.dataclass
 class LayerCache:
-    """One layer's tokens, [B, T, ...]. Scales [B, T] float32 exist for what is kept in float8_e4m3fn."""
+    """One layer's tokens, [B, T, ...]."""
 
-    latents: Any  # [B, T, C + dr]
-    latent_scales: Any
+    latents: Any  # [B, T, C + dr]; in 8 bits `quant.Latents`
     index_keys: Any  # [B, T, Di]; None on S layers
-    index_scales: Any
+    index_scales: Any  # [B, T] float32, of index keys in float8_e4m3fn
 
 
 @flax.struct.dataclass
@@ -74,15 +75,17 @@ def abstract(config: Config, schedule: Schedule, batch: int, max_len: int, dtype
         sizes, names = zip((batch, "batch"), (max_len, "tokens"), *width, strict=True)
         return Tensor(sizes, names, "zeros", 0.0, (), dtype=jnp.dtype(kind).name)
 
-    def scales(kind: Any) -> Tensor | None:
-        return zeros(jnp.float32) if kind == FP8 else None
+    def latents() -> Any:
+        if form.latent_dtype != FP8:
+            return zeros(form.latent_dtype, (config.latent_dim, "latent"))
+        codes, rotary = zeros(FP8, (config.kv_lora_rank, "latent")), zeros(jnp.bfloat16, (config.qk_rope_head_dim, "latent"))
+        return quant.Latents(codes, rotary, zeros(jnp.float32))
 
     def layer(full: bool) -> LayerCache:
         return LayerCache(
-            latents=zeros(form.latent_dtype, (config.latent_dim, "latent")),
-            latent_scales=scales(form.latent_dtype),
+            latents=latents(),
             index_keys=zeros(form.index_dtype, (config.index_head_dim, "index")) if full else None,
-            index_scales=scales(form.index_dtype) if full else None,
+            index_scales=zeros(jnp.float32) if full and form.index_dtype == FP8 else None,
         )
 
     lengths = Tensor((batch,), ("batch",), "zeros", 0.0, (), dtype="int32")
@@ -196,13 +199,14 @@ def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array, part: shardi
 
 def append(cache: LayerCache, latents: jax.Array, keys: jax.Array | None, positions: jax.Array) -> LayerCache:
     """The cache with new latents [B, S, C + dr] and index keys [B, S, Di] (None on S layers) at positions [B, S]."""
-    latent_scales, index_keys, index_scales = cache.latent_scales, cache.index_keys, cache.index_scales
-    if latent_scales is not None:
-        latents, scales = ops.quantise_latents(latents)
-        latent_scales = write(latent_scales, scales, positions)
+    index_keys, index_scales = cache.index_keys, cache.index_scales
+    new = latents
+    if isinstance(cache.latents, quant.Latents):
+        new = ops.quantise_latents(latents, cache.latents.codes.shape[-1])
+    kept = jax.tree.map(lambda buffer, x: write(buffer, x, positions), cache.latents, new)
     if keys is not None and index_keys is not None:
         if index_scales is not None:
             keys, scales = ops.quantise_index(keys)
             index_scales = write(index_scales, scales, positions)
         index_keys = write(index_keys, keys, positions)
-    return LayerCache(write(cache.latents, latents, positions), latent_scales, index_keys, index_scales)
+    return LayerCache(kept, index_keys, index_scales)

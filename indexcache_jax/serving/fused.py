@@ -47,7 +47,7 @@ def attention_weights(p: Layer, cache: LayerCache, positions: Positions, config:
 
 def output_weights(p: Layer) -> dict[str, jax.Array | Scaled]:
     """What the kernels need of a layer after its attention."""
-    weights = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
+    weights: dict[str, jax.Array | Scaled] = {"v_up": p.v_up, "out": p.out, "mlp_norm": p.mlp_norm}
     if isinstance(p.mlp, Dense):
         return weights | {"shared_gate_up": p.mlp.gate_up, "shared_down": p.mlp.down}
     m = p.mlp
@@ -69,7 +69,7 @@ def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, 
 
 
 def _queries_and_cache(operands: decode_layer.AttentionOperands) -> tuple[Queries, LayerCache]:
-    cache = LayerCache(operands.latents, None, operands.index_keys, operands.index_scales)
+    cache = LayerCache(operands.latents, operands.index_keys, operands.index_scales)
     return (operands.queries, operands.index_queries, operands.index_weights), cache
 
 

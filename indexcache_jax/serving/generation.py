@@ -25,7 +25,7 @@ from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import model
 from indexcache_jax.serving.cache import Cache, CacheFormat, fork, formats, init_cache
-from indexcache_jax.serving.sampling import GREEDY, Sampling, row_keys, sample
+from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, Sampling, row_keys, sample
 from indexcache_jax.serving.weights import Weights, weights_for
 
 CHUNK = 8192  # prompt tokens of a row at a time
@@ -188,6 +188,13 @@ def prefill_document(
     return prefill_prompts(weights, [np.asarray(document)], cache, config, chunk=chunk, progress=progress)[1]
 
 
+def _check_drawn(tokens: Sequence[int], request: int, weights: Weights) -> None:
+    """ValueError where no token could be drawn for a request."""
+    if NO_TOKEN in tokens:
+        why = f"the weights hold NaN or infinity, or {weights.embedding.dtype} arithmetic overflows"
+        raise ValueError(f"request {request}: the model's logits are not finite: {why}")
+
+
 def generate(
     params: Params | Weights,
     prompts: Sequence[Sequence[int]],
@@ -222,7 +229,8 @@ def generate(
       progress: called after every piece of work.
 
     Raises:
-      ValueError naming the prompt that is empty, too long or not made of the model's tokens, or the argument at fault.
+      ValueError naming the prompt that is empty, too long or not made of the model's tokens, or the argument at fault; the
+      request after which the model's logits are not finite.
     """
     if max_new_tokens < 1 or chunk < 1:
         raise ValueError(f"generate: max_new_tokens {max_new_tokens} and chunk {chunk} must be at least 1")
@@ -261,6 +269,8 @@ def generate(
     drawn_by = np.asarray(range(rows) if ids is None else ids, np.int32)
     token = _first_tokens(logits, seed, drawn_by, sampling)
     completions = [[int(t)] for t in sharding.to_host(token)]
+    for row, tokens in enumerate(completions):
+        _check_drawn(tokens, drawn_by[row], weights)
     stops, steps = set(stop_tokens), min(STEPS, max_new_tokens)
     done = [row[-1] in stops for row in completions]
     count = 1
@@ -278,6 +288,7 @@ def generate(
             if done[row]:
                 continue
             end = next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))
+            _check_drawn(tokens[:end], drawn_by[row], weights)
             completions[row] += tokens[:end]
             done[row] = completions[row][-1] in stops
             kept += end

@@ -130,8 +130,7 @@ def attention(
     assert indices is not None  # the first layer is F
 
     with jax.named_scope("attend"):
-        scales = None if cache.latent_scales is None else cache.latent_scales[:, :kv_length]
-        context = ops.attend(absorbed, cache.latents[:, :kv_length], indices, c, scales)
+        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, c)
         split = "batch", "queries", "heads"
         heads = sharding.on_each_device(by_head, (split, ("heads",)), split)(context, p.v_up)
         out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")

@@ -31,10 +31,15 @@ class Sampling:
 
 
 GREEDY = Sampling()
+NO_TOKEN = -1  # of a row whose logits are NaN or infinite: nothing can be drawn from them
 
 
 def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    """One token [B] int32 a row from logits [B, V] float32; `keys` [B] are the rows' own."""
+    """One token [B] int32 a row, or NO_TOKEN, from logits [B, V] float32; `keys` [B] are the rows' own."""
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), _drawn(logits, sampling, keys), NO_TOKEN)
+
+
+def _drawn(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     if sampling.temperature < jnp.finfo(jnp.float32).tiny:  # as a divisor it would be 0
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature  # the best stays finite

@@ -209,6 +209,20 @@ class MatrixProduct:
         else:
             self.product.finish(lambda row: self.vector, emit)
 
+    def add_to(self, load: Callable[[Value], Value], target: Value) -> None:
+        """Stores load(row) + sum, in bfloat16, as number `row` at `target`; codes load before they sum."""
+
+        def store(row: Value, x: Value, total: Value, stores: Value) -> None:
+            ptx.store_global_bfloat16(ptx.offset(target, row, 2), ptx.plus(x, ptx.rounded(total)), stores)
+
+        if isinstance(self.product, CodesProduct):
+            rows = self.product.rows_of_thread()
+            loaded = [load(row) for row, _ in rows]
+            for (row, exists), x, total in zip(rows, loaded, self.product.totals(self.vector), strict=True):
+                store(row, x, total, exists)
+        else:
+            self.product.finish(lambda row: self.vector, lambda row, total, stores: store(row, load(row), total, stores))
+
 
 def _scales_of(a: Mapping[str, Value], names: Sequence[str], rows: BlockRows) -> Value | None:
     """The address of the scales of that of one or two matrices that `rows` are of, None if they are not codes."""
@@ -488,11 +502,10 @@ class Out(Stage):
         _write_bfloat16(self.thread, p.heads * p.value // 2, parts.fresh_pair(a["values"]), self.product.sink(self.thread))
         ptx.block_barrier()
 
-        def emit(row: Value, total: Value, stores: Value) -> None:
-            x = _load_bfloat16(a["x"], ptx.minimum(row, p.hidden - 1), ptx.load_global)
-            ptx.store_global_bfloat16(ptx.offset(a["middle"], row, 2), ptx.plus(x, ptx.rounded(total)), stores)
+        def load(row: Value) -> Value:
+            return _load_bfloat16(a["x"], ptx.minimum(row, p.hidden - 1), ptx.load_global)
 
-        self.product.finish(emit)
+        self.product.add_to(load, a["middle"])
 
 
 class First(Stage):
@@ -810,15 +823,13 @@ class ExpertsSecondInCodes(Stage):
             _write_bfloat16(thread, p.shared // 2, _activated(gate, p.shared), parts.to_groups(thread, self.shared_vector))
         self.write_hidden()
         ptx.block_barrier()
-        totals = [(row, ptx.rounded(total), exists) for row, total, exists in self.product.totals(self.vector)]
+        rows = self.product.rows_of_thread()
+        before = [_load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh) for row, _ in rows]
+        totals = [ptx.rounded(total) for total in self.product.totals(self.vector)]
         if self.of_shared:
             of_shared = self.of_shared.totals(self.shared_vector)
-            totals = [
-                (row, ptx.rounded(ptx.plus(total, ptx.rounded(more))), exists)
-                for (row, total, exists), (_, more, _) in zip(totals, of_shared, strict=True)
-            ]
-        for row, total, exists in totals:
-            x = _load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
+            totals = [ptx.rounded(ptx.plus(x, ptx.rounded(y))) for x, y in zip(totals, of_shared, strict=True)]
+        for (row, exists), x, total in zip(rows, before, totals, strict=True):
             ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), ptx.plus(x, total), exists)
 
     def write_hidden(self) -> None:
@@ -826,8 +837,8 @@ class ExpertsSecondInCodes(Stage):
         p, thread = self.p, self.thread
         for i, exists in parts.indices_of_thread(thread, self.split.width // 4):
             slot, hidden = _hidden_of_experts(p, self.a, i)
-            top = functools.reduce(ptx.maximum, map(parts.magnitude_bits, hidden))
-            scale, factor = parts.scale_to_float16(ptx.reduce_warp("max", top))
+            top = functools.reduce(ptx.maximum, map(ptx.magnitude_bits, hidden))
+            scale, factor = ptx.float16_scale(ptx.reduce_warp("max", top))
             factor = ptx.bits_of(ptx.times(factor, _select_value(slot, self.before.routed.weights)))
             with ptx.when(exists):
                 for half in range(2):
@@ -866,11 +877,10 @@ class DenseSecond(Stage):
         _write_bfloat16(thread, p.shared // 2, _activated(a["first"], p.shared), self.product.sink(thread))
         ptx.block_barrier()
 
-        def emit(row: Value, total: Value, stores: Value) -> None:
-            x = _load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
-            ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), ptx.plus(x, ptx.rounded(total)), stores)
+        def load(row: Value) -> Value:
+            return _load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
 
-        self.product.finish(emit)
+        self.product.add_to(load, a["y"])
 
 
 def _activated(gate: Value, width: int) -> Callable[[Value], tuple[Value, Value]]:
@@ -894,13 +904,22 @@ def _input_stages(
     down, up, absorb = Down(p, a, thread, shared), Up(p, a, thread, shared), Absorb(p, a, thread, shared)
     if a:
         if is_first_kernel:
-            down.prefetches = [lambda: up.product.prefetch(thread), lambda: absorb.product.prefetch(thread)]
+            vectors = functools.partial(parts.prefetch_vectors, thread, _input_vectors(p, a))
+            down.prefetches = [vectors, lambda: up.product.prefetch(thread), lambda: absorb.product.prefetch(thread)]
         # The attention between the kernels leaves SMs idle: meanwhile its outputs' first matrices stream to L2.
         absorb.prefetches = [
             lambda: parts.prefetch(thread, a["next_v_up"], 2 * VALUE_DIM, *parts.block_share(thread, p.heads * p.value)),
             functools.partial(_prefetch_out, p, a, thread),
         ]
     return [down, up, absorb]
+
+
+def _input_vectors(p: Inputs, a: Mapping[str, Value]) -> list[tuple[Value, int]]:
+    """Addresses and bytes of the vectors that the stages before an attention read."""
+    sizes = {"norm": 2 * p.hidden, "q_norm": 2 * p.q_rank, "kv_norm": 2 * VALUE_DIM, "cos": 2 * ROTARY, "sin": 2 * ROTARY}
+    if p.index_heads:
+        sizes |= {"key_norm": 2 * INDEX_WIDTH, "key_norm_bias": 2 * INDEX_WIDTH}
+    return [(a[name], size) for name, size in sizes.items()]
 
 
 def _prefetch_out(p: Inputs, a: Mapping[str, Value], thread: Thread) -> None:
@@ -937,7 +956,13 @@ def _output_stages(
     if next_layer is not None:
         inputs = _input_stages(next_layer, {**a, "x": a["y"]} if a else a, thread, shared, is_first_kernel=False)
     if a:
+        vectors = [(a["mlp_norm"], 2 * p.hidden)]
+        if p.experts:
+            vectors.append((a["router_bias"], 4 * p.experts))
+        if next_layer is not None:
+            vectors += _input_vectors(next_layer, a)
         values.prefetches = [functools.partial(product.prefetch, thread) for product in (*first.products, *products)]
+        values.prefetches.append(functools.partial(parts.prefetch_vectors, thread, vectors))
         # While the experts are num_experts_per_token nothing of this layer can stream.
         stages[3].prefetches = [functools.partial(stage.product.prefetch, thread) for stage in inputs]
     return [*stages, *inputs]

@@ -223,6 +223,14 @@ def prefetch(thread: Thread, matrix: Value, row_bytes: int, first: Value, end: V
     ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, exists)
 
 
+def prefetch_vectors(thread: Thread, vectors: Sequence[tuple[Value, int]]) -> None:
+    """The first thread block copies short arrays, given as addresses and bytes, to L2."""
+    with ptx.when(ptx.compare("eq", thread.block, 0)):
+        for address, size in vectors:
+            for i, exists in indices_of_thread(thread, -(-size // 128)):
+                ptx.prefetch_line(ptx.offset(address, i, 128), exists)
+
+
 class Product:
     """Rows first .. end - 1 (at most `most`) of a matrix [N, K] times a vector: `begin` starts, `finish` ends it.
 
@@ -311,8 +319,7 @@ def prefetch_scales(thread: Thread, scales: Value, row_bytes: int, first: Value,
 class GroupedVector:
     """A vector in shared memory, to be multiplied by codes: numbers in float16 and a float32 factor for every 64 of them.
 
-    The factors are powers of two, so chosen that a group's largest magnitude is 2^14 or more. So numbers that are bfloat16
-    are kept exactly, but for those below 2^-31 of their group's largest.
+    The factors are powers of two, those of `ptx.float16_scale`.
     """
 
     numbers: Value
@@ -323,22 +330,12 @@ class GroupedVector:
         return GroupedVector(shared.allocate(2 * size), shared.allocate(4 * (size // GROUP)))
 
 
-def scale_to_float16(top: Value) -> tuple[Value, Value]:
-    """What numbers are multiplied by before they become float16, and its inverse; `top`: bits of their largest magnitude."""
-    exponent = ptx.minimum(ptx.maximum(ptx.bit_and(top, 0x7F800000), 16 << 23), 254 << 23)
-    return ptx.float_of(ptx.sub((127 + 127 + 14) << 23, exponent)), ptx.float_of(ptx.sub(exponent, 14 << 23))
-
-
-def magnitude_bits(x: Value) -> Value:
-    return ptx.bit_and(ptx.bits_of(x), 0x7FFFFFFF)
-
-
 def to_groups(thread: Thread, vector: GroupedVector) -> Callable[[Value, Value, Value], None]:
     """A sink that keeps word i, two bfloat16, as numbers 2 i and 2 i + 1 of `vector`. A warp has 32 neighbouring words."""
 
     def sink(i: Value, word: Value, exists: Value) -> None:
         pair = ptx.from_bfloat16_pair(word)
-        scale, factor = scale_to_float16(ptx.reduce_warp("max", ptx.maximum(*map(magnitude_bits, pair))))
+        scale, factor = ptx.float16_scale(ptx.reduce_warp("max", ptx.maximum(*map(ptx.magnitude_bits, pair))))
         with ptx.when(exists):
             scaled = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
             ptx.store_shared(ptx.add(vector.numbers, ptx.shift_left(i, 2)), scaled)
@@ -491,11 +488,19 @@ class CodesProduct:
 
         emit(row, sum, stores): receives the sum of one row in every thread; `stores` is set in the one that is to store it.
         """
-        for row, total, exists in self.totals(vector):
+        for (row, exists), total in zip(self.rows_of_thread(), self.totals(vector), strict=True):
             emit(row, total, exists)
 
-    def totals(self, vector: GroupedVector) -> list[tuple[Value, Value, Value]]:
-        """(row, its sum, whether it exists) of the rows that this thread has after the sum."""
+    def rows_of_thread(self) -> list[tuple[Value, Value]]:
+        """(row, whether it exists) of the rows whose sums this thread has at the end."""
+        rows = []
+        for i, exists in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles):
+            row = ptx.add(self.first, i)
+            rows.append((row, ptx.both(exists, ptx.compare("slt", row, self.end))))
+        return rows
+
+    def totals(self, vector: GroupedVector) -> list[Value]:
+        """The sums of `rows_of_thread`."""
         totals, last = [ptx.number(0.0)] * 2, self.split.rounds(self.across)[1] - 1
         self.in_flight += [self._load(*step) for step in self.steps[len(self.in_flight) : self.depth]]
         for n, (tile, step) in enumerate(self.steps):
@@ -508,7 +513,7 @@ class CodesProduct:
                 self._store(tile, totals)
                 totals = [ptx.number(0.0)] * 2
         ptx.block_barrier()
-        return [self._total(i, exists) for i, exists in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
+        return [self._total(i) for i, _ in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
 
     def _at(self, tile: Value, warp: Value | int, row: Value) -> Value:
         """Where the sum of a row of a tile over the pieces of one of the warps that share it is kept."""
@@ -524,12 +529,10 @@ class CodesProduct:
             for half, total in enumerate(totals):
                 ptx.store_shared(ptx.add(at, 4 * 8 * half), ptx.bits_of(total))
 
-    def _total(self, i: Value, exists: Value) -> tuple[Value, Value, Value]:
+    def _total(self, i: Value) -> Value:
         tile, row = ptx.shift_right(i, 4), ptx.bit_and(i, TILE_ROWS - 1)
         first = self._at(tile, 0, row)
-        sums = [ptx.float_of(ptx.load_shared(ptx.add(first, 4 * TILE_ROWS * warp))) for warp in range(self.across)]
-        which = ptx.add(self.first, i)
-        return which, ptx.plus(*sums), ptx.both(exists, ptx.compare("slt", which, self.end))
+        return ptx.plus(*(ptx.float_of(ptx.load_shared(ptx.add(first, 4 * TILE_ROWS * warp))) for warp in range(self.across)))
 
 
 # ---- sums down the columns of bfloat16 matrices

@@ -1,459 +1,56 @@
-"""grouped_matmul on Hopper of rows and matrices in 8 bits, where groups have many rows.
+"""grouped_matmul on Hopper of matrices in 8 bits.
 
-Tiles, warpgroups and copies are those of mosaic_gpu_prefill. The sums of wgmma over 8-bit floats keep too few bits for a whole
-row, so each of them is over BLOCK_K = 128 codes, which share their scales, and begins at zero; float32 registers add the
-scaled sums up. A warpgroup multiplies WAVE columns at a time: while it scales and adds one wave, the other warpgroup multiplies.
+Where groups have many rows, those are quantised too and codes multiply codes (mosaic_gpu_codes_prefill); where they have few,
+16-bit rows multiply converted codes (mosaic_gpu_codes_few_rows). Matrices are constants: only rows have gradients, by way of
+the decoded matrices.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, SHARED_MEMORY, serves, tiles_of
-from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled, dequantise, float_scales, quantise_rows
+from pallas_kernels.grouped_matmul import mosaic_gpu_codes_few_rows, mosaic_gpu_codes_prefill, reference
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import serves
+from pallas_kernels.quant import BLOCK, Scaled, dequantise, quantise_rows
 
-BLOCK_K = BLOCK  # 128 bytes, one swizzled line, and the codes that share a scale
-WAVE = BLOCK  # columns that share scales
-PIECE = 64  # columns stored by one copy
-CODES = jnp.float8_e4m3fn
+COLUMNS = 64  # those of a matrix are a multiple
+Rows = jax.Array | Scaled
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """waves: of WAVE columns of a matrix that a tile reads; stages: steps of BLOCK_K in flight; slots: pieces of a warpgroup
-    on their way out; cluster: blocks that take the columns next to each other of one tile at the same time and share the
-    copies of its rows.
-    """
-
-    tall: int = 1
-    stages: int = 4
-    slots: int = 2
-    cluster: int = 1
-    gated: bool = False
-    coded: bool = False
-    split: bool = True
-    ordered: bool = False
-    rows_in_smem: bool = False
-    worker: int = 232
-    leave_out: str = ""
-
-    @property
-    def waves(self) -> int:
-        return 2 // self.tall
-
-    @property
-    def columns(self) -> int:
-        """Of the result that a tile has."""
-        return WAVE if self.gated else self.waves * WAVE
-
-    @property
-    def shared_memory(self) -> int:
-        return self.stages * BLOCK_K * (2 * self.tall * HALF + self.waves * WAVE) + 2 * 2 * self.slots * HALF * PIECE
-
-
-def tiling_for(columns: int, gated: bool = False, coded: bool = False) -> Tiling:
-    """The fastest tiling for a result of so many columns; docs/kernels.md has the measurements."""
-    width = WAVE if gated else 2 * WAVE
-    cluster = 1 if -(-columns // width) % 2 else 2
-    return Tiling(cluster=cluster, gated=gated, coded=coded)
-
-
-def _scales(largest: jax.Array) -> jax.Array:
-    """Of rows whose largest magnitudes these are; NaN where they are not finite."""
-    return jnp.where(largest < jnp.inf, jnp.maximum(largest, MIN_MAGNITUDE) / E4M3_MAX, jnp.nan)
-
-
-def multiply(
-    rows: jax.Array,
-    row_scales: jax.Array,
-    matrices: jax.Array,
-    matrix_scales: jax.Array,
-    tiles: jax.Array,
-    count: jax.Array,
-    tiling: Tiling,
-    dtype: Any,
-    interpret: Any = False,
-) -> Any:
-    """The tiles of rows [M, K], M at least HALF, times matrices [E, N, K] -> [M, N], gated [M, N / 2].
-
-    Both are codes; row_scales [K / 128, M], matrix_scales [E, N / 128, K / 128].
-    """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from pallas_kernels.grouped_matmul import mosaic_gpu_scales as lanes
-
-    (m, k), waves, stages, slots = rows.shape, tiling.waves, tiling.stages, tiling.slots
-    tall, pieces = tiling.tall, 2 * tiling.tall
-    gated, coded, cluster = tiling.gated, tiling.coded, tiling.cluster
-    width = matrices.shape[1] // (1 + gated)  # of the result
-    columns, steps = pl.cdiv(width, tiling.columns * cluster), k // BLOCK_K  # columns of a cluster
-    blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
-    shared = "member" if cluster > 1 else None
-    across = pl.cdiv(matrices.shape[1], WAVE)  # blocks of a matrix's columns
-    splits = tiling.split and not gated and tall == 1
-    layout = plgpu.Layout.WGMMA
-    by_row = layout.reduce(1)
-    piece_width = WAVE if coded else PIECE
-    out_dtype = CODES if coded else dtype
-    if coded:
-        slots = 1
-
-    def smem(shape, dtype, line_rows=8):
-        line = 128 // jnp.dtype(dtype).itemsize
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((line_rows, line)), plgpu.SwizzleTransform(128)))
-
-    row_shape, out_shape = (stages, pieces, HALF, BLOCK_K), (2, slots, HALF, piece_width)
-
-    def kernel(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
-        if coded:
-            out_gmem, out_scale_gmem, *others = others
-        else:
-            out_gmem, *others = others
-        row_smems, matrix_smem, out_smems, full, empty, turn = others
-        row_smem, row_lines = row_smems
-        out_smem, out_lines, out_plain = out_smems
-        if interpret:
-            row_lines, out_lines = row_smem, out_smem
-        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        mine = lax.div(count_gmem[0] * columns - block + (blocks - 1), blocks)  # how many tiles this block has
-
-        def place(i):
-            index = block + i * blocks
-            tile = lax.div(index, columns)
-            column = index - tile * columns
-            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 else column) * tiling.columns
-
-        def column_of(wave, column):
-            """Of a matrix."""
-            return wave * width + column if gated else wave * WAVE + column
-
-        @pl.when(warpgroup == 2)
-        def _copy():
-            plgpu.set_max_registers(40 if tiling.worker <= 232 else 24, action="decrease")
-
-            def one_tile(i, nothing):
-                tile, column = place(i)
-                group, first, *others = (tile_gmem[j, tile] for j in range(1 + pieces))
-
-                def step(j, nothing):
-                    done = i * steps + j
-                    slot = lax.rem(done, stages)
-
-                    @pl.when(done >= stages)
-                    def await_free():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    depth = pl.ds(j * BLOCK_K, BLOCK_K)
-
-                    def copy_rows(half, begin):
-                        source = row_gmem.at[pl.ds(begin, HALF), depth]
-                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=shared)
-
-                    copy_rows(0, first)
-
-                    for piece, begin in enumerate(others, 1):
-
-                        @pl.when(begin >= 0)
-                        def copy(piece=piece, begin=begin):
-                            copy_rows(piece, begin)
-
-                        @pl.when(begin < 0)
-                        def leave():
-                            plgpu.barrier_arrive(full.at[slot])  # in place of the copy
-
-                    for wave in range(waves):
-                        source = matrix_gmem.at[group, pl.ds(column_of(wave, column), WAVE), depth]
-                        plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, wave], full.at[slot])
-
-                lax.fori_loop(0, steps, step, None)
-
-            lax.fori_loop(0, mine, one_tile, None)
-
-            def drain(done, nothing):
-                plgpu.barrier_wait(empty.at[lax.rem(done, stages)])
-
-            lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, None)
-
-        def product(i, own, begins, group, column):
-            """A [HALF, WAVE] float32 for each of `own` pieces of rows, which begin at `begins`, and waves of the block's tile i."""
-
-            def place_of(wave):
-                block = jnp.minimum(lax.div(column_of(wave, column), WAVE), across - 1)  # a tile may extend beyond the columns
-                return (group * across + block) * steps
-
-            own_waves = [wave for _, wave in own]
-            places = [place_of(wave) for wave in own_waves]
-            if tall > 1:
-                places = [places[0], jnp.maximum(places[0] - steps, 0)]
-            elif len(own) == 1:
-                places = [places[0], place_of(1 - own_waves[0])]
-            if not interpret:
-                place = lanes.alternate(*places)
-
-            def scales(j):
-                of_rows = [
-                    plgpu.load(row_scale_gmem.at[j, pl.ds(begin, HALF)], layout=by_row, optimized=False) for begin in begins
-                ]
-                if interpret:
-                    return of_rows, tuple(matrix_scale_gmem[place + j] for place in places)
-                return of_rows, lanes.load(matrix_scale_gmem, place, j)
-
-            def factors(of_rows, of_blocks):
-                def of(row):
-                    return [row * of_block for of_block in of_blocks] if interpret else lanes.products(row, of_blocks)
-
-                return [of(row)[0] for row in of_rows] if tall > 1 else of(of_rows[0])
-
-            def step(j, carry):
-                sums, (of_rows, of_blocks) = carry
-                factor = factors(of_rows, of_blocks)
-                following = scales(jnp.minimum(j + 1, steps - 1))  # in time for the next step
-                done = i * steps + j
-                slot = lax.rem(done, stages)
-                plgpu.barrier_wait(full.at[slot])
-                added = []
-                for which, ((piece, wave), total) in enumerate(zip(own, sums, strict=True)):
-
-                    def fresh(acc, piece=piece, wave=wave):
-                        # Nothing may come between the zeros and wgmma: then no register is zeroed.
-                        plgpu.wgmma(acc, row_smem.at[slot, piece], matrix_smem.at[slot, wave].transpose((1, 0)))
-                        if tiling.ordered:
-                            plgpu.barrier_arrive(turn.at[1 - warpgroup])
-                        return acc[...]
-
-                    if tiling.ordered:
-                        plgpu.barrier_wait(turn.at[warpgroup])
-
-                    part = pl.run_scoped(fresh, plgpu.ACC((HALF, WAVE), jnp.float32))
-                    if which == len(own) - 1:
-                        plgpu.barrier_arrive(empty.at[slot])
-                    if tiling.leave_out == "promotion":
-                        added.append(part)
-                        continue
-                    added.append(total + part * lax.broadcast_in_dim(factor[which], (HALF, WAVE), [0]))
-                return tuple(added), following
-
-            zeros = plgpu.layout_cast(jnp.zeros((HALF, WAVE), jnp.float32), layout)
-            return lax.fori_loop(0, steps, step, ((zeros,) * len(own), scales(0)))[0]
-
-        def skip(i):
-            def step(j, nothing):
-                slot = lax.rem(i * steps + j, stages)
-                plgpu.barrier_wait(full.at[slot])
-                if cluster > 1:  # one thread arrives: no warp may be left behind by a whole round of the slots
-                    plgpu.commit_smem()
-                plgpu.barrier_arrive(empty.at[slot])
-
-            lax.fori_loop(0, steps, step, None)
-
-        def store_scales(scales, begin, start, end, column):
-            """Of the rows from start to end."""
-            place = lax.div(column, WAVE) * m + begin
-            if interpret:
-                row = begin + lax.iota(jnp.int32, HALF)
-                kept = out_scale_gmem[pl.ds(place, HALF)]
-                out_scale_gmem[pl.ds(place, HALF)] = jnp.where((row >= start) & (row < end), scales, kept)
-            else:
-                lanes.store_some(out_scale_gmem, scales, place, start - begin, end - begin)
-
-        def store(result, begin, column):
-            for piece in range(WAVE // piece_width):
-                slot = piece % slots
-                at = column + piece * piece_width
-
-                @pl.when(at < width)
-                def _(piece=piece, slot=slot, at=at):
-                    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                    out_smem[warpgroup, slot] = result[:, piece * piece_width : (piece + 1) * piece_width].astype(out_dtype)
-                    plgpu.commit_smem()
-                    target = out_gmem.at[pl.ds(begin, HALF), pl.ds(at, piece_width)]
-                    plgpu.copy_smem_to_gmem(out_lines.at[warpgroup, slot], target)
-
-        def store_some(result, begin, start, size, column):
-            """Of a group of fewer than HALF rows."""
-            for piece in range(WAVE // piece_width):
-                at = column + piece * piece_width
-
-                @pl.when(at < width)
-                def _(piece=piece, at=at):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_plain[warpgroup] = result[:, piece * piece_width : (piece + 1) * piece_width].astype(out_dtype)
-                    plgpu.commit_smem()
-                    # A copy has a fixed number of rows: one copy for every bit of how many there are.
-                    row, length = start, HALF // 2
-                    while length:
-
-                        @pl.when(size & length != 0)
-                        def _(row=row, length=length):
-                            target = out_gmem.at[pl.ds(row, length), pl.ds(at, piece_width)]
-                            plgpu.copy_smem_to_gmem(out_plain.at[warpgroup, pl.ds(row - begin, length)], target)
-
-                        row = row + (size & length)
-                        length //= 2
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        @pl.when(warpgroup < 2)
-        def _multiply():
-            plgpu.set_max_registers(tiling.worker, action="increase")
-            if tiling.ordered:
-
-                @pl.when(warpgroup == 1)
-                def first_turn():
-                    plgpu.barrier_arrive(turn.at[0])
-
-            def one_tile(i, nothing):
-                tile, column = place(i)
-                group, *begins, start, end = (tile_gmem[j, tile] for j in range(3 + pieces))
-
-                def finish(results, waves, begins):
-                    if gated:
-                        gate, up = results
-                        results, waves = [gate / (1.0 + jnp.exp(-gate)) * up], [0]
-                    if coded:
-                        (result,) = results
-                        scales = _scales(jnp.max(jnp.abs(result), axis=1))
-                        store_scales(scales, begins[0], start, end, column)
-                        results = [result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0])]
-                    stored = list(zip(results, waves, begins * len(waves) if tall == 1 else begins, strict=True))
-
-                    @pl.when(end - start >= HALF)
-                    def whole():
-                        for result, wave, begin in stored:
-                            store(result, begin, column + wave * WAVE)
-
-                    @pl.when(end - start < HALF)
-                    def short():
-                        for result, wave, begin in stored[:1] if tall > 1 else stored:
-                            store_some(result, begin, start, end - start, column + wave * WAVE)
-
-                def run(own, begins):
-                    finish(product(i, own, begins, group, column), [wave for _, wave in own], begins)
-
-                own_begins = [jnp.where(warpgroup == 0, begins[2 * j], begins[2 * j + 1]) for j in range(tall)]
-                present = own_begins[-1] >= 0
-                if tall > 1:
-
-                    @pl.when((own_begins[0] >= 0) & (own_begins[1] < 0))
-                    def one_piece():
-                        run([(warpgroup, 0)], own_begins[:1])
-
-                    missing = own_begins[0] < 0
-                else:
-                    missing = own_begins[0] < 0
-
-                if splits:
-                    present = begins[1] >= 0
-
-                    @pl.when(begins[1] < 0)
-                    def share():
-                        run([(0, warpgroup)], begins[:1])
-
-                else:
-
-                    @pl.when(missing)
-                    def sit_out():
-                        skip(i)
-
-                @pl.when(present)
-                def take_part():
-                    if tall == 1:
-                        run([(warpgroup, 0), (warpgroup, 1)], own_begins)
-                    else:
-                        run([(warpgroup, 0), (warpgroup + 2, 0)], own_begins)
-
-            lax.fori_loop(0, mine, one_tile, None)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    out_type = jax.ShapeDtypeStruct((m, width), out_dtype)
-    run = plgpu.kernel(
-        kernel,
-        out_type=(out_type, jax.ShapeDtypeStruct((width // WAVE * m,), jnp.float32)) if coded else out_type,
-        scratch_types=[
-            plgpu.RefUnion(smem(row_shape, CODES), smem(row_shape, CODES, 1)),
-            smem((stages, waves, WAVE, BLOCK_K), CODES),
-            plgpu.RefUnion(
-                smem(out_shape, out_dtype), smem(out_shape, out_dtype, 1), plgpu.SMEM((2, HALF, piece_width), out_dtype)
-            ),
-            plgpu.Barrier(num_arrivals=pieces + waves, num_barriers=stages),
-            # Rows arrive in the slots of all blocks of a cluster, once all of them are free.
-            plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=stages)
-            if cluster > 1
-            else plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_barriers=2),
-        ],
-        grid=(blocks,),
-        grid_names=("block",),
-        cluster=(cluster,) if cluster > 1 else (),
-        cluster_names=("member",) if cluster > 1 else (),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        interpret=interpret,
-    )
-    return run(tiles, count, rows, row_scales, matrices, matrix_scales.reshape(-1))
-
-
-def forward(
-    rows: Scaled,
-    matrices: Scaled,
-    group_sizes: jax.Array,
-    *,
-    dtype: Any = jnp.bfloat16,
-    tiling: Tiling = Tiling(),
-    interpret: Any = False,
-) -> Any:
-    """rows [M, K], M >= HALF, times matrices [E, N, K] -> [M, N]."""
-    tiles, count = tiles_of(group_sizes, rows.shape[0], 2 * tiling.tall)
-    scales = rows.scales.T, float_scales(matrices.scales)
-    out = multiply(rows.codes, scales[0], matrices.codes, scales[1], tiles, count, tiling, dtype, interpret)
-    if not tiling.coded:
-        return out
-    codes, scales = out
-    return Scaled(codes, scales.reshape(-1, rows.shape[0]).T)
-
-
-def _in_codes(rows: jax.Array | Scaled) -> Scaled:
-    return rows if isinstance(rows, Scaled) else quantise_rows(rows)
-
-
-def why_not_codes(rows: jax.Array | Scaled, matrices: Scaled) -> str | None:
-    """Why no kernel here multiplies rows [M, K] by matrices [..., N, K]."""
+def why_not(rows: Rows, matrices: Scaled, group_sizes: jax.Array) -> str | None:
     if reason := hopper.why_not():
         return reason
-    if not isinstance(matrices, Scaled) or matrices.dtype != CODES:
-        return f"it multiplies by matrices in float8_e4m3fn with scales, not {matrices.dtype}"
+    if matrices.dtype != jnp.float8_e4m3fn:
+        return f"it multiplies by matrices in float8_e4m3fn, not {matrices.dtype}"
     if not isinstance(rows, Scaled) and rows.dtype != jnp.bfloat16:
         return f"it multiplies rows in bfloat16 or 8 bits, not {rows.dtype}"
     if matrices.by_row:
         return "the matrices have scales of single rows, not of blocks"
     *_, n, k = matrices.shape
-    if k % BLOCK_K or n % PIECE:
-        return f"K and N must be multiples of {BLOCK_K} and {PIECE}, they are {k} and {n}"
-    if rows.shape[0] == 0:
-        return "there are no rows"
-    return None
+    if k % BLOCK or n % COLUMNS:
+        return f"K and N must be multiples of {BLOCK} and {COLUMNS}, they are {k} and {n}"
+    return None if rows.shape[0] else "there are no rows"
 
 
-def why_not(rows: jax.Array | Scaled, matrices: Scaled, group_sizes: jax.Array) -> str | None:
-    if reason := why_not_codes(rows, matrices):
-        return reason
-    if not serves(rows.shape[0], matrices.shape[0]):
-        return f"{rows.shape[0]} rows do not fill the tiles of {matrices.shape[0]} groups"
-    return None
+def _in_codes(rows: Rows) -> Scaled:
+    return rows if isinstance(rows, Scaled) else quantise_rows(rows)
 
 
 @jax.custom_vjp
-def grouped_matmul(rows: jax.Array | Scaled, matrices: Scaled, group_sizes: jax.Array) -> jax.Array:
-    return forward(_in_codes(rows), matrices, group_sizes, tiling=tiling_for(matrices.shape[1]))
+def grouped_matmul(rows: Rows, matrices: Scaled, group_sizes: jax.Array) -> jax.Array:
+    if serves(rows.shape[0], matrices.shape[0]):
+        return mosaic_gpu_codes_prefill.forward(_in_codes(rows), matrices, group_sizes)
+    return mosaic_gpu_codes_few_rows.forward(rows, matrices, group_sizes)
+
+
+def _forward_and_keep(rows: Rows, matrices: Scaled, group_sizes: jax.Array) -> Any:
+    if isinstance(rows, Scaled):
+        raise NotImplementedError("grouped_matmul: rows in 8 bits have no gradient")
+    return grouped_matmul(rows, matrices, group_sizes), (matrices, group_sizes)
 
 
 def _backward(residuals: tuple[Scaled, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None, None]:
@@ -461,57 +58,55 @@ def _backward(residuals: tuple[Scaled, jax.Array], cotangent: jax.Array) -> tupl
     return jax.lax.ragged_dot(cotangent, dequantise(matrices, cotangent.dtype), group_sizes), None, None
 
 
-grouped_matmul.defvjp(
-    lambda rows, matrices, group_sizes: (grouped_matmul(rows, matrices, group_sizes), (matrices, group_sizes)), _backward
-)
+grouped_matmul.defvjp(_forward_and_keep, _backward)
 
 
-def why_not_swiglu(rows: jax.Array | Scaled, gate_up: Scaled, group_sizes: jax.Array) -> str | None:
-    if reason := why_not(rows, gate_up, group_sizes):
-        return reason
-    if gate_up.shape[2] % WAVE:
-        return f"gate and up must have a multiple of {WAVE} columns, they have {gate_up.shape[2]}"
-    return None
+def why_not_swiglu(rows: Rows, gate_up: Scaled, group_sizes: jax.Array) -> str | None:
+    if gate_up.shape[2] % BLOCK:
+        return f"gate and up must have a multiple of {BLOCK} columns, they have {gate_up.shape[2]}"
+    return why_not(rows, gate_up, group_sizes)
 
 
-def _side_by_side(gate_up: Scaled) -> Scaled:
-    """[E, 2, I, K] as [E, 2 I, K]."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, x.shape[-1]), gate_up)
-
-
-def _swiglu(rows: jax.Array | Scaled, gate_up: Scaled, group_sizes: jax.Array, coded: bool) -> Any:
-    tiling = tiling_for(gate_up.shape[2], gated=True, coded=coded)
-    return forward(_in_codes(rows), _side_by_side(gate_up), group_sizes, tiling=tiling)
+def _swiglu(rows: Rows, gate_up: Scaled, group_sizes: jax.Array, coded: bool) -> Any:
+    side_by_side = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, x.shape[-1]), gate_up)
+    if serves(rows.shape[0], gate_up.shape[0]):
+        return mosaic_gpu_codes_prefill.forward(_in_codes(rows), side_by_side, group_sizes, gated=True, coded=coded)
+    gate, up = jnp.split(mosaic_gpu_codes_few_rows.forward(rows, side_by_side, group_sizes), 2, axis=1)
+    return jax.nn.silu(gate) * up
 
 
 @jax.custom_vjp
-def grouped_swiglu(rows: jax.Array | Scaled, gate_up: Scaled, group_sizes: jax.Array) -> jax.Array:
+def grouped_swiglu(rows: Rows, gate_up: Scaled, group_sizes: jax.Array) -> jax.Array:
     return _swiglu(rows, gate_up, group_sizes, coded=False)
 
 
+def _in_two_products(rows: jax.Array, gate_up: Scaled, group_sizes: jax.Array) -> jax.Array:
+    return reference.scaled_swiglu_of(grouped_matmul, rows, gate_up, group_sizes)
+
+
 def _backward_swiglu(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
-    rows, gate_up, group_sizes = residuals
-    _, pull = jax.vjp(lambda r: reference.scaled_swiglu_of(grouped_matmul, r, gate_up, group_sizes), rows)
+    rows, *others = residuals
+    _, pull = jax.vjp(lambda rows: _in_two_products(rows, *others), rows)
     return *pull(cotangent), None, None
 
 
 grouped_swiglu.defvjp(lambda *args: (grouped_swiglu(*args), args), _backward_swiglu)
 
 
-def why_not_mlp(rows: jax.Array | Scaled, gate_up: Any, down: Any, group_sizes: jax.Array) -> str | None:
+def why_not_mlp(rows: Rows, gate_up: Any, down: Any, group_sizes: jax.Array) -> str | None:
     if not (isinstance(gate_up, Scaled) and isinstance(down, Scaled)):
         return "it multiplies by matrices in 8 bits"
     return why_not_swiglu(rows, gate_up, group_sizes) or why_not(rows, down, group_sizes)
 
 
 @jax.custom_vjp
-def grouped_mlp(rows: jax.Array | Scaled, gate_up: Scaled, down: Scaled, group_sizes: jax.Array) -> jax.Array:
+def grouped_mlp(rows: Rows, gate_up: Scaled, down: Scaled, group_sizes: jax.Array) -> jax.Array:
     return grouped_matmul(_swiglu(rows, gate_up, group_sizes, coded=True), down, group_sizes)
 
 
 def _backward_mlp(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, None, None, None]:
     rows, gate_up, down, group_sizes = residuals
-    _, pull = jax.vjp(lambda r: grouped_matmul(grouped_swiglu(r, gate_up, group_sizes), down, group_sizes), rows)
+    _, pull = jax.vjp(lambda rows: grouped_matmul(grouped_swiglu(rows, gate_up, group_sizes), down, group_sizes), rows)
     return *pull(cotangent), None, None, None
 
 

@@ -1,4 +1,4 @@
-"""scaled_matmul on Hopper: codes by codes, the kernel of grouped_matmul with one group."""
+"""scaled_matmul on Hopper: the kernels of grouped_matmul with one group."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import mosaic_gpu_codes
 from pallas_kernels.quant import Scaled, dequantise
 
-MIN_ROWS = 128  # fewer do not fill the tiles
-
 
 def why_not(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> str | None:
-    if reason := mosaic_gpu_codes.why_not_codes(rows, matrix):
-        return reason
     if dtype not in (None, jnp.bfloat16):
         return f"its result is bfloat16, not {jnp.dtype(dtype)}"
-    if rows.shape[0] < MIN_ROWS:
-        return f"{rows.shape[0]} rows do not fill its tiles"
-    return None
+    return mosaic_gpu_codes.why_not(rows, *_single_group(rows, matrix))
+
+
+def _single_group(rows: jax.Array | Scaled, matrix: Scaled) -> tuple[Scaled, jax.Array]:
+    return jax.tree.map(lambda x: x[None], matrix), jnp.full((1,), rows.shape[0], jnp.int32)
 
 
 def scaled_matmul(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> jax.Array:
@@ -30,12 +28,17 @@ def scaled_matmul(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -
 
 @jax.custom_vjp
 def _multiply(rows: jax.Array | Scaled, matrix: Scaled) -> jax.Array:
-    group_sizes = jnp.full((1,), rows.shape[0], jnp.int32)
-    return mosaic_gpu_codes.grouped_matmul(rows, jax.tree.map(lambda x: x[None], matrix), group_sizes)
+    return mosaic_gpu_codes.grouped_matmul(rows, *_single_group(rows, matrix))
+
+
+def _forward_and_keep(rows: jax.Array | Scaled, matrix: Scaled) -> tuple[jax.Array, Scaled]:
+    if isinstance(rows, Scaled):
+        raise NotImplementedError("scaled_matmul: rows in 8 bits have no gradient")
+    return _multiply(rows, matrix), matrix
 
 
 def _backward(matrix: Scaled, cotangent: jax.Array) -> tuple[jax.Array, None]:
     return cotangent @ dequantise(matrix, cotangent.dtype), None
 
 
-_multiply.defvjp(lambda rows, matrix: (_multiply(rows, matrix), matrix), _backward)
+_multiply.defvjp(_forward_and_keep, _backward)

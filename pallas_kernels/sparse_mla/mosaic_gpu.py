@@ -6,7 +6,8 @@
   there are PACKED_QUERIES or more; below, and in decode steps, each query is on its own.
 - A few tiles leave SMs idle: their lists are split among the blocks of a cluster, which combine their parts
   through each other's shared memory. Another kernel for that would cost about as much as all the rest of a decode step.
-- Latents in 8 bits are read as such, by the same kernel.
+- Latents in 8 bits have a kernel of their own for any number of heads, mosaic_gpu_scaled.py. It reads half the bytes, so
+  there queries never share a tile.
 
 The backward pass is in mosaic_gpu_gradient.py.
 """
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, quant
 from pallas_kernels.sparse_mla import gradient
 
 WIDTH, VALUE_DIM = 576, 512  # what the kernel is laid out for; mosaic_gpu_attention.py says how
@@ -34,12 +35,11 @@ SAMPLED_TILES = 128  # one for each SM, so that their unions take the time of on
 
 def why_not(
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
     *,
     scale: float,
     value_dim: int,
-    latent_scales: jax.Array | None = None,
     return_lse: bool = False,
 ) -> str | None:
     if reason := hopper.why_not():
@@ -130,15 +130,23 @@ def _one_by_one(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, s
     return mosaic_gpu_few_heads.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
 
 
-def _in_tiles(
-    queries: jax.Array,
-    latents: jax.Array,
-    indices: jax.Array,
-    latent_scales: jax.Array | None = None,
-    *,
-    scale: float,
-    packed: int,
-) -> jax.Array:
+def _in_8_bits(queries: jax.Array, latents: quant.Latents, indices: jax.Array, *, scale: float) -> jax.Array:
+    """`forward` for latents in 8 bits."""
+    from pallas_kernels.sparse_mla import mosaic_gpu_scaled as kernel
+
+    (b, s, h, width), t = queries.shape, latents.shape[1]
+    lists = _in_blocks(indices.reshape(b * s, -1), kernel.KEYS)
+    blocks = lists.shape[1] // kernel.KEYS
+    splits = splits_of(b * s * -(-h // kernel.MAX_COLUMNS), blocks)
+    # A decode step has full lists or short contexts, and another kernel would cost more than it saves.
+    counts = blocks_to_visit(lists, kernel.KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
+    tasks = kernel.Tasks(b, s, h, t, blocks, splits)
+    codes, rotary, scales = (x.reshape(b * t, *x.shape[2:]) for x in (latents.codes, latents.rotary, latents.scales))
+    flat = queries.reshape(b * s * h, width), codes, rotary, scales, lists, counts
+    return kernel.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
+
+
+def _in_tiles(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, packed: int) -> jax.Array:
     """`forward` by the kernel whose tiles are 64 heads of one query, or those of `packed` ones."""
     from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
 
@@ -161,7 +169,6 @@ def _in_tiles(
     out = mosaic_gpu_attention.attend(
         queries.reshape(b * s * heads, width),
         latents.reshape(b * t, width),
-        None if latent_scales is None else latent_scales.astype(jnp.float32).reshape(b * t),
         lists,
         counts,
         tasks,
@@ -170,16 +177,8 @@ def _in_tiles(
     return out.reshape(b, s, heads, VALUE_DIM)[:, :, :h]
 
 
-def forward(
-    queries: jax.Array,
-    latents: jax.Array,
-    indices: jax.Array,
-    *,
-    scale: float,
-    value_dim: int,
-    latent_scales: jax.Array | None = None,
-) -> jax.Array:
-    """queries [B, S, H, 576], latents [B, T, 576] and indices [B, S, k] -> [B, S, H, 512] bfloat16."""
+def forward(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
+    """queries [B, S, H, 576], bfloat16 latents [B, T, 576] and indices [B, S, k] -> [B, S, H, 512] bfloat16."""
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
 
     b, s, h, _ = queries.shape
@@ -187,8 +186,8 @@ def forward(
     packed = queries_per_tile(b, s, padded_heads(h), t)
     in_tiles = functools.partial(_in_tiles, scale=scale, packed=packed)
     is_split = splits_of(b * s, -(-k // PAIR)) > 1
-    if latent_scales is not None or h > mosaic_gpu_few_heads.MAX_HEADS or is_split:
-        return in_tiles(queries, latents, indices, latent_scales)
+    if h > mosaic_gpu_few_heads.MAX_HEADS or is_split:
+        return in_tiles(queries, latents, indices)
     one_by_one = functools.partial(_one_by_one, scale=scale)
     if packed == 1:
         return one_by_one(queries, latents, indices)
@@ -197,16 +196,15 @@ def forward(
 
 def sparse_mla(
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
     *,
     scale: float,
     value_dim: int,
-    latent_scales: jax.Array | None = None,
     return_lse: bool = False,  # `why_not` refuses it
 ) -> jax.Array:
-    if latent_scales is not None:
-        return forward(queries, latents, indices, scale=scale, value_dim=value_dim, latent_scales=latent_scales)
+    if isinstance(latents, quant.Latents):
+        return _in_8_bits(queries, latents, indices, scale=scale)
     from pallas_kernels.sparse_mla import mosaic_gpu_gradient
 
     return gradient.differentiable(forward, mosaic_gpu_gradient.pull)(queries, latents, indices, scale, value_dim)

@@ -59,9 +59,7 @@ MAX_SPLITS = 8  # blocks of a cluster
 STAGES = ("gather", "softmax", "values", "all but gather")
 LOG2E = math.log2(math.e)
 
-# For bfloat16 and for 8-bit latents, which pass through the registers of the gathering warpgroup; neither spills any.
-REGISTERS = hopper.RegisterSplit(workers=2, worker=216, helper=72)
-REGISTERS_SCALED = hopper.RegisterSplit(workers=2, worker=200, helper=104)
+REGISTERS = hopper.RegisterSplit(workers=2, worker=216, helper=72)  # spills none
 
 # The kernel's own barriers, 8 bytes each: full[slot][half], empty[slot][half], mask_ready[slot], queries, p_ready[slot].
 FULL, EMPTY, MASK_READY, QUERIES, P_READY, BARRIER_WORDS = 0, 32, 64, 80, 88, 32
@@ -297,27 +295,24 @@ def _in_line(row_in_tile, chunk):
 
 
 @dataclasses.dataclass(frozen=True)
-class _CopiedRows:
-    """How the gathering warpgroup moves bfloat16 latents: cp.async, so that nothing waits for them in registers."""
+class _Rows:
+    """How the gathering warpgroup moves latents: cp.async, so that nothing waits for them in registers."""
 
     source: ptx.Value  # of the batch row, at this thread's chunk
     to_columns: ptx.Value
     to_rotary: ptx.Value
 
     @staticmethod
-    def place(latents, scales, columns, rotary, batch, keys: int) -> _CopiedRows:
+    def place(latents, columns, rotary, batch, keys: int) -> _Rows:
         chunk, row, in_tile = _line(ptx.bit_and(ptx.thread(), 127))
         tile, swizzled = ptx.shift_right(row, 3), _in_line(in_tile, chunk)
-        return _CopiedRows(
+        return _Rows(
             ptx.offset(ptx.offset(ptx.global_address(latents), chunk, 16), batch, keys * ROW_BYTES),
             ptx.add(ptx.shared_address(columns), ptx.shift_left(tile, 12), swizzled),  # 8 rows of a half: 4 KB
             ptx.add(ptx.shared_address(rotary), ptx.shift_left(tile, 10), swizzled),
         )
 
-    def begin(self, rows, half: int, with_rotary: bool):
-        return rows
-
-    def finish(self, rows, slot: int, half: int, with_rotary: bool, full) -> None:
+    def copy(self, rows, slot: int, half: int, with_rotary: bool) -> None:
         for i, (key, used) in enumerate(rows):
             source, size = ptx.offset(self.source, key, ROW_BYTES), ptx.shift_left(used, 4)
             target = ptx.add(self.to_columns, (slot * 2 + half) * 32768 + i * 8192)
@@ -325,75 +320,16 @@ class _CopiedRows:
             if with_rotary:
                 target = ptx.add(self.to_rotary, slot * 8192 + i * 2048)
                 ptx.copy_async(target, ptx.offset(source, ptx.constant(1), 2 * VALUE_DIM), size, 1, 0, 0)
-        ptx.barrier_arrive_after_copies(full)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ScaledRows:
-    """How it moves 8-bit latents: loaded while their slot is still in use, multiplied by their scales and stored after."""
-
-    source: ptx.Value  # of the batch row, at this thread's chunk
-    rotary_source: ptx.Value
-    scales: ptx.Value
-    to_columns: tuple[ptx.Value, ptx.Value]  # of the two halves of 16 numbers, in the order that avoids bank conflicts
-    first_half: ptx.Value  # which of them comes first
-    to_rotary: ptx.Value
-
-    @staticmethod
-    def place(latents, scales, columns, rotary, batch, keys: int) -> _ScaledRows:
-        chunk, row, in_tile = _line(ptx.bit_and(ptx.thread(), 127))
-        tile = ptx.shift_right(row, 3)
-        latents = ptx.offset(ptx.global_address(latents), batch, keys * WIDTH)
-        # 16 numbers of a thread are two chunks of a line of 64 columns; lanes 0 to 3 have one line, 4 to 7 the next.
-        line, pair = ptx.shift_right(chunk, 2), ptx.shift_left(ptx.bit_and(chunk, 3), 1)
-        other = ptx.bit_xor(line, 1)
-        base = ptx.add(ptx.shared_address(columns), ptx.shift_left(tile, 12), ptx.shift_left(line, 10))
-        return _ScaledRows(
-            ptx.offset(latents, chunk, 16),
-            ptx.offset(ptx.offset(latents, chunk, 8), ptx.constant(1), VALUE_DIM),
-            ptx.offset(ptx.global_address(scales), batch, 4 * keys),
-            (ptx.add(base, _in_line(in_tile, ptx.add(pair, line))), ptx.add(base, _in_line(in_tile, ptx.add(pair, other)))),
-            line,
-            ptx.add(ptx.shared_address(rotary), ptx.shift_left(tile, 10), _in_line(in_tile, chunk)),
-        )
-
-    def begin(self, rows, half: int, with_rotary: bool):
-        loaded = []
-        for key, used in rows:
-            at = ptx.offset(ptx.offset(self.source, key, WIDTH), ptx.constant(half), 256)
-            values = [ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), used, 4) for i in range(2)]
-            rotary = ptx.load_words_or_zeros(ptx.offset(self.rotary_source, key, WIDTH), used, 2) if with_rotary else None
-            loaded.append((values, rotary, ptx.load_float_or_zero(ptx.offset(self.scales, key, 4), used)))
-        return loaded
-
-    def finish(self, loaded, slot: int, half: int, with_rotary: bool, full) -> None:
-        swapped = ptx.compare("ne", self.first_half, 0)
-        for i, (values, rotary, scale) in enumerate(loaded):
-            for j, words in enumerate(values):
-                at = (slot * 2 + half) * 32768 + i * 8192 + j * 2048  # 128 columns further on: two lines
-                first = [ptx.select(swapped, words[2 + w], words[w]) for w in range(2)]
-                second = [ptx.select(swapped, words[w], words[2 + w]) for w in range(2)]
-                ptx.store_shared_products(ptx.add(self.to_columns[0], at), first, scale)
-                ptx.store_shared_products(ptx.add(self.to_columns[1], at), second, scale)
-            if with_rotary:
-                ptx.store_shared_products(ptx.add(self.to_rotary, slot * 8192 + i * 2048), rotary, scale)
-        ptx.proxy_fence()
-        ptx.barrier_arrive(full)
-
-
-def _gather(
-    tasks: Tasks, latents, scales, lists, counts, columns, rotary, marks, barriers, block, num_tasks, leave_out: str
-) -> None:
+def _gather(tasks: Tasks, latents, lists, counts, columns, rotary, marks, barriers, block, num_tasks, leave_out: str) -> None:
     """The gathering warpgroup: every listed latent of every task into its slot, and what the entries say into `marks`."""
     share = tasks.pairs // tasks.splits
-    mover = _CopiedRows if scales is None else _ScaledRows
-    given = {"scales": scales, "counts": counts}
-    given = {name: ref for name, ref in given.items() if ref is not None}
-    types = (_REF, _REF, _TILED_REF, _TILED_REF, _REF, _REF, *(_REF for _ in given))
+    optional = () if counts is None else (counts,)
+    types = (_REF, _REF, _TILED_REF, _TILED_REF, _REF, _REF, *(_REF for _ in optional))
 
     @plgpu.inline_mgpu(arg_types=(_SCALAR, _SCALAR, *types))
-    def gather(ctx, block, num_tasks, latents, lists, columns, rotary, marks, barriers, *others):
-        optional = dict(zip(given, others, strict=True))
+    def gather(ctx, block, num_tasks, latents, lists, columns, rotary, marks, barriers, *optional):
         base = ptx.shared_address(barriers)
         chunk, row, _ = _line(ptx.bit_and(ptx.thread(), 127))
         to_marks = ptx.add(ptx.shared_address(marks), ptx.shift_left(row, 2))
@@ -416,7 +352,7 @@ def _gather(
             tile, split = ptx.div(task, tasks.splits), ptx.rem(task, tasks.splits)
             which = ptx.div(tile, tasks.tiles_per_list)
             batch = ptx.div(tile, tasks.tiles_per_batch)
-            rows = mover.place(latents, optional.get("scales"), columns, rotary, batch, tasks.keys)
+            rows = _Rows.place(latents, columns, rotary, batch, tasks.keys)
             entries_at = ptx.offset(ptx.offset(from_lists, which, 4 * PAIR * tasks.pairs), split, 4 * PAIR * share)
 
             def entries(pair):
@@ -431,7 +367,6 @@ def _gather(
                 # The order in which the computing warpgroups need the halves. With the first half of a slot to become
                 # free, its warpgroup has also read the marks and the rotary part.
                 for slot, half in ((0, 0), (0, 1), (1, 1), (1, 0)):
-                    begun = rows.begin(where[4 * slot : 4 * slot + 4], half, slot != half)
                     ptx.barrier_wait(ptx.add(base, EMPTY + 16 * slot + 8 * half), parity)
                     if slot == half:
                         with ptx.when(holds_entries):
@@ -439,15 +374,14 @@ def _gather(
                                 ptx.store_shared(ptx.add(to_marks, 256 * slot + 64 * i), labels[4 * slot + i])
                         ptx.barrier_arrive(ptx.add(base, MASK_READY + 8 * slot), holds_entries)
                     full = ptx.add(base, FULL + 16 * slot + 8 * half)
-                    if leave_out == "gather":
-                        ptx.barrier_arrive_after_copies(full)
-                    else:
-                        rows.finish(begun, slot, half, slot != half, full)
+                    if leave_out != "gather":
+                        rows.copy(where[4 * slot : 4 * slot + 4], slot, half, slot != half)
+                    ptx.barrier_arrive_after_copies(full)
                 return [ptx.add(done, 1), *following]
 
             first = entries(ptx.constant(0))  # comes while the list's end is looked at
-            if "counts" in optional:
-                pairs = ptx.load_global(ptx.offset(ptx.global_address(optional["counts"]), which, 4))
+            if optional:
+                pairs = ptx.load_global(ptx.offset(ptx.global_address(optional[0]), which, 4))
             else:
                 pairs = ptx.constant(share) if tasks.splits > 1 else _pairs_to_visit(lists, which, share)
             return ptx.loop(pairs, [carry[0], *first], step)[:1]
@@ -458,7 +392,7 @@ def _gather(
             ptx.cluster_barrier()
             ptx.cluster_barrier()
 
-    gather(block, num_tasks, latents, lists, columns, rotary, marks, barriers, *given.values())
+    gather(block, num_tasks, latents, lists, columns, rotary, marks, barriers, *optional)
 
 
 def _warpgroup_sync() -> None:
@@ -611,7 +545,6 @@ def _combine(staged, sums, out, tasks: Tasks, row, rows, split, warpgroup) -> No
 def attend(
     queries: jax.Array,
     latents: jax.Array,
-    scales: jax.Array | None,
     lists: jax.Array,
     counts: jax.Array | None,
     tasks: Tasks,
@@ -623,8 +556,7 @@ def attend(
 
     Args:
       queries: [rows, 576] bfloat16.
-      latents: [B * T, 576] bfloat16, or float8_e4m3fn with scales.
-      scales: [B * T] float32, one a latent, or None.
+      latents: [B * T, 576] bfloat16.
       lists: [tasks.lists, tasks.pairs * 128] int32.
       counts: [tasks.lists] int32, how many pairs of key blocks of a packed list to visit, at least 1. None where queries have
         lists of their own: all of one that is split, for a decode step has full lists or short contexts, else up to the last
@@ -640,12 +572,10 @@ def attend(
         raise ValueError(f"leave_out {leave_out!r} is not one of {STAGES}")
     packed, splits, blocks = tasks.packed, tasks.splits, tasks.blocks
     share = tasks.pairs // splits
-    registers = REGISTERS if scales is None else REGISTERS_SCALED
     f32, bf16 = jnp.float32, jnp.bfloat16
 
     def sparse_mla_attention(*given):
         refs = list(given)
-        scale_ref = refs.pop(2) if scales is not None else None
         count_ref = refs.pop(3) if counts is not None else None
         q_gmem, kv_gmem, list_gmem, out, q_columns, q_rotary, columns, rotary, stats, marks, barriers = refs[:11]
         (sums_ready,) = refs[11:]
@@ -657,9 +587,9 @@ def attend(
 
         @pl.when(warpgroup == 2)
         def _():
-            plgpu.set_max_registers(registers.helper, action="decrease")
+            plgpu.set_max_registers(REGISTERS.helper, action="decrease")
             slots = (columns, rotary, marks, barriers)
-            _gather(tasks, kv_gmem, scale_ref, list_gmem, count_ref, *slots, block, jnp.int32(num_tasks), leave_out)
+            _gather(tasks, kv_gmem, list_gmem, count_ref, *slots, block, jnp.int32(num_tasks), leave_out)
 
         def place(task):
             """(first row, rows that count, list) of a task."""
@@ -676,9 +606,9 @@ def attend(
 
         def issue_logits(s_ref, slot, zero, parity):
             """Starts queries times keys of the block in `slot`."""
-            _wait(barriers, FULL, slot, zero, parity, fence=scales is None)
+            _wait(barriers, FULL, slot, zero, parity, fence=True)
             plgpu.wgmma(s_ref, q_columns.at[zero], columns.at[slot, zero].transpose((1, 0)))
-            _wait(barriers, FULL, slot, zero + 1, parity, fence=scales is None)
+            _wait(barriers, FULL, slot, zero + 1, parity, fence=True)
             plgpu.wgmma(s_ref, q_columns.at[zero + 1], columns.at[slot, zero + 1].transpose((1, 0)))
             plgpu.wgmma(s_ref, q_rotary.at[zero], rotary.at[slot].transpose((1, 0)))
 
@@ -831,7 +761,7 @@ def attend(
 
         @pl.when(warpgroup < 2)
         def _():
-            plgpu.set_max_registers(registers.worker, action="increase")
+            plgpu.set_max_registers(REGISTERS.worker, action="increase")
             load_queries(block, warpgroup)
             jax.lax.fori_loop(0, num_tasks, one_task, jnp.int32(0))
 
@@ -856,4 +786,4 @@ def attend(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=1024),
     )
-    return kernel(*(x for x in (queries, latents, scales, lists, counts) if x is not None))
+    return kernel(*(x for x in (queries, latents, lists, counts) if x is not None))

@@ -1,16 +1,17 @@
-"""The attention kernel of sparse_mla for Hopper over latents in 8 bits: float8_e4m3fn codes with one scale a token.
+"""The attention kernel of sparse_mla for Hopper over latents in 8 bits (`quant.Latents`): e4m3 codes, one scale a token.
 
 The codes are never decoded in memory. Keys are the rows of wgmma's tiles and heads, rounded up to a multiple of 8, its columns:
 
-    logits^T [64 keys, heads] = codes [64 keys, 576] queries^T [576, heads]          e4m3 by e4m3
+    logits^T [64 keys, heads] = codes [64 keys, 512] queries^T [512, heads]          e4m3 by e4m3
+                              + rotary [64 keys, 64] queries^T [64, heads]           bfloat16
     out^T [512, heads] += codes^T [512, 64 keys] weights^T [64 keys, heads]          float16, codes from registers
 
-A token's scale factors out of both: it multiplies the token's logits, and its weight. So
+A token's scale factors out of all: it multiplies the token's logits, and its weight. So
 
 - the first product takes codes as they lie. A bfloat16 query, scaled by a power of two, is the sum of two e4m3 numbers: exactly
   down to 2**-10 of its head's largest number, below within 2**-20 of that. Both parts are columns of the same product, and
   their logits are added;
-- the second one needs codes with their lines along the columns, which wgmma reads from shared memory in 16 bits only. Here a
+- the last one needs codes with their lines along the columns, which wgmma reads from shared memory in 16 bits only. Here a
   warp loads them transposed, two columns a register, and makes float16 of them, exactly. The weights carry the scales, and refer
   to the largest product of weight and scale, so float16 holds them; their sum is without scales.
 
@@ -41,7 +42,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, ptx, quant
 
-WIDTH, VALUE_DIM = 576, 512
+WIDTH, VALUE_DIM, ROTARY = 576, 512, 64
 KEYS = 64  # of a block
 MAX_COLUMNS = 64
 MAX_SPLITS = 8  # blocks of a cluster
@@ -50,12 +51,11 @@ PIECE = KEYS * 128  # bytes of 128 columns of a key block
 PIECES = VALUE_DIM // 128
 HALVES = 2  # of a slot, one for each values' warpgroup
 TILES = VALUE_DIM // HALVES // 64  # of 64 value columns, of a values' warpgroup
-QUERY_PIECES = PIECES + 1  # the last one half filled
 STAGED_LINE = 2 * VALUE_DIM + 16  # bytes of a head's staged result; 16 more, so that a warp's stores meet no bank twice
 SHARED_BYTES = 226 * 1024  # a block may have 227 KB, but Mosaic rounds up to whole KB and adds a static byte
 LAZY = 8.0
 START = -1e30  # the maximum before any key
-SMALLEST = 2.0**-100  # largest magnitude that a head's queries count as having
+SMALLEST = 2.0**-60  # largest magnitude that a head's queries count as having
 LOG2E = math.log2(math.e)
 VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
 
@@ -125,8 +125,9 @@ class Memory:
     columns: int
     slots: int
     codes: int  # [slots][4 pieces][64 keys][128]
-    rotary: int  # [slots / 2][64 keys][2 slots][64]
-    queries: int  # [5 pieces][2 parts][columns][128]; in the end the results of a cluster's block, [columns][STAGED_LINE]
+    rotary: int  # [slots][64 keys][64] bfloat16
+    queries: int  # [4 pieces][2 parts][columns][128]; in the end the results of a cluster's block, [columns][STAGED_LINE]
+    rotary_queries: int  # [columns][64] bfloat16
     weights: int  # [2][columns][64] float16
     scales: int  # [slots][64] float32, of keys; zero for entries that do not count
     query_scales: int  # [columns] float32
@@ -146,7 +147,7 @@ class Memory:
     def of(columns: int) -> Memory:
         for slots in range(MAX_SLOTS, 1, -1):
             row, barriers = 4 * columns, 16 * slots
-            sizes = [slots * PIECES * PIECE, -(-slots // 2) * PIECE, QUERY_PIECES * 256 * columns, 256 * columns]
+            sizes = [slots * PIECES * PIECE, slots * PIECE, PIECES * 256 * columns, 128 * columns, 256 * columns]
             sizes += [4 * KEYS * slots, row, 2 * row, 8 * row, row, row, 4 * row, 8, barriers, barriers, 16, 16]
             if sum(sizes) <= SHARED_BYTES:
                 break
@@ -181,12 +182,7 @@ class _Ring:
         return ptx.add(base, self.memory.codes, ptx.mul(self.slot, PIECES * PIECE))
 
     def rotary(self, base: ptx.Value) -> ptx.Value:
-        return ptx.add(base, self.memory.rotary, ptx.mul(ptx.shift_right(self.slot, 1), PIECE))
-
-    @property
-    def is_odd(self) -> ptx.Value:
-        """1 for slots whose rotary columns are the second half of their lines."""
-        return ptx.bit_and(self.slot, 1)
+        return ptx.add(base, self.memory.rotary, ptx.mul(self.slot, PIECE))
 
     def scales(self, base: ptx.Value) -> ptx.Value:
         return ptx.add(base, self.memory.scales, ptx.mul(self.slot, 4 * KEYS))
@@ -275,23 +271,19 @@ def _meet_cluster(tasks: Tasks) -> None:
         ptx.cluster_barrier()
 
 
-def _gather(tasks: Tasks, memory: Memory, latents, scales, lists, counts, ref, block) -> None:
+def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, ref, block) -> None:
     """The fourth warpgroup: 8 lanes copy 128 bytes of a row with cp.async into the tiles that wgmma reads."""
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF, _REF, _REF))
-    def gather(ctx, block, latents, scales, lists, counts, ref):
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, *[_REF] * 6))
+    def gather(ctx, block, codes, rotary, scales, lists, counts, ref):
         base = ptx.shared_address(ref)
         chunk, row = _line(ptx.bit_and(ptx.thread(), 127))
         to = _in_tiles(row, chunk)
-        # Each thread knows the entries of rows `row`, + 16, + 32 and + 48. Of the 4 rotary chunks of these rows, lanes 0 to 3
-        # copy those of the first and third, lanes 4 to 7 those of the others. Lanes 0 to 3 copy a row's scale each.
-        upper = ptx.compare("sge", chunk, 4)
-        rotary_chunk = ptx.bit_and(chunk, 3)
-        rotary_row = ptx.add(row, ptx.select(upper, 16, 0))
-        to_rotary = [_in_tiles(rotary_row, ptx.add(rotary_chunk, 4 * odd)) for odd in range(2)]
-        to_scale = ptx.add(ptx.shift_left(row, 2), ptx.shift_left(rotary_chunk, 6))
+        # Each of 8 lanes knows the entries of rows `row`, + 16, + 32 and + 48; the first four copy a row's scale each.
+        to_scale = ptx.add(ptx.shift_left(row, 2), ptx.shift_left(chunk, 6))
         own_entry = ptx.offset(ptx.global_address(lists), row, 4)
-        latents_at, scales_at, count_at = map(ptx.global_address, (latents, scales, counts))
+        codes_at, rotary_at = (ptx.offset(ptx.global_address(x), chunk, 16) for x in (codes, rotary))
+        scales_at, count_at = ptx.global_address(scales), ptx.global_address(counts)
         block = ptx.scalar(block)
         num_tasks = _tasks_of(tasks, block)
 
@@ -310,9 +302,7 @@ def _gather(tasks: Tasks, memory: Memory, latents, scales, lists, counts, ref, b
             def one_block(b, carry):
                 ring, current = _Ring(memory, *carry[:2]), carry[2:]
                 is_last = ptx.compare("eq", ptx.add(b, 1), blocks)
-                next_block = ptx.select(
-                    is_last, following.first_block, ptx.add(task.first_block, ptx.add(b, 1))
-                )
+                next_block = ptx.select(is_last, following.first_block, ptx.add(task.first_block, ptx.add(b, 1)))
                 after = entries(dataclasses.replace(task, first_block=next_block), ptx.constant(0))
                 rows = []  # (key, 1 if it counts else 0)
                 for entry in current:
@@ -323,21 +313,18 @@ def _gather(tasks: Tasks, memory: Memory, latents, scales, lists, counts, ref, b
                 def copy_half(half: int) -> None:
                     target = ptx.add(ring.codes(base), to, half * PIECES // HALVES * PIECE)
                     for j, (key, used) in enumerate(rows):
-                        at = ptx.offset(ptx.offset(latents_at, key, WIDTH), chunk, 16)
-                        at = ptx.offset(at, ptx.constant(half), VALUE_DIM // HALVES)
+                        at = ptx.offset(ptx.offset(codes_at, key, VALUE_DIM), ptx.constant(half), VALUE_DIM // HALVES)
                         size = ptx.shift_left(used, 4)
                         ptx.copy_async(ptx.add(target, 2048 * j), at, size, PIECES // HALVES, PIECE, 128)
 
                 def copy_rotary_and_scales() -> None:
-                    target = ptx.add(ring.rotary(base), ptx.select(ptx.compare("ne", ring.is_odd, 0), *to_rotary[::-1]))
-                    for i in range(2):
-                        key, used = (ptx.select(upper, rows[2 * i + 1][x], rows[2 * i][x]) for x in range(2))
-                        at = ptx.offset(ptx.offset(latents_at, key, WIDTH), rotary_chunk, 16)
-                        at = ptx.offset(at, ptx.constant(1), VALUE_DIM)
-                        ptx.copy_async(ptx.add(target, 4096 * i), at, ptx.shift_left(used, 4), 1, 0, 0)
+                    target = ptx.add(ring.rotary(base), to)
+                    for j, (key, used) in enumerate(rows):
+                        at = ptx.offset(rotary_at, key, 2 * ROTARY)
+                        ptx.copy_async(ptx.add(target, 2048 * j), at, ptx.shift_left(used, 4), 1, 0, 0)
                     key, used = rows[3]
                     for i in range(3):
-                        mine = ptx.compare("eq", rotary_chunk, i)
+                        mine = ptx.compare("eq", chunk, i)
                         key, used = ptx.select(mine, rows[i][0], key), ptx.select(mine, rows[i][1], used)
                     with ptx.when(ptx.compare("slt", chunk, 4)):
                         at = ptx.offset(scales_at, key, 4)
@@ -362,7 +349,7 @@ def _gather(tasks: Tasks, memory: Memory, latents, scales, lists, counts, ref, b
         ptx.copies_done()
         _meet_cluster(tasks)
 
-    gather(block, latents, scales, lists, counts, ref)
+    gather(block, codes, rotary, scales, lists, counts, ref)
 
 
 def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, block) -> None:
@@ -388,7 +375,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
         queries_at, counts_at = ptx.global_address(queries), ptx.global_address(counts)
 
         def load_queries(task: _Task) -> None:
-            """As sums of two e4m3 numbers; all of a head's are multiples of the same power of two."""
+            """Divided by a power of two for every head, and all but the rotary columns as sums of two e4m3 numbers."""
             chunk, line = _line(ptx.bit_and(ptx.opaque(ptx.thread()), 127))
             source = ptx.offset(ptx.offset(queries_at, task.first_row, 2 * WIDTH), chunk, 16)
             in_chunk = ptx.shift_left(ptx.bit_and(chunk, 1), 3)
@@ -397,10 +384,8 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 counts_ = ptx.select(ptx.compare("slt", here, task.heads), 1, 0)
                 # A line that does not count is not read, but its address has to be one of the array.
                 at = ptx.offset(source, ptx.minimum(here, ptx.sub(task.heads, 1)), 2 * WIDTH)
-                loaded = [
-                    ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts_, 4) for i in range(WIDTH // 64)
-                ]
-                largest = functools.reduce(ptx.larger_magnitudes, [word for words in loaded for word in words])
+                loaded = [ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts_, 4) for i in range(WIDTH // 64)]
+                largest = functools.reduce(ptx.larger_magnitudes, [word for words in loaded[:-1] for word in words])
                 magnitude = ptx.larger(*ptx.from_bfloat16_pair(largest))
                 for distance in (1, 2, 4):
                     magnitude = ptx.larger(magnitude, ptx.lane_distant(magnitude, distance))
@@ -408,12 +393,15 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 power = ptx.bit_and(ptx.add(bits, 0x7FFFFF), 0x7F800000)  # rounded up to a power of two
                 inverse = ptx.float_of(ptx.sub(254 << 23, power))
                 with ptx.when(ptx.compare("slt", here, tasks.columns)):
-                    for i, words in enumerate(loaded):
+                    for i, words in enumerate(loaded[:-1]):
                         high, low = ptx.to_e4m3_sum(words, inverse)
                         to_chunk = ptx.add(ptx.shift_right(chunk, 1), 4 * (i % 2))
                         to = ptx.add(base, memory.queries + i // 2 * memory.query_piece, _in_tiles(here, to_chunk), in_chunk)
                         ptx.store_shared_pair(to, high)
                         ptx.store_shared_pair(ptx.add(to, memory.query_part), low)
+                    pairs = [[ptx.times(x, inverse) for x in ptx.from_bfloat16_pair(word)] for word in loaded[-1]]
+                    to = ptx.add(base, memory.rotary_queries, _in_tiles(here, chunk))
+                    ptx.store_shared_words(to, [ptx.to_bfloat16_pair(*pair) for pair in pairs])
                     with ptx.when(ptx.compare("eq", chunk, 0)):
                         ptx.store_shared(ptx.add(base, memory.query_scales, ptx.shift_left(here, 2)), power)
             ptx.proxy_fence()
@@ -446,11 +434,14 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 logits = ptx.multiply(
                     logits, codes, matrix, steps, fresh=half == 0, columns=2 * tasks.columns, transposed=False, kind="e4m3"
                 )
-            rotary = ptx.matrix(ptx.add(ring.rotary(base), ptx.shift_left(ring.is_odd, 6)))
-            steps = [(0, 32 * i, PIECES * memory.query_piece + 32 * i) for i in range(2)]
-            logits = ptx.multiply(
-                logits, rotary, matrix, steps, fresh=False, columns=2 * tasks.columns, transposed=False, kind="e4m3"
+            # To the logits of the queries' larger parts.
+            parts = logits[0][: 4 * groups], logits[0][4 * groups :]
+            rotary, rotary_queries = ptx.matrix(ring.rotary(base)), ptx.matrix(ptx.add(base, memory.rotary_queries))
+            steps = [(0, 32 * i, 32 * i) for i in range(4)]
+            (first,) = ptx.multiply(
+                [parts[0]], rotary, rotary_queries, steps, fresh=False, columns=tasks.columns, transposed=False
             )
+            logits = [[*first, *parts[1]]]
             ptx.multiply_commit()
             scales = [ptx.load_shared_float(ptx.add(ring.scales(base), own_scale, 32 * i)) for i in range(2)]
             return logits, scales
@@ -726,7 +717,8 @@ def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) ->
 
 def attend(
     queries: jax.Array,
-    latents: jax.Array,
+    codes: jax.Array,
+    rotary: jax.Array,
     scales: jax.Array,
     lists: jax.Array,
     counts: jax.Array,
@@ -738,8 +730,7 @@ def attend(
 
     Args:
       queries: [B * S * H, 576] bfloat16.
-      latents: [B * T, 576] float8_e4m3fn.
-      scales: [B * T] float32, positive.
+      codes: [B * T, 512] float8_e4m3fn. rotary: [B * T, 64] bfloat16. scales: [B * T] float32, positive.
       lists: [B * S, tasks.blocks * 64] int32, -1 where empty.
       counts: [B * S] int32, how many key blocks to visit, at least 1; all of them are visited where lists are split.
 
@@ -748,7 +739,7 @@ def attend(
     """
     memory = Memory.of(tasks.columns)
 
-    def sparse_mla_scaled(queries, latents, scales, lists, counts, out, ref):
+    def sparse_mla_scaled(queries, codes, rotary, scales, lists, counts, out, ref):
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         if tasks.splits > 1:
             block = block * tasks.splits + jax.lax.axis_index("split")
@@ -774,7 +765,7 @@ def attend(
         @pl.when(warpgroup == 1 + HALVES)
         def _():
             limit_registers(1 + HALVES)
-            _gather(tasks, memory, latents, scales, lists, counts, ref, block)
+            _gather(tasks, memory, codes, rotary, scales, lists, counts, ref, block)
 
     is_split = tasks.splits > 1
     kernel = plgpu.kernel(
@@ -789,4 +780,4 @@ def attend(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return kernel(queries, latents, scales, lists, counts)
+    return kernel(queries, codes, rotary, scales, lists, counts)

@@ -45,12 +45,11 @@ def _rounded(size: int, multiple: int) -> int:
 
 def why_not(
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
     *,
     scale: float,
     value_dim: int,
-    latent_scales: jax.Array | None = None,
     return_lse: bool = False,
 ) -> str | None:
     if reason := tpu.why_not():
@@ -399,16 +398,15 @@ def forward(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale
 
 def sparse_mla(
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
     *,
     scale: float,
     value_dim: int,
-    latent_scales: jax.Array | None = None,
     return_lse: bool = False,
 ) -> Any:
-    if latent_scales is not None:
-        latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+    if isinstance(latents, quant.Latents):
+        latents, indices = quant.dequantise_selected(latents, indices, queries.dtype)
     if return_lse:
         return attend_rows(queries, latents, indices, scale=scale, value_dim=value_dim, return_lse=True)
     return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

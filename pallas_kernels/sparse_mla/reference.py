@@ -41,17 +41,16 @@ def attend(
 
 def sparse_mla(
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
     *,
     scale: float,
     value_dim: int,
-    latent_scales: jax.Array | None = None,
     return_lse: bool = False,
 ) -> Any:
     b, s, _, width = queries.shape
-    if latent_scales is not None:
-        latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+    if isinstance(latents, quant.Latents):
+        latents, indices = quant.dequantise_selected(latents, indices, queries.dtype)
     k = indices.shape[2]
 
     def block(q: jax.Array, idx: jax.Array) -> Any:

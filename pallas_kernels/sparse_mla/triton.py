@@ -32,12 +32,11 @@ LOG2E = math.log2(math.e)
 
 def why_not(
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
     *,
     scale: float,
     value_dim: int,
-    latent_scales: jax.Array | None = None,
     return_lse: bool = False,
 ) -> str | None:
     if device.platform() != "gpu":
@@ -120,14 +119,13 @@ def forward(
 
 def sparse_mla(
     queries: jax.Array,
-    latents: jax.Array,
+    latents: jax.Array | quant.Latents,
     indices: jax.Array,
     *,
     scale: float,
     value_dim: int,
-    latent_scales: jax.Array | None = None,
     return_lse: bool = False,  # `why_not` refuses it
 ) -> jax.Array:
-    if latent_scales is not None:
-        latents, indices = quant.dequantise_selected(latents, latent_scales, indices, queries.dtype)
+    if isinstance(latents, quant.Latents):
+        latents, indices = quant.dequantise_selected(latents, indices, queries.dtype)
     return gradient.differentiable(forward)(queries, latents, indices, scale, value_dim)

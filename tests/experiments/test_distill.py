@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import checkpoints_convert
 from experiments import distill
-from experiments.common import runs
+from experiments.common import inputs, runs
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
+from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,6 +68,30 @@ def test_the_export_is_the_checkpoint_with_the_schedule_and_its_indexers(checkpo
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+@pytest.mark.parametrize("link", [True, False])
+def test_where_indexers_alone_train_the_export_is_links_or_copies_beside_them(checkpoint, tmp_path, link):
+    params = trained_indexers()
+    distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint, link)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints_convert.load(tmp_path / "out")[2], params)
+    assert [path.is_symlink() for path in sorted((tmp_path / "out").glob("*.safetensors"))] == [link, False]
+
+
+@pytest.mark.parametrize("steps, rate, expected", [(0, 1e-5, True), (5, 0.0, True), (5, 1e-5, None)])
+def test_links_are_for_runs_that_train_indexers_alone(checkpoint, tmp_path, monkeypatch, steps, rate, expected):
+    stages = [Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-3), Stage("sparse", "sparse", steps, 1, 24, rate, 1e-3)]
+    monkeypatch.setattr(distill, "_EXPORT", types.SimpleNamespace(value="linked"))
+    if expected:
+        assert distill.link_or_copy(stages, str(checkpoint)) is True
+        checkpoints_convert.convert(checkpoint, tmp_path / "orbax")
+        with pytest.raises(ValueError, match="--export=linked: .*orbax checkpoint"):
+            distill.link_or_copy(stages, str(tmp_path / "orbax"))
+    else:
+        with pytest.raises(ValueError, match="--export=linked: the sparse stage trains all weights"):
+            distill.link_or_copy(stages, str(checkpoint))
+    monkeypatch.setattr(distill, "_EXPORT", types.SimpleNamespace(value="full"))
+    assert distill.link_or_copy(stages, str(checkpoint)) is (False if expected else None)
+
+
 def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
     params = trained_indexers()
     like = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
@@ -71,6 +99,24 @@ def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
     found = checkpoints_convert.load(tmp_path / "out")[2]
     assert found.indexer.keys.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found.attention.out, like.attention.out)
+
+
+def test_only_the_warm_up_trains_on_a_base_in_8_bits(checkpoint, tmp_path):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    checkpoints_convert.convert(checkpoint, tmp_path / "fp8", format="safetensors", weights="fp8")
+    given = inputs.Checkpoint(str(tmp_path / "fp8"), "float32")
+    with flagsaver.flagsaver(sparse_steps=0):
+        assert distill.form_to_train(given) == "fp8 base"
+        assert distill.form_to_train(inputs.Checkpoint(str(checkpoint), "float32")) is None
+    with flagsaver.flagsaver(sparse_steps=1):
+        assert distill.form_to_train(given) is None
+    asked = inputs.Checkpoint(str(checkpoint), "float32")
+    with (
+        flagsaver.flagsaver(sparse_steps=1, weights="fp8"),
+        pytest.raises(ValueError, match="--weights=fp8: only with --sparse"),
+    ):
+        distill.form_to_train(asked)
 
 
 def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""sparse_mla's attention kernel by itself, in launches small enough for compute-sanitizer's racecheck, on a Hopper GPU.
+"""sparse_mla's attention kernels by themselves, in launches small enough for compute-sanitizer's racecheck, on a Hopper GPU.
 
 Inputs are made and results compared on the host, so that next to the kernel the GPU runs copies only.
 """
@@ -13,12 +13,13 @@ import pytest
 
 from pallas_kernels import hopper
 from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+from pallas_kernels.sparse_mla import mosaic_gpu_scaled as scaled
 from tests.support.attention_cases import numpy_attention, relative_error
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 
 SCALE, KEYS, SELECTED = 0.04, 1024, 512
-BF16, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
+BF16 = jnp.dtype(jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +30,14 @@ class Launch:
     s: int
     heads: int
     splits: int
-    dtype: np.dtype = BF16  # of the latents
     packed: int = 1
 
 
 LAUNCHES = [
     Launch(2, 1, 64, 4),
-    Launch(2, 1, 64, 4, FP8),
     Launch(2, 1, 20, 4),
-    Launch(2, 1, 20, 4, FP8),
     Launch(1, 1, 128, 2),  # two pairs of key blocks a block of the cluster: slots are used again
     Launch(1, 5, 64, 1),  # persistent blocks: so are query tiles
-    Launch(1, 5, 64, 1, FP8),
     Launch(1, 5, 20, 1),
     Launch(1, 7, 20, 1, packed=3),
 ]
@@ -69,21 +66,43 @@ def lists_of(indices: np.ndarray, tasks: attention.Tasks) -> tuple[np.ndarray, n
 def test_equals_numpy_and_repeats_itself(launch):
     rng, (b, s, heads) = np.random.default_rng(0), (launch.b, launch.s, launch.heads)
     queries = rng.normal(size=(b, s, heads, attention.WIDTH)).astype(BF16)
-    latents = rng.normal(size=(b, KEYS, attention.WIDTH)).astype(np.float32)
-    scales = None if launch.dtype == BF16 else np.abs(latents).max(-1) / 448
-    kept = (latents if scales is None else latents / scales[..., None]).astype(launch.dtype)
-    exact = kept.astype(np.float32) * (1 if scales is None else scales[..., None])
+    latents = rng.normal(size=(b, KEYS, attention.WIDTH)).astype(BF16)
     indices = np.sort(rng.permuted(np.tile(np.arange(KEYS), (b, s, 1)), axis=-1)[..., :SELECTED]).astype(np.int32)
     if launch.packed == 1:  # lists of every length: the kernel visits no more than they have
         indices = np.where(np.arange(SELECTED) < np.resize([SELECTED, 300, 1, 0, 129], (b, s, 1)), indices, -1)
     pairs = launch.packed * SELECTED // attention.PAIR
     tasks = attention.Tasks(b, s, heads, KEYS, pairs=pairs, packed=launch.packed, splits=launch.splits)
-    flat = queries.reshape(-1, attention.WIDTH), kept.reshape(-1, attention.WIDTH)
-    given = jax.device_put((*flat, None if scales is None else scales.reshape(-1), *lists_of(indices, tasks)))
+    flat = queries.reshape(-1, attention.WIDTH), latents.reshape(-1, attention.WIDTH)
+    given = jax.device_put((*flat, *lists_of(indices, tasks)))
 
     run = jax.jit(lambda *given: attention.attend(*given, tasks, scale=SCALE))
     with mock.patch.object(hopper, "NUM_SMS", 2):  # several tasks for each persistent block
         out, again = np.asarray(run(*given)), np.asarray(run(*given))
-    expected = numpy_attention(queries, exact, indices, SCALE, attention.VALUE_DIM)
+    expected = numpy_attention(queries, latents, indices, SCALE, attention.VALUE_DIM)
+    np.testing.assert_array_equal(out, again)
+    assert relative_error(out.reshape(expected.shape), expected) < 1e-2
+
+
+@pytest.mark.parametrize("b, s, heads, splits", [(2, 1, 64, 4), (2, 1, 20, 4), (1, 5, 64, 1), (1, 5, 20, 1), (1, 2, 100, 1)])
+def test_latents_in_8_bits(b, s, heads, splits):
+    """Several tasks for each persistent block, more key blocks than slots, lists of every length."""
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(b, s, heads, scaled.WIDTH)).astype(BF16)
+    codes = rng.normal(size=(b, KEYS, scaled.VALUE_DIM)).astype(jnp.float8_e4m3fn)
+    rotary = rng.normal(size=(b, KEYS, scaled.ROTARY)).astype(BF16)
+    scales = rng.uniform(0.5, 2, (b, KEYS)).astype(np.float32)
+    exact = np.concatenate([codes.astype(np.float32), rotary.astype(np.float32)], -1) * scales[..., None]
+    indices = np.sort(rng.permuted(np.tile(np.arange(KEYS), (b, s, 1)), axis=-1)[..., :SELECTED]).astype(np.int32)
+    indices = np.where(np.arange(SELECTED) < np.resize([SELECTED, 300, 1, 0, 129], (b, s, 1)), indices, -1)
+    lists = indices.reshape(b * s, SELECTED)
+    counts = np.maximum(-(-(lists >= 0).sum(-1) // scaled.KEYS), 1).astype(np.int32)
+    tasks = scaled.Tasks(b, s, heads, KEYS, SELECTED // scaled.KEYS, splits)
+    flat = [x.reshape(b * KEYS, *x.shape[2:]) for x in (codes, rotary, scales)]
+    given = jax.device_put((queries.reshape(-1, scaled.WIDTH), *flat, lists, counts))
+
+    run = jax.jit(lambda *given: scaled.attend(*given, tasks, scale=SCALE))
+    with mock.patch.object(hopper, "NUM_SMS", 2):
+        out, again = np.asarray(run(*given)), np.asarray(run(*given))
+    expected = numpy_attention(queries, exact, indices, SCALE, scaled.VALUE_DIM)
     np.testing.assert_array_equal(out, again)
     assert relative_error(out.reshape(expected.shape), expected) < 1e-2

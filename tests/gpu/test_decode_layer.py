@@ -15,7 +15,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, decode, fused
 from indexcache_jax.serving.cache import append
 from pallas_kernels import hopper
-from tests.support.serving_cases import experts_by_bias
+from tests.support.serving_cases import experts_by_bias, in_codes
 
 BFLOAT16 = CacheFormat()
 
@@ -34,9 +34,9 @@ def weights():
     return experts_by_bias(serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE))
 
 
-def filled_cache(form=BFLOAT16):
+def filled_cache(form=BFLOAT16, config=CONFIG):
     """A cache of `CONTEXT` random tokens."""
-    cache = serving.init_cache(CONFIG, SCHEDULE, 1, MAX_LEN, form)
+    cache = serving.init_cache(config, SCHEDULE, 1, MAX_LEN, form)
     random = np.random.default_rng(0)
 
     def rows(buffer):
@@ -49,9 +49,9 @@ def filled_cache(form=BFLOAT16):
     return serving.Cache(tuple(map(fill, cache.layers)), jnp.full((1,), CONTEXT, jnp.int32))
 
 
-def through(step, weights, tokens, form=BFLOAT16):
+def through(step, weights, tokens, form=BFLOAT16, config=CONFIG):
     """Logits of further tokens after the context, and the latents and index keys of these tokens in every layer."""
-    cache, found = filled_cache(form), []
+    cache, found = filled_cache(form, config), []
     for token in tokens:
         logits, cache = step(weights, jnp.full((1,), token), cache)
         found.append(np.asarray(logits))
@@ -65,8 +65,8 @@ def through(step, weights, tokens, form=BFLOAT16):
     return np.concatenate(found), [np.asarray(x[0, CONTEXT : CONTEXT + len(tokens)], np.float32) for x in kept]
 
 
-def new_step():
-    return jax.jit(lambda weights, token, cache: serving.step(weights, token, cache, CONFIG), donate_argnums=2)
+def new_step(config=CONFIG):
+    return jax.jit(lambda weights, token, cache: serving.step(weights, token, cache, config), donate_argnums=2)
 
 
 def errors(ours, exact):
@@ -89,6 +89,25 @@ def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weigh
     for name, a, b in zip(["logits", *range(len(kept))], [ours, *own_kept], [exact, *kept], strict=True):
         largest = errors(a, b)[-1]
         assert largest < (0.03 if form.index_dtype == jnp.bfloat16 else 0.06), (name, largest)
+
+
+# As wide as GLM-5, with few of its experts.
+GLM_5 = preset("glm-5") | {"n_routed_experts": 32, "first_k_dense_replace": 1, "num_hidden_layers": 3, "vocab_size": 512}
+
+
+@pytest.mark.parametrize("fields", [FIELDS, GLM_5 | {"eos_token_id": None, "pad_token_id": None}], ids=["30B", "GLM-5"])
+def test_layers_in_8_bits_compute_what_the_same_numbers_in_bfloat16_do(fields):
+    config = Config.from_hf(fields)
+    weights = experts_by_bias(serving.restrict(serving.random_weights(jax.random.key(0), config), config, SCHEDULE))
+    scaled, decoded = zip(*map(in_codes, weights.layers), strict=True)
+    step = new_step(config)
+    exact, kept = through(step, weights.replace(layers=decoded), TOKENS, config=config)
+    ours, own_kept = through(step, weights.replace(layers=scaled), TOKENS, config=config)
+    again, _ = through(step, weights.replace(layers=scaled), TOKENS, config=config)
+    assert (again == ours).all()
+    assert np.std(exact) > 0.1
+    for name, a, b in zip(["logits", *range(len(kept))], [ours, *own_kept], [exact, *kept], strict=True):
+        assert errors(a, b)[-1] < 0.02, name
 
 
 def test_a_program_of_many_steps_draws_the_same_tokens_in_two_launches_an_s_and_four_an_f_layer(weights):

@@ -35,11 +35,12 @@ def errors(ours, exact):
 
 
 @functools.cache
-def weights():
-    return experts_by_bias(serving.restrict(serving.random_weights(jax.random.key(0), CONFIG), CONFIG, SCHEDULE))
+def weights(form=None):
+    made = serving.random_weights(jax.random.key(0), CONFIG, weights=form)
+    return experts_by_bias(serving.restrict(made, CONFIG, SCHEDULE))
 
 
-def prompts_and_steps(form=BFLOAT16):
+def prompts_and_steps(form=BFLOAT16, of=None):
     """Hidden states [N, D] of all tokens of the prompts, and the logits [rows * steps, V] of STEPS after them."""
     cache = serving.init_cache(CONFIG, SCHEDULE, 3, 2048, form)
     lengths = np.array([len(p) for p in PROMPTS], np.int32)
@@ -48,25 +49,36 @@ def prompts_and_steps(form=BFLOAT16):
         tokens, here = np.zeros((3, 512), np.int32), np.clip(lengths - start, 0, 512)
         for row, (prompt, count) in enumerate(zip(PROMPTS, here, strict=True)):
             tokens[row, :count] = prompt[start : start + count]
-        x, cache = prefill_chunk(weights(), jnp.asarray(tokens), jnp.asarray(here), cache, CONFIG)
+        x, cache = prefill_chunk(weights(of), jnp.asarray(tokens), jnp.asarray(here), cache, CONFIG)
         x = np.asarray(x, np.float32)
         hidden += [x[row, :count] for row, count in enumerate(here)]
     logits, step = [], jax.jit(serving.step)
     for token in STEPS:
-        found, cache = step(weights(), jnp.full((3,), token), cache, CONFIG)
+        found, cache = step(weights(of), jnp.full((3,), token), cache, CONFIG)
         logits.append(found)
     return np.concatenate(hidden), np.concatenate(logits)
 
 
+def single_tokens():
+    """The logits [steps, V] of STEPS after a short prompt of a row that is alone, with weights in 8 bits."""
+    prompt, cache = PROMPTS[2], serving.init_cache(CONFIG, SCHEDULE, 1, 2048, BFLOAT16)
+    _, cache = prefill_chunk(weights("fp8"), jnp.asarray(prompt[None]), jnp.array([len(prompt)]), cache, CONFIG)
+    logits, step = [], jax.jit(serving.step)
+    for token in STEPS:
+        found, cache = step(weights("fp8"), jnp.full((1,), token), cache, CONFIG)
+        logits.append(found)
+    return np.concatenate(logits)
+
+
 @functools.cache
-def in_plain_xla():
+def in_plain_xla(function=prompts_and_steps, of=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper, "why_not", lambda: "left out for comparison")
         for operation in ("indexer_topk", "sparse_mla"):
             triton = importlib.import_module(f"pallas_kernels.{operation}.triton")
             patch.setattr(triton, "why_not", lambda *args, **options: "left out")
         jax.clear_caches()
-        found = prompts_and_steps()
+        found = function() if of is None else function(of=of)
     jax.clear_caches()
     return found
 
@@ -76,6 +88,20 @@ def test_hidden_states_and_logits_equal_those_of_plain_xla(form):
     """Every visible key is selected and the bias chooses the experts, so that no near-tie decides."""
     for ours, exact in zip(prompts_and_steps(form), in_plain_xla(), strict=True):
         assert errors(ours, exact).max() < 0.06
+
+
+def test_weights_in_8_bits_give_what_they_give_in_plain_xla():
+    """Many tokens are multiplied in 8 bits too, which costs some per cent in each product; a wrong scale costs far more."""
+    ours = prompts_and_steps(of="fp8")
+    for found, exact in zip(ours, in_plain_xla(prompts_and_steps, "fp8"), strict=True):
+        assert errors(found, exact).max() < 0.2
+    for found, again in zip(ours, prompts_and_steps(of="fp8"), strict=True):
+        np.testing.assert_array_equal(found, again)
+
+
+def test_single_tokens_with_weights_in_8_bits():
+    """Prefill of so few tokens and the kernels for a single one multiply codes by activations in 16 bits."""
+    assert errors(single_tokens(), in_plain_xla(single_tokens)).max() < 0.06
 
 
 def test_a_row_generates_alone_what_it_generates_in_a_batch_of_copies():

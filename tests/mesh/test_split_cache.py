@@ -145,17 +145,17 @@ def indices_of(name):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def attend(queries, latents, indices, scales, config):
-    return ops.attend(queries, latents, indices, config, scales)
+def attend(queries, latents, indices, config):
+    return ops.attend(queries, latents, indices, config)
 
 
 def contexts(eight_bits, size=1.0):
     queries, latents = attention_arrays(jnp.float32)
-    latents, scales = ops.quantise_latents(latents) if eight_bits else (latents, None)
+    latents = ops.quantise_latents(latents, config(K).kv_lora_rank) if eight_bits else latents
     queries = placed(queries * size, "batch", "queries", "heads")
-    latents, scales = (placed(x, "batch", "tokens") for x in (latents, scales))
+    latents = jax.tree.map(lambda x: placed(x, "batch", "tokens"), latents)
     for name in CHOSEN:
-        yield name, np.asarray(attend(queries, latents, indices_of(name), scales, config=config(K)))
+        yield name, np.asarray(attend(queries, latents, indices_of(name), config=config(K)))
 
 
 @pytest.mark.parametrize("eight_bits", [False, True])
@@ -190,11 +190,11 @@ def filled(case, form, rows, length):
         latents, keys = (
             None if x is None else jnp.asarray(rng.normal(size=x.shape), jnp.float32) for x in (empty.latents, empty.index_keys)
         )
-        scales = key_scales = None
-        if empty.latent_scales is not None:
-            latents, scales = ops.quantise_latents(latents)
+        key_scales = None
+        if form.latent_dtype == jnp.float8_e4m3fn:
+            latents = ops.quantise_latents(latents, case.config.kv_lora_rank)
             keys, key_scales = (None, None) if keys is None else ops.quantise_index(keys)
-        return empty.replace(latents=latents, latent_scales=scales, index_keys=keys, index_scales=key_scales)
+        return empty.replace(latents=latents, index_keys=keys, index_scales=key_scales)
 
     return cache.replace(layers=tuple(map(layer, cache.layers)), lengths=jnp.array([length - 1, 11], jnp.int32))
 

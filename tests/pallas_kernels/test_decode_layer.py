@@ -19,6 +19,7 @@ from indexcache_jax.serving import layer as layers
 from pallas_kernels import hopper, ptx, quant
 from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts
 from tests.support import ptx_emulator
+from tests.support.serving_cases import in_codes
 
 SMALL = dict(
     hidden_size=256,
@@ -102,38 +103,6 @@ def random_weights(config):
         return jnp.asarray(x.astype(like.dtype))
 
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: serving.random_weights(jax.random.key(0), config)))
-
-
-def in_codes(layer):
-    """The layer with the matrices in 8 bits that the kernels read so, and one with the same numbers in bfloat16.
-
-    Scales are powers of two, so that these are the same.
-    """
-
-    def quantised(w, *order):
-        scaled = quant.quantise_matrix(jnp.transpose(w, order) if order else w)
-        scaled = dataclasses.replace(scaled, scales=jnp.exp2(jnp.round(jnp.log2(scaled.scales))))
-        back = np.argsort(order) if order else range(w.ndim)
-        return scaled, quant.dequantise(scaled, jnp.bfloat16).transpose(*back)
-
-    mlp = layer.mlp
-    if hasattr(mlp, "router"):
-        changed = {"gate_up": quantised(mlp.gate_up, 0, 2, 3, 1), "down": quantised(mlp.down, 0, 2, 1)}
-        if mlp.shared_down is not None:
-            changed |= {"shared_gate_up": quantised(mlp.shared_gate_up), "shared_down": quantised(mlp.shared_down)}
-    else:
-        changed = {"gate_up": quantised(mlp.gate_up), "down": quantised(mlp.down)}
-    attention = {
-        name: quantised(getattr(layer, name)) for name in ("up", "index_up", "out") if getattr(layer, name) is not None
-    }
-    return tuple(
-        dataclasses.replace(
-            layer,
-            mlp=dataclasses.replace(mlp, **{name: both[i] for name, both in changed.items()}),
-            **{name: both[i] for name, both in attention.items()},
-        )
-        for i in range(2)
-    )
 
 
 @functools.cache
@@ -356,6 +325,14 @@ def test_codes_times_a_vector_are_the_product_of_the_decoded_numbers(monkeypatch
     ours = codes_times_vector(monkeypatch, matrix, vector)
     decoded, numbers = np.asarray(quant.dequantise(matrix, jnp.float32), np.float64), np.asarray(vector, np.float64)
     assert (np.abs(ours - decoded @ numbers) <= 1e-5 * (np.abs(decoded) @ np.abs(numbers))).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e3])
+@pytest.mark.parametrize("value", [1e4, 1e-6])
+def test_extreme_codes_and_scales_keep_the_products_of_small_numbers(monkeypatch, scale, value):
+    matrix = quant.Scaled(jnp.full((8, 256), 448, jnp.float8_e4m3fn), jnp.full((1, 2), scale, jnp.float32))
+    ours = codes_times_vector(monkeypatch, matrix, jnp.full(256, value, jnp.bfloat16))
+    np.testing.assert_allclose(ours, 256 * 448 * np.float32(scale) * float(jnp.bfloat16(value)), rtol=1e-5)
 
 
 def test_numbers_that_are_not_finite_make_a_product_of_codes_not_finite(monkeypatch):

@@ -30,8 +30,27 @@ RAGGED = Case(
         "moe_intermediate_size": 160,
     },
     "FSF",
-    0,
+    6,
     (40, 23),
+)
+
+
+# Heads of 128 numbers, so that a mesh that splits four heads or the hidden size over two devices splits between blocks.
+ALIGNED = Case(
+    GLM_FIELDS
+    | {
+        "hidden_size": 256,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "index_head_dim": 96,
+        "moe_intermediate_size": 160,
+    },
+    "FSF",
+    3,
+    (40, 40),
 )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.quant import Scaled, dequantise, quantise_matrix
+
 # group sizes: even, with empty groups, all in one group, one row each, fewer rows than groups
 SIZES = {
     "even": [32] * 4,
@@ -42,3 +44,25 @@ def numpy_products(rows, matrices, sizes) -> np.ndarray:
 def numpy_swiglu(rows, gate_up, sizes) -> np.ndarray:
     gate, up = (numpy_products(rows, gate_up[:, :, i], sizes) for i in range(2))
     return gate / (1 + np.exp(-gate)) * up
+
+
+def scaled_inputs(sizes, k: int, n: int, dtype=jnp.bfloat16):
+    """As `inputs`, with matrices in 8 bits [E, N, K]."""
+    rows, _, group_sizes = inputs(sizes, k, 1, dtype)
+    drawn = np.random.default_rng(k + n).normal(size=(len(sizes), n, k))
+    return rows, quantise_matrix(jnp.asarray(drawn, jnp.float32)), group_sizes
+
+
+def decoded(x) -> np.ndarray:
+    """What codes and scales stand for, in float64; an array as it is."""
+    return np.asarray(dequantise(x, jnp.float32) if isinstance(x, Scaled) else x, np.float64)
+
+
+def numpy_scaled_products(rows, matrices, sizes) -> np.ndarray:
+    """matrices [E, N, K] in 8 bits; rows may be."""
+    return numpy_products(decoded(rows), decoded(matrices).swapaxes(1, 2), sizes)
+
+
+def numpy_scaled_swiglu(rows, gate_up, sizes) -> np.ndarray:
+    """gate_up [E, 2, I, K] in 8 bits; rows may be."""
+    return numpy_swiglu(decoded(rows), np.moveaxis(decoded(gate_up), 3, 1), sizes)

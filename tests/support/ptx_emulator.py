@@ -34,6 +34,8 @@ class Block:
         self.threads = threads
         self.active = np.ones(threads, bool)
         self.memories: list[np.ndarray] = []
+        self.cluster: list[Block] = [self]
+        self.copies: list[list] = [[]]  # by group: what has been read and not been written yet
 
     def address(self, array: np.ndarray) -> np.ndarray:
         """Every array has 2**40 bytes of addresses of its own."""
@@ -121,6 +123,40 @@ class Block:
             assert at % 16 == 0 and count % 16 == 0 and count > 0, "not whole pieces of 16 bytes"
             assert (at & (1 << 40) - 1) + count <= memory.nbytes, "outside the array"
 
+    def copy_async(self, target, source, size, pieces, target_step, source_step):
+        for piece in range(pieces):
+            with self.when(self.spread(size) == 16):
+                words = self.load_words(source + piece * source_step, 4)
+            words = [np.where(self.spread(size) == 16, word, 0) for word in words]
+            self.copies[-1].append((self.active, target + piece * target_step, words))
+
+    def copies_done(self, pending=0):
+        """What this thread copied is there from here on, and not before."""
+        done, self.copies = self.copies[: len(self.copies) - 1 - pending], self.copies[len(self.copies) - 1 - pending :]
+        for active, target, words in (copy for group in done for copy in group):
+            with self.when(active):
+                self.store_words(target, words)
+
+    def load_peer(self, address):
+        out = np.full(self.threads, GARBAGE, np.int64)
+        for rank, peer in enumerate(self.cluster):
+            with peer.when(self.active & ((self.spread(address) >> 50) - 1 == rank)):
+                out = np.where(peer.active, peer.load(self.spread(address) & (1 << 50) - 1), out)
+        return out
+
+    def _swizzled_matrix(self, address, chunk, columns):
+        """The float16 matrix [128, columns] of two chunks of lines of 128 bytes, as `ptx.multiply_codes` orders them."""
+        flat = self.memories[address >> 40].reshape(-1).view(np.float16)
+        assert address % 1024 == 0 and chunk % 1024 == 0
+        matrix = np.empty((128, columns), np.float32)
+        for half in range(2):
+            first = ((address & (1 << 40) - 1) + half * chunk) // 2
+            lines = flat[first : first + 64 * columns].reshape(columns, 8, 8)  # a column's pieces of 16 bytes
+            lines = np.stack([line[np.arange(8) ^ i % 8] for i, line in enumerate(lines)])
+            words = lines.reshape(columns, 8, 4, 2).transpose(0, 2, 1, 3)  # a column's numbers 16 q + 2 i + 0 and 1
+            matrix[64 * half : 64 * half + 64] = words.reshape(columns, 64).T
+        return matrix
+
     def prefetch_line(self, address, predicate):
         on = self.active & self.spread(predicate).astype(bool)
         for at in self.spread(address)[on]:
@@ -189,6 +225,23 @@ class Block:
                 sums = [x + across(x, distance) for x in sums]
             return sums
 
+        def multiply_codes(codes, b, chunk, columns):
+            row, other_row = (
+                np.concatenate([bytes_of(codes[i], ml_dtypes.float8_e4m3fn) for i in (start, start + 2)], axis=1)
+                for start in (0, 1)
+            )
+            sums = np.zeros((self.threads, columns // 2), np.float32)
+            for first in range(0, self.threads, 128):
+                group = slice(first, first + 128)
+                matrix = self._swizzled_matrix(self.spread(b)[first], chunk, columns)
+                for other, of_lane in enumerate((row, other_row)):
+                    # Of the 32 codes of lane 4 r + q, the first 16 begin at 16 q, the others at 64 + 16 q.
+                    lines = of_lane[group].reshape(32, 4, 2, 16).transpose(0, 2, 1, 3).reshape(32, 128)
+                    products = np.repeat(lines @ matrix, 4, axis=0).reshape(128, columns // 8, 4, 2)
+                    mine = products[np.arange(128), :, np.arange(128) % 4]
+                    sums[group].reshape(128, columns // 8, 2, 2)[:, :, other] = mine
+            return list(sums.T)
+
         def float_or_zero(address, predicate):
             with self.when(self.spread(predicate) != 0):
                 word = self.load(address)
@@ -197,6 +250,10 @@ class Block:
         return {
             "to_float16_pair": float16_pair,
             "products_of_codes": products_of_codes,
+            "multiply_codes": multiply_codes,
+            "matrix": self.spread,
+            "peer_address": lambda address, rank: address + (self.spread(rank) + 1 << 50),
+            "load_peer_float": lambda address: number(self.load_peer(address)),
             "load_float_or_zero": float_or_zero,
             "load_shared_floats": lambda address: [number(word) for word in self.load_words(address, 2)],
             "times_plus": lambda a, b, c: a * b + c,
@@ -260,6 +317,12 @@ class Block:
             "when": self.when,
             "loop": self.loop,
             "block_barrier": lambda: None,
+            "cluster_barrier": lambda: None,
+            "cluster_exit": lambda: None,
+            "proxy_fence": lambda: None,
+            "copy_async": self.copy_async,
+            "copies_commit": lambda: self.copies.append([]),
+            "copies_done": self.copies_done,
             "load_global": self.load,
             "store_global": self.store,
             "load_shared": self.load,
@@ -307,11 +370,14 @@ def run(monkeypatch, module, function, *arguments):
         return function(*arguments)
 
 
-def run_grid(monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: int, shared_bytes: int, stages) -> None:
+def run_grid(
+    monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: int, shared_bytes: int, stages, cluster: int = 1
+) -> None:
     """Runs the stages of a grid of thread blocks with a grid barrier between any two stages.
 
     stages(addresses by name, number of the block, address of its shared memory) returns one block's stages, each with
-    `begin`, `prefetches` and `run`. `arrays` are of 32-bit words; the kernel's writes go to them.
+    `begin`, `prefetches` and `run`. `arrays` are of 32-bit words; the kernel's writes go to them. Every `cluster` blocks that
+    follow one another read each other's shared memory.
     """
     grid = []
 
@@ -331,6 +397,9 @@ def run_grid(monkeypatch, arrays: dict[str, np.ndarray], blocks: int, threads: i
             return stages(addresses, block.spread(number), block.address(shared))
 
         grid.append((block, as_block(block, start)))
+    for number, (block, _) in enumerate(grid):
+        first = number // cluster * cluster
+        block.cluster = [peer for peer, _ in grid[first : first + cluster]]
     for i in range(len(grid[0][1])):
         # Every block before this stage has ended the one before it; `begin` may run while others have not.
         for block, stages_of_block in grid:

@@ -1,11 +1,14 @@
-"""Tiny models with ragged prompts, and the tokens that repeated full forwards give for them."""
+"""Tiny models with ragged prompts, the tokens that repeated full forwards give for them, and layers in 8 bits."""
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from indexcache_jax import forward, generate, serving
+from pallas_kernels import quant
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
 
 LENGTHS = (37, 5, 60)
@@ -58,3 +61,36 @@ def experts_by_bias(weights):
         return layer.replace(mlp=layer.mlp.replace(router_bias=bias))
 
     return weights.replace(layers=tuple(map(decided, weights.layers)))
+
+
+@jax.jit
+def in_codes(layer):
+    """The layer with the matrices in 8 bits that the kernels read so, and one with the same numbers in bfloat16.
+
+    Scales are powers of two, so that these are the same.
+    """
+
+    def quantised(w, *order):
+        scaled = quant.quantise_matrix(jnp.transpose(w, order) if order else w)
+        scaled = dataclasses.replace(scaled, scales=jnp.exp2(jnp.round(jnp.log2(scaled.scales))))
+        back = np.argsort(order) if order else range(w.ndim)
+        return scaled, quant.dequantise(scaled, jnp.bfloat16).transpose(*back)
+
+    mlp = layer.mlp
+    if isinstance(mlp, serving.Experts):
+        changed = {"gate_up": quantised(mlp.gate_up, 0, 2, 3, 1), "down": quantised(mlp.down, 0, 2, 1)}
+        if mlp.shared_down is not None:
+            changed |= {"shared_gate_up": quantised(mlp.shared_gate_up), "shared_down": quantised(mlp.shared_down)}
+    else:
+        changed = {"gate_up": quantised(mlp.gate_up), "down": quantised(mlp.down)}
+    attention = {
+        name: quantised(getattr(layer, name)) for name in ("up", "index_up", "out") if getattr(layer, name) is not None
+    }
+    return tuple(
+        dataclasses.replace(
+            layer,
+            mlp=dataclasses.replace(mlp, **{name: both[i] for name, both in changed.items()}),
+            **{name: both[i] for name, both in attention.items()},
+        )
+        for i in range(2)
+    )

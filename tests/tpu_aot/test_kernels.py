@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from experiments.benchmarks.compile import TOPOLOGIES, kernels_of, topology_device
 from experiments.common import topologies
-from pallas_kernels import grouped_matmul, indexer_topk, sparse_mla, tpu
+from pallas_kernels import grouped_matmul, indexer_topk, quant, sparse_mla, tpu
 from pallas_kernels.device import target
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
 
@@ -27,7 +27,7 @@ def products_as_users_have_them():
         yield
 
 
-BF16, F32, FP8 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 def compiled_kernels(topology, operation, *arrays, **named):
@@ -53,10 +53,13 @@ def compile_indexer(topology, b, s, heads, t, k, kind):
     return compiled_kernels(topology, functools.partial(indexer_topk, k_select=k), *arrays, **named)
 
 
-def compile_attention(topology, b, s, heads, t, k, kind=BF16, latents=None):
-    arrays = ((b, s, heads, 576), kind), ((b, t, 576), latents or kind), ((b, s, k), jnp.int32)
-    named = {} if latents is None else {"latent_scales": ((b, t), F32)}
-    return compiled_kernels(topology, functools.partial(sparse_mla, scale=0.1, value_dim=512), *arrays, **named)
+def compile_attention(topology, b, s, heads, t, k, kind=BF16, in_8_bits=False):
+    run = functools.partial(sparse_mla, scale=0.1, value_dim=512)
+    queries, indices = ((b, s, heads, 576), kind), ((b, s, k), jnp.int32)
+    if not in_8_bits:
+        return compiled_kernels(topology, run, queries, ((b, t, 576), kind), indices)
+    parts = ((b, t, 512), jnp.float8_e4m3fn), ((b, t, 64), BF16), ((b, t), F32)
+    return compiled_kernels(topology, lambda q, i, *parts: run(q, quant.Latents(*parts), i), queries, indices, *parts)
 
 
 def test_small_kernels_compile():
@@ -104,7 +107,7 @@ def test_sparse_mla(topology, b, s, heads, t, kernels):
 @pytest.mark.parametrize("s", [1, 256])
 def test_sparse_mla_in_other_formats(s):
     compile_attention("v5e:2x2", 1, s, 20, 65_536, 2048, F32)
-    compile_attention("v5e:2x2", 1, s, 20, 65_536, 2048, BF16, FP8)
+    compile_attention("v5e:2x2", 1, s, 20, 65_536, 2048, in_8_bits=True)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ BATCHES = [np.random.RandomState(seed).randint(0, 97, (1, 25)).astype(np.int32) 
 ABOUT = {"weights": 1, "dtype": "float32"}
 
 
-def test_losses_are_known_by_schedule_and_batch_and_known_again(tmp_path):
+def test_losses_are_known_by_schedule_and_sequence_and_known_again(tmp_path):
     with LossJournal(tmp_path / "log", ABOUT) as log:
         assert log.get(Schedule("FS"), 0) is None
         log.add(Schedule("FS"), 0, 1 / 3)
@@ -30,8 +30,8 @@ def test_losses_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="another weights: 1 there, 2 here"):
         LossJournal(tmp_path / "log", ABOUT | {"weights": 2})
     with open(tmp_path / "log", "a") as file:
-        file.write('{"pattern": "FS", "batch": 0}\n')
-    with pytest.raises(ValueError, match="line 2 is not a JSON object with pattern, batch, loss"):
+        file.write('{"pattern": "FS", "sequence": 0}\n')
+    with pytest.raises(ValueError, match="line 2 is not a JSON object with pattern, sequence, loss"):
         LossJournal(tmp_path / "log", ABOUT)
 
 
@@ -44,7 +44,7 @@ def test_a_search_cut_off_within_any_line_ends_as_the_whole_one_does(tmp_path):
     steps = searched()
     whole = (tmp_path / "log").read_bytes()
     entries = [json.loads(line) for line in whole.splitlines()[1:]]
-    assert len({(entry["pattern"], entry["batch"]) for entry in entries}) == len(entries)
+    assert len({(entry["pattern"], entry["sequence"]) for entry in entries}) == len(entries)
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "log").write_bytes(whole[:size])
         assert searched() == steps

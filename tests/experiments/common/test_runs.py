@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import re
+import shutil
 import struct
 import types
 
@@ -98,6 +100,46 @@ def test_only_the_last_checkpoints_are_kept_and_a_finished_run_is_left_as_it_is(
     assert sorted(int(p.name) for p in (folder / runs.CHECKPOINTS).iterdir() if p.name.isdigit()) == [4, 6]
     again = train(folder, resume=True)
     jax.tree.map(np.testing.assert_array_equal, again, expected)
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def torn(folder, how):
+    if how == "cut":
+        path = largest(folder)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "empty":
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    elif how == "without a part":
+        shutil.rmtree(folder / "weights")
+    else:
+        shutil.rmtree(folder / "about")
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "without a part", "without what it is about"])
+def test_a_torn_newest_checkpoint_is_named_and_an_older_one_goes_on(uninterrupted, tmp_path, capsys, how):
+    whole, expected = uninterrupted
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    torn(tmp_path / runs.CHECKPOINTS / "6", how)
+    params = train(tmp_path, resume=True)
+    assert re.search(r"warning: .*training/6: cannot be read .*; going on from step 4", capsys.readouterr().out)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert (tmp_path / runs.LOG).read_text() == (whole / runs.LOG).read_text()
+    again = train(tmp_path, resume=True)  # from a checkpoint of its last step, which it has written again
+    jax.tree.map(np.testing.assert_array_equal, again, expected)
+    assert not capsys.readouterr().out
+
+
+def test_where_no_checkpoint_is_whole_the_newest_is_named(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path, dirs_exist_ok=True)
+    for step in ("4", "6"):
+        torn(tmp_path / runs.CHECKPOINTS / step, "empty")
+    with pytest.raises(ValueError, match=r"training/6: cannot be read .*, nor an older one; choose another --output_dir"):
+        train(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ for saved in ("data=4", "one device"):
         checkpoints.save(7, *jax.device_put((case.params, trained), placed(meshes[saved])), {})
     for mesh in meshes.values():
         with runs._Checkpoints(folder, 1, {}) as checkpoints:
-            assert checkpoints.latest() == (7, {})
+            assert checkpoints.steps == [7] and checkpoints.times(7) == {}
             like = jax.device_put((jax.tree.map(jnp.zeros_like, case.params), fresh), placed(mesh))
             restored = checkpoints.restore(7, *like)
         def check(found, expected, where):

@@ -1,31 +1,12 @@
 """The greedy search over a model that is a formula: planted optima, ties, blocks, bounds; the log of losses."""
 
-import dataclasses
-import itertools
-
 import pytest
 
 from indexcache_jax import search
 from indexcache_jax.schedule import Schedule
+from tests.support.loss_tables import Table
 
 ALL = Schedule.all_full(6)
-
-
-@dataclasses.dataclass
-class Table:
-    """A model that is a formula: the sum of what each S layer costs, plus what pairs of them cost together."""
-
-    alone: tuple[float, ...]
-    pairs: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
-    asked: list[tuple[str, tuple[int, ...]]] = dataclasses.field(default_factory=list)
-
-    def loss(self, schedule):
-        off = [i for i, full in enumerate(schedule.is_full) if not full]
-        return sum(self.alone[i] for i in off) + sum(self.pairs.get(p, 0.0) for p in itertools.combinations(off, 2))
-
-    def flips(self, schedule, layers):
-        self.asked.append((schedule.pattern, tuple(layers)))
-        return {i: self.loss(schedule.with_shared(i)) for i in layers}
 
 
 def test_commits_the_lowest_loss_and_gives_ties_to_the_lowest_layer():
@@ -55,7 +36,8 @@ def test_blocks_commit_one_flip_each_and_keep_their_first_layer():
     table = Table((0, 3, 1, 0, 0, 2, 9, 1))
     steps = search.greedy_search(table, Schedule.all_full(8), blocks=2, num_full=4)
     assert [s.flipped for s in steps] == [(), (3, 7), (2, 5)]
-    assert [asked for _, asked in table.asked] == [(1, 2, 3, 5, 6, 7), (1, 2, 5, 6)]
+    second = ["FSFSFFFS", "FFSSFFFS", "FFFSFSFS", "FFFSFFSS"]  # flips of layers 1, 2, 5 and 6
+    assert second in table.asked and [len(asked) for asked in table.asked] == [1, 6, 2, 1, 4, 2, 1]
     assert search.greedy_search(table, Schedule.all_full(8), blocks=2)[-1].schedule.pattern == "FSSSFSSS"
 
 

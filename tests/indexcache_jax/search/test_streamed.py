@@ -73,6 +73,32 @@ def test_the_greedy_search_is_the_same():
     assert layers.asked == [0, 1, 2, 3, 4] * len(steps)  # a pass for the start and one for each step
 
 
+def test_a_raced_floating_search_is_the_same_and_reads_the_weights_once_a_comparison():
+    layers, race, given = OneByOne(), search.Race(error=0.5, growth=2), batches(8)
+    steps = search.floating_search(streamed.StreamedEvaluator(layers, given), CASE.schedule, race=race)
+    in_memory = search.Evaluator(CASE.params, CASE.config, CASE.schedule, given)
+    expected = search.floating_search(in_memory, CASE.schedule, race=race)
+    assert [s.schedule for s in steps] == [s.schedule for s in expected]
+    np.testing.assert_allclose([s.losses for s in steps], [s.losses for s in expected], atol=1e-6)
+    table = Counting(in_memory)
+    search.floating_search(table, CASE.schedule, race=race)
+    assert layers.asked == [0, 1, 2, 3, 4] * table.asked
+
+
+class Counting:
+    """An oracle that counts how often something is asked of it that was not known before."""
+
+    def __init__(self, oracle: search.LossOracle) -> None:
+        self.oracle, self.known, self.asked = oracle, set(), 0
+        self.num_batches, self.rows = oracle.num_batches, oracle.rows
+
+    def sequence_losses(self, schedules, base=None, batches=None):
+        wanted = {(s.pattern, number) for s in schedules for number in batches or range(self.num_batches)}
+        self.asked += not wanted <= self.known
+        self.known |= wanted
+        return self.oracle.sequence_losses(schedules, base, batches)
+
+
 def test_memory_says_how_many_batches_a_pass_has():
     config, width = CASE.config, 40
     state = 2 * width * (4 * config.hidden_size + 4 * config.index_topk)  # bytes of two rows
@@ -115,7 +141,7 @@ def test_a_layer_without_an_indexer_cannot_be_full():
 
 def test_a_loss_that_is_not_finite_is_no_loss():
     layers = OneByOne(params=CASE.params.replace(final_norm=CASE.params.final_norm.at[0].set(np.nan)))
-    with pytest.raises(ValueError, match="loss of FFSFS on batch 0 is nan"):
+    with pytest.raises(ValueError, match="loss of FFSFS on sequence 0 is nan"):
         streamed.StreamedEvaluator(layers, batches()).loss(CASE.schedule)
 
 

@@ -57,6 +57,30 @@ def test_a_document_shared_by_all_prompts_is_as_if_it_stood_in_each(case_name="g
     assert sum(tokens for phase, tokens in told if phase == "prefill") == sum(map(len, questions))
 
 
+def test_logits_that_are_not_finite_are_reported_not_drawn_from():
+    """At the prompt's last token, and at one that is drawn: the row that meets it is named."""
+    case = model("glm", "FSFSF")
+    prompts = [[1], [2, 3], [4, 5, 6]]
+    drawn = run(case, prompts)
+
+    def with_params(**broken):
+        def broken_run(**options):
+            params = case.params.replace(**broken)
+            return generate(params, prompts, case.config, case.schedule, NEW, chunk=CHUNK, **options)
+
+        return broken_run
+
+    with pytest.raises(ValueError, match=r"request 0: the model's logits are not finite: the weights hold NaN"):
+        with_params(final_norm=case.params.final_norm.at[3].set(jnp.nan))()
+    token = next(tokens[0] for tokens in drawn if tokens[0] > 6)
+    row = next(row for row, tokens in enumerate(drawn) if token in tokens[:-1])
+    at_a_drawn_one = with_params(embedding=case.params.embedding.at[token].set(jnp.inf))
+    with pytest.raises(ValueError, match=rf"request {4 + row}: the model's logits are not finite"):
+        at_a_drawn_one(ids=[4, 5, 6])
+    ended = [next((tokens[: i + 1] for i, t in enumerate(tokens) if t == token), tokens) for tokens in drawn]
+    assert at_a_drawn_one(stop_tokens=[token]) == ended
+
+
 def test_stop_tokens_end_their_own_row_only():
     case = model("glm", "FSFSF")
     free = run(case, new=NEW)

@@ -1,0 +1,345 @@
+"""Up to 64 rows times a matrix in 8 bits on Hopper, in the time of reading the matrix.
+
+XLA would write the decoded matrix to memory and read it again. Here codes become float16 in registers, which is exact, and are
+wgmma's first operand: a tile is 128 rows of the matrix, so the product is that of the matrix and the rows' transpose. The
+rows lie in shared memory as float16 with a power-of-two factor for every 128 numbers; factors and the codes' scales are
+applied in float32 to the sums over 128 codes. Rows are not quantised.
+
+Every lane copies its own codes to shared memory several pieces ahead, where only it reads them: of loads to registers the
+compiler keeps no more than one piece in flight.
+
+Tiles alone are too few for all SMs, so the blocks of a cluster divide K and add their sums through each other's shared
+memory, always in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper, ptx
+from pallas_kernels.quant import BLOCK, Scaled, float_scales
+
+MAX_ROWS = 64
+WARPGROUPS = 2
+THREADS = WARPGROUPS * hopper.WARPGROUP
+WARPS = THREADS // 32
+TILE = 64 * WARPGROUPS  # rows of the matrix
+CLUSTERS = {1: hopper.NUM_SMS, 2: hopper.NUM_SMS // 2, 4: 32, 8: 16}  # blocks of one, and how many run at once
+PIECES_IN_FLIGHT = 6  # of 128 x 128 codes
+PIECE_BYTES = TILE * BLOCK
+ROW_LOADS = 2  # of 2 x 16 bytes, by a lane, of the rows
+SHARED_BYTES = 224 * 1024
+# For the choice of clusters, as measured: bytes a microsecond that an SM and all of them read, and microseconds of a block
+# besides, most of them for the barriers of a cluster.
+BYTES_OF_SM, BYTES_OF_MEMORY = 45e3, 4.2e6
+OVERHEAD = {1: 3.0, 2: 4.0, 4: 4.5, 8: 6.0}
+SUMS_PITCH = TILE + 4  # numbers from one column's sums to the next one's: no two lanes use the same bank
+
+Value = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a product of `rows` rows and a matrix [outputs, width] is divided.
+
+    cluster: how many blocks divide K. A block has its pieces of 128 one after the other, `phase` of them at a time in shared
+    memory.
+    """
+
+    rows: int
+    outputs: int
+    width: int
+    cluster: int
+
+    @property
+    def columns(self) -> int:
+        """Rows of the product, padded to what wgmma takes."""
+        return -(-self.rows // 8) * 8
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.outputs // TILE)
+
+    @property
+    def all_pieces(self) -> int:
+        return self.width // BLOCK
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.all_pieces // self.cluster)
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of the rows in shared memory: two chunks of 64 numbers a row, and factors."""
+        return (2 * BLOCK + 4) * self.columns
+
+    @property
+    def sums_bytes(self) -> int:
+        return 4 * SUMS_PITCH * self.columns
+
+    @property
+    def in_flight(self) -> int:
+        return min(self.pieces, PIECES_IN_FLIGHT)
+
+    @property
+    def other_bytes(self) -> int:
+        """All shared memory but that of the rows, which begin at a multiple of 1024."""
+        return 1024 + self.in_flight * PIECE_BYTES + self.sums_bytes + -(-self.pieces // 4) * 16
+
+    @property
+    def phase(self) -> int:
+        return min(self.pieces, (SHARED_BYTES - self.other_bytes) // self.piece_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.other_bytes + self.phase * self.piece_bytes
+
+    @property
+    def time(self) -> float:
+        """About how many microseconds the product takes."""
+        at_once = min(self.tiles, CLUSTERS[self.cluster]) * self.cluster
+        of_piece = PIECE_BYTES * max(1 / BYTES_OF_SM, at_once / BYTES_OF_MEMORY)
+        return -(-self.tiles // CLUSTERS[self.cluster]) * (OVERHEAD[self.cluster] + self.pieces * of_piece)
+
+
+def split_of(rows: int, outputs: int, width: int) -> Split:
+    """The division that ends first."""
+    return min((Split(rows, outputs, width, cluster) for cluster in CLUSTERS), key=lambda split: split.time)
+
+
+def why_not(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> str | None:
+    if reason := hopper.why_not():
+        return reason
+    if isinstance(rows, Scaled) or rows.dtype != jnp.bfloat16 or dtype not in (None, jnp.bfloat16):
+        return "it takes and returns rows in bfloat16"
+    if not 1 <= rows.shape[0] <= MAX_ROWS:
+        return f"it takes 1 to {MAX_ROWS} rows, not {rows.shape[0]}"
+    if matrix.codes.dtype != jnp.float8_e4m3fn:
+        return f"it reads codes in float8_e4m3fn, not {matrix.codes.dtype}"
+    if matrix.by_row:
+        return f"it takes a scale for every {BLOCK} x {BLOCK} codes, not for every row"
+    if matrix.shape[1] % BLOCK:
+        return f"it reads pieces of {BLOCK} codes, K is {matrix.shape[1]}"
+    return None
+
+
+def few_rows(rows: jax.Array, matrix: Scaled) -> jax.Array:
+    """rows [M, K] bfloat16, M up to 64, times a matrix [N, K] in 8 bits -> [M, N] bfloat16.
+
+    Sums of products with the decoded numbers in float32, rounded once.
+    """
+    return multiply(rows, matrix, split_of(rows.shape[0], *matrix.shape))
+
+
+def multiply(rows: jax.Array, matrix: Scaled, split: Split) -> jax.Array:
+    """As `few_rows`, divided as `split` says."""
+    reference, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+
+    def scaled_matmul_few_rows(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(reference,) * 5 + (number,) * 2)
+        def program(ctx: Any, rows: Any, codes: Any, scales: Any, out: Any, memory: Any, tile: Any, rank: Any) -> None:
+            of_rows, of_codes, of_scales, of_out = map(ptx.global_address, (rows, codes, scales, out))
+            shared = ptx.shared_address(memory)
+            block = Block(split, of_rows, of_codes, of_scales, of_out, shared, ptx.scalar(tile), ptx.scalar(rank))
+            for stage in stages(block):
+                stage()
+
+        rank = jax.lax.axis_index("rank") if split.cluster > 1 else jnp.int32(0)
+        program(*refs, jax.lax.axis_index("tile"), rank)
+
+    kernel = plgpu.kernel(
+        scaled_matmul_few_rows,
+        out_type=jax.ShapeDtypeStruct((split.rows, split.outputs), jnp.bfloat16),
+        scratch_types=(plgpu.SMEM((split.shared_bytes // 4,), jnp.int32),),
+        grid=(split.tiles,),
+        grid_names=("tile",),
+        cluster=(split.cluster,) if split.cluster > 1 else (),
+        cluster_names=("rank",) if split.cluster > 1 else (),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )
+    return kernel(rows, matrix.codes, float_scales(matrix.scales))
+
+
+def stages(block: Block) -> list[Callable[[], None]]:
+    """What a block does up to a barrier of its cluster, and after it."""
+
+    def add_up() -> None:
+        if block.split.cluster > 1:
+            ptx.cluster_barrier()
+        else:
+            ptx.block_barrier()
+        block.add_sums()
+        if block.split.cluster > 1:
+            ptx.cluster_exit()
+
+    return [block.multiply, add_up]
+
+
+class Block:
+    """A thread block: rank `rank` of the cluster that computes a tile."""
+
+    def __init__(
+        self, split: Split, rows: Value, codes: Value, scales: Value, out: Value, memory: Value, tile: Value, rank: Value
+    ):
+        self.split, self.rows, self.codes, self.scales, self.out = split, rows, codes, scales, out
+        self.tile, self.rank = tile, rank
+        thread = ptx.thread()
+        self.thread, self.lane, self.warp = thread, ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
+        self.quad_lane, self.row_of_8 = ptx.bit_and(self.lane, 3), ptx.shift_right(self.lane, 2)
+        self.numbers = ptx.bit_and(ptx.add(memory, 1023), -1024)
+        codes_in_flight = ptx.add(self.numbers, 2 * BLOCK * split.columns * split.phase)
+        self.own_codes = ptx.add(codes_in_flight, ptx.shift_left(self.warp, 11), ptx.shift_left(self.lane, 4))
+        self.factors = ptx.add(codes_in_flight, PIECE_BYTES * split.in_flight)
+        self.sums = ptx.add(self.factors, 4 * split.columns * split.phase)
+        self.own_scales = ptx.add(self.sums, split.sums_bytes)
+        self.first_piece = ptx.mul(rank, split.pieces)
+
+    def piece(self, i: int) -> Value:
+        """The i-th piece of this block; beyond the last of all, that one."""
+        return ptx.minimum(ptx.add(self.first_piece, i), self.split.all_pieces - 1)
+
+    def exists(self, i: int) -> Value:
+        return ptx.compare("slt", ptx.add(self.first_piece, i), self.split.all_pieces)
+
+    # ---- the rows
+
+    def write_rows(self, first: int, count: int) -> None:
+        """Writes pieces first .. first + count - 1 of all rows to shared memory, in the order that `multiply_codes` reads.
+
+        A warp takes a piece of four rows at a time; eight lanes have 16 bytes each of either 64 numbers of a row.
+        """
+        split = self.split
+        fours = split.columns // 4
+        tasks = [ptx.add(self.warp, start) for start in range(0, fours * count, WARPS)]
+        for start in range(0, len(tasks), ROW_LOADS):
+            loaded = [self._load_row(task, first, fours, count) for task in tasks[start : start + ROW_LOADS]]
+            for row, piece, exists, halves in loaded:
+                with ptx.when(exists):
+                    self._write_row(row, piece, halves)
+
+    def _load_row(self, task: Value, first: int, fours: int, count: int) -> tuple[Value, Value, Value, list[list[Value]]]:
+        split = self.split
+        piece, four = ptx.div(task, fours), ptx.rem(task, fours)
+        row = ptx.add(ptx.shift_left(four, 2), ptx.shift_right(self.lane, 3))
+        exists = ptx.compare("slt", piece, count)
+        loads = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.rows)), 1, 0)
+        source = ptx.minimum(ptx.add(self.first_piece, piece, first), split.all_pieces - 1)
+        address = ptx.offset(ptx.offset(self.rows, row, 2 * split.width), source, 2 * BLOCK)
+        address = ptx.offset(address, ptx.bit_and(self.lane, 7), 16)
+        halves = [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
+        return row, piece, exists, halves
+
+    def _write_row(self, row: Value, piece: Value, halves: Sequence[Sequence[Value]]) -> None:
+        columns, in_eight = self.split.columns, ptx.bit_and(self.lane, 7)
+        pairs = [[ptx.from_bfloat16_pair(word) for word in words] for words in halves]
+        top = ptx.constant(0)
+        for x in (x for of_half in pairs for pair in of_half for x in pair):
+            top = ptx.maximum(top, ptx.magnitude_bits(x))
+        for distance in (1, 2, 4):
+            top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+        scale, factor = ptx.float16_scale(top)
+        at = ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * columns), ptx.shift_left(row, 7))
+        word_at = ptx.shift_left(ptx.shift_right(in_eight, 1), 2)
+        line = ptx.bit_and(row, 7)
+        for half, of_half in enumerate(pairs):
+            for i, pair in enumerate(of_half):
+                # Pair 4 in_eight + i of 32: of the 16 bytes with its number modulo 8 one word.
+                chunk = ptx.add(ptx.shift_left(ptx.bit_and(in_eight, 1), 2), i)
+                swizzled = ptx.shift_left(ptx.bit_xor(chunk, line), 4)
+                value = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
+                ptx.store_shared(ptx.add(at, swizzled, word_at, half * BLOCK * columns), value)
+        with ptx.when(ptx.compare("eq", in_eight, 0)):
+            factor_at = ptx.add(self.factors, ptx.shift_left(ptx.add(ptx.mul(piece, columns), row), 2))
+            ptx.store_shared(factor_at, ptx.bits_of(factor))
+
+    # ---- the matrix
+
+    def copy_codes(self, i: int) -> None:
+        """Starts copying this lane's codes of piece i."""
+        split = self.split
+        piece, exists = self.piece(i), self.exists(i)
+        for quarter in range(4):
+            half, other = divmod(quarter, 2)
+            local = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * other)
+            row = ptx.add(ptx.mul(self.tile, TILE), local)
+            size = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.outputs)), 16, 0)
+            row = ptx.minimum(row, split.outputs - 1)
+            source = ptx.offset(ptx.offset(ptx.offset(self.codes, row, split.width), piece, BLOCK), self.quad_lane, 16)
+            target = ptx.add(self.own_codes, PIECE_BYTES * (i % split.in_flight) + 512 * quarter)
+            ptx.copy_async(target, ptx.offset(source, ptx.constant(half), 64), size, 1, 0, 0)
+        ptx.copies_commit()
+
+    def write_scales(self) -> None:
+        """The scales of the tile's pieces, zero of those that do not exist, to shared memory."""
+        split = self.split
+        for start in range(0, split.pieces, THREADS):
+            i = ptx.add(self.thread, start)
+            piece = ptx.add(self.first_piece, i)
+            exists = ptx.both(ptx.compare("slt", i, split.pieces), ptx.compare("slt", piece, split.all_pieces))
+            at = ptx.offset(self.scales, ptx.add(ptx.mul(self.tile, split.all_pieces), piece), 4)
+            scale = ptx.load_float_or_zero(at, ptx.select(exists, 1, 0))
+            with ptx.when(ptx.compare("slt", i, split.pieces)):
+                ptx.store_shared(ptx.add(self.own_scales, ptx.shift_left(i, 2)), ptx.bits_of(scale))
+
+    def multiply(self) -> None:
+        """The tile's sums over this block's pieces, to shared memory."""
+        split, columns = self.split, self.split.columns
+        for i in range(split.in_flight):
+            self.copy_codes(i)
+        self.write_scales()
+        totals = [ptx.number(0.0)] * (columns // 2)
+        for i in range(split.pieces):
+            phase_piece = i % split.phase
+            if phase_piece == 0:
+                if i:
+                    ptx.block_barrier()
+                self.write_rows(i, min(split.phase, split.pieces - i))
+                ptx.proxy_fence()
+                ptx.block_barrier()
+            ptx.copies_done(min(split.in_flight, split.pieces - i) - 1)
+            own_codes = ptx.add(self.own_codes, PIECE_BYTES * (i % split.in_flight))
+            codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
+            scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, 4 * i)))
+            b = ptx.matrix(ptx.add(self.numbers, phase_piece * 2 * BLOCK * columns))
+            sums = ptx.multiply_codes(codes, b, BLOCK * columns, columns)
+            if i + split.in_flight < split.pieces:
+                self.copy_codes(i + split.in_flight)
+            factors_at = ptx.add(self.factors, 4 * columns * phase_piece, ptx.shift_left(self.quad_lane, 3))
+            for eight in range(columns // 8):
+                factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
+                for at, factor in enumerate(factors * 2, 4 * eight):
+                    # The product of a factor and a scale might be too small for a float32.
+                    totals[at] = ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at])
+        for eight in range(columns // 8):
+            for at in range(4):
+                row = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * (at // 2))
+                column = ptx.add(ptx.shift_left(self.quad_lane, 1), 8 * eight + at % 2)
+                ptx.store_shared(self._sum_at(row, column), ptx.bits_of(totals[4 * eight + at]))
+
+    def _sum_at(self, row: Value, column: Value) -> Value:
+        return ptx.add(self.sums, ptx.shift_left(ptx.add(ptx.mul(column, SUMS_PITCH), row), 2))
+
+    def add_sums(self) -> None:
+        """Adds the cluster's sums and writes this block's share of the tile's rows."""
+        split = self.split
+        share = TILE // split.cluster
+        for start in range(0, share * split.rows, THREADS):
+            i = ptx.add(self.thread, start)
+            column, row = ptx.minimum(ptx.div(i, share), split.rows - 1), ptx.add(ptx.mul(self.rank, share), ptx.rem(i, share))
+            at = self._sum_at(row, column)
+            if split.cluster > 1:
+                sums = [ptx.load_peer_float(ptx.peer_address(at, rank)) for rank in range(split.cluster)]
+            else:
+                sums = [ptx.float_of(ptx.load_shared(at))]
+            output = ptx.add(ptx.mul(self.tile, TILE), row)
+            stores = ptx.both(ptx.compare("slt", i, share * split.rows), ptx.compare("slt", output, split.outputs))
+            target = ptx.offset(ptx.offset(self.out, column, 2 * split.outputs), output, 2)
+            ptx.store_global_bfloat16(target, ptx.plus(*sums), stores)
