@@ -41,6 +41,7 @@ from indexcache_jax.training import Stage
 from pallas_kernels import bits
 
 CPU_ROWS = 64
+ROW_TARGET_BYTES = 8 * 2**30  # of one row's float32 targets, on the device
 
 Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 See = Callable[[float, str], object]
@@ -78,7 +79,7 @@ class Run:
         base = self.layers.schedule
         self.schedule.check_layers(base.num_layers)
         if lacking := [layer for layer in self.schedule.full_layers if not base.is_full[layer]]:
-            raise ValueError(f"schedule pattern: layer {lacking[0]} of {self.schedule.pattern} is F, but has no indexer to train")
+            raise ValueError(f"schedule pattern: layer {lacking[0]} of {self.schedule.pattern} is F, but it has no indexer")
         if self.stage.kind != "warmup":
             raise ValueError(f"stage: {self.stage.kind!r} is not 'warmup', the kind that trains indexers alone")
         if self.tokens.ndim != 2 or self.tokens.shape[1] != self.stage.context:
@@ -96,7 +97,7 @@ class Run:
         return [self.schedule.serves(layer) for layer in self.schedule.full_layers]
 
     def rows(self, layer: int) -> np.ndarray:
-        """Which rows [steps, sequences] the steps of the group of F layer `layer` see: all of them in turn, in random orders."""
+        """Which rows [steps, sequences] the steps of the group of F layer `layer` see: all in turn, in random orders."""
         count, wanted = len(self.tokens), self.stage.steps * self.stage.sequences
         rng = np.random.default_rng((self.seed, layer))
         orders = [rng.permutation(count) for _ in range(-(-wanted // count))]
@@ -431,6 +432,17 @@ def need(run: Run) -> Need:
     indices = 0 if all(run.layers.schedule.is_full) else 4 * min(run.config.index_topk, length)
     states = count * length * (longest * run.config.hidden_size * size + 2 * indices)
     return Need(states, count * length * length * size)
+
+
+def sizes(run: Run) -> tuple[int, int]:
+    """How many weights the model has under the schedule, and how many of them train."""
+    tree = abstract(run.config, run.schedule)
+    return tensors.count(tree), tensors.count(tree.indexer)
+
+
+def can_keep_targets(run: Run) -> bool:
+    """Whether a device can make the targets of a whole row at once, as it does to keep them."""
+    return 4 * run.tokens.shape[1] ** 2 <= ROW_TARGET_BYTES
 
 
 def layer_work(run: Run) -> float:

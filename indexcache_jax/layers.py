@@ -8,8 +8,10 @@ from concurrent import futures
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from indexcache_jax import sharding
 from indexcache_jax.config import Config
 from indexcache_jax.params import Indexer, Params, abstract, slots, weights_of
 from indexcache_jax.schedule import Schedule
@@ -37,6 +39,20 @@ class Layers(Protocol):
 
     def layer(self, layer: int, shardings: Params | None = None) -> Params:
         """Every stack with this layer alone, None for the stacks that it has no part in."""
+
+
+def shardings_in_force(layers: Layers) -> Params | None:
+    """Where the mesh and rules in force put the weights of `layers`; None without a mesh.
+
+    Raises ValueError where an axis of a weight cannot be divided evenly.
+    """
+    mesh, rules = sharding.current()
+    return None if mesh is None else placed(layers, jax.sharding.get_mesh(), rules)
+
+
+def placed(layers: Layers, mesh: Mesh, rules: sharding.Rules) -> Params:
+    """Where a mesh and rules put the weights of `layers`; ValueError as for `shardings_in_force`."""
+    return sharding.shardings(abstract(layers.config, layers.schedule, layers.weights), mesh, rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +102,10 @@ class Reindexed:
 
     def layer(self, layer: int, shardings: Params | None = None) -> Params:
         params = self.layers.layer(layer, shardings)
-        nothing: Indexer = jax.tree.map(lambda _: None, self.indexers[self.schedule.source[layer]])
-        indexer = nothing
+        indexer: Indexer = jax.tree.map(lambda _: None, params.indexer)
         if self.schedule.is_full[layer]:
-            before = params.indexer
-            indexer = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype)[None], self.indexers[layer], before)
+            new = jax.tree.map(lambda a, old: np.asarray(a, old.dtype)[None], self.indexers[layer], params.indexer)
+            indexer = jax.device_put(new, jax.tree.map(lambda old: old.sharding, params.indexer))
         return dataclasses.replace(params, indexer=indexer, full_layers=self.schedule.full_layers)
 
 
