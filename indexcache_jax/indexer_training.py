@@ -367,17 +367,18 @@ def _train_group(
     make = _kept_targets if run.keeps_targets else _recomputed_targets
     targets_of = make(run, layers, x, share, lambda work: see(work, f"layer {group[0]}: targets"))
     first, inputs = layers[0], x[0]
+    del layers, x  # targets that are kept need no hidden states but the first layer's
     p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), p)
     state = optimiser(run.stage, run.config).init(p)
     steps, cost = jnp.int32(run.stage.steps), step_work(run, len(group))
     values: list[jax.Array] = []
-    shown = np.nan
+    shown = ""
     for number, rows in enumerate(run.rows(group[0])):
         p, state, value = _step(p, state, first, inputs[rows], targets_of(rows), run.config, run.stage.program, steps)
         values.append(value)
         if number >= 2:
-            shown = float(values[number - 2])  # of a step that is surely done, so that devices are never waited for
-        see(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}, divergence {shown:.4f}")
+            shown = f", divergence {float(values[number - 2]):.4f}"  # of an earlier step, so that devices are not waited for
+        see(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}{shown}")
     return _checked(group[0], jax.device_get(p), np.array(values, np.float32))
 
 

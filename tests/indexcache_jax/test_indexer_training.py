@@ -165,6 +165,18 @@ def test_the_frozen_weights_stay_as_they_were():
     assert_same(CASE.params, before)
 
 
+@pytest.mark.parametrize(
+    "keeps_targets", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept targets", "computed at every step"]
+)
+def test_bfloat16_arithmetic_is_close_and_trains_float32_indexers(keeps_targets):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), CASE.params)
+    given = dataclasses.replace(run(), layers=Resident(CASE.config, CASE.schedule, params), keeps_targets=keeps_targets)
+    found, exact = trained(given), trained(run())
+    for layer in TARGET.full_layers:
+        np.testing.assert_allclose(found[layer].divergence, exact[layer].divergence, rtol=0.05)
+        assert {a.dtype for a in jax.tree.leaves(found[layer].indexer)} == {np.dtype(np.float32)}
+
+
 def test_without_the_cross_layer_loss_only_the_own_layer_teaches():
     stage = dataclasses.replace(STAGE, cross_layer=False)
     alone = trained(run(schedule=Schedule("FFFF"), stage=STAGE))
