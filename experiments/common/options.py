@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "speed": "experiments.benchmarks.speed",
     "kernels": "experiments.benchmarks.kernels",
     "train_speed": "experiments.benchmarks.train_speed",
+    "indexer_speed": "experiments.benchmarks.indexer_speed",
     "precision": "experiments.benchmarks.precision",
     "compile": "experiments.benchmarks.compile",
     "plan": "experiments.benchmarks.plan",
