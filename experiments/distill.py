@@ -327,7 +327,7 @@ class Frozen:
 
 def open_layers(checkpoint: inputs.Checkpoint) -> Layers:
     """The checkpoint's layers, in memory or, with --stream, read as they are needed; ValueError where memory is too small."""
-    asked = {"dtype": checkpoint.dtype, "weights": checkpoint.weights and FP8_BASE}
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights and FP8_BASE}
     if options.STREAM.value:
         return checkpoints_convert.Layers(checkpoint.directory, **asked)
     fit.search(*inputs.described(checkpoint.directory), rows=1, context=options.CONTEXT.value, **asked)

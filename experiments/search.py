@@ -213,7 +213,7 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
         model = open_model(checkpoint)
     reader = inputs.reader(checkpoint.directory, model.config)
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
-    calibration = reader.draw(sides.train, "text", options.calibration_sequences(2), seed)
+    calibration = reader.draw(sides.train, "text", options.calibration_sequences(), seed)
     held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal)
     config, base = model.config, model.schedule

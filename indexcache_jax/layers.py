@@ -24,7 +24,9 @@ class Layers(Protocol):
     this process's devices hold is read.
     """
 
-    config: Config
+    @property
+    def config(self) -> Config:
+        """The shape of the model."""
 
     @property
     def schedule(self) -> Schedule:

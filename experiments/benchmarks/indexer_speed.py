@@ -88,9 +88,14 @@ class Clock:
         return statistics.median(found[untimed:] or found)
 
 
+def shape(name: str) -> Config:
+    """The model of a name that --preset takes."""
+    return inputs.described(str(options.DEMO))[0] if name == "demo" else Config.from_hf(preset(name))
+
+
 def model(name: str, layers: int) -> Config:
     """So many layers of a released model, all of the kind of its last."""
-    config = Config.from_hf(preset(name))
+    config = shape(name)
     return dataclasses.replace(config, num_layers=layers, moe_layers=config.moe_layers[-1:] * layers)
 
 
@@ -102,7 +107,7 @@ def read_run(output: Output, seed: int) -> tuple[Run, str]:
     config = model(options.PRESET.value, layers + 1)
     if context > config.max_position_embeddings:
         raise ValueError(f"--context={context}: the model's longest is {config.max_position_embeddings}")
-    count = options.calibration_sequences(2)
+    count = options.calibration_sequences()
     tokens = np.random.default_rng(seed).integers(config.vocab_size, size=(count, context), dtype=np.int32)
     stage = Stage("indexers", "warmup", _TIMED.value, 1, context, 0.0, 1e-3)
     weights = inputs.made_weights() and FP8_BASE
@@ -146,7 +151,7 @@ def run(output_dir: str, seed: int) -> None:
     group, context = len(given.groups[0]), given.tokens.shape[1]
     print(f"{options.PRESET.value}: {group} layers, {len(given.tokens)} x {context} tokens; {memory}", flush=True)
     found = measure(given)
-    layers = Config.from_hf(preset(options.PRESET.value)).num_layers
+    layers = shape(options.PRESET.value).num_layers
     hours = whole_hours(found, layers, group)
     header = ["s a step", "tokens/s", "model TFLOP/s", "of the matmul's rate", "s a layer", "s a target", "GB of the device"]
     cells = [
@@ -161,8 +166,8 @@ def run(output_dir: str, seed: int) -> None:
     kept = "kept" if found["targets_kept"] else "computed at every step"
     estimate = (
         f"For all {layers} layers in groups of {group}, {WHOLE[0]} sequences of {context} tokens and {WHOLE[1]} steps a group, "
-        f"this makes {hours:.2f} hours on one {device()['kind']}, reading the weights not counted. Targets are {kept}; seconds a "
-        "layer and a target are of one sequence."
+        f"this makes {hours:.2f} hours on one {device()['kind']}, reading the weights not counted. Targets are {kept}; "
+        "seconds a layer and a target are of one sequence."
     )
     about = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
     text = f"# Speed of training an indexer\n\n{about}\n\n{markdown_table(header, [cells])}\n\n{estimate}\n"

@@ -105,7 +105,7 @@ def train(run: Run, output: Output, resume: bool) -> list[Group]:
         done = {entry["layer"]: _read(folder, entry, run) for entry in log.entries}
         total = indexer_training.work(run, done)
         began = time.perf_counter()
-        with progress(total=total / 1e9, desc="indexers", bar_format=BAR) as bar:
+        with progress(total=total / 1e9, desc="indexers", smoothing=0.05, bar_format=BAR) as bar:
 
             def see(work: float, what: str) -> None:
                 bar.set_postfix_str(what, refresh=False)

@@ -70,7 +70,7 @@ TEXT = flags.DEFINE_string(
 )
 HELD_OUT = flags.DEFINE_string("held_out", "", "text to evaluate on, named like --text; default a tenth of --text's files")
 CONTEXT = flags.DEFINE_integer("context", 1536, "tokens of a sequence; must exceed the model's index_topk")
-SEQUENCES = flags.DEFINE_integer("sequences", None, "calibration sequences; default the experiment's own")
+SEQUENCES = flags.DEFINE_integer("sequences", None, "calibration sequences; default 2, of distill 32")
 HELD_OUT_SEQUENCES = flags.DEFINE_integer("held_out_sequences", 4, "sequences to evaluate on")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "sequences at a time")
 WOVEN = flags.DEFINE_float(
@@ -145,8 +145,8 @@ def seconds_to_spend(default: float) -> float:
     return default if TIME_LIMIT.value is None else TIME_LIMIT.value
 
 
-def calibration_sequences(default: int) -> int:
-    """--sequences, or the experiment's own."""
+def calibration_sequences(default: int = 2) -> int:
+    """--sequences, or `default`."""
     return default if SEQUENCES.value is None else SEQUENCES.value
 
 
