@@ -1,14 +1,20 @@
 """Training-aware IndexCache: distils a checkpoint's indexers for a schedule and writes the checkpoint that results.
 
-Two stages (paper 3.2). Warm-up: dense attention, only the indexers of the F layers train, each towards the attention of
-all layers that it serves. Sparse: attention over what they select; the indexers go on learning on the selected keys, the
-rest of the model on the language loss, each at its own rate. F layers start from the checkpoint's own indexers.
+--train=indexers: the model is frozen. Group by group, an F layer's indexer trains towards the attention of all layers that it
+serves; with --stream on a model that no device holds.
+
+--train=all: two stages (paper 3.2). Warm-up: dense attention, only the indexers of the F layers train, each towards the
+attention of all layers that it serves. Sparse: attention over what they select; the indexers go on learning on the selected
+keys, the rest of the model on the language loss, each at its own rate.
+
+F layers start from the checkpoint's own indexers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -17,12 +23,15 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import data, devices, fit, inputs, journal, options, plots, runs
-from experiments.common.report import Output, device, markdown_table, text_table
+from experiments.common import data, devices, fit, indexer_runs, inputs, journal, options, plots, processes, runs
+from experiments.common.report import Output, device, markdown_table, progress, text_table
 from experiments.common.runs import Saving, TrainingRun
+from indexcache_jax import indexer_training
 from indexcache_jax.config import Config
-from indexcache_jax.params import FP8_BASE, Params, weights_of, with_schedule
+from indexcache_jax.layers import Layers, Reindexed, Resident
+from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract, weights_of, with_schedule
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.search.streamed import StreamedEvaluator
 from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage, flops_per_token
 
@@ -40,10 +49,20 @@ for _name in (
         "held_out_sequences",
     ),
     *("accumulate", "warmup_steps", "sparse_steps", "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate"),
-    *("resume", "mesh"),
+    *("sequences", "stream", "stream_memory", "resume", "mesh"),
 ):
     flags.declare_key_flag(_name)
 
+SEQUENCES = 32  # by default, with --train=indexers
+
+_TRAIN = flags.DEFINE_enum(
+    "train",
+    "indexers",
+    ["indexers", "all"],
+    "indexers: of a frozen model, group by group, on --sequences of text; all: a dense warm-up and a sparse stage",
+)
+_STEPS = flags.DEFINE_integer("steps", 400, "steps of each group of layers, with --train=indexers", lower_bound=1)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak learning rate, with --train=indexers", lower_bound=0)
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "steps between checkpoints", lower_bound=1)
 _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
@@ -288,7 +307,174 @@ def report(result: Result, given: Inputs, layout: devices.Layout) -> None:
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\nwritten to {output.directory}/, with checkpoint/")
 
 
+# ---- indexers of a frozen model
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A checkpoint whose indexers train, and text. cuts: batches [1, S+1] to evaluate on."""
+
+    output: Output
+    checkpoint: inputs.Checkpoint
+    training: indexer_training.Run
+    cuts: list[np.ndarray]
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """The checkpoint's, and the one that is trained for."""
+        return [self.training.layers.schedule, self.training.schedule]
+
+
+def open_layers(checkpoint: inputs.Checkpoint) -> Layers:
+    """The checkpoint's layers, in memory or, with --stream, read as they are needed; ValueError where memory is too small."""
+    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights and FP8_BASE}
+    if options.STREAM.value:
+        return checkpoints_convert.Layers(checkpoint.directory, **asked)
+    fit.search(*inputs.described(checkpoint.directory), rows=1, context=options.CONTEXT.value, **asked)
+    return Resident(*checkpoints_convert.load(checkpoint.directory, **asked))
+
+
+def indexer_stage(context: int, dtype: str) -> Stage:
+    """What every group's indexer takes, as the flags describe it."""
+    rate, cross_layer = _LEARNING_RATE.value, _CROSS_LAYER.value
+    rows, steps = options.BATCH_SIZE.value, _STEPS.value
+    return Stage(
+        "indexers", "warmup", steps, rows, context, 0.0, rate, lr_warmup_steps=20, cross_layer=cross_layer, compute_dtype=dtype
+    )
+
+
+def read_frozen(output_dir: str, seed: int) -> Frozen:
+    """All that training indexers reads, checked before anything takes long."""
+    options.check_positive("held_out_sequences", "sequences", "batch_size")
+    checkpoint = inputs.checkpoint()
+    config, base = inputs.described(checkpoint.directory)
+    target_schedule(base)
+    orbax = is_orbax(pathlib.Path(checkpoint.directory))
+    if orbax and options.STREAM.value:
+        raise ValueError(f"--stream: new indexers are written beside safetensors, but {checkpoint.directory} is orbax")
+    reader = inputs.reader(checkpoint.directory, config)
+    stage = indexer_stage(reader.context, checkpoint.dtype)
+    link_or_copy([stage], checkpoint.directory)
+    sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
+    tokens = reader.draw(sides.train, "text", options.calibration_sequences(SEQUENCES), seed)[:, :-1]
+    cuts = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
+    output = Output.create(output_dir)
+    check_output(output)
+    indexer_runs.check_free(output.directory, options.RESUME.value)
+    layers = open_layers(checkpoint)
+    training = indexer_training.Run(layers, target_schedule(layers.schedule), tokens, stage, seed)
+    training, memory = indexer_runs.within(training, 1e9 * options.STREAM_MEMORY.value, output.directory)
+    of_all, trained = indexer_training.sizes(training)
+    print(f"{checkpoint.directory}: {base.pattern} -> {training.schedule.pattern}; {checkpoint.dtype} on {device()['kind']}")
+    print(f"{len(tokens)} sequences of {reader.context} tokens to train on, {len(cuts)} to evaluate on; {memory}")
+    one = trained // training.schedule.num_full
+    print(
+        f"{trained:,} of {of_all:,} weights train, {one:,} at a time: {12 * one / 1e6:.1f} MB of float32 weights and optimiser "
+        "state; the others have neither gradient nor optimiser state",
+        flush=True,
+    )
+    return Frozen(output, checkpoint, training, [cut[None] for cut in cuts])
+
+
+def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[float]:
+    """Of a model under schedules, in nats a token."""
+    total = len(schedules) * len(cuts) * layers.config.num_layers
+    with progress(total=total, unit="layer", desc="held-out") as bar:
+        losses = StreamedEvaluator(layers, cuts, progress=bar.update).losses(schedules)
+        bar.total = bar.n  # schedules share layers
+    return losses
+
+
+def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
+    """Writes the checkpoint with its new indexers and schedule."""
+    training, source = given.training, given.checkpoint.directory
+    config, schedule = training.config, training.schedule
+    folder = checkpoint_folder(given.output)
+    journal.remove(folder)  # of an earlier --resume
+    stacked: Indexer = jax.tree.map(lambda *stack: np.stack(stack), *(indexers[layer] for layer in schedule.full_layers))
+    link = link_or_copy([training.stage], source)
+    if link is None:
+        _, base, stored = checkpoints_convert.load(source)
+        stored = with_schedule(stored, base, schedule)
+        new = dataclasses.replace(stored, indexer=jax.tree.map(lambda a, b: a.astype(b.dtype), stacked, stored.indexer))
+        checkpoints_convert.save(folder, new, config, schedule, companions_of=source)
+        return
+    nothing: Params = jax.tree.map(lambda _: None, abstract(config, schedule))
+    alone = dataclasses.replace(nothing, indexer=stacked)
+    for note in checkpoints_convert.save_indexers(folder, alone, config, schedule, source, link):
+        print(f"note: {note}")
+
+
+def distil_indexers(output_dir: str, seed: int) -> None:
+    """Trains a frozen model's indexers for a schedule, writes the checkpoint that results, and evaluates it."""
+    given = read_frozen(output_dir, seed)
+    layers, schedule = given.training.layers, given.training.schedule
+    began = time.perf_counter()
+    groups = indexer_runs.train(given.training, given.output, options.RESUME.value)
+    seconds = time.perf_counter() - began
+    indexers = {group.layer: group.indexer for group in groups}
+    write_indexers(given, indexers)
+    names = [options.ALL_F if layers.schedule.num_full == schedule.num_layers else "as it came", "the schedule, untrained"]
+    losses = held_out_losses(layers, given.schedules, given.cuts)
+    losses += held_out_losses(Reindexed(layers, schedule, indexers), [schedule], given.cuts)
+    report_indexers(given, groups, dict(zip([*names, "distilled"], losses, strict=True)), seconds)
+
+
+def report_indexers(given: Frozen, groups: list[indexer_runs.Group], losses: dict[str, float], seconds: float) -> None:
+    """Writes the plot, results.json and report.md, and prints the tables."""
+    output, schedule, training = given.output, given.training.schedule, given.training
+    curves = {f"layer {group.layer}": list(enumerate(group.divergence)) for group in groups}
+    plots.training_curves(output, [plots.Panel("divergence of the indexers", "nats per token", curves)], "step", (5, 3.4))
+    first = next(iter(losses.values()))
+    sizes = [given.schedules[0].num_full, schedule.num_full, schedule.num_full]
+    header = ["", "indexers", "held-out loss", "change"]
+    cells = [
+        [name, size, f"{loss:.4f}", f"{loss / first - 1:+.2%}"]
+        for (name, loss), size in zip(losses.items(), sizes, strict=True)
+    ]
+    of_groups = markdown_table(
+        ["layers", "divergence before", "after", "seconds"],
+        [
+            [layers, *(f"{value:.3f}" for value in group.ends), f"{group.seconds:.0f}"]
+            for group, layers in zip(groups, map(span, training.groups), strict=True)
+        ],
+    )
+    note = (
+        "Held-out loss in nats per token. Divergences in nats per token of the training text, over all visible keys, the mean "
+        "of the first and of the last ten steps."
+    )
+    metrics = {
+        "checkpoint": given.checkpoint.directory,
+        "pattern": schedule.pattern,
+        "held_out": losses,
+        "tokens": int(training.tokens.size),
+        "seconds": seconds,
+        "groups": [{"layer": group.layer, "seconds": group.seconds, "divergence": group.divergence} for group in groups],
+        "flops": {"step": indexer_training.step_work(training, max(map(len, training.groups)))},
+    }
+    text = f"# Indexers for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n"
+    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
+    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{of_groups}\n\nwritten to {output.directory}/, with checkpoint/")
+
+
+def span(layers: tuple[int, ...]) -> str:
+    """Consecutive layers for a reader, such as "4-7"."""
+    return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+
+
+# ---- the command
+
+
 def run(output_dir: str, seed: int) -> None:
+    if _TRAIN.value == "indexers":
+        needs_all = "needs --train=all; --train=indexers trains indexers alone, with --steps and --learning_rate"
+        options.refuse(needs_all, "warmup_steps", "sparse_steps", "accumulate", "save_every", "keep")
+        options.refuse(needs_all, "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate")
+        if options.MESH.value or processes.count() > 1:
+            raise NotImplementedError("--train=indexers: runs on one device, of one process; --train=all takes --mesh")
+        distil_indexers(output_dir, seed)
+        return
+    options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "stream", "stream_memory")
     options.check_positive("batch_size")
     layout = devices.layout(options.BATCH_SIZE.value)
     with devices.in_force(layout, TRAINING):

@@ -21,9 +21,10 @@ from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from indexcache_jax import memory, search, serving
 from indexcache_jax.config import Config
+from indexcache_jax.layers import shardings_in_force
 from indexcache_jax.params import Params, abstract
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import overlap, streamed
+from indexcache_jax.search import overlap
 from indexcache_jax.search.streamed import StreamedEvaluator
 from indexcache_jax.sharding import SERVING
 
@@ -34,7 +35,7 @@ OVERLAP_BATCHES = 2
 
 for _name in (
     *("checkpoint", "dtype", "weights", "context", "text", "held_out", "sequences", "held_out_sequences", "batch_size"),
-    *("retention", "retentions", "blocks", "resume", "mesh"),
+    *("retention", "retentions", "blocks", "stream", "stream_memory", "resume", "mesh"),
 ):
     flags.declare_key_flag(_name)
 _LOSS_BUDGET = flags.DEFINE_float(
@@ -55,12 +56,9 @@ _RACE = flags.DEFINE_float(
 )
 _COMPARE = flags.DEFINE_list("compare", [], "patterns of F and S that the table has besides, such as published ones")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "check all that is read and say what the search takes, but search nothing")
-_TIME = flags.DEFINE_bool("time_prefill", True, "measure prefill under every schedule, once the search is done")
-_STREAM = flags.DEFINE_bool(
-    "stream", False, "read the weights layer by layer, for a model larger than the device; prefill is not measured then"
+_TIME = flags.DEFINE_bool(
+    "time_prefill", True, "measure prefill under every schedule, once the search is done; not with --stream"
 )
-_STREAM_MEMORY = flags.DEFINE_float("stream_memory", 64.0, "GB of host memory for hidden states, with --stream", 0.0)
-
 
 # ---- what is searched
 
@@ -129,7 +127,7 @@ class Streamed:
 
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
         """The first and the last layer speak for all: reading every one takes as long as a step of the search."""
-        shardings, last = streamed.shardings_in_force(self.layers), self.config.num_layers - 1
+        shardings, last = shardings_in_force(self.layers), self.config.num_layers - 1
         ends = self.layers.ends(shardings)
         weights = search.fingerprint((ends, self.layers.layer(0, shardings), self.layers.layer(last, shardings)), batches)
         return {"pattern": self.schedule.pattern, "dtype": str(ends.embedding.dtype), **weights}
@@ -147,8 +145,8 @@ def open_model(checkpoint: inputs.Checkpoint) -> Model:
     ValueError for one that is to be in memory and does not fit the device's.
     """
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
-    if _STREAM.value:
-        return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), int(1e9 * _STREAM_MEMORY.value))
+    if options.STREAM.value:
+        return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), int(1e9 * options.STREAM_MEMORY.value))
     rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
     fit.search(*inputs.described(checkpoint.directory), rows=rows, context=context, **asked)
     return InMemory(*checkpoints_convert.load(checkpoint.directory, **asked))
@@ -204,7 +202,7 @@ def read_goal(base: Schedule) -> Goal:
         )
     if options.BLOCKS.value > base.num_layers:
         raise ValueError(f"--blocks={options.BLOCKS.value}: the model has {base.num_layers} layers")
-    if _STREAM.value and strategy == "similarity":
+    if options.STREAM.value and strategy == "similarity":
         raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
     if strategy == "floating" and options.BLOCKS.value > 1:
         raise ValueError(f"--blocks={options.BLOCKS.value}: --strategy=floating has no blocks, it changes one layer at a time")
@@ -231,15 +229,18 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
     config, base = inputs.described(checkpoint.directory)
     goal = read_goal(base)
     if goal.strategy == "greedy":
-        size = memory.tree_bytes(abstract(config, base), checkpoint.dtype, memory.mesh_of(), SERVING) if _STREAM.value else None
+        size = None
+        if options.STREAM.value:
+            size = memory.tree_bytes(abstract(config, base), checkpoint.dtype, memory.mesh_of(), SERVING)
         rows = options.BATCH_SIZE.value
-        print(cost(base, goal, options.SEQUENCES.value // rows, rows * options.CONTEXT.value, size), flush=True)
+        batches = options.calibration_sequences() // rows
+        print(cost(base, goal, batches, rows * options.CONTEXT.value, size), flush=True)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
         model = open_model(checkpoint)
     reader = inputs.reader(checkpoint.directory, model.config)
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
-    calibration = reader.draw(sides.train, "text", options.SEQUENCES.value, seed)
+    calibration = reader.draw(sides.train, "text", options.calibration_sequences(), seed)
     held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     about = about_text(sides, reader, calibration, held_out)
     given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal, about)
@@ -315,7 +316,7 @@ def find(
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():
                 bar.write(f"note: {line}")
-            growth = STREAMED_GROWTH if _STREAM.value else search.Race.growth
+            growth = STREAMED_GROWTH if options.STREAM.value else search.Race.growth
             race = search.Race(_RACE.value, growth=growth) if _RACE.value else None
             steps = search_down(losses, base, goal, race)
         bar.total = bar.n
@@ -425,7 +426,7 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
     The weights are read from the checkpoint once more, as inference runs them, so that they are in memory once where the
     caller has let go of the search's. None for every schedule where nothing is to be measured.
     """
-    if _STREAM.value or not _TIME.value:
+    if options.STREAM.value or not _TIME.value:
         return [None for _ in schedules]
     with warnings.catch_warnings(action="ignore"):  # they came when the model was opened
         config, _, weights = checkpoints_convert.load(

@@ -48,7 +48,7 @@ from pallas_kernels.blocks import block_rows, map_queries
 SCORE_BYTES = 512 * 2**20  # of float32 attention and index logits at once, of all heads and rows of one block of queries
 # Queries see only keys before them, so from CAUSAL_FROM tokens on a row is cut into CAUSAL_PARTS parts: the queries of the
 # first quarter need no product with the keys of the other three. Not where devices share a row: each has early and late ones.
-CAUSAL_PARTS, CAUSAL_FROM = 4, 2048
+CAUSAL_PARTS, CAUSAL_FROM = 4, 1024
 REARRANGING = {
     *("sharding_constraint", "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"),
     *("slice", "dynamic_slice", "copy", "optimization_barrier"),
@@ -137,9 +137,19 @@ def divergence(target: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Arr
 
     The target is a distribution within the mask, zeros outside. A query whose mask is empty gets 0.
     """
+    return cross_entropy(target, scores, mask) - entropy(target)
+
+
+def cross_entropy(target: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """What of `divergence` depends on the scores."""
     any_key = jnp.any(mask, axis=-1, keepdims=True)
     log_q = jax.nn.log_softmax(jnp.where(mask, scores, jnp.where(any_key, -jnp.inf, 0.0)), axis=-1)
-    return jnp.sum(jax.scipy.special.xlogy(target, target) - target * jnp.where(mask, log_q, 0.0), axis=-1)
+    return -jnp.sum(target * jnp.where(mask, log_q, 0.0), axis=-1)
+
+
+def entropy(target: jax.Array) -> jax.Array:
+    """Of distributions [..., T], in nats: [...]."""
+    return -jnp.sum(jax.scipy.special.xlogy(target, target), axis=-1)
 
 
 def averaged_divergence(targets: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -282,7 +292,6 @@ def _by_blocks(
 
     Over all visible keys, or the selected ones where `state` has indices; without a state there is no divergence.
     """
-    parts = CAUSAL_PARTS if queries.shape[1] >= CAUSAL_FROM and devices_along("queries") == 1 else 1
 
     def attend(
         up: UpProjections, latents: jax.Array, index_keys: jax.Array | None, per_query: tuple[Any, ...]
@@ -306,15 +315,7 @@ def _by_blocks(
                 scores = index_scores(index_queries, index_keys[:, :t], head_weights)
                 return out, divergence(jax.lax.stop_gradient(target), scores, mask)
 
-        (b, s), t = per_query[0].shape[:2], keys.shape[1]
-        found = []
-        for first, stop in itertools.pairwise(i * s // parts for i in range(parts + 1)):
-            part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], per_query)
-            seen = t if parts == 1 else stop
-            bytes_per_query = 4 * b * seen * (keys.shape[2] + config.index_n_heads)
-            rows = block_rows(stop - first, bytes_per_query, SCORE_BYTES)
-            found.append(map_queries(jax.checkpoint(functools.partial(block, seen)), part, rows))
-        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
+        return map_causal(block, per_query, keys.shape[1], keys.shape[2] + config.index_n_heads)
 
     index_keys = indices = None
     index: tuple[jax.Array, ...] = ()
@@ -326,6 +327,27 @@ def _by_blocks(
     inputs = (heads, ROWS, ROWS, of_queries)
     out, kl = on_each_device(attend, inputs, (of_queries, QUERIES))(up, latents, index_keys, per_query)
     return out, jnp.sum(kl)
+
+
+def map_causal(
+    block: Callable[..., Any], per_query: tuple[Any, ...], keys: int, heads: int, most_rows: int | None = None
+) -> Any:
+    """`block(t, *inputs)` over blocks of queries that see at most the first t of `keys` keys, recomputed in the backward pass.
+
+    per_query: trees of arrays [B, S, ...] of queries that stand in the order of their positions, unless devices share them.
+    heads: scores that a block has for every query and key, which bound its rows, as `most_rows` does. Returns what the blocks
+    do, for all queries.
+    """
+    b, s = jax.tree.leaves(per_query)[0].shape[:2]
+    parts = CAUSAL_PARTS if keys >= CAUSAL_FROM and devices_along("queries") == 1 else 1
+    found = []
+    for first, stop in itertools.pairwise(i * s // parts for i in range(parts + 1)):
+        part = jax.tree.map(lambda x, first=first, stop=stop: x[:, first:stop], per_query)
+        seen = keys if parts == 1 else stop
+        rows = block_rows(stop - first, 4 * b * seen * heads, SCORE_BYTES)
+        rows = rows if most_rows is None else min(rows, most_rows)
+        found.append(map_queries(jax.checkpoint(functools.partial(block, seen)), part, rows))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *found)
 
 
 def _embed(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -99,6 +99,24 @@ def attention_layer(params: Params, layer: Any, indexer_slot: Any) -> AttentionL
     )
 
 
+def single_layer(
+    params: Params,
+    x: jax.Array,
+    indices: jax.Array | None,
+    config: Config,
+    full: bool,
+    order: np.ndarray | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [B, S, D] after the only layer of `params` and `config`, run as F or S, and the indices [B, S, k] it used.
+
+    An S layer's params need no indexer, an F layer no indices. x: whole rows without padding. order: as for `attention_block`.
+    """
+    p = attention_layer(params, 0, 0 if full else None)
+    x, indices = attention_block(p, x, indices, whole_rows(x, config, order=order), config, full, order)
+    mlp = at_layer(params.moe if config.moe_layers[0] else params.dense, 0)
+    return mlp_block(mlp, at_layer(params.mlp_norm, 0), x, config), indices
+
+
 def walk(
     params: Params, x: jax.Array, positions: Positions, config: Config, schedule: Schedule
 ) -> tuple[jax.Array, list[jax.Array]]:

@@ -97,6 +97,12 @@ def learning_rate(stage: Stage, peak: float, steps: jax.Array | int) -> optax.Sc
     return at
 
 
+def adamw(stage: Stage, peak: float, steps: jax.Array | int, decayed: Any) -> optax.GradientTransformation:
+    """AdamW at a peak learning rate, for a stage of `steps` updates; decayed: a tree of booleans, which weights decay."""
+    rule = optax.adamw(learning_rate(stage, peak, steps), b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(stage.clip_norm), rule)
+
+
 def optimiser(
     stage: Stage, config: Config, schedule: Schedule, steps: jax.Array | int | None = None, weights: str | None = None
 ) -> optax.GradientTransformation:
@@ -109,13 +115,8 @@ def optimiser(
     tree = abstract(config, schedule, weights)
     labels = distill.trainable(tree, stage.kind)
     decayed = split(jax.tree.map(lambda t: t.init == "normal", tree), labels)[0]
-
-    def adamw(peak: float) -> optax.GradientTransformation:
-        rate = learning_rate(stage, peak, length)
-        rule = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed)
-        return optax.chain(optax.clip_by_global_norm(stage.clip_norm), rule)
-
-    rules = {"model": adamw(stage.model_learning_rate), "indexer": adamw(stage.indexer_learning_rate)}
+    peaks = {"model": stage.model_learning_rate, "indexer": stage.indexer_learning_rate}
+    rules = {name: adamw(stage, peak, length, decayed) for name, peak in peaks.items()}
     return optax.multi_transform(rules, split(labels, labels)[0])
 
 

@@ -18,6 +18,7 @@ EXPERIMENTS = {
     "speed": "experiments.benchmarks.speed",
     "kernels": "experiments.benchmarks.kernels",
     "train_speed": "experiments.benchmarks.train_speed",
+    "indexer_speed": "experiments.benchmarks.indexer_speed",
     "precision": "experiments.benchmarks.precision",
     "compile": "experiments.benchmarks.compile",
     "plan": "experiments.benchmarks.plan",
@@ -69,7 +70,7 @@ TEXT = flags.DEFINE_string(
 )
 HELD_OUT = flags.DEFINE_string("held_out", "", "text to evaluate on, named like --text; default a tenth of --text's files")
 CONTEXT = flags.DEFINE_integer("context", 1536, "tokens of a sequence; must exceed the model's index_topk")
-SEQUENCES = flags.DEFINE_integer("sequences", 2, "calibration sequences")
+SEQUENCES = flags.DEFINE_integer("sequences", None, "calibration sequences; default 2, of distill 32")
 HELD_OUT_SEQUENCES = flags.DEFINE_integer("held_out_sequences", 4, "sequences to evaluate on")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "sequences at a time")
 WOVEN = flags.DEFINE_float(
@@ -95,6 +96,13 @@ TOPOLOGY = flags.DEFINE_string(
     "",
     "devices that programs are compiled for and that need not be at hand, such as v5e:2x2, v5p:4x4x4, or in plan h200:16 and "
     "local; default the experiment's own",
+)
+
+# ---- weights read layer by layer
+
+STREAM = flags.DEFINE_bool("stream", False, "read the weights layer by layer, for a model larger than the device")
+STREAM_MEMORY = flags.DEFINE_float(
+    "stream_memory", 64.0, "GB of host memory for hidden states, in search with --stream, and for targets in distill", 0.0
 )
 
 # ---- distillation
@@ -135,6 +143,18 @@ TIME_LIMIT = flags.DEFINE_float(
 def seconds_to_spend(default: float) -> float:
     """--time_limit, or the experiment's own."""
     return default if TIME_LIMIT.value is None else TIME_LIMIT.value
+
+
+def calibration_sequences(default: int = 2) -> int:
+    """--sequences, or `default`."""
+    return default if SEQUENCES.value is None else SEQUENCES.value
+
+
+def refuse(why: str, *names: str) -> None:
+    """ValueError for the first of these flags that is given, where nothing reads it."""
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise ValueError(f"--{name}={flags.FLAGS[name].value}: {why}")
 
 
 def check_positive(*names: str) -> None:

@@ -296,7 +296,7 @@ def proxy_table(found: Sequence[Found]) -> tuple[list[str], list[list[str]]]:
 
 def domain_matrix(studied: Model, domains: dict[str, Domain], seed: int, output: Output) -> dict[str, dict[str, float]]:
     """Held-out loss by the domain that a schedule at --retention was searched on (rows) and is evaluated on."""
-    layers, count, reader = studied.base.num_layers, options.SEQUENCES.value, studied.reader
+    layers, count, reader = studied.base.num_layers, options.calibration_sequences(), studied.reader
     size = inputs.kept_at_retention(layers)
     cuts = {name: reader.draw(domain.sides.train, domain.flag, count, seed) for name, domain in domains.items()}
     held_out = {
@@ -390,9 +390,10 @@ def check_flags() -> None:
     retentions, batch_size = options.RETENTIONS.value, options.BATCH_SIZE.value
     for retention in retentions:
         inputs.share("retentions", retention)
-    for flag in (options.SEQUENCES, options.HELD_OUT_SEQUENCES):
-        if flag.value % batch_size:
-            raise ValueError(f"--batch_size={batch_size}: does not divide --{flag.name}={flag.value}")
+    counts = {"sequences": options.calibration_sequences(), "held_out_sequences": options.HELD_OUT_SEQUENCES.value}
+    for name, count in counts.items():
+        if count % batch_size:
+            raise ValueError(f"--batch_size={batch_size}: does not divide --{name}={count}")
     free = [ALL_F, *(f"{retention} {kind}" for retention in retentions for kind in KINDS)]
     known = [*free, *(name + OWN for name in free)]
     if unknown := [name for name in _DISTILLED.value if name and name not in known]:
@@ -460,7 +461,7 @@ class Result:
 
 def draw_all(given: Inputs, seed: int) -> tuple[np.ndarray, Sample]:
     """Cuts [N, S+1] to search on, with retrieval tasks as in the training text, and what to evaluate on."""
-    domain, reader, count = given.domains["code"], given.studied.reader, options.SEQUENCES.value
+    domain, reader, count = given.domains["code"], given.studied.reader, options.calibration_sequences()
     cuts = reader.draw(domain.sides.train, domain.flag, count, seed)
     if options.WOVEN.value:
         stream = retrieval.weave(cuts.reshape(-1), reader.encoder, options.WOVEN.value, seed)

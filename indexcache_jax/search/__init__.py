@@ -22,12 +22,11 @@ from indexcache_jax.search.oracle import LossLog, LossOracle, MemoryLog
 from indexcache_jax.search.overlap import intersection_sizes, layer_overlap, mean_overlap
 from indexcache_jax.search.racing import Race
 from indexcache_jax.search.similarity import most_similar, similarities, total_similarity
-from indexcache_jax.search.streamed import Layers, StreamedEvaluator
+from indexcache_jax.search.streamed import StreamedEvaluator
 
 __all__ = [
     "BatchEvaluator",
     "Evaluator",
-    "Layers",
     "LossLog",
     "LossOracle",
     "Margin",

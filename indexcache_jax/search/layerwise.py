@@ -110,10 +110,8 @@ def advance(params: Params, state: State, layer: jax.Array, full: jax.Array, con
 
 def single(params: Params, state: State, config: Config, full: bool) -> State:
     """The state after the only layer of `params` and `config`, run as F or S; an S layer's params need no indexer."""
-    state = _attend(model.attention_layer(params, 0, 0 if full else None), state, config, full)
-    mlp = at_layer(params.moe if config.moe_layers[0] else params.dense, 0)
-    x = model.mlp_block(mlp, at_layer(params.mlp_norm, 0), state.x, config)
-    return dataclasses.replace(state, x=constrain(x, "batch", "queries", None))
+    x, indices = model.single_layer(params, state.x, state.indices, config, full, even_order(state.x.shape[1]))
+    return State(constrain(x, "batch", "queries", None), constrain(indices, "batch", "queries", None))
 
 
 @jax.jit

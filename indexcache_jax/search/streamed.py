@@ -16,16 +16,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from indexcache_jax import sharding
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.layers import Layers, in_order, placed
+from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.evaluator import BatchEvaluator, Missing, Progress, no_progress
@@ -40,43 +40,6 @@ T = TypeVar("T")
 Bounds = tuple[tuple[int | None, int | None], ...]  # start and stop along every axis of an array
 Pass = dict[int, list[Schedule]]  # batch numbers, and the schedules that one pass over the layers runs on each batch
 StateKey = tuple[int, str]  # a batch number, and the letters of a schedule up to some layer
-
-
-class Layers(Protocol):
-    """A source of weights to read layer by layer: Params with None where nothing was asked for.
-
-    shardings: where they lie, a tree for all Params of the model; by default on the default device. Of an array only what
-    this process's devices hold is read.
-    """
-
-    config: Config
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule that the weights are for: its F layers have an indexer."""
-
-    @property
-    def weights(self) -> str | None:
-        """The form of the params, as `params.abstract` names it."""
-
-    def ends(self, shardings: Params | None = None) -> Params:
-        """Embedding, final norm and head."""
-
-    def layer(self, layer: int, shardings: Params | None = None) -> Params:
-        """Every stack with this layer alone, None for the stacks that it has no part in."""
-
-
-def shardings_in_force(layers: Layers) -> Params | None:
-    """Where the mesh and rules in force put the weights of `layers`; None without a mesh.
-
-    Raises ValueError where an axis of a weight cannot be divided evenly.
-    """
-    mesh, rules = sharding.current()
-    return None if mesh is None else _shardings(layers, jax.sharding.get_mesh(), rules)
-
-
-def _shardings(layers: Layers, mesh: Mesh, rules: sharding.Rules) -> Params:
-    return sharding.shardings(abstract(layers.config, layers.schedule, layers.weights), mesh, rules)
 
 
 @functools.partial(jax.jit, static_argnames="full", donate_argnames="state")
@@ -165,7 +128,7 @@ class StreamedEvaluator(BatchEvaluator):
             self._mesh, self._rules = sharding.make_mesh(data=count, devices=devices[:count]), SERVING.whole_experts()
         else:
             self._mesh = jax.sharding.get_mesh()
-        self._shardings = _shardings(layers, self._mesh, self._rules)
+        self._shardings = placed(layers, self._mesh, self._rules)
         self._ends = layers.ends(self._shardings)
         super().__init__(layers.config, layers.schedule, self._ends.embedding.dtype, batches, log, progress)
         self.layers, self.memory = layers, memory
@@ -225,7 +188,7 @@ class StreamedEvaluator(BatchEvaluator):
         for number in batches:
             tokens = self._run(layerwise.place, self.batches[number][:, :-1])
             states[number, ""] = _to_host(self._run(layerwise.start, self._ends, tokens, self.config))
-        for layer, params in self._read():
+        for layer, params in in_order(self.layers, self._shardings):
             above = {}
             for key, state in self._through(layer, params, states, batches):
                 see(layer, key[0], state)
@@ -254,18 +217,6 @@ class StreamedEvaluator(BatchEvaluator):
                 running = (number, below + letter), after
         if running is not None:
             yield running
-
-    def _read(self) -> Iterator[tuple[int, Params]]:
-        """The layers' numbers and weights on the devices, each read while the one before is in use."""
-
-        with futures.ThreadPoolExecutor(1) as reader:
-            following = reader.submit(self.layers.layer, 0, self._shardings)
-            for layer in range(self.config.num_layers):
-                params = following.result()
-                if layer + 1 < self.config.num_layers:
-                    following = reader.submit(self.layers.layer, layer + 1, self._shardings)
-                yield layer, params
-                del params  # or two layers would stay on the devices while a third is read
 
     def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function` returns with the mesh in force."""

@@ -1,5 +1,6 @@
 """`--experiment=distill`: killed and resumed, and the checkpoint that it writes."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,12 +19,15 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoints_convert
-from experiments import distill
-from experiments.common import inputs, runs
+from checkpoints_convert.safetensors_io import read_header
+from experiments import distill, run  # noqa: F401  (run defines flags that every experiment has)
+from experiments.common import indexer_runs, inputs, runs
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2, "vocab_size": 258, "eos_token_id": 256}
@@ -144,13 +148,13 @@ def arguments(checkpoint, texts, output, *more):
         "held_out": texts / "4.txt",
         "context": 24,
         "held_out_sequences": 2,
-        "warmup_steps": 30,
-        "sparse_steps": 30,
-        "save_every": 4,
         "output_dir": output,
     }
     flags_given = [f"--{name}={value}" for name, value in flags.items()]
     return [sys.executable, "-m", "experiments.run", "--experiment=distill", *flags_given, *more]
+
+
+EVERYTHING = "--train=all", "--warmup_steps=30", "--sparse_steps=30", "--save_every=4"
 
 
 def environment(cache):
@@ -172,10 +176,10 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
         "stderr": subprocess.PIPE,
         "text": True,
     }
-    whole = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole"), timeout=600, **options)
+    whole = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole", *EVERYTHING), timeout=600, **options)
     assert whole.returncode == 0, whole.stderr
     log = tmp_path / "killed" / runs.LOG
-    command = arguments(checkpoint, texts, tmp_path / "killed", "--resume")
+    command = arguments(checkpoint, texts, tmp_path / "killed", *EVERYTHING, "--resume")
     kills = 0
     for lines in (1, 13, 37, 50):  # of the log: before and after stages end, while checkpoints are being written
         process = subprocess.Popen(command, **options)
@@ -195,7 +199,7 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     assert set(resumed["speed"]) == set(found["speed"]) == {"matmul_tflops", "warm-up", "sparse"}  # of all processes
     assert found["pattern"] == "FSF" and set(found["held_out"]) == {"as it came", "the schedule, untrained", "distilled"}
     assert found["held_out"]["distilled"]["indexer"] < found["held_out"]["the schedule, untrained"]["indexer"]
-    again = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole"), timeout=600, **options)
+    again = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole", *EVERYTHING), timeout=600, **options)
     assert again.returncode == 1 and again.stderr.strip().splitlines()[-1].startswith("error: ") and "--resume" in again.stderr
 
 
@@ -213,7 +217,11 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
 )
 def test_bad_flags_are_named(checkpoint, texts, tmp_path, flag, message):
     found = subprocess.run(
-        [*arguments(checkpoint, texts, tmp_path / "out"), *(["--schedule="] if message is None else []), *flag.split()],
+        [
+            *arguments(checkpoint, texts, tmp_path / "out", *EVERYTHING),
+            *(["--schedule="] if message is None else []),
+            *flag.split(),
+        ],
         env=environment(tmp_path / "cache"),
         cwd=ROOT,
         capture_output=True,
@@ -222,3 +230,146 @@ def test_bad_flags_are_named(checkpoint, texts, tmp_path, flag, message):
     )
     line = found.stderr.strip().splitlines()[-1]
     assert found.returncode == 1 and line.startswith("error: ") and (message or "--retention=2") in line
+
+
+# ---- indexers of a frozen model
+
+
+@contextlib.contextmanager
+def flags_of(checkpoint, texts, **more):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    given = {
+        "checkpoint": str(checkpoint),
+        "schedule": ["FSF"],
+        "text": f"{texts}/[0-3].txt",
+        "held_out": str(texts / "4.txt"),
+        "context": 24,
+        "sequences": 4,
+        "held_out_sequences": 2,
+        "steps": 12,
+    }
+    with flagsaver.flagsaver(**given | more):
+        yield
+
+
+def stored(folder):
+    """The bytes of every tensor of a safetensors directory by name."""
+    headers = [read_header(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: entry.read(0, entry.nbytes).tobytes() for header in headers for name, entry in header.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, texts, tmp_path_factory):
+    """The output folder of a run."""
+    output = tmp_path_factory.mktemp("trained")
+    with flags_of(checkpoint, texts):
+        distill.run(str(output), 0)
+    return output
+
+
+def test_only_the_indexers_of_the_schedule_change(checkpoint, trained):
+    before, after = stored(checkpoint), stored(trained / "checkpoint")
+    indexers = {name for name in before if ".indexer." in name}
+    dropped = {name for name in indexers if "layers.1." in name}
+    assert len(dropped) == len(indexers) // 3 and after.keys() == before.keys() - dropped
+    assert {name for name in after if after[name] != before[name]} == indexers - dropped
+    config, schedule, _ = checkpoints_convert.load(trained / "checkpoint")
+    assert schedule == TARGET.schedule and config == BASE.config
+    assert (trained / "checkpoint" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_the_report_has_the_losses_of_what_was_written(checkpoint, texts, trained):
+    found = json.loads((trained / "results.json").read_text())["metrics"]
+    with flags_of(checkpoint, texts):
+        sides = inputs.split(f"{texts}/[0-3].txt", str(texts / "4.txt"))
+        cuts = inputs.reader(str(checkpoint), BASE.config).draw(sides.held_out, "held_out", 2, 0)
+    config, schedule, params = checkpoints_convert.load(trained / "checkpoint")
+    logits = np.float64(forward(params, cuts[:, :-1], config, schedule))
+    logits -= logits.max(axis=-1, keepdims=True)
+    picked = np.take_along_axis(logits, cuts[:, 1:, None], axis=-1)[..., 0]
+    expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - picked)
+    np.testing.assert_allclose(found["held_out"]["distilled"], expected, rtol=1e-5)
+    assert list(found["held_out"]) == ["all F", "the schedule, untrained", "distilled"]
+    for group in found["groups"]:
+        assert len(group["divergence"]) == 12 and np.mean(group["divergence"][-4:]) < np.mean(group["divergence"][:4])
+
+
+def test_a_run_that_reads_the_weights_layer_by_layer_writes_the_same(checkpoint, texts, trained, tmp_path):
+    with flags_of(checkpoint, texts, stream=True, stream_memory=0.0, export="linked"):
+        distill.run(str(tmp_path / "out"), 0)
+    found, expected = (checkpoints_convert.load(folder / "checkpoint")[2] for folder in (tmp_path / "out", trained))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, expected)
+
+
+def test_an_orbax_checkpoint_is_written_whole(checkpoint, texts, trained, tmp_path):
+    checkpoints_convert.convert(checkpoint, tmp_path / "orbax", format="orbax")
+    with flags_of(tmp_path / "orbax", texts):
+        distill.run(str(tmp_path / "out"), 0)
+    found, expected = (checkpoints_convert.load(folder / "checkpoint") for folder in (tmp_path / "out", trained))
+    assert found[:2] == expected[:2]
+    jax.tree.map(np.testing.assert_array_equal, found[2], expected[2])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"warmup_steps": 5}, "--warmup_steps=5: needs --train=all"),
+        ({"model_learning_rate": 0.1}, "--model_learning_rate=0.1: needs --train=all"),
+        ({"train": "all", "steps": 5}, "--steps=5: needs --train=indexers"),
+        ({"train": "all", "stream": True}, "--stream=True: needs --train=indexers"),
+        ({"schedule": ["FS"]}, "--schedule=FS"),
+        ({"sequences": 0}, "--sequences=0"),
+        ({"sequences": 4000}, "--text: "),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(checkpoint, texts, tmp_path, given, message):
+    with flags_of(checkpoint, texts, **given), present(*given), pytest.raises(ValueError, match=message):
+        distill.run(str(tmp_path / "out"), 0)
+    assert not (tmp_path / "out").exists()
+
+
+@contextlib.contextmanager
+def present(*names):
+    """These flags alone count as given on the command line."""
+    before = {name: flags.FLAGS[name].present for name in flags.FLAGS}
+    for name in before:
+        flags.FLAGS[name].present = int(name in names)
+    yield
+    for name, value in before.items():
+        flags.FLAGS[name].present = value
+
+
+def test_several_devices_are_refused(checkpoint, texts, tmp_path):
+    with flags_of(checkpoint, texts, mesh="data=2"), pytest.raises(NotImplementedError, match="runs on one device"):
+        distill.run(str(tmp_path / "out"), 0)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_where_the_uninterrupted_run_ends(checkpoint, texts, tmp_path):
+    options = {
+        "env": environment(tmp_path / "cache"),
+        "cwd": ROOT,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    more = "--sequences=4", "--steps=300", "--stream"
+    whole = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole", *more), timeout=600, **options)
+    assert whole.returncode == 0, whole.stderr
+    log = tmp_path / "killed" / indexer_runs.LOG
+    command = arguments(checkpoint, texts, tmp_path / "killed", *more, "--resume")
+    kills = 0
+    for lines in (1, 2, 2, 3):  # of the log, the first of which says what the run is about
+        process = subprocess.Popen(command, **options)
+        while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= lines):
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = subprocess.run(command, timeout=600, **options)
+    assert last.returncode == 0, last.stderr
+    assert kills >= 3
+    assert stored(tmp_path / "whole" / "checkpoint") == stored(tmp_path / "killed" / "checkpoint")
+    again = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole", *more), timeout=600, **options)
+    assert again.returncode == 1 and "--resume" in again.stderr.strip().splitlines()[-1]

@@ -13,7 +13,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SEARCH = ["--retentions=1/2", "--retention=1/2", "--sequences=2", "--batch_size=2", "--held_out_sequences=2", "--context=256"]
-DISTILL = ["--experiment=distill", "--warmup_steps=4", "--sparse_steps=4", "--context=160", "--batch_size=2", "--save_every=2"]
+DISTILL = [
+    "--experiment=distill",
+    "--train=all",
+    "--warmup_steps=4",
+    "--sparse_steps=4",
+    "--context=160",
+    "--batch_size=2",
+    "--save_every=2",
+]
 DISTILL += ["--held_out_sequences=2", "--text=indexcache_jax"]
 
 

@@ -1,0 +1,482 @@
+"""Trains the indexers of a frozen model, group after group: an F layer and the S layers that it serves.
+
+The divergence of distill.py trains nothing but indexers, and an indexer reads nothing but the input of its own layer. On a
+frozen model that input and the attention that an indexer is to predict are constants. So groups do not depend on each other:
+a group needs the hidden states of the text before each of its layers, the attention weights of these layers, and one indexer.
+
+The layers are read once, from the first to the last, and run as the model itself runs them, each with its own indexer. What a
+group needs stays in host memory. Where that has room, every query's mean target is computed once, and a step computes index
+scores and their gradient alone:
+
+    sum_j 1/(m+1) KL(p_j || q) = cross entropy(mean_j p_j, q) - mean_j entropy(p_j)
+
+Otherwise a step computes the targets again from hidden states and the softmax's denominators, by the kernels that training
+uses.
+
+A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from indexcache_jax import attention, distill, indexer, model, ops, tensors, training
+from indexcache_jax.config import Config
+from indexcache_jax.layers import Layers, in_order
+from indexcache_jax.model import AttentionLayer
+from indexcache_jax.norm import rms_norm
+from indexcache_jax.params import Indexer, Params, abstract, at_layer
+from indexcache_jax.positions import whole_rows
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.training import Stage
+from pallas_kernels import bits
+
+CPU_ROWS = 64
+ROW_TARGET_BYTES = 8 * 2**30  # of one row's float32 targets, on the device
+
+Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
+See = Callable[[float, str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes that a run keeps on the host for its largest group: hidden states, and targets where a step reads them."""
+
+    states: int
+    targets: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What indexers are trained with and for.
+
+    layers: the frozen model. schedule: the one to train for, whose F layers have an indexer there. tokens [N, S] int32: the
+    text. stage: of kind "warmup"; a step sees `stage.sequences` of the N rows, and every group takes `stage.steps` steps.
+    keeps_targets: compute every target once. allocate: makes the arrays of shape and dtype that are kept on the host.
+
+    ValueError where an F layer has no indexer, the stage has another kind or its compute_dtype is not that of the weights, or
+    the tokens are not of its context.
+    """
+
+    layers: Layers
+    schedule: Schedule
+    tokens: np.ndarray
+    stage: Stage
+    seed: int = 0
+    keeps_targets: bool = True
+    allocate: Allocate = np.empty
+
+    def __post_init__(self) -> None:
+        base = self.layers.schedule
+        self.schedule.check_layers(base.num_layers)
+        if lacking := [layer for layer in self.schedule.full_layers if not base.is_full[layer]]:
+            raise ValueError(f"schedule pattern: layer {lacking[0]} of {self.schedule.pattern} is F, but it has no indexer")
+        if self.stage.kind != "warmup":
+            raise ValueError(f"stage: {self.stage.kind!r} is not 'warmup', the kind that trains indexers alone")
+        if self.tokens.ndim != 2 or self.tokens.shape[1] != self.stage.context:
+            raise ValueError(f"tokens: {list(self.tokens.shape)} are not rows of the stage's context, {self.stage.context}")
+        if not len(self.tokens):
+            raise ValueError("tokens: there are none")
+
+    @property
+    def config(self) -> Config:
+        return self.layers.config
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """The layers of every group, its F layer first."""
+        return [self.schedule.serves(layer) for layer in self.schedule.full_layers]
+
+    def rows(self, layer: int) -> np.ndarray:
+        """Which rows [steps, sequences] the steps of the group of F layer `layer` see: all in turn, in random orders."""
+        count, wanted = len(self.tokens), self.stage.steps * self.stage.sequences
+        rng = np.random.default_rng((self.seed, layer))
+        orders = [rng.permutation(count) for _ in range(-(-wanted // count))]
+        return np.concatenate([np.zeros(0, np.int64), *orders])[:wanted].reshape(self.stage.steps, self.stage.sequences)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A group's indexer in host memory, float32, as that of a single layer; and its divergence L at every step, in nats."""
+
+    layer: int
+    indexer: Indexer
+    divergence: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """Hidden states x [N, S, D] before a layer on the host, and the indices [N, S, k] that it reuses if the model has it S."""
+
+    x: np.ndarray
+    indices: np.ndarray | None
+
+
+@flax.struct.dataclass
+class Kept:
+    """The mean target [B, S, T] of rows, in the compute dtype, and the mean over queries and layers of the entropies [B]."""
+
+    target: jax.Array
+    entropy: jax.Array
+
+
+@flax.struct.dataclass
+class Recomputed:
+    """What the targets of rows are computed from, by layer of the group: weights, hidden states, softmax denominators.
+
+    x [B, S, D]; lse [B, H, S] float32; share: what each layer's divergence counts.
+    """
+
+    layers: tuple[AttentionLayer, ...]
+    x: tuple[jax.Array, ...]
+    lse: tuple[jax.Array, ...]
+    share: tuple[jax.Array, ...]
+
+
+# ---- programs
+
+
+@functools.partial(jax.jit, static_argnames="full")
+def _after(params: Params, x: jax.Array, indices: jax.Array | None, config: Config, full: bool) -> tuple[jax.Array, jax.Array]:
+    return model.single_layer(params, x, indices, config, full)
+
+
+def _inputs(p: AttentionLayer, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Normalised input [B, S, D] and query latents [B, S, R] of a layer with hidden states x before it."""
+    h = rms_norm(x, p.norm, config.rms_norm_eps)
+    return h, attention.query_latents(p.attention, h, config)
+
+
+def _queries_and_keys(p: AttentionLayer, x: jax.Array, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys [B, S, H, dn + dr] and values [B, S, H, dv] of a layer with hidden states x before it."""
+    cos_sin = whole_rows(x, config).cos_sin
+    h, q_latent = _inputs(p, x, config)
+    queries = jnp.concatenate(attention.queries(p.attention, q_latent, cos_sin, config), axis=-1)
+    return queries, *attention.expand(p.attention, attention.latents(p.attention, h, cos_sin, config), config)
+
+
+@functools.partial(jax.jit, donate_argnames=("target", "entropy"))
+def _add_target(
+    target: jax.Array, entropy: jax.Array, p: AttentionLayer, x: jax.Array, share: jax.Array, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """target [B, S, T] and entropy [B], float32, with a layer's: its heads' mean probabilities over all visible keys."""
+    p = model.decoded_layer(p, config, x.dtype)
+    queries, keys, values = _queries_and_keys(p, x, config)
+
+    def block(t: int, queries: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mask = jnp.arange(t) < visible[..., None]
+        _, found = attention.attend_expanded(queries, keys[:, :t], values[:, :t], mask, config.attention_scale)
+        return jnp.pad(found, ((0, 0), (0, 0), (0, keys.shape[1] - t))), distill.entropy(found)
+
+    found, entropies = distill.map_causal(block, (queries, _visible(x)), keys.shape[1], config.num_heads, _most_rows())
+    return target + share * found, entropy + share * jnp.mean(entropies, axis=1)
+
+
+def _most_rows() -> int | None:
+    """Queries of a block: on a CPU so few that their scores stay in its cache, which makes a step four times faster."""
+    return CPU_ROWS if ops.platform() == "cpu" else None
+
+
+def _visible(x: jax.Array) -> jax.Array:
+    """How many keys each query of whole rows [B, S, ...] sees: [B, S]."""
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape[:2], 1) + 1
+
+
+@jax.jit
+def _denominators(p: AttentionLayer, x: jax.Array, config: Config) -> jax.Array:
+    """The logarithms of the softmax's denominators [B, H, S] float32 of a layer, over all visible keys."""
+    arrays = _queries_and_keys(model.decoded_layer(p, config, x.dtype), x, config)
+    words = bits.causal(x.shape[0], x.shape[1], x.shape[1])
+    return ops.selected_attention(*arrays, words, scale=config.attention_scale)[1]
+
+
+def divergence(p: Indexer, layer: AttentionLayer, x: jax.Array, targets: Kept | Recomputed, config: Config) -> jax.Array:
+    """L of an indexer of `layer` with hidden states x [B, S, D] before it: the mean over rows and queries, in nats.
+
+    Arithmetic is in the dtype of x.
+    """
+    tree = abstract(config, Schedule.all_full(config.num_layers)).indexer
+    p = jax.tree.map(lambda a, t: a.astype(t.dtype or x.dtype), p, tree)
+    layer = model.decoded_layer(layer, config, x.dtype)
+    h, q_latent = _inputs(layer, x, config)
+    cos_sin = whole_rows(x, config).cos_sin
+    factors = (
+        indexer.index_queries(p, q_latent, cos_sin, config),
+        indexer.index_keys(p, h, cos_sin, config),
+        indexer.head_weights(p, h, config),
+    )
+    if isinstance(targets, Kept):
+        return _from_kept(*factors, targets)
+    return _from_recomputed(factors, targets, config)
+
+
+def _from_kept(queries: jax.Array, keys: jax.Array, head_weights: jax.Array, targets: Kept) -> jax.Array:
+    def block(t: int, queries: jax.Array, head_weights: jax.Array, target: jax.Array, visible: jax.Array) -> jax.Array:
+        mask = jnp.arange(t) < visible[..., None]
+        scores = distill.index_scores(queries, keys[:, :t], head_weights)
+        return distill.cross_entropy(target[..., :t].astype(jnp.float32), scores, mask)
+
+    per_query = queries, head_weights, targets.target, _visible(keys)
+    found = distill.map_causal(block, per_query, keys.shape[1], queries.shape[2] + 1, _most_rows())
+    return jnp.mean(found) - jnp.mean(targets.entropy)
+
+
+def _from_recomputed(factors: tuple[jax.Array, ...], targets: Recomputed, config: Config) -> jax.Array:
+    b, s = targets.x[0].shape[:2]
+    words, total = bits.causal(b, s, s), jnp.zeros((), jnp.float32)
+    for layer, x, lse, share in zip(targets.layers, targets.x, targets.lse, targets.share, strict=True):
+        queries, keys, _ = _queries_and_keys(model.decoded_layer(layer, config, x.dtype), x, config)
+        arrays = *factors, *jax.lax.stop_gradient((queries, keys, lse)), words
+        total = total + share * ops.index_divergence(*arrays, scale=config.attention_scale)
+    return total / (b * s)
+
+
+@functools.partial(jax.jit, static_argnames="stage", donate_argnames=("p", "state"))
+def _step(
+    p: Indexer,
+    state: Any,
+    layer: AttentionLayer,
+    x: jax.Array,
+    targets: Kept | Recomputed,
+    config: Config,
+    stage: Stage,
+    steps: jax.Array,
+) -> tuple[Indexer, Any, jax.Array]:
+    """One update on rows x [B, S, D]: the indexer, the optimiser's state, and L before the update. One row at a time."""
+
+    def of_row(row: jax.Array) -> tuple[jax.Array, Indexer]:
+        of_rows = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), (x, _by_row(targets)))
+        return jax.value_and_grad(divergence)(p, layer, of_rows[0], _with_rows(targets, of_rows[1]), config)
+
+    shapes = jax.eval_shape(of_row, jnp.int32(0))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    count = x.shape[0]
+    if count == 1:
+        value, gradient = of_row(jnp.int32(0))
+    else:
+        total, _ = jax.lax.scan(lambda sums, row: (jax.tree.map(jnp.add, sums, of_row(row)), None), zeros, jnp.arange(count))
+        value, gradient = jax.tree.map(lambda a: a / count, total)
+    updates, state = optimiser(stage, config, steps).update(gradient, state, p)
+    return optax.apply_updates(p, updates), state, value
+
+
+def _by_row(targets: Kept | Recomputed) -> Any:
+    """What of the targets has an entry for every row."""
+    return (targets.target, targets.entropy) if isinstance(targets, Kept) else (targets.x, targets.lse)
+
+
+def _with_rows(targets: Kept | Recomputed, by_row: Any) -> Kept | Recomputed:
+    """The targets with other rows."""
+    if isinstance(targets, Kept):
+        return Kept(*by_row)
+    x, lse = by_row
+    return dataclasses.replace(targets, x=x, lse=lse)
+
+
+def optimiser(stage: Stage, config: Config, steps: jax.Array | int | None = None) -> optax.GradientTransformation:
+    """AdamW over the indexer of a single layer, which is all that trains. steps: the stage's length where it is traced."""
+    tree = abstract(config, Schedule.all_full(config.num_layers)).indexer
+    decayed = jax.tree.map(lambda tensor: tensor.init == "normal", tree)
+    return training.adamw(stage, stage.indexer_learning_rate, stage.steps if steps is None else steps, decayed)
+
+
+# ---- a run
+
+
+def train(run: Run, finished: Collection[int] = (), see: See = lambda work, what: None) -> Iterator[Trained]:
+    """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
+
+    see: called with the floating-point operations done since its last call, of `work` altogether, and what is being done.
+    ValueError where a divergence or a trained weight is not finite.
+    """
+    if not (unfinished := [group for group in run.groups if group[0] not in finished]):
+        return
+    states = _embedded(run)
+    reading = in_order(run.layers)
+    for group in run.groups:
+        training_it, before, layers, p = group in unfinished, [], [], None
+        for layer in group:
+            _, params = next(reading)
+            if training_it:
+                before.append(states.x)
+                layers.append(AttentionLayer(params.input_norm[0], at_layer(params.attention, 0), None))
+                p = at_layer(params.indexer, 0) if layer == group[0] else p
+            if layer != unfinished[-1][-1]:
+                states = _advanced(run, params, layer, states, in_place=not training_it)
+                see(layer_work(run) * len(run.tokens), f"layer {layer}")
+            del params
+        if p is not None:
+            yield _train_group(run, group, p, layers, before, see)
+        if group is unfinished[-1]:
+            return
+
+
+def _embedded(run: Run) -> States:
+    """The hidden states before layer 0."""
+    table = run.layers.ends().embedding
+    x = run.allocate((*run.tokens.shape, run.config.hidden_size), table.dtype)
+    for row, tokens in enumerate(run.tokens):
+        x[row] = table[tokens]
+    return States(x, None)
+
+
+def _advanced(run: Run, params: Params, layer: int, before: States, in_place: bool) -> States:
+    """The hidden states after a layer, run as the model itself runs it; in the arrays of those before it if `in_place`."""
+    base, config = run.layers.schedule, run.config
+    config = dataclasses.replace(config, num_layers=1, moe_layers=config.moe_layers[layer : layer + 1])
+    x = before.x if in_place else run.allocate(before.x.shape, before.x.dtype)
+    reused, indices = layer + 1 < base.num_layers and not base.is_full[layer + 1], None
+    if reused:
+        indices = run.allocate((*x.shape[:2], min(config.index_topk, x.shape[1])), np.int32)
+
+    def keep(row: int, after: tuple[jax.Array, jax.Array]) -> None:
+        x[row] = np.asarray(after[0][0])
+        if indices is not None:
+            indices[row] = np.asarray(after[1][0])
+
+    running: tuple[int, tuple[jax.Array, jax.Array]] | None = None  # taken to the host while the device computes the next
+    for row in range(len(x)):
+        given = None if before.indices is None or base.is_full[layer] else before.indices[row : row + 1]
+        after = _after(params, before.x[row : row + 1], given, config, base.is_full[layer])
+        if running is not None:
+            keep(*running)
+        running = row, after
+    assert running is not None  # a run has rows
+    keep(*running)
+    return States(x, indices)
+
+
+def _train_group(
+    run: Run, group: tuple[int, ...], p: Indexer, layers: list[AttentionLayer], before: list[np.ndarray], see: See
+) -> Trained:
+    """The indexer of a group, trained from the hidden states before each of its layers; `before` is emptied."""
+    shares = distill.traced_schedule(run.schedule, run.stage.cross_layer).kl_weight
+    counted = [i for i, layer in enumerate(group) if shares[layer]]
+    layers, x = [layers[i] for i in counted], [before[i] for i in counted]
+    share = [jnp.float32(shares[group[i]]) for i in counted]
+    before.clear()
+    make = _kept_targets if run.keeps_targets else _recomputed_targets
+    targets_of = make(run, layers, x, share, lambda work: see(work, f"layer {group[0]}: targets"))
+    first, inputs = layers[0], x[0]
+    del layers, x  # targets that are kept need no hidden states but the first layer's
+    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), p)
+    state = optimiser(run.stage, run.config).init(p)
+    steps, cost = jnp.int32(run.stage.steps), step_work(run, len(group))
+    values: list[jax.Array] = []
+    shown = ""
+    for number, rows in enumerate(run.rows(group[0])):
+        p, state, value = _step(p, state, first, inputs[rows], targets_of(rows), run.config, run.stage.program, steps)
+        values.append(value)
+        if number >= 2:
+            shown = f", divergence {float(values[number - 2]):.4f}"  # of an earlier step, so that devices are not waited for
+        see(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}{shown}")
+    return _checked(group[0], jax.device_get(p), np.array(values, np.float32))
+
+
+def _checked(layer: int, p: Indexer, values: np.ndarray) -> Trained:
+    if not np.isfinite(values).all():
+        raise ValueError(f"indexer of layer {layer}: its divergence at step {np.argmin(np.isfinite(values))} is not finite")
+    for name, array in tensors.leaves(p):
+        if not np.isfinite(array).all():
+            raise ValueError(f"indexer of layer {layer}: {name} is not finite after training")
+    return Trained(layer, p, values)
+
+
+TargetsOf = Callable[[np.ndarray], Kept | Recomputed]  # of rows by their numbers [B]
+
+
+def _kept_targets(
+    run: Run, layers: list[AttentionLayer], x: list[np.ndarray], share: list[jax.Array], see: Callable[[float], object]
+) -> TargetsOf:
+    (count, length), dtype = run.tokens.shape, x[0].dtype
+    kept, entropies = run.allocate((count, length, length), dtype), np.empty(count, np.float32)
+    for row in range(count):
+        target, entropy = jnp.zeros((1, length, length), jnp.float32), jnp.zeros(1, jnp.float32)
+        for layer, states, weight in zip(layers, x, share, strict=True):
+            target, entropy = _add_target(target, entropy, layer, states[row : row + 1], weight, run.config)
+        kept[row], entropies[row] = np.asarray(target[0].astype(dtype)), np.asarray(entropy[0])
+        see(target_work(run) * len(layers))
+    return lambda rows: Kept(jnp.asarray(kept[rows]), jnp.asarray(entropies[rows]))
+
+
+def _recomputed_targets(
+    run: Run, layers: list[AttentionLayer], x: list[np.ndarray], share: list[jax.Array], see: Callable[[float], object]
+) -> TargetsOf:
+    count, length = run.tokens.shape
+    lse = [np.empty((count, run.config.num_heads, length), np.float32) for _ in layers]
+    for row in range(count):
+        for layer, states, kept in zip(layers, x, lse, strict=True):
+            kept[row] = np.asarray(_denominators(layer, states[row : row + 1], run.config)[0])
+        see(target_work(run) * len(layers))
+    return lambda rows: Recomputed(
+        tuple(layers), tuple(jnp.asarray(a[rows]) for a in x), tuple(jnp.asarray(a[rows]) for a in lse), tuple(share)
+    )
+
+
+# ---- what a run costs
+
+
+def need(run: Run) -> Need:
+    """What a run keeps on the host at most."""
+    count, length = run.tokens.shape
+    size = jnp.dtype(run.stage.compute_dtype).itemsize
+    longest = max(map(len, run.groups)) + 1
+    indices = 0 if all(run.layers.schedule.is_full) else 4 * min(run.config.index_topk, length)
+    states = count * length * (longest * run.config.hidden_size * size + 2 * indices)
+    return Need(states, count * length * length * size)
+
+
+def sizes(run: Run) -> tuple[int, int]:
+    """How many weights the model has under the schedule, and how many of them train."""
+    tree = abstract(run.config, run.schedule)
+    return tensors.count(tree), tensors.count(tree.indexer)
+
+
+def can_keep_targets(run: Run) -> bool:
+    """Whether a device can make the targets of a whole row at once, as it does to keep them."""
+    return 4 * run.tokens.shape[1] ** 2 <= ROW_TARGET_BYTES
+
+
+def layer_work(run: Run) -> float:
+    """Floating-point operations of a layer for one sequence, experts and selected attention included."""
+    c, s = run.config, run.tokens.shape[1]
+    one = dataclasses.replace(c, vocab_size=1)  # without the logits
+    per_token = training.flops_per_token(one, run.schedule, dataclasses.replace(run.stage, kind="sparse", context=s))
+    return per_token * s / (3 * c.num_layers)
+
+
+def target_work(run: Run) -> float:
+    """Floating-point operations of one layer's target for one sequence."""
+    c, s = run.config, run.tokens.shape[1]
+    projections = s * (c.hidden_size * (c.q_lora_rank + c.latent_dim) + c.num_heads * c.q_lora_rank * c.qk_head_dim)
+    projections += s * c.num_heads * c.kv_lora_rank * c.qk_nope_head_dim
+    return 2.0 * (projections + s * (s + 1) / 2 * c.num_heads * c.qk_head_dim)
+
+
+def step_work(run: Run, layers: int) -> float:
+    """Floating-point operations of a step for a group of so many layers."""
+    c, s = run.config, run.tokens.shape[1]
+    projections = s * (c.hidden_size * c.q_lora_rank + 2 * c.q_lora_rank * c.index_n_heads * c.index_head_dim)
+    projections += 2 * s * c.hidden_size * (c.index_head_dim + c.index_n_heads)
+    scores = 3 * s * (s + 1) / 2 * c.index_n_heads * (c.index_head_dim + 1)
+    again = 0.0 if run.keeps_targets else layers * target_work(run)
+    return run.stage.sequences * (2.0 * (projections + scores * (1 if run.keeps_targets else layers)) + again)
+
+
+def work(run: Run, finished: Collection[int] = ()) -> float:
+    """Floating-point operations of the rest of a run, as `train` reports them."""
+    unfinished = [group for group in run.groups if group[0] not in finished]
+    if not unfinished:
+        return 0.0
+    served = sum(map(len, unfinished)) if run.stage.cross_layer else len(unfinished)
+    of_groups = sum(run.stage.steps * step_work(run, len(group)) for group in unfinished)
+    return len(run.tokens) * (unfinished[-1][-1] * layer_work(run) + served * target_work(run)) + of_groups

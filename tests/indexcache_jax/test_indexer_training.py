@@ -1,0 +1,234 @@
+"""Indexers of a frozen model trained group by group: what the whole model's warm-up makes of them, one group at a time."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from indexcache_jax import distill, indexer_training, training
+from indexcache_jax.indexer_training import Run
+from indexcache_jax.layers import Reindexed, Resident
+from indexcache_jax.params import with_schedule
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.search import layerwise
+from indexcache_jax.tensors import leaves
+from tests.support.tiny_models import GLM_FIELDS, Case
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
+LENGTH = 25
+# Every key is selected, so that a model with all layers F runs as under dense attention, as in a warm-up.
+FIELDS = GLM_FIELDS | {"num_hidden_layers": 4, "index_topk": 32}
+CASE = Case(FIELDS, "FFFF", 2, (LENGTH + 1,) * 3)
+SPARSE = Case(FIELDS | {"index_topk": 8}, "FFSF", 2, (LENGTH + 1,) * 3)
+TARGET = Schedule("FFSS")
+STAGE = training.Stage("indexers", "warmup", 4, 3, LENGTH, 0.0, 3e-3, clip_norm=1e9, compute_dtype="float32")
+
+
+def resident(case=CASE):
+    return Resident(case.config, case.schedule, case.params)
+
+
+def run(case=CASE, schedule=TARGET, **changes):
+    stage = changes.pop("stage", STAGE)
+    return Run(resident(case), schedule, case.tokens[:, :-1], stage, **changes)
+
+
+def trained(given, finished=()):
+    return {group.layer: group for group in indexer_training.train(given, finished)}
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+    "keeps_targets", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept targets", "computed at every step"]
+)
+def test_a_group_learns_what_the_whole_model_s_warm_up_teaches_it(keeps_targets):
+    """Of all rows in every step, where no clipping ties indexers to each other."""
+    found = trained(run(keeps_targets=keeps_targets))
+    params = jax.tree.map(jnp.array, with_schedule(CASE.params, CASE.schedule, TARGET))
+    state = training.init_optimiser_state(params, STAGE, CASE.config, TARGET)
+    divergences = []
+    for _ in range(STAGE.steps):
+        params, state, metrics = training.step(params, state, CASE.tokens[None], CASE.config, TARGET, STAGE)
+        divergences.append(float(metrics[1]))
+    np.testing.assert_allclose(sum(group.divergence for group in found.values()), divergences, rtol=2e-5)
+    assert divergences[-1] < 0.95 * divergences[0]
+    for slot, layer in enumerate(TARGET.full_layers):
+        jax.tree.map(
+            lambda a, b, slot=slot: np.testing.assert_allclose(a, b[slot], atol=2e-5), found[layer].indexer, params.indexer
+        )
+
+
+@functools.cache
+def gradient_of_the_whole_model():
+    params = with_schedule(CASE.params, CASE.schedule, TARGET)
+
+    def divergence(indexers):
+        given = dataclasses.replace(params, indexer=indexers)
+        options = {"indexers": True, "sparse": False, "compute_dtype": jnp.float32}
+        return distill.losses(given, CASE.tokens, CASE.config, TARGET, **options).indexer
+
+    return jax.jit(jax.grad(divergence))(params.indexer)
+
+
+@pytest.mark.parametrize("keeps_targets", [True, False], ids=["kept targets", "computed at every step"])
+def test_the_gradient_of_a_group_is_that_of_the_whole_model_s_divergence(keeps_targets, monkeypatch):
+    """A step of plain gradient descent is the gradient."""
+    monkeypatch.setattr(indexer_training, "optimiser", lambda *_: optax.sgd(1.0))
+    indexer_training._step.clear_cache()
+    found = trained(run(keeps_targets=keeps_targets, stage=dataclasses.replace(STAGE, steps=1)))
+    indexer_training._step.clear_cache()
+    for slot, layer in enumerate(TARGET.full_layers):
+        for (name, before), (_, after), (_, gradient) in zip(
+            leaves(CASE.params.indexer), leaves(found[layer].indexer), leaves(gradient_of_the_whole_model()), strict=True
+        ):
+            scale = float(jnp.max(jnp.abs(gradient[slot])))
+            assert scale > 1e-4
+            np.testing.assert_allclose(before[layer] - after, gradient[slot], atol=1e-3 * scale + 2e-7, err_msg=name)
+
+
+def test_rows_of_a_step_are_drawn_by_seed_and_layer_and_all_are_seen():
+    given = run(stage=dataclasses.replace(STAGE, steps=7, rows=2), seed=1)
+    rows = given.rows(0)
+    assert rows.shape == (7, 2) and sorted(rows.reshape(-1)[:6]) == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(given.rows(0), rows)
+    assert not np.array_equal(given.rows(1), rows) and not np.array_equal(dataclasses.replace(given, seed=2).rows(0), rows)
+    assert run(stage=dataclasses.replace(STAGE, steps=0)).rows(0).shape == (0, 3)
+
+
+def test_groups_do_not_depend_on_which_were_trained_before():
+    given = run(stage=dataclasses.replace(STAGE, rows=1))
+    whole = trained(given)
+    rest = trained(given, finished={0})
+    assert list(rest) == [1] and list(whole) == [0, 1] and trained(given, finished={0, 1}) == {}
+    assert_same(rest[1].indexer, whole[1].indexer)
+    np.testing.assert_array_equal(rest[1].divergence, whole[1].divergence)
+
+
+def test_the_hidden_states_are_those_of_the_model_itself():
+    """Of one with an S layer of its own, in which a layer reuses indices; layers pass through the arrays of finished groups."""
+    made = []
+
+    def allocate(shape, dtype):
+        made.append(np.empty(shape, dtype))
+        return made[-1]
+
+    given = run(SPARSE, Schedule("FSSF"), stage=dataclasses.replace(STAGE, steps=1), allocate=allocate)
+    trained(given)
+    width = SPARSE.config.hidden_size
+    states = [a for a in made if a.shape[-1] == width]
+    config, base = SPARSE.config, SPARSE.schedule
+    state = layerwise.start(SPARSE.params, given.tokens, config)
+    for layer, found in enumerate(states):
+        np.testing.assert_allclose(found, state.x, atol=2e-5)
+        state = layerwise.advance(SPARSE.params, state, layer, base.is_full[layer], config, base)
+    assert len(states) == config.num_layers
+    made.clear()
+    trained(given, finished={0})
+    assert len([a for a in made if a.shape[-1] == width]) == 1
+
+
+def test_what_is_kept_is_what_was_announced():
+    made = []
+
+    def allocate(shape, dtype):
+        made.append((shape, np.dtype(dtype).itemsize * int(np.prod(shape))))
+        return np.empty(shape, dtype)
+
+    given = run(schedule=Schedule("FSSS"), allocate=allocate, stage=dataclasses.replace(STAGE, steps=1))
+    trained(given)
+    need = indexer_training.need(given)
+    assert sum(size for shape, size in made if shape[-1] == LENGTH) == need.targets
+    states = sum(size for shape, size in made if shape[-1] == CASE.config.hidden_size)
+    assert 0.7 * need.states < states <= need.states
+
+
+def test_only_an_indexer_has_optimiser_state():
+    p = jax.tree.map(lambda a: a[0], CASE.params.indexer)
+    state = indexer_training.optimiser(STAGE, CASE.config).init(p)
+    sizes = [a.size for a in jax.tree.leaves(state) if a.ndim]
+    assert sum(sizes) == 2 * sum(a.size for a in jax.tree.leaves(p))
+    of_all, train = indexer_training.sizes(run())
+    assert train == 2 * sum(a.size for a in jax.tree.leaves(p)) and of_all > 5 * train
+
+
+def test_the_frozen_weights_stay_as_they_were():
+    before = jax.tree.map(np.array, CASE.params)
+    trained(run(stage=dataclasses.replace(STAGE, steps=2)))
+    assert_same(CASE.params, before)
+
+
+@pytest.mark.parametrize(
+    "keeps_targets", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept targets", "computed at every step"]
+)
+def test_bfloat16_arithmetic_is_close_and_trains_float32_indexers(keeps_targets):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), CASE.params)
+    given = dataclasses.replace(run(), layers=Resident(CASE.config, CASE.schedule, params), keeps_targets=keeps_targets)
+    found, exact = trained(given), trained(run())
+    for layer in TARGET.full_layers:
+        np.testing.assert_allclose(found[layer].divergence, exact[layer].divergence, rtol=0.05)
+        assert {a.dtype for a in jax.tree.leaves(found[layer].indexer)} == {np.dtype(np.float32)}
+
+
+def test_without_the_cross_layer_loss_only_the_own_layer_teaches():
+    stage = dataclasses.replace(STAGE, cross_layer=False)
+    alone = trained(run(schedule=Schedule("FFFF"), stage=STAGE))
+    found = trained(run(stage=stage))
+    assert_same(found[1].indexer, alone[1].indexer)
+    assert not np.array_equal(trained(run())[1].indexer.keys, alone[1].indexer.keys)
+
+
+def test_the_model_with_new_indexers_is_the_params_with_them():
+    given = run(stage=dataclasses.replace(STAGE, steps=1))
+    groups = trained(given)
+    layers = Reindexed(given.layers, TARGET, {layer: group.indexer for layer, group in groups.items()})
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(groups[layer].indexer for layer in TARGET.full_layers))
+    params = dataclasses.replace(with_schedule(CASE.params, CASE.schedule, TARGET), indexer=stacked)
+    expected = Resident(CASE.config, TARGET, params)
+    assert layers.weights is None and layers.config == CASE.config
+    for layer in range(CASE.config.num_layers):
+        a, b = layers.layer(layer), expected.layer(layer)
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        assert_same(a, b)
+    assert_same(layers.ends(), expected.ends())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": Schedule("FFF")}, "has 3 entries for 4 layers"),
+        ({"stage": dataclasses.replace(STAGE, kind="sparse")}, "stage: 'sparse' is not 'warmup'"),
+        ({"stage": dataclasses.replace(STAGE, context=24)}, r"tokens: \[3, 25\] are not rows of the stage's context, 24"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+
+
+def test_a_layer_without_an_indexer_cannot_be_f():
+    with pytest.raises(ValueError, match="layer 2 of FFFS is F, but it has no indexer"):
+        run(SPARSE, Schedule("FFFS"))
+
+
+def test_a_divergence_that_is_not_finite_is_named():
+    broken = dataclasses.replace(CASE.params, indexer=jax.tree.map(lambda a: a.at[1].set(jnp.nan), CASE.params.indexer))
+    given = Run(Resident(CASE.config, CASE.schedule, broken), TARGET, CASE.tokens[:, :-1], STAGE)
+    with pytest.raises(ValueError, match="layer 1: its divergence at step 0 is not finite"):
+        trained(given, finished={0})
+
+
+def test_the_work_that_is_reported_is_the_work_that_was_announced():
+    given, done = run(), []
+    list(indexer_training.train(given, see=lambda work, what: done.append(work)))
+    np.testing.assert_allclose(sum(done), indexer_training.work(given), rtol=1e-9)
+    done.clear()
+    list(indexer_training.train(given, {0}, lambda work, what: done.append(work)))
+    np.testing.assert_allclose(sum(done), indexer_training.work(given, {0}), rtol=1e-9)
