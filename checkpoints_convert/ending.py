@@ -94,7 +94,7 @@ def _missing_device() -> str | None:
     try:
         jax.devices()
     except Exception as error:
-        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or ""
+        wanted = os.environ.get("JAX_PLATFORMS") or jax.config.values["jax_platforms"] or ""
         first = escaped(str(error).strip().splitlines()[0], 300) if str(error).strip() else "JAX finds none"
         return f"JAX_PLATFORMS={wanted}: there is no such device here, or it cannot be used: {first}"
     return None

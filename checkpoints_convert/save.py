@@ -38,7 +38,7 @@ from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_i
 from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from checkpoints_convert.written_config import Origin, written_fields
 from indexcache_jax.config import Config
-from indexcache_jax.config_json import read_config_json
+from indexcache_jax.config_json import GLM, read_config_json
 from indexcache_jax.params import Params, abstract, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import Weights
@@ -223,7 +223,7 @@ def convert(
     progress: Callable[[int, int], None] = lambda done, total: None,
     weights: str | None = "stored",
 ) -> list[str]:
-    """Converts one checkpoint directory into another, without ever holding the model. Returns what was left out.
+    """Converts one checkpoint directory into another, without ever holding the model. Returns what was left out, and warnings.
 
     format: None takes the one that `source` is not. schedule, dtype and weights are as in `load`, the rest as in `save`.
     An FP8 checkpoint stays one unless weights is None; codes, scales and its quantization_config are written back as they are.
@@ -256,6 +256,8 @@ def convert(
         raise ValueError(f"keep_mtp: {source} holds no layer of multi-token prediction, from {schedule.num_layers} on")
     if keep_shared_indexers and not unused.shared_indexers:
         raise ValueError(f"keep_shared_indexers: {source} holds no indexer of a layer that is S in {schedule}")
+    if format == "safetensors" and checkpoint.config.family != GLM and schedule.num_full < schedule.num_layers:
+        report.append("transformers gives the indexers that S layers lack random weights: its logits are wrong; use an engine")
     new = _New(
         pathlib.Path(directory),
         format,

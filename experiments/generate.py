@@ -1,7 +1,9 @@
 """Continues prompts of a JSONL file with a checkpoint, batch by batch; completions come out as JSONL in the same order.
 
-A line of --prompts is {"prompt": "text"} or {"tokens": [1, 2, ...]}. A line of completions.jsonl has the line's number and
-either its completion, tokens and why it ended ("stop" or "length"), or an error; a bad line does not stop the others.
+A line of --prompts is {"prompt": "text"}, {"tokens": [1, 2, ...]} or {"messages": [{"role": "user", "content": "text"}]},
+which goes through the checkpoint's chat template; besides it may have an "id" or "custom_id", which its answer has too. Other
+fields are refused, as they would count for nothing. A line of completions.jsonl has the line's number and either its
+completion, tokens and why it ended ("stop" or "length"), or an error; a bad line does not stop the others.
 
 After a kill --resume keeps the lines that are there and goes on after them; batches are those of an uninterrupted run.
 """
@@ -15,7 +17,7 @@ import pathlib
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,12 @@ from absl import flags
 
 import checkpoints_convert
 from experiments.common import devices, fit, inputs, options, processes, text
+from experiments.common.chat import ChatTemplate
 from experiments.common.journal import Journal, set_aside
 from experiments.common.report import Output, markdown_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import escaped, parse_json, shown
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, Sampling, generate, prefill_document
 from indexcache_jax.serving.generation import CHUNK, MIN_KV_LENGTH, check_prompts, power_of_two
@@ -34,7 +38,12 @@ from indexcache_jax.sharding import SERVING
 
 for _name in ("checkpoint", "dtype", "weights", "chunk", "latent_cache", "index_cache", "resume", "mesh"):
     flags.declare_key_flag(_name)
-_PROMPTS = flags.DEFINE_string("prompts", "", 'JSONL file of {"prompt": "text"} or {"tokens": [1, 2, ...]}')
+_PROMPTS = flags.DEFINE_string(
+    "prompts", "", 'JSONL file of {"prompt": "text"}, {"tokens": [1, 2, ...]} or {"messages": [...]}'
+)
+_TEMPLATE_KWARGS = flags.DEFINE_string(
+    "chat_template_kwargs", "{}", 'what the chat template is told besides the messages, such as {"enable_thinking": false}'
+)
 _DOCUMENT = flags.DEFINE_string("document", "", "text file that stands before every prompt; prefilled once")
 _NEW = flags.DEFINE_integer("max_new_tokens", 128, "tokens at most after every prompt")
 _ROWS = flags.DEFINE_integer("rows_per_batch", 8, "prompts at a time")
@@ -58,16 +67,48 @@ class Request:
     line: int  # from 1
     tokens: Sequence[int] = ()
     error: str = ""
+    ids: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the line's own, for its answer
 
 
-def parse(line: str, encoder: text.Bytes | text.FromFile, begins: bool = True) -> list[int]:
-    """The tokens of one line; ValueError says what is wrong. begins: no document stands before it."""
+IDS, PROMPTS = ("id", "custom_id"), ("prompt", "tokens", "messages")
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """The fields of one line; ValueError says what is wrong."""
     try:
-        fields = json.loads(line)
+        fields = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(fields, dict) or ("prompt" in fields) == ("tokens" in fields):
-        raise ValueError('not an object with either "prompt" or "tokens"')
+        raise ValueError(f"not JSON: {escaped(str(error))}") from None
+    if isinstance(fields, dict) and "body" in fields:
+        raise ValueError("body: lines of OpenAI's batch format are not read; give the messages of the body, and its custom_id")
+    if not isinstance(fields, dict) or len(fields.keys() & set(PROMPTS)) != 1:
+        raise ValueError('not an object with either "prompt" or "tokens" or "messages"')
+    if other := sorted(fields.keys() - {*PROMPTS, *IDS}):
+        raise ValueError(f"{escaped(other[0])}: is not read of a line; the flags hold for all of them")
+    return fields
+
+
+def ids_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The line's own name, of which its answer has a copy. ValueError where it is no name."""
+    ids = {name: fields[name] for name in IDS if name in fields}
+    for name, value in ids.items():
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise ValueError(f"{name}: {shown(value)} is neither a string nor an integer")
+    return ids
+
+
+def parse(
+    fields: Mapping[str, Any], encoder: text.Bytes | text.FromFile, chat: ChatTemplate | None = None, begins: bool = True
+) -> list[int]:
+    """The tokens of one line's fields; ValueError says what is wrong.
+
+    chat: the checkpoint's chat template, for messages. begins: no document stands before it.
+    """
+    if "messages" in fields:
+        if chat is None or not begins:
+            raise ValueError(f"messages: {'not with --document' if chat else 'the checkpoint has no chat template'}")
+        written = chat.text(fields["messages"]).encode("utf-8", errors="replace")
+        return encoder.encode(written, begins=False, ends=False).tolist()  # the template writes what stands around a text
     if "prompt" in fields:
         if not isinstance(fields["prompt"], str):
             raise ValueError(f"prompt: {type(fields['prompt']).__name__}, not a string")
@@ -79,18 +120,26 @@ def parse(line: str, encoder: text.Bytes | text.FromFile, begins: bool = True) -
 
 
 def requests(
-    path: pathlib.Path, encoder: text.Bytes | text.FromFile, config: Config, room: int, begins: bool = True
+    path: pathlib.Path,
+    encoder: text.Bytes | text.FromFile,
+    config: Config,
+    room: int,
+    chat: ChatTemplate | None = None,
+    begins: bool = True,
 ) -> Iterator[Request]:
     """Every line of the file that is not blank. Only a line feed ends one: strings may hold what else Unicode breaks at."""
     for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
+        ids: dict[str, Any] = {}
         try:
-            tokens = parse(line.decode(), encoder, begins)
+            fields = read_line(line)
+            ids = ids_of(fields)
+            tokens = parse(fields, encoder, chat, begins)
             check_prompts([tokens], config, room)
-            yield Request(number, tokens)
+            yield Request(number, tokens, ids=ids)
         except ValueError as error:
-            yield Request(number, error=str(error).removeprefix("prompt 0: "))
+            yield Request(number, error=str(error).removeprefix("prompt 0: "), ids=ids)
 
 
 def batches(window: Sequence[Request], rows: int) -> Iterator[list[Request]]:
@@ -205,10 +254,21 @@ def room_for_a_prompt(config: Config, document: Sequence[int]) -> int:
     return room
 
 
-def read_requests(encoder: text.Bytes | text.FromFile, config: Config, room: int) -> list[Request]:
+def chat_template(directory: str) -> ChatTemplate | None:
+    """The checkpoint's chat template, None where it has none. ValueError for settings that are no JSON object."""
+    settings = parse_json(_TEMPLATE_KWARGS.value, f"--chat_template_kwargs={_TEMPLATE_KWARGS.value}")
+    try:
+        return ChatTemplate(directory, settings)
+    except ValueError:
+        if b'"messages"' in pathlib.Path(_PROMPTS.value).read_bytes():
+            raise
+        return None
+
+
+def read_requests(encoder: text.Bytes | text.FromFile, config: Config, room: int, chat: ChatTemplate | None) -> list[Request]:
     """The lines of --prompts; those that cannot be done are named on stderr. ValueError where there are none."""
     path = pathlib.Path(_PROMPTS.value)
-    every = list(requests(path, encoder, config, room, begins=not _DOCUMENT.value))
+    every = list(requests(path, encoder, config, room, chat, begins=not _DOCUMENT.value))
     if not every:
         raise ValueError(f"--prompts={path}: holds no lines")
     for request in every:
@@ -217,10 +277,16 @@ def read_requests(encoder: text.Bytes | text.FromFile, config: Config, room: int
     return every
 
 
-def about(settings: Settings, document: Sequence[int], schedule: Schedule, weights: int, dtype: str) -> dict[str, Any]:
-    """What completions depend on. weights: their checksum."""
+def about(
+    settings: Settings, document: Sequence[int], every: Sequence[Request], schedule: Schedule, weights: int, dtype: str
+) -> dict[str, Any]:
+    """What completions depend on. every: the requests, whose tokens a template or a tokenizer may have made; weights: their
+    checksum."""
+    prompts = zlib.crc32(pathlib.Path(_PROMPTS.value).read_bytes())
+    for request in every:
+        prompts = zlib.crc32(np.asarray(request.tokens, np.int32).tobytes(), prompts)
     return {
-        "prompts": zlib.crc32(pathlib.Path(_PROMPTS.value).read_bytes()),
+        "prompts": prompts,
         "document": zlib.crc32(np.asarray(document, np.int32).tobytes()),
         "schedule": schedule.pattern,
         "weights": weights,
@@ -282,12 +348,12 @@ def read_inputs(seed: int) -> Inputs:
     document: list[int] = []
     if _DOCUMENT.value:
         document = encoder.encode(pathlib.Path(_DOCUMENT.value).read_bytes(), ends=False).tolist()
-    every = read_requests(encoder, config, room_for_a_prompt(config, document))
+    every = read_requests(encoder, config, room_for_a_prompt(config, document), chat_template(checkpoint.directory))
     check_memory(config, schedule, settings, max(len(r.tokens) for r in every), len(document), checkpoint)
     config, schedule, weights = checkpoints_convert.load(
         checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
     )
-    made_with = about(settings, document, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
+    made_with = about(settings, document, every, schedule, search.fingerprint(weights, [])["weights"], checkpoint.dtype)
     return Inputs(config, schedule, weights, encoder, document, every, settings, made_with)
 
 
@@ -310,7 +376,9 @@ class Writer:
     def __init__(self, journal: Journal, waiting: Sequence[Request]) -> None:
         self._journal = journal
         self._waiting = list(waiting)
-        self._lines: dict[int, dict[str, Any]] = {r.line: {"line": r.line, "error": r.error} for r in waiting if r.error}
+        self._lines: dict[int, dict[str, Any]] = {
+            r.line: {"line": r.line, **r.ids, "error": r.error} for r in waiting if r.error
+        }
         self.errors = len(self._lines)
 
     def missing(self, batch: Sequence[Request]) -> set[int]:
@@ -375,6 +443,7 @@ def complete_window(
             writer.add(
                 {
                     "line": request.line,
+                    **request.ids,
                     "completion": given.encoder.decode(tokens[:-1] if stopped else tokens),
                     "tokens": tokens,
                     "finish": "stop" if stopped else "length",

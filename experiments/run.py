@@ -1,9 +1,8 @@
-"""The one command: `python -m experiments.run [--experiment=NAME]`. Without flags it searches the shipped checkpoint."""
+"""The one command: `python -m experiments.run [VERB]`, or --experiment=VERB. Without one it searches the shipped checkpoint."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from types import FrameType, ModuleType
 
 from absl import app, flags, logging
 
+from experiments.common import command_line
 from experiments.common.options import EXPERIMENTS, TOGETHER
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
@@ -21,13 +21,6 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes that run this, with --coordinator", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of the processes this one is, from 0", lower_bound=0)
-
-
-def experiment_of(arguments: list[str]) -> str:
-    """The experiment that a command line names; wrong names are left to absl, which says so."""
-    joined = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
-    apart = [b for a, b in itertools.pairwise(arguments) if a in ("-experiment", "--experiment")]
-    return next((name for name in [*joined, *apart] if name in EXPERIMENTS), next(iter(EXPERIMENTS)))
 
 
 def load(name: str) -> ModuleType:
@@ -53,8 +46,9 @@ def main(argv: list[str]) -> None:
 
 
 def _run(name: str, resumable: bool) -> None:
-    from experiments.common import processes
+    from experiments.common import processes, programs
 
+    programs.keep()
     go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
     with processes.sharing_fate():
@@ -69,8 +63,25 @@ def _ended_early(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+def command() -> None:
+    """What `indexcache` and `python -m experiments.run` do."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _ended_early)
+    try:
+        arguments = command_line.with_flag(sys.argv[1:])
+        name = command_line.experiment_of(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(command_line.USAGE_ERROR)
+    if command_line.wants_help(arguments) and command_line.named(arguments) is None:
+        print(command_line.overview())
+        sys.exit(0)
+    load(name)  # its flags exist once it is imported
+    if command_line.wants_help(arguments):
+        print(command_line.help_of(name))
+        sys.exit(0)
+    app.run(main, argv=[sys.argv[0], *arguments], flags_parser=command_line.parse)
+
+
 if __name__ == "__main__":
-    for _number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_number, _ended_early)
-    load(experiment_of(sys.argv[1:]))  # its flags exist once it is imported
-    app.run(main)
+    command()

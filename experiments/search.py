@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
-import json
-import pathlib
-import shlex
+import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,16 +16,14 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import devices, fit, inputs, journal, options, plots, search_noise
+from experiments.common import devices, engines, fit, inputs, journal, options, plots, search_noise
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
-from indexcache_jax import search, serving
+from indexcache_jax import memory, search, serving
 from indexcache_jax.config import Config
-from indexcache_jax.config_json import ARCHITECTURES, GLM
 from indexcache_jax.layers import shardings_in_force
-from indexcache_jax.params import Params
-from indexcache_jax.schedule import ENGINES, Schedule
+from indexcache_jax.params import Params, abstract
+from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
 from indexcache_jax.search.streamed import StreamedEvaluator
 from indexcache_jax.sharding import SERVING
@@ -43,7 +39,7 @@ for _name in (
 ):
     flags.declare_key_flag(_name)
 _LOSS_BUDGET = flags.DEFINE_float(
-    "loss_budget", None, "instead of --retention: keep flipping while the calibration loss grows by at most this share, as 0.01"
+    "loss_budget", None, "instead of --retention: flip as long as the calibration loss grows by at most this share, as 0.01"
 )
 _STRATEGY = flags.DEFINE_enum(
     "strategy",
@@ -58,6 +54,8 @@ _RACE = flags.DEFINE_float(
     0.0,
     0.5,
 )
+_COMPARE = flags.DEFINE_list("compare", [], "patterns of F and S that the table has besides, such as published ones")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "check all that is read and say what the search takes, but search nothing")
 _TIME = flags.DEFINE_bool(
     "time_prefill", True, "measure prefill under every schedule, once the search is done; not with --stream"
 )
@@ -166,6 +164,7 @@ class Goal:
     budget: float | None
     strategy: str
     blocks: int
+    compare: tuple[Schedule, ...] = ()  # that the table has besides
 
     def sizes(self, base: Schedule) -> list[int]:
         """The numbers of F layers at all retentions, the most first."""
@@ -189,25 +188,53 @@ class Inputs:
     calibration: list[np.ndarray]
     held_out: list[np.ndarray]
     goal: Goal
+    text: dict[str, Any]  # what was read, for the report
 
 
-def read_goal() -> Goal:
-    """The goal that the flags give; ValueError where they contradict each other."""
+def read_goal(base: Schedule) -> Goal:
+    """The goal that the flags give for a checkpoint's schedule; ValueError where they contradict each other or it."""
     budget, strategy = _LOSS_BUDGET.value, _STRATEGY.value
     if budget is not None and (not budget >= 0 or strategy == "similarity"):
         raise ValueError(f"--loss_budget={budget}: must be at least 0, and needs --strategy=greedy or floating")
+    if budget is not None and options.RETENTION.present:
+        raise ValueError(
+            f"--retention={options.RETENTION.value}: counts for nothing beside --loss_budget={budget}; leave one out"
+        )
+    if options.BLOCKS.value > base.num_layers:
+        raise ValueError(f"--blocks={options.BLOCKS.value}: the model has {base.num_layers} layers")
     if options.STREAM.value and strategy == "similarity":
         raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
     if strategy == "floating" and options.BLOCKS.value > 1:
         raise ValueError(f"--blocks={options.BLOCKS.value}: --strategy=floating has no blocks, it changes one layer at a time")
     retentions = [inputs.share("retentions", value) for value in options.RETENTIONS.value]
-    return Goal(retentions, inputs.share("retention", options.RETENTION.value), budget, strategy, options.BLOCKS.value)
+    target = inputs.share("retention", options.RETENTION.value)
+    return Goal(retentions, target, budget, strategy, options.BLOCKS.value, patterns_to_compare(base))
+
+
+def patterns_to_compare(base: Schedule) -> tuple[Schedule, ...]:
+    """The schedules of --compare; ValueError for one that the checkpoint has no indexers for."""
+    found = []
+    for pattern in _COMPARE.value:
+        schedule = Schedule.parse(pattern, base.num_layers, f"--compare={pattern}")
+        if lacking := [layer for layer in schedule.full_layers if not base.is_full[layer]]:
+            raise ValueError(f"--compare={pattern}: layer {lacking[0]} is F, but the checkpoint has no indexer for it")
+        found.append(schedule)
+    return tuple(dict.fromkeys(found))
 
 
 def read_inputs(seed: int) -> tuple[Inputs, Model]:
     """All that is read, checked before anything takes long. The model comes apart, so that it can be let go of first."""
     options.check_positive("sequences", "held_out_sequences", "blocks")
-    goal, checkpoint = read_goal(), inputs.checkpoint()
+    checkpoint = inputs.checkpoint()
+    config, base = inputs.described(checkpoint.directory)
+    goal = read_goal(base)
+    if goal.strategy == "greedy":
+        size = None
+        if options.STREAM.value:
+            size = memory.tree_bytes(abstract(config, base), checkpoint.dtype, memory.mesh_of(), SERVING)
+        rows = options.BATCH_SIZE.value
+        batches = options.calibration_sequences() // rows
+        print(cost(base, goal, batches, rows * options.CONTEXT.value, size), flush=True)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
         model = open_model(checkpoint)
@@ -215,12 +242,26 @@ def read_inputs(seed: int) -> tuple[Inputs, Model]:
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     calibration = reader.draw(sides.train, "text", options.calibration_sequences(), seed)
     held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
-    given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal)
+    about = about_text(sides, reader, calibration, held_out)
+    given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal, about)
     config, base = model.config, model.schedule
     on = f"{checkpoint.dtype} on {device()['kind']}"
     print(f"{checkpoint.directory}: {config.num_layers} layers, {base.num_full} indexers; {on}")
     print(f"{len(calibration)} sequences of {reader.context} tokens to search on, {len(held_out)} to evaluate on")
     return given, model
+
+
+def about_text(sides: inputs.Sides, reader: inputs.Reader, calibration: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """What was read, for the report: where from, documents, and the tokens of the sequences drawn from them."""
+    return {
+        "text": options.TEXT.value or "standard-library",
+        "held_out": options.HELD_OUT.value or "a tenth of the documents, by the hash of their names",
+        "documents": len(sides.train),
+        "held_out_documents": len(sides.held_out),
+        "calibration_tokens": int(calibration[:, 1:].size),
+        "held_out_tokens": int(held_out[:, 1:].size),
+        "tokenizer": reader.encoder.identity,
+    }
 
 
 # ---- the search
@@ -269,48 +310,81 @@ def find(
         path = output.directory / LOG
         if not options.RESUME.value:
             journal.set_aside(path)
-        smallest = min(sizes)
         if goal.strategy == "greedy":  # what the floating search will try is not known
-            bar.total = len(calibration) * search.layers_to_run(base, smallest, goal.blocks)
+            bar.total = len(calibration) * search.layers_to_run(base, min(sizes), goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():
                 bar.write(f"note: {line}")
-            steps = descend(losses, base, goal, num_full=smallest)
-            if goal.budget is not None and steps[-1].loss <= (most := steps[0].loss * (1 + goal.budget)):
-                steps += descend(losses, steps[-1].schedule, goal, max_loss=most)[1:]
+            growth = STREAMED_GROWTH if options.STREAM.value else search.Race.growth
+            race = search.Race(_RACE.value, growth=growth) if _RACE.value else None
+            steps = search_down(losses, base, goal, race)
         bar.total = bar.n
         bar.refresh()
-    reached = [size for size in sizes if size >= steps[-1].schedule.num_full]
-    return steps, {size: search.first_step_with_at_most(steps, size).schedule for size in reached}
+    by_size = {step.schedule.num_full: step.schedule for step in steps}
+    return steps, {size: by_size[size] for size in sizes if size in by_size}
 
 
-def descend(losses: search.LossOracle, start: Schedule, goal: Goal, **bounds: Any) -> list[search.Step]:
-    """The steps of the goal's strategy from a schedule, within the bounds `num_full` or `max_loss`."""
-    race = None
-    if _RACE.value:
-        searches = 1 if goal.budget is None else 2
-        race = search.Race(_RACE.value / searches, growth=STREAMED_GROWTH if options.STREAM.value else search.Race.growth)
-    if goal.strategy == "floating":
-        return search.floating_search(losses, start, race=race, **bounds)
-    return search.greedy_search(losses, start, race=race, blocks=goal.blocks, **bounds)
+def search_down(losses: search.LossOracle, base: Schedule, goal: Goal, race: search.Race | None = None) -> list[search.Step]:
+    """The steps of the goal's strategy: a schedule at every size of the goal, as far as the budget allows, and to its end.
+
+    race: how schedules are dropped that cannot win, with an error for all steps together.
+    """
+    most = math.inf
+    if goal.budget is not None:
+        most = float(losses.sequence_losses([base])[0].mean()) * (1 + goal.budget)
+    end = min(goal.sizes(base)) if goal.budget is None else 1
+    # Steps of several flips would pass a size by, so each is a search of its own.
+    ends = sorted({*goal.sizes(base), end}, reverse=True) if goal.blocks > 1 and goal.strategy == "greedy" else [end]
+    dropping = race and dataclasses.replace(race, error=race.error / len(ends))
+    steps: list[search.Step] = []
+    for size in ends:
+        start = steps[-1].schedule if steps else base
+        if goal.strategy == "floating":
+            found = search.floating_search(losses, start, race=dropping, num_full=size, max_loss=most)
+        else:
+            found = search.greedy_search(losses, start, race=dropping, blocks=goal.blocks, num_full=size, max_loss=most)
+        steps += found[1:] if steps else found
+        if steps[-1].schedule.num_full > size:  # the next step would exceed the budget
+            break
+    return steps
 
 
-def within_budget(steps: list[search.Step], budget: float) -> search.Step:
-    """The last step before the calibration loss first exceeds the start's by more than `budget`."""
-    allowed = steps[0].loss * (1 + budget)
-    first_over = next((i for i, step in enumerate(steps) if step.loss > allowed), len(steps))
-    return steps[first_over - 1]
+class _Counter:
+    """A `search.LossOracle` that counts the schedules it is asked for, each of which it takes for nothing.
+
+    passes: how often it was asked for some, which a streamed model is read for.
+    """
+
+    num_batches = rows = 1
+
+    def __init__(self) -> None:
+        self.known: set[Schedule] = set()
+        self.passes = 0
+
+    def sequence_losses(
+        self, schedules: Sequence[Schedule], base: Schedule | None = None, batches: Sequence[int] | None = None
+    ) -> np.ndarray:
+        self.passes += not self.known.issuperset(schedules)
+        self.known |= set(schedules)
+        return np.zeros((len(schedules), 1 if batches is None else len(batches)))
+
+
+def cost(base: Schedule, goal: Goal, batches: int, tokens: int, model_bytes: int | None) -> str:
+    """What a greedy search takes at most, in a sentence. model_bytes: of a streamed model, which every pass reads."""
+    counter = _Counter()
+    search_down(counter, base, goal)
+    layers = batches * search.layers_to_run(base, min(goal.sizes(base)), goal.blocks)
+    found = f"the search measures at most {len(counter.known):,} losses on {batches} batches of {tokens:,} tokens"
+    found += f", about {layers:,} layers of a batch"
+    if model_bytes is not None:
+        found += f", and reads the weights at least {counter.passes:,} times, {counter.passes * model_bytes / 1e12:,.1f} TB"
+    return found
 
 
 def choose(steps: list[search.Step], by_size: dict[int, Schedule], base: Schedule, goal: Goal) -> Schedule:
-    """The schedule that the goal asks for, of those that were found."""
-    if goal.budget is not None:
-        return within_budget(steps, goal.budget).schedule
-    size = goal.size(base, goal.target)
-    if size not in by_size:
-        raise ValueError(f"--retention={goal.target}: --blocks={goal.blocks} keeps more layers F than that; use fewer blocks")
-    return by_size[size]
+    """The schedule that the goal asks for, of those that were found: the last within the budget, or that of its size."""
+    return by_size[goal.size(base, goal.target)] if goal.budget is None else steps[-1].schedule
 
 
 def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goal: Goal) -> list[tuple[str, Schedule]]:
@@ -325,7 +399,8 @@ def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goa
             named.append((f"{goal.label(base, size)} {strategy}", by_size[size]))
     if chosen not in [schedule for _, schedule in named]:
         named.append(("within the budget", chosen))
-    return named
+    given = (schedule for schedule in goal.compare if schedule not in [other for _, other in named])
+    return named + [(f"{schedule.num_full}/{schedule.num_layers} given", schedule) for schedule in given]
 
 
 def run_search(model: Model, given: Inputs, output: Output) -> Result:
@@ -378,49 +453,14 @@ def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], to
 # ---- the report
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """How to give a schedule to an engine: the config fields, and where they go."""
-
-    engine: str
-    fields: dict[str, Any]
-    usage: str
-
-
-def settings(schedule: Schedule, checkpoint: str, config: Config) -> list[Setting]:
-    path = shlex.quote(checkpoint)
-    found = []
-    for engine in ENGINES:
-        fields = schedule.to_engine(engine)
-        pasted = shlex.quote(json.dumps(fields))
-        usage = {
-            "transformers": f"AutoModelForCausalLM.from_pretrained({checkpoint!r}, **{fields!r})",
-            "sglang": f"python -m sglang.launch_server --model-path {path} --json-model-override-args {pasted}",
-            "vllm": f"vllm serve {path} --hf-overrides {pasted}",
-            "tensorrt-llm": f"in {checkpoint}/config.json: {json.dumps(fields)[1:-1]}",
-        }[engine]
-        if engine == "transformers" and config.family != GLM:
-            usage = f"not supported: transformers runs every layer of a {ARCHITECTURES[config.family]} as full"
-        found.append(Setting(engine, fields, usage))
-    return found
-
-
-def for_engines(checkpoint: str) -> tuple[str, str]:
-    """The directory that engines are to read, and the command that makes it, "" where `checkpoint` is of their format."""
-    if not is_orbax(pathlib.Path(checkpoint)):
-        return checkpoint, ""
-    made = f"{checkpoint.rstrip('/')}-safetensors"
-    return made, f"python -m checkpoints_convert {shlex.quote(checkpoint)} {shlex.quote(made)} --format=safetensors"
-
-
-def table(rows: list[Row], times: list[float | None]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells. times: seconds of prefill, None where it was not measured."""
+def table(rows: list[Row], times: list[float | None], chosen: Schedule) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, the chosen schedule's row marked. times: seconds of prefill, None where it was not measured."""
     header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "prefill s", "speed-up"]
     first, first_time = rows[0], times[0]
     layers = first.schedule.num_layers
     cells = [
         [
-            row.name,
+            f"{row.name} (chosen)" if row.schedule == chosen else row.name,
             row.schedule.pattern,
             str(row.schedule.num_full),
             f"{1 - row.schedule.num_full / layers:.0%}",
@@ -457,7 +497,7 @@ def plot_losses(output: Output, result: Result, budget: float | None) -> None:
     output.save_figure(figure, "loss.png")
 
 
-def metrics_of(result: Result, times: list[float | None], pasted: list[Setting]) -> dict[str, Any]:
+def metrics_of(result: Result, times: list[float | None], pasted: list[engines.Setting]) -> dict[str, Any]:
     """What results.json holds of a search."""
     rows = zip(result.rows, times, strict=True)
     return {
@@ -496,11 +536,10 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     plot_losses(output, result, given.goal.budget)
     plots.overlap(output, result.overlap, result.base, result.chosen)
     chosen, checkpoint = result.chosen, given.checkpoint.directory
-    header, cells = table(result.rows, times)
+    header, cells = table(result.rows, times, chosen)
     removed = 1 - chosen.num_full / chosen.num_layers
     summary = f"{chosen.pattern}: {chosen.num_full} of {chosen.num_layers} indexers, {removed:.0%} removed"
-    directory, first = for_engines(checkpoint)
-    pasted = settings(chosen, directory, result.config)
+    pasted = engines.settings(chosen, engines.for_engines(checkpoint)[0], result.config)
     note = "Losses in nats per token, on held-out text"
     if len(result.rows[0].losses) > 1:
         note += f"; ± is the standard error of the change, from differences on the same {len(result.rows[0].losses)} sequences"
@@ -508,9 +547,7 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     if times[0] is not None:
         tokens = f"{len(given.held_out[0])} x {options.CONTEXT.value} tokens"
         note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
-    lines = "\n\n".join(f"{s.engine}:\n\n    {s.usage}" for s in pasted)
-    if first:
-        lines = f"Engines read safetensors, so first:\n\n    {first}\n\n{lines}"
+    lines = engines.to_paste(chosen, checkpoint, result.config)
     certainty = ""
     if result.steps:
         certainty = "\n".join(search_noise.sentences(result.steps, chosen, name_cheaper=given.goal.budget is None))
@@ -519,7 +556,8 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     if result.steps:
         text += f"## How sure the search is\n\n{certainty}\n\n{markdown_table(*search_noise.steps_table(result.steps))}\n\n"
     text += f"## To use it\n\n{lines}\n"
-    output.finish("search", metrics_of(result, times, pasted), text, layout)
+    text += f"\n## The text\n\n{markdown_table(['what', 'value'], [[k.replace('_', ' '), v] for k, v in given.text.items()])}\n"
+    output.finish("search", metrics_of(result, times, pasted) | {"text": given.text}, text, layout)
     parts = [text_table(header, cells), note, summary, *([certainty] if certainty else []), lines]
     print("\n" + "\n\n".join(parts) + f"\n\nwritten to {output.directory}/")
 
@@ -529,6 +567,8 @@ def run(output_dir: str, seed: int) -> None:
     layout = devices.layout(options.BATCH_SIZE.value)
     with devices.in_force(layout, SERVING):
         given, model = read_inputs(seed)
+        if _DRY_RUN.value:
+            return
         output = Output.create(output_dir)
         result = run_search(model, given, output)
         del model  # its weights make room for those of inference

@@ -16,6 +16,8 @@ from indexcache_jax.serving import (
     prefill,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Cache",
     "CacheFormat",
@@ -24,6 +26,7 @@ __all__ = [
     "Sampling",
     "Schedule",
     "Weights",
+    "__version__",
     "decode_step",
     "forward",
     "generate",

@@ -153,20 +153,52 @@ def _logits(norm: jax.Array, head: jax.Array, x: jax.Array, config: Config) -> j
     return jnp.dot(rms_norm(x, norm, config.rms_norm_eps), head, preferred_element_type=jnp.float32)
 
 
-@jax.jit
+def check_tokens(tokens: Any, config: Config) -> jax.Array | np.ndarray:
+    """Tokens [B, S] as an array; ValueError for another shape, no integers, and a number that is no token of the model.
+
+    What is traced, or lies on devices of other processes, is looked at by its shape and dtype alone.
+    """
+    if not isinstance(tokens, jax.Array):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:
+            raise ValueError("tokens: rows differ in length; fill them up at the end, and give lengths") from None
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens: an array of shape {list(tokens.shape)} and dtype {tokens.dtype}, not [B, S] of integers")
+    if isinstance(tokens, jax.core.Tracer) or (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
+        return tokens
+    values = np.asarray(tokens)
+    outside = (values < 0) | (values >= config.vocab_size)
+    if outside.any():
+        raise ValueError(f"tokens: {values[outside][0]} is not one of the model's {config.vocab_size} tokens")
+    return tokens
+
+
 def forward(
     params: Params, tokens: jax.Array, config: Config, schedule: Schedule, lengths: jax.Array | None = None
 ) -> jax.Array:
-    """Logits [B, S, V] float32 of right-padded tokens [B, S]; lengths [B] defaults to S everywhere."""
+    """Logits [B, S, V] float32 of right-padded tokens [B, S]; lengths [B] defaults to S everywhere.
+
+    ValueError for tokens that the model does not have.
+    """
+    return _forward(params, check_tokens(tokens, config), config, schedule, lengths)
+
+
+@jax.jit
+def _forward(params: Params, tokens: jax.Array, config: Config, schedule: Schedule, lengths: jax.Array | None) -> jax.Array:
     x, _ = walk(params, embed(params, tokens), whole_rows(tokens, config, lengths), config, schedule)
     return unembed(params, x, config)
 
 
-@jax.jit
 def selections(
     params: Params, tokens: jax.Array, config: Config, schedule: Schedule, lengths: jax.Array | None = None
 ) -> jax.Array:
-    """The indices [num_full, B, S, k] that the F layers select."""
+    """The indices [num_full, B, S, k] that the F layers select; arguments and errors as for `forward`."""
+    return _selections(params, check_tokens(tokens, config), config, schedule, lengths)
+
+
+@jax.jit
+def _selections(params: Params, tokens: jax.Array, config: Config, schedule: Schedule, lengths: jax.Array | None) -> jax.Array:
     return jnp.stack(walk(params, embed(params, tokens), whole_rows(tokens, config, lengths), config, schedule)[1])
 
 

@@ -117,6 +117,11 @@ def opaque(x: Value) -> Value:
     return asm("mov.b32 $0, $1;", [x], "=r,r", i32())
 
 
+def uniform(x: Value) -> Value:
+    """x of the warp's first lane. The compiler knows nothing more of it, and that it is the same in all lanes."""
+    return asm("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", [x], "=r,r", i32())
+
+
 when = utils.when
 
 
@@ -277,6 +282,11 @@ def cluster_barrier() -> None:
 def cluster_exit() -> None:
     """A barrier of all threads of the cluster before they end, so that no shared memory goes while others read it."""
     asm("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;")
+
+
+def cluster_rank() -> Value:
+    """Which block of its cluster this is."""
+    return asm("mov.u32 $0, %cluster_ctarank;", (), "=r", i32())
 
 
 def peer_address(address: Value, rank: Value | int) -> Value:
@@ -528,7 +538,7 @@ def multiply(
 def multiply_fragments(
     sums: Sequence[Value], fragments: Sequence[Sequence[Value]], b: Value, into_b: Sequence[int], *, columns: int
 ) -> list[Value]:
-    """Starts sums [64, columns] += A [64, 16] B [16, columns] in float16 for every fragment and the bytes into b that go with it.
+    """Starts sums [64, columns] += A [64, 16] B [16, columns] in float16 for every fragment and its bytes into b.
 
     fragments: A, four words a thread: rows g, g + 8, g, g + 8 of a warp's 16, g = lane / 4, and of these columns
       2 (lane % 4) and the next, for the last two words 8 further on.
@@ -586,7 +596,10 @@ def store_shared_transposed(address: Value, words: Sequence[Value]) -> None:
 
 
 def load_shared_transposed(address: Value) -> list[Value]:
-    """Four 8 x 8 blocks of 16-bit numbers as fragments of their transposes; 8 lanes each have the addresses of a block's lines."""
+    """Four 8 x 8 blocks of 16-bit numbers as fragments of their transposes.
+
+    Lanes 0 to 7 have the addresses of the first block's lines, the next 8 those of the second's, and so on.
+    """
     words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
     text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
     loaded = asm(text, [address], "=r,=r,=r,=r,r", words)
@@ -648,8 +661,8 @@ def float16_from_e4m3(word: Value) -> list[Value]:
 def to_e4m3_sum(words: Sequence[Value], factor: Value) -> tuple[list[Value], list[Value]]:
     """8 bfloat16 numbers (four words) times a factor as sums of two e4m3 numbers: two words of the larger, two of the others.
 
-    The product is rounded to float16. Where it has at most 8 significant bits and is at least 2**-2, the sum is exact; else it is
-    within 2**-10.
+    The product is rounded to float16. Where it has at most 8 significant bits and is at least 2**-2, the sum is exact; else
+    it is within 2**-10.
     """
     lines = [".reg .f32 x, y;", ".reg .b32 a, b;", ".reg .b16 h<4>, l<4>;"]
     for i in range(4):

@@ -1,8 +1,8 @@
 """Numbers in 8 bits: codes, and scales whose products with them are the numbers.
 
-Index keys and index queries have one float32 scale a vector, and so have latents (`Latents`), whose rotary numbers stay bfloat16:
-what a cache keeps and what operations take. Weights and activations (`Scaled`) have one for every 128 x 128 or 128 codes.
-Kernels that quantise on registers give the same codes and scales.
+Index keys and index queries have one float32 scale a vector, and so have latents (`Latents`), whose rotary numbers stay
+bfloat16: what a cache keeps and what operations take. Weights and activations (`Scaled`) have one for every 128 x 128 or 128
+codes. Kernels that quantise on registers give the same codes and scales.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def quantise_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 class Latents:
     """Latents in 8 bits, scale * [codes, rotary]: 644 bytes a token instead of 1152 at C+R = 512+64.
 
-    The rotary numbers keep 16 bits: three quarters of what rounding to 8 changes in a model's predictions comes from
-    these few (docs/model.md). A scale serves all of a token, so that it factors out of products with latents.
+    The rotary numbers keep 16 bits: rounding these few to 8 would change predictions more than rounding all the others
+    (docs/model.md). A scale serves all of a token, so that it factors out of products with latents.
 
     codes: float8_e4m3fn [..., C]. rotary: bfloat16 [..., R]. scales: float32 [...], positive.
     """
@@ -195,8 +195,8 @@ def quantise_rows(x: jax.Array) -> Scaled:
     groups = -(-width // BLOCK)
     wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(rows) + [(0, groups * BLOCK - width)])
     wide = wide.reshape(*rows, groups, BLOCK)
-    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), MIN_MAGNITUDE) / E4M3_MAX
-    scales = jnp.where(jnp.all(jnp.isfinite(wide), axis=-1), scales, jnp.nan)
+    largest = jnp.max(jnp.abs(wide), axis=-1)  # NaN where a number is
+    scales = jnp.where(jnp.isfinite(largest), jnp.maximum(largest, MIN_MAGNITUDE) / E4M3_MAX, jnp.nan)
     codes = jnp.clip(wide / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
     return Scaled(codes.reshape(*rows, groups * BLOCK)[..., :width], scales)
 

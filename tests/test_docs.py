@@ -13,7 +13,7 @@ import unicodedata
 import pytest
 from absl import flags
 
-from experiments import run
+from experiments.common import command_line
 from experiments.common.options import EXPERIMENTS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,9 +117,10 @@ def test_flags_exist(page):
 
 def check_arguments(arguments: list[str]) -> None:
     """AssertionError unless experiments.run takes these arguments: flags of the experiment, with values they can have."""
-    experiment = run.experiment_of(arguments)
+    experiment = command_line.experiment_of(arguments)
     module = EXPERIMENTS[experiment]
-    importlib.import_module(module)
+    for name in ("experiments.run", module):
+        importlib.import_module(name)
     known = {f.name: f for name in ("experiments.run", module) for f in flags.FLAGS.get_key_flags_for_module(name)}
     for argument in arguments:
         if argument == "--help":

@@ -86,7 +86,7 @@ def _portions(documents: Sequence[Document]) -> Iterator[list[bytes]]:
     """The documents' contents in lists that hold PORTION_BYTES together, or one document more."""
     contents, size = [], 0
     for document in documents:
-        contents.append(document.path.read_bytes())
+        contents.append(document.content())
         size += len(contents[-1])
         if size >= PORTION_BYTES:
             yield contents
@@ -99,10 +99,16 @@ def _checksum(documents: Sequence[Document]) -> str:
     """A checksum of the documents' names and contents."""
     checksum = hashlib.blake2b(digest_size=16)
     for document in documents:
-        with open(document.path, "rb") as file:
-            content = hashlib.file_digest(file, "blake2b").hexdigest()
+        content = _digest(document)
         checksum.update(f"{document.name} {content}\n".encode())
     return checksum.hexdigest()
+
+
+def _digest(document: Document) -> str:
+    if document.size is not None:
+        return hashlib.blake2b(document.content()).hexdigest()
+    with open(document.path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 @functools.lru_cache(maxsize=4)  # drawing an order takes longer than making a batch

@@ -134,8 +134,8 @@ def split(patterns: str, held_out: str | None, flag: str = "text") -> Sides:
     documents = text.documents(patterns)
     if held_out:
         kept_apart = text.documents(held_out)
-        paths = {d.path.resolve() for d in kept_apart}
-        if not (rest := [d for d in documents if d.path.resolve() not in paths]):
+        keys = {d.key for d in kept_apart}
+        if not (rest := [d for d in documents if d.key not in keys]):
             raise ValueError(f"--{flag}={patterns}: --held_out={held_out} names all of its files, none is left")
         return Sides(rest, kept_apart)
     sides = Sides([d for d in documents if not d.held_out], [d for d in documents if d.held_out])

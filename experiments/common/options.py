@@ -65,8 +65,8 @@ BLOCKS = flags.DEFINE_integer("blocks", 1, "contiguous blocks of layers; greedy 
 TEXT = flags.DEFINE_string(
     "text",
     "",
-    "text to read, comma-separated: globs, folders of .py files, standard-library, installed-code, installed-prose; default "
-    "the Python standard library's sources, in pretrain the recipe's own",
+    'text to read, comma-separated: globs, folders, JSONL with "text" or "messages" in every line, standard-library, '
+    "installed-code, installed-prose; default the Python standard library's sources, in pretrain the recipe's own",
 )
 HELD_OUT = flags.DEFINE_string("held_out", "", "text to evaluate on, named like --text; default a tenth of --text's files")
 CONTEXT = flags.DEFINE_integer("context", 1536, "tokens of a sequence; must exceed the model's index_topk")

@@ -6,12 +6,14 @@ Of several processes, process 0 alone writes and shows progress.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +54,22 @@ def device() -> dict[str, Any]:
         "processes": processes.count(),
         "cpu_cores": os.cpu_count(),
     }
+
+
+def commit() -> str | None:
+    """The commit of this library's own repository, marked where files differ from it; None where it is installed."""
+    root = pathlib.Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if found.returncode:
+        return None
+    return found.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def progress(**options: Any) -> tqdm.tqdm:
@@ -120,12 +138,14 @@ class Output:
         layout: how the devices shared the work, for an experiment that has --mesh.
         """
         on = device() | ({"mesh": layout.text} if layout else {})
-        results = {
+        results: dict[str, Any] = {
             "experiment": experiment,
             "command": command(),
             "flags": {name: flags.FLAGS[name].value for name in ("experiment", "output_dir", "seed")}
             | {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[experiment])},
             "versions": versions(),
+            "commit": commit(),
+            "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
             "device": on,
             "metrics": metrics,
         }
@@ -134,4 +154,5 @@ class Output:
         number = f"{on['count']} device(s) in {on['processes']} process(es)"
         machine = f"{on['kind']} ({on['platform']}, {number}, {on['cpu_cores']} CPU cores)"
         mesh = f"; mesh {layout.text}" if layout else ""
-        self.write("report.md", f"{report.rstrip()}\n\n---\n`{command()}`\n\n{packages}; {machine}{mesh}\n")
+        made = results["date"] + (f", commit {results['commit']}" if results["commit"] else "")
+        self.write("report.md", f"{report.rstrip()}\n\n---\n`{command()}`\n\n{made}; {packages}; {machine}{mesh}\n")

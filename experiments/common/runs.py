@@ -323,8 +323,8 @@ def _newest(checkpoints: _Checkpoints, run: TrainingRun, params: Params, times: 
                 raise Torn(f"{error}; without that folder the run goes on from an older one") from None
             torn.append((step, error))
             continue
-        for newer, error in torn:
-            print(f"warning: {error}; going on from step {step}")
+        for newer, reason in torn:
+            print(f"warning: {reason}; going on from step {step}")
             checkpoints.set_aside(newer)
         times.load(earlier)
         return step, *found

@@ -112,7 +112,8 @@ def _of_choice(taken: Sequence[Step], count: int) -> str:
     open_steps = [step for step in taken if step.within_noise(NOISE_ERROR)]
     if not open_steps:
         return f"On {count} calibration sequences all {len(taken)} steps to this schedule are above noise ({CONFIDENCE:.0%})."
-    line = f"On {count} calibration sequences {len(open_steps)} of the {len(taken)} steps to this schedule are within noise "
+    share = "all" if len(open_steps) == len(taken) else len(open_steps)
+    line = f"On {count} calibration sequences {share} of the {len(taken)} steps to this schedule are within noise "
     line += f"({CONFIDENCE:.0%}): other layers may serve as well."
     settled = {more: sum(_to_settle(step) <= more for step in open_steps) for more in (4 * count, 16 * count)}
     return f"{line} About {' and '.join(f'{more} sequences would settle {n} of them' for more, n in settled.items())}."

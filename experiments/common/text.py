@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
 import os
@@ -9,7 +10,7 @@ import pathlib
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -17,21 +18,111 @@ import tokenizers
 from checkpoints_convert.companions import TOKENIZER
 from checkpoints_convert.tokenizer_files import boundary, read_file, read_tokenizer
 from experiments.common import processes
+from indexcache_jax.foreign import parse_json
 
 LARGEST_SOURCE = 200_000  # bytes
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_SUFFIXES = (  # what a folder gives
+    *(".txt", ".md", ".rst", ".tex", ".adoc", ".org", *JSONL_SUFFIXES),
+    *(
+        ".py",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".java",
+        ".js",
+        ".ts",
+        ".go",
+        ".rs",
+        ".rb",
+        ".sh",
+        ".jl",
+        ".scala",
+        ".sql",
+    ),
+)
+_PASSED_OVER = ("site-packages", "dist-packages", "__pycache__", "node_modules")
 HELD_OUT_SHARE = 10  # every tenth file by the hash of its name, so that a file keeps its side in every Python version
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """`name` is relative to the folder it was found under: it alone decides which side of the split it is on."""
+    """A text file, or a line of a JSONL file: the `size` bytes from `start` on.
+
+    `name` is relative to the folder it was found under: it alone decides which side of the split it is on.
+    """
 
     name: str
     path: pathlib.Path
+    start: int = 0
+    size: int | None = None
 
     @property
     def held_out(self) -> bool:
         return zlib.crc32(self.name.encode()) % HELD_OUT_SHARE == 0
+
+    @property
+    def key(self) -> tuple[pathlib.Path, int]:
+        """What tells it from other documents, whatever they are called."""
+        return self.path.resolve(), self.start
+
+    def content(self) -> bytes:
+        """Its text in UTF-8. ValueError that names the file, and the line, for what is no text."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            content = file.read() if self.size is None else file.read(self.size)
+        return _as_text(content, self.path) if self.size is None else _of_line(content, self)
+
+
+# How files begin that are no text, and what they are.
+_OTHERS = {
+    b"%PDF-": "a PDF",
+    b"\x1f\x8b": "compressed by gzip",
+    b"PK\x03\x04": "a zip archive, as docx and epub are",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"PAR1": "a Parquet table",
+}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _as_text(content: bytes, path: pathlib.Path) -> bytes:
+    """UTF-8 of a file's content. ValueError, naming what it is, for content that is no text."""
+    for start, what in _OTHERS.items():
+        if content.startswith(start):
+            raise ValueError(f"{path}: is {what}, not text")
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            try:
+                return content.decode(encoding).encode()
+            except (UnicodeDecodeError, UnicodeEncodeError):
+                raise ValueError(f"{path}: begins like {encoding}, but is none") from None
+    if (at := content.find(b"\0")) >= 0:
+        raise ValueError(f"{path}: is not text: byte {at} is 0")
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _of_line(line: bytes, document: Document) -> bytes:
+    """The text of a line of JSONL: its "text", or the contents of its "messages", one after the other."""
+    where = f"{document.path}: line {document.name.rpartition(':')[2]}"
+    fields = parse_json(line, where)
+    text = fields.get("text")
+    if text is None and isinstance(messages := fields.get("messages"), list):
+        contents = [message.get("content") for message in messages if isinstance(message, dict)]
+        strings = [content for content in contents if isinstance(content, str)]
+        text = "\n\n".join(strings) if len(strings) == len(messages) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: has neither a "text" nor "messages" with contents that are strings')
+    return text.encode("utf-8", errors="replace")
 
 
 class Bytes:
@@ -98,7 +189,7 @@ def train_tokenizer(found: Sequence[Document], vocabulary: int, path: pathlib.Pa
             return
         sample, total = [], 0
         for i in np.random.default_rng(seed).permutation(len(found)):
-            sample.append(found[i].path.read_bytes().decode("utf-8", errors="replace"))
+            sample.append(found[i].content().decode("utf-8", errors="replace"))
             total += len(sample[-1])
             if total >= SAMPLE_BYTES:
                 break
@@ -142,11 +233,13 @@ def tokenizer(directory: str | pathlib.Path, vocab_size: int) -> Bytes | FromFil
 
 def standard_library() -> list[Document]:
     """The Python sources of the running interpreter's standard library."""
-    return under(pathlib.Path(sysconfig.get_path("stdlib")), "**/*.py")
+    return under(pathlib.Path(sysconfig.get_path("stdlib")), (".py",))
 
 
-def under(root: pathlib.Path, pattern: str) -> list[Document]:
-    files = (p for p in root.glob(pattern) if p.is_file() and not {"site-packages", "dist-packages"} & set(p.parts))
+def under(root: pathlib.Path, suffixes: Sequence[str] = TEXT_SUFFIXES) -> list[Document]:
+    """The files of a folder, and of those in it, with such names; installed packages and hidden files apart."""
+    found = (path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    files = (p for p in found if not any(part in _PASSED_OVER or part[0] == "." for part in p.relative_to(root).parts))
     return [Document(p.relative_to(root).as_posix(), p) for p in sorted(files)]
 
 
@@ -175,27 +268,42 @@ SOURCES = {"standard-library": standard_library, "installed-code": installed_cod
 
 
 def documents(patterns: str) -> list[Document]:
-    """The files of globs such as 'docs/*.txt,*.md', of a source of SOURCES, or all .py files of a folder.
+    """The files of globs such as 'docs/*.txt,*.md', of a source of SOURCES, or the text files of a folder.
 
-    "" is the standard library. A pattern that finds nothing is a ValueError. A file that several patterns find counts once,
-    under the first one's name: with two names it could be trained on and held out as well.
+    "" is the standard library. Every line of a JSONL file is a document. A pattern that finds nothing is a ValueError. A
+    file that several patterns find counts once, under the first one's name: with two names it could be trained on and held
+    out as well.
     """
-    found: dict[pathlib.Path, Document] = {}
+    found: dict[tuple[pathlib.Path, int], Document] = {}
     for pattern in (patterns or "standard-library").split(","):
         path = pathlib.Path(pattern)
-        if pattern in SOURCES:
-            some = SOURCES[pattern]()
-        else:
-            some = under(path, "**/*.py") if pattern and path.is_dir() else _matching(pattern)
+        is_folder = bool(pattern) and path.is_dir()
+        named = SOURCES.get(pattern)
+        some = named() if named else under(path) if is_folder else _matching(pattern)
         if not some:
-            if pattern and path.is_dir():
+            if is_folder:
+                suffixes = ", ".join(TEXT_SUFFIXES[:4])
                 raise ValueError(
-                    f"{pattern!r}: a folder without .py files; for others name them, as {pattern.rstrip('/')}/**/*.txt"
+                    f"{pattern!r}: a folder without files called as text is ({suffixes}, ...); name others, as "
+                    f"{pattern.rstrip('/')}/**/*.log"
                 )
             raise ValueError(f"{pattern!r}: no such file, and nothing matches it")
-        for document in some:
-            found.setdefault(document.path.resolve(), document)
+        for file in some:
+            for document in lines(file) if file.path.suffix.lower() in JSONL_SUFFIXES else [file]:
+                found.setdefault(document.key, document)
     return list(found.values())
+
+
+def lines(file: Document) -> Iterator[Document]:
+    """The lines of a JSONL file that are not blank, numbered from 1."""
+    start = 0
+    with open(file.path, "rb") as opened:
+        for number, line in enumerate(opened, start=1):
+            if number == 1:
+                _as_text(line[:8], file.path)  # of another format
+            if line.strip():
+                yield Document(f"{file.name}:{number}", file.path, start, len(line))
+            start += len(line)
 
 
 def ended(tokens: np.ndarray, separator: int | None) -> np.ndarray:
@@ -209,7 +317,7 @@ def stream(found: Sequence[Document], encoder: Bytes | FromFile, separator: int 
     """The documents' tokens one after the other, each ended by `separator`, int32; stops past `limit` tokens."""
     parts, total = [], 0
     for document in found:
-        tokens = ended(encoder.encode(document.path.read_bytes()), separator)
+        tokens = ended(encoder.encode(document.content()), separator)
         parts.append(tokens)
         total += tokens.size
         if limit is not None and total >= limit:

@@ -159,7 +159,7 @@ def _random_indices(key: jax.Array, like: layerwise.State) -> jax.Array:
 
 
 def random_selection_loss(params: Params, tokens: jax.Array, config: Config, schedule: Schedule, key: jax.Array) -> jax.Array:
-    """Mean loss of tokens [1, S+1] when every layer attends to k visible positions drawn at random."""
+    """Mean losses [1] of tokens [1, S+1] when every layer attends to k visible positions drawn at random."""
     state = layerwise.start(params, tokens[:, :-1], config)
     for layer in range(config.num_layers):
         state = dataclasses.replace(state, indices=_random_indices(jax.random.fold_in(key, layer), state))

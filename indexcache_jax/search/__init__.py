@@ -1,5 +1,9 @@
 """Finding a schedule: which layers of a DSA model keep their indexer (F) and which reuse a lower layer's indices (S).
 
+    found = search.find_schedule(params, config, schedule, tokens, num_full=10)
+
+or, step by step:
+
     evaluator = search.Evaluator(params, config, schedule, batches)
     steps = search.greedy_search(evaluator, schedule, num_full=10, race=search.Race())
     search.first_step_with_at_most(steps, 12).schedule.pattern
@@ -10,7 +14,7 @@ sequences, and a `Margin` says how sure a comparison is. `most_similar` is the p
 `layer_overlap` shows what layers share.
 """
 
-from indexcache_jax.search.evaluator import BatchEvaluator, Evaluator, fingerprint
+from indexcache_jax.search.evaluator import BatchEvaluator, Evaluator, find_schedule, fingerprint
 from indexcache_jax.search.floating import floating_search
 from indexcache_jax.search.greedy import Step, candidates, first_step_with_at_most, greedy_search, layers_to_run
 from indexcache_jax.search.noise import Margin
@@ -31,6 +35,7 @@ __all__ = [
     "Step",
     "StreamedEvaluator",
     "candidates",
+    "find_schedule",
     "fingerprint",
     "first_step_with_at_most",
     "floating_search",

@@ -23,9 +23,11 @@ import numpy as np
 
 from indexcache_jax import sharding
 from indexcache_jax.config import Config
+from indexcache_jax.model import check_tokens
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
+from indexcache_jax.search.greedy import greedy_search
 from indexcache_jax.search.oracle import LossLog, MemoryLog
 from indexcache_jax.sharding import constrain
 
@@ -216,6 +218,36 @@ class Evaluator(BatchEvaluator):
         every = np.array([schedule.is_full for schedule in padded])
         losses = np.asarray(layerwise.finish_each(self.params, state, np.int32(layer), layerwise.place(every), *rest))
         return list(losses[: len(group)])
+
+
+def find_schedule(
+    params: Params,
+    config: Config,
+    schedule: Schedule,
+    tokens: Any,
+    num_full: int,
+    *,
+    batch_size: int = 1,
+    blocks: int = 1,
+    log: LossLog | None = None,
+    progress: Progress = no_progress,
+) -> Schedule:
+    """The schedule of `num_full` F layers that the greedy search finds from `schedule`, the params' own.
+
+    tokens [N, S+1]: sequences to search on, and the token after each; batch_size of them are run at a time. The rest is as
+    for `Evaluator` and `greedy_search`. ValueError names the argument at fault.
+    """
+    cuts = np.asarray(check_tokens(tokens, config), np.int32)
+    if batch_size < 1 or len(cuts) == 0 or len(cuts) % batch_size:
+        raise ValueError(f"batch_size: {batch_size} does not divide {len(cuts)} sequences")
+    if cuts.shape[1] - 1 <= config.index_topk:
+        raise ValueError(
+            f"tokens: sequences of {cuts.shape[1] - 1} tokens; up to index_topk = {config.index_topk} every key is selected, "
+            "and all schedules are the same"
+        )
+    batches = np.split(cuts, len(cuts) // batch_size)
+    evaluator = Evaluator(params, config, schedule, batches, log, progress)
+    return greedy_search(evaluator, schedule, num_full=num_full, blocks=blocks)[-1].schedule
 
 
 def _first_difference(schedule: Schedule, base: Schedule | None) -> int:

@@ -99,7 +99,8 @@ def greedy_search(
         max_loss: the highest loss allowed, in nats a token: the search ends before a step that exceeds it.
         blocks: contiguous blocks that the layers are cut into. Each step flips the best layer of every block, which takes
             about `blocks` times fewer evaluations. Every flip is judged alone; where all of a step's flips together exceed
-            max_loss, only the best of them is made.
+            max_loss, only the best of them is made. Where fewer than `blocks` flips are left to num_full, and where no block
+            has one left, flips are single ones, of any layer: the search ends at num_full, whatever the blocks.
         race: how flips that cannot win are dropped before they are measured on all sequences; None measures all on all. With
             fewer than 5 sequences nothing is dropped.
 
@@ -115,7 +116,7 @@ def greedy_search(
     error = error_of_a_step(race, schedule.num_full - num_full)
     while (most_flips := steps[-1].schedule.num_full - num_full) > 0:
         current = steps[-1].schedule
-        by_block = [block for block in candidates(current, blocks) if block]
+        by_block = _candidates_left(current, blocks if most_flips >= blocks else 1)
         if not by_block:
             break
         outcomes = flip_contest(oracle, current, by_block, race, error)
@@ -127,6 +128,12 @@ def greedy_search(
             break
         steps.append(step)
     return steps
+
+
+def _candidates_left(schedule: Schedule, blocks: int) -> list[list[int]]:
+    """The candidates of the blocks that have some, or of all layers as one block where none has; [] where none is left."""
+    of_blocks = [block for block in candidates(schedule, blocks) if block]
+    return of_blocks or [block for block in candidates(schedule) if block]
 
 
 def check_num_full(schedule: Schedule, num_full: int) -> None:

@@ -200,7 +200,7 @@ def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array, part: shardi
 def append(cache: LayerCache, latents: jax.Array, keys: jax.Array | None, positions: jax.Array) -> LayerCache:
     """The cache with new latents [B, S, C + dr] and index keys [B, S, Di] (None on S layers) at positions [B, S]."""
     index_keys, index_scales = cache.index_keys, cache.index_scales
-    new = latents
+    new: jax.Array | quant.Latents = latents
     if isinstance(cache.latents, quant.Latents):
         new = ops.quantise_latents(latents, cache.latents.codes.shape[-1])
     kept = jax.tree.map(lambda buffer, x: write(buffer, x, positions), cache.latents, new)

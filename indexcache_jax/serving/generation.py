@@ -160,6 +160,8 @@ def _check(name: str, tokens: Sequence[int], config: Config, room: int) -> None:
     if len(tokens) > room:
         raise ValueError(f"{name}: {len(tokens)} tokens are more than the {room} that the cache has room for")
     array = np.asarray(tokens)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{name}: an array of shape {list(array.shape)} and dtype {array.dtype}, not a row of token numbers")
     outside = (array < 0) | (array >= config.vocab_size)
     if outside.any():
         raise ValueError(f"{name}: token {array[outside][0]} is not one of the model's {config.vocab_size}")

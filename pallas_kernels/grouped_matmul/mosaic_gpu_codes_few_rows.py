@@ -169,7 +169,7 @@ def multiply(
             def one_tile(group, row_block, begin, end, column, done):
                 own_column = column + warpgroup * TILE
                 index = (group * down + jnp.minimum(lax.div(own_column, BLOCK), down - 1)) * steps
-                lane_index = None if interpret else registers.alternate(index, jnp.maximum(index - steps, 0))
+                lane_index: Any = None if interpret else registers.alternate(index, jnp.maximum(index - steps, 0))
                 ones = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), by_row)
 
                 def scale(j):

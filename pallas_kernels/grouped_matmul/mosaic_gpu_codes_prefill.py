@@ -15,54 +15,52 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, tiles_of
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, SHARED_MEMORY, tiles_of
 from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled, float_scales
 
 BLOCK_K = BLOCK  # 128 bytes, one swizzled line, and the codes that share a scale
 WAVE = BLOCK  # columns that share scales
-PIECE = 64  # the columns of a matrix are a multiple of it
+WAVES = 2  # of a tile; with `gated` one of either half of a matrix's columns
+COLUMNS = 64  # those of a matrix are a multiple
 CODES = jnp.float8_e4m3fn
+REGISTERS = hopper.RegisterSplit(workers=2, worker=232, helper=40)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """waves: of WAVE columns of a matrix that a tile reads; stages: steps of BLOCK_K in flight; slots: pieces of a warpgroup
-    on their way out; cluster: blocks that take the columns next to each other of one tile at the same time and share the
-    copies of its rows.
+    """stages: steps of BLOCK_K in flight; cluster: blocks that take a tile's columns next to each other at the same time and
+    share the copies of its rows; gated, coded: as in `forward`.
     """
 
-    tall: int = 1
     stages: int = 4
-    slots: int = 2
     cluster: int = 1
     gated: bool = False
     coded: bool = False
-    split: bool = True
-    ordered: bool = False
-    in_registers: bool = False
-    worker: int = 232
-    leave_out: str = ""
-    pair: bool = False
 
-    @property
-    def waves(self) -> int:
-        return 2 // self.tall
+    def __post_init__(self) -> None:
+        if self.cluster not in (1, 2):
+            raise ValueError(f"{self}: a cluster has 1 or 2 blocks, more do not fill the SMs")
+        if self.stages < 2:
+            raise ValueError(f"{self}: it needs 2 stages at least")
+        if self.shared_memory > SHARED_MEMORY:
+            raise ValueError(f"{self}: {self.shared_memory} bytes of shared memory, there are {SHARED_MEMORY}")
+        if self.coded and not self.gated:
+            raise ValueError(f"{self}: only activations leave in 8 bits")
 
     @property
     def columns(self) -> int:
         """Of the result that a tile has."""
-        return WAVE if self.gated else self.waves * WAVE
+        return WAVES * WAVE // (1 + self.gated)
 
     @property
     def shared_memory(self) -> int:
-        return self.stages * BLOCK_K * (2 * self.tall * HALF + self.waves * WAVE) + 2 * 2 * self.slots * HALF * PIECE
+        return self.stages * BLOCK_K * (2 * HALF + WAVES * WAVE)
 
 
 def tiling_for(columns: int, gated: bool = False, coded: bool = False) -> Tiling:
     """The fastest tiling for a result of so many columns; docs/kernels.md has the measurements."""
-    width = WAVE if gated else 2 * WAVE
-    cluster = 1 if -(-columns // width) % 2 else 2
-    return Tiling(cluster=cluster, gated=gated, coded=coded)
+    tiles = -(-columns // (WAVES * WAVE // (1 + gated)))
+    return Tiling(cluster=2 - tiles % 2, gated=gated, coded=coded)
 
 
 def _scales(largest: jax.Array) -> jax.Array:
@@ -71,52 +69,36 @@ def _scales(largest: jax.Array) -> jax.Array:
 
 
 def multiply(
-    rows: jax.Array,
-    row_scales: jax.Array,
-    matrices: jax.Array,
-    matrix_scales: jax.Array,
-    tiles: jax.Array,
-    count: jax.Array,
-    tiling: Tiling,
-    dtype: Any,
-    interpret: Any = False,
-) -> Any:
+    rows: Scaled, matrices: Scaled, tiles: jax.Array, count: jax.Array, tiling: Tiling, interpret: Any = False
+) -> tuple[jax.Array, ...]:
     """The tiles of rows [M, K], M at least HALF, times matrices [E, N, K] -> [M, N], gated [M, N / 2].
 
-    Both are codes; row_scales [K / 128, M], matrix_scales [E, N / 128, K / 128].
+    rows.scales [K / 128, M], matrices.scales [E, N / 128, K / 128]. With coded results also their scales [N / 256, M].
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.grouped_matmul import mosaic_gpu_registers as registers
 
-    (m, k), waves, stages = rows.shape, tiling.waves, tiling.stages
-    tall, pieces = tiling.tall, 2 * tiling.tall
-    pair = tiling.pair
-    gated, coded, cluster = tiling.gated, tiling.coded, tiling.cluster
+    (m, k), stages, cluster, gated, coded = rows.shape, tiling.stages, tiling.cluster, tiling.gated, tiling.coded
     width = matrices.shape[1] // (1 + gated)  # of the result
-    columns, steps = pl.cdiv(width, tiling.columns * (1 if pair else cluster)), k // BLOCK_K  # columns of a cluster
+    columns, steps = pl.cdiv(width, tiling.columns * cluster), k // BLOCK_K  # columns of a cluster
     blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
     shared = "member" if cluster > 1 else None
-    across = pl.cdiv(matrices.shape[1], WAVE)  # blocks of a matrix's columns
-    splits = tiling.split and not gated and tall == 1
-    layout = plgpu.Layout.WGMMA
-    by_row = layout.reduce(1)
-    out_dtype = CODES if coded else dtype
+    down = matrices.scales.shape[1]  # blocks of a matrix's rows
+    out_types = [jax.ShapeDtypeStruct((m, width), CODES if coded else jnp.bfloat16)]
+    if coded:
+        out_types.append(jax.ShapeDtypeStruct((width // WAVE * m,), jnp.float32))
 
-    def smem(shape, dtype, line_rows=8):
-        line = 128 // jnp.dtype(dtype).itemsize
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((line_rows, line)), plgpu.SwizzleTransform(128)))
+    def codes_in_smem(shape, line_rows=8):
+        return plgpu.SMEM(shape, CODES, transforms=(plgpu.TilingTransform((line_rows, BLOCK_K)), plgpu.SwizzleTransform(128)))
 
-    row_shape = (stages, pieces, HALF, BLOCK_K)
+    # 128 codes of a line are the same in memory whether 8 lines or 1 make a tile, as in mosaic_gpu_prefill.
+    row_shape = (stages, 2, HALF, BLOCK_K)
 
-    def kernel(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
-        if coded:
-            out_gmem, out_scale_gmem, *others = others
-        else:
-            out_gmem, *others = others
-        row_smems, matrix_smem, full, empty, turn = others
-        row_smem, row_lines = row_smems
+    def grouped_matmul_codes(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
+        out_gmem, *out_scale_gmem = others[: len(out_types)]
+        (row_smem, row_lines), matrix_smem, full, empty = others[len(out_types) :]
         if interpret:
             row_lines = row_smem
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -126,27 +108,19 @@ def multiply(
             index = block + i * blocks
             tile = lax.div(index, columns)
             column = index - tile * columns
-            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 and not pair else column) * tiling.columns
+            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 else column) * tiling.columns
 
-        def begins_of(tile):
-            if not pair:
-                return [tile_gmem[1 + j, tile] for j in range(pieces)]
-            first = lax.axis_index("member") == 0
-            return [jnp.where(first, tile_gmem[1 + j, tile], tile_gmem[3 + j, tile]) for j in range(2)]
-
-        start_row = 1 + (4 if pair else pieces)
-
-        def column_of(wave, column):
-            """Of a matrix."""
-            return wave * width + column if gated else wave * WAVE + column
+        def in_matrix(wave, column):
+            """Where a wave of a tile's columns begins in a matrix."""
+            return column + wave * (width if gated else WAVE)
 
         @pl.when(warpgroup == 2)
         def _copy():
-            plgpu.set_max_registers(40 if tiling.worker <= 232 else 24, action="decrease")
+            plgpu.set_max_registers(REGISTERS.helper, action="decrease")
 
             def one_tile(i, nothing):
                 tile, column = place(i)
-                group, begins = tile_gmem[0, tile], begins_of(tile)
+                group, first, second = (tile_gmem[j, tile] for j in range(3))
 
                 def step(j, nothing):
                     done = i * steps + j
@@ -160,25 +134,21 @@ def multiply(
 
                     def copy_rows(half, begin):
                         source = row_gmem.at[pl.ds(begin, HALF), depth]
-                        axes = None if pair else shared
-                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=axes)
+                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=shared)
 
-                    if not pair:
-                        copy_rows(0, begins[0])
-                    for piece, begin in enumerate(begins[0 if pair else 1 :], 0 if pair else 1):
+                    copy_rows(0, first)
 
-                        @pl.when(begin >= 0)
-                        def copy(piece=piece, begin=begin):
-                            copy_rows(piece, begin)
+                    @pl.when(second >= 0)
+                    def copy_second():
+                        copy_rows(1, second)
 
-                        @pl.when(begin < 0)
-                        def leave():
-                            plgpu.barrier_arrive(full.at[slot])  # in place of the copy
+                    @pl.when(second < 0)
+                    def leave_second():
+                        plgpu.barrier_arrive(full.at[slot])  # in place of the copy
 
-                    for wave in range(waves):
-                        source = matrix_gmem.at[group, pl.ds(column_of(wave, column), WAVE), depth]
-                        axes = shared if pair else None
-                        plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, wave], full.at[slot], collective_axes=axes)
+                    for wave in range(WAVES):
+                        source = matrix_gmem.at[group, pl.ds(in_matrix(wave, column), WAVE), depth]
+                        plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, wave], full.at[slot])
 
                 lax.fori_loop(0, steps, step, None)
 
@@ -189,71 +159,47 @@ def multiply(
 
             lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, None)
 
-        def product(i, own, begins, group, column):
-            """A [HALF, WAVE] float32 for each of `own` pieces of rows and waves of the block's tile i."""
+        def product(i, half, waves, group, begin, column):
+            """A [HALF, WAVE] float32 of each of `waves` and the rows from `begin` on, half `half` of the block's tile i."""
 
-            def place_of(wave):
-                block = jnp.minimum(lax.div(column_of(wave, column), WAVE), across - 1)  # a tile may extend beyond the columns
-                return (group * across + block) * steps
+            def scale_index(wave):
+                # A tile may extend beyond the columns.
+                return (group * down + jnp.minimum(lax.div(in_matrix(wave, column), WAVE), down - 1)) * steps
 
-            own_waves = [wave for _, wave in own]
-            places = [place_of(wave) for wave in own_waves]
-            if tall > 1:
-                places = [places[0], jnp.maximum(places[0] - steps, 0)]
-            elif len(own) == 1:
-                places = [places[0], place_of(1 - own_waves[0])]
-            if not interpret:
-                place = registers.alternate(*places)
+            indices = [scale_index(wave) for wave in (waves if len(waves) == WAVES else (waves[0], 1 - waves[0]))]
+            of_lane: Any = None if interpret else registers.alternate(*indices)
 
             def scales(j):
-                of_rows = [
-                    plgpu.load(row_scale_gmem.at[j, pl.ds(begin, HALF)], layout=by_row, optimized=False) for begin in begins
-                ]
+                of_rows = plgpu.load(row_scale_gmem.at[j, pl.ds(begin, HALF)], layout=registers.BY_ROW, optimized=False)
                 if interpret:
-                    return of_rows, tuple(matrix_scale_gmem[place + j] for place in places)
-                return of_rows, registers.load(matrix_scale_gmem, place, j)
-
-            def factors(of_rows, of_blocks):
-                def of(row):
-                    return [row * of_block for of_block in of_blocks] if interpret else registers.products(row, of_blocks)
-
-                return [of(row)[0] for row in of_rows] if tall > 1 else of(of_rows[0])
+                    return of_rows, [matrix_scale_gmem[index + j] for index in indices]
+                return of_rows, registers.load(matrix_scale_gmem, of_lane, j)
 
             def step(j, carry):
                 sums, (of_rows, of_blocks) = carry
-                factor = factors(of_rows, of_blocks)
+                factors = [of_rows * x for x in of_blocks] if interpret else registers.products(of_rows, of_blocks)
                 following = scales(jnp.minimum(j + 1, steps - 1))  # in time for the next step
-                done = i * steps + j
-                slot = lax.rem(done, stages)
+                slot = lax.rem(i * steps + j, stages)
                 plgpu.barrier_wait(full.at[slot])
-                held = None
-                if tiling.in_registers and len(own) == 2:
-                    held = plgpu.load(row_smem.at[slot, own[0][0]], layout=plgpu.Layout.WGMMA_8BIT)
-                added = []
-                for which, ((piece, wave), total) in enumerate(zip(own, sums, strict=True)):
+                left = row_smem.at[slot, half]
+                if not interpret:  # read once for all waves; the interpreter knows no operand in registers
+                    left = plgpu.load(left, layout=plgpu.Layout.WGMMA_8BIT)
+                added: list[jax.Array] = []
+                for wave, total, factor in zip(waves, sums, factors, strict=False):
 
-                    def fresh(acc, piece=piece, wave=wave):
+                    def fresh(acc, wave=wave):
                         # Nothing may come between the zeros and wgmma: then no register is zeroed.
-                        left = row_smem.at[slot, piece] if held is None else held
                         plgpu.wgmma(acc, left, matrix_smem.at[slot, wave].transpose((1, 0)))
-                        if tiling.ordered:
-                            plgpu.barrier_arrive(turn.at[1 - warpgroup])
                         return acc[...]
 
-                    if tiling.ordered:
-                        plgpu.barrier_wait(turn.at[warpgroup])
-
                     part = pl.run_scoped(fresh, plgpu.ACC((HALF, WAVE), jnp.float32))
-                    if which == len(own) - 1:
+                    if len(added) == len(waves) - 1:
                         plgpu.barrier_arrive(empty.at[slot])
-                    if tiling.leave_out == "promotion":
-                        added.append(part)
-                        continue
-                    added.append(total + part * lax.broadcast_in_dim(factor[which], (HALF, WAVE), [0]))
+                    added.append(total + part * lax.broadcast_in_dim(factor, (HALF, WAVE), [0]))
                 return tuple(added), following
 
-            zeros = plgpu.layout_cast(jnp.zeros((HALF, WAVE), jnp.float32), layout)
-            return lax.fori_loop(0, steps, step, ((zeros,) * len(own), scales(0)))[0]
+            zeros = plgpu.layout_cast(jnp.zeros((HALF, WAVE), jnp.float32), plgpu.Layout.WGMMA)
+            return lax.fori_loop(0, steps, step, ((zeros,) * len(waves), scales(0)))[0]
 
         def skip(i):
             def step(j, nothing):
@@ -265,114 +211,77 @@ def multiply(
 
             lax.fori_loop(0, steps, step, None)
 
-        def store_scales(scales, begin, start, end, column):
-            """Of the rows from start to end."""
-            place = lax.div(column, WAVE) * m + begin
-            if interpret:
-                row = begin + lax.iota(jnp.int32, HALF)
-                kept = out_scale_gmem[pl.ds(place, HALF)]
-                out_scale_gmem[pl.ds(place, HALF)] = jnp.where((row >= start) & (row < end), scales, kept)
-            else:
-                registers.store_some(out_scale_gmem, scales, place, start - begin, end - begin)
-
         def store(result, begin, start, end, column):
             """result [HALF, WAVE], of rows from `begin` on, to those from start to end."""
             if not interpret:
                 return registers.store_rows(out_gmem, result, begin, start, end, column)
             row = begin + lax.iota(jnp.int32, HALF)
             inside = ((row >= start) & (row < end))[:, None]
-            for piece in range(0, WAVE, PIECE):
-                places = pl.ds(begin, HALF), pl.ds(column + piece, PIECE)
+            for piece in range(0, WAVE, COLUMNS):
+                places = pl.ds(begin, HALF), pl.ds(column + piece, COLUMNS)
 
                 @pl.when(column + piece < width)
                 def _(piece=piece, places=places):
-                    new = result[:, piece : piece + PIECE].astype(out_dtype)
+                    new = result[:, piece : piece + COLUMNS].astype(out_gmem.dtype)
                     out_gmem[places] = jnp.where(inside, new, out_gmem[places])
+
+        def store_codes(result, begin, start, end, column):
+            """As `store`, in 8 bits, and the scales."""
+            scales = _scales(jnp.max(jnp.abs(result), axis=1))
+            store(result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0]), begin, start, end, column)
+            place = lax.div(column, WAVE) * m + begin
+            if not interpret:
+                return registers.store_some(out_scale_gmem[0], scales, place, start - begin, end - begin)
+            row = begin + lax.iota(jnp.int32, HALF)
+            places = pl.ds(place, HALF)
+            out_scale_gmem[0][places] = jnp.where((row >= start) & (row < end), scales, out_scale_gmem[0][places])
 
         @pl.when(warpgroup < 2)
         def _multiply():
-            plgpu.set_max_registers(tiling.worker, action="increase")
-            if tiling.ordered:
-
-                @pl.when(warpgroup == 1)
-                def first_turn():
-                    plgpu.barrier_arrive(turn.at[0])
+            plgpu.set_max_registers(REGISTERS.worker, action="increase")
 
             def one_tile(i, nothing):
                 tile, column = place(i)
-                group, begins = tile_gmem[0, tile], begins_of(tile)
-                start, end = tile_gmem[start_row, tile], tile_gmem[start_row + 1, tile]
+                group, first, second, start, end = (tile_gmem[j, tile] for j in range(5))
 
-                def finish(results, waves, begins):
-                    if gated:
-                        gate, up = results
-                        results, waves = [gate / (1.0 + jnp.exp(-gate)) * up], [0]
-                    if coded:
-                        (result,) = results
-                        scales = _scales(jnp.max(jnp.abs(result), axis=1))
-                        store_scales(scales, begins[0], start, end, column)
-                        results = [result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0])]
-                    stored = zip(results, waves, begins * len(waves) if tall == 1 else begins, strict=True)
+                def take(half, begin, waves):
+                    results = product(i, half, waves, group, begin, column)
+                    if not gated:
+                        for wave, result in zip(waves, results, strict=True):
+                            store(result, begin, start, end, column + wave * WAVE)
+                        return
+                    gate, up = results
+                    (store_codes if coded else store)(gate / (1.0 + jnp.exp(-gate)) * up, begin, start, end, column)
 
-                    for result, wave, begin in stored:
-                        store(result, begin, start, end, column + wave * WAVE)
+                @pl.when((second >= 0) | ((warpgroup == 0) & gated))
+                def take_half():
+                    take(warpgroup, jnp.where(warpgroup == 0, first, second), (0, 1))
 
-                def run(own, begins):
-                    finish(product(i, own, begins, group, column), [wave for _, wave in own], begins)
+                if gated:
 
-                own_begins = [jnp.where(warpgroup == 0, begins[2 * j], begins[2 * j + 1]) for j in range(tall)]
-                present = own_begins[-1] >= 0
-                if tall > 1:
-
-                    @pl.when((own_begins[0] >= 0) & (own_begins[1] < 0))
-                    def one_piece():
-                        run([(warpgroup, 0)], own_begins[:1])
-
-                    missing = own_begins[0] < 0
-                else:
-                    missing = own_begins[0] < 0
-
-                if splits:
-                    present = begins[1] >= 0
-
-                    if pair:
-
-                        @pl.when(begins[0] < 0)
-                        def sit_out():
-                            skip(i)
-
-                    @pl.when((begins[0] >= 0) & (begins[1] < 0))
-                    def share():
-                        run([(0, warpgroup)], begins[:1])
-
-                else:
-
-                    @pl.when(missing)
+                    @pl.when((second < 0) & (warpgroup == 1))
                     def sit_out():
                         skip(i)
 
-                @pl.when(present)
-                def take_part():
-                    if tall == 1:
-                        run([(warpgroup, 0), (warpgroup, 1)], own_begins)
-                    else:
-                        run([(warpgroup, 0), (warpgroup + 2, 0)], own_begins)
+                else:
+
+                    @pl.when(second < 0)
+                    def share_half():
+                        take(0, first, (warpgroup,))
 
             lax.fori_loop(0, mine, one_tile, None)
 
-    out_type = jax.ShapeDtypeStruct((m, width), out_dtype)
-    run = plgpu.kernel(
-        kernel,
-        out_type=(out_type, jax.ShapeDtypeStruct((width // WAVE * m,), jnp.float32)) if coded else out_type,
+    kernel = plgpu.kernel(
+        grouped_matmul_codes,
+        out_type=tuple(out_types),
         scratch_types=[
-            plgpu.RefUnion(smem(row_shape, CODES), smem(row_shape, CODES, 1)),
-            smem((stages, waves, WAVE, BLOCK_K), CODES),
-            plgpu.Barrier(num_arrivals=pieces + waves, num_barriers=stages),
+            plgpu.RefUnion(codes_in_smem(row_shape), codes_in_smem(row_shape, 1)),
+            codes_in_smem((stages, WAVES, WAVE, BLOCK_K)),
+            plgpu.Barrier(num_arrivals=2 + WAVES, num_barriers=stages),
             # Rows arrive in the slots of all blocks of a cluster, once all of them are free.
             plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=stages)
             if cluster > 1
             else plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_barriers=2),
         ],
         grid=(blocks,),
         grid_names=("block",),
@@ -383,7 +292,7 @@ def multiply(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         interpret=interpret,
     )
-    return run(tiles, count, rows, row_scales, matrices, matrix_scales.reshape(-1))
+    return kernel(tiles, count, rows.codes, rows.scales, matrices.codes, matrices.scales.reshape(-1))
 
 
 def forward(
@@ -399,16 +308,14 @@ def forward(
     """rows [M, K] times matrices [E, N, K] -> [M, N] bfloat16.
 
     gated: silu(the first N / 2 columns) * the others, [M, N / 2]; coded: that in 8 bits, with a scale for 128 of a row.
+    `tiling` overrules all of these.
     """
     m = rows.shape[0]
     tiling = tiling or tiling_for(matrices.shape[1] // (1 + gated), gated, coded)
-    tiles, count = tiles_of(group_sizes, max(m, HALF), 4 if tiling.pair else 2 * tiling.tall)
-    missing = max(HALF - m, 0)
-    codes, scales = (jnp.pad(x, ((0, missing), (0, 0))) for x in (rows.codes, rows.scales))
-    out = multiply(
-        codes, scales.T, matrices.codes, float_scales(matrices.scales), tiles, count, tiling, jnp.bfloat16, interpret
-    )
+    tiles, count = tiles_of(group_sizes, max(m, HALF))
+    codes, scales = (jnp.pad(x, ((0, max(HALF - m, 0)), (0, 0))) for x in (rows.codes, rows.scales))
+    in_float32 = Scaled(matrices.codes, float_scales(matrices.scales))
+    out, *out_scales = multiply(Scaled(codes, scales.T), in_float32, tiles, count, tiling, interpret)
     if not tiling.coded:
         return out[:m]
-    codes, scales = out
-    return Scaled(codes[:m], scales.reshape(-1, max(m, HALF)).T[:m])
+    return Scaled(out[:m], out_scales[0].reshape(-1, max(m, HALF)).T[:m])

@@ -11,6 +11,7 @@ from pallas_kernels.quant import Scaled
 from pallas_kernels.scaled_matmul import mosaic_gpu, reference
 
 BACKENDS = {
+    "mosaic_gpu_few_rows": dispatch.hopper_backend("pallas_kernels.scaled_matmul.mosaic_gpu_few_rows", "few_rows"),
     "mosaic_gpu": dispatch.Backend(mosaic_gpu.scaled_matmul, mosaic_gpu.why_not),
     "xla": dispatch.Backend(reference.scaled_matmul),
 }
@@ -21,9 +22,10 @@ def scaled_matmul(
 ) -> jax.Array:
     """rows [M, K] times matrix [N, K] -> [M, N] in `dtype`, by default that of `rows`, bfloat16 for rows in 8 bits.
 
-    Products are accumulated in float32. `implementation` None picks the best for the backend: "mosaic_gpu" for many rows on
-    Hopper, which quantises bfloat16 rows first (quantise_rows), else "xla", the reference. The matrix is a constant without a
-    gradient. Raises ValueError for shapes that do not fit, NotImplementedError where a named implementation cannot serve.
+    Products are accumulated in float32. `implementation` None picks the best for the backend: on Hopper
+    "mosaic_gpu_few_rows" for up to 16 rows and "mosaic_gpu", which quantises many bfloat16 rows first (quantise_rows), else
+    "xla", the reference. The matrix is a constant without a gradient. Raises ValueError for shapes that do not fit,
+    NotImplementedError where a named implementation cannot serve.
     """
     if rows.ndim != 2 or matrix.ndim != 2 or rows.shape[1] != matrix.shape[1]:
         raise ValueError(f"scaled_matmul: expected rows [M, K] and a matrix [N, K], got {rows.shape} and {matrix.shape}")

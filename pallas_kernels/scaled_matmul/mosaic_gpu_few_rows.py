@@ -1,4 +1,4 @@
-"""Up to 64 rows times a matrix in 8 bits on Hopper, in the time of reading the matrix.
+"""Up to 16 rows times a matrix in 8 bits on Hopper, in about the time of reading the matrix.
 
 XLA would write the decoded matrix to memory and read it again. Here codes become float16 in registers, which is exact, and are
 wgmma's first operand: a tile is 128 rows of the matrix, so the product is that of the matrix and the rows' transpose. The
@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, ptx
-from pallas_kernels.quant import BLOCK, Scaled, float_scales
+from pallas_kernels.quant import BLOCK, Scaled, dequantise, float_scales
 
-MAX_ROWS = 64
+MAX_ROWS = 16  # with more, writing them to shared memory in every block takes longer than reading the codes
 WARPGROUPS = 2
 THREADS = WARPGROUPS * hopper.WARPGROUP
 WARPS = THREADS // 32
@@ -93,8 +93,12 @@ class Split:
         return 1024 + self.in_flight * PIECE_BYTES + self.sums_bytes + -(-self.pieces // 4) * 16
 
     @property
+    def phases(self) -> int:
+        return -(-self.pieces // ((SHARED_BYTES - self.other_bytes) // self.piece_bytes))
+
+    @property
     def phase(self) -> int:
-        return min(self.pieces, (SHARED_BYTES - self.other_bytes) // self.piece_bytes)
+        return -(-self.pieces // self.phases)
 
     @property
     def shared_bytes(self) -> int:
@@ -129,16 +133,29 @@ def why_not(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> str 
     return None
 
 
-def few_rows(rows: jax.Array, matrix: Scaled) -> jax.Array:
-    """rows [M, K] bfloat16, M up to 64, times a matrix [N, K] in 8 bits -> [M, N] bfloat16.
+def few_rows(rows: jax.Array, matrix: Scaled, dtype: Any = None) -> jax.Array:
+    """rows [M, K] bfloat16, M up to 16, times a matrix [N, K] in 8 bits -> [M, N] bfloat16.
 
-    Sums of products with the decoded numbers in float32, rounded once.
+    Sums of products with the decoded numbers in float32, rounded once. The matrix has no gradient.
     """
+    del dtype
+    return _product(rows, matrix)
+
+
+@jax.custom_vjp
+def _product(rows: jax.Array, matrix: Scaled) -> jax.Array:
     return multiply(rows, matrix, split_of(rows.shape[0], *matrix.shape))
 
 
+def _backward(matrix: Scaled, cotangent: jax.Array) -> tuple[jax.Array, None]:
+    return cotangent @ dequantise(matrix, cotangent.dtype), None
+
+
+_product.defvjp(lambda rows, matrix: (_product(rows, matrix), matrix), _backward)
+
+
 def multiply(rows: jax.Array, matrix: Scaled, split: Split) -> jax.Array:
-    """As `few_rows`, divided as `split` says."""
+    """The product of `few_rows`, divided as `split` says."""
     reference, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
     def scaled_matmul_few_rows(*refs: Any) -> None:
@@ -202,36 +219,43 @@ class Block:
         self.own_scales = ptx.add(self.sums, split.sums_bytes)
         self.first_piece = ptx.mul(rank, split.pieces)
 
-    def piece(self, i: int) -> Value:
+    def piece(self, i: Value) -> Value:
         """The i-th piece of this block; beyond the last of all, that one."""
         return ptx.minimum(ptx.add(self.first_piece, i), self.split.all_pieces - 1)
 
-    def exists(self, i: int) -> Value:
-        return ptx.compare("slt", ptx.add(self.first_piece, i), self.split.all_pieces)
+    def exists(self, i: Value) -> Value:
+        return ptx.both(
+            ptx.compare("slt", i, self.split.pieces),
+            ptx.compare("slt", ptx.add(self.first_piece, i), self.split.all_pieces),
+        )
 
     # ---- the rows
 
-    def write_rows(self, first: int, count: int) -> None:
-        """Writes pieces first .. first + count - 1 of all rows to shared memory, in the order that `multiply_codes` reads.
+    def write_rows(self, first: Value) -> None:
+        """Writes pieces first .. first + phase - 1 of all rows to shared memory, in the order that `multiply_codes` reads.
 
         A warp takes a piece of four rows at a time; eight lanes have 16 bytes each of either 64 numbers of a row.
         """
-        split = self.split
-        fours = split.columns // 4
-        tasks = [ptx.add(self.warp, start) for start in range(0, fours * count, WARPS)]
-        for start in range(0, len(tasks), ROW_LOADS):
-            loaded = [self._load_row(task, first, fours, count) for task in tasks[start : start + ROW_LOADS]]
+        fours = self.split.columns // 4
+        tasks = fours * self.split.phase
+
+        def some(step: Value, _: Sequence[Value]) -> Sequence[Value]:
+            starts = [ptx.add(ptx.mul(step, ROW_LOADS * WARPS), self.warp, i * WARPS) for i in range(ROW_LOADS)]
+            loaded = [self._load_row(task, first, fours) for task in starts]
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
                     self._write_row(row, piece, halves)
+            return []
 
-    def _load_row(self, task: Value, first: int, fours: int, count: int) -> tuple[Value, Value, Value, list[list[Value]]]:
+        ptx.loop(ptx.constant(-(-tasks // (ROW_LOADS * WARPS))), [], some)
+
+    def _load_row(self, task: Value, first: Value, fours: int) -> tuple[Value, Value, Value, list[list[Value]]]:
         split = self.split
         piece, four = ptx.div(task, fours), ptx.rem(task, fours)
         row = ptx.add(ptx.shift_left(four, 2), ptx.shift_right(self.lane, 3))
-        exists = ptx.compare("slt", piece, count)
+        exists = ptx.compare("slt", piece, split.phase)
         loads = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.rows)), 1, 0)
-        source = ptx.minimum(ptx.add(self.first_piece, piece, first), split.all_pieces - 1)
+        source = self.piece(ptx.add(first, piece))
         address = ptx.offset(ptx.offset(self.rows, row, 2 * split.width), source, 2 * BLOCK)
         address = ptx.offset(address, ptx.bit_and(self.lane, 7), 16)
         halves = [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
@@ -262,10 +286,11 @@ class Block:
 
     # ---- the matrix
 
-    def copy_codes(self, i: int) -> None:
-        """Starts copying this lane's codes of piece i."""
+    def copy_codes(self, i: Value, slot: Value) -> None:
+        """Starts copying this lane's codes of piece i, zeros if it does not exist."""
         split = self.split
         piece, exists = self.piece(i), self.exists(i)
+        slot_at = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
         for quarter in range(4):
             half, other = divmod(quarter, 2)
             local = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * other)
@@ -273,8 +298,7 @@ class Block:
             size = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.outputs)), 16, 0)
             row = ptx.minimum(row, split.outputs - 1)
             source = ptx.offset(ptx.offset(ptx.offset(self.codes, row, split.width), piece, BLOCK), self.quad_lane, 16)
-            target = ptx.add(self.own_codes, PIECE_BYTES * (i % split.in_flight) + 512 * quarter)
-            ptx.copy_async(target, ptx.offset(source, ptx.constant(half), 64), size, 1, 0, 0)
+            ptx.copy_async(ptx.add(slot_at, 512 * quarter), ptx.offset(source, ptx.constant(half), 64), size, 1, 0, 0)
         ptx.copies_commit()
 
     def write_scales(self) -> None:
@@ -293,36 +317,50 @@ class Block:
         """The tile's sums over this block's pieces, to shared memory."""
         split, columns = self.split, self.split.columns
         for i in range(split.in_flight):
-            self.copy_codes(i)
+            self.copy_codes(ptx.constant(i), ptx.constant(i))
         self.write_scales()
-        totals = [ptx.number(0.0)] * (columns // 2)
-        for i in range(split.pieces):
-            phase_piece = i % split.phase
-            if phase_piece == 0:
-                if i:
-                    ptx.block_barrier()
-                self.write_rows(i, min(split.phase, split.pieces - i))
-                ptx.proxy_fence()
-                ptx.block_barrier()
-            ptx.copies_done(min(split.in_flight, split.pieces - i) - 1)
-            own_codes = ptx.add(self.own_codes, PIECE_BYTES * (i % split.in_flight))
-            codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
-            scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, 4 * i)))
-            b = ptx.matrix(ptx.add(self.numbers, phase_piece * 2 * BLOCK * columns))
-            sums = ptx.multiply_codes(codes, b, BLOCK * columns, columns)
-            if i + split.in_flight < split.pieces:
-                self.copy_codes(i + split.in_flight)
-            factors_at = ptx.add(self.factors, 4 * columns * phase_piece, ptx.shift_left(self.quad_lane, 3))
-            for eight in range(columns // 8):
-                factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
-                for at, factor in enumerate(factors * 2, 4 * eight):
-                    # The product of a factor and a scale might be too small for a float32.
-                    totals[at] = ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at])
+
+        def one_phase(number: Value, carry: list[Value]) -> list[Value]:
+            first = ptx.mul(number, split.phase)
+            ptx.block_barrier()  # the rows of the phase before are not needed any more
+            self.write_rows(first)
+            ptx.proxy_fence()
+            ptx.block_barrier()
+            count = ptx.minimum(ptx.sub(split.pieces, first), split.phase)
+
+            def one_piece(i: Value, carry: list[Value]) -> list[Value]:
+                slot, *totals = carry
+                totals = self.add_piece(i, ptx.add(first, i), slot, totals)
+                self.copy_codes(ptx.add(first, i, split.in_flight), slot)
+                following = ptx.add(slot, 1)
+                return [ptx.select(ptx.compare("eq", following, split.in_flight), 0, following), *totals]
+
+            return ptx.loop(count, carry, one_piece)
+
+        _, *totals = ptx.loop(ptx.constant(split.phases), [ptx.constant(0), *[ptx.number(0.0)] * (columns // 2)], one_phase)
         for eight in range(columns // 8):
             for at in range(4):
                 row = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * (at // 2))
                 column = ptx.add(ptx.shift_left(self.quad_lane, 1), 8 * eight + at % 2)
                 ptx.store_shared(self._sum_at(row, column), ptx.bits_of(totals[4 * eight + at]))
+
+    def add_piece(self, of_phase: Value, i: Value, slot: Value, totals: list[Value]) -> list[Value]:
+        """totals + the product of piece i, which is number `of_phase` of its phase, and whose codes are in `slot`."""
+        columns = self.split.columns
+        ptx.copies_done(self.split.in_flight - 1)
+        own_codes = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
+        codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
+        scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, ptx.shift_left(i, 2))))
+        b = ptx.matrix(ptx.add(self.numbers, ptx.mul(of_phase, 2 * BLOCK * columns)))
+        sums = ptx.multiply_codes(codes, b, BLOCK * columns, columns)
+        factors_at = ptx.add(self.factors, ptx.mul(of_phase, 4 * columns), ptx.shift_left(self.quad_lane, 3))
+        new = []
+        for eight in range(columns // 8):
+            factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
+            for at, factor in enumerate(factors * 2, 4 * eight):
+                # The product of a factor and a scale might be too small for a float32.
+                new.append(ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at]))
+        return new
 
     def _sum_at(self, row: Value, column: Value) -> Value:
         return ptx.add(self.sums, ptx.shift_left(ptx.add(ptx.mul(column, SUMS_PITCH), row), 2))

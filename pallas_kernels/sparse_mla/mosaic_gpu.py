@@ -137,9 +137,9 @@ def _in_8_bits(queries: jax.Array, latents: quant.Latents, indices: jax.Array, *
     (b, s, h, width), t = queries.shape, latents.shape[1]
     lists = _in_blocks(indices.reshape(b * s, -1), kernel.KEYS)
     blocks = lists.shape[1] // kernel.KEYS
-    splits = splits_of(b * s * -(-h // kernel.MAX_COLUMNS), blocks)
+    splits = kernel.splits_of(b * s * -(-h // kernel.MAX_COLUMNS), blocks)
     # A decode step has full lists or short contexts, and another kernel would cost more than it saves.
-    counts = blocks_to_visit(lists, kernel.KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
+    counts = blocks_to_visit(lists, kernel.KEYS) if s > 1 and splits == 1 else None
     tasks = kernel.Tasks(b, s, h, t, blocks, splits)
     codes, rotary, scales = (x.reshape(b * t, *x.shape[2:]) for x in (latents.codes, latents.rotary, latents.scales))
     flat = queries.reshape(b * s * h, width), codes, rotary, scales, lists, counts

@@ -12,14 +12,15 @@ A token's scale factors out of all: it multiplies the token's logits, and its we
   down to 2**-10 of its head's largest number, below within 2**-20 of that. Both parts are columns of the same product, and
   their logits are added;
 - the last one needs codes with their lines along the columns, which wgmma reads from shared memory in 16 bits only. Here a
-  warp loads them transposed, two columns a register, and makes float16 of them, exactly. The weights carry the scales, and refer
-  to the largest product of weight and scale, so float16 holds them; their sum is without scales.
+  warp loads them transposed, two columns a register, and makes float16 of them, exactly. The weights carry the scales, and
+  refer to the largest product of weight and scale, so float16 holds them; their sum is without scales.
 
-A task is up to 64 heads of a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one on each SM,
-or one of a cluster whose blocks share a list and combine what they have. It has four warpgroups: the first makes logits and
-weights, the second and the third multiply 256 value columns each, the fourth gathers by cp.async. What they hand on:
+A task is up to 64 heads of a query, its list is visited in blocks of 64 keys. A block of the grid is persistent, one on each
+SM, or one of a cluster whose blocks share a list and combine what they have. It has four warpgroups: the first makes logits
+and weights, the next block's logits while it makes a block's weights; the second and the third multiply 256 value columns
+each; the fourth gathers by cp.async. What they hand on:
 
-- Codes of a key block and their scales, in a ring of 3 to 6 slots, by halves of 256 columns; the rotary columns and the scales
+- Codes of a key block and their scales, in a ring of 3 to 5 slots, by halves of 256 columns; the rotary columns and the scales
   come with the second one. full[slot][half]: an arrival of every gathering thread after its copies; empty[slot][half]: one of
   every thread of the half's warpgroup, once the codes are in its registers.
 - The weights of a block, in one of two places, with the factors by which the values so far are rescaled, and after the last
@@ -59,8 +60,8 @@ SMALLEST = 2.0**-60  # largest magnitude that a head's queries count as having
 LOG2E = math.log2(math.e)
 VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
 
-# Registers of a thread of the warpgroups, where the accumulators of 64 columns need more than a fourth of them.
-REGISTERS = (136, 168, 168, 40)
+# Registers of a thread of the four warpgroups, by whether tasks are wide.
+REGISTERS = {False: (184, 144, 144, 40), True: (136, 168, 168, 40)}
 
 FRAGMENTS = {False: 2, True: 1}  # of 16 keys and 64 value columns that are multiplied together; True for wide tasks
 
@@ -69,7 +70,11 @@ _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """B x S queries of H heads over T keys each, with lists of `blocks` key blocks, each divided among `splits` tasks."""
+    """B x S queries of H heads over T keys each, with lists of `blocks` key blocks.
+
+    Where `splits` is more than 1, a task is that of a cluster: all but its last block have `share` key blocks of the list, the
+    last one has what is left.
+    """
 
     batch: int
     queries: int
@@ -81,7 +86,7 @@ class Tasks:
     def __post_init__(self) -> None:
         if min(self.heads, self.blocks) < 1:
             raise ValueError(f"there is no task of {self.heads} heads and {self.blocks} key blocks")
-        if not 1 <= self.splits <= MAX_SPLITS or self.blocks % self.splits:
+        if not 1 <= self.splits <= MAX_SPLITS or (self.splits - 1) * self.share >= self.blocks:
             raise ValueError(f"{self.blocks} key blocks do not divide into {self.splits} of at most {MAX_SPLITS} splits")
 
     @property
@@ -105,17 +110,29 @@ class Tasks:
 
     @property
     def count(self) -> int:
-        return self.batch * self.queries * self.tiles * self.splits
+        """Tasks, or clusters that share one."""
+        return self.batch * self.queries * self.tiles
 
     @property
     def grid(self) -> int:
-        """Persistent blocks, or one for each task of a cluster."""
+        """Persistent blocks, or clusters of one task each."""
         return self.count if self.splits > 1 else min(hopper.NUM_SMS, self.count)
 
     @property
     def share(self) -> int:
         """Key blocks of a task, at most."""
-        return self.blocks // self.splits
+        return -(-self.blocks // self.splits)
+
+
+# How many clusters of so many blocks run at a time for sure: a cluster lies within a group of 14 to 18 of the 132
+# multiprocessors. One cluster too many takes as long as twice as many (docs/kernels.md).
+RESIDENT_CLUSTERS = {8: 13, 4: 29, 2: 66}
+
+
+def splits_of(tiles: int, blocks: int) -> int:
+    """Into how many parts lists of `blocks` key blocks are split, so that the device is full and all run at once."""
+    fitting = (n for n, most in RESIDENT_CLUSTERS.items() if tiles <= most and (n - 1) * -(-blocks // n) < blocks)
+    return max(fitting, default=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +150,6 @@ class Memory:
     query_scales: int  # [columns] float32
     factors: int  # [2][columns] float32
     sums: int  # [2][4 warps][columns] float32
-    tops: int  # [columns] float32, the maxima after the last block
     logs: int  # [columns] float32, log2 of the sum of the weights of a cluster's block
     maxima: int  # [4 warps][columns] float32
     raised: int  # [2], whether factors are to be applied
@@ -148,7 +164,7 @@ class Memory:
         for slots in range(MAX_SLOTS, 1, -1):
             row, barriers = 4 * columns, 16 * slots
             sizes = [slots * PIECES * PIECE, slots * PIECE, PIECES * 256 * columns, 128 * columns, 256 * columns]
-            sizes += [4 * KEYS * slots, row, 2 * row, 8 * row, row, row, 4 * row, 8, barriers, barriers, 16, 16]
+            sizes += [4 * KEYS * slots, row, 2 * row, 8 * row, row, 4 * row, 8, barriers, barriers, 16, 16]
             if sum(sizes) <= SHARED_BYTES:
                 break
         return Memory(columns, slots, *itertools.accumulate([0, *sizes]))
@@ -206,6 +222,7 @@ class _Task:
     """What a task is about."""
 
     query: ptx.Value
+    split: ptx.Value
     first_head: ptx.Value
     heads: ptx.Value
     first_row: ptx.Value  # of the [B * S * H] query rows
@@ -213,22 +230,24 @@ class _Task:
 
     @staticmethod
     def of(tasks: Tasks, number: ptx.Value) -> _Task:
-        tile_number, split = ptx.div(number, tasks.splits), ptx.rem(number, tasks.splits)
-        query, tile = ptx.div(tile_number, tasks.tiles), ptx.rem(tile_number, tasks.tiles)
+        query, tile = ptx.div(number, tasks.tiles), ptx.rem(number, tasks.tiles)
+        split = ptx.cluster_rank() if tasks.splits > 1 else ptx.constant(0)
         first_head = ptx.mul(tile, tasks.heads_per_tile)
         return _Task(
             query,
+            split,
             first_head,
             ptx.minimum(ptx.sub(tasks.heads, first_head), tasks.heads_per_tile),
             ptx.add(ptx.mul(query, tasks.heads), first_head),
             ptx.add(ptx.mul(query, tasks.blocks), ptx.mul(split, tasks.share)),
         )
 
-    def blocks(self, tasks: Tasks, counts_at: ptx.Value) -> ptx.Value:
+    def blocks(self, tasks: Tasks, counts_at: ptx.Value | None) -> ptx.Value:
         """How many key blocks to visit."""
-        if tasks.splits > 1:
-            return ptx.opaque(ptx.constant(tasks.share))  # as a constant it would cost registers
-        return ptx.load_global(ptx.offset(counts_at, self.query, 4))
+        if counts_at is not None:
+            return ptx.load_global(ptx.offset(counts_at, self.query, 4))
+        rest = ptx.sub(tasks.blocks, ptx.mul(self.split, tasks.share))
+        return ptx.opaque(ptx.minimum(rest, tasks.share))  # a constant would cost registers
 
 
 def _line(thread: ptx.Value) -> tuple[ptx.Value, ptx.Value]:
@@ -242,9 +261,18 @@ def _in_tiles(line: ptx.Value, chunk: ptx.Value) -> ptx.Value:
     return ptx.add(ptx.shift_left(line, 7), ptx.shift_left(ptx.bit_xor(chunk, within), 4))
 
 
-def _tasks_of(tasks: Tasks, block: ptx.Value) -> ptx.Value:
-    """How many tasks a block of the grid has."""
-    return ptx.div(ptx.sub(tasks.count + tasks.grid - 1, block), tasks.grid)
+def _address_of(optional: tuple) -> ptx.Value | None:
+    """Of an array that may be missing."""
+    return ptx.global_address(optional[0]) if optional else None
+
+
+def _for_each_task(tasks: Tasks, block: ptx.Value, carry: list, body) -> None:
+    """carry = body(number of a task, carry) for the tasks of a block of the grid."""
+    if tasks.splits > 1:
+        body(block, carry)
+        return
+    count = ptx.div(ptx.sub(tasks.count + tasks.grid - 1, block), tasks.grid)
+    ptx.loop(count, carry, lambda i, carry: body(ptx.add(block, ptx.mul(i, tasks.grid)), carry))
 
 
 def _init_barriers(memory: Memory, ref) -> None:
@@ -274,8 +302,10 @@ def _meet_cluster(tasks: Tasks) -> None:
 def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, ref, block) -> None:
     """The fourth warpgroup: 8 lanes copy 128 bytes of a row with cp.async into the tiles that wgmma reads."""
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, *[_REF] * 6))
-    def gather(ctx, block, codes, rotary, scales, lists, counts, ref):
+    optional = () if counts is None else (counts,)
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, *[_REF] * 5, *[_REF for _ in optional]))
+    def gather(ctx, block, codes, rotary, scales, lists, ref, *optional):
         base = ptx.shared_address(ref)
         chunk, row = _line(ptx.bit_and(ptx.thread(), 127))
         to = _in_tiles(row, chunk)
@@ -283,21 +313,19 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
         to_scale = ptx.add(ptx.shift_left(row, 2), ptx.shift_left(chunk, 6))
         own_entry = ptx.offset(ptx.global_address(lists), row, 4)
         codes_at, rotary_at = (ptx.offset(ptx.global_address(x), chunk, 16) for x in (codes, rotary))
-        scales_at, count_at = ptx.global_address(scales), ptx.global_address(counts)
+        scales_at, counts_at = ptx.global_address(scales), _address_of(optional)
         block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
 
         def entries(task: _Task, key_block):
             """Of this thread's four rows of a key block."""
             at = ptx.offset(own_entry, ptx.add(task.first_block, key_block), 4 * KEYS)
             return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
 
-        def one_task(i, carry):
-            number = ptx.add(block, ptx.mul(i, tasks.grid))
+        def one_task(number, carry):
             task = _Task.of(tasks, number)
             following = _Task.of(tasks, ptx.minimum(ptx.add(number, tasks.grid), tasks.count - 1))
             first_key = ptx.mul(ptx.div(task.query, tasks.queries), tasks.keys)
-            blocks, blocks_after = carry[0], following.blocks(tasks, count_at)
+            blocks, blocks_after = carry[0], following.blocks(tasks, counts_at)
 
             def one_block(b, carry):
                 ring, current = _Ring(memory, *carry[:2]), carry[2:]
@@ -344,12 +372,12 @@ def _gather(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, counts, 
             return [blocks_after, *ptx.loop(blocks, carry[1:], one_block)]
 
         first = _Task.of(tasks, block)
-        carry = [first.blocks(tasks, count_at), *_start(memory).carry, *entries(first, ptx.constant(0))]
-        ptx.loop(num_tasks, carry, one_task)
+        carry = [first.blocks(tasks, counts_at), *_start(memory).carry, *entries(first, ptx.constant(0))]
+        _for_each_task(tasks, block, carry, one_task)
         ptx.copies_done()
         _meet_cluster(tasks)
 
-    gather(block, codes, rotary, scales, lists, counts, ref)
+    gather(block, codes, rotary, scales, lists, ref, *optional)
 
 
 def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, block) -> None:
@@ -360,8 +388,10 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
     groups = tasks.columns // 8  # of 8 columns, 4 logits a thread each: two columns of row g, the same of g + 8
     to_logits = scale * LOG2E
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF))
-    def weigh(ctx, block, queries, counts, ref):
+    optional = () if counts is None else (counts,)
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, *[_REF for _ in optional]))
+    def weigh(ctx, block, queries, ref, *optional):
         base = ptx.shared_address(ref)
         thread = ptx.bit_and(ptx.thread(), 127)
         lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
@@ -371,8 +401,7 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
         own_scale = ptx.shift_left(ptx.add(ptx.shift_left(warp, 4), in_group), 2)
         own_columns = ptx.add(base, ptx.shift_left(first_column, 2))
         block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
-        queries_at, counts_at = ptx.global_address(queries), ptx.global_address(counts)
+        queries_at, counts_at = ptx.global_address(queries), _address_of(optional)
 
         def load_queries(task: _Task) -> None:
             """Divided by a power of two for every head, and all but the rotary columns as sums of two e4m3 numbers."""
@@ -422,33 +451,34 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             """Starts the logits of a block, and ends with its scales of this thread's two keys."""
             matrix = ptx.matrix(ptx.add(base, memory.queries))
             codes = ptx.matrix(ring.codes(base))
-            logits = [[ptx.number(0.0)] * (8 * groups)]
             for half in range(HALVES):
                 ptx.barrier_wait(ring.barrier(base, memory.full, half), ring.round)
-                ptx.proxy_fence()
-                steps = [
-                    (0, piece * PIECE + 32 * i, piece * memory.query_piece + 32 * i)
-                    for piece in range(half * PIECES // HALVES, (half + 1) * PIECES // HALVES)
-                    for i in range(4)
-                ]
-                logits = ptx.multiply(
-                    logits, codes, matrix, steps, fresh=half == 0, columns=2 * tasks.columns, transposed=False, kind="e4m3"
-                )
-            # To the logits of the queries' larger parts.
-            parts = logits[0][: 4 * groups], logits[0][4 * groups :]
+            ptx.proxy_fence()
             rotary, rotary_queries = ptx.matrix(ring.rotary(base)), ptx.matrix(ptx.add(base, memory.rotary_queries))
             steps = [(0, 32 * i, 32 * i) for i in range(4)]
-            (first,) = ptx.multiply(
-                [parts[0]], rotary, rotary_queries, steps, fresh=False, columns=tasks.columns, transposed=False
-            )
-            logits = [[*first, *parts[1]]]
+            zeros = [ptx.number(0.0)] * (4 * groups)
+            (sums,) = ptx.multiply([zeros], rotary, rotary_queries, steps, fresh=True, columns=tasks.columns, transposed=False)
+            # The queries' two parts are columns of one product or, where their sums take too many registers, added in turn, the
+            # smaller ones first: every step of the tensor cores in e4m3 cuts what is added to the size of the sum.
+            steps = [
+                (0, piece * PIECE + 32 * i, piece * memory.query_piece + 32 * i) for piece in range(PIECES) for i in range(4)
+            ]
+            multiply = functools.partial(ptx.multiply, transposed=False, kind="e4m3")
+            if tasks.is_wide:
+                smaller = ptx.matrix(ptx.add(base, memory.queries + memory.query_part))
+                (sums,) = multiply([sums], codes, smaller, steps, fresh=False, columns=tasks.columns)
+                codes = ptx.matrix(ptx.uniform(ring.codes(base)))  # else 16 addresses are kept for their second use
+                (sums,) = multiply([sums], codes, matrix, steps, fresh=False, columns=tasks.columns)
+                logits = [sums]
+            else:
+                (both,) = multiply([[*zeros, *zeros]], codes, matrix, steps, fresh=True, columns=2 * tasks.columns)
+                logits = [sums, both[: 4 * groups], both[4 * groups :]]
             ptx.multiply_commit()
             scales = [ptx.load_shared_float(ptx.add(ring.scales(base), own_scale, 32 * i)) for i in range(2)]
             return logits, scales
 
         def finish(logits):
-            (parts,) = ptx.multiplied(logits)
-            return [ptx.plus(high, low) for high, low in zip(parts[: 4 * groups], parts[4 * groups :], strict=True)]
+            return [ptx.plus(*parts) if len(parts) > 1 else parts[0] for parts in zip(*ptx.multiplied(logits), strict=True)]
 
         def raise_maxima(scaled, tops, totals, place):
             """New maxima where a block's are too far above, and what follows from them."""
@@ -473,12 +503,18 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                     ptx.store_shared_floats(ptx.add(of_columns(memory.factors, place), 32 * j), factors[2 * j : 2 * j + 2])
             return [*new_tops, *map(ptx.times, totals, factors)]
 
-        def publish(logits, scales, tops, totals, done, last=False):
-            """The weights of a block, the `done`-th of all, for the values' warpgroups."""
+        def prepare(logits, scales, tops, totals, done):
+            """Base-2 logarithms of a block's weights times scales, and the maxima and sums that they refer to.
+
+            All branches are here, so that products may be under way in `publish`.
+            """
             place, turn = ptx.bit_and(done, 1), ptx.shift_right(done, 1)
             counted = [ptx.above(x, ptx.number(0.0)) for x in scales]
             logs = [ptx.log2(x) for x in scales]  # minus infinity for keys that do not count
-            inverses = [ptx.either(c, ptx.inverse(x), ptx.number(0.0)) for c, x in zip(counted, scales, strict=True)]
+            inverses = [  # of scales that count
+                ptx.either(c, ptx.exp2(ptx.minus(ptx.number(0.0), x)), ptx.number(0.0))
+                for c, x in zip(counted, logs, strict=True)
+            ]
             by_row = [ptx.times(x, ptx.number(to_logits)) for x in scales]
             scaled = []
             for j in range(groups):
@@ -497,6 +533,13 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
             tops, totals = changed[: 2 * groups], changed[2 * groups :]
             with ptx.when(ptx.compare("eq", thread, 0)):
                 ptx.store_shared(ptx.add(base, memory.raised, ptx.shift_left(place, 2)), raised)
+            return scaled, inverses, tops, totals
+
+        def publish(scaled, inverses, tops, totals, done, last=False):
+            """The weights of a block, the `done`-th of all, for the values' warpgroups."""
+            place = ptx.bit_and(done, 1)
+            column = [i // 4 * 2 + i % 2 for i in range(4 * groups)]
+            totals = list(totals)
             weights = [ptx.exp2(ptx.minus(x, tops[column[i]])) for i, x in enumerate(scaled)]  # times the keys' scales
             for i, x in enumerate(weights):
                 totals[column[i]] = ptx.times_plus(x, inverses[i % 4 // 2], totals[column[i]])
@@ -514,16 +557,25 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 with ptx.when(speaks):
                     for j in range(groups):
                         ptx.store_shared_floats(ptx.add(to, 32 * j), sums[2 * j : 2 * j + 2])
-                if tasks.splits > 1:
-                    with ptx.when(ptx.compare("slt", thread, 4)):
-                        for j in range(groups):
-                            ptx.store_shared_floats(ptx.add(of_columns(memory.tops), 32 * j), tops[2 * j : 2 * j + 2])
             ptx.proxy_fence()
             ptx.barrier_arrive(ptx.add(base, memory.ready, ptx.shift_left(place, 3)))
-            return tops, totals
+            return totals
 
-        def one_task(i, carry):
-            number = ptx.add(block, ptx.mul(i, tasks.grid))
+        def store_logs(tops, place) -> None:
+            """What the blocks of a cluster weigh their results by."""
+            ptx.barrier(MAXIMA_BARRIER, 128)  # all warps' sums are there
+            with ptx.when(ptx.compare("slt", thread, 4)):
+                for j in range(groups):
+                    at = ptx.add(of_columns(memory.sums, ptx.shift_left(place, 2)), 32 * j)
+                    by_warp = [ptx.load_shared_floats(ptx.add(at, 4 * tasks.columns * w)) for w in range(4)]
+                    totals = [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
+                    logs = [
+                        ptx.either(ptx.above(total, ptx.number(0.0)), ptx.plus(top, ptx.log2(total)), ptx.number(START))
+                        for total, top in zip(totals, tops[2 * j : 2 * j + 2], strict=True)
+                    ]
+                    ptx.store_shared_floats(ptx.add(of_columns(memory.logs), 32 * j), logs)
+
+        def one_task(number, carry):
             task = _Task.of(tasks, number)
             ring, done = _Ring(memory, *carry[:2]), carry[2]
             blocks = task.blocks(tasks, counts_at)
@@ -536,23 +588,28 @@ def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, counts, ref, blo
                 ring, done, scales = _Ring(memory, *carry[:2]), carry[2], carry[3:5]
                 logits = carry[5 : 5 + 4 * groups]
                 tops, totals = carry[5 + 4 * groups : 5 + 6 * groups], carry[5 + 6 * groups :]
-                tops, totals = publish(logits, scales, tops, totals, done)
                 ring = ring.next()
-                begun, scales = issue(ring)
-                return [*ring.carry, ptx.add(done, 1), *scales, *finish(begun), *tops, *totals]
+                scaled, inverses, tops, totals = prepare(logits, scales, tops, totals, done)
+                begun, scales_after = issue(ring)  # are made while the weights are
+                totals = publish(scaled, inverses, tops, totals, done)
+                return [*ring.carry, ptx.add(done, 1), *scales_after, *finish(begun), *tops, *totals]
 
             start = [ptx.number(START)] * (2 * groups) + [ptx.number(0.0)] * (2 * groups)
             carry = ptx.loop(ptx.sub(blocks, 1), [*ring.carry, done, *scales, *logits, *start], one_block)
             ring, done, scales = _Ring(memory, *carry[:2]), carry[2], carry[3:5]
             logits = carry[5 : 5 + 4 * groups]
             tops, totals = carry[5 + 4 * groups : 5 + 6 * groups], carry[5 + 6 * groups :]
-            publish(logits, scales, tops, totals, done, last=True)
+            scaled, inverses, tops, totals = prepare(logits, scales, tops, totals, done)
+            publish(scaled, inverses, tops, totals, done, last=True)
+            if tasks.splits > 1:
+                store_logs(tops, ptx.bit_and(done, 1))
             return [*ring.next().carry, ptx.add(done, 1)]
 
-        ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
+        prefetch_queries(block)
+        _for_each_task(tasks, block, [*_start(memory).carry, ptx.constant(0)], one_task)
         _meet_cluster(tasks)
 
-    weigh(block, queries, counts, ref)
+    weigh(block, queries, ref, *optional)
 
 
 def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int) -> None:
@@ -562,14 +619,15 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
     """
     groups = tasks.columns // 8
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF))
-    def sum_values(ctx, block, counts, ref, out):
+    optional = () if counts is None else (counts,)
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, *[_REF for _ in optional]))
+    def sum_values(ctx, block, ref, out, *optional):
         base = ptx.shared_address(ref)
         thread = ptx.bit_and(ptx.thread(), 127)
         lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
         block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
-        counts_at = ptx.global_address(counts)
+        counts_at = _address_of(optional)
         # A lane has the address of a key's 16 columns, its warp's of a tile of 64; of every second tile 64 bytes further on.
         to_columns = [_in_tiles(lane, ptx.add(warp, 4 * odd)) for odd in range(2)]
 
@@ -614,9 +672,8 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                     ptx.multiply_wait(1)  # the registers of the fragments before are free
             return by_tile
 
-        def one_task(i, carry):
-            task = _Task.of(tasks, ptx.add(block, ptx.mul(i, tasks.grid)))
-            blocks = task.blocks(tasks, counts_at)
+        def one_task(number, carry):
+            blocks = _Task.of(tasks, number).blocks(tasks, counts_at)
 
             def one_block(b, carry):
                 ring, done = _Ring(memory, *carry[:2]), carry[2]
@@ -637,7 +694,8 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 return [*ring.next().carry, ptx.add(done, 1), *sums]
 
             carry = ptx.loop(blocks, [*carry, *[ptx.number(0.0)] * (4 * TILES * groups)], one_block)
-            # Else the addresses of what follows are kept in registers through the loop.
+            # Else what the following needs is kept in registers through the loop.
+            task = _Task.of(tasks, ptx.opaque(number))
             thread = ptx.bit_and(ptx.opaque(ptx.thread()), 127)
             lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
             in_group, pair = ptx.shift_right(lane, 2), ptx.shift_left(ptx.bit_and(lane, 3), 1)
@@ -648,15 +706,6 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 totals += [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
             ptx.barrier_arrive(ptx.add(base, memory.free, ptx.shift_left(place, 3)))
             zero = ptx.number(0.0)
-            if tasks.splits > 1 and half == 0:
-                with ptx.when(ptx.compare("slt", thread, 4)):
-                    for j in range(groups):
-                        tops = of_columns(memory.tops, ptx.constant(0), j)
-                        logs = [
-                            ptx.either(ptx.above(total, zero), ptx.plus(top, ptx.log2(total)), ptx.number(START))
-                            for total, top in zip(totals[2 * j : 2 * j + 2], tops, strict=True)
-                        ]
-                        ptx.store_shared_floats(ptx.add(base, memory.logs + 32 * j, ptx.shift_left(pair, 2)), logs)
             inverses = [ptx.either(ptx.above(x, zero), ptx.inverse(x), zero) for x in totals]
             sums = by_column(carry[3:], inverses)
             column = ptx.add(ptx.shift_left(warp, 4), ptx.shift_left(in_group, 1))  # of a tile, and the next one
@@ -681,9 +730,9 @@ def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block, half: int
                 _combine(tasks, memory, base, out, task, half)
             return carry[:3]
 
-        ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
+        _for_each_task(tasks, block, [*_start(memory).carry, ptx.constant(0)], one_task)
 
-    sum_values(block, counts, ref, out)
+    sum_values(block, ref, out, *optional)
 
 
 def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) -> None:
@@ -691,12 +740,12 @@ def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) ->
     share = -(-tasks.heads_per_tile // tasks.splits)
     ptx.cluster_barrier()
     thread = ptx.add(ptx.bit_and(ptx.opaque(ptx.thread()), 127), 128 * half)
-    split = ptx.rem(ptx.div(task.first_block, tasks.share), tasks.splits)
     to = ptx.offset(ptx.global_address(out), task.first_row, 2 * VALUE_DIM)
     chunk = ptx.bit_and(thread, 63)
-    for i in range(-(-share // 4)):  # 256 threads take 4 heads of 64 chunks of 16 bytes at a time
-        within = ptx.add(ptx.shift_right(thread, 6), 4 * i)
-        head = ptx.add(ptx.mul(split, share), within)
+
+    def four_heads(i, carry):  # 256 threads take 64 chunks of 16 bytes of each
+        within = ptx.add(ptx.shift_right(thread, 6), ptx.shift_left(i, 2))
+        head = ptx.add(ptx.mul(task.split, share), within)
         here = ptx.minimum(head, tasks.columns - 1)
         part_at = ptx.add(base, memory.queries, ptx.mul(here, STAGED_LINE), ptx.shift_left(chunk, 4))
         log_at = ptx.add(base, memory.logs, ptx.shift_left(here, 2))
@@ -712,6 +761,9 @@ def _combine(tasks: Tasks, memory: Memory, base, out, task: _Task, half: int) ->
             words.append(ptx.to_bfloat16_pair(*(ptx.times(x, inverse) for x in sums)))
         counts = ptx.both(ptx.compare("slt", within, share), ptx.compare("slt", head, task.heads))
         ptx.store_global_words(ptx.offset(ptx.offset(to, here, 2 * VALUE_DIM), chunk, 16), words, counts)
+        return carry
+
+    ptx.loop(ptx.opaque(ptx.constant(-(-share // 4))), [], four_heads)  # unrolled, it would take too many registers
     ptx.cluster_barrier()  # no block leaves while others read its memory
 
 
@@ -721,7 +773,7 @@ def attend(
     rotary: jax.Array,
     scales: jax.Array,
     lists: jax.Array,
-    counts: jax.Array,
+    counts: jax.Array | None,
     tasks: Tasks,
     *,
     scale: float,
@@ -732,23 +784,24 @@ def attend(
       queries: [B * S * H, 576] bfloat16.
       codes: [B * T, 512] float8_e4m3fn. rotary: [B * T, 64] bfloat16. scales: [B * T] float32, positive.
       lists: [B * S, tasks.blocks * 64] int32, -1 where empty.
-      counts: [B * S] int32, how many key blocks to visit, at least 1; all of them are visited where lists are split.
+      counts: [B * S] int32, how many key blocks to visit, at least 1; None, as where lists are split, for all of them.
 
     Returns:
       [B * S * H, 512] bfloat16; zeros where no key counts.
     """
+    if counts is not None and tasks.splits > 1:
+        raise ValueError(f"lists that are split into {tasks.splits} have no counts")
     memory = Memory.of(tasks.columns)
 
-    def sparse_mla_scaled(queries, codes, rotary, scales, lists, counts, out, ref):
+    def sparse_mla_scaled(queries, codes, rotary, scales, lists, *others):
+        counts, out, ref = others if len(others) == 3 else (None, *others)
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
-        if tasks.splits > 1:
-            block = block * tasks.splits + jax.lax.axis_index("split")
         _init_barriers(memory, ref)
 
         def limit_registers(number: int) -> None:
-            if tasks.is_wide:
-                registers, at_launch = REGISTERS[number], hopper.REGISTER_FILE // (hopper.WARPGROUP * len(REGISTERS))
-                plgpu.set_max_registers(registers, action="increase" if registers > at_launch else "decrease")
+            registers = REGISTERS[tasks.is_wide][number]
+            at_launch = hopper.REGISTER_FILE // (hopper.WARPGROUP * (2 + HALVES))
+            plgpu.set_max_registers(registers, action="increase" if registers > at_launch else "decrease")
 
         @pl.when(warpgroup == 0)
         def _():
@@ -772,7 +825,7 @@ def attend(
         sparse_mla_scaled,
         out_type=jax.ShapeDtypeStruct((tasks.batch * tasks.queries * tasks.heads, VALUE_DIM), jnp.bfloat16),
         scratch_types=(plgpu.SMEM((memory.end // 4,), jnp.uint32),),
-        grid=(tasks.grid // tasks.splits,),
+        grid=(tasks.grid,),
         grid_names=("block",),
         cluster=(tasks.splits,) if is_split else (),
         cluster_names=("split",) if is_split else (),
@@ -780,4 +833,4 @@ def attend(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return kernel(queries, codes, rotary, scales, lists, counts)
+    return kernel(*(x for x in (queries, codes, rotary, scales, lists, counts) if x is not None))

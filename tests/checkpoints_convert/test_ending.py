@@ -20,9 +20,11 @@ from tests.checkpoints_convert import files
 
 PROGRAM = """
 import ctypes, os, pathlib, signal, sys, threading, time
+import jax
 from checkpoints_convert import convert
 from checkpoints_convert.ending import end_well, unfinished
 
+jax.config.update("jax_platforms", "cpu")  # others log what they miss
 in_c = ctypes.CDLL(None).sleep  # goes on at a signal, as a compilation does
 
 def ready():

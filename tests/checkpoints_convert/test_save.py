@@ -176,6 +176,14 @@ def test_a_new_schedule_and_dtype_are_written(tmp_path, source, format):
     assert_equal(params, to_params(MIXED.state, config, schedule, jnp.bfloat16))
 
 
+def test_an_export_that_transformers_runs_wrongly_is_reported(tmp_path):
+    case = CASES["deepseek-mixed"]
+    source = files.write_checkpoint(tmp_path / "hf", files.config_fields(case), case.state)
+    (line,) = convert(source, tmp_path / "out", format="safetensors")
+    assert line.startswith("transformers gives the indexers that S layers lack random weights")
+    assert convert(source, tmp_path / "orbax") == []
+
+
 def test_what_goes_along(tmp_path, source):
     directory = files.write_checkpoint(tmp_path / "hf", files.config_fields(MIXED), MIXED.state)
     (directory / "tokenizer.json").write_text("a tokenizer")

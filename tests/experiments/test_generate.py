@@ -11,7 +11,7 @@ from experiments import generate
 from experiments.common import text
 from experiments.common.options import DEMO
 from experiments.common.report import Output
-from experiments.generate import Meter, Request, batches, parse, requests
+from experiments.generate import Meter, Request, batches, parse, read_line, requests
 from indexcache_jax.config import Config
 
 CONFIG = Config.from_hf(DEMO)
@@ -28,16 +28,38 @@ CONFIG = Config.from_hf(DEMO)
         ('{"prompt": 3}', "prompt: int, not a string"),
         ('{"tokens": "abc"}', "tokens: not a list of integers"),
         ('{"tokens": [1, true]}', "tokens: not a list of integers"),
+        ('{"prompt": "a", "temperature": 0.5}', "temperature: is not read of a line; the flags hold for all of them"),
+        ('{"prompt": "a", "max_tokens": 5, "seed": 1}', "max_tokens: is not read of a line"),
+        ('{"prompt": "a", "\\u001b[31m": 5}', r"\\x1b\[31m: is not read"),
+        ('{"custom_id": "a", "method": "POST", "body": {"messages": []}}', "body: lines of OpenAI's batch format are not read"),
+        ('{"prompt": "a", "id": [1]}', r"id: \[1\] is neither a string nor an integer"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "messages: the checkpoint has no chat template"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(line, message):
     with pytest.raises(ValueError, match=message):
-        parse(line, text.Bytes())
+        fields = read_line(line.encode())
+        generate.ids_of(fields)
+        parse(fields, text.Bytes())
+
+
+def test_an_answer_has_its_lines_own_name(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "ab", "id": "x\\n"}\n{"custom_id": 7, "prompt": 3}\n')
+    good, bad = requests(path, text.Bytes(), CONFIG, room=4)
+    assert good.ids == {"id": "x\n"} and bad.ids == {"custom_id": 7}
+    journal = generate.completions(Output.create(str(tmp_path)), {}, [good, bad])
+    with journal:
+        writer = generate.Writer(journal, [good, bad])
+        writer.add({"line": 1, **good.ids, "completion": "c"})
+        writer.write()
+    lines = [json.loads(line) for line in (tmp_path / generate.OUTPUT).read_text().splitlines()]
+    assert [line.get("id", line.get("custom_id")) for line in lines] == ["x\n", 7] and "error" in lines[1]
 
 
 def test_a_prompt_is_read_by_the_tokenizer():
-    assert parse('{"prompt": "aé"}', text.Bytes()) == [97, 195, 169]
-    assert parse('{"tokens": [3, 1]}', text.Bytes()) == [3, 1]
+    assert parse({"prompt": "aé"}, text.Bytes()) == [97, 195, 169]
+    assert parse({"tokens": [3, 1]}, text.Bytes()) == [3, 1]
 
 
 def test_every_line_keeps_its_number_and_its_own_error(tmp_path):

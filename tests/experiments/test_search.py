@@ -3,21 +3,19 @@
 import json
 import os
 import pathlib
-import shlex
 import subprocess
 import sys
 import types
+from fractions import Fraction
 
 import pytest
 from absl import flags
 
-import checkpoints_convert
 from experiments import search
 from experiments.common import inputs, options
 from indexcache_jax import memory
-from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
-from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS
+from tests.support.loss_tables import Table
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -34,32 +32,103 @@ def command(*arguments, cwd=ROOT):
     )
 
 
-def test_settings_are_what_each_engine_reads():
-    config = Config.from_hf(GLM_FIELDS)
-    found = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "my dir/glm", config)}
-    for engine, flag in (("sglang", "--json-model-override-args"), ("vllm", "--hf-overrides")):
-        words = shlex.split(found[engine])
-        assert "my dir/glm" in words
-        assert json.loads(words[words.index(flag) + 1])["index_topk_pattern"] == "FFSFS"
-    assert "indexer_types" in found["transformers"] and '"index_topk_pattern": "FFSFS"' in found["tensorrt-llm"]
-    deepseek = {s.engine: s.usage for s in search.settings(Schedule("FFSFS"), "x", Config.from_hf(DEEPSEEK_FIELDS))}
-    assert deepseek["transformers"].startswith("not supported")
+class Counted(Table):
+    """A model whose loss is 1 and what each S layer costs; it knows what it was asked for."""
+
+    def of(self, schedule):
+        return 1 + super().of(schedule)
+
+    @property
+    def evaluations(self):
+        return len(self.known)
 
 
-def test_engines_are_given_safetensors(tmp_path):
-    config, schedule, params = checkpoints_convert.load(options.DEMO)
-    checkpoints_convert.save(tmp_path / "a b", params, config, schedule, format="orbax")
-    directory, command = search.for_engines(f"{tmp_path}/a b/")
-    assert command == f"python -m checkpoints_convert '{tmp_path}/a b/' '{directory}' --format=safetensors"
-    assert directory == f"{tmp_path}/a b-safetensors" and search.for_engines(str(options.DEMO)) == (str(options.DEMO), "")
+COSTS = (9, *(i / 1000 for i in range(1, 12)))
 
 
-def test_the_last_step_within_the_budget():
-    steps = [
-        search.search.Step(Schedule(p), (loss,)) for p, loss in (("FFFF", 1.0), ("FFSF", 1.005), ("FSSF", 1.2), ("FSSS", 1.0))
-    ]
-    assert search.within_budget(steps, 0.01).schedule.pattern == "FFSF"
-    assert search.within_budget(steps, 0.0).schedule.pattern == "FFFF"
+def goal_of(budget=None, blocks=1, retentions=("1/2", "1/4"), target="1/4"):
+    return search.Goal([Fraction(r) for r in retentions], Fraction(target), budget, "greedy", blocks)
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 5])
+def test_every_size_that_was_asked_for_is_reached_exactly(blocks):
+    """Steps of 4 flips pass 12 to 6 and 3 by; the labels of the table are those of what it holds."""
+    base, goal = Schedule.all_full(12), goal_of(blocks=blocks)
+    steps = search.search_down(Counted(COSTS), base, goal)
+    sizes = {step.schedule.num_full: step.schedule for step in steps}
+    assert {6, 3} <= sizes.keys() and steps[-1].schedule.num_full == 3
+    assert search.choose(steps, sizes, base, goal).num_full == 3
+    named = dict(search.compared(sizes, base, sizes[3], goal))
+    assert [named[f"{share} searched"].num_full for share in ("1/2", "1/4")] == [6, 3]
+
+
+def test_a_loss_budget_ends_the_search_where_it_is_exceeded():
+    base = Schedule.all_full(12)
+    for budget, full, most in ((0.0, 12, 12), (0.0101, 8, 60), (1.0, 1, 100)):
+        model, goal = Counted(COSTS), goal_of(budget)
+        steps = search.search_down(model, base, goal)
+        assert search.choose(steps, {}, base, goal).num_full == full and model.evaluations <= most
+        assert all(step.loss <= 1 + budget for step in steps)
+
+
+def test_what_a_search_takes_is_what_it_takes():
+    base = Schedule.all_full(12)
+    for goal in (goal_of(), goal_of(blocks=4), goal_of(retentions=("11/12",), target="11/12")):
+        model, counter = Counted(COSTS), search._Counter()
+        search.search_down(model, base, goal)
+        search.search_down(counter, base, goal)
+        assert len(counter.known) == model.evaluations
+    text = search.cost(base, goal, 3, 1000, 10**12)
+    assert "at most 12 losses on 3 batches of 1,000 tokens" in text and "at least 2 times, 2.0 TB" in text
+    assert "weights" not in search.cost(base, goal, 3, 1000, None)
+
+
+@pytest.fixture
+def with_flags():
+    def parse(*arguments):
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS(["test", *arguments])
+
+    parse()
+    yield parse
+    parse()
+    for name in (
+        "retention",
+        "loss_budget",
+        "blocks",
+        "compare",
+        "context",
+        "sequences",
+        "held_out_sequences",
+        "retentions",
+        "dry_run",
+    ):
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["test"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss_budget=0.01", "--retention=1/4"], "--retention=1/4: counts for nothing beside --loss_budget=0.01"),
+        (["--blocks=13"], "--blocks=13: the model has 12 layers"),
+        (["--compare=FFFF"], "--compare=FFFF: 'FFFF' has 4 entries for 12 layers"),
+        (["--compare=SFFFFFFFFFFF"], "starts with a shared layer"),
+        (["--compare=FFFFFFFFFFFF"], "layer 11 is F, but the checkpoint has no indexer for it"),
+    ],
+)
+def test_goals_that_cannot_be_are_refused_before_the_search(with_flags, arguments, message):
+    with_flags(*arguments)
+    with pytest.raises(ValueError, match=message):
+        search.read_goal(Schedule("FFFFFFFFFFFS"))
+
+
+def test_given_patterns_stand_in_the_table(with_flags):
+    base = Schedule.all_full(12)
+    with_flags("--compare=FSSSSSSSSSSS,FFSSSSSSSSSS")
+    goal = search.read_goal(base)
+    named = dict(search.compared({}, base, base, goal))
+    assert named["1/12 given"].pattern == "FSSSSSSSSSSS" and named["2/12 given"].pattern == "FFSSSSSSSSSS"
 
 
 def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
@@ -157,3 +226,24 @@ def test_ones_own_text_and_a_loss_budget(tmp_path):
     chosen = [s["pattern"] for s in metrics["steps"]].index(metrics["pattern"])
     assert all(loss <= allowed for loss in losses[: chosen + 1])
     assert chosen > 0 and (chosen + 1 == len(losses) or losses[chosen + 1] > allowed)
+
+
+def test_a_dry_run_checks_and_says_what_it_takes_and_writes_nothing(tmp_path, with_flags, capsys):
+    with_flags("--context=130", "--sequences=2", "--dry_run")
+    search.run(str(tmp_path / "out"), 0)
+    assert "the search measures at most" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_small_search_reports_its_text_and_what_made_it(tmp_path, with_flags, monkeypatch):
+    with_flags("--context=130", "--sequences=1", "--held_out_sequences=2", "--retention=11/12", "--retentions=11/12")
+    monkeypatch.setattr(search, "prefill_seconds", lambda checkpoint, schedules, tokens: [None for _ in schedules])
+    search.run(str(tmp_path / "out"), 0)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    about = results["metrics"]["text"]
+    assert (about["text"], about["tokenizer"], about["calibration_tokens"]) == ("standard-library", "bytes", 130)
+    assert about["documents"] > about["held_out_documents"] > 0 and about["held_out_tokens"] == 260
+    assert results["date"].endswith("UTC") and "commit" in results
+    report = (tmp_path / "out" / "report.md").read_text()
+    for words in ("(chosen)", "±", "standard-library", "UTC", "pipeline"):
+        assert words in report

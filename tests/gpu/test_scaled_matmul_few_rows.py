@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.
 
 
 @pytest.mark.parametrize("outputs,width", [(5120, 768), (2048, 5120), (200, 1152)])
-@pytest.mark.parametrize("rows", [1, 8, 20, 64])
+@pytest.mark.parametrize("rows", [1, 8, 11, 16])
 def test_few_rows_equal_the_product_of_the_decoded_numbers_and_each_other_bit_for_bit(rows, outputs, width):
     keys = jax.random.split(jax.random.key(rows), 2)
     matrix = quant.quantise_matrix(jax.random.normal(keys[0], (outputs, width)))
@@ -25,8 +25,8 @@ def test_few_rows_equal_the_product_of_the_decoded_numbers_and_each_other_bit_fo
 @pytest.mark.parametrize("cluster", list(few_rows.CLUSTERS))
 def test_every_size_of_clusters_gives_the_product(cluster):
     matrix = quant.quantise_matrix(jax.random.normal(jax.random.key(0), (384, 2176)))
-    x = jax.random.normal(jax.random.key(1), (33, 2176), jnp.bfloat16)
-    ours = few_rows.multiply(x, matrix, few_rows.Split(33, 384, 2176, cluster))
+    x = jax.random.normal(jax.random.key(1), (13, 2176), jnp.bfloat16)
+    ours = few_rows.multiply(x, matrix, few_rows.Split(13, 384, 2176, cluster))
     exact = jnp.dot(x.astype(jnp.float32), quant.dequantise(matrix, jnp.float32).T, precision="highest")
     assert jnp.abs(ours.astype(jnp.float32) - exact).max() <= 2.0**-8 * jnp.abs(exact).max()
 

@@ -141,12 +141,34 @@ def test_bfloat16_runs_and_stays_near_float32():
     assert np.mean(np.abs(logits - run(case))) < 0.1
 
 
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2, 9999]], "tokens: 9999 is not one of the model's 97 tokens"),
+        ([[1, -1]], "tokens: -1 is not one of"),
+        ([[1, 2], [3]], "tokens: rows differ in length"),
+        ([1, 2], r"tokens: an array of shape \[2\] and dtype int64, not \[B, S\] of integers"),
+        ([[1.0, 2.0]], "dtype float64, not"),
+        ([["a", "b"]], "dtype <U1, not"),
+        ("text", "dtype <U4, not"),
+    ],
+)
+@pytest.mark.parametrize("function", [forward, selections])
+def test_what_are_no_tokens_of_the_model_is_refused(function, tokens, message):
+    case = CASES["glm-mixed"]
+    with pytest.raises(ValueError, match=message):
+        function(case.params, tokens, case.config, case.schedule)
+
+
 # What is compiled.
 
 
 def lowered(case, length):
     structs = shape_structs(case.config, case.schedule, jnp.float32)
-    return forward.lower(structs, jax.ShapeDtypeStruct((1, length), jnp.int32), case.config, case.schedule)
+    return jax.jit(forward).lower(structs, jax.ShapeDtypeStruct((1, length), jnp.int32), case.config, case.schedule)
 
 
 @pytest.mark.parametrize(("pattern", "indexers"), [("F" * 12, 12), ("FSSSFSSSFSSS", 3)])

@@ -43,7 +43,7 @@ def check(ours, rows, matrix):
 
 @pytest.mark.parametrize(
     "rows,outputs,width,cluster",
-    [(1, 128, 128, 1), (3, 200, 384, 2), (8, 256, 640, 4), (20, 136, 1152, 8), (64, 128, 256, 1), (33, 130, 640, 4)],
+    [(1, 128, 128, 1), (3, 200, 384, 2), (8, 256, 640, 4), (15, 136, 1152, 8), (16, 130, 640, 4)],
 )
 def test_few_rows_times_a_matrix_are_the_product_of_the_decoded_numbers(monkeypatch, rows, outputs, width, cluster):
     """Some blocks of a cluster have fewer pieces of K than others, or none."""
@@ -86,7 +86,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(monkeypatch):
     assert np.isnan(ours[1]).all() and np.isfinite(ours[[0, 2]]).all()
 
 
-@pytest.mark.parametrize("rows", [1, 8, 33, 64])
+@pytest.mark.parametrize("rows", [1, 8, 16])
 @pytest.mark.parametrize("outputs,width", [(5120, 768), (5120, 2048), (2048, 5120), (2048, 1536), (6144, 16384)])
 def test_every_split_fits_an_sm_and_the_chosen_one_is_the_fastest(rows, outputs, width):
     splits = [few_rows.Split(rows, outputs, width, cluster) for cluster in few_rows.CLUSTERS]
@@ -100,7 +100,7 @@ def test_what_the_kernel_does_not_serve(monkeypatch):
     monkeypatch.setattr(hopper, "why_not", lambda: None)
     matrix, x = quant.quantise_matrix(jnp.ones((256, 256))), jnp.ones((8, 256), jnp.bfloat16)
     assert few_rows.why_not(x, matrix) is None
-    assert few_rows.why_not(jnp.ones((65, 256), jnp.bfloat16), matrix) == "it takes 1 to 64 rows, not 65"
+    assert few_rows.why_not(jnp.ones((17, 256), jnp.bfloat16), matrix) == "it takes 1 to 16 rows, not 17"
     assert few_rows.why_not(x, quant.quantise_rows(x)) == "it takes a scale for every 128 x 128 codes, not for every row"
     ragged = quant.quantise_matrix(jnp.ones((256, 192)))
     assert few_rows.why_not(x[:, :192], ragged) == "it reads pieces of 128 codes, K is 192"

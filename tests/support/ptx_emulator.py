@@ -55,7 +55,7 @@ class Block:
         self.active = before
 
     def loop(self, count, carry, body):
-        carry = [self.spread(x) for x in carry]
+        carry = [x if np.asarray(x).dtype == np.float32 else self.spread(x) for x in carry]
         for i in range(int(self.spread(count)[self.active].max(initial=0))):
             with self.when(i < self.spread(count)):
                 new = body(self.spread(i), list(carry))

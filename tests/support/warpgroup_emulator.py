@@ -494,6 +494,7 @@ PURE: dict[str, Callable] = {
     "barrier_init_done": lambda: None,
     "opaque": lambda x: x,
     "barrier": lambda identity, threads: None,
+    "uniform": lambda x: np.broadcast_to(x, (128,))[np.arange(128) // 32 * 32],
     "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
 }
 
@@ -534,6 +535,7 @@ OWN: dict[str, Callable] = {
     )
 } | {
     "thread": lambda self: self.threads,
+    "cluster_rank": lambda self: np.full(128, self.rank, np.int64),
     "load_global": lambda self, address: self.load(address, np.int32)[0],
     "store_global": lambda self, address, value, predicate: self.store(address, [value], np.int32, predicate),
     "load_shared": lambda self, address: self.load(address, np.int32)[0],

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from experiments.benchmarks.compile import TOPOLOGIES, kernels_of, topology_device
 from experiments.common import topologies
-from pallas_kernels import grouped_matmul, indexer_topk, quant, sparse_mla, tpu
+from pallas_kernels import grouped_matmul, grouped_mlp, indexer_topk, quant, scaled_matmul, sparse_mla, tpu
 from pallas_kernels.device import target
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
 
@@ -116,6 +116,19 @@ def test_sparse_mla_in_other_formats(s):
 def test_grouped_matmul(topology, rows):
     arrays = ((rows, 2048), BF16), ((64, 2048, 3072), BF16), ((64,), jnp.int32)
     assert set(compiled_kernels(topology, grouped_matmul, *arrays)) == {"gmm"}
+
+
+def test_matrices_in_8_bits_are_decoded_for_the_grouped_product():
+    def mlp(rows, gate_up, gate_up_scales, down, down_scales, sizes):
+        return grouped_mlp(rows, quant.Scaled(gate_up, gate_up_scales), quant.Scaled(down, down_scales), sizes)
+
+    def product(rows, codes, scales):
+        return scaled_matmul(rows, quant.Scaled(codes, scales))
+
+    codes = jnp.float8_e4m3fn
+    matrices = ((8, 2, 128, 256), codes), ((8, 2, 1, 2), F32), ((8, 256, 128), codes), ((8, 2, 1), F32)
+    assert set(compiled_kernels("v5e:2x2", mlp, ((16, 256), BF16), *matrices, ((8,), jnp.int32))) == {"gmm"}
+    assert compiled_kernels("v5e:2x2", product, ((16, 256), BF16), ((384, 256), codes), ((3, 2), F32)) == {}
 
 
 @pytest.mark.slow

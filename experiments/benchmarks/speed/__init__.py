@@ -81,7 +81,7 @@ class Inputs:
     @property
     def model_name(self) -> str:
         layers = f"{self.model.config.num_layers} of {self.model.layers} layers"
-        return f"{self.model.name}, {layers}, random bf16 weights"
+        return f"{self.model.name}, {layers}, random {self.weights or 'bf16'} weights"
 
 
 def integers(flag: str, values: list[str]) -> Iterator[int]:

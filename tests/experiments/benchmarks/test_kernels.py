@@ -96,7 +96,7 @@ def test_a_stage_that_the_kernels_do_not_know_is_named():
         mosaic_gpu_scores.ScoresConfig(queries=4, leave_out="sums")
     tasks = mosaic_gpu_attention.Tasks(1, 1, 64, 1024, pairs=1)
     with pytest.raises(ValueError, match="leave_out 'sums'"):
-        mosaic_gpu_attention.attend(None, None, None, None, None, tasks, scale=1.0, leave_out="sums")
+        mosaic_gpu_attention.attend(None, None, None, None, tasks, scale=1.0, leave_out="sums")
 
 
 def test_rows_with_targets_come_first():

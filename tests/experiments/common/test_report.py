@@ -27,7 +27,7 @@ def test_results_say_what_was_run_on_what(tmp_path):
     output = report.Output.create(str(tmp_path / "a" / "b"))
     output.finish("search", {"loss": 1.5}, "# Title")
     results = json.loads((tmp_path / "a/b/results.json").read_text())
-    assert set(results) == {"experiment", "command", "flags", "versions", "device", "metrics"}
+    assert set(results) == {"experiment", "command", "flags", "versions", "commit", "date", "device", "metrics"}
     assert results["metrics"] == {"loss": 1.5} and results["command"] == "python -m experiments.run --seed=3"
     assert results["versions"]["jax"] and results["device"]["platform"] and "retention" in results["flags"]
     assert "--seed=3" in (tmp_path / "a/b/report.md").read_text()

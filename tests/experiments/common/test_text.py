@@ -1,5 +1,7 @@
 """Documents, tokenizers and the split by name."""
 
+import gzip
+
 import numpy as np
 import pytest
 import tokenizers
@@ -114,10 +116,87 @@ def test_a_file_found_twice_counts_once(tmp_path):
     assert len(found) == 20 and all(d.name.startswith("a/") for d in found)
 
 
-def test_a_folder_without_python_files_is_not_called_missing(tmp_path):
-    (tmp_path / "a.txt").write_text("word")
-    with pytest.raises(ValueError, match=r"a folder without \.py files; for others name them, as .*/\*\*/\*\.txt"):
+def test_a_folder_takes_its_text_files(tmp_path):
+    for name in (
+        "a.txt",
+        "b.MD",
+        "c.rst",
+        "d.py",
+        "e.bin",
+        "f.pdf",
+        ".hidden.txt",
+        "deep/er/g.tex",
+        ".git/h.txt",
+        "node_modules/i.md",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("word")
+    assert [d.name for d in text.documents(str(tmp_path))] == ["a.txt", "b.MD", "c.rst", "d.py", "deep/er/g.tex"]
+
+
+def test_a_folder_without_text_files_is_not_called_missing(tmp_path):
+    (tmp_path / "a.log").write_text("word")
+    with pytest.raises(ValueError, match=r"a folder without files called as text is \(\.txt, .*\); name others, as .*/\*\*/\*"):
         text.documents(str(tmp_path))
+
+
+LINES = (
+    '{"text": "one"}\n\n'
+    '{"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "\\u00e9"}], "id": 5}\n'
+    '{"text": "last"}'
+)
+
+
+def test_every_line_of_jsonl_is_a_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES)
+    found = text.documents(f"{tmp_path}/a.jsonl,{tmp_path}/*.jsonl")
+    assert [(d.name, d.content().decode()) for d in found] == [
+        ("a.jsonl:1", "one"),
+        ("a.jsonl:3", "two\n\n\u00e9"),
+        ("a.jsonl:4", "last"),
+    ]
+    np.testing.assert_array_equal(text.stream(found[::2], text.Bytes(), 256), [*b"one", 256, *b"last", 256])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 5}', 'line 2: has neither a "text" nor "messages"'),
+        ('{"prompt": "a"}', 'line 2: has neither a "text" nor "messages"'),
+        ('{"messages": [{"role": "user"}]}', 'line 2: has neither a "text" nor "messages"'),
+        ('{"messages": ["a"]}', 'line 2: has neither a "text" nor "messages"'),
+        ("plain text", "line 2: cannot be read as JSON"),
+        ("[1]", "line 2: holds list, not an object"),
+    ],
+)
+def test_a_line_that_holds_no_text_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(ValueError, match=rf"a\.jsonl: {message}"):
+        text.documents(f"{tmp_path}/a.jsonl")[1].content()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"%PDF-1.7\n1 0 obj", "is a PDF, not text"),
+        (gzip.compress(b"words", mtime=0), "is compressed by gzip, not text"),
+        (b"PK\x03\x04....", "is a zip archive, as docx and epub are, not text"),
+        (b"PAR1....", "is a Parquet table, not text"),
+        (b"words\x00more", "is not text: byte 5 is 0"),
+        (b"\xff\xfew", "begins like utf-16, but is none"),
+    ],
+)
+def test_what_is_no_text_is_called_by_its_name(tmp_path, content, message):
+    for name in ("a.txt", "a.jsonl") if "not text" in message else ("a.txt",):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message if name == "a.txt" else "not text|cannot be read as JSON"):
+            text.stream(text.documents(f"{tmp_path}/{name}"), text.Bytes(), None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_with_a_byte_order_mark_is_read(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("é words", encoding=encoding)
+    assert text.documents(f"{tmp_path}/a.txt")[0].content() == "é words".encode()
 
 
 def test_text_that_is_too_short_holds_no_sequence():

@@ -58,6 +58,21 @@ def test_a_loss_that_is_not_finite_ends_the_search(params):
     assert log.get(ALL, 0) is None
 
 
+def test_a_schedule_is_found_by_one_call(params):
+    batches = [tokens(0, rows=2), tokens(1, rows=2)]
+    steps = search.greedy_search(search.Evaluator(params, CONFIG, ALL, batches), ALL, num_full=4)
+    found = search.find_schedule(params, CONFIG, ALL, np.concatenate(batches), num_full=4, batch_size=2)
+    assert found == steps[-1].schedule and found.num_full == 4
+    for arguments, message in (
+        (dict(tokens=tokens(0, rows=3), num_full=4, batch_size=2), "batch_size: 2 does not divide 3 sequences"),
+        (dict(tokens=tokens(0, length=5), num_full=4), "tokens: sequences of 4 tokens; up to index_topk"),
+        (dict(tokens=tokens(0) + 1000, num_full=4), "is not one of the model's"),
+        (dict(tokens=tokens(0), num_full=40), "num_full: 40 is not between"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search.find_schedule(params, CONFIG, ALL, **arguments)
+
+
 def test_evaluator_wants_batches_of_one_shape(params):
     with pytest.raises(ValueError, match="one shape is needed"):
         search.Evaluator(params, CONFIG, ALL, [tokens(0), tokens(0, length=30)])

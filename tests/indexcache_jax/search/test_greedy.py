@@ -38,7 +38,15 @@ def test_blocks_commit_one_flip_each_and_keep_their_first_layer():
     assert [s.flipped for s in steps] == [(), (3, 7), (2, 5)]
     second = ["FSFSFFFS", "FFSSFFFS", "FFFSFSFS", "FFFSFFSS"]  # flips of layers 1, 2, 5 and 6
     assert second in table.asked and [len(asked) for asked in table.asked] == [1, 6, 2, 1, 4, 2, 1]
-    assert search.greedy_search(table, Schedule.all_full(8), blocks=2)[-1].schedule.pattern == "FSSSFSSS"
+
+
+def test_blocks_end_in_single_flips_where_the_number_of_layers_asks_for_them():
+    """5 of 8 layers lie between two steps of 2 flips; of 1 layer, the first ones of blocks have to be flipped too."""
+    table = Table((0, 3, 1, 0, 0, 2, 9, 1))
+    by_blocks = search.greedy_search(table, Schedule.all_full(8), blocks=2, num_full=5)
+    assert [s.flipped for s in by_blocks] == [(), (3, 7), (4,)]
+    down = search.greedy_search(table, Schedule.all_full(8), blocks=2)
+    assert [s.schedule.num_full for s in down] == [8, 6, 4, 2, 1] and down[-1].flipped == (4,)
 
 
 def test_blocks_take_only_the_best_flip_where_all_would_cost_too_much():
@@ -48,7 +56,7 @@ def test_blocks_take_only_the_best_flip_where_all_would_cost_too_much():
 
 def test_a_last_step_of_several_blocks_takes_no_more_than_asked():
     steps = search.greedy_search(Table((0, 2, 9, 0, 1, 9)), Schedule.all_full(6), blocks=2, num_full=5)
-    assert steps[-1].schedule.pattern == "FFFFSF"
+    assert steps[-1].schedule.pattern == "FFFSFF"
 
 
 @pytest.mark.parametrize(

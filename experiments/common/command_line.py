@@ -1,0 +1,137 @@
+"""The command line of experiments.run: verbs, help by what a verb reads, and errors that name what is nearest."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import itertools
+import pathlib
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from absl import flags
+
+from experiments.common.options import EXPERIMENTS
+
+COMMAND = "python -m experiments.run"
+HELP = ("--help", "-help", "-h", "--h", "--helpshort", "help")
+USAGE_ERROR = 2  # the exit status
+_WIDTH = 110
+_OF_EVERY_VERB = "experiments.run"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; the nearest is {found[0]}" if found else ""
+
+
+def with_flag(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --experiment=VERB in place of a verb that stands first.
+
+    ValueError for a verb that is none, with the nearest, and for one beside another --experiment.
+    """
+    if not arguments or arguments[0].startswith("-") or arguments[0] in HELP:
+        return list(arguments)
+    verb, rest = arguments[0], list(arguments[1:])
+    if verb not in EXPERIMENTS:
+        raise ValueError(f"{verb!r} is none of {', '.join(EXPERIMENTS)}{_nearest(verb, EXPERIMENTS)}")
+    if (other := named(rest)) not in (None, verb):
+        raise ValueError(f"{verb}: --experiment={other} names another")
+    return [f"--experiment={verb}", *rest]
+
+
+def named(arguments: Sequence[str]) -> str | None:
+    """What --experiment says, None where it is not there."""
+    joined = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("experiment=")]
+    apart = [b for a, b in itertools.pairwise(arguments) if a in ("-experiment", "--experiment")]
+    return next(iter([*joined, *apart]), None)
+
+
+def experiment_of(arguments: Sequence[str]) -> str:
+    """The experiment that flags name, the first one without. ValueError, with the nearest, for a name that is none."""
+    name = named(arguments) or next(iter(EXPERIMENTS))
+    if name not in EXPERIMENTS:
+        raise ValueError(f"--experiment={name}: is none of {', '.join(EXPERIMENTS)}{_nearest(name, EXPERIMENTS)}")
+    return name
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    return any(argument in HELP for argument in arguments)
+
+
+def summary(module: str) -> str:
+    """The first line of a module's docstring, without importing it."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return text.splitlines()[0]
+
+
+def overview() -> str:
+    """The verbs, a line each."""
+    lines = [f"usage: {COMMAND} [VERB] [--FLAG=VALUE ...]; without a verb: {next(iter(EXPERIMENTS))}", ""]
+    for name, module in EXPERIMENTS.items():
+        lines += textwrap.wrap(summary(module), _WIDTH, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+    return "\n".join([*lines, "", f"{COMMAND} VERB --help shows the flags that a verb reads."])
+
+
+def help_of(name: str) -> str:
+    """What a verb does and the flags that it reads, those of its own first. Its module has been imported."""
+    module = EXPERIMENTS[name]
+    by_module = flags.FLAGS.flags_by_module_dict()
+    own = {flag.name for where, found in by_module.items() if where.startswith(module) for flag in found}
+    key = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    every = _every_verbs()
+    lines = [f"usage: {COMMAND} {name} [--FLAG=VALUE ...]", "", summary(module)]
+    for title, names in ((f"of {name}", own), ("shared with other verbs", key - own), ("of every verb", every - own - key)):
+        if names:
+            lines += ["", f"{title}:"]
+            for flag in sorted(names):
+                lines += _described(flag)
+    return "\n".join(lines)
+
+
+def _described(name: str) -> list[str]:
+    flag = flags.FLAGS[name]
+    values = f"={'|'.join(flag.parser.enum_values)}" if hasattr(flag.parser, "enum_values") else ""
+    default = (flag.default_as_str or "").strip("'") if flag.default not in (None, "", []) else ""
+    words = flag.help.partition(">: ")[2] if flag.help.startswith("<") else flag.help
+    text = f"{words}{f' (default {default})' if default else ''}"
+    head = f"  --{'[no]' if flag.boolean else ''}{name}{values}"
+    return [head, *textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flags from the arguments, of which it returns what are none. Exits with one line where they are wrong."""
+    try:
+        rest = flags.FLAGS(argv)
+        check_read(experiment_of(argv[1:]))
+    except (flags.Error, ValueError) as error:
+        sys.exit(_said(error, experiment_of(argv[1:])))
+    return rest
+
+
+def _said(error: Exception, name: str) -> int:
+    text = str(error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
+        text = f"--{error.flagname}: no flag of {name}{_nearest(f'--{error.flagname}', {f'--{flag}' for flag in known})}"
+    print(f"error: {text}; {COMMAND} {name} --help shows what it reads", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _every_verbs() -> set[str]:
+    """The flags that experiments.run defines, whether it was started or imported."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return {flag.name for where in (_OF_EVERY_VERB, sys.argv[0]) for flag in by_module.get(where, [])}
+
+
+def check_read(name: str) -> None:
+    """ValueError for a flag that was given and that the verb does not read: it would count for nothing."""
+    read = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        for flag in found if module.startswith("experiments.") else ():
+            if flag.present and flag.name not in read:
+                raise ValueError(f"--{flag.name}: {name} does not read it")
