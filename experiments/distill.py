@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
+import warnings
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from experiments.common.report import Output, device, markdown_table, progress, 
 from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax import indexer_training
 from indexcache_jax.config import Config
-from indexcache_jax.layers import Layers, Reindexed, Resident
+from indexcache_jax.layers import Layers, Resident
 from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract, weights_of, with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search.streamed import StreamedEvaluator
@@ -325,9 +326,14 @@ class Frozen:
         return [self.training.layers.schedule, self.training.schedule]
 
 
+def form_of_layers(checkpoint: inputs.Checkpoint) -> dict[str, Any]:
+    """The dtype and the form to read layers in: indexers are never in 8 bits, so that they can train."""
+    return {"dtype": checkpoint.dtype, "weights": checkpoint.weights and FP8_BASE}
+
+
 def open_layers(checkpoint: inputs.Checkpoint) -> Layers:
     """The checkpoint's layers, in memory or, with --stream, read as they are needed; ValueError where memory is too small."""
-    asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights and FP8_BASE}
+    asked = form_of_layers(checkpoint)
     if options.STREAM.value:
         return checkpoints_convert.Layers(checkpoint.directory, **asked)
     fit.search(*inputs.described(checkpoint.directory), rows=1, context=options.CONTEXT.value, **asked)
@@ -387,9 +393,8 @@ def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.nda
 
 def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
     """Writes the checkpoint with its new indexers and schedule."""
-    training, source = given.training, given.checkpoint.directory
+    training, source, folder = given.training, given.checkpoint.directory, checkpoint_folder(given.output)
     config, schedule = training.config, training.schedule
-    folder = checkpoint_folder(given.output)
     journal.remove(folder)  # of an earlier --resume
     stacked: Indexer = jax.tree.map(lambda *stack: np.stack(stack), *(indexers[layer] for layer in schedule.full_layers))
     link = link_or_copy([training.stage], source)
@@ -412,11 +417,12 @@ def distil_indexers(output_dir: str, seed: int) -> None:
     began = time.perf_counter()
     groups = indexer_runs.train(given.training, given.output, options.RESUME.value)
     seconds = time.perf_counter() - began
-    indexers = {group.layer: group.indexer for group in groups}
-    write_indexers(given, indexers)
+    write_indexers(given, {group.layer: group.indexer for group in groups})
+    with warnings.catch_warnings(action="ignore"):  # linked files hold what is replaced too
+        written = checkpoints_convert.Layers(checkpoint_folder(given.output), **form_of_layers(given.checkpoint))
     names = [options.ALL_F if layers.schedule.num_full == schedule.num_layers else "as it came", "the schedule, untrained"]
     losses = held_out_losses(layers, given.schedules, given.cuts)
-    losses += held_out_losses(Reindexed(layers, schedule, indexers), [schedule], given.cuts)
+    losses += held_out_losses(written, [schedule], given.cuts)
     report_indexers(given, groups, dict(zip([*names, "distilled"], losses, strict=True)), seconds)
 
 

@@ -8,12 +8,11 @@ from concurrent import futures
 from typing import Protocol
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from indexcache_jax import sharding
 from indexcache_jax.config import Config
-from indexcache_jax.params import Indexer, Params, abstract, slots, weights_of
+from indexcache_jax.params import Params, abstract, slots, weights_of
 from indexcache_jax.schedule import Schedule
 
 
@@ -81,34 +80,6 @@ class Resident:
             return None if slot is None else array[slot : slot + 1]
 
         return jax.tree.map(lambda array, tensor: of(array, tensor.layers), self.params, tree)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reindexed:
-    """The layers of another source under another schedule, with other indexers: one of a single layer for every F layer."""
-
-    layers: Layers
-    schedule: Schedule
-    indexers: dict[int, Indexer]
-
-    @property
-    def config(self) -> Config:
-        return self.layers.config
-
-    @property
-    def weights(self) -> str | None:
-        return self.layers.weights
-
-    def ends(self, shardings: Params | None = None) -> Params:
-        return dataclasses.replace(self.layers.ends(shardings), full_layers=self.schedule.full_layers)
-
-    def layer(self, layer: int, shardings: Params | None = None) -> Params:
-        params = self.layers.layer(layer, shardings)
-        indexer: Indexer = jax.tree.map(lambda _: None, params.indexer)
-        if self.schedule.is_full[layer]:
-            new = jax.tree.map(lambda a, old: np.asarray(a, old.dtype)[None], self.indexers[layer], params.indexer)
-            indexer = jax.device_put(new, jax.tree.map(lambda old: old.sharding, params.indexer))
-        return dataclasses.replace(params, indexer=indexer, full_layers=self.schedule.full_layers)
 
 
 def in_order(layers: Layers, shardings: Params | None = None) -> Iterator[tuple[int, Params]]:

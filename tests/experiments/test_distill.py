@@ -302,6 +302,18 @@ def test_a_run_that_reads_the_weights_layer_by_layer_writes_the_same(checkpoint,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, expected)
 
 
+def test_indexers_trained_on_a_base_in_8_bits_are_written_in_8_bits(checkpoint, texts, tmp_path):
+    checkpoints_convert.convert(checkpoint, tmp_path / "fp8", format="safetensors", weights="fp8")
+    with flags_of(tmp_path / "fp8", texts, stream=True):
+        distill.run(str(tmp_path / "out"), 0)
+    before, after = stored(tmp_path / "fp8"), stored(tmp_path / "out" / "checkpoint")
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed and all(".indexer." in name for name in changed)
+    assert any(name.endswith("wk.weight_scale_inv") for name in changed)
+    losses = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["held_out"]
+    assert all(0 < loss < 20 for loss in losses.values())
+
+
 def test_an_orbax_checkpoint_is_written_whole(checkpoint, texts, trained, tmp_path):
     checkpoints_convert.convert(checkpoint, tmp_path / "orbax", format="orbax")
     with flags_of(tmp_path / "orbax", texts):

@@ -135,7 +135,7 @@ def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
     flags.FLAGS(["test"])
     monkeypatch.setattr(memory, "available", lambda: 10_000_000)
     for stream in (False, True):
-        monkeypatch.setattr(search, "_STREAM", types.SimpleNamespace(value=stream))
+        monkeypatch.setattr(options, "STREAM", types.SimpleNamespace(value=stream))
         if stream:
             assert isinstance(search.open_model(inputs.Checkpoint(str(options.DEMO), "float32")), search.Streamed)
         else:

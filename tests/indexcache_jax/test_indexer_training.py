@@ -11,7 +11,7 @@ import pytest
 
 from indexcache_jax import distill, indexer_training, training
 from indexcache_jax.indexer_training import Run
-from indexcache_jax.layers import Reindexed, Resident
+from indexcache_jax.layers import Resident
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
@@ -183,21 +183,6 @@ def test_without_the_cross_layer_loss_only_the_own_layer_teaches():
     found = trained(run(stage=stage))
     assert_same(found[1].indexer, alone[1].indexer)
     assert not np.array_equal(trained(run())[1].indexer.keys, alone[1].indexer.keys)
-
-
-def test_the_model_with_new_indexers_is_the_params_with_them():
-    given = run(stage=dataclasses.replace(STAGE, steps=1))
-    groups = trained(given)
-    layers = Reindexed(given.layers, TARGET, {layer: group.indexer for layer, group in groups.items()})
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(groups[layer].indexer for layer in TARGET.full_layers))
-    params = dataclasses.replace(with_schedule(CASE.params, CASE.schedule, TARGET), indexer=stacked)
-    expected = Resident(CASE.config, TARGET, params)
-    assert layers.weights is None and layers.config == CASE.config
-    for layer in range(CASE.config.num_layers):
-        a, b = layers.layer(layer), expected.layer(layer)
-        assert jax.tree.structure(a) == jax.tree.structure(b)
-        assert_same(a, b)
-    assert_same(layers.ends(), expected.ends())
 
 
 @pytest.mark.parametrize(
