@@ -72,8 +72,10 @@ def summary(module: str) -> str:
 def overview() -> str:
     """The verbs, a line each."""
     lines = [f"usage: {COMMAND} [VERB] [--FLAG=VALUE ...]; without a verb: {next(iter(EXPERIMENTS))}", ""]
+    column = max(map(len, EXPERIMENTS)) + 1
     for name, module in EXPERIMENTS.items():
-        lines += textwrap.wrap(summary(module), _WIDTH, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+        first, others = f"  {name:<{column}}", " " * (column + 2)
+        lines += textwrap.wrap(summary(module), _WIDTH, initial_indent=first, subsequent_indent=others)
     return "\n".join([*lines, "", f"{COMMAND} VERB --help shows the flags that a verb reads."])
 
 
