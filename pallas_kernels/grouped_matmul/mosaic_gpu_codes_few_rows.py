@@ -39,9 +39,9 @@ class Blocks:
 
 
 def blocks_for(rows: int, groups: int, columns: int) -> Blocks:
-    """Blocks of twice as many rows as groups have on average, and at least as many tiles as there are SMs if possible."""
+    """Blocks of four times as many rows as groups have on average, and as many tiles as there are SMs where possible."""
     block = 8
-    while block < 64 and block * groups < 2 * rows:
+    while block < 64 and block * groups < 4 * rows:
         block *= 2
     tiles = min(rows, groups) * -(-columns // (2 * TILE))
     return Blocks(block, workers=2 if tiles >= hopper.NUM_SMS else 1, stages=8 if block < 64 else 6)

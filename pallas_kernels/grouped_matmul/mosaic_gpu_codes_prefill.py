@@ -21,18 +21,20 @@ from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled, float_s
 BLOCK_K = BLOCK  # 128 bytes, one swizzled line, and the codes that share a scale
 WAVE = BLOCK  # columns that share scales
 WAVES = 2  # of a tile; with `gated` one of either half of a matrix's columns
-COLUMNS = 64  # those of a matrix are a multiple
+PIECE = 64  # columns stored by one copy; a matrix has a multiple of it
 CODES = jnp.float8_e4m3fn
 REGISTERS = hopper.RegisterSplit(workers=2, worker=232, helper=40)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """stages: steps of BLOCK_K in flight; cluster: blocks that take a tile's columns next to each other at the same time and
-    share the copies of its rows; gated, coded: as in `forward`.
+    """stages: steps of BLOCK_K in flight; slots: pieces of a warpgroup's result on their way out, which `gated` has none of;
+    cluster: blocks that take a tile's columns next to each other at the same time and share the copies of its rows; gated,
+    coded: as in `forward`.
     """
 
     stages: int = 4
+    slots: int = 2
     cluster: int = 1
     gated: bool = False
     coded: bool = False
@@ -40,8 +42,8 @@ class Tiling:
     def __post_init__(self) -> None:
         if self.cluster not in (1, 2):
             raise ValueError(f"{self}: a cluster has 1 or 2 blocks, more do not fill the SMs")
-        if self.stages < 2:
-            raise ValueError(f"{self}: it needs 2 stages at least")
+        if self.stages < 2 or not 1 <= self.slots <= WAVE // PIECE:
+            raise ValueError(f"{self}: it needs 2 stages at least and 1 or {WAVE // PIECE} slots")
         if self.shared_memory > SHARED_MEMORY:
             raise ValueError(f"{self}: {self.shared_memory} bytes of shared memory, there are {SHARED_MEMORY}")
         if self.coded and not self.gated:
@@ -54,7 +56,8 @@ class Tiling:
 
     @property
     def shared_memory(self) -> int:
-        return self.stages * BLOCK_K * (2 * HALF + WAVES * WAVE)
+        results = 0 if self.gated else 2 * self.slots * HALF * PIECE * 2
+        return self.stages * BLOCK_K * (2 * HALF + WAVES * WAVE) + results
 
 
 def tiling_for(columns: int, gated: bool = False, coded: bool = False) -> Tiling:
@@ -80,7 +83,8 @@ def multiply(
 
     from pallas_kernels.grouped_matmul import mosaic_gpu_registers as registers
 
-    (m, k), stages, cluster, gated, coded = rows.shape, tiling.stages, tiling.cluster, tiling.gated, tiling.coded
+    (m, k), stages, slots, cluster = rows.shape, tiling.stages, tiling.slots, tiling.cluster
+    gated, coded = tiling.gated, tiling.coded
     width = matrices.shape[1] // (1 + gated)  # of the result
     columns, steps = pl.cdiv(width, tiling.columns * cluster), k // BLOCK_K  # columns of a cluster
     blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
@@ -90,15 +94,16 @@ def multiply(
     if coded:
         out_types.append(jax.ShapeDtypeStruct((width // WAVE * m,), jnp.float32))
 
-    def codes_in_smem(shape, line_rows=8):
-        return plgpu.SMEM(shape, CODES, transforms=(plgpu.TilingTransform((line_rows, BLOCK_K)), plgpu.SwizzleTransform(128)))
+    def smem(shape, dtype, line_rows=8):
+        line = 128 // jnp.dtype(dtype).itemsize
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((line_rows, line)), plgpu.SwizzleTransform(128)))
 
     # 128 codes of a line are the same in memory whether 8 lines or 1 make a tile, as in mosaic_gpu_prefill.
-    row_shape = (stages, 2, HALF, BLOCK_K)
+    row_shape, result_shape = (stages, 2, HALF, BLOCK_K), (2, slots, HALF, PIECE)
 
     def grouped_matmul_codes(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
         out_gmem, *out_scale_gmem = others[: len(out_types)]
-        (row_smem, row_lines), matrix_smem, full, empty = others[len(out_types) :]
+        (row_smem, row_lines), matrix_smem, result_smems, full, empty = others[len(out_types) :]
         if interpret:
             row_lines = row_smem
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -182,7 +187,7 @@ def multiply(
                 slot = lax.rem(i * steps + j, stages)
                 plgpu.barrier_wait(full.at[slot])
                 left = row_smem.at[slot, half]
-                if not interpret:  # read once for all waves; the interpreter knows no operand in registers
+                if gated and not interpret:  # read once for both waves; the interpreter knows no operand in registers
                     left = plgpu.load(left, layout=plgpu.Layout.WGMMA_8BIT)
                 added: list[jax.Array] = []
                 for wave, total, factor in zip(waves, sums, factors, strict=False):
@@ -211,24 +216,70 @@ def multiply(
 
             lax.fori_loop(0, steps, step, None)
 
-        def store(result, begin, start, end, column):
-            """result [HALF, WAVE], of rows from `begin` on, to those from start to end."""
+        def store(results, begin, start, end):
+            """Results [HALF, WAVE], by column, of rows from `begin` on, of which the group has those from start to end."""
+            result_smem, result_lines, result_plain = result_smems
+            if interpret:
+                result_lines = result_smem
+
+            def each_piece(wait, run):
+                for column, result in results:
+                    for piece in range(WAVE // PIECE):
+                        at = column + piece * PIECE
+
+                        @pl.when(at < width)
+                        def _(result=result, piece=piece, at=at):
+                            plgpu.wait_smem_to_gmem(wait, wait_read_only=True)
+                            run(piece % slots, at, result[:, piece * PIECE : (piece + 1) * PIECE].astype(jnp.bfloat16))
+
+            def copy(slot, at, part):
+                result_smem[warpgroup, slot] = part
+                plgpu.commit_smem()
+                target = out_gmem.at[pl.ds(begin, HALF), pl.ds(at, PIECE)]
+                plgpu.copy_smem_to_gmem(result_lines.at[warpgroup, slot], target)
+
+            def copy_some(_, at, part):
+                result_plain[warpgroup] = part
+                plgpu.commit_smem()
+                # A copy has a fixed number of rows: one copy for every bit of how many there are.
+                row, length = start, HALF // 2
+                while length:
+
+                    @pl.when((end - start) & length != 0)
+                    def _(row=row, length=length):
+                        target = out_gmem.at[pl.ds(row, length), pl.ds(at, PIECE)]
+                        plgpu.copy_smem_to_gmem(result_plain.at[warpgroup, pl.ds(row - begin, length)], target)
+
+                    row = row + ((end - start) & length)
+                    length //= 2
+
+            @pl.when(end - start >= HALF)
+            def whole():
+                each_piece(slots - 1, copy)
+
+            @pl.when(end - start < HALF)
+            def short():
+                each_piece(0, copy_some)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        def store_directly(result, begin, start, end, column):
+            """As `store`, a single result, from registers to memory."""
             if not interpret:
                 return registers.store_rows(out_gmem, result, begin, start, end, column)
             row = begin + lax.iota(jnp.int32, HALF)
             inside = ((row >= start) & (row < end))[:, None]
-            for piece in range(0, WAVE, COLUMNS):
-                places = pl.ds(begin, HALF), pl.ds(column + piece, COLUMNS)
+            for piece in range(0, WAVE, PIECE):
+                places = pl.ds(begin, HALF), pl.ds(column + piece, PIECE)
 
                 @pl.when(column + piece < width)
                 def _(piece=piece, places=places):
-                    new = result[:, piece : piece + COLUMNS].astype(out_gmem.dtype)
+                    new = result[:, piece : piece + PIECE].astype(out_gmem.dtype)
                     out_gmem[places] = jnp.where(inside, new, out_gmem[places])
 
         def store_codes(result, begin, start, end, column):
-            """As `store`, in 8 bits, and the scales."""
+            """As `store_directly`, in 8 bits, and the scales."""
             scales = _scales(jnp.max(jnp.abs(result), axis=1))
-            store(result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0]), begin, start, end, column)
+            store_directly(result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0]), begin, start, end, column)
             place = lax.div(column, WAVE) * m + begin
             if not interpret:
                 return registers.store_some(out_scale_gmem[0], scales, place, start - begin, end - begin)
@@ -247,11 +298,16 @@ def multiply(
                 def take(half, begin, waves):
                     results = product(i, half, waves, group, begin, column)
                     if not gated:
-                        for wave, result in zip(waves, results, strict=True):
-                            store(result, begin, start, end, column + wave * WAVE)
-                        return
+                        columns_of = [column + wave * WAVE for wave in waves]
+                        return store(list(zip(columns_of, results, strict=True)), begin, start, end)
                     gate, up = results
-                    (store_codes if coded else store)(gate / (1.0 + jnp.exp(-gate)) * up, begin, start, end, column)
+                    (store_codes if coded else store_directly)(gate / (1.0 + jnp.exp(-gate)) * up, begin, start, end, column)
+
+                if not gated:
+
+                    @pl.when(second < 0)
+                    def share_half():
+                        take(0, first, (warpgroup,))
 
                 @pl.when((second >= 0) | ((warpgroup == 0) & gated))
                 def take_half():
@@ -263,20 +319,23 @@ def multiply(
                     def sit_out():
                         skip(i)
 
-                else:
-
-                    @pl.when(second < 0)
-                    def share_half():
-                        take(0, first, (warpgroup,))
-
             lax.fori_loop(0, mine, one_tile, None)
+            if not gated:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         grouped_matmul_codes,
         out_type=tuple(out_types),
         scratch_types=[
-            plgpu.RefUnion(codes_in_smem(row_shape), codes_in_smem(row_shape, 1)),
-            codes_in_smem((stages, WAVES, WAVE, BLOCK_K)),
+            plgpu.RefUnion(smem(row_shape, CODES), smem(row_shape, CODES, 1)),
+            smem((stages, WAVES, WAVE, BLOCK_K), CODES),
+            None
+            if gated
+            else plgpu.RefUnion(
+                smem(result_shape, jnp.bfloat16),
+                smem(result_shape, jnp.bfloat16, 1),
+                plgpu.SMEM((2, HALF, PIECE), jnp.bfloat16),
+            ),
             plgpu.Barrier(num_arrivals=2 + WAVES, num_barriers=stages),
             # Rows arrive in the slots of all blocks of a cluster, once all of them are free.
             plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=2, num_barriers=stages)

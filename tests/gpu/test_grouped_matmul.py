@@ -85,11 +85,12 @@ def test_has_a_gradient(implementation):
 
 
 LONG = [700, 3, 1291, 0, 640, 128]
+FEW_SHAPES = {"long": LONG, **{name: MANY_ROWS[name] for name in ("short groups", "single row")}}  # each is compiled anew
 
 
 @needs_hopper
-@pytest.mark.parametrize("sizes", [*MANY_ROWS.values(), LONG], ids=[*MANY_ROWS, "long"])
-@pytest.mark.parametrize("k, n", [(256, 512), (128, 576), (384, 768)])
+@pytest.mark.parametrize("sizes", FEW_SHAPES.values(), ids=FEW_SHAPES)
+@pytest.mark.parametrize("k, n", [(256, 512), (128, 576)])
 def test_codes_by_codes_equal_numpy_and_themselves(sizes, k, n):
     rows, matrices, group_sizes = scaled_inputs(sizes, k, n)
     rows = quantise_rows(rows)
@@ -101,8 +102,7 @@ def test_codes_by_codes_equal_numpy_and_themselves(sizes, k, n):
 
 
 @needs_hopper
-@pytest.mark.parametrize("sizes", [*MANY_ROWS.values(), LONG], ids=[*MANY_ROWS, "long"])
-@pytest.mark.parametrize("width", [256, 384])
+@pytest.mark.parametrize("sizes, width", [(LONG, 256), (MANY_ROWS["short groups"], 384), (MANY_ROWS["single row"], 256)])
 def test_swiglu_and_mlp_in_8_bits_equal_numpy_and_themselves(sizes, width):
     k = 256
     rows, _, group_sizes = scaled_inputs(sizes, k, 1)
@@ -121,8 +121,9 @@ def test_swiglu_and_mlp_in_8_bits_equal_numpy_and_themselves(sizes, width):
 
 
 @needs_hopper
-@pytest.mark.parametrize("sizes", [*SIZES.values(), [190, 3, 0, 130]], ids=[*SIZES, "long"])
-@pytest.mark.parametrize("k, n", [(256, 192), (128, 320)])
+@pytest.mark.parametrize(
+    "sizes, k, n", [([190, 3, 0, 130], 256, 192), (SIZES["ragged"], 128, 320), (SIZES["decode"], 256, 192)]
+)
 def test_codes_by_few_rows_equal_numpy_and_themselves(sizes, k, n):
     rows, matrices, group_sizes = scaled_inputs(sizes * 3, k, n)
     product = jax.jit(lambda *args: grouped_matmul(*args, implementation="mosaic_gpu"))
