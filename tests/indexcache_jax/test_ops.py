@@ -6,7 +6,11 @@ import pathlib
 import indexcache_jax
 
 ROOT = pathlib.Path(indexcache_jax.__file__).parent
-ALLOWED = {"pallas_kernels.blocks", "pallas_kernels.bits"}  # blocks of queries and the layout of a selection are no kernels
+ALLOWED = {
+    "pallas_kernels.quant",
+    "pallas_kernels.blocks",
+    "pallas_kernels.bits",
+}  # blocks of queries and the layout of a selection are no kernels
 
 
 def imports(path):
