@@ -6,11 +6,8 @@ import pathlib
 import indexcache_jax
 
 ROOT = pathlib.Path(indexcache_jax.__file__).parent
-ALLOWED = {
-    "pallas_kernels.quant",
-    "pallas_kernels.blocks",
-    "pallas_kernels.bits",
-}  # blocks of queries and the layout of a selection are no kernels
+# Blocks of queries, the layout of a selection and numbers in 8 bits are no kernels.
+ALLOWED = {"pallas_kernels.blocks", "pallas_kernels.bits", "pallas_kernels.quant"}
 
 
 def imports(path):
