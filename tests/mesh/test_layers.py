@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import Layers, save
+from indexcache_jax.layers import shardings_in_force
 from indexcache_jax.params import abstract
-from indexcache_jax.search import streamed
 from indexcache_jax.tensors import leaves
 from tests.support import meshes
 from tests.support.tiny_models import CASES
@@ -30,7 +30,7 @@ def test_every_part_is_read_once(format, tmp_path, monkeypatch):
 
     monkeypatch.setattr(layers._checkpoint, "fill", functools.partial(fill, layers._checkpoint.fill))
     with meshes.use("all"):
-        shardings = streamed.shardings_in_force(layers)
+        shardings = shardings_in_force(layers)
         found = layers.layer(3, shardings)
     structure = jax.tree.structure(TREE)
     parts: list[int] = []
