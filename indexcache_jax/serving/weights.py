@@ -113,6 +113,11 @@ def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> 
     weights: "fp8" for matrices in 8 bits, None for all in the model's dtype.
     """
     schedule.check_layers(config.num_layers)
+    return _abstract(config, schedule, weights)
+
+
+@functools.lru_cache(maxsize=2)  # a second's work for a large model, and the search for a mesh that holds one asks for it often
+def _abstract(config: Config, schedule: Schedule, weights: str | None) -> Weights:
     c = config
     shape = (c.vocab_size, c.hidden_size)
     embedding = _tensor(None, shape, ("vocab", "embed"), [as_stored("model.embed_tokens.weight", shape)])

@@ -101,7 +101,6 @@ def test_where_nothing_can_be_compiled_the_sums_are_reported_and_that_is_said(tm
     assert metrics["weights_by_form"]["bf16"] == metrics["need"]["weights"]
 
 
-@pytest.mark.slow
 def test_weights_in_8_bits_are_counted_with_their_scales(tmp_path, monkeypatch):
     monkeypatch.setattr(topologies, "_described_gpus", lambda hosts, of_a_host: "no plugin")
     metrics, report = planned(tmp_path, "--preset=glm-5.2", "--topology=h200:8", "--mesh=context=8", "--weights=fp8")
