@@ -197,8 +197,9 @@ def save(
     companions, origin = [], None
     if companions_of is not None:
         companions = find_companions(pathlib.Path(companions_of))
-        fields = read_config_json(companions_of)
-        origin = Origin(fields, with_stop_tokens(Config.from_hf(fields), pathlib.Path(companions_of)))
+        if (pathlib.Path(companions_of) / "config.json").exists():  # not yet beside a tokenizer that was made for a new model
+            fields = read_config_json(companions_of)
+            origin = Origin(fields, with_stop_tokens(Config.from_hf(fields), pathlib.Path(companions_of)))
     new = _New(
         pathlib.Path(directory),
         format,
