@@ -236,7 +236,7 @@ class HuggingFaceCheckpoint:
 
     def mtp_layers(self, names: Iterable[str]) -> set[int]:
         """The numbers of the layers of multi-token prediction that some of the stored tensors belong to."""
-        return {int(_LAYER.match(name)[1]) for name in names if self._is_mtp(name)}  # type: ignore[index]
+        return {layer for name in names if (layer := self._mtp_layer(name)) is not None}
 
     def left_out(self, schedule: Schedule, kept: Collection[str] = ()) -> list[str]:
         """One line for each kind of stored tensor without a use under `schedule`, those of `kept` apart."""
@@ -259,8 +259,12 @@ class HuggingFaceCheckpoint:
         return names
 
     def _is_mtp(self, name: str) -> bool:
+        return self._mtp_layer(name) is not None
+
+    def _mtp_layer(self, name: str) -> int | None:
+        """The number of the layer of multi-token prediction that a stored tensor belongs to, if to any."""
         match = _LAYER.match(name)
-        return match is not None and int(match[1]) >= self.config.num_layers
+        return int(match[1]) if match and int(match[1]) >= self.config.num_layers else None
 
     def _find(self, name: str) -> Entry | None:
         """The tensor's place; a routed expert's may be its rows of a tensor that holds all experts of a layer."""
