@@ -167,6 +167,19 @@ def environment(cache):
     }
 
 
+def kill_at(command, log, counts, options):
+    """Starts a command for every count and kills it once its log has so many lines. How many had not ended by then."""
+    kills = 0
+    for count in counts:
+        process = subprocess.Popen(command, **options)
+        while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= count):
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    return kills
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpoint, texts, tmp_path):
     options = {
@@ -180,14 +193,8 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     assert whole.returncode == 0, whole.stderr
     log = tmp_path / "killed" / runs.LOG
     command = arguments(checkpoint, texts, tmp_path / "killed", *EVERYTHING, "--resume")
-    kills = 0
-    for lines in (1, 13, 37, 50):  # of the log: before and after stages end, while checkpoints are being written
-        process = subprocess.Popen(command, **options)
-        while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= lines):
-            time.sleep(0.002)
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    # Before and after stages end, while checkpoints are being written.
+    kills = kill_at(command, log, (1, 13, 37, 50), options)
     last = subprocess.run(command, timeout=600, **options)
     assert last.returncode == 0, last.stderr
     assert kills >= 2
@@ -371,14 +378,7 @@ def test_killed_at_any_moment_it_ends_where_the_uninterrupted_run_ends(checkpoin
     assert whole.returncode == 0, whole.stderr
     log = tmp_path / "killed" / indexer_runs.LOG
     command = arguments(checkpoint, texts, tmp_path / "killed", *more, "--resume")
-    kills = 0
-    for lines in (1, 2, 2, 3):  # of the log, the first of which says what the run is about
-        process = subprocess.Popen(command, **options)
-        while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= lines):
-            time.sleep(0.002)
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    kills = kill_at(command, log, (1, 2, 2, 3), options)  # the first line says what the run is about
     last = subprocess.run(command, timeout=600, **options)
     assert last.returncode == 0, last.stderr
     assert kills >= 3
