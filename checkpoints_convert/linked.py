@@ -31,8 +31,9 @@ from checkpoints_convert.safetensors_io import NAMES, NUMPY, Entry, Spec, read_h
 from checkpoints_convert.save import ArraysCheckpoint, host_view, new_directory
 from checkpoints_convert.trees import Leaves
 from checkpoints_convert.written_config import Origin, written_fields
+from indexcache_jax import arguments
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.params import Params, abstract, check_model
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor, leaves
 
@@ -57,7 +58,11 @@ def save_indexers(
     indexers do not fit config and schedule. NotImplementedError where FP8 indexers have other scales than float32 or bfloat16
     for each 128 x 128.
     """
-    source = pathlib.Path(source).resolve()
+    check_model(config, schedule)
+    directory = arguments.path("directory", directory)
+    if not isinstance(params, Params):
+        raise ValueError(f"params: {arguments.described(params)} is not Params")
+    source = arguments.path("source", source).resolve()
     base = open_checkpoint(source)
     if not isinstance(base, HuggingFaceCheckpoint):
         raise ValueError(f"{source}: is an orbax checkpoint, but indexers are written beside the safetensors of one")
@@ -72,7 +77,7 @@ def save_indexers(
         arrays.help()
         return []
     with arrays.helped():
-        return _write(pathlib.Path(directory), base, source, replaced, arrays, link)
+        return _write(directory, base, source, replaced, arrays, link)
 
 
 def _indexers(tree: Params) -> Params:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from indexcache_jax import config_json
+from indexcache_jax import arguments, config_json
 from indexcache_jax.config_json import ARCHITECTURES, HF_NAMES, MAX_VALUES
 from indexcache_jax.foreign import shown
 
@@ -39,6 +39,10 @@ class Rope:
     def __post_init__(self) -> None:
         if self.type not in ("default", "yarn"):
             raise ValueError(f"rope_parameters.rope_type: {shown(self.type)} is not supported, only 'default' and 'yarn'")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type != "str" and not (value is None and "None" in str(field.type)) and not arguments.is_real(value):
+                raise ValueError(f"rope_parameters.{field.name}: {shown(value)} is not a number")
         if not self.theta > 0:
             raise ValueError(f"rope_parameters.rope_theta: {self.theta!r} is not positive")
         if self.type == "yarn" and not self.factor >= 1:
@@ -129,6 +133,10 @@ class Config:
                     raise ValueError(f"{name}: {shown(value)} is not an integer of at least {least}")
                 if value > MAX_VALUES.get(field.name, value):
                     raise ValueError(f"{name}: {value} is above {MAX_VALUES[field.name]}")
+            elif field.type == "float" and not arguments.is_real(value := getattr(self, field.name)):
+                raise ValueError(f"{field.name}: {shown(value)} is not a number")
+        if not isinstance(self.rope, Rope):
+            raise ValueError(f"rope: {arguments.described(self.rope)} is not a Rope")
         if not self.rms_norm_eps >= 0:
             raise ValueError(f"rms_norm_eps: {self.rms_norm_eps!r} is negative")
         if self.qk_rope_head_dim % 2:

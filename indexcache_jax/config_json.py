@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from indexcache_jax import arguments
 from indexcache_jax.foreign import escaped, read_json, shown
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def read_config_json(source: Mapping[str, Any] | str | pathlib.Path) -> dict[str
     """
     if isinstance(source, Mapping):
         return dict(source)
-    path = pathlib.Path(source)
+    path = arguments.path("config.json", source)
     if path.is_dir():
         path = path / "config.json"
     if not path.exists() and not path.is_symlink():
