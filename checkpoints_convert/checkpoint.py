@@ -14,6 +14,7 @@ from checkpoints_convert.huggingface import HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import INDEX, SINGLE
 from indexcache_jax import arguments, params, serving
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import is_there
 from indexcache_jax.params import FP8_BASE
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Part, Tensor
@@ -54,7 +55,7 @@ def open_checkpoint(directory: str | pathlib.Path) -> HuggingFaceCheckpoint | or
     if orbax_io.is_orbax(directory):
         return orbax_io.OrbaxCheckpoint(directory)
     check_no_overlay(directory)
-    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+    if is_there(directory / SINGLE) or is_there(directory / INDEX):
         return HuggingFaceCheckpoint(directory)
     raise ValueError(f"{directory}: holds neither {SINGLE} nor {INDEX} nor an orbax checkpoint{instead(directory)}")
 

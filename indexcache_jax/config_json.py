@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from indexcache_jax import arguments
-from indexcache_jax.foreign import escaped, read_json, shown
+from indexcache_jax.foreign import escaped, is_there, read_json, shown
 
 if TYPE_CHECKING:
     from indexcache_jax.config import Config
@@ -40,7 +40,7 @@ def read_config_json(source: Mapping[str, Any] | str | pathlib.Path) -> dict[str
     path = arguments.path("config.json", source)
     if path.is_dir():
         path = path / "config.json"
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         raise ValueError(f"{path}: no such file; a checkpoint directory holds a config.json")
     return read_json(path)
 
