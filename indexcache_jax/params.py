@@ -31,6 +31,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @flax.struct.dataclass
 class Attention:
+    """Stacks of attention weights over all L layers, or with at_layer those of one (docs/model.md, Attention)."""
+
     q_down: Any  # [L, D, R]
     q_norm: Any  # [L, R]
     q_up: Any  # [L, R, H, dn+dr]
@@ -46,6 +48,8 @@ class Attention:
 
 @flax.struct.dataclass
 class Indexer:
+    """Stacks of indexer weights over the F layers (docs/model.md, Indexer)."""
+
     queries: Any  # [num_full, R, Hi, Di]
     keys: Any  # [num_full, D, Di]
     key_norm: Any  # [num_full, Di]
@@ -55,12 +59,16 @@ class Indexer:
 
 @flax.struct.dataclass
 class MLP:
+    """Stacks of MLP weights over N layers: dense ones, or the shared experts."""
+
     gate_up: Any  # [N, D, 2, F]: gate first
     down: Any  # [N, F, D]
 
 
 @flax.struct.dataclass
 class MoE:
+    """Stacks of the weights of N layers with E routed experts."""
+
     router: Any  # [N, D, E]
     router_bias: Any  # [N, E] float32: for the choice of experts only
     gate_up: Any  # [N, E, D, 2, I]
@@ -289,7 +297,7 @@ def check_key(key: jax.Array) -> None:
 
 
 def at_layer(stack: Any, slot: int | jax.Array) -> Any:
-    """One layer of a stacked subtree; a Python int is a static slice, a traced one a dynamic slice."""
+    """One layer of a stacked subtree, arrays [N, ...] as [...]: a static slice for a Python int, else a dynamic one."""
     if isinstance(slot, int):
         return jax.tree.map(lambda a: jax.lax.index_in_dim(a, slot, keepdims=False), stack)
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), stack)

@@ -285,7 +285,7 @@ def _numbers_at(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def fingerprint(params: Any, batches: Sequence[np.ndarray]) -> dict[str, int]:
-    """Checksums of a tree of weights (of some numbers of each array) and of the batches: what losses depend on.
+    """Checksums of a tree of weights (of some numbers of each array) and of the batches [B, S+1]: what losses depend on.
 
     A log of losses holds them, so that it is not continued with other weights or another text.
     """
