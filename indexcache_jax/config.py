@@ -56,6 +56,9 @@ class Rope:
             ):
                 if not value > above:
                     raise ValueError(f"rope_parameters.{field}: {value!r} is not above {above}")
+            for field in ("mscale", "mscale_all_dim"):  # gains are divided by each other, and one may not be 0
+                if (getattr(self, field) or 0) < 0:
+                    raise ValueError(f"rope_parameters.{field}: {getattr(self, field)!r} is negative")
 
     def _gain(self, mscale: float) -> float:
         """Yarn's g(m) = 0.1 m ln(factor) + 1."""
@@ -139,6 +142,8 @@ class Config:
             raise ValueError(f"rope: {arguments.described(self.rope)} is not a Rope")
         if not self.rms_norm_eps >= 0:
             raise ValueError(f"rms_norm_eps: {self.rms_norm_eps!r} is negative")
+        if self.rms_norm_eps > 1:  # beside it every hidden state would be 0, and all logits alike
+            raise ValueError(f"rms_norm_eps: {self.rms_norm_eps!r} is above 1")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim: {self.qk_rope_head_dim} is odd")
         if self.index_head_dim < self.qk_rope_head_dim:
