@@ -95,7 +95,12 @@ def numbers_of(array: Any, wait: bool = True) -> np.ndarray | None:
     return np.asarray(array)
 
 
-def integers(name: str, value: Any, axes: Sequence[str]) -> jax.Array | np.ndarray:
+def is_text(value: Any) -> bool:
+    """Whether a value is text, which has a length and entries like a list."""
+    return isinstance(value, (str, bytes))
+
+
+def integers(name: str, value: Any, axes: Sequence[str]) -> Any:
     """An array of integers that has these axes, none of them of length 0. Other sequences become NumPy arrays."""
     array = value
     if not isinstance(value, jax.Array):
@@ -111,9 +116,7 @@ def integers(name: str, value: Any, axes: Sequence[str]) -> jax.Array | np.ndarr
     return array
 
 
-def tokens(
-    name: str, value: Any, vocab_size: int, axes: Sequence[str] = ("B", "S"), wait: bool = True
-) -> jax.Array | np.ndarray:
+def tokens(name: str, value: Any, vocab_size: int, axes: Sequence[str] = ("B", "S"), wait: bool = True) -> Any:
     """An array of these axes of numbers from 0 to below vocab_size; wait: as for `numbers_of`."""
     array = integers(name, value, axes)
     if (values := numbers_of(array, wait)) is not None:
@@ -123,7 +126,7 @@ def tokens(
     return array
 
 
-def lengths(value: Any, rows: int, width: int) -> jax.Array | np.ndarray:
+def lengths(value: Any, rows: int, width: int) -> Any:
     """How many tokens of each of so many rows count, [B] int32: from 0 to their width."""
     array = integers("lengths", value, ("B",))
     if array.shape != (rows,):

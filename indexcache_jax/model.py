@@ -153,9 +153,7 @@ def _logits(norm: jax.Array, head: jax.Array, x: jax.Array, config: Config) -> j
     return jnp.dot(rms_norm(x, norm, config.rms_norm_eps), head, preferred_element_type=jnp.float32)
 
 
-def _checked(
-    params: Params, tokens: Any, config: Config, schedule: Schedule, lengths: Any
-) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray | None]:
+def _checked(params: Params, tokens: Any, config: Config, schedule: Schedule, lengths: Any) -> tuple[Any, Any]:
     """Tokens and lengths of `forward` as arrays, once all of its arguments are seen to be what they should."""
     check_params(params, config, schedule)
     tokens = arguments.tokens("tokens", tokens, config.vocab_size)

@@ -42,7 +42,7 @@ def no_progress(layers: int) -> None:
 
 def checked_batches(batches: Sequence[np.ndarray], config: Config) -> list[np.ndarray]:
     """Batches [B, S+1] of tokens of the model, int32. ValueError unless there are some, all of one shape and S at least 1."""
-    if isinstance(batches, (str, bytes)) or not hasattr(batches, "__len__"):
+    if arguments.is_text(batches) or not hasattr(batches, "__len__"):
         raise ValueError(f"batches: {arguments.described(batches)} is not a list of batches [B, S+1]")
     found = [np.asarray(arguments.tokens("batches", batch, config.vocab_size, ("B", "S+1")), np.int32) for batch in batches]
     shapes = sorted({batch.shape for batch in found})

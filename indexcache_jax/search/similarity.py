@@ -57,7 +57,7 @@ def similarities(
 
 def check_similarity(similarity: np.ndarray) -> None:
     """ValueError unless these are cosines [L, L]: none is missing on the diagonal and below it."""
-    shape = getattr(similarity, "shape", ())
+    shape: tuple[int, ...] = getattr(similarity, "shape", ())
     if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or similarity.dtype.kind != "f":
         raise ValueError(f"similarity: {arguments.described(similarity)}, not [L, L] of floats")
     if not np.isfinite(similarity[np.tril_indices(shape[0])]).all():

@@ -163,7 +163,7 @@ def decode(
 
 
 def _check(name: str, tokens: Sequence[int], config: Config, room: int | None = None) -> None:
-    if isinstance(tokens, (str, bytes)):
+    if arguments.is_text(tokens):
         raise ValueError(f"{name}: {shown(tokens)} is text; a tokenizer makes token numbers of it")
     if not hasattr(tokens, "__len__"):
         raise ValueError(f"{name}: {arguments.described(tokens)} is not a row of token numbers")
@@ -174,7 +174,7 @@ def _check(name: str, tokens: Sequence[int], config: Config, room: int | None = 
     arguments.tokens(name, tokens, config.vocab_size, ("S",))
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: Config, room: int | None = None) -> None:
+def check_prompts(prompts: Sequence[Any], config: Config, room: int | None = None) -> None:
     """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room` if given."""
     for i, prompt in enumerate(prompts):
         _check(f"prompt {i}", prompt, config, room)
@@ -224,13 +224,13 @@ def _check_options(
         arguments.integer("cache_len", cache_len, 1)
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling: {arguments.described(sampling)} is not a Sampling")
-    if isinstance(stop_tokens, (str, bytes)) or not isinstance(stop_tokens, (Collection, np.ndarray, jax.Array)):
+    if arguments.is_text(stop_tokens) or not isinstance(stop_tokens, (Collection, np.ndarray, jax.Array)):
         raise ValueError(f"stop_tokens: {arguments.described(stop_tokens)} is not a list of token numbers")
     for token in stop_tokens:
         arguments.integer("stop_tokens", token)
     if ids is None:
         return
-    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__") or len(ids) != rows:
+    if arguments.is_text(ids) or not hasattr(ids, "__len__") or len(ids) != rows:
         count = len(ids) if hasattr(ids, "__len__") else "no list of"
         raise ValueError(f"ids: {count} ids for {rows} prompts")
     for number in ids:
@@ -242,7 +242,7 @@ def _document_tokens(document: Sequence[int] | Cache, config: Config, schedule: 
     if isinstance(document, Cache):
         check_cache(document, 1, config, schedule)
         return int(document.lengths[0])
-    if isinstance(document, (str, bytes)) or not hasattr(document, "__len__") or len(document):
+    if arguments.is_text(document) or not hasattr(document, "__len__") or len(document):
         _check("document", document, config)
     return len(document)
 
@@ -285,7 +285,7 @@ def generate(
       request after which the model's logits are not finite.
     """
     check_weights(params, config, schedule)
-    if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
+    if arguments.is_text(prompts) or not hasattr(prompts, "__len__"):
         raise ValueError(f"prompts: {arguments.described(prompts)} is not a list of rows of token numbers")
     _check_options(len(prompts), max_new_tokens, sampling, seed, stop_tokens, cache_len, ids, chunk)
     if cache_format is not None:
