@@ -51,8 +51,10 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a number, and neither NaN nor a complex one."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    """Whether a value is a number, and neither NaN nor a complex one; True and False are none."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, numbers.Real) and not math.isnan(value)
 
 
 def choice(name: str, value: Any, allowed: Collection[str]) -> str:
@@ -116,13 +118,16 @@ def integers(name: str, value: Any, axes: Sequence[str]) -> Any:
     return array
 
 
-def tokens(name: str, value: Any, vocab_size: int, axes: Sequence[str] = ("B", "S"), wait: bool = True) -> Any:
-    """An array of these axes of numbers from 0 to below vocab_size; wait: as for `numbers_of`."""
+def tokens(name: str, value: Any, vocab_size: int, axes: Sequence[str] = ("B", "S"), wait: bool = True, one: str = "") -> Any:
+    """An array of these axes of numbers from 0 to below vocab_size; wait: as for `numbers_of`.
+
+    one: what a message calls a single number, where the argument's name does not say so.
+    """
     array = integers(name, value, axes)
     if (values := numbers_of(array, wait)) is not None:
         outside = (values < 0) | (values >= vocab_size)
         if outside.any():
-            raise ValueError(f"{name}: {values[outside][0]} is not one of the model's {vocab_size} tokens")
+            raise ValueError(f"{name}: {one}{values[outside][0]} is not one of the model's {vocab_size} tokens")
     return array
 
 

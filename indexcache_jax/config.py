@@ -39,10 +39,11 @@ class Rope:
     def __post_init__(self) -> None:
         if self.type not in ("default", "yarn"):
             raise ValueError(f"rope_parameters.rope_type: {shown(self.type)} is not supported, only 'default' and 'yarn'")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type != "str" and not (value is None and "None" in str(field.type)) and not arguments.is_real(value):
-                raise ValueError(f"rope_parameters.{field.name}: {shown(value)} is not a number")
+        hf_names = {"theta": "rope_theta", "original_max_position": "original_max_position_embeddings"}
+        for own in dataclasses.fields(self):
+            value = getattr(self, own.name)
+            if own.type != "str" and not (value is None and "None" in str(own.type)) and not arguments.is_real(value):
+                raise ValueError(f"rope_parameters.{hf_names.get(own.name, own.name)}: {shown(value)} is not a number")
         if not self.theta > 0:
             raise ValueError(f"rope_parameters.rope_theta: {self.theta!r} is not positive")
         if self.type == "yarn" and not self.factor >= 1:

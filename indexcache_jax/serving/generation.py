@@ -171,7 +171,7 @@ def _check(name: str, tokens: Sequence[int], config: Config, room: int | None = 
         raise ValueError(f"{name}: is empty")
     if room is not None and len(tokens) > room:
         raise ValueError(f"{name}: {len(tokens)} tokens are more than the {room} that the cache has room for")
-    arguments.tokens(name, tokens, config.vocab_size, ("S",))
+    arguments.tokens(name, tokens, config.vocab_size, ("S",), one="token ")
 
 
 def check_prompts(prompts: Sequence[Any], config: Config, room: int | None = None) -> None:

@@ -117,7 +117,7 @@ CALLS = {
     "a dtype that is none": (lambda: init(jax.random.key(0), C, S, "bf16"), "dtype: 'bf16' is not one of float32"),
     "a list of models": (lambda: preset(["glm-5"]), r"preset: \['glm-5'\] is not one of 30b"),
     "a config from nowhere": (lambda: Config.from_hf(""), "config.json: '' is not a path"),
-    "a base of text": (lambda: Rope(theta="1"), "rope_parameters.theta: '1' is not a number"),
+    "a base of text": (lambda: Rope(theta="1"), "rope_parameters.rope_theta: '1' is not a number"),
     "layers as text": (lambda: Schedule.uniform("5", 2), "num_layers: '5' is not an integer"),
     "no layers": (lambda: Schedule.all_full(0), "num_layers: 0 is not an integer of at least 1"),
     "a layer above the last": (lambda: S.with_shared(5), "layer: 5 is above 4"),
