@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -135,15 +135,13 @@ def _tokens_beside(
 def _special(path: pathlib.Path, settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> Special:
     """The special tokens of tokenizer_config.json and special_tokens_map.json."""
     named = dict(settings) | dict(special_map)
-    own_names = [name for name in named if name.endswith("_token") and name not in _NAMED]
+    own = {name: value for name, value in named.items() if name.endswith("_token") and name not in _NAMED}
     by_name, extra = _extra(path, settings, special_map)
 
-    def tokens(values: Iterable[Any]) -> list[tokenizers.AddedToken]:
-        # add_bos_token, for one, is no token
-        return [_token(path, value) for value in values if content_of(value) is not None]
-
-    of_model = tokens(named[name] for name in own_names) + [_token(path, value) for value in by_name.values()]
-    return Special(tokens(named.get(name) for name in _NAMED), of_model, [_token(path, value) for value in extra])
+    own = {name: value for name, value in own.items() if content_of(value) is not None}  # add_bos_token is no token
+    of_every = [named[name] for name in _NAMED if content_of(named.get(name)) is not None]
+    lists = ([_token(path, value) for value in values] for values in (of_every, (own | by_name).values(), extra))
+    return Special(*lists)
 
 
 def _extra(path: pathlib.Path, settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
