@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import inputs, options, text
+from experiments.common import fit, inputs, options, text
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import memory, ops, serving
 from indexcache_jax.config import Config
@@ -189,10 +189,28 @@ class Inputs:
     cuts: np.ndarray
 
 
+def check_memory(config: Config, schedule: Schedule, dtype: str) -> None:
+    """Says what is needed of memory; ValueError where that does not fit."""
+    context, mesh = options.CONTEXT.value, memory.mesh_of()
+    forms = {"weights": None, "weights in 8 bits": "fp8"}
+    parts = {
+        name: memory.tree_bytes(serving.weights.abstract(config, schedule, form), dtype, mesh, SERVING)
+        for name, form in forms.items()
+    }
+    # Of the exact model and of a rounded one: hidden states around every layer, and every F layer's selections.
+    states = (config.num_layers + 1) * config.hidden_size * jnp.dtype(dtype).itemsize
+    selections = schedule.num_full * 4 * min(config.index_topk, context)
+    parts["hidden states and selections"] = 2 * context * (states + selections)
+    parts["cache"] = memory.cache_bytes(config, schedule, 1, context, CacheFormat.of(dtype), mesh, SERVING)
+    parts["temporaries"] = memory.prefill_temporaries(config, schedule, 1, context, context, dtype, mesh, SERVING)
+    fit.together(memory.Need(parts), f"--context={context}", "a smaller one or --dtype=bfloat16")
+
+
 def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
+    check_memory(*inputs.described(checkpoint.directory), checkpoint.dtype)
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
     config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
     in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
