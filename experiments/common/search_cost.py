@@ -184,7 +184,7 @@ def duration(seconds: float) -> str:
     for size, name in ((3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {name}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def counted(cost: Cost, rows: int, context: int, weights: int | None) -> str:
