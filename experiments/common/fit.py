@@ -128,12 +128,9 @@ def program(compiled: Any, what: str, smaller: str) -> None:
         raise ValueError(f"{what}: {lacking}{_advice(smaller)}")
 
 
-def together(need: Need, what: str, smaller: str) -> None:
-    """Says what is needed of a device that computes alone; ValueError where that does not fit it.
-
-    what: needs it, as the flag that decides; smaller: the flags that make it smaller.
-    """
-    _check(lambda length, mesh, rules: need, 0, 1, SERVING, what, 1, _advice(smaller), alone=True)
+def inference(need: NeedAt, length: int, what: str, smaller: str) -> None:
+    """Says what is needed at a length for a single row; ValueError, with the flags `smaller`, where that does not fit."""
+    _check(need, length, 1, SERVING, what, 1, _advice(smaller))
 
 
 def _advice(smaller: str) -> str:
@@ -181,11 +178,10 @@ def _check(
     multiple: int,
     otherwise: str = "",
     host: Mapping[str, int] | None = None,
-    alone: bool = False,
 ) -> None:
     """Prints the need under the mesh in force. ValueError, with what would fit, where that is more than there is.
 
-    length: 0 where nothing depends on it. host: bytes of the host's memory beside it. alone: a mesh would be of no use.
+    length: 0 where nothing depends on it. host: bytes of the host's memory beside it.
     """
     mesh, rules = sharding.current()
     there, mesh = memory.available(), mesh or memory.mesh_of()
@@ -202,7 +198,7 @@ def _check(
     advice = []
     if length and (fitting := longest(need, length, mesh, rules, there - beside, multiple)):
         advice.append(f"the longest that fits is {fitting:,} tokens")
-    if not (on_cpu or alone):
+    if not on_cpu:
         layout = smallest(need, length, rows, base, there)
         advice.append(
             f"no mesh of up to {MOST_DEVICES} such devices fits it"
