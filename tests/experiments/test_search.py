@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 from fractions import Fraction
@@ -13,9 +15,13 @@ from absl import flags
 import checkpoints_convert
 from experiments import run as _run  # it defines the flags that results.json records
 from experiments import search
-from experiments.common import inputs, options, serving_times
-from indexcache_jax import memory
+from experiments.common import inputs, options, search_cost, serving_times
+from indexcache_jax import host_memory, memory
+from indexcache_jax.config import Config
+from indexcache_jax.params import abstract
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import SERVING
 from tests.support.loss_tables import Table
 
 assert _run.EXPERIMENTS
@@ -98,6 +104,8 @@ def with_flags():
         "time_prefill",
         "strategy",
         "batch_size",
+        "race",
+        "text",
     ):
         flags.FLAGS[name].unparse()
     flags.FLAGS(["test"])
@@ -145,6 +153,47 @@ def test_what_a_search_takes_is_counted_for_every_way_to_search(with_flags, argu
         assert (searching.steps, searching.losses) == (11, 2 * (1 + sum(range(1, 12))))
     assert evaluating.losses % 3 == 0 and evaluating.losses >= 3 * 4  # all F, and 1/2, 1/4 and 1/8
     assert searching.layers > 0 and evaluating.passes[-1] == 2 * 12  # the selections on two batches
+
+
+GLM = Config.from_hf(preset("glm-5"))
+READING = 3e9  # bytes a second
+
+
+def taken_of_glm_5():
+    """Steps, losses, readings of the weights, TB of them in 8 bits, hours of an H200, and hours with weights at READING."""
+    base, context = Schedule.all_full(GLM.num_layers), options.CONTEXT.value
+    searching, evaluating = search.costs(GLM, base, search.read_goal(base), "bfloat16")
+    size = memory.tree_bytes(abstract(GLM, base, "fp8"), "bfloat16", memory.mesh_of(), SERVING)
+    rate, _ = search_cost.measured(GLM, options.BATCH_SIZE.value, context)
+    cost = searching + evaluating
+    readings = len(cost.passes)
+    hours = [cost.seconds(each) / 3600 for each in (rate, search_cost.Rate(rate.layer, size / READING))]
+    return cost.steps, cost.losses, readings, readings * size / 1e12, *hours
+
+
+def test_the_pages_say_what_searches_of_a_large_model_take(with_flags, monkeypatch):
+    """docs/search.md for several commands, and the README for its own, which ends within a working day."""
+    monkeypatch.setattr(host_memory, "available", lambda: 2**40)
+    table = re.findall(r"^\| `(--[^`]*)` \| (.*) \|$", (ROOT / "docs" / "search.md").read_text(), re.MULTILINE)
+    assert len(table) > 3
+    for arguments, cells in table:
+        with_flags("--stream", *arguments.split())
+        steps, losses, readings, size, hours, reading = taken_of_glm_5()
+        assert cells.split(" | ") == [
+            f"{steps}",
+            f"{losses:,}",
+            f"{readings:,}",
+            f"{size:,.0f}",
+            f"{hours:.1f}",
+            f"{reading:.1f}",
+        ]
+    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
+    (command_line,) = re.findall(r"^    python -m experiments.run (.*--stream --blocks.*)$", readme, re.MULTILINE)
+    with_flags(*(word for word in shlex.split(command_line) if not word.startswith("--checkpoint")))
+    _, _, readings, size, hours, reading = taken_of_glm_5()
+    words = " ".join(readme.split())
+    assert f"at most {hours:.1f} hours of an H200" in words and reading < 8
+    assert f"reads the weights {readings} times, {size:.0f} TB" in words
 
 
 def test_a_search_that_does_not_fit_is_refused_before_weights_are_read(with_flags, monkeypatch):
