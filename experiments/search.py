@@ -249,6 +249,12 @@ def read_goal(base: Schedule) -> Goal:
         raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
     if strategy == "floating" and options.BLOCKS.value > 1:
         raise ValueError(f"--blocks={options.BLOCKS.value}: --strategy=floating has no blocks, it changes one layer at a time")
+    if strategy == "similarity":
+        options.refuse("--strategy=similarity measures no losses", "blocks", "race", "resume")
+    if not options.STREAM.value:
+        options.refuse("needs --stream", "stream_memory")
+    if not _TIME.value:
+        options.refuse("nothing is timed without --time_prefill", "serving_length")
     retentions = [inputs.share("retentions", value) for value in options.RETENTIONS.value]
     target = inputs.share("retention", options.RETENTION.value)
     return Goal(retentions, target, budget, strategy, options.BLOCKS.value, patterns_to_compare(base))

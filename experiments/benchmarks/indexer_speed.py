@@ -119,8 +119,8 @@ def read_run(output: Output, seed: int) -> tuple[Run, str]:
         "hidden states": need.states if need.states <= available else 0,
     }
     smaller = "a smaller --context, --sequences or --stream_memory, or --weights=fp8"
-    asked = {"rows": 1, "context": context, "dtype": "bfloat16", "weights": weights, "host": host, "smaller": smaller}
-    fit.streamed(config, Schedule.all_full(config.num_layers), **asked)
+    all_full = Schedule.all_full(config.num_layers)
+    fit.streamed(config, all_full, rows=1, context=context, dtype="bfloat16", weights=weights, host=host, smaller=smaller)
     return run, memory
 
 

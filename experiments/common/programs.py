@@ -20,7 +20,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -66,10 +66,18 @@ class _Warnings:
     def __init__(self, path: pathlib.Path, others: Callable[..., None]) -> None:
         self._path, self._others, self._noted = path, others, False
 
-    def __call__(self, message: Warning | str, *about: Any) -> None:
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         found = _OF_KEEPING.match(str(message))
         if found is None:
-            self._others(message, *about)
+            self._others(message, category, filename, lineno, file, line)
             return
         with contextlib.suppress(OSError):
             for torn in self._path.glob(f"{glob.escape(found['program'])}-*"):

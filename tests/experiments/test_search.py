@@ -106,6 +106,7 @@ def with_flags():
         "batch_size",
         "race",
         "text",
+        "resume",
     ):
         flags.FLAGS[name].unparse()
     flags.FLAGS(["test"])
@@ -116,6 +117,10 @@ def with_flags():
     [
         (["--loss_budget=0.01", "--retention=1/4"], "--retention=1/4: counts for nothing beside --loss_budget=0.01"),
         (["--blocks=13"], "--blocks=13: the model has 12 layers"),
+        (["--strategy=similarity", "--blocks=2"], "--blocks=2: --strategy=similarity measures no losses"),
+        (["--strategy=similarity", "--race=0.1"], "--race=0.1: --strategy=similarity measures no losses"),
+        (["--stream_memory=5"], "--stream_memory=5.0: needs --stream"),
+        (["--notime_prefill", "--serving_length=300"], "--serving_length=300: nothing is timed without --time_prefill"),
         (["--compare=FFFF"], "--compare=FFFF: 'FFFF' has 4 entries for 12 layers"),
         (["--compare=SFFFFFFFFFFF"], "starts with a shared layer"),
         (["--compare=FFFFFFFFFFFF"], "layer 11 is F, but the checkpoint has no indexer for it"),

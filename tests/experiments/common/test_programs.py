@@ -99,7 +99,7 @@ def test_other_warnings_pass(tmp_path):
     passed = []
     shown = programs._Warnings(tmp_path, lambda *about: passed.append(about))
     shown("something else", UserWarning, "file.py", 3)
-    assert passed == [("something else", UserWarning, "file.py", 3)]
+    assert passed == [("something else", UserWarning, "file.py", 3, None, None)]
 
 
 SHARING = """
