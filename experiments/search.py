@@ -83,8 +83,8 @@ class Model(Protocol):
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
         """What a loss depends on besides the schedule, for the log of the search."""
 
-    def rate(self, batches: list[np.ndarray]) -> Rate:
-        """How fast losses are measured, from the first of the batches."""
+    def rate(self, losses: search.Evaluator | StreamedEvaluator) -> Rate:
+        """How fast the losses of an evaluator are measured, from the first of its batches."""
 
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
         """Mean overlap |A n B| / k [num_full, num_full] of the F layers' selections."""
@@ -107,12 +107,12 @@ class InMemory:
         dtype = str(self.params.embedding.dtype)
         return {"pattern": self.schedule.pattern, "dtype": dtype, **search.fingerprint(self.params, batches)}
 
-    def rate(self, batches: list[np.ndarray]) -> Rate:
+    def rate(self, losses: search.Evaluator | StreamedEvaluator) -> Rate:
         """Of the second evaluation; the first one compiles."""
         seconds = 0.0
         for _ in range(2):
-            evaluator, began = self.evaluator(batches[:1], lambda layers: None), time.perf_counter()
-            evaluator.sequence_losses([self.schedule])
+            unlogged, began = self.evaluator(losses.batches[:1], lambda layers: None), time.perf_counter()
+            unlogged.sequence_losses([self.schedule])
             seconds = time.perf_counter() - began
         return Rate(seconds / self.config.num_layers)
 
@@ -147,9 +147,10 @@ class Streamed:
         weights = search.fingerprint((ends, self.layers.layer(0, shardings), self.layers.layer(last, shardings)), batches)
         return {"pattern": self.schedule.pattern, "dtype": str(ends.embedding.dtype), **weights}
 
-    def rate(self, batches: list[np.ndarray]) -> Rate:
+    def rate(self, losses: search.Evaluator | StreamedEvaluator) -> Rate:
         """Of one layer, which stands for all."""
-        reading, running = self.evaluator(batches[:1], lambda layers: None).seconds_of_layer()
+        assert isinstance(losses, StreamedEvaluator)
+        reading, running = losses.seconds_of_layer()
         return Rate(running, reading * self.config.num_layers)
 
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
@@ -367,8 +368,7 @@ def find(model: Model, given: Inputs, output: Output) -> tuple[list[search.Step]
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():
                 bar.write(f"note: {line}")
-            rate = model.rate(calibration)
-            bar.write(search_cost.timed(given.searching + given.evaluating, rate, device()["kind"]))
+            bar.write(search_cost.timed(given.searching + given.evaluating, model.rate(losses), device()["kind"]))
             steps = search_down(losses, base, goal, race_of(goal))
         bar.total = bar.n
         bar.refresh()
@@ -406,9 +406,8 @@ def costs(config: Config, base: Schedule, goal: Goal, dtype: str) -> tuple[Cost,
     rows, layers, states = options.BATCH_SIZE.value, base.num_layers, None
     if options.STREAM.value:
         states = options.stream_memory() // state_bytes(config, dtype, rows, options.CONTEXT.value)
-    batches, held_out = (
-        Batches(count // rows, rows, states) for count in (options.calibration_sequences(), options.HELD_OUT_SEQUENCES.value)
-    )
+    counts = options.calibration_sequences(), options.HELD_OUT_SEQUENCES.value
+    batches, held_out = (Batches(inputs.num_batches(count), rows, states) for count in counts)
     steps: list[search.Step] = []
     if goal.strategy == "similarity":
         searching = Cost(passes=(batches.count * layers * (layers + 1) // 2,))

@@ -215,12 +215,17 @@ def reader(directory: str, config: Config) -> Reader:
     return Reader(text.tokenizer(directory, config.vocab_size), separator, context, config.vocab_size)
 
 
+def num_batches(sequences: int) -> int:
+    """How many batches of --batch_size so many sequences make."""
+    size = options.BATCH_SIZE.value
+    if sequences % size:
+        raise ValueError(f"--batch_size={size}: does not divide {sequences} sequences")
+    return sequences // size
+
+
 def batches(cuts: np.ndarray) -> list[np.ndarray]:
     """Cuts [N, S+1] as batches [--batch_size, S+1]."""
-    size = options.BATCH_SIZE.value
-    if len(cuts) % size:
-        raise ValueError(f"--batch_size={size}: does not divide {len(cuts)} sequences")
-    return np.split(cuts, len(cuts) // size)
+    return np.split(cuts, num_batches(len(cuts)))
 
 
 # ---- distillation

@@ -18,11 +18,11 @@ from experiments.common import inputs
 from experiments.common.report import progress
 from indexcache_jax import memory, serving, sharding
 from indexcache_jax.config import Config
-from indexcache_jax.memory import Need
+from indexcache_jax.memory import Devices, Need
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat
 from indexcache_jax.serving.generation import CHUNK, cache_length
-from indexcache_jax.sharding import SERVING
+from indexcache_jax.sharding import SERVING, Rules
 
 TIMED_RUNS = 3
 STEPS = 32  # decode steps of a program
@@ -84,6 +84,18 @@ def timed(models: Sequence[Served], tokens: np.ndarray, steps: int = 0) -> list[
     return [(prefill, decode if steps else None) for prefill, decode in medians]
 
 
+def no_room(need: Need, what: str) -> str | None:
+    """What to say where there is no room on a device; None where there is."""
+    if need.total <= (there := memory.available()):
+        return None
+    return f"No times: {what} needs {need.total / 1e9:.1f} GB of each device, there are {there / 1e9:.1f} GB."
+
+
+def _in_force() -> tuple[Devices, Rules]:
+    mesh, rules = sharding.current()
+    return (memory.mesh_of(), SERVING) if mesh is None else (mesh, rules)
+
+
 # ---- a model that the devices hold
 
 
@@ -91,8 +103,25 @@ def of_checkpoint(checkpoint: inputs.Checkpoint, schedules: Sequence[Schedule], 
     """Prefill of tokens [B, S] under each schedule.
 
     The weights are read from the checkpoint once more, as inference runs them, so that they are in memory once where the
-    caller has let go of the search's.
+    caller has let go of the search's. No times where they have no room on the devices.
     """
+    config, schedule = inputs.described(checkpoint.directory)
+    rows, length = tokens.shape
+    mesh, rules = _in_force()
+    whole = memory.serving_need(
+        config,
+        schedule,
+        rows=rows,
+        length=length,
+        chunk=CHUNK,
+        dtype=checkpoint.dtype,
+        form=CacheFormat.of(checkpoint.dtype),
+        mesh=mesh,
+        rules=rules,
+        weights=checkpoint.weights,
+    )
+    if (lacking := no_room(whole, f"inference of {rows} x {length:,} tokens")) is not None:
+        return Times.none(schedules, lacking)
     with warnings.catch_warnings(action="ignore"):  # they came when the model was opened
         config, _, weights = checkpoints_convert.load(
             checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
@@ -150,8 +179,7 @@ def cut_models(config: Config, experts: bool, dtype: str, weights: str | None) -
 
 def need(config: Config, rows: int, length: int, dtype: str, weights: str | None) -> Need:
     """What the estimate takes of each device."""
-    mesh, rules = sharding.current()
-    mesh, rules = mesh or memory.mesh_of(), rules if mesh else SERVING
+    mesh, rules = _in_force()
     experts = any(config.moe_layers)
     one, all_full = inputs.cut(config, (experts,)), inputs.cut(config, (experts,) * (1 + MORE))
     schedule, room = Schedule.all_full(1 + MORE), cache_length(length + STEPS)
@@ -171,12 +199,8 @@ def estimate(config: Config, schedules: Sequence[Schedule], tokens: np.ndarray, 
     dtype, weights: of the layers, which have random weights. No times where a layer has no room on the devices.
     """
     length = tokens.shape[1]
-    taken, there = need(config, len(tokens), length, dtype, weights).total, memory.available()
-    if taken > there:
-        how = (
-            f"No times: a layer at {length:,} tokens needs {taken / 1e9:.1f} GB of each device, there are {there / 1e9:.1f} GB."
-        )
-        return Times.none(schedules, how)
+    if (lacking := no_room(need(config, len(tokens), length, dtype, weights), f"a layer at {length:,} tokens")) is not None:
+        return Times.none(schedules, lacking)
     prefills: ByKind = {}
     decodes: ByKind = {}
     for experts in sorted(set(config.moe_layers)):

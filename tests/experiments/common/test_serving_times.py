@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments.common import inputs, serving_times
+import checkpoints_convert
+from experiments.common import inputs, options, serving_times
 from experiments.common.serving_times import LayerSeconds
 from indexcache_jax import memory
 from indexcache_jax.schedule import Schedule
@@ -81,6 +82,14 @@ def test_a_layer_without_room_is_not_timed(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: taken.total - 1)
     found = serving_times.estimate(CASE.config, SCHEDULES, np.zeros((1, 200), np.int32), "float32", None)
     assert found.prefill == [None] * 3 and not found.estimated and "No times: a layer at 200 tokens needs" in found.how
+
+
+def test_a_model_without_room_is_not_read(monkeypatch):
+    monkeypatch.setattr(checkpoints_convert, "load", None)
+    monkeypatch.setattr(memory, "available", lambda: 10**6)
+    checkpoint = inputs.Checkpoint(str(options.DEMO), "float32")
+    found = serving_times.of_checkpoint(checkpoint, SCHEDULES, np.zeros((2, 200), np.int32))
+    assert found.prefill == [None] * 3 and found.how.startswith("No times: inference of 2 x 200 tokens needs 0.0 GB")
 
 
 def test_a_cut_model_has_the_layers_that_were_asked_for():
