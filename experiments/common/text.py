@@ -336,13 +336,12 @@ def _is_jsonl(path: pathlib.Path) -> bool:
     """Whether a file is called JSONL or, whatever it is called, has an object with a text or messages in its first line."""
     if path.suffix.lower() in JSONL_SUFFIXES:
         return True
-    with open(path, "rb") as file:
-        if file.read(1) != b"{":
-            return False
-        line = b"{" + file.readline(LONGEST_LINE)
     try:
-        fields = parse_json(line, str(path))
-    except ValueError:
+        with open(path, "rb") as file:
+            if file.read(1) != b"{":
+                return False
+            fields = parse_json(b"{" + file.readline(LONGEST_LINE), str(path))
+    except (OSError, ValueError):  # a file that cannot be read is named where it is needed
         return False
     return isinstance(fields.get("text"), str) or isinstance(fields.get("messages"), list)
 
