@@ -226,7 +226,7 @@ def said(config: Config, prefills: ByKind, decodes: ByKind, length: int, form: s
         kind, count = "with experts" if experts else "dense", sum(each == experts for each in config.moe_layers)
         decode = decodes[experts]
         lines.append(
-            f"Of the {count} layers {kind}, an F layer takes {1e3 * prefill.full:.3g} ms of prefill and "
+            f"Of the layers {kind}, {count} in all, an F layer takes {1e3 * prefill.full:.3g} ms of prefill and "
             f"{1e6 * decode.full:.3g} us of a decode step, an S layer {1e3 * prefill.shared:.3g} ms and "
             f"{1e6 * decode.shared:.3g} us."
         )
