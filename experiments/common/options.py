@@ -30,6 +30,8 @@ EXPERIMENTS = {
 
 # Those that several processes can run together; the others decide what to do next by times that each process measures.
 TOGETHER = ("search", "generate", "distill")
+# Those that compile for devices that need not be at hand: such a program cannot be loaded again, so none is kept.
+COMPILING = ("compile", "plan")
 
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results

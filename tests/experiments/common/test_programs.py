@@ -5,14 +5,17 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.common import programs
+from experiments import run
+from experiments.common import processes, programs
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -44,6 +47,18 @@ def test_programs_are_kept_in_the_users_cache_unless_jax_was_told_where(settings
     jax.config.update("jax_enable_compilation_cache", False)
     programs.keep()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize("name, keeps", [("search", True), ("compile", False), ("plan", False)])
+def test_programs_for_devices_that_are_not_at_hand_are_not_kept(name, keeps, monkeypatch):
+    kept = []
+    monkeypatch.setattr(programs, "keep", lambda: kept.append(name))
+    monkeypatch.setattr(processes, "start", lambda *arguments: None)
+    monkeypatch.setattr(run, "load", lambda name: types.SimpleNamespace(run=lambda output_dir, seed: None))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    run._run(name, False)
+    assert bool(kept) == keeps
 
 
 def kept():
@@ -104,7 +119,8 @@ def test_other_warnings_pass(tmp_path):
 
 SHARING = """
 import sys, jax, jax.numpy as jnp
-from experiments.common import programs
+from experiments import run
+from experiments.common import processes, programs
 programs.LEAST_SECONDS = 0.0
 programs.LEAST_FREE = 0
 programs.keep()
