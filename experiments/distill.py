@@ -1,7 +1,8 @@
 """Training-aware IndexCache: distils a checkpoint's indexers for a schedule and writes the checkpoint that results.
 
 --train=indexers: the model is frozen. Group by group, an F layer's indexer trains towards the attention of all layers that it
-serves; with --stream on a model that no device holds.
+serves; with --stream on a model that no device holds. With --spans the schedule stays, and every F layer's indexer learns all
+numbers of layers that it could serve, for a schedule to be searched for afterwards.
 
 --train=all: two stages (paper 3.2). Warm-up: dense attention, only the indexers of the F layers train, each towards the
 attention of all layers that it serves. Sparse: attention over what they select; the indexers go on learning on the selected
@@ -65,6 +66,13 @@ _TRAIN = flags.DEFINE_enum(
 _STEPS = flags.DEFINE_integer("steps", 400, "steps of each group of layers, with --train=indexers", lower_bound=1)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak learning rate, with --train=indexers", lower_bound=0)
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
+_SPANS = flags.DEFINE_integer(
+    "spans",
+    None,
+    "instead of --schedule and --retention: keep the checkpoint's schedule, and teach every indexer to serve 1, 2, ... and up "
+    "to so many layers, for a search afterwards; with --train=indexers",
+    lower_bound=1,
+)
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "steps between checkpoints", lower_bound=1)
 _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
 _EXPORT = flags.DEFINE_enum(
@@ -96,7 +104,9 @@ class Inputs:
 
 
 def target_schedule(base: Schedule) -> Schedule:
-    """--schedule, or uniform at --retention."""
+    """The checkpoint's with --spans; else --schedule, or uniform at --retention."""
+    if _SPANS.value is not None:
+        return base
     if (entry := inputs.only_schedule()) is not None:
         return inputs.schedule(entry, base.num_layers)
     return Schedule.uniform(base.num_layers, inputs.kept_at_retention(base.num_layers))
@@ -320,11 +330,6 @@ class Frozen:
     training: indexer_training.Run
     cuts: list[np.ndarray]
 
-    @property
-    def schedules(self) -> list[Schedule]:
-        """The checkpoint's, and the one that is trained for."""
-        return [self.training.layers.schedule, self.training.schedule]
-
 
 def form_of_layers(checkpoint: inputs.Checkpoint) -> dict[str, Any]:
     """The dtype and the form to read layers in: indexers are never in 8 bits, so that they can train."""
@@ -368,10 +373,10 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
     check_output(output)
     indexer_runs.check_free(output.directory, options.RESUME.value)
     layers = open_layers(checkpoint)
-    training = indexer_training.Run(layers, target_schedule(layers.schedule), tokens, stage, seed)
+    training = indexer_training.Run(layers, target_schedule(layers.schedule), tokens, stage, seed, _SPANS.value)
     training, memory = indexer_runs.within(training, 1e9 * options.STREAM_MEMORY.value, output.directory)
     of_all, trained = indexer_training.sizes(training)
-    print(f"{checkpoint.directory}: {base.pattern} -> {training.schedule.pattern}; {checkpoint.dtype} on {device()['kind']}")
+    print(f"{checkpoint.directory}: {base.pattern} -> {aim(training)}; {checkpoint.dtype} on {device()['kind']}")
     print(f"{len(tokens)} sequences of {reader.context} tokens to train on, {len(cuts)} to evaluate on; {memory}")
     one = trained // training.schedule.num_full
     print(
@@ -380,6 +385,12 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
         flush=True,
     )
     return Frozen(output, checkpoint, training, [cut[None] for cut in cuts])
+
+
+def aim(training: indexer_training.Run) -> str:
+    """What indexers are trained for, for a reader."""
+    pattern = training.schedule.pattern
+    return pattern if training.spans is None else f"{pattern}, to serve up to {training.spans} layers each"
 
 
 def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[float]:
@@ -420,24 +431,32 @@ def distil_indexers(output_dir: str, seed: int) -> None:
     write_indexers(given, {group.layer: group.indexer for group in groups})
     with warnings.catch_warnings(action="ignore"):  # linked files hold what is replaced too
         written = checkpoints_convert.Layers(checkpoint_folder(given.output), **form_of_layers(given.checkpoint))
-    names = [options.ALL_F if layers.schedule.num_full == schedule.num_layers else "as it came", "the schedule, untrained"]
-    losses = held_out_losses(layers, given.schedules, given.cuts)
-    losses += held_out_losses(written, [schedule], given.cuts)
-    report_indexers(given, groups, dict(zip([*names, "distilled"], losses, strict=True)), seconds)
+    before = {options.ALL_F if layers.schedule.num_full == schedule.num_layers else "as it came": layers.schedule}
+    if schedule != layers.schedule:
+        before["the schedule, untrained"] = schedule
+    losses = held_out_losses(layers, list(before.values()), given.cuts) + held_out_losses(written, [schedule], given.cuts)
+    rows = [*before.items(), ("distilled", schedule)]
+    evaluated = [Evaluated(name, of.num_full, loss) for (name, of), loss in zip(rows, losses, strict=True)]
+    report_indexers(given, groups, evaluated, seconds)
 
 
-def report_indexers(given: Frozen, groups: list[indexer_runs.Group], losses: dict[str, float], seconds: float) -> None:
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A row of the table: what was evaluated, how many indexers it has, and its held-out loss in nats a token."""
+
+    name: str
+    indexers: int
+    loss: float
+
+
+def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: list[Evaluated], seconds: float) -> None:
     """Writes the plot, results.json and report.md, and prints the tables."""
     output, schedule, training = given.output, given.training.schedule, given.training
     curves = {f"layer {group.layer}": list(enumerate(group.divergence)) for group in groups}
     plots.training_curves(output, [plots.Panel("divergence of the indexers", "nats per token", curves)], "step", (5, 3.4))
-    first = next(iter(losses.values()))
-    sizes = [given.schedules[0].num_full, schedule.num_full, schedule.num_full]
+    first = evaluated[0].loss
     header = ["", "indexers", "held-out loss", "change"]
-    cells = [
-        [name, size, f"{loss:.4f}", f"{loss / first - 1:+.2%}"]
-        for (name, loss), size in zip(losses.items(), sizes, strict=True)
-    ]
+    cells = [[row.name, row.indexers, f"{row.loss:.4f}", f"{row.loss / first - 1:+.2%}"] for row in evaluated]
     of_groups = markdown_table(
         ["layers", "divergence before", "after", "seconds"],
         [
@@ -452,13 +471,14 @@ def report_indexers(given: Frozen, groups: list[indexer_runs.Group], losses: dic
     metrics = {
         "checkpoint": given.checkpoint.directory,
         "pattern": schedule.pattern,
-        "held_out": losses,
+        "spans": training.spans,
+        "held_out": {row.name: row.loss for row in evaluated},
         "tokens": int(training.tokens.size),
         "seconds": seconds,
         "groups": [{"layer": group.layer, "seconds": group.seconds, "divergence": group.divergence} for group in groups],
         "flops": {"step": indexer_training.step_work(training, max(map(len, training.groups)))},
     }
-    text = f"# Indexers for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n"
+    text = f"# Indexers for `{aim(training)}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n"
     output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{of_groups}\n\nwritten to {output.directory}/, with checkpoint/")
 
@@ -476,11 +496,15 @@ def run(output_dir: str, seed: int) -> None:
         needs_all = "needs --train=all; --train=indexers trains indexers alone, with --steps and --learning_rate"
         options.refuse(needs_all, "warmup_steps", "sparse_steps", "accumulate", "save_every", "keep")
         options.refuse(needs_all, "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate")
+        if _SPANS.value is not None:
+            options.refuse(f"counts for nothing beside --spans={_SPANS.value}; leave one out", "schedule", "retention")
+            if not _CROSS_LAYER.value:
+                raise ValueError(f"--spans={_SPANS.value}: teaches other layers too, so not with --nocross_layer")
         if options.MESH.value or processes.count() > 1:
             raise NotImplementedError("--train=indexers: runs on one device, of one process; --train=all takes --mesh")
         distil_indexers(output_dir, seed)
         return
-    options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "stream", "stream_memory")
+    options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "spans", "stream", "stream_memory")
     options.check_positive("batch_size")
     layout = devices.layout(options.BATCH_SIZE.value)
     with devices.in_force(layout, TRAINING):

@@ -13,6 +13,9 @@ scores and their gradient alone:
 Otherwise a step computes the targets again from hidden states and the softmax's denominators, by the kernels that training
 uses.
 
+For a schedule that is searched afterwards, an indexer learns from every number of layers that it could serve at once
+(docs/model.md, Distillation): that is the same loss with other weights.
+
 A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before.
 """
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -61,10 +64,12 @@ class Run:
 
     layers: the frozen model. schedule: the one to train for, whose F layers have an indexer there. tokens [N, S] int32: the
     text. stage: of kind "warmup"; a step sees `stage.sequences` of the N rows, and every group takes `stage.steps` steps.
-    keeps_targets: compute every target once. allocate: makes the arrays of shape and dtype that are kept on the host.
+    spans: instead of the layers that an F layer serves under `schedule`, teach its indexer every number of layers, up to this
+    one, that it serves under some schedule searched from `schedule`. keeps_targets: compute every target once. allocate: makes
+    the arrays of shape and dtype that are kept on the host.
 
-    ValueError where an F layer has no indexer, the stage has another kind or its compute_dtype is not that of the weights, or
-    the tokens are not of its context.
+    ValueError where an F layer has no indexer, the stage has another kind or its compute_dtype is not that of the weights, the
+    tokens are not of its context, or there are spans below 1 or of a stage that teaches own layers alone.
     """
 
     layers: Layers
@@ -72,6 +77,7 @@ class Run:
     tokens: np.ndarray
     stage: Stage
     seed: int = 0
+    spans: int | None = None
     keeps_targets: bool = True
     allocate: Allocate = np.empty
 
@@ -86,6 +92,10 @@ class Run:
             raise ValueError(f"tokens: {list(self.tokens.shape)} are not rows of the stage's context, {self.stage.context}")
         if not len(self.tokens):
             raise ValueError("tokens: there are none")
+        if self.spans is not None and self.spans < 1:
+            raise ValueError(f"spans: {self.spans} is below 1")
+        if self.spans is not None and not self.stage.cross_layer:
+            raise ValueError(f"spans: {self.spans}, but the stage teaches an indexer its own layer alone")
 
     @property
     def config(self) -> Config:
@@ -93,8 +103,17 @@ class Run:
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
-        """The layers of every group, its F layer first."""
-        return [self.schedule.serves(layer) for layer in self.schedule.full_layers]
+        """The layers that every F layer's indexer learns from, ascending: itself first."""
+        return [tuple(self.shares(layer)) for layer in self.schedule.full_layers]
+
+    def shares(self, layer: int) -> dict[int, float]:
+        """The layers that the indexer of F layer `layer` learns from, ascending, and what the divergence of each counts."""
+        if self.spans is not None:
+            found = shares_of_spans(spans_of(self.schedule, layer, self.spans))
+        else:
+            served = len(self.schedule.serves(layer)) if self.stage.cross_layer else 1
+            found = [1 / served] * served
+        return dict(enumerate(found, start=layer))
 
     def rows(self, layer: int) -> np.ndarray:
         """Which rows [steps, sequences] the steps of the group of F layer `layer` see: all in turn, in random orders."""
@@ -102,6 +121,21 @@ class Run:
         rng = np.random.default_rng((self.seed, layer))
         orders = [rng.permutation(count) for _ in range(-(-wanted // count))]
         return np.concatenate([np.zeros(0, np.int64), *orders])[:wanted].reshape(self.stage.steps, self.stage.sequences)
+
+
+def spans_of(schedule: Schedule, layer: int, most: int) -> list[int]:
+    """The numbers of layers, ascending, that F layer `layer` serves under schedules which turn F layers of `schedule` to S.
+
+    Those up to `most`, but always the smallest.
+    """
+    ends = [*(end for end in schedule.full_layers if end > layer), schedule.num_layers]
+    smallest, *others = (end - layer for end in ends)
+    return [smallest, *(span for span in others if span <= most)]
+
+
+def shares_of_spans(spans: Sequence[int]) -> list[float]:
+    """What the divergence at every distance counts in the mean of the multi-layer losses of spans; they add up to 1."""
+    return [sum(1 / span for span in spans if span > distance) / len(spans) for distance in range(max(spans))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +153,15 @@ class States:
 
     x: np.ndarray
     indices: np.ndarray | None
+
+
+@dataclasses.dataclass
+class Gathered:
+    """What a group is trained from: its indexer, and by layer its attention weights and the hidden states before it."""
+
+    indexer: Indexer
+    layers: list[AttentionLayer] = dataclasses.field(default_factory=list)
+    x: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 @flax.struct.dataclass
@@ -298,26 +341,35 @@ def train(run: Run, finished: Collection[int] = (), see: See = lambda work, what
     see: called with the floating-point operations done since its last call, of `work` altogether, and what is being done.
     ValueError where a divergence or a trained weight is not finite.
     """
-    if not (unfinished := [group for group in run.groups if group[0] not in finished]):
+    if not (groups := _unfinished(run, finished)):
         return
-    states = _embedded(run)
-    reading = in_order(run.layers)
-    for group in run.groups:
-        training_it, before, layers, p = group in unfinished, [], [], None
-        for layer in group:
-            _, params = next(reading)
-            if training_it:
-                before.append(states.x)
-                layers.append(AttentionLayer(params.input_norm[0], at_layer(params.attention, 0), None))
-                p = at_layer(params.indexer, 0) if layer == group[0] else p
-            if layer != unfinished[-1][-1]:
-                states = _advanced(run, params, layer, states, in_place=not training_it)
-                see(layer_work(run) * len(run.tokens), f"layer {layer}")
-            del params
-        if p is not None:
-            yield _train_group(run, group, p, layers, before, see)
-        if group is unfinished[-1]:
-            return
+    states, reading, last = _embedded(run), in_order(run.layers), _last_layer(groups)
+    gathered: dict[int, Gathered] = {}
+    for layer in range(last + 1):
+        _, params = next(reading)
+        taught_by_it = [group for group in groups if layer in group]
+        if taught_by_it:
+            attention_layer = AttentionLayer(params.input_norm[0], at_layer(params.attention, 0), None)
+        for first, *_ in taught_by_it:
+            if layer == first:
+                gathered[first] = Gathered(at_layer(params.indexer, 0))
+            gathered[first].layers.append(attention_layer)
+            gathered[first].x.append(states.x)
+        if layer != last:
+            states = _advanced(run, params, layer, states, in_place=not taught_by_it)
+            see(layer_work(run) * len(run.tokens), f"layer {layer}")
+        del params
+        for group in taught_by_it:
+            if layer == group[-1]:
+                yield _train_group(run, group, gathered.pop(group[0]), see)
+
+
+def _unfinished(run: Run, finished: Collection[int]) -> list[tuple[int, ...]]:
+    return [group for group in run.groups if group[0] not in finished]
+
+
+def _last_layer(groups: list[tuple[int, ...]]) -> int:
+    return max(group[-1] for group in groups)
 
 
 def _embedded(run: Run) -> States:
@@ -355,20 +407,15 @@ def _advanced(run: Run, params: Params, layer: int, before: States, in_place: bo
     return States(x, indices)
 
 
-def _train_group(
-    run: Run, group: tuple[int, ...], p: Indexer, layers: list[AttentionLayer], before: list[np.ndarray], see: See
-) -> Trained:
-    """The indexer of a group, trained from the hidden states before each of its layers; `before` is emptied."""
-    shares = distill.traced_schedule(run.schedule, run.stage.cross_layer).kl_weight
-    counted = [i for i, layer in enumerate(group) if shares[layer]]
-    layers, x = [layers[i] for i in counted], [before[i] for i in counted]
-    share = [jnp.float32(shares[group[i]]) for i in counted]
-    before.clear()
+def _train_group(run: Run, group: tuple[int, ...], gathered: Gathered, see: See) -> Trained:
+    """The indexer of a group. `gathered` loses its hidden states as soon as nothing needs them."""
+    share = [jnp.float32(share) for share in run.shares(group[0]).values()]
     make = _kept_targets if run.keeps_targets else _recomputed_targets
-    targets_of = make(run, layers, x, share, lambda work: see(work, f"layer {group[0]}: targets"))
-    first, inputs = layers[0], x[0]
-    del layers, x  # targets that are kept need no hidden states but the first layer's
-    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), p)
+    first, inputs = gathered.layers[0], gathered.x[0]
+    targets_of = make(run, gathered.layers[:], gathered.x[:], share, lambda work: see(work, f"layer {group[0]}: targets"))
+    gathered.layers.clear()
+    gathered.x.clear()  # targets that are kept need no hidden states but the first layer's
+    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), gathered.indexer)
     state = optimiser(run.stage, run.config).init(p)
     steps, cost = jnp.int32(run.stage.steps), step_work(run, len(group))
     values: list[jax.Array] = []
@@ -474,9 +521,7 @@ def step_work(run: Run, layers: int) -> float:
 
 def work(run: Run, finished: Collection[int] = ()) -> float:
     """Floating-point operations of the rest of a run, as `train` reports them."""
-    unfinished = [group for group in run.groups if group[0] not in finished]
-    if not unfinished:
+    if not (groups := _unfinished(run, finished)):
         return 0.0
-    served = sum(map(len, unfinished)) if run.stage.cross_layer else len(unfinished)
-    of_groups = sum(run.stage.steps * step_work(run, len(group)) for group in unfinished)
-    return len(run.tokens) * (unfinished[-1][-1] * layer_work(run) + served * target_work(run)) + of_groups
+    of_groups = sum(run.stage.steps * step_work(run, len(group)) for group in groups)
+    return len(run.tokens) * (_last_layer(groups) * layer_work(run) + sum(map(len, groups)) * target_work(run)) + of_groups

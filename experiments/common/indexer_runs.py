@@ -58,6 +58,7 @@ def about(run: Run) -> dict[str, Any]:
         "pattern": run.layers.schedule.pattern,
         "schedule": run.schedule.pattern,
         "stage": dataclasses.asdict(run.stage),
+        "spans": run.spans,
         "targets": "kept" if run.keeps_targets else "computed at every step",
         "model": run.config.to_hf(),
         **fingerprint(run.layers, run.tokens),

@@ -309,6 +309,20 @@ def test_a_run_that_reads_the_weights_layer_by_layer_writes_the_same(checkpoint,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, expected)
 
 
+def test_with_spans_every_indexer_changes_and_the_schedule_stays(checkpoint, texts, tmp_path):
+    for name, more in (("resident", {}), ("streamed", {"stream": True, "export": "linked"})):
+        with flags_of(checkpoint, texts, schedule=[], spans=2, **more):
+            distill.run(str(tmp_path / name), 0)
+    found, streamed = (checkpoints_convert.load(tmp_path / name / "checkpoint") for name in ("resident", "streamed"))
+    assert found[:2] == streamed[:2] == (BASE.config, BASE.schedule)
+    jax.tree.map(np.testing.assert_array_equal, streamed[2], found[2])
+    before, after = stored(checkpoint), stored(tmp_path / "resident" / "checkpoint")
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {name for name in before if ".indexer." in name}
+    metrics = json.loads((tmp_path / "resident" / "results.json").read_text())["metrics"]
+    assert list(metrics["held_out"]) == ["all F", "distilled"] and [group["layer"] for group in metrics["groups"]] == [0, 1, 2]
+
+
 def test_indexers_trained_on_a_base_in_8_bits_are_written_in_8_bits(checkpoint, texts, tmp_path):
     checkpoints_convert.convert(checkpoint, tmp_path / "fp8", format="safetensors", weights="fp8")
     with flags_of(tmp_path / "fp8", texts, stream=True):
@@ -337,6 +351,9 @@ def test_an_orbax_checkpoint_is_written_whole(checkpoint, texts, trained, tmp_pa
         ({"model_learning_rate": 0.1}, "--model_learning_rate=0.1: needs --train=all"),
         ({"train": "all", "steps": 5}, "--steps=5: needs --train=indexers"),
         ({"train": "all", "stream": True}, "--stream=True: needs --train=indexers"),
+        ({"train": "all", "spans": 2}, "--spans=2: needs --train=indexers"),
+        ({"spans": 2, "schedule": ["FSF"]}, "--schedule=FSF: counts for nothing beside --spans=2"),
+        ({"spans": 2, "cross_layer": False}, "--spans=2: teaches other layers too, so not with --nocross_layer"),
         ({"schedule": ["FS"]}, "--schedule=FS"),
         ({"sequences": 0}, "--sequences=0"),
         ({"sequences": 4000}, "--text: "),
