@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 import time
 import warnings
 from typing import Any
@@ -25,11 +26,12 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import data, devices, fit, indexer_runs, inputs, journal, options, plots, processes, runs
+from experiments.common import data, devices, engines, fit, indexer_runs, inputs, journal, options, plots, processes, runs
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax import indexer_training
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import read_json, shown
 from indexcache_jax.layers import Layers, Resident
 from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract, weights_of, with_schedule
 from indexcache_jax.schedule import Schedule
@@ -55,6 +57,7 @@ for _name in (
 ):
     flags.declare_key_flag(_name)
 
+SCHEDULE_FLAGS = "schedule", "retention"
 SEQUENCES = 32  # by default, with --train=indexers
 
 _TRAIN = flags.DEFINE_enum(
@@ -63,8 +66,15 @@ _TRAIN = flags.DEFINE_enum(
     ["indexers", "all"],
     "indexers: of a frozen model, group by group, on --sequences of text; all: a dense warm-up and a sparse stage",
 )
-_STEPS = flags.DEFINE_integer("steps", 400, "steps of each group of layers, with --train=indexers", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak learning rate, with --train=indexers", lower_bound=0)
+_STEPS = flags.DEFINE_integer(
+    "steps", indexer_training.STEPS, "steps of each group of layers, with --train=indexers", lower_bound=1
+)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", indexer_training.LEARNING_RATE, "peak learning rate, with --train=indexers", lower_bound=0
+)
+_SCHEDULE_FROM = flags.DEFINE_string(
+    "schedule_from", "", "output folder of a search, such as out/search: train for the schedule that it chose"
+)
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
 _SPANS = flags.DEFINE_integer(
     "spans",
@@ -104,12 +114,35 @@ class Inputs:
 
 
 def target_schedule(base: Schedule) -> Schedule:
-    """The checkpoint's with --spans; else --schedule, or uniform at --retention."""
+    """The checkpoint's with --spans; else that of --schedule_from, --schedule, or uniform at --retention."""
     if _SPANS.value is not None:
         return base
+    if _SCHEDULE_FROM.value:
+        return schedule_of_search(_SCHEDULE_FROM.value, base.num_layers)
     if (entry := inputs.only_schedule()) is not None:
         return inputs.schedule(entry, base.num_layers)
     return Schedule.uniform(base.num_layers, inputs.kept_at_retention(base.num_layers))
+
+
+def schedule_of_search(folder: str, num_layers: int) -> Schedule:
+    """The schedule that the search with this output folder chose. ValueError for another folder, and for another model's."""
+    path = pathlib.Path(folder) / "results.json"
+    results = read_json(path)
+    if results.get("experiment") != "search":
+        raise ValueError(
+            f"--schedule_from={folder}: the experiment of {path} is {shown(results.get('experiment'))}, not 'search'"
+        )
+    metrics = results.get("metrics")
+    pattern = metrics.get("pattern") if isinstance(metrics, dict) else None
+    return Schedule.parse(pattern, num_layers, f"--schedule_from={folder}: metrics.pattern of {path}")
+
+
+def check_schedule_flags() -> None:
+    """ValueError for flags that name a schedule beside --spans or --schedule_from, where they would count for nothing."""
+    if _SPANS.value is not None:
+        options.refuse(f"counts for nothing beside --spans={_SPANS.value}; leave one out", "schedule_from", *SCHEDULE_FLAGS)
+    if _SCHEDULE_FROM.value:
+        options.refuse(f"counts for nothing beside --schedule_from={_SCHEDULE_FROM.value}; leave one out", *SCHEDULE_FLAGS)
 
 
 def form_to_train(checkpoint: inputs.Checkpoint) -> str | None:
@@ -283,6 +316,16 @@ def _speed_cells(speed: dict[str, float] | None) -> list[str]:
     return [f"{speed['tokens_per_second']:,.0f}", "-" if speed["of_matmul"] is None else f"{speed['of_matmul']:.1%}"]
 
 
+def what_to_do_with(output: Output, schedule: Schedule, config: Config, to_be_searched: bool = False) -> str:
+    """How the checkpoint that was written is used, in Markdown. to_be_searched: its schedule is not the one to use it with."""
+    folder = str(checkpoint_folder(output))
+    text = f"## To use it\n\nThe checkpoint is in {folder}/."
+    if to_be_searched:
+        command = f"python -m experiments.run --experiment=search --checkpoint={shlex.quote(folder)}"
+        return f"{text} A search finds its schedule:\n\n    {command}"
+    return f"{text}\n\n{engines.to_paste(schedule, folder, config)}"
+
+
 def report(result: Result, given: Inputs, layout: devices.Layout) -> None:
     """Writes the plot, results.json and report.md, and prints the tables."""
     output, schedule = given.output, given.schedule
@@ -314,8 +357,9 @@ def report(result: Result, given: Inputs, layout: devices.Layout) -> None:
         "speed": result.speeds,
     }
     text = f"# Distillation for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n"
-    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n", layout)
-    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\nwritten to {output.directory}/, with checkpoint/")
+    after = what_to_do_with(given.output, schedule, given.config)
+    output.finish("distill", metrics, f"{text}![training](training.png)\n\n{after}\n", layout)
+    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n{after}\n\nwritten to {output.directory}/")
 
 
 # ---- indexers of a frozen model
@@ -347,10 +391,13 @@ def open_layers(checkpoint: inputs.Checkpoint) -> Layers:
 
 def indexer_stage(context: int, dtype: str) -> Stage:
     """What every group's indexer takes, as the flags describe it."""
-    rate, cross_layer = _LEARNING_RATE.value, _CROSS_LAYER.value
-    rows, steps = options.BATCH_SIZE.value, _STEPS.value
-    return Stage(
-        "indexers", "warmup", steps, rows, context, 0.0, rate, lr_warmup_steps=20, cross_layer=cross_layer, compute_dtype=dtype
+    return indexer_training.indexer_stage(
+        context,
+        dtype,
+        steps=_STEPS.value,
+        rows=options.BATCH_SIZE.value,
+        learning_rate=_LEARNING_RATE.value,
+        cross_layer=_CROSS_LAYER.value,
     )
 
 
@@ -407,16 +454,14 @@ def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
     training, source, folder = given.training, given.checkpoint.directory, checkpoint_folder(given.output)
     config, schedule = training.config, training.schedule
     journal.remove(folder)  # of an earlier --resume
-    stacked: Indexer = jax.tree.map(lambda *stack: np.stack(stack), *(indexers[layer] for layer in schedule.full_layers))
     link = link_or_copy([training.stage], source)
     if link is None:
         _, base, stored = checkpoints_convert.load(source)
-        stored = with_schedule(stored, base, schedule)
-        new = dataclasses.replace(stored, indexer=jax.tree.map(lambda a, b: a.astype(b.dtype), stacked, stored.indexer))
+        new = indexer_training.with_indexers(stored, base, schedule, indexers)
         checkpoints_convert.save(folder, new, config, schedule, companions_of=source)
         return
     nothing: Params = jax.tree.map(lambda _: None, abstract(config, schedule))
-    alone = dataclasses.replace(nothing, indexer=stacked)
+    alone = dataclasses.replace(nothing, indexer=indexer_training.stacked(indexers, schedule))
     for note in checkpoints_convert.save_indexers(folder, alone, config, schedule, source, link):
         print(f"note: {note}")
 
@@ -479,8 +524,9 @@ def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: 
         "flops": {"step": indexer_training.step_work(training, max(map(len, training.groups)))},
     }
     text = f"# Indexers for `{aim(training)}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n"
-    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
-    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{of_groups}\n\nwritten to {output.directory}/, with checkpoint/")
+    after = what_to_do_with(output, schedule, training.config, to_be_searched=training.spans is not None)
+    output.finish("distill", metrics, f"{text}![training](training.png)\n\n{after}\n")
+    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n{after}\n\nwritten to {output.directory}/")
 
 
 def span(layers: tuple[int, ...]) -> str:
@@ -492,14 +538,13 @@ def span(layers: tuple[int, ...]) -> str:
 
 
 def run(output_dir: str, seed: int) -> None:
+    check_schedule_flags()
     if _TRAIN.value == "indexers":
         needs_all = "needs --train=all; --train=indexers trains indexers alone, with --steps and --learning_rate"
         options.refuse(needs_all, "warmup_steps", "sparse_steps", "accumulate", "save_every", "keep")
         options.refuse(needs_all, "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate")
-        if _SPANS.value is not None:
-            options.refuse(f"counts for nothing beside --spans={_SPANS.value}; leave one out", "schedule", "retention")
-            if not _CROSS_LAYER.value:
-                raise ValueError(f"--spans={_SPANS.value}: teaches other layers too, so not with --nocross_layer")
+        if _SPANS.value is not None and not _CROSS_LAYER.value:
+            raise ValueError(f"--spans={_SPANS.value}: teaches other layers too, so not with --nocross_layer")
         if options.MESH.value or processes.count() > 1:
             raise NotImplementedError("--train=indexers: runs on one device, of one process; --train=all takes --mesh")
         distil_indexers(output_dir, seed)

@@ -17,13 +17,17 @@ For a schedule that is searched afterwards, an indexer learns from every number 
 (docs/model.md, Distillation): that is the same loss with other weights.
 
 A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before.
+
+    params = distil_indexers(params, config, schedule, tokens, target)
+
+does it for a model in memory; `Run` and `train` for one whose layers are read one by one, group by group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -34,20 +38,25 @@ import optax
 
 from indexcache_jax import attention, distill, indexer, model, ops, tensors, training
 from indexcache_jax.config import Config
-from indexcache_jax.layers import Layers, in_order
+from indexcache_jax.layers import Layers, Resident, in_order
 from indexcache_jax.model import AttentionLayer
 from indexcache_jax.norm import rms_norm
-from indexcache_jax.params import Indexer, Params, abstract, at_layer
+from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract, at_layer, check_schedule, with_schedule
 from indexcache_jax.positions import whole_rows
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from pallas_kernels import bits
 
+STEPS, LEARNING_RATE, LR_WARMUP_STEPS = 400, 3e-3, 20  # of a group, by default
 CPU_ROWS = 64
 ROW_TARGET_BYTES = 8 * 2**30  # of one row's float32 targets, on the device
 
 Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 See = Callable[[float, str], object]
+
+
+def see_nothing(work: float, what: str) -> None:
+    """Progress that nobody follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +344,74 @@ def optimiser(stage: Stage, config: Config, steps: jax.Array | int | None = None
 # ---- a run
 
 
-def train(run: Run, finished: Collection[int] = (), see: See = lambda work, what: None) -> Iterator[Trained]:
+def distil_indexers(
+    params: Params,
+    config: Config,
+    schedule: Schedule,
+    tokens: Any,
+    target: Schedule,
+    *,
+    spans: int | None = None,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    batch_size: int = 1,
+    seed: int = 0,
+    keeps_targets: bool = True,
+    see: See = see_nothing,
+) -> Params:
+    """The params for `target`, with its indexers trained on tokens [N, S]; nothing else of them changes.
+
+    schedule: the params' own. A step sees batch_size of the N sequences; every indexer takes `steps` of them, with a learning
+    rate that peaks at `learning_rate`, in the arithmetic of the params' dtype. spans and keeps_targets, which takes N S S
+    numbers of host memory, are as of `Run`; see as of `train`.
+
+    ValueError where an argument does not fit the model, indexers are in 8 bits, or training gives what is not finite.
+    """
+    check_schedule(params, schedule)
+    rows = np.asarray(model.check_tokens(tokens, config), np.int32)
+    layers = Resident(config, schedule, params)
+    if layers.weights not in (None, FP8_BASE):
+        raise ValueError(f"params: in the form {layers.weights!r}, but indexers in 8 bits do not train; load {FP8_BASE!r}")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} is below 1")
+    dtype = str(params.embedding.dtype)
+    stage = indexer_stage(rows.shape[1], dtype, steps=steps, rows=batch_size, learning_rate=learning_rate)
+    run = Run(layers, target, rows, stage, seed, spans, keeps_targets)
+    return with_indexers(params, schedule, target, {group.layer: group.indexer for group in train(run, see=see)})
+
+
+def indexer_stage(
+    context: int,
+    compute_dtype: str,
+    *,
+    steps: int = STEPS,
+    rows: int = 1,
+    learning_rate: float = LEARNING_RATE,
+    cross_layer: bool = True,
+) -> Stage:
+    """The stage of a `Run`: what every group's indexer takes."""
+    return Stage(
+        *("indexers", "warmup", steps, rows, context, 0.0, learning_rate),
+        lr_warmup_steps=LR_WARMUP_STEPS,
+        cross_layer=cross_layer,
+        compute_dtype=compute_dtype,
+    )
+
+
+def stacked(indexers: Mapping[int, Indexer], schedule: Schedule) -> Indexer:
+    """The indexers of a schedule's F layers, given by layer, as params hold them."""
+    return jax.tree.map(lambda *stack: np.stack(stack), *(indexers[layer] for layer in schedule.full_layers))
+
+
+def with_indexers(params: Params, schedule: Schedule, target: Schedule, indexers: Mapping[int, Indexer]) -> Params:
+    """Params of `schedule` as `target` wants them, with other indexers, which take the dtypes of those that they replace."""
+    kept = with_schedule(params, schedule, target)
+    new = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), stacked(indexers, target), kept.indexer)
+    return dataclasses.replace(kept, indexer=new)
+
+
+def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> Iterator[Trained]:
     """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
 
     see: called with the floating-point operations done since its last call, of `work` altogether, and what is being done.

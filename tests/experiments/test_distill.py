@@ -24,6 +24,7 @@ from experiments import distill, run  # noqa: F401  (run defines flags that ever
 from experiments.common import indexer_runs, inputs, runs
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
+from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
@@ -298,6 +299,7 @@ def test_the_report_has_the_losses_of_what_was_written(checkpoint, texts, traine
     expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - picked)
     np.testing.assert_allclose(found["held_out"]["distilled"], expected, rtol=1e-5)
     assert list(found["held_out"]) == ["all F", "the schedule, untrained", "distilled"]
+    assert f"vllm serve {trained}/checkpoint --hf-overrides" in (trained / "report.md").read_text()
     for group in found["groups"]:
         assert len(group["divergence"]) == 12 and np.mean(group["divergence"][-4:]) < np.mean(group["divergence"][:4])
 
@@ -319,6 +321,7 @@ def test_with_spans_every_indexer_changes_and_the_schedule_stays(checkpoint, tex
     before, after = stored(checkpoint), stored(tmp_path / "resident" / "checkpoint")
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} == {name for name in before if ".indexer." in name}
+    assert f"--experiment=search --checkpoint={tmp_path}/resident/checkpoint" in (tmp_path / "resident/report.md").read_text()
     metrics = json.loads((tmp_path / "resident" / "results.json").read_text())["metrics"]
     assert list(metrics["held_out"]) == ["all F", "distilled"] and [group["layer"] for group in metrics["groups"]] == [0, 1, 2]
 
@@ -353,6 +356,8 @@ def test_an_orbax_checkpoint_is_written_whole(checkpoint, texts, trained, tmp_pa
         ({"train": "all", "stream": True}, "--stream=True: needs --train=indexers"),
         ({"train": "all", "spans": 2}, "--spans=2: needs --train=indexers"),
         ({"spans": 2, "schedule": ["FSF"]}, "--schedule=FSF: counts for nothing beside --spans=2"),
+        ({"spans": 2, "schedule_from": "out"}, "--schedule_from=out: counts for nothing beside --spans=2"),
+        ({"schedule_from": "out", "retention": "1/2"}, "--retention=1/2: counts for nothing beside --schedule_from=out"),
         ({"spans": 2, "cross_layer": False}, "--spans=2: teaches other layers too, so not with --nocross_layer"),
         ({"schedule": ["FS"]}, "--schedule=FS"),
         ({"sequences": 0}, "--sequences=0"),
@@ -363,6 +368,30 @@ def test_flags_that_do_not_fit_are_named(checkpoint, texts, tmp_path, given, mes
     with flags_of(checkpoint, texts, **given), present(*given), pytest.raises(ValueError, match=message):
         distill.run(str(tmp_path / "out"), 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_schedule_may_be_the_one_that_a_search_chose(checkpoint, texts, tmp_path):
+    results = {"experiment": "search", "metrics": {"pattern": "FFS", "schedules": [{"pattern": "FSF"}]}}
+    path = tmp_path / "results.json"
+
+    def chosen(**found):
+        path.write_text(json.dumps(results | found))
+        with flags_of(checkpoint, texts, schedule=[], schedule_from=str(tmp_path)):
+            return distill.target_schedule(BASE.schedule)
+
+    assert chosen() == Schedule("FFS")
+    with pytest.raises(ValueError, match=f"--schedule_from={tmp_path}: the experiment of .* is 'distill', not 'search'"):
+        chosen(experiment="distill")
+    with pytest.raises(ValueError, match=r"metrics\.pattern of .*results\.json: None is neither"):
+        chosen(metrics={})
+    with pytest.raises(ValueError, match="has 2 entries for 3 layers"):
+        chosen(metrics={"pattern": "FS"})
+    path.unlink()
+    with (
+        flags_of(checkpoint, texts, schedule_from=str(tmp_path)),
+        pytest.raises(ValueError, match="results.json: no such file"),
+    ):
+        distill.target_schedule(BASE.schedule)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from indexcache_jax import distill, indexer_training, training
-from indexcache_jax.indexer_training import Run
+from indexcache_jax.indexer_training import Run, distil_indexers
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
@@ -248,6 +248,41 @@ def test_without_the_cross_layer_loss_only_the_own_layer_teaches():
     found = trained(run(stage=stage))
     assert_same(found[1].indexer, alone[1].indexer)
     assert not np.array_equal(trained(run())[1].indexer.keys, alone[1].indexer.keys)
+
+
+def test_indexers_are_distilled_by_one_call():
+    """Only they change, in the dtype of the weights."""
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), SPARSE.params)
+    given = params, SPARSE.config, SPARSE.schedule, SPARSE.tokens[:, :-1]
+    found = distil_indexers(*given, TARGET, steps=3, batch_size=2, learning_rate=3e-3, seed=5)
+    stage = dataclasses.replace(STAGE, steps=3, rows=2, lr_warmup_steps=20, clip_norm=1.0, compute_dtype="bfloat16")
+    expected = trained(Run(Resident(SPARSE.config, SPARSE.schedule, params), TARGET, given[3], stage, 5))
+    kept = with_schedule(params, SPARSE.schedule, TARGET)
+    for slot, layer in enumerate(TARGET.full_layers):
+        for (_, a), (_, b) in zip(leaves(found.indexer), leaves(expected[layer].indexer), strict=True):
+            np.testing.assert_array_equal(a[slot], b.astype(a.dtype))
+    assert not np.array_equal(found.indexer.keys, kept.indexer.keys)
+    assert_same(dataclasses.replace(found, indexer=kept.indexer), kept)
+    every = distil_indexers(*given, SPARSE.schedule, steps=1, spans=3)
+    assert every.full_layers == SPARSE.schedule.full_layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": CASE.schedule}, "F are the layers"),
+        ({"tokens": CASE.tokens + 1000}, "is not one of the model's"),
+        ({"tokens": CASE.tokens[0]}, r"not \[B, S\] of integers"),
+        ({"target": Schedule("FFFS")}, "layer 2 of FFFS is F, but it has no indexer"),
+        ({"steps": 0}, "steps: 0 is below 1"),
+        ({"batch_size": 0}, "batch_size: 0 is below 1"),
+        ({"spans": 0}, "spans: 0 is below 1"),
+    ],
+)
+def test_what_one_call_cannot_distil_is_named(changes, message):
+    given = {"params": SPARSE.params, "config": SPARSE.config, "schedule": SPARSE.schedule, "tokens": SPARSE.tokens}
+    with pytest.raises(ValueError, match=message):
+        distil_indexers(**given | {"target": TARGET} | changes)
 
 
 @pytest.mark.parametrize(
