@@ -133,7 +133,7 @@ def schedule_of_search(folder: str, num_layers: int) -> Schedule:
             f"--schedule_from={folder}: the experiment of {path} is {shown(results.get('experiment'))}, not 'search'"
         )
     metrics = results.get("metrics")
-    pattern = metrics.get("pattern") if isinstance(metrics, dict) else None
+    pattern: Any = metrics.get("pattern") if isinstance(metrics, dict) else None
     return Schedule.parse(pattern, num_layers, f"--schedule_from={folder}: metrics.pattern of {path}")
 
 
@@ -420,11 +420,24 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
     check_output(output)
     indexer_runs.check_free(output.directory, options.RESUME.value)
     layers = open_layers(checkpoint)
-    training = indexer_training.Run(layers, target_schedule(layers.schedule), tokens, stage, seed, _SPANS.value)
+    local = jax.local_devices()
+    training = indexer_training.Run(
+        layers,
+        target_schedule(layers.schedule),
+        tokens,
+        stage,
+        seed,
+        _SPANS.value,
+        devices=tuple(local) if len(local) > 1 else (),
+    )
     training, memory = indexer_runs.within(training, 1e9 * options.STREAM_MEMORY.value, output.directory)
+    if options.STREAM.value:
+        fit.indexers(training)
     of_all, trained = indexer_training.sizes(training)
     print(f"{checkpoint.directory}: {base.pattern} -> {aim(training)}; {checkpoint.dtype} on {device()['kind']}")
     print(f"{len(tokens)} sequences of {reader.context} tokens to train on, {len(cuts)} to evaluate on; {memory}")
+    if training.side_by_side > 1:
+        print(f"{training.side_by_side} groups at a time, each on a device of its own")
     one = trained // training.schedule.num_full
     print(
         f"{trained:,} of {of_all:,} weights train, {one:,} at a time: {12 * one / 1e6:.1f} MB of float32 weights and optimiser "
@@ -545,8 +558,9 @@ def run(output_dir: str, seed: int) -> None:
         options.refuse(needs_all, "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate")
         if _SPANS.value is not None and not _CROSS_LAYER.value:
             raise ValueError(f"--spans={_SPANS.value}: teaches other layers too, so not with --nocross_layer")
-        if options.MESH.value or processes.count() > 1:
-            raise NotImplementedError("--train=indexers: runs on one device, of one process; --train=all takes --mesh")
+        options.refuse("needs --train=all; --train=indexers trains a group on each device that this machine has", "mesh")
+        if processes.count() > 1:
+            raise NotImplementedError("--train=indexers: runs in one process, on all devices of one machine")
         distil_indexers(output_dir, seed)
         return
     options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "spans", "stream", "stream_memory")

@@ -16,7 +16,9 @@ uses.
 For a schedule that is searched afterwards, an indexer learns from every number of layers that it could serve at once
 (docs/model.md, Distillation): that is the same loss with other weights.
 
-A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before.
+A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before. So groups train
+side by side, on as many devices as there are, and devices exchange nothing: a thread for each takes a group's hidden states,
+attention weights and indexer, while the layers after the group run on the default device.
 
     params = distil_indexers(params, config, schedule, tokens, target)
 
@@ -27,7 +29,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import flax.struct
@@ -61,7 +66,7 @@ def see_nothing(work: float, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that a run keeps on the host for its largest group: hidden states, and targets where a step reads them."""
+    """Bytes that a run keeps on the host: hidden states, and targets where a step reads them."""
 
     states: int
     targets: int
@@ -74,8 +79,9 @@ class Run:
     layers: the frozen model. schedule: the one to train for, whose F layers have an indexer there. tokens [N, S] int32: the
     text. stage: of kind "warmup"; a step sees `stage.sequences` of the N rows, and every group takes `stage.steps` steps.
     spans: instead of the layers that an F layer serves under `schedule`, teach its indexer every number of layers, up to this
-    one, that it serves under some schedule searched from `schedule`. keeps_targets: compute every target once. allocate: makes
-    the arrays of shape and dtype that are kept on the host.
+    one, that it serves under some schedule searched from `schedule`. keeps_targets: compute every target once. allocate:
+    makes the arrays of shape and dtype that are kept on the host. devices: those that groups train on side by side; by
+    default one after the other on the default device.
 
     ValueError where an F layer has no indexer, the stage has another kind or its compute_dtype is not that of the weights, the
     tokens are not of its context, or there are spans below 1 or of a stage that teaches own layers alone.
@@ -89,6 +95,7 @@ class Run:
     spans: int | None = None
     keeps_targets: bool = True
     allocate: Allocate = np.empty
+    devices: tuple[jax.Device, ...] = ()
 
     def __post_init__(self) -> None:
         base = self.layers.schedule
@@ -124,6 +131,11 @@ class Run:
             found = [1 / served] * served
         return dict(enumerate(found, start=layer))
 
+    @property
+    def side_by_side(self) -> int:
+        """How many groups are held on the host and trained at once."""
+        return max(1, min(len(self.devices), self.schedule.num_full))
+
     def rows(self, layer: int) -> np.ndarray:
         """Which rows [steps, sequences] the steps of the group of F layer `layer` see: all in turn, in random orders."""
         count, wanted = len(self.tokens), self.stage.steps * self.stage.sequences
@@ -149,11 +161,18 @@ def shares_of_spans(spans: Sequence[int]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A group's indexer in host memory, float32, as that of a single layer; and its divergence L at every step, in nats."""
+    """A group's indexer in host memory, float32, as that of a single layer; its divergence L at every step, in nats.
+
+    seconds: what its targets and its steps took.
+    """
 
     layer: int
     indexer: Indexer
     divergence: np.ndarray
+    seconds: float
+
+
+Job = Callable[[jax.Device | None], Trained]  # trains a group on a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,9 +433,45 @@ def with_indexers(params: Params, schedule: Schedule, target: Schedule, indexers
 def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> Iterator[Trained]:
     """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
 
-    see: called with the floating-point operations done since its last call, of `work` altogether, and what is being done.
-    ValueError where a divergence or a trained weight is not finite.
+    Groups on several devices come in the order in which they end. see: called with the floating-point operations done since its
+    last call, of `work` altogether, and what is being done; by one thread at a time. ValueError where a divergence or a trained
+    weight is not finite.
     """
+    if not run.devices:
+        yield from (train_on(None) for train_on in _jobs(run, finished, see))
+        return
+    lock, ended = threading.Lock(), threading.Event()
+
+    def see_in_turn(work: float, what: str) -> None:
+        with lock:
+            if ended.is_set():
+                raise InterruptedError("the run has ended")  # in a thread whose result nobody waits for
+            see(work, what)
+
+    free = list(run.devices)
+
+    def train_on_a_free_device(job: Job) -> Trained:
+        device = free.pop()  # the first one, on which layers run too, is taken last
+        try:
+            return job(device)
+        finally:
+            free.append(device)
+
+    running: set[futures.Future[Trained]] = set()
+    with futures.ThreadPoolExecutor(run.side_by_side) as pool:
+        try:
+            for job in _jobs(run, finished, see_in_turn):
+                running.add(pool.submit(train_on_a_free_device, job))
+                if len(running) == run.side_by_side:
+                    ended_now, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+                    yield from (future.result() for future in ended_now)
+            yield from (future.result() for future in futures.as_completed(running))
+        finally:
+            ended.set()  # so that an error or an interrupt waits for a step of the others, not for all of them
+
+
+def _jobs(run: Run, finished: Collection[int], see: See) -> Iterator[Job]:
+    """What trains each unfinished group, made once the layers of the group have run."""
     if not (groups := _unfinished(run, finished)):
         return
     states, reading, last = _embedded(run), in_order(run.layers), _last_layer(groups)
@@ -437,7 +492,7 @@ def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> I
         del params
         for group in taught_by_it:
             if layer == group[-1]:
-                yield _train_group(run, group, gathered.pop(group[0]), see)
+                yield functools.partial(_train_group, run, group, gathered.pop(group[0]), see=see)
 
 
 def _unfinished(run: Run, finished: Collection[int]) -> list[tuple[int, ...]]:
@@ -483,15 +538,26 @@ def _advanced(run: Run, params: Params, layer: int, before: States, in_place: bo
     return States(x, indices)
 
 
-def _train_group(run: Run, group: tuple[int, ...], gathered: Gathered, see: See) -> Trained:
-    """The indexer of a group. `gathered` loses its hidden states as soon as nothing needs them."""
+def _train_group(run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, see: See) -> Trained:
+    """The indexer of a group, trained on a device. `gathered` loses its hidden states as soon as nothing needs them."""
+    began = time.perf_counter()
+    with jax.default_device(device):
+        p, divergence = _steps(run, group, gathered, device, see)
+    return _checked(Trained(group[0], p, divergence, time.perf_counter() - began))
+
+
+def _steps(
+    run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, see: See
+) -> tuple[Indexer, np.ndarray]:
+    """The indexer and its divergence at every step."""
+    gathered.layers[:] = jax.device_put(gathered.layers, device)
     share = [jnp.float32(share) for share in run.shares(group[0]).values()]
     make = _kept_targets if run.keeps_targets else _recomputed_targets
     first, inputs = gathered.layers[0], gathered.x[0]
     targets_of = make(run, gathered.layers[:], gathered.x[:], share, lambda work: see(work, f"layer {group[0]}: targets"))
     gathered.layers.clear()
     gathered.x.clear()  # targets that are kept need no hidden states but the first layer's
-    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), gathered.indexer)
+    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), jax.device_put(gathered.indexer, device))
     state = optimiser(run.stage, run.config).init(p)
     steps, cost = jnp.int32(run.stage.steps), step_work(run, len(group))
     values: list[jax.Array] = []
@@ -502,16 +568,17 @@ def _train_group(run: Run, group: tuple[int, ...], gathered: Gathered, see: See)
         if number >= 2:
             shown = f", divergence {float(values[number - 2]):.4f}"  # of an earlier step, so that devices are not waited for
         see(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}{shown}")
-    return _checked(group[0], jax.device_get(p), np.array(values, np.float32))
+    return jax.device_get(p), np.array(values, np.float32)
 
 
-def _checked(layer: int, p: Indexer, values: np.ndarray) -> Trained:
-    if not np.isfinite(values).all():
-        raise ValueError(f"indexer of layer {layer}: its divergence at step {np.argmin(np.isfinite(values))} is not finite")
-    for name, array in tensors.leaves(p):
+def _checked(trained: Trained) -> Trained:
+    finite = np.isfinite(trained.divergence)
+    if not finite.all():
+        raise ValueError(f"indexer of layer {trained.layer}: its divergence at step {np.argmin(finite)} is not finite")
+    for name, array in tensors.leaves(trained.indexer):
         if not np.isfinite(array).all():
-            raise ValueError(f"indexer of layer {layer}: {name} is not finite after training")
-    return Trained(layer, p, values)
+            raise ValueError(f"indexer of layer {trained.layer}: {name} is not finite after training")
+    return trained
 
 
 TargetsOf = Callable[[np.ndarray], Kept | Recomputed]  # of rows by their numbers [B]
@@ -549,13 +616,13 @@ def _recomputed_targets(
 
 
 def need(run: Run) -> Need:
-    """What a run keeps on the host at most."""
+    """What a run keeps on the host at most, of all groups that are trained side by side."""
     count, length = run.tokens.shape
     size = jnp.dtype(run.stage.compute_dtype).itemsize
     longest = max(map(len, run.groups)) + 1
     indices = 0 if all(run.layers.schedule.is_full) else 4 * min(run.config.index_topk, length)
     states = count * length * (longest * run.config.hidden_size * size + 2 * indices)
-    return Need(states, count * length * length * size)
+    return Need(run.side_by_side * states, run.side_by_side * count * length * length * size)
 
 
 def sizes(run: Run) -> tuple[int, int]:

@@ -356,6 +356,7 @@ def test_an_orbax_checkpoint_is_written_whole(checkpoint, texts, trained, tmp_pa
         ({"train": "all", "stream": True}, "--stream=True: needs --train=indexers"),
         ({"train": "all", "spans": 2}, "--spans=2: needs --train=indexers"),
         ({"spans": 2, "schedule": ["FSF"]}, "--schedule=FSF: counts for nothing beside --spans=2"),
+        ({"mesh": "data=2"}, "--mesh=data=2: needs --train=all"),
         ({"spans": 2, "schedule_from": "out"}, "--schedule_from=out: counts for nothing beside --spans=2"),
         ({"schedule_from": "out", "retention": "1/2"}, "--retention=1/2: counts for nothing beside --schedule_from=out"),
         ({"spans": 2, "cross_layer": False}, "--spans=2: teaches other layers too, so not with --nocross_layer"),
@@ -403,11 +404,6 @@ def present(*names):
     yield
     for name, value in before.items():
         flags.FLAGS[name].present = value
-
-
-def test_several_devices_are_refused(checkpoint, texts, tmp_path):
-    with flags_of(checkpoint, texts, mesh="data=2"), pytest.raises(NotImplementedError, match="runs on one device"):
-        distill.run(str(tmp_path / "out"), 0)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from indexcache_jax import distill, indexer_training, training
+from indexcache_jax import distill, indexer_training, memory, training
 from indexcache_jax.indexer_training import Run, distil_indexers
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import with_schedule
@@ -213,6 +213,25 @@ def test_what_is_kept_is_what_was_announced(changes):
     assert sum(size for shape, size in made if shape[-1] == LENGTH) == need.targets
     states = sum(size for shape, size in made if shape[-1] == CASE.config.hidden_size)
     assert 0.7 * need.states < states <= need.states
+
+
+@pytest.mark.parametrize("keeps_targets", [True, False], ids=["kept targets", "computed at every step"])
+def test_a_step_s_program_needs_no_more_memory_than_was_announced(keeps_targets, monkeypatch):
+    programs, step = [], indexer_training._step
+
+    def compiled(*arguments):
+        if not programs:
+            programs.append(step.lower(*arguments).compile().memory_analysis())
+        return step(*arguments)
+
+    monkeypatch.setattr(indexer_training, "_step", compiled)
+    given = run(keeps_targets=keeps_targets, stage=dataclasses.replace(STAGE, steps=1))
+    trained(given)
+    need = memory.streamed_indexers_need(
+        CASE.config, CASE.schedule, group=3, rows=3, length=LENGTH, dtype=jnp.float32, keeps_targets=keeps_targets
+    )
+    taken = programs[0].argument_size_in_bytes + programs[0].temp_size_in_bytes
+    assert taken <= need.parts["group"] + need.parts["temporaries"] <= 8 * taken
 
 
 def test_only_an_indexer_has_optimiser_state():
