@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shlex
+import statistics
 import time
 import warnings
 from typing import Any
@@ -26,7 +27,20 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import data, devices, engines, fit, indexer_runs, inputs, journal, options, plots, processes, runs
+from experiments.common import (
+    data,
+    devices,
+    engines,
+    fit,
+    indexer_runs,
+    inputs,
+    journal,
+    options,
+    plots,
+    processes,
+    runs,
+    search_noise,
+)
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax import indexer_training
@@ -453,13 +467,13 @@ def aim(training: indexer_training.Run) -> str:
     return pattern if training.spans is None else f"{pattern}, to serve up to {training.spans} layers each"
 
 
-def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[float]:
-    """Of a model under schedules, in nats a token."""
+def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[list[float]]:
+    """Of a model under schedules, for every sequence, in nats a token."""
     total = len(schedules) * len(cuts) * layers.config.num_layers
     with progress(total=total, unit="layer", desc="held-out") as bar:
-        losses = StreamedEvaluator(layers, cuts, progress=bar.update).losses(schedules)
+        losses = StreamedEvaluator(layers, cuts, progress=bar.update).sequence_losses(schedules)
         bar.total = bar.n  # schedules share layers
-    return losses
+    return losses.tolist()
 
 
 def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
@@ -479,7 +493,7 @@ def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
         print(f"note: {note}")
 
 
-def distil_indexers(output_dir: str, seed: int) -> None:
+def train_indexers(output_dir: str, seed: int) -> None:
     """Trains a frozen model's indexers for a schedule, writes the checkpoint that results, and evaluates it."""
     given = read_frozen(output_dir, seed)
     layers, schedule = given.training.layers, given.training.schedule
@@ -494,17 +508,21 @@ def distil_indexers(output_dir: str, seed: int) -> None:
         before["the schedule, untrained"] = schedule
     losses = held_out_losses(layers, list(before.values()), given.cuts) + held_out_losses(written, [schedule], given.cuts)
     rows = [*before.items(), ("distilled", schedule)]
-    evaluated = [Evaluated(name, of.num_full, loss) for (name, of), loss in zip(rows, losses, strict=True)]
+    evaluated = [Evaluated(name, of.num_full, by_sequence) for (name, of), by_sequence in zip(rows, losses, strict=True)]
     report_indexers(given, groups, evaluated, seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """A row of the table: what was evaluated, how many indexers it has, and its held-out loss in nats a token."""
+    """A row of the table: what was evaluated, how many indexers it has, and its held-out losses by sequence, nats a token."""
 
     name: str
     indexers: int
-    loss: float
+    losses: list[float]
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
 
 
 def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: list[Evaluated], seconds: float) -> None:
@@ -512,9 +530,9 @@ def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: 
     output, schedule, training = given.output, given.training.schedule, given.training
     curves = {f"layer {group.layer}": list(enumerate(group.divergence)) for group in groups}
     plots.training_curves(output, [plots.Panel("divergence of the indexers", "nats per token", curves)], "step", (5, 3.4))
-    first = evaluated[0].loss
+    first = evaluated[0].losses
     header = ["", "indexers", "held-out loss", "change"]
-    cells = [[row.name, row.indexers, f"{row.loss:.4f}", f"{row.loss / first - 1:+.2%}"] for row in evaluated]
+    cells = [[row.name, row.indexers, f"{row.loss:.4f}", search_noise.change(row.losses, first)] for row in evaluated]
     of_groups = markdown_table(
         ["layers", "divergence before", "after", "seconds"],
         [
@@ -523,14 +541,15 @@ def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: 
         ],
     )
     note = (
-        "Held-out loss in nats per token. Divergences in nats per token of the training text, over all visible keys, the mean "
-        "of the first and of the last ten steps."
+        f"Held-out loss in nats per token of {len(first)} sequences, ± the standard error of the change. Divergences in nats "
+        "per token of the training text, over all visible keys, the mean of the first and of the last ten steps."
     )
     metrics = {
         "checkpoint": given.checkpoint.directory,
         "pattern": schedule.pattern,
         "spans": training.spans,
         "held_out": {row.name: row.loss for row in evaluated},
+        "held_out_losses": {row.name: row.losses for row in evaluated},
         "tokens": int(training.tokens.size),
         "seconds": seconds,
         "groups": [{"layer": group.layer, "seconds": group.seconds, "divergence": group.divergence} for group in groups],
@@ -561,7 +580,7 @@ def run(output_dir: str, seed: int) -> None:
         options.refuse("needs --train=all; --train=indexers trains a group on each device that this machine has", "mesh")
         if processes.count() > 1:
             raise NotImplementedError("--train=indexers: runs in one process, on all devices of one machine")
-        distil_indexers(output_dir, seed)
+        train_indexers(output_dir, seed)
         return
     options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "spans", "stream", "stream_memory")
     options.check_positive("batch_size")

@@ -296,8 +296,9 @@ def test_the_report_has_the_losses_of_what_was_written(checkpoint, texts, traine
     logits = np.float64(forward(params, cuts[:, :-1], config, schedule))
     logits -= logits.max(axis=-1, keepdims=True)
     picked = np.take_along_axis(logits, cuts[:, 1:, None], axis=-1)[..., 0]
-    expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - picked)
-    np.testing.assert_allclose(found["held_out"]["distilled"], expected, rtol=1e-5)
+    expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - picked, axis=-1)
+    np.testing.assert_allclose(found["held_out_losses"]["distilled"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["held_out"]["distilled"], np.mean(expected), rtol=1e-5)
     assert list(found["held_out"]) == ["all F", "the schedule, untrained", "distilled"]
     assert f"vllm serve {trained}/checkpoint --hf-overrides" in (trained / "report.md").read_text()
     for group in found["groups"]:
