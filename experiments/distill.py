@@ -444,7 +444,7 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
         _SPANS.value,
         devices=tuple(local) if len(local) > 1 else (),
     )
-    training, memory = indexer_runs.within(training, 1e9 * options.STREAM_MEMORY.value, output.directory)
+    training, memory = indexer_runs.within(training, options.stream_memory(), output.directory)
     if options.STREAM.value:
         fit.indexers(training)
     of_all, trained = indexer_training.sizes(training)

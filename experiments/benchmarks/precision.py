@@ -21,16 +21,17 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import inputs, options, text
+from experiments.common import devices, fit, inputs, options, text
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import memory, ops, serving
 from indexcache_jax.config import Config
+from indexcache_jax.positions import even_order, in_own_order
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
 from indexcache_jax.serving import FP8, CacheFormat, Weights
-from indexcache_jax.sharding import SERVING
+from indexcache_jax.sharding import SERVING, Rules
 
-for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype"):
+for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype", "mesh"):
     flags.declare_key_flag(_name)
 
 # The parts of a cache that are kept in 8 bits.
@@ -61,6 +62,7 @@ def walk(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Hidden states [1, S, D] before every layer and after the last, and the F layers' indices [1, S, k] of tokens [1, S].
 
+    Under a mesh that splits queries both are in the order of `positions.even_order`.
     `given`: hidden states that the layers take instead of those that the layers below made.
     """
     s = tokens.shape[1]
@@ -87,9 +89,15 @@ def _compare(weights: Weights, exact: jax.Array, rounded: jax.Array, targets: ja
     return jnp.stack([*losses, jnp.sum(jnp.exp(a) * (a - b)), same.astype(jnp.float32)])
 
 
+def own_order(x: jax.Array) -> jax.Array:
+    """x [1, S, D] of `walk` in the tokens' own order."""
+    return in_own_order(x, even_order(x.shape[1]))
+
+
 def selected_alike(exact: list[jax.Array], rounded: list[jax.Array], k: int) -> np.ndarray:
-    """|A n B| / k of every F layer, from indices [1, S, k], over queries that see more than k keys."""
+    """|A n B| / k of every F layer, from indices [1, S, k] as `walk` gives them, over queries that see more than k keys."""
     s = exact[0].shape[1]
+    exact, rounded = ([own_order(indices) for indices in side] for side in (exact, rounded))
     picked = np.unique(np.linspace(k, s - 1, QUERIES).astype(int))
     pairs = [jnp.stack([a[0, picked], b[0, picked]]) for a, b in zip(exact, rounded, strict=True)]
     return np.array([float(jnp.mean(overlap.intersection_sizes(pair)[:, 0, 1])) / k for pair in pairs])
@@ -114,9 +122,10 @@ def measure(
             with activations(name):
                 rounded, _ = walk(model, tokens, config, schedule, form)
                 _, chosen = walk(model, tokens, config, schedule, form, states)
+            last = [own_order(side[-1])[0] for side in (states, rounded)]
             for first in range(0, targets.size, BLOCK):
                 part = slice(first, first + BLOCK)
-                found = _compare(weights.ends, states[-1][0, part], rounded[-1][0, part], targets[part], config)
+                found = _compare(weights.ends, *(x[part] for x in last), targets[part], config)
                 sums[name] += np.asarray(found, np.float64)
             alike[name].append(selected_alike(selections, chosen, config.index_topk))
         print(f"sequence {number + 1}/{len(cuts)}", flush=True)
@@ -189,10 +198,31 @@ class Inputs:
     cuts: np.ndarray
 
 
+def check_memory(config: Config, schedule: Schedule, dtype: str) -> None:
+    """Says what is needed of memory; ValueError where that does not fit."""
+    # Of a token of the exact model and of a rounded one: hidden states around every layer, and every F layer's selection.
+    states = (config.num_layers + 1) * config.hidden_size * jnp.dtype(dtype).itemsize
+    kept = 2 * (states + schedule.num_full * 4 * config.index_topk)
+
+    def need(length: int, mesh: memory.Devices, rules: Rules) -> memory.Need:
+        decoded, in_8_bits = (
+            memory.tree_bytes(serving.weights.abstract(config, schedule, form), dtype, mesh, rules) for form in (None, "fp8")
+        )
+        shares = mesh.shape["context"] if length % mesh.shape["context"] == 0 else 1
+        parts = {"weights": decoded, "weights in 8 bits": in_8_bits, "hidden states and selections": length // shares * kept}
+        parts["cache"] = memory.cache_bytes(config, schedule, 1, length, CacheFormat.of(dtype), mesh, rules)
+        parts["temporaries"] = memory.prefill_temporaries(config, schedule, 1, length, length, dtype, mesh, rules)
+        return memory.Need(parts)
+
+    context = options.CONTEXT.value
+    fit.inference(need, context, f"--context={context}", "a smaller one or --dtype=bfloat16")
+
+
 def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
+    check_memory(*inputs.described(checkpoint.directory), checkpoint.dtype)
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
     config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
     in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
@@ -205,7 +235,7 @@ def read_inputs(seed: int) -> Inputs:
     return Inputs(checkpoint, config, schedule, weights, in_8_bits, cuts)
 
 
-def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output) -> None:
+def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes results.json and report.md, and prints the table."""
     name, pattern = given.checkpoint.name, given.schedule.pattern
     table = rows(measured, given.config, given.schedule, given.checkpoint.dtype)
@@ -213,11 +243,14 @@ def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Out
     count, length = given.cuts[:, 1:].shape
     text = f"# 8 bits in {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
     text += f"{count} sequences of {length} tokens, losses in nats a token; schedule `{pattern}`.\n"
-    output.finish("precision", {"checkpoint": name, "pattern": pattern, "in_8_bits": measured}, text)
+    output.finish("precision", {"checkpoint": name, "pattern": pattern, "in_8_bits": measured}, text, layout)
     print(f"\n{text_table(HEADER, table)}\n\nwritten to {output.directory}/")
 
 
 def run(output_dir: str, seed: int) -> None:
-    given = read_inputs(seed)
-    output = Output.create(output_dir)
-    report(measure(given.weights, given.in_8_bits, given.cuts, given.config, given.schedule), given, output)
+    layout = devices.layout(rows=1)
+    with devices.in_force(layout, SERVING):
+        given = read_inputs(seed)
+        output = Output.create(output_dir)
+        measured = measure(given.weights, given.in_8_bits, given.cuts, given.config, given.schedule)
+    report(measured, given, output, layout)
