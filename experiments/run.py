@@ -67,6 +67,11 @@ def command() -> None:
     """What `indexcache` and `python -m experiments.run` do."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ended_early)
+    if command_line.wants_version(sys.argv[1:]):
+        import indexcache_jax
+
+        print(f"indexcache-jax {indexcache_jax.__version__}")
+        sys.exit(0)
     try:
         arguments = command_line.with_flag(sys.argv[1:])
         name = command_line.experiment_of(arguments)

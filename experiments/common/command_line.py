@@ -16,7 +16,10 @@ from absl import flags
 from experiments.common.options import EXPERIMENTS
 
 COMMAND = "python -m experiments.run"
-HELP = ("--help", "-help", "-h", "--h", "--helpshort", "help")
+SCRIPT = "indexcache"  # what the installed package calls the same
+CONVERT = "python -m checkpoints_convert SRC DST converts checkpoints: safetensors, orbax, FP8, another schedule."
+HELP = ("--help", "-help", "-h", "--h", "--helpshort", "-helpshort", "--helpfull", "-helpfull", "help")
+VERSION = ("--version", "-version", "version")
 USAGE_ERROR = 2  # the exit status
 _WIDTH = 110
 _OF_EVERY_VERB = "experiments.run"
@@ -27,11 +30,18 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; the nearest is {found[0]}" if found else ""
 
 
+def command() -> str:
+    """How this program was started, for a reader to type."""
+    return SCRIPT if pathlib.Path(sys.argv[0]).stem == SCRIPT else COMMAND
+
+
 def with_flag(arguments: Sequence[str]) -> list[str]:
-    """The arguments with --experiment=VERB in place of a verb that stands first.
+    """The arguments with --experiment=VERB in place of a verb that stands first, or behind the word "help".
 
     ValueError for a verb that is none, with the nearest, and for one beside another --experiment.
     """
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0].startswith("-") or arguments[0] in HELP:
         return list(arguments)
     verb, rest = arguments[0], list(arguments[1:])
@@ -57,6 +67,10 @@ def experiment_of(arguments: Sequence[str]) -> str:
     return name
 
 
+def wants_version(arguments: Sequence[str]) -> bool:
+    return any(argument in VERSION for argument in arguments[:1])
+
+
 def wants_help(arguments: Sequence[str]) -> bool:
     return any(argument in HELP for argument in arguments)
 
@@ -71,12 +85,12 @@ def summary(module: str) -> str:
 
 def overview() -> str:
     """The verbs, a line each."""
-    lines = [f"usage: {COMMAND} [VERB] [--FLAG=VALUE ...]; without a verb: {next(iter(EXPERIMENTS))}", ""]
+    lines = [f"usage: {command()} [VERB] [--FLAG=VALUE ...]; without a verb: {next(iter(EXPERIMENTS))}", ""]
     column = max(map(len, EXPERIMENTS)) + 1
     for name, module in EXPERIMENTS.items():
         first, others = f"  {name:<{column}}", " " * (column + 2)
         lines += textwrap.wrap(summary(module), _WIDTH, initial_indent=first, subsequent_indent=others)
-    return "\n".join([*lines, "", f"{COMMAND} VERB --help shows the flags that a verb reads."])
+    return "\n".join([*lines, "", f"{command()} VERB --help shows the flags that a verb reads.", CONVERT])
 
 
 def help_of(name: str) -> str:
@@ -86,7 +100,7 @@ def help_of(name: str) -> str:
     own = {flag.name for where, found in by_module.items() if where.startswith(module) for flag in found}
     key = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
     every = _every_verbs()
-    lines = [f"usage: {COMMAND} {name} [--FLAG=VALUE ...]", "", summary(module)]
+    lines = [f"usage: {command()} {name} [--FLAG=VALUE ...]", "", summary(module)]
     for title, names in ((f"of {name}", own), ("shared with other verbs", key - own), ("of every verb", every - own - key)):
         if names:
             lines += ["", f"{title}:"]
@@ -120,7 +134,7 @@ def _said(error: Exception, name: str) -> int:
     if isinstance(error, flags.UnrecognizedFlagError):
         known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
         text = f"--{error.flagname}: no flag of {name}{_nearest(f'--{error.flagname}', {f'--{flag}' for flag in known})}"
-    print(f"error: {text}; {COMMAND} {name} --help shows what it reads", file=sys.stderr)
+    print(f"error: {text}; {command()} {name} --help shows what it reads", file=sys.stderr)
     return USAGE_ERROR
 
 

@@ -22,11 +22,14 @@ from checkpoints_convert.companions import with_stop_tokens
 from experiments.common import options, text
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import FP8, CacheFormat
 from indexcache_jax.training import Stage
 
 CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's flags may say
+
+SHARE = "1/4"  # of layers that are F, where neither --schedule nor the model says
 
 # ---- the model and its schedule
 
@@ -66,6 +69,20 @@ def described(directory: str) -> tuple[Config, Schedule]:
     with warnings.catch_warnings(action="ignore"):  # they come with the weights
         fields = read_config_json(directory)
         return with_stop_tokens(Config.from_hf(fields), pathlib.Path(directory)), Schedule.from_hf(fields)
+
+
+def preset_model(name: str) -> tuple[Config, Schedule]:
+    """The model and the schedule of a released model, or of the small one shipped here ("demo")."""
+    fields = read_config_json(options.DEMO) if name == "demo" else preset(name)
+    return Config.from_hf(fields), Schedule.from_hf(fields)
+
+
+def schedule_to_plan(base: Schedule) -> Schedule:
+    """--schedule, or the model's own, or a quarter of the layers F where the model has all of them F."""
+    entry = only_schedule()
+    if entry is None and base.num_full < base.num_layers:
+        return base
+    return schedule(entry or SHARE, base.num_layers)
 
 
 def share(flag: str, value: str) -> fractions.Fraction:
