@@ -56,6 +56,7 @@ OPTIONAL = {
 }
 # Devices that a driver shows, and the platform by which JAX would know them.
 DRIVERS = {"gpu": ("nvidia[0-9]*", "an NVIDIA GPU", "jax-cuda13-plugin"), "tpu": ("accel[0-9]*", "a TPU", "libtpu")}
+DEVICES = pathlib.Path("/dev")
 NOT_INSTALLED = "not installed"
 
 
@@ -99,7 +100,7 @@ def about_devices() -> str:
         f"{os.cpu_count()} CPU cores, {host / 1e9:.2f} GB of host memory"
     ]
     for platform, (pattern, what, package) in DRIVERS.items():
-        if found.platform != platform and any(pathlib.Path("/dev").glob(pattern)):
+        if found.platform != platform and any(DEVICES.glob(pattern)):
             lines.append(f"warning: there is {what} here that JAX does not use; {package} is {installed(package)}")
     return "\n".join(lines)
 
