@@ -17,7 +17,8 @@ from experiments.common.options import EXPERIMENTS
 
 COMMAND = "python -m experiments.run"
 SCRIPT = "indexcache"  # what the installed package calls the same
-CONVERT = "python -m checkpoints_convert SRC DST converts checkpoints: safetensors, orbax, FP8, another schedule."
+CONVERT = "convert"  # a verb that is a program of its own, with flags of its own
+CONVERTER = "checkpoints_convert"
 HELP = ("--help", "-help", "-h", "--h", "--helpshort", "-helpshort", "--helpfull", "-helpfull", "help")
 VERSION = ("--version", "-version", "version")
 USAGE_ERROR = 2  # the exit status
@@ -46,7 +47,8 @@ def with_flag(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     verb, rest = arguments[0], list(arguments[1:])
     if verb not in EXPERIMENTS:
-        raise ValueError(f"{verb!r} is none of {', '.join(EXPERIMENTS)}{_nearest(verb, EXPERIMENTS)}")
+        known = [*EXPERIMENTS, CONVERT]
+        raise ValueError(f"{verb!r} is none of {', '.join(known)}{_nearest(verb, known)}")
     if (other := named(rest)) not in (None, verb):
         raise ValueError(f"{verb}: --experiment={other} names another")
     return [f"--experiment={verb}", *rest]
@@ -90,7 +92,9 @@ def overview() -> str:
     for name, module in EXPERIMENTS.items():
         first, others = f"  {name:<{column}}", " " * (column + 2)
         lines += textwrap.wrap(summary(module), _WIDTH, initial_indent=first, subsequent_indent=others)
-    return "\n".join([*lines, "", f"{command()} VERB --help shows the flags that a verb reads.", CONVERT])
+    about = summary(f"{CONVERTER}.__main__").partition(": ")[2]
+    lines.append(f"  {CONVERT:<{column}}SRC DST: {about}")
+    return "\n".join([*lines, "", f"{command()} VERB --help shows the flags that a verb reads."])
 
 
 def help_of(name: str) -> str:
@@ -120,9 +124,11 @@ def _described(name: str) -> list[str]:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's flags from the arguments, of which it returns what are none. Exits with one line where they are wrong."""
+    """absl's flags from the arguments: the program's name is what is left. Exits with one line where they are wrong."""
     try:
         rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ValueError(f"{rest[1]!r} is no flag; flags look like --checkpoint=DIR")
         check_read(experiment_of(argv[1:]))
     except (flags.Error, ValueError) as error:
         sys.exit(_said(error, experiment_of(argv[1:])))
@@ -130,7 +136,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _said(error: Exception, name: str) -> int:
-    text = str(error)
+    text = str(error).replace("('Non-boolean argument to boolean flag', ", "neither true nor false (")
     if isinstance(error, flags.UnrecognizedFlagError):
         known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
         text = f"--{error.flagname}: no flag of {name}{_nearest(f'--{error.flagname}', {f'--{flag}' for flag in known})}"
