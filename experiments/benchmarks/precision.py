@@ -22,16 +22,17 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import inputs, options, text
+from experiments.common import devices, inputs, options, text
 from experiments.common.report import Output, device, markdown_table, text_table, time_left
 from indexcache_jax import memory, ops, serving
 from indexcache_jax.config import Config
+from indexcache_jax.positions import even_order, in_own_order
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
 from indexcache_jax.serving import FP8, CacheFormat, Weights
 from indexcache_jax.sharding import SERVING
 
-for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype"):
+for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype", "mesh"):
     flags.declare_key_flag(_name)
 
 # The parts of a cache that are kept in 8 bits.
@@ -62,6 +63,7 @@ def walk(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Hidden states [1, S, D] before every layer and after the last, and the F layers' indices [1, S, k] of tokens [1, S].
 
+    Under a mesh that splits queries both are in the order of `positions.even_order`.
     `given`: hidden states that the layers take instead of those that the layers below made.
     """
     s = tokens.shape[1]
@@ -88,9 +90,15 @@ def _compare(weights: Weights, exact: jax.Array, rounded: jax.Array, targets: ja
     return jnp.stack([*losses, jnp.sum(jnp.exp(a) * (a - b)), same.astype(jnp.float32)])
 
 
+def own_order(x: jax.Array) -> jax.Array:
+    """x [1, S, D] of `walk` in the tokens' own order."""
+    return in_own_order(x, even_order(x.shape[1]))
+
+
 def selected_alike(exact: list[jax.Array], rounded: list[jax.Array], k: int) -> np.ndarray:
-    """|A n B| / k of every F layer, from indices [1, S, k], over queries that see more than k keys."""
+    """|A n B| / k of every F layer, from indices [1, S, k] as `walk` gives them, over queries that see more than k keys."""
     s = exact[0].shape[1]
+    exact, rounded = ([own_order(indices) for indices in side] for side in (exact, rounded))
     picked = np.unique(np.linspace(k, s - 1, QUERIES).astype(int))
     pairs = [jnp.stack([a[0, picked], b[0, picked]]) for a, b in zip(exact, rounded, strict=True)]
     return np.array([float(jnp.mean(overlap.intersection_sizes(pair)[:, 0, 1])) / k for pair in pairs])
@@ -116,9 +124,10 @@ def measure(
             with activations(name):
                 rounded, _ = walk(model, tokens, config, schedule, form)
                 _, chosen = walk(model, tokens, config, schedule, form, states)
+            last = [own_order(side[-1])[0] for side in (states, rounded)]
             for first in range(0, targets.size, BLOCK):
                 part = slice(first, first + BLOCK)
-                found = _compare(weights.ends, states[-1][0, part], rounded[-1][0, part], targets[part], config)
+                found = _compare(weights.ends, *(x[part] for x in last), targets[part], config)
                 sums[name] += np.asarray(found, np.float64)
             alike[name].append(selected_alike(selections, chosen, config.index_topk))
         print(f"sequences: {time_left(number + 1, len(cuts), began)}", flush=True)
@@ -207,7 +216,7 @@ def read_inputs(seed: int) -> Inputs:
     return Inputs(checkpoint, config, schedule, weights, in_8_bits, cuts)
 
 
-def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output) -> None:
+def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes results.json and report.md, and prints the table."""
     name, pattern = given.checkpoint.name, given.schedule.pattern
     table = rows(measured, given.config, given.schedule, given.checkpoint.dtype)
@@ -215,11 +224,14 @@ def report(measured: Mapping[str, Mapping[str, Any]], given: Inputs, output: Out
     count, length = given.cuts[:, 1:].shape
     text = f"# 8 bits in {name}\n\n{about}\n\n{markdown_table(HEADER, table)}\n\n"
     text += f"{count} sequences of {length} tokens, losses in nats a token; schedule `{pattern}`.\n"
-    output.finish("precision", {"checkpoint": name, "pattern": pattern, "in_8_bits": measured}, text)
+    output.finish("precision", {"checkpoint": name, "pattern": pattern, "in_8_bits": measured}, text, layout)
     print(f"\n{text_table(HEADER, table)}\n\nwritten to {output.directory}/")
 
 
 def run(output_dir: str, seed: int) -> None:
-    given = read_inputs(seed)
-    output = Output.create(output_dir)
-    report(measure(given.weights, given.in_8_bits, given.cuts, given.config, given.schedule), given, output)
+    layout = devices.layout(rows=1)
+    with devices.in_force(layout, SERVING):
+        given = read_inputs(seed)
+        output = Output.create(output_dir)
+        measured = measure(given.weights, given.in_8_bits, given.cuts, given.config, given.schedule)
+    report(measured, given, output, layout)
