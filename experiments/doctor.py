@@ -131,10 +131,6 @@ class Question:
     weights: str | None
 
     @property
-    def mesh(self) -> Devices:
-        return memory.mesh_of(self.layout.data, self.layout.context, self.layout.tensor)
-
-    @property
     def rules(self) -> Rules:
         return self.layout.rules(SERVING)
 
@@ -204,7 +200,7 @@ def need_row(what: str, need: NeedAt, length: int, asked: Question) -> list[str]
     """What some work needs of each device, whether it is there, and the fewest devices that have it."""
     there = asked.topology.memory
     try:
-        found = need(length, asked.mesh, asked.rules)
+        found = need(length, asked.layout.abstract_mesh, asked.rules)
     except ValueError as error:  # the mesh does not divide it
         return [what, *["-"] * 4, f"{there / 1e9:.2f}", f"no: {error}", "-"]
     fewest = fit.smallest(need, length, asked.rows, SERVING, there)
@@ -254,7 +250,7 @@ def about_kernels(asked: Question) -> str:
         weights=asked.weights,
     )
     on = f"{asked.topology.device_kind} ({asked.topology.platform})"
-    with sharding.use(asked.mesh, asked.rules) if asked.layout.num_devices > 1 else contextlib.nullcontext():
+    with sharding.use(asked.layout.abstract_mesh, asked.rules) if asked.layout.num_devices > 1 else contextlib.nullcontext():
         found = implementations.of_model(given, asked.chunk)
     lines = [f"kernels for {asked.name} in {asked.dtype} on {on}"]
     for line in implementations.sentences(found):

@@ -231,10 +231,9 @@ def test_what_fits_is_what_the_doctor_says():
     for _, command, needs, there, room, _ in rows:
         asked = asked_of_the_doctor(command.strip("`"))
         with device.target(asked.topology):
-            found = asked.inference(asked.length, asked.mesh, asked.rules).total
-            longest = fit.longest(
-                asked.inference, asked.config.max_position_embeddings, asked.mesh, asked.rules, asked.topology.memory
-            )
+            mesh, most = asked.layout.abstract_mesh, asked.config.max_position_embeddings
+            found = asked.inference(asked.length, mesh, asked.rules).total
+            longest = fit.longest(asked.inference, most, mesh, asked.rules, asked.topology.memory)
         assert [needs, there] == [f"{size / 1e9:.2f}" for size in (found, asked.topology.memory)], command
         assert room == f"{longest:,}" and found <= asked.topology.memory, command
 
@@ -252,7 +251,7 @@ def test_what_a_search_needs_is_what_the_doctor_says():
     ):
         asked = asked_of_the_doctor(arguments)
         with device.target(asked.topology):
-            need = asked.searches()[kind](asked.context, asked.mesh, asked.rules)
+            need = asked.searches()[kind](asked.context, asked.layout.abstract_mesh, asked.rules)
         assert sentence.format(need.total / 1e9) in text, arguments
 
 

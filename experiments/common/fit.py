@@ -171,9 +171,8 @@ def layouts(rows: int) -> Iterator[Layout]:
 def smallest(need: NeedAt, length: int, rows: int, base: Rules, there: int) -> Layout | None:
     """The layout of the fewest devices with `there` bytes each, None where none fits."""
     for layout in layouts(rows):
-        mesh = memory.mesh_of(layout.data, layout.context, layout.tensor)
         try:
-            if need(length, mesh, layout.rules(base)).total <= there:
+            if need(length, layout.abstract_mesh, layout.rules(base)).total <= there:
                 return layout
         except ValueError:  # experts, for one, cannot be divided over more devices than there are of them
             continue

@@ -62,7 +62,7 @@ class Inputs:
 
     @property
     def abstract_mesh(self) -> Devices:
-        return memory.mesh_of(self.layout.data, self.layout.context, self.layout.tensor)
+        return self.layout.abstract_mesh
 
     def model(self, schedule: Schedule) -> Model:
         """The model under a schedule on the topology's devices, which must be there to compile for."""
