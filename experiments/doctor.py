@@ -88,7 +88,7 @@ def kept_programs() -> str:
     for path in pathlib.Path(folder).rglob("*"):
         with contextlib.suppress(OSError):  # another process may be tidying up
             sizes += [path.stat().st_size] if path.is_file() else []
-    return f"compiled programs are kept in {folder} ({len(sizes):,} files, {sum(sizes) / 1e6:,.1f} MB)"
+    return f"compiled programs are kept in {folder} ({len(sizes):,} file(s), {sum(sizes) / 1e6:,.1f} MB)"
 
 
 def about_devices() -> str:

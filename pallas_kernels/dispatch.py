@@ -39,6 +39,11 @@ def choose(backends: Mapping[str, Backend], *args: Any, **options: Any) -> Choic
     raise AssertionError(f"none of {list(backends)} serves, though the last one always does")
 
 
+def best(backends: Mapping[str, Backend], *args: Any, **options: Any) -> str:
+    """The name of the implementation that None stands for."""
+    return choose(backends, *args, **options).name
+
+
 @dataclasses.dataclass(eq=False)
 class _Log:
     """What operations would have been given to, by their names."""

@@ -162,7 +162,7 @@ def test_where_programs_are_kept(monkeypatch, tmp_path):
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         (tmp_path / "one").write_bytes(bytes(1_200_000))
-        assert doctor.kept_programs() == f"compiled programs are kept in {tmp_path} (1 files, 1.2 MB)"
+        assert doctor.kept_programs() == f"compiled programs are kept in {tmp_path} (1 file(s), 1.2 MB)"
         jax.config.update("jax_compilation_cache_dir", None)
         assert "are not kept" in doctor.kept_programs()
     finally:
