@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from indexcache_jax import attention, distill, indexer, model, ops, tensors, training
+from indexcache_jax import arguments, attention, distill, indexer, model, ops, tensors, training
 from indexcache_jax.config import Config
 from indexcache_jax.layers import Layers, Resident, in_order
 from indexcache_jax.model import AttentionLayer
@@ -387,13 +387,12 @@ def distil_indexers(
     ValueError where an argument does not fit the model, indexers are in 8 bits, or training gives what is not finite.
     """
     check_schedule(params, schedule)
-    rows = np.asarray(model.check_tokens(tokens, config), np.int32)
+    rows = np.asarray(arguments.tokens("tokens", tokens, config.vocab_size), np.int32)
     layers = Resident(config, schedule, params)
     if layers.weights not in (None, FP8_BASE):
         raise ValueError(f"params: in the form {layers.weights!r}, but indexers in 8 bits do not train; load {FP8_BASE!r}")
     for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: {value} is below 1")
+        arguments.integer(name, value, 1)
     dtype = str(params.embedding.dtype)
     stage = indexer_stage(rows.shape[1], dtype, steps=steps, rows=batch_size, learning_rate=learning_rate)
     run = Run(layers, target, rows, stage, seed, spans, keeps_targets)

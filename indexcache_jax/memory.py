@@ -6,9 +6,10 @@ mesh and rules. What a program holds beside them is an estimate, held against co
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -51,11 +52,28 @@ def tree_bytes(tree: Any, dtype: Any, mesh: Devices, rules: Rules) -> int:
     dtype: of every tensor that has none of its own. ValueError where an axis cannot be divided evenly, as of
     `sharding.shardings`.
     """
+    return sum(size for _, size in _leaf_bytes(tree, dtype, mesh, rules))
+
+
+def streamed_bytes(tree: params.Params, dtype: Any, mesh: Devices, rules: Rules) -> int:
+    """Bytes of one device for weights that are read layer by layer: embedding, norm and head, and twice the largest layer.
+
+    The next layer is read while one is in use. tree: of `params.abstract`; the other arguments as of `tree_bytes`.
+    """
+    ends, by_layer = 0, collections.Counter[int]()
+    for tensor, size in _leaf_bytes(tree, dtype, mesh, rules):
+        if tensor.layers is None:
+            ends += size
+        else:
+            by_layer.update({layer: size // len(tensor.layers) for layer in tensor.layers})
+    return ends + 2 * max(by_layer.values())
+
+
+def _leaf_bytes(tree: Any, dtype: Any, mesh: Devices, rules: Rules) -> Iterator[tuple[tensors.Tensor, int]]:
+    """Every leaf of an abstract tree with the bytes of one device for it."""
     placed = jax.tree.leaves(sharding.shardings(tree, mesh, rules))
-    return sum(
-        math.prod(place.shard_shape(tensor.shape)) * jnp.dtype(tensor.dtype or dtype).itemsize
-        for (_, tensor), place in zip(tensors.leaves(tree), placed, strict=True)
-    )
+    for (_, tensor), place in zip(tensors.leaves(tree), placed, strict=True):
+        yield tensor, math.prod(place.shard_shape(tensor.shape)) * jnp.dtype(tensor.dtype or dtype).itemsize
 
 
 def cache_bytes(

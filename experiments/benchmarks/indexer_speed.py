@@ -26,7 +26,6 @@ from indexcache_jax import indexer_training, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.indexer_training import Run
 from indexcache_jax.params import FP8_BASE, Params, abstract
-from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 
@@ -88,14 +87,9 @@ class Clock:
         return statistics.median(found[untimed:] or found)
 
 
-def shape(name: str) -> Config:
-    """The model of a name that --preset takes."""
-    return inputs.described(str(options.DEMO))[0] if name == "demo" else Config.from_hf(preset(name))
-
-
 def model(name: str, layers: int) -> Config:
     """So many layers of a released model, all of the kind of its last."""
-    config = shape(name)
+    config, _ = inputs.preset_model(name)
     return dataclasses.replace(config, num_layers=layers, moe_layers=config.moe_layers[-1:] * layers)
 
 
@@ -160,7 +154,7 @@ def run(output_dir: str, seed: int) -> None:
     group, context = len(given.groups[0]), given.tokens.shape[1]
     print(f"{options.PRESET.value}: {group} layers, {len(given.tokens)} x {context} tokens; {memory}", flush=True)
     found = measure(given)
-    layers = shape(options.PRESET.value).num_layers
+    layers = inputs.preset_model(options.PRESET.value)[0].num_layers
     hours = whole_hours(found, layers, group)
     header = ["s a step", "tokens/s", "model TFLOP/s", "of the matmul's rate", "s a layer", "s a target", "GB of the device"]
     cells = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from absl import flags
 
 import checkpoints_convert
 from experiments.common import devices, fit, inputs, options, text
-from experiments.common.report import Output, device, markdown_table, text_table
+from experiments.common.report import Output, device, markdown_table, text_table, time_left
 from indexcache_jax import memory, ops, serving
 from indexcache_jax.config import Config
 from indexcache_jax.positions import even_order, in_own_order
@@ -114,6 +115,7 @@ def measure(
     models = dict.fromkeys(CACHES, weights) | dict.fromkeys(WEIGHTS, in_8_bits)
     sums = {name: np.zeros(4) for name in models}
     alike: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    began = time.perf_counter()
     for number, cut in enumerate(cuts):
         tokens, targets = jnp.asarray(cut[None, :-1]), jnp.asarray(cut[1:])
         states, selections = walk(weights, tokens, config, schedule, cache_format(None, dtype))
@@ -128,7 +130,7 @@ def measure(
                 found = _compare(weights.ends, *(x[part] for x in last), targets[part], config)
                 sums[name] += np.asarray(found, np.float64)
             alike[name].append(selected_alike(selections, chosen, config.index_topk))
-        print(f"sequence {number + 1}/{len(cuts)}", flush=True)
+        print(f"sequences: {time_left(number + 1, len(cuts), began)}", flush=True)
     result = {}
     for name, total in sums.items():
         exact, loss, divergence, same = total / cuts[:, 1:].size

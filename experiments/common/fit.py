@@ -74,16 +74,23 @@ def serving(
 
 def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype: Any, weights: str | None = None) -> None:
     """Says what a search needs that keeps all weights on the devices; ValueError where that does not fit them."""
+    need = search_need(config, schedule, rows=rows, dtype=dtype, weights=weights)
+    _check(need, context, rows, SERVING, f"--context={context}", 1, "; --stream reads the weights layer by layer")
+
+
+def search_need(
+    config: Config, schedule: Schedule, *, rows: int, dtype: Any, weights: str | None, stream: bool = False
+) -> NeedAt:
+    """What a search needs for batches of so many rows: with all weights on the devices, or those of two layers (--stream)."""
+    tree = params.abstract(config, schedule, weights)
+    decoded = 0 if weights is None else memory.decoded_layer(config, schedule, dtype)
+    weights_of = memory.streamed_bytes if stream else memory.tree_bytes
 
     def need(length: int, mesh: Devices, rules: Rules) -> Need:
-        size = memory.tree_bytes(params.abstract(config, schedule, weights), dtype, mesh, rules)
-        arguments = config, schedule, rows, length, length, dtype, mesh, rules
-        temporaries = memory.prefill_temporaries(*arguments)
-        if weights is not None:
-            temporaries += memory.decoded_layer(config, schedule, dtype)
-        return Need({"weights": size, "temporaries": temporaries})
+        temporaries = memory.prefill_temporaries(config, schedule, rows, length, length, dtype, mesh, rules)
+        return Need({"weights": weights_of(tree, dtype, mesh, rules), "temporaries": temporaries + decoded})
 
-    _check(need, context, rows, SERVING, f"--context={context}", 1, "; --stream reads the weights layer by layer")
+    return need
 
 
 def streamed(
@@ -258,9 +265,8 @@ def layouts(rows: int) -> Iterator[Layout]:
 def smallest(need: NeedAt, length: int, rows: int, base: Rules, there: int) -> Layout | None:
     """The layout of the fewest devices with `there` bytes each, None where none fits."""
     for layout in layouts(rows):
-        mesh = memory.mesh_of(layout.data, layout.context, layout.tensor)
         try:
-            if need(length, mesh, layout.rules(base)).total <= there:
+            if need(length, layout.abstract_mesh, layout.rules(base)).total <= there:
                 return layout
         except ValueError:  # experts, for one, cannot be divided over more devices than there are of them
             continue

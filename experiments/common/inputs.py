@@ -24,12 +24,15 @@ from indexcache_jax import memory
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
 from indexcache_jax.params import abstract
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import FP8, CacheFormat
 from indexcache_jax.sharding import SERVING
 from indexcache_jax.training import Stage
 
 CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's flags may say
+
+SHARE = "1/4"  # of layers that are F, where neither --schedule nor the model says
 
 # ---- the model and its schedule
 
@@ -77,6 +80,20 @@ def stored_bytes(directory: str) -> int:
     tree = abstract(config, schedule, checkpoints_convert.stored_weights(directory))
     dtype = fields.get("dtype") or fields.get("torch_dtype")
     return memory.tree_bytes(tree, dtype if dtype in ("float32", "float16") else "bfloat16", memory.mesh_of(), SERVING)
+
+
+def preset_model(name: str) -> tuple[Config, Schedule]:
+    """The model and the schedule of a released model, or of the small one shipped here ("demo")."""
+    fields = read_config_json(options.DEMO) if name == "demo" else preset(name)
+    return Config.from_hf(fields), Schedule.from_hf(fields)
+
+
+def schedule_to_plan(base: Schedule) -> Schedule:
+    """--schedule, or the model's own, or a quarter of the layers F where the model has all of them F."""
+    entry = only_schedule()
+    if entry is None and base.num_full < base.num_layers:
+        return base
+    return schedule(entry or SHARE, base.num_layers)
 
 
 def share(flag: str, value: str) -> fractions.Fraction:

@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "plan": "experiments.benchmarks.plan",
     "pretrain": "experiments.reproduction.pretrain",
     "quality": "experiments.reproduction.quality",
+    "doctor": "experiments.doctor",
 }
 
 # Those that several processes can run together; the others decide what to do next by times that each process measures.
@@ -39,7 +40,7 @@ ALL_F = "all F"  # what the schedule without S layers is called in flags, tables
 # ---- the model and its schedule
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Hugging Face or orbax directory; default the small model shipped here")
-PRESETS = ("30b", "glm-5", "glm-5.2", "deepseek-v3.2", "demo")
+PRESETS = ("30b", "glm-5", "glm-5.1", "glm-5.2", "glm-5.3", "deepseek-v3.2", "demo")
 PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is the small one shipped here")
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.common import inputs, options
-from indexcache_jax import presets
+from experiments.common import inputs
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 
@@ -42,8 +41,8 @@ class Model:
 
 def model(name: str, num_layers: int) -> Model:
     """The preset, cut to `num_layers` expert layers where that is not 0, and the two largest always."""
-    whole = Config.from_hf(options.DEMO if name == "demo" else presets.preset(name))
-    if num_layers == 0 and name in ("glm-5", "glm-5.2", "deepseek-v3.2"):
+    whole, _ = inputs.preset_model(name)
+    if num_layers == 0 and name not in ("30b", "demo"):
         num_layers = CUT_LAYERS
     if num_layers == 0 or num_layers == whole.num_layers:
         return Model(name, whole, whole.num_layers)
