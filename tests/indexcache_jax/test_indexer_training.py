@@ -293,8 +293,8 @@ def test_indexers_are_distilled_by_one_call():
         ({"tokens": CASE.tokens + 1000}, "is not one of the model's"),
         ({"tokens": CASE.tokens[0]}, r"not \[B, S\] of integers"),
         ({"target": Schedule("FFFS")}, "layer 2 of FFFS is F, but it has no indexer"),
-        ({"steps": 0}, "steps: 0 is below 1"),
-        ({"batch_size": 0}, "batch_size: 0 is below 1"),
+        ({"steps": 0}, "steps: 0 is not an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size: 0 is not an integer of at least 1"),
         ({"spans": 0}, "spans: 0 is below 1"),
     ],
 )
