@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.common import journal
 from experiments.common.journal import Journal, check_resumed, replacing
 from experiments.common.report import Output, progress
 from indexcache_jax import indexer_training, search, tensors
@@ -26,6 +27,7 @@ from indexcache_jax.schedule import Schedule
 
 LOG = "groups.jsonl"
 FOLDER = "indexers"
+KEPT, COMPUTED = "kept", "computed at every step"
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"  # work has no unit that a reader would want
 
 
@@ -58,7 +60,7 @@ def about(run: Run) -> dict[str, Any]:
         "schedule": run.schedule.pattern,
         "stage": dataclasses.asdict(run.stage),
         "spans": run.spans,
-        "targets": "kept" if run.keeps_targets else "computed at every step",
+        "targets": KEPT if run.keeps_targets else COMPUTED,
         "model": run.config.to_hf(),
         **fingerprint(run.layers, run.tokens),
     }
@@ -67,13 +69,23 @@ def about(run: Run) -> dict[str, Any]:
 def within(run: Run, memory: float, folder: pathlib.Path) -> tuple[Run, str]:
     """The run with at most `memory` bytes of what it keeps in host memory, and what that means, for a reader.
 
-    Targets are kept where there is room for them. Hidden states that have no room lie in files of `folder`.
+    Targets are kept where there is room for them, and where an earlier run, whose log `folder` holds, kept them: how much
+    memory is free may have changed since, and a run that goes on does as it began. What has no room lies in files of `folder`.
     """
     need = indexer_training.need(run)
-    on_disk, keeps = need.states > memory, indexer_training.can_keep_targets(run) and need.states + need.targets <= memory
+    keeps = began_with_targets(folder)
+    if keeps is None:
+        keeps = indexer_training.can_keep_targets(run) and need.states + need.targets <= memory
+    on_disk = need.states + (need.targets if keeps else 0) > memory
     run = dataclasses.replace(run, keeps_targets=keeps, allocate=_on_disk(folder) if on_disk else np.empty)
-    targets = f"{need.targets / 1e9:.2f} GB of targets" if keeps else "targets computed at every step"
+    targets = f"{need.targets / 1e9:.2f} GB of targets" if keeps else f"targets {COMPUTED}"
     return run, f"{need.states / 1e9:.2f} GB of hidden states {f'in {folder}' if on_disk else 'in memory'}, {targets}"
+
+
+def began_with_targets(folder: pathlib.Path) -> bool | None:
+    """Whether the run whose log is in a folder keeps its targets; None where there is none. ValueError for another log."""
+    heading = journal.heading(folder / LOG)
+    return None if heading is None else heading.get("targets") == KEPT
 
 
 def _on_disk(folder: pathlib.Path) -> indexer_training.Allocate:
@@ -108,7 +120,7 @@ def train(run: Run, output: Output, resume: bool) -> list[Group]:
 
             def see(work: float, what: str) -> None:
                 bar.set_postfix_str(what, refresh=False)
-                bar.update(work / 1e9)
+                bar.update(min(work / 1e9, max(total / 1e9 - bar.n, 0)))  # the whole is an estimate
 
             for trained in indexer_training.train(run, done, see):
                 done[trained.layer] = _write(folder, log, trained)

@@ -136,6 +136,17 @@ def test_what_has_no_room_in_memory_is_computed_again_or_lies_on_disk(whole, tmp
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
 
+@pytest.mark.parametrize("memory", [0, 1e15])
+def test_a_run_that_goes_on_keeps_its_targets_or_not_as_it_began(tmp_path, memory):
+    """How much memory is free, which decides by default, is another matter at every start."""
+    began = indexer_runs.within(run(), 1e15 - memory, tmp_path)[0]
+    expected = indexer_runs.train(began, Output.create(str(tmp_path)), resume=False)
+    resumed, said = indexer_runs.within(run(), memory, tmp_path)
+    assert resumed.keeps_targets == began.keeps_targets == (memory == 0)
+    assert ("in memory" in said) == (memory > 0)
+    assert_same(indexer_runs.train(resumed, Output.create(str(tmp_path)), resume=True), expected)
+
+
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
