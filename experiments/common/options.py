@@ -10,8 +10,6 @@ import pathlib
 
 from absl import flags
 
-from indexcache_jax import host_memory
-
 # The modules of the experiments by name; the first is the default.
 EXPERIMENTS = {
     "search": "experiments.search",
@@ -162,6 +160,8 @@ def calibration_sequences(default: int = 2) -> int:
 def stream_memory() -> int:
     """Bytes of --stream_memory; where it is not given, at most half of what the host has left."""
     size = int(1e9 * STREAM_MEMORY.value)
+    from indexcache_jax import host_memory  # here, since it brings JAX along: a signal or --help would wait for that
+
     return size if STREAM_MEMORY.present else min(size, host_memory.available() // 2)
 
 
