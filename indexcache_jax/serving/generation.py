@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,11 @@ from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import model
 from indexcache_jax.serving.cache import Cache, CacheFormat, fork, formats, init_cache
-from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, Sampling, row_keys, sample
+from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, RowSampling, Sampling, by_row, row_keys, sample
 from indexcache_jax.serving.weights import Weights, weights_for
+
+T = TypeVar("T")
+Tokens = Sequence[int] | np.ndarray  # token numbers
 
 CHUNK = 8192  # prompt tokens of a row at a time
 STEPS = 32  # tokens a row between two checks for stop tokens
@@ -36,6 +39,8 @@ CACHE_MULTIPLE = 64  # a cache's length is a multiple of it, and of the devices 
 
 # Called after every piece of work with "prefill" or "decode", and how many tokens of all rows it was.
 Progress = Callable[[str, int], None]
+# Called with a row and its tokens so far, whenever it has new ones; returns after how many of them the row ends, or None.
+Ending = Callable[[int, Sequence[int]], int | None]
 
 _first_tokens = jax.jit(lambda logits, seed, ids, sampling: sample(logits, sampling, row_keys(seed, ids, 0)))
 
@@ -113,7 +118,7 @@ def _decode(
     *,
     steps: int,
     kv_length: int | None = None,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | RowSampling = GREEDY,
     seed: jax.Array | int = 0,
     ids: jax.Array | None = None,
     count: jax.Array | int = 1,
@@ -121,7 +126,7 @@ def _decode(
     """Appends token [B] and the ones drawn after it: the next `steps` tokens [B, steps], one program for all of them.
 
     `cache` is donated. Only its first `kv_length` positions are read, which must include the new tokens; default all.
-    ids [B] and `count`, the number of tokens drawn before, decide what is drawn next.
+    seed, of all rows or [B], ids [B] and `count`, the number of tokens drawn before, decide what is drawn next.
     """
     ids = jnp.arange(token.shape[0]) if ids is None else ids
 
@@ -154,7 +159,7 @@ def decode(
     return decode_program(formats(cache))(weights, token, cache, config, steps=steps, **options)
 
 
-def _check(name: str, tokens: Sequence[int], config: Config, room: int) -> None:
+def _check(name: str, tokens: Tokens, config: Config, room: int) -> None:
     if len(tokens) == 0:
         raise ValueError(f"{name}: is empty")
     if len(tokens) > room:
@@ -167,7 +172,7 @@ def _check(name: str, tokens: Sequence[int], config: Config, room: int) -> None:
         raise ValueError(f"{name}: token {array[outside][0]} is not one of the model's {config.vocab_size}")
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: Config, room: int) -> None:
+def check_prompts(prompts: Sequence[Tokens], config: Config, room: int) -> None:
     """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room`."""
     for i, prompt in enumerate(prompts):
         _check(f"prompt {i}", prompt, config, room)
@@ -197,16 +202,25 @@ def _check_drawn(tokens: Sequence[int], request: int, weights: Weights) -> None:
         raise ValueError(f"request {request}: the model's logits are not finite: {why}")
 
 
+def _of_rows(name: str, value: T | Sequence[T], rows: int) -> list[T]:
+    """One value a row, of those or of one for all. ValueError, naming the argument, for another number of them."""
+    values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * rows
+    if len(values) != rows:
+        raise ValueError(f"generate: {len(values)} of {name} for {rows} prompts")
+    return values
+
+
 def generate(
     params: Params | Weights,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Tokens],
     config: Config,
     schedule: Schedule,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     *,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
+    ending: Ending | None = None,
     cache_len: int | None = None,
     cache_format: CacheFormat | None = None,
     document: Sequence[int] | Cache = (),
@@ -216,13 +230,18 @@ def generate(
 ) -> list[list[int]]:
     """Up to `max_new_tokens` tokens after every prompt; a row ends with the first stop token it draws.
 
+    max_new_tokens, sampling and seed are for all rows, or one for each. A row draws the same tokens whatever the others ask
+    for, as long as `sampling` is one for each in both calls.
+
     Args:
       params: serving weights, as `checkpoints_convert.load(directory, form="serving")` gives them, or params, which are
         converted at every call.
       prompts: token ids, at least one each; lengths may differ.
       sampling, seed: token n of request i is drawn with a key of (seed, ids[i], n), whatever else is in the batch.
       stop_tokens: a row is done once it has drawn one of them.
-      cache_len: tokens a row has room for, prompt and document included; default what these prompts need.
+      ending: ends rows by what else their tokens are, such as the text that they decode to.
+      cache_len: tokens a row has room for, at least those of the document, the longest prompt and the most new ones;
+        default that.
       cache_format: what the cache is kept in; default the dtype of the weights.
       document: tokens before every prompt. They are prefilled once and their cache is copied to every row; a caller with
         several batches does it once for all with `prefill_document`, whose cache stays as it is.
@@ -234,25 +253,30 @@ def generate(
       ValueError naming the prompt that is empty, too long or not made of the model's tokens, or the argument at fault; the
       request after which the model's logits are not finite.
     """
-    if max_new_tokens < 1 or chunk < 1:
-        raise ValueError(f"generate: max_new_tokens {max_new_tokens} and chunk {chunk} must be at least 1")
-    if len(prompts) == 0:
+    rows = len(prompts)
+    limits = _of_rows("max_new_tokens", max_new_tokens, rows)
+    if chunk < 1 or min(limits, default=1) < 1:
+        raise ValueError(f"generate: max_new_tokens {min(limits, default=1)} and chunk {chunk} must be at least 1")
+    if rows == 0:
         return []
-    if ids is not None and len(ids) != len(prompts):
-        raise ValueError(f"generate: {len(ids)} ids for {len(prompts)} prompts")
-    if not -(2**31) <= seed < 2**31:
-        raise ValueError(f"generate: seed {seed} is not an integer of 32 bits")
+    if ids is not None and len(ids) != rows:
+        raise ValueError(f"generate: {len(ids)} ids for {rows} prompts")
+    seeds = _of_rows("seed", seed, rows)
+    for value in seeds:
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(f"generate: seed {value} is not an integer of 32 bits")
+    settings = sampling if isinstance(sampling, Sampling) else by_row(_of_rows("sampling", sampling, rows))
     before = int(document.lengths[0]) if isinstance(document, Cache) else len(document)
-    longest = before + max(map(len, prompts)) + max_new_tokens
-    if longest > config.max_position_embeddings:
+    filled, most = before + max(map(len, prompts)), max(limits)
+    if filled + most > config.max_position_embeddings:
         raise ValueError(
-            f"a document of {before} tokens, a prompt of {max(map(len, prompts))} and {max_new_tokens} new ones exceed the "
+            f"a document of {before} tokens, a prompt of {max(map(len, prompts))} and {most} new ones exceed the "
             f"model's {config.max_position_embeddings} positions (max_position_embeddings)"
         )
     if cache_len is None:
-        cache_len = cache_length(longest)
-    check_prompts(prompts, config, cache_len - max_new_tokens - before)
-    weights, rows = weights_for(params, config, schedule), len(prompts)
+        cache_len = cache_length(filled + most)
+    check_prompts(prompts, config, cache_len - most - before)
+    weights = weights_for(params, config, schedule)
 
     # The prompts, after the document that all of them share.
     cache_format = cache_format or CacheFormat.of(weights.embedding.dtype)
@@ -269,31 +293,39 @@ def generate(
 
     # The first tokens, from the prompts' logits.
     drawn_by = np.asarray(range(rows) if ids is None else ids, np.int32)
-    token = _first_tokens(logits, seed, drawn_by, sampling)
-    completions = [[int(t)] for t in sharding.to_host(token)]
-    for row, tokens in enumerate(completions):
-        _check_drawn(tokens, drawn_by[row], weights)
-    stops, steps = set(stop_tokens), min(STEPS, max_new_tokens)
-    done = [row[-1] in stops for row in completions]
+    draw = {"sampling": settings, "seed": np.asarray(seeds, np.int32), "ids": drawn_by}
+    token = _first_tokens(logits, draw["seed"], drawn_by, settings)
+    completions: list[list[int]] = [[] for _ in range(rows)]
+    stops, done = set(stop_tokens), [False] * rows
+
+    def append(drawn: np.ndarray) -> int:
+        """Adds a row of new tokens to every completion that is not done; how many tokens of them are kept."""
+        so_far = sum(map(len, completions))
+        for row, new in enumerate(drawn.tolist()):
+            if done[row]:
+                continue
+            new = new[: limits[row] - len(completions[row])]
+            new = new[: next((i + 1 for i, t in enumerate(new) if t in stops), len(new))]
+            _check_drawn(new, drawn_by[row], weights)
+            completions[row] += new
+            end = None if ending is None else ending(row, completions[row])
+            if end is not None:
+                del completions[row][end:]
+            done[row] = end is not None or completions[row][-1] in stops or len(completions[row]) == limits[row]
+        return sum(map(len, completions)) - so_far
+
+    append(sharding.to_host(token)[:, None])
     count = 1
     if progress is not None:
         progress("decode", rows)
 
-    # The others, `steps` at a time, until every row has met a stop token.
-    while count < max_new_tokens and not all(done):
-        kv_length = padded_kv_length(min(longest - max_new_tokens + count - 1 + steps, cache_len), cache_len)
-        draw = {"sampling": sampling, "seed": seed, "ids": drawn_by, "count": count}
-        drawn, cache = decode(weights, token, cache, config, steps=steps, kv_length=kv_length, **draw)
+    # The others, `steps` at a time, until every row is done.
+    steps = power_of_two(most, 1, STEPS)  # few different numbers, because each is a program
+    while not all(done):
+        kv_length = padded_kv_length(min(filled + count - 1 + steps, cache_len), cache_len)
+        drawn, cache = decode(weights, token, cache, config, steps=steps, kv_length=kv_length, count=count, **draw)
         token = drawn[:, -1]
-        kept = 0
-        for row, tokens in enumerate(sharding.to_host(drawn)[:, : max_new_tokens - count].tolist()):
-            if done[row]:
-                continue
-            end = next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))
-            _check_drawn(tokens[:end], drawn_by[row], weights)
-            completions[row] += tokens[:end]
-            done[row] = completions[row][-1] in stops
-            kept += end
+        kept = append(sharding.to_host(drawn))
         count += steps
         if progress is not None:
             progress("decode", kept)
