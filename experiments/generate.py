@@ -310,10 +310,13 @@ class Result:
     seconds: float
 
 
-def complete_all(given: Inputs, output: Output, stream: RawIOBase | None) -> Result:
-    """Completes every request that is not done yet and adds the answers to those of the output folder, or to `stream`."""
+def complete_all(given: Inputs, output: Output, resume: bool, stream: RawIOBase | None = None) -> Result:
+    """Completes every request and writes the answers into the output folder, completions to `stream` if there is one.
+
+    resume: answers that are there are kept, and their requests passed over.
+    """
     requests, settings = given.requests, given.settings
-    answers = Answers(output.directory, given.about, requests.numbers(), resume=options.RESUME.value, stream=stream)
+    answers = Answers(output.directory, given.about, requests.numbers(), resume=resume, stream=stream)
     began, new_tokens, size = time.perf_counter(), 0, WINDOW * settings.rows_per_batch
     meter = Meter(requests.scan.requests, answers.done)
     document = None  # its cache
@@ -444,5 +447,5 @@ def complete_and_report(output_dir: str, seed: int, stream: RawIOBase | None) ->
     """The experiment; stream: where completions go, None for a file."""
     layout = devices.layout(_ROWS.value)
     with devices.in_force(layout, SERVING), read_inputs(seed, output_dir) as (given, output):
-        result = complete_all(given, output, stream)
+        result = complete_all(given, output, options.RESUME.value, stream)
     report(result, given, output, layout)

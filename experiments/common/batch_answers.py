@@ -213,15 +213,14 @@ def _write_out(stream: RawIOBase, content: bytes) -> None:
 
 @contextlib.contextmanager
 def standard_output() -> Iterator[RawIOBase]:
-    """Standard output for results alone: within the block whatever else is written there goes to standard error."""
+    """Standard output for results alone: what Python, or a library, writes there within the block goes to standard error."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with open(kept, "wb", buffering=0, closefd=False) as stream:
+        with open(kept, "wb", buffering=0, closefd=False) as stream, contextlib.redirect_stdout(sys.stderr):
             yield stream
     finally:
-        sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
 

@@ -80,7 +80,7 @@ def _drawn(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     vocabulary = logits.shape[-1]
     count = min(sampling.top_k or vocabulary, vocabulary)
     if count < vocabulary or sampling.top_p < 1:
-        logits = jnp.where(logits < _least_kept(jax.lax.top_k(logits, count)[0], sampling.top_p), -jnp.inf, logits)
+        logits = jnp.where(logits < _least_kept(jax.lax.top_k(logits, count)[0], count, sampling.top_p), -jnp.inf, logits)
     return _categorical(keys, logits)
 
 
@@ -94,7 +94,7 @@ def _drawn_by_row(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> 
 
     def among_the_likeliest(scaled: jax.Array) -> jax.Array:
         best = jnp.where(jnp.arange(vocabulary) < count, jax.lax.top_k(scaled, vocabulary)[0], -jnp.inf)
-        return jnp.where(restricted & (scaled < _least_kept(best, top_p)), -jnp.inf, scaled)
+        return jnp.where(restricted & (scaled < _least_kept(best, count, top_p)), -jnp.inf, scaled)
 
     scaled = jax.lax.cond(jnp.any(restricted), among_the_likeliest, lambda scaled: scaled, scaled)  # sorting takes long
     return jnp.where(greedy, _likeliest(logits), _categorical(keys, scaled))
@@ -108,11 +108,12 @@ def _categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def _least_kept(best: jax.Array, top_p: jax.typing.ArrayLike) -> jax.Array:
-    """The least of the logits `best` [B, K], which descend, that a token may have to be among top_p: [B, 1]."""
+def _least_kept(best: jax.Array, count: jax.typing.ArrayLike, top_p: jax.typing.ArrayLike) -> jax.Array:
+    """The least logit [B, 1] of the tokens kept, of logits `best` [B, K] that descend; those after `count` are -inf."""
     probabilities = jax.nn.softmax(best, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    last = jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True) - 1, 0)  # top_p may round to 0
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    last = jnp.clip(last, 0, jnp.asarray(count) - 1)  # top_p may round to 0, and the sum of `count` to less than 1
     return jnp.take_along_axis(best, last, axis=-1)
 
 

@@ -114,6 +114,30 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
     assert len(set(map(tuple, same))) == 3  # three requests with one prompt draw by three keys
 
 
+def test_rows_with_settings_of_their_own_are_as_if_each_were_alone():
+    case = model("glm", "FSFSF")
+    prompts, sampling, seeds, limits = prompts_of(case), [DRAWN, Sampling(), Sampling(0.6)], [3, 3, -7], [6, 2, 4]
+    own = {"sampling": sampling, "seed": seeds, "ids": [0, 1, 5]}
+    together = run(case, prompts, new=limits, **own)
+    assert [len(row) for row in together] == limits
+    for i, prompt in enumerate(prompts):
+        alone = {name: values[i : i + 1] for name, values in own.items()}
+        assert run(case, [prompt], new=limits[i : i + 1], **alone) == [together[i]]
+    assert run(case, prompts, new=limits, **own | {"seed": [4, 3, -7]})[1:] == together[1:]
+    assert run(case, prompts, sampling=Sampling(), new=6)[1][:2] == together[1]
+
+
+def test_a_row_ends_where_its_tokens_say_so():
+    case = model("glm", "FSFSF")
+    free = run(case)
+
+    def ending(row, tokens):
+        assert tokens == free[row][: len(tokens)]
+        return 3 if row == 1 and len(tokens) >= 3 else None
+
+    assert run(case, ending=ending) == [free[0], free[1][:3], free[2]]
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -127,6 +151,11 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
         ([[1]], {"seed": 2**31}, "seed 2147483648 is not an integer of 32 bits"),
         ([[1]], {"document": [98]}, "document: token 98"),
         ([[1]], {"new": 0}, "max_new_tokens 0"),
+        ([[1], [2]], {"new": [3, 0]}, "max_new_tokens 0"),
+        ([[1], [2]], {"new": [3]}, "1 of max_new_tokens for 2 prompts"),
+        ([[1], [2]], {"seed": [1, 2**31]}, "seed 2147483648 is not"),
+        ([[1]], {"sampling": [DRAWN, DRAWN]}, "2 of sampling for 1 prompts"),
+        ([[1] * 200, [1]], {"new": [1, 100]}, "a prompt of 200 and 100 new ones exceed the model's 256 positions"),
         ([[1]], {"chunk": 0}, "chunk 0"),
     ],
 )
