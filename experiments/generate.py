@@ -3,7 +3,7 @@
 A line of --prompts is {"prompt": "text"}, {"tokens": [1, 2, ...]} or {"messages": [{"role": "user", "content": "text"}]},
 which goes through the checkpoint's chat template, with an "id" or "custom_id" and settings of its own where it likes; or a
 request of OpenAI's batch format, which is answered in that format. Completions go to completions.jsonl, what is wrong with
-the lines that cannot be done to errors.jsonl; a bad line does not stop the others. docs/generate.md has the fields.
+the lines that cannot be done to errors.jsonl; a bad line does not stop the others. docs/inference.md has the fields.
 
 After a kill --resume keeps the answers that are there and goes on after them; batches are those of an uninterrupted run.
 The file is read a window at a time, so that its size is no matter of memory.

@@ -251,6 +251,8 @@ def run(tmp_path, *flags):
     ("flags", "message"),
     [
         ([], "--prompts: name a JSONL file"),
+        (["--prompts=/dev/null"], "--prompts=/dev/null: is no regular file; - reads standard input"),
+        (["--prompts=-", "--completions=-", "--resume"], "--resume: what --completions=- wrote is not there to go on from"),
         (["--prompts=nowhere.jsonl"], "--prompts=nowhere.jsonl: no such file"),
         (["--prompts={p}", "--top_p=2"], "top_p: 2.0"),
         (["--prompts={p}", "--stop_tokens=9999"], "--stop_tokens=9999"),
@@ -271,33 +273,48 @@ def test_bad_flags_end_in_one_line(tmp_path, flags, message):
 def test_completions_come_out_in_order_and_the_rest_is_done(tmp_path):
     path, document = tmp_path / "p.jsonl", tmp_path / "document.py"
     document.write_text("import os\nimport sys\n")
-    path.write_text('{"prompt": "def f(x):\\n    return x"}\nnonsense\n{"prompt": "d"}\n{"prompt": "class A:\\n    def"}\n')
+    prompts = ["def f(x):\n    return x", "d", "class A:\n    def"]
+    own = {"temperature": 1.2, "seed": 5, "max_tokens": 4, "stop": "("}
+    lines = [json.dumps(line) for line in ({"prompt": prompts[0]}, call(prompt=prompts[1]), {"prompt": prompts[2]} | own)]
+    path.write_text("\n".join([lines[0], "nonsense", *lines[1:]]) + "\n")
     flags = [f"--prompts={path}", "--max_new_tokens=6", "--rows_per_batch=2", "--cache_len=512"]
     done = run(tmp_path, *flags, f"--document={document}")
     assert done.returncode == 1 and "1 of 4 lines could not be done: 2" in done.stderr and "tok/s" in done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
-    assert [line["line"] for line in lines] == [1, 2, 3, 4]
-    assert "not JSON" in lines[1]["error"]
-    for line in (lines[0], *lines[2:]):
-        assert len(line["tokens"]) == 6 or line["finish"] == "stop"
-        assert line["completion"] == bytes(t for t in line["tokens"] if t < 256).decode(errors="replace")
+    completions, errors = answers(tmp_path / "out")
+    assert [batch_answers.line_of(answer) for answer in completions] == [1, 3, 4]
+    assert [error["line"] for error in errors] == [2] and "JSON" in errors[0]["error"]
+    for answer, most in zip(completions, (6, 6, 4), strict=True):
+        said, finish, tokens = parts(answer)
+        assert tokens == most if finish == "length" else tokens <= most
+        if "tokens" in answer and finish == "length":
+            assert said == bytes(t for t in answer["tokens"] if t < 256).decode(errors="replace")
+    usage = completions[1]["response"]["body"]["usage"]
+    assert usage["prompt_tokens"] == len(document.read_bytes()) + 1
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
-    assert metrics["prompts"] == 4 and list(metrics["errors"]) == ["2"]
+    assert metrics["prompts"] == 4 and metrics["failed"] == 1 and list(metrics["errors"]) == ["2"]
     document_tokens = len(document.read_bytes())  # prefilled once for both batches
     filled = [1, 16, 22, 22]  # three prompts in batches of two, the last one filled up
     assert metrics["prompt_tokens"] == document_tokens + sum(filled)
-    assert metrics["new_tokens"] == sum(len(line.get("tokens", ())) for line in lines)
+    assert metrics["new_tokens"] == sum(parts(answer)[2] for answer in completions)
+
+    piped = command(tmp_path / "piped", *flags, f"--document={document}", "--prompts=-", "--completions=-")
+    ended = subprocess.run(piped, input=path.read_bytes(), capture_output=True, timeout=600, check=False)
+    assert ended.returncode == 1 and b"error: standard input: 1 of 4 lines could not be done: 2" in ended.stderr
+    streamed = [json.loads(line) for line in ended.stdout.splitlines()]
+    for answer in (streamed[1], completions[1]):
+        del answer["response"]["body"]["created"]
+    assert streamed == completions
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_completes_as_an_uninterrupted_one(tmp_path):
-    path, target = tmp_path / "p.jsonl", tmp_path / "out" / generate.OUTPUT
+    path, target = tmp_path / "p.jsonl", tmp_path / "out" / COMPLETIONS
     prompts = [json.dumps({"tokens": list(range(1, 2 + 5 * i % 13))}) for i in range(21)]
     path.write_text("\n".join([*prompts[:9], "nonsense", *prompts[9:]]) + "\n")
     flags = [f"--prompts={path}", "--max_new_tokens=5", "--rows_per_batch=2", "--cache_len=512", "--temperature=1"]
     assert run(tmp_path, *flags).returncode == 1  # of the line that is none
     uninterrupted = target.read_bytes()
-    assert uninterrupted.count(b"\n") == 22
+    assert uninterrupted.count(b"\n") == 21
     target.unlink()
 
     process = subprocess.Popen(command(tmp_path, *flags), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -307,8 +324,8 @@ def test_a_killed_run_goes_on_and_completes_as_an_uninterrupted_one(tmp_path):
         time.sleep(0.005)
     process.kill()
     process.wait()
-    begun = target.read_bytes()
-    assert uninterrupted.startswith(begun) and begun.count(b"\n") < 22  # killed in time
+    begun, done = target.read_bytes(), sum(map(len, whole_lines(tmp_path / "out")))
+    assert uninterrupted.startswith(begun) and begun.count(b"\n") < 21  # killed in time
     with open(target, "ab") as out:
         out.write(b'{"line": 999, "comp')
 
@@ -318,4 +335,4 @@ def test_a_killed_run_goes_on_and_completes_as_an_uninterrupted_one(tmp_path):
     assert "1 of 22 lines could not be done: 10" in run(tmp_path, *flags, "--resume").stderr
     assert target.read_bytes() == uninterrupted
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
-    assert metrics["of_them_done_before"] == begun.count(b"\n")
+    assert metrics["of_them_done_before"] == done

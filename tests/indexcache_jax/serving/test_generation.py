@@ -114,17 +114,18 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
     assert len(set(map(tuple, same))) == 3  # three requests with one prompt draw by three keys
 
 
-def test_rows_with_settings_of_their_own_are_as_if_each_were_alone():
+def test_a_row_with_settings_of_its_own_draws_the_same_whatever_the_others_ask_for():
     case = model("glm", "FSFSF")
-    prompts, sampling, seeds, limits = prompts_of(case), [DRAWN, Sampling(), Sampling(0.6)], [3, 3, -7], [6, 2, 4]
-    own = {"sampling": sampling, "seed": seeds, "ids": [0, 1, 5]}
-    together = run(case, prompts, new=limits, **own)
-    assert [len(row) for row in together] == limits
-    for i, prompt in enumerate(prompts):
-        alone = {name: values[i : i + 1] for name, values in own.items()}
-        assert run(case, [prompt], new=limits[i : i + 1], **alone) == [together[i]]
-    assert run(case, prompts, new=limits, **own | {"seed": [4, 3, -7]})[1:] == together[1:]
-    assert run(case, prompts, sampling=Sampling(), new=6)[1][:2] == together[1]
+    prompts = prompts_of(case)
+    own = {"sampling": [DRAWN, Sampling(), Sampling(0.6)], "seed": [3, 3, -7], "ids": [0, 1, 5], "new": [6, 2, 4]}
+    rows = run(case, prompts, **own)
+    assert [len(row) for row in rows] == [6, 2, 4]
+    turned = run(case, prompts[::-1], **{name: values[::-1] for name, values in own.items()})
+    assert turned == rows[::-1]
+    others = {"sampling": [DRAWN, DRAWN, Sampling(2.0)], "seed": [3, 4, 5], "ids": [0, 7, 8], "new": [6, 6, 1]}
+    assert run(case, prompts, **others)[0] == rows[0]
+    assert run(case, prompts, **own | {"seed": [4, 3, -7]})[0] != rows[0]
+    assert run(case, prompts)[1][:2] == rows[1]  # greedy as where all are
 
 
 def test_a_row_ends_where_its_tokens_say_so():
