@@ -6,12 +6,13 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from types import FrameType, ModuleType
 
 from absl import app, flags, logging
 
 from experiments.common import command_line
-from experiments.common.options import EXPERIMENTS, TOGETHER
+from experiments.common.options import COMPILING, EXPERIMENTS, TOGETHER
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
@@ -33,10 +34,11 @@ _SMALLER = ("stream", "batch_size", "rows_per_batch", "context", "chunk", "cache
 
 
 def main(argv: list[str]) -> None:
-    from checkpoints_convert.ending import end_well
+    from checkpoints_convert.ending import MAX_LINE, end_well
+    from indexcache_jax.foreign import escaped
 
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags look like --checkpoint=DIR")
+    del argv  # the program's name
+    warnings.showwarning = lambda message, *_: print(f"warning: {escaped(str(message), MAX_LINE)}", file=sys.stderr)
     logging.set_verbosity(logging.WARNING)  # orbax reports every file at INFO
     name = _EXPERIMENT.value
     own = {f.name for f in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])}
@@ -48,7 +50,8 @@ def main(argv: list[str]) -> None:
 def _run(name: str, resumable: bool) -> None:
     from experiments.common import processes, programs
 
-    programs.keep()
+    if name not in COMPILING:
+        programs.keep()
     go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
     with processes.sharing_fate():
@@ -67,6 +70,13 @@ def command() -> None:
     """What `indexcache` and `python -m experiments.run` do."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ended_early)
+    if sys.argv[1:2] == [command_line.CONVERT]:
+        os.execv(sys.executable, [sys.executable, "-m", command_line.CONVERTER, *sys.argv[2:]])
+    if command_line.wants_version(sys.argv[1:]):
+        import indexcache_jax
+
+        print(f"indexcache-jax {indexcache_jax.__version__}")
+        sys.exit(0)
     try:
         arguments = command_line.with_flag(sys.argv[1:])
         name = command_line.experiment_of(arguments)

@@ -6,17 +6,17 @@ mesh and rules. What a program holds beside them is an estimate, held against co
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from indexcache_jax import distill, moe, ops, params, serving, sharding, tensors, training
+from indexcache_jax import distill, host_memory, moe, ops, params, serving, sharding, tensors, training
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving.cache import CacheFormat
@@ -52,11 +52,28 @@ def tree_bytes(tree: Any, dtype: Any, mesh: Devices, rules: Rules) -> int:
     dtype: of every tensor that has none of its own. ValueError where an axis cannot be divided evenly, as of
     `sharding.shardings`.
     """
+    return sum(size for _, size in _leaf_bytes(tree, dtype, mesh, rules))
+
+
+def streamed_bytes(tree: params.Params, dtype: Any, mesh: Devices, rules: Rules) -> int:
+    """Bytes of one device for weights that are read layer by layer: embedding, norm and head, and twice the largest layer.
+
+    The next layer is read while one is in use. tree: of `params.abstract`; the other arguments as of `tree_bytes`.
+    """
+    ends, by_layer = 0, collections.Counter[int]()
+    for tensor, size in _leaf_bytes(tree, dtype, mesh, rules):
+        if tensor.layers is None:
+            ends += size
+        else:
+            by_layer.update({layer: size // len(tensor.layers) for layer in tensor.layers})
+    return ends + 2 * max(by_layer.values())
+
+
+def _leaf_bytes(tree: Any, dtype: Any, mesh: Devices, rules: Rules) -> Iterator[tuple[tensors.Tensor, int]]:
+    """Every leaf of an abstract tree with the bytes of one device for it."""
     placed = jax.tree.leaves(sharding.shardings(tree, mesh, rules))
-    return sum(
-        math.prod(place.shard_shape(tensor.shape)) * jnp.dtype(tensor.dtype or dtype).itemsize
-        for (_, tensor), place in zip(tensors.leaves(tree), placed, strict=True)
-    )
+    for (_, tensor), place in zip(tensors.leaves(tree), placed, strict=True):
+        yield tensor, math.prod(place.shard_shape(tensor.shape)) * jnp.dtype(tensor.dtype or dtype).itemsize
 
 
 def cache_bytes(
@@ -188,6 +205,57 @@ def training_need(
     return Need({"weights": tree_bytes(tree, jnp.float32, mesh, rules), "gradients": most, "moments": 2 * most})
 
 
+def streamed_indexers_need(
+    config: Config,
+    schedule: Schedule,
+    *,
+    group: int,
+    rows: int,
+    length: int,
+    dtype: Any,
+    keeps_targets: bool,
+    weights: str | None = None,
+) -> Need:
+    """What `indexer_training` needs of one device for a model of `schedule` whose weights are read layer by layer.
+
+    group: layers of the largest group. rows, length: a step's sequences, and their tokens, which run one after the other.
+    keeps_targets: a step reads its targets. weights: as of `params.abstract`.
+
+    Weights are exact: two layers, of which one is read while the other runs; the attention weights of the group; its indexer,
+    in float32 with gradient and moments. Temporaries are an estimate: the largest of what a layer's program holds, what a
+    sequence's target takes, and what a step does.
+    """
+    c, s = config, jnp.dtype(dtype).itemsize
+    tree = params.abstract(config, schedule, weights)
+
+    def size(part: Any, layer: int) -> int:
+        in_it = [tensor for _, tensor in tensors.leaves(part) if layer in (tensor.layers or ())]
+        return sum(math.prod(tensor.layer_shape) * jnp.dtype(tensor.dtype or dtype).itemsize for tensor in in_it)
+
+    every = range(c.num_layers)
+    indexer = sum(math.prod(tensor.layer_shape) for _, tensor in tensors.leaves(tree.indexer))
+    attention = max(size((tree.attention, tree.input_norm), layer) for layer in every)
+    layer = prefill_temporaries(config, schedule, 1, length, length, dtype, mesh_of(), sharding.SERVING)
+    heads = length * c.num_heads * (2 * c.qk_head_dim + c.v_head_dim) * s
+    if weights is not None:
+        layer += decoded_layer(config, schedule, dtype)
+        heads += decoded_layer(config, schedule, dtype)
+    scores = min(distill.SCORE_BYTES, 4 * length**2 * max(c.num_heads, c.index_n_heads + 1))
+    target = (8 * length**2 if keeps_targets else 0) + heads + scores
+    factors = length * c.index_n_heads * c.index_head_dim * (s + 4)
+    if keeps_targets:
+        step = rows * length * (length + c.hidden_size) * s + factors + 2 * scores
+    else:
+        step = group * rows * length * (c.hidden_size * s + 4 * c.num_heads) + heads + factors + 2 * scores
+    return Need(
+        {
+            "layers": 2 * max(size(tree, layer) for layer in every),
+            "group": group * attention + 16 * indexer,
+            "temporaries": max(layer, target, step),
+        }
+    )
+
+
 def longest(fits: Callable[[int], bool], multiple: int, most: int) -> int:
     """The largest multiple of `multiple` up to `most` that fits, where whatever is smaller fits too; 0 where none does."""
     low, high = 0, most // multiple
@@ -200,10 +268,10 @@ def longest(fits: Callable[[int], bool], multiple: int, most: int) -> int:
 def available() -> int:
     """Bytes that each of this process's devices may hold.
 
-    Of CPUs, which share the host's memory, an even share of it.
+    Of CPUs, which share the host's memory, an even share of what is left of it.
     """
     devices = jax.local_devices()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     if devices[0].platform != "cpu" and None not in limits:
         return min(limit for limit in limits if limit is not None)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    return host_memory.available() // len(devices)

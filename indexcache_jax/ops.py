@@ -106,6 +106,11 @@ def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bo
 
     Otherwise attention and divergence are computed in XLA.
     """
+    return "xla" not in {choice.name for choice in training_choices(batch, length, dtype, config).values()}
+
+
+def training_choices(batch: int, length: int, dtype: Any, config: Config) -> dict[str, dispatch.Choice]:
+    """The implementations of selected attention and of the index divergence for activations of this shape, by operation."""
 
     def shape(*sizes: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct((batch, *sizes), dtype)
@@ -116,11 +121,10 @@ def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bo
     index = shape(length, index_heads, width), shape(length, width), shape(length, index_heads, dtype=jnp.float32)
     lse = shape(heads, length, dtype=jnp.float32)
     attend, diverge = selected_attention_api.BACKENDS, index_divergence_api.BACKENDS
-    implementations = (
-        dispatch.best(attend, queries, queries, values, selection_bits, scale=1.0),
-        dispatch.best(diverge, *index, queries, queries, lse, selection_bits, scale=1.0),
-    )
-    return "xla" not in implementations
+    return {
+        "selected_attention": dispatch.choose(attend, queries, queries, values, selection_bits, scale=1.0),
+        "index_divergence": dispatch.choose(diverge, *index, queries, queries, lse, selection_bits, scale=1.0),
+    }
 
 
 # Part of the key of every compiled program.

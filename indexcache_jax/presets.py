@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from indexcache_jax import arguments
 from indexcache_jax.config_json import ARCHITECTURES, DEEPSEEK, GLM
 
 _GLM_5: dict[str, Any] = {
@@ -41,17 +42,20 @@ _GLM_5: dict[str, Any] = {
     "pad_token_id": 154820,
 }
 
+_GLM_5_2 = _GLM_5 | {
+    "rope_parameters": {"rope_theta": 8000000.0, "rope_type": "default"},
+    "max_position_embeddings": 1048576,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+}
+
 # "30b" is GLM-4.7-Flash with an indexer of our choosing: the paper's own
 # 30B checkpoint is not public.
 PRESETS: dict[str, dict[str, Any]] = {
     "glm-5": _GLM_5,
-    "glm-5.2": _GLM_5
-    | {
-        "rope_parameters": {"rope_theta": 8000000.0, "rope_type": "default"},
-        "max_position_embeddings": 1048576,
-        "index_topk_freq": 4,
-        "index_skip_topk_offset": 3,
-    },
+    "glm-5.1": _GLM_5,
+    "glm-5.2": _GLM_5_2,
+    "glm-5.3": _GLM_5_2,
     "deepseek-v3.2": {
         "architectures": [ARCHITECTURES[DEEPSEEK]],
         "model_type": DEEPSEEK,
@@ -114,6 +118,4 @@ def preset(name: str) -> dict[str, Any]:
 
     Raises ValueError for a name that is not in PRESETS.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset: {name!r} is not one of {sorted(PRESETS)}")
-    return copy.deepcopy(PRESETS[name])
+    return copy.deepcopy(PRESETS[arguments.choice("preset", name, sorted(PRESETS))])

@@ -179,6 +179,11 @@ class Scaled:
         raise ValueError(f"Scaled: scales {self.scales.shape} are not those of codes {self.codes.shape} in blocks of {BLOCK}")
 
 
+def single_group(rows: jax.Array | Scaled, matrix: Scaled) -> tuple[Scaled, jax.Array]:
+    """matrix [N, K] as a stack [1, N, K] of which all rows [M, K] are one group, and that group's size [1]."""
+    return jax.tree.map(lambda x: x[None], matrix), jnp.full((1,), rows.shape[0], jnp.int32)
+
+
 def float_scales(scales: jax.Array) -> jax.Array:
     """Scales in float32, exactly, from any of the types that `Scaled` may keep them in."""
     if scales.dtype == jnp.uint8:

@@ -3,18 +3,25 @@
 import ast
 import functools
 import importlib
+import json
+import os
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
 import unicodedata
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from absl import flags
 
-from experiments.common import command_line
+from experiments import doctor
+from experiments.common import command_line, fit, inputs, options, topologies
 from experiments.common.options import EXPERIMENTS
+from indexcache_jax import search
+from pallas_kernels import device
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -30,23 +37,28 @@ FOLDERS = (*PACKAGES, "tests", "docs", "results")
 # Flags of other programs that the pages name.
 OTHER_FLAGS = {
     "tool", "racecheck-report", "kernel-name",  # compute-sanitizer
-    "json-model-override-args", "hf-overrides",  # SGLang, vLLM
+    "json-model-override-args", "model-path", "hf-overrides",  # SGLang, vLLM
     "help",
 }  # fmt: skip
 
 
-@functools.cache
-def blocks(page: pathlib.Path) -> tuple[str, ...]:
-    """The page's code: the lines of indented and fenced blocks, continued lines joined, and inline code."""
-    text = page.read_text(encoding="utf-8")
+def lines_of_code(text: str) -> list[str]:
+    """The lines of indented and fenced blocks, continued lines joined."""
     found, fenced = [], False
     for line in text.replace("\\\n", " ").split("\n"):
         if line.startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
             found.append(line.strip())
+    return found
+
+
+@functools.cache
+def blocks(page: pathlib.Path) -> tuple[str, ...]:
+    """The page's code: its lines of code, and inline code."""
+    text = page.read_text(encoding="utf-8")
     inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return (*found, *(" ".join(code.split()) for code in inline))
+    return (*lines_of_code(text), *(" ".join(code.split()) for code in inline))
 
 
 def commands(page: pathlib.Path, start: str) -> list[list[str]]:
@@ -116,7 +128,8 @@ def test_flags_exist(page):
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """AssertionError unless experiments.run takes these arguments: flags of the experiment, with values they can have."""
+    """AssertionError unless experiments.run takes these arguments: a verb, and flags of it with values they can have."""
+    arguments = command_line.with_flag(arguments)
     experiment = command_line.experiment_of(arguments)
     module = EXPERIMENTS[experiment]
     for name in ("experiments.run", module):
@@ -135,8 +148,9 @@ def check_arguments(arguments: list[str]) -> None:
 
 @pages
 def test_experiments_take_the_commands(page):
-    for arguments in commands(page, "python -m experiments.run"):
-        check_arguments(arguments)
+    for start in ("python -m experiments.run", command_line.SCRIPT):
+        for arguments in commands(page, start):
+            check_arguments(arguments)
 
 
 @pages
@@ -188,6 +202,101 @@ def test_the_readmes_python_runs(monkeypatch, capsys):
     assert "use_index_cache" in capsys.readouterr().out  # vLLM's setting was printed
     assert names["found"].num_full == 11
     assert names["metrics"].shape == (4,)
+
+
+# ---- recipes and tutorial
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table under a heading of a page in docs/, without its header."""
+    section = re.split(r"^## ", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (text,) = [part for part in section if part.startswith(f"{heading}\n")]
+    lines = [line for line in text.split("\n") if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def asked_of_the_doctor(arguments: str) -> doctor.Question:
+    """What the doctor is asked with these flags, which are as they were afterwards."""
+    try:
+        flags.FLAGS(["doctor", *shlex.split(arguments)])
+        return doctor.read_question(topologies.topology(options.TOPOLOGY.value, compiling=False))
+    finally:
+        for flag in flags.FLAGS.get_key_flags_for_module("experiments.doctor"):
+            flag.unparse()
+
+
+def test_what_fits_is_what_the_doctor_says():
+    rows = rows_of("recipes.md", "What fits")
+    assert len(rows) == 11
+    for _, command, needs, there, room, _ in rows:
+        asked = asked_of_the_doctor(command.strip("`"))
+        with device.target(asked.topology):
+            mesh, most = asked.layout.abstract_mesh, asked.config.max_position_embeddings
+            found = asked.inference(asked.length, mesh, asked.rules).total
+            longest = fit.longest(asked.inference, most, mesh, asked.rules, asked.topology.memory)
+        assert [needs, there] == [f"{size / 1e9:.2f}" for size in (found, asked.topology.memory)], command
+        assert room == f"{longest:,}" and found <= asked.topology.memory, command
+
+
+def test_what_a_search_needs_is_what_the_doctor_says():
+    text = " ".join((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split())
+    one, eight = (
+        "--topology=h200:1 --weights=fp8 --context=32768",
+        "--topology=h200:8 --weights=fp8 --context=8192 --batch_size=8",
+    )
+    for arguments, kind, sentence in (
+        (f"--preset=glm-5 {one}", "search --stream", "a search needs {:.2f} GB of the device"),
+        (f"--preset=deepseek-v3.2 {one}", "search --stream", "for DeepSeek-V3.2 {:.2f}"),
+        (f"--preset=glm-5.2 {eight}", "search", "The search in memory needs {:.1f} GB"),
+    ):
+        asked = asked_of_the_doctor(arguments)
+        with device.target(asked.topology):
+            need = asked.searches()[kind](asked.context, asked.layout.abstract_mesh, asked.rules)
+        assert sentence.format(need.total / 1e9) in text, arguments
+
+
+def test_how_long_a_search_takes_is_what_its_sources_make():
+    """Layers that the search runs at most, times a layer's time in the prefill that was measured."""
+    for name, *hours, passes in rows_of("recipes.md", "How long a search takes"):
+        preset, results = {"G": ("glm-5", "speed-glm-5"), "D": ("deepseek-v3.2", "speed-deepseek-v3.2")}[name[0]]
+        rows = json.loads((ROOT / "results" / results / "results.json").read_text())["metrics"]["rows"]
+        seconds = {row["length"]: row["prefill_seconds"] for row in rows if row["pattern"] == "DSA"}
+        config, base = inputs.preset_model(preset)
+        expected = []
+        for count, context in ((8, 8192), (64, 32768)):
+            for blocks in (4, 1):
+                layers = count * search.layers_to_run(base, inputs.kept(config.num_layers, Fraction(1, 4)), blocks)
+                a_layer = np.interp(context, [0, *seconds], [0.0, *seconds.values()]) / config.num_layers
+                expected.append(layers * a_layer / 3600)
+        assert [float(cell.removesuffix(" h")) for cell in hours] == [pytest.approx(h, rel=0.03) for h in expected], name
+        assert re.fullmatch(r"\d+ with `--blocks=4`, \d+ without", passes)
+
+
+@pytest.mark.slow
+def test_the_tutorials_commands_run(tmp_path):
+    """One after the other, as they stand, but for those of engines; what they are said to write is there."""
+    for name in ("indexcache_jax", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    programs = "python -m experiments.run ", "python -m checkpoints_convert ", "mkdir ", "printf "
+    code = lines_of_code((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    run = [line for line in code if line.startswith(programs)]
+    assert len(run) == 8
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "JAX_PLATFORMS": "cpu"}
+    for line in run:
+        command = re.sub(r"^python ", lambda _: f"{shlex.quote(sys.executable)} ", line)
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr and "UserWarning" not in done.stderr, line
+    out = tmp_path / "out" / "tutorial"
+    found = json.loads((out / "search" / "results.json").read_text())["metrics"]
+    uniform, searched = (next(s for s in found["schedules"] if s["name"] == f"1/4 {name}") for name in ("uniform", "searched"))
+    assert found["pattern"].count("F") == 3 and searched["held_out_loss"] < uniform["held_out_loss"]
+    losses = json.loads((out / "distill" / "results.json").read_text())["metrics"]["held_out"]
+    assert losses["all F"] < losses["distilled"] < losses["the schedule, untrained"]
+    assert (out / "distill" / "checkpoint" / "model-00001-of-00002.safetensors").is_symlink()
+    completions = [json.loads(line) for line in (out / "generate" / "completions.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in completions] == [1, 2] and all(line["completion"] for line in completions)
+    assert json.loads((out / "quarter" / "config.json").read_text())["index_topk_pattern"] == "FFSSSFSSSSSS"
 
 
 @pytest.mark.slow

@@ -20,13 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import indexer_runs, inputs, options, runs
+from experiments.common import fit, indexer_runs, inputs, options, runs
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import indexer_training, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.indexer_training import Run
 from indexcache_jax.params import FP8_BASE, Params, abstract
-from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 
@@ -88,14 +87,9 @@ class Clock:
         return statistics.median(found[untimed:] or found)
 
 
-def shape(name: str) -> Config:
-    """The model of a name that --preset takes."""
-    return inputs.described(str(options.DEMO))[0] if name == "demo" else Config.from_hf(preset(name))
-
-
 def model(name: str, layers: int) -> Config:
     """So many layers of a released model, all of the kind of its last."""
-    config = shape(name)
+    config, _ = inputs.preset_model(name)
     return dataclasses.replace(config, num_layers=layers, moe_layers=config.moe_layers[-1:] * layers)
 
 
@@ -112,7 +106,16 @@ def read_run(output: Output, seed: int) -> tuple[Run, str]:
     stage = Stage("indexers", "warmup", _TIMED.value, 1, context, 0.0, 1e-3)
     weights = inputs.made_weights() and FP8_BASE
     run = Run(RandomLayers(config, weights, seed), Schedule("F" + "S" * (layers - 1) + "F"), tokens, stage, seed)
-    return indexer_runs.within(run, 1e9 * options.STREAM_MEMORY.value, output.directory)
+    need, available = indexer_training.need(run), options.stream_memory()
+    run, memory = indexer_runs.within(run, available, output.directory)
+    host = {
+        "targets": need.targets if run.keeps_targets else 0,
+        "hidden states": need.states if need.states <= available else 0,
+    }
+    smaller = "a smaller --context, --sequences or --stream_memory, or --weights=fp8"
+    all_full = Schedule.all_full(config.num_layers)
+    fit.streamed(config, all_full, rows=1, context=context, dtype="bfloat16", weights=weights, host=host, smaller=smaller)
+    return run, memory
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def run(output_dir: str, seed: int) -> None:
     group, context = len(given.groups[0]), given.tokens.shape[1]
     print(f"{options.PRESET.value}: {group} layers, {len(given.tokens)} x {context} tokens; {memory}", flush=True)
     found = measure(given)
-    layers = shape(options.PRESET.value).num_layers
+    layers = inputs.preset_model(options.PRESET.value)[0].num_layers
     hours = whole_hours(found, layers, group)
     header = ["s a step", "tokens/s", "model TFLOP/s", "of the matmul's rate", "s a layer", "s a target", "GB of the device"]
     cells = [

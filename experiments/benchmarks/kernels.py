@@ -33,7 +33,7 @@ from absl import flags
 
 from experiments.common import options
 from experiments.common.profiling import kernels_of
-from experiments.common.report import Output, command, device, markdown_table, versions
+from experiments.common.report import Output, command, device, markdown_table, time_left, versions
 from pallas_kernels import grouped_matmul, hopper, indexer_topk, quant, scaled_matmul, sparse_mla
 from pallas_kernels.indexer_topk import reference as indexer_reference
 
@@ -799,13 +799,15 @@ class Session:
         fixed = dict(zip(names, self.ready("baselines", baselines(self.given.sizes)), strict=True))
         to_measure = self.ready("kernels", self.given.wanted)
         self.measure_baselines(fixed, "")
+        began = time.perf_counter()
         for row, case, program in to_measure:
             if self.seconds_left() < 0:
                 print("nothing further is measured: --time_limit has passed", flush=True)
                 break
             one = Measured(row, case.flops, case.bytes, milliseconds(program, case.program_arguments))
             self.measured.append((one, case, program))
-            print("  ".join(cells(one.record(self._base))), flush=True)
+            far = time_left(len(self.measured), len(to_measure), began)
+            print("  ".join([*cells(one.record(self._base)), f"({far})"]), flush=True)
         self.measure_baselines(fixed, "_at_the_end")
         self.write()
 

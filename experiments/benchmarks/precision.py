@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,15 +22,15 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import devices, inputs, options, text
-from experiments.common.report import Output, device, markdown_table, text_table
+from experiments.common import devices, fit, inputs, options, text
+from experiments.common.report import Output, device, markdown_table, text_table, time_left
 from indexcache_jax import memory, ops, serving
 from indexcache_jax.config import Config
 from indexcache_jax.positions import even_order, in_own_order
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
 from indexcache_jax.serving import FP8, CacheFormat, Weights
-from indexcache_jax.sharding import SERVING
+from indexcache_jax.sharding import SERVING, Rules
 
 for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype", "mesh"):
     flags.declare_key_flag(_name)
@@ -114,6 +115,7 @@ def measure(
     models = dict.fromkeys(CACHES, weights) | dict.fromkeys(WEIGHTS, in_8_bits)
     sums = {name: np.zeros(4) for name in models}
     alike: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    began = time.perf_counter()
     for number, cut in enumerate(cuts):
         tokens, targets = jnp.asarray(cut[None, :-1]), jnp.asarray(cut[1:])
         states, selections = walk(weights, tokens, config, schedule, cache_format(None, dtype))
@@ -128,7 +130,7 @@ def measure(
                 found = _compare(weights.ends, *(x[part] for x in last), targets[part], config)
                 sums[name] += np.asarray(found, np.float64)
             alike[name].append(selected_alike(selections, chosen, config.index_topk))
-        print(f"sequence {number + 1}/{len(cuts)}", flush=True)
+        print(f"sequences: {time_left(number + 1, len(cuts), began)}", flush=True)
     result = {}
     for name, total in sums.items():
         exact, loss, divergence, same = total / cuts[:, 1:].size
@@ -198,10 +200,31 @@ class Inputs:
     cuts: np.ndarray
 
 
+def check_memory(config: Config, schedule: Schedule, dtype: str) -> None:
+    """Says what is needed of memory; ValueError where that does not fit."""
+    # Of a token of the exact model and of a rounded one: hidden states around every layer, and every F layer's selection.
+    states = (config.num_layers + 1) * config.hidden_size * jnp.dtype(dtype).itemsize
+    kept = 2 * (states + schedule.num_full * 4 * config.index_topk)
+
+    def need(length: int, mesh: memory.Devices, rules: Rules) -> memory.Need:
+        decoded, in_8_bits = (
+            memory.tree_bytes(serving.weights.abstract(config, schedule, form), dtype, mesh, rules) for form in (None, "fp8")
+        )
+        shares = mesh.shape["context"] if length % mesh.shape["context"] == 0 else 1
+        parts = {"weights": decoded, "weights in 8 bits": in_8_bits, "hidden states and selections": length // shares * kept}
+        parts["cache"] = memory.cache_bytes(config, schedule, 1, length, CacheFormat.of(dtype), mesh, rules)
+        parts["temporaries"] = memory.prefill_temporaries(config, schedule, 1, length, length, dtype, mesh, rules)
+        return memory.Need(parts)
+
+    context = options.CONTEXT.value
+    fit.inference(need, context, f"--context={context}", "a smaller one or --dtype=bfloat16")
+
+
 def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
+    check_memory(*inputs.described(checkpoint.directory), checkpoint.dtype)
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
     config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
     in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]

@@ -16,7 +16,11 @@ from absl import flags
 from experiments.common.options import EXPERIMENTS
 
 COMMAND = "python -m experiments.run"
-HELP = ("--help", "-help", "-h", "--h", "--helpshort", "help")
+SCRIPT = "indexcache"  # what the installed package calls the same
+CONVERT = "convert"  # a verb that is a program of its own, with flags of its own
+CONVERTER = "checkpoints_convert"
+HELP = ("--help", "-help", "-h", "--h", "--helpshort", "-helpshort", "--helpfull", "-helpfull", "help")
+VERSION = ("--version", "-version", "version")
 USAGE_ERROR = 2  # the exit status
 _WIDTH = 110
 _OF_EVERY_VERB = "experiments.run"
@@ -27,16 +31,24 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; the nearest is {found[0]}" if found else ""
 
 
+def command() -> str:
+    """How this program was started, for a reader to type."""
+    return SCRIPT if pathlib.Path(sys.argv[0]).stem == SCRIPT else COMMAND
+
+
 def with_flag(arguments: Sequence[str]) -> list[str]:
-    """The arguments with --experiment=VERB in place of a verb that stands first.
+    """The arguments with --experiment=VERB in place of a verb that stands first, or behind the word "help".
 
     ValueError for a verb that is none, with the nearest, and for one beside another --experiment.
     """
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0].startswith("-") or arguments[0] in HELP:
         return list(arguments)
     verb, rest = arguments[0], list(arguments[1:])
     if verb not in EXPERIMENTS:
-        raise ValueError(f"{verb!r} is none of {', '.join(EXPERIMENTS)}{_nearest(verb, EXPERIMENTS)}")
+        known = [*EXPERIMENTS, CONVERT]
+        raise ValueError(f"{verb!r} is none of {', '.join(known)}{_nearest(verb, known)}")
     if (other := named(rest)) not in (None, verb):
         raise ValueError(f"{verb}: --experiment={other} names another")
     return [f"--experiment={verb}", *rest]
@@ -57,6 +69,10 @@ def experiment_of(arguments: Sequence[str]) -> str:
     return name
 
 
+def wants_version(arguments: Sequence[str]) -> bool:
+    return any(argument in VERSION for argument in arguments[:1])
+
+
 def wants_help(arguments: Sequence[str]) -> bool:
     return any(argument in HELP for argument in arguments)
 
@@ -71,12 +87,14 @@ def summary(module: str) -> str:
 
 def overview() -> str:
     """The verbs, a line each."""
-    lines = [f"usage: {COMMAND} [VERB] [--FLAG=VALUE ...]; without a verb: {next(iter(EXPERIMENTS))}", ""]
+    lines = [f"usage: {command()} [VERB] [--FLAG=VALUE ...]; without a verb: {next(iter(EXPERIMENTS))}", ""]
     column = max(map(len, EXPERIMENTS)) + 1
     for name, module in EXPERIMENTS.items():
         first, others = f"  {name:<{column}}", " " * (column + 2)
         lines += textwrap.wrap(summary(module), _WIDTH, initial_indent=first, subsequent_indent=others)
-    return "\n".join([*lines, "", f"{COMMAND} VERB --help shows the flags that a verb reads."])
+    about = summary(f"{CONVERTER}.__main__").partition(": ")[2]
+    lines.append(f"  {CONVERT:<{column}}SRC DST: {about}")
+    return "\n".join([*lines, "", f"{command()} VERB --help shows the flags that a verb reads."])
 
 
 def help_of(name: str) -> str:
@@ -86,7 +104,7 @@ def help_of(name: str) -> str:
     own = {flag.name for where, found in by_module.items() if where.startswith(module) for flag in found}
     key = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
     every = _every_verbs()
-    lines = [f"usage: {COMMAND} {name} [--FLAG=VALUE ...]", "", summary(module)]
+    lines = [f"usage: {command()} {name} [--FLAG=VALUE ...]", "", summary(module)]
     for title, names in ((f"of {name}", own), ("shared with other verbs", key - own), ("of every verb", every - own - key)):
         if names:
             lines += ["", f"{title}:"]
@@ -106,9 +124,11 @@ def _described(name: str) -> list[str]:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's flags from the arguments, of which it returns what are none. Exits with one line where they are wrong."""
+    """absl's flags from the arguments: the program's name is what is left. Exits with one line where they are wrong."""
     try:
         rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ValueError(f"{rest[1]!r} is no flag; flags look like --checkpoint=DIR")
         check_read(experiment_of(argv[1:]))
     except (flags.Error, ValueError) as error:
         sys.exit(_said(error, experiment_of(argv[1:])))
@@ -116,11 +136,11 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def _said(error: Exception, name: str) -> int:
-    text = str(error)
+    text = str(error).replace("('Non-boolean argument to boolean flag', ", "neither true nor false (")
     if isinstance(error, flags.UnrecognizedFlagError):
         known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
         text = f"--{error.flagname}: no flag of {name}{_nearest(f'--{error.flagname}', {f'--{flag}' for flag in known})}"
-    print(f"error: {text}; {COMMAND} {name} --help shows what it reads", file=sys.stderr)
+    print(f"error: {text}; {command()} {name} --help shows what it reads", file=sys.stderr)
     return USAGE_ERROR
 
 

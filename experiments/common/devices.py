@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from experiments.common import options
-from indexcache_jax import sharding
+from indexcache_jax import memory, sharding
 from indexcache_jax.sharding import AXES, Rules
 
 
@@ -48,6 +48,11 @@ class Layout:
         """The rules `base` with experts and cached tokens where the layout has them."""
         rules = base if self.expert > 1 else base.whole_experts()
         return rules.split_cache() if self.cache > 1 else rules
+
+    @property
+    def abstract_mesh(self) -> AbstractMesh:
+        """The mesh of devices that need not be there."""
+        return memory.mesh_of(self.data, self.context, self.tensor)
 
     def mesh(self) -> Mesh:
         """The mesh of all devices. ValueError where there are not so many."""

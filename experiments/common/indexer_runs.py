@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import tempfile
-import time
 from typing import Any
 
 import jax
@@ -58,6 +57,7 @@ def about(run: Run) -> dict[str, Any]:
         "pattern": run.layers.schedule.pattern,
         "schedule": run.schedule.pattern,
         "stage": dataclasses.asdict(run.stage),
+        "spans": run.spans,
         "targets": "kept" if run.keeps_targets else "computed at every step",
         "model": run.config.to_hf(),
         **fingerprint(run.layers, run.tokens),
@@ -104,7 +104,6 @@ def train(run: Run, output: Output, resume: bool) -> list[Group]:
         folder.mkdir(exist_ok=True)
         done = {entry["layer"]: _read(folder, entry, run) for entry in log.entries}
         total = indexer_training.work(run, done)
-        began = time.perf_counter()
         with progress(total=total / 1e9, desc="indexers", smoothing=0.05, bar_format=BAR) as bar:
 
             def see(work: float, what: str) -> None:
@@ -112,10 +111,9 @@ def train(run: Run, output: Output, resume: bool) -> list[Group]:
                 bar.update(work / 1e9)
 
             for trained in indexer_training.train(run, done, see):
-                seconds, began = time.perf_counter() - began, time.perf_counter()
-                done[trained.layer] = _write(folder, log, trained, seconds)
+                done[trained.layer] = _write(folder, log, trained)
                 first, last = done[trained.layer].ends
-                bar.write(f"layer {trained.layer}: divergence {first:.3f} -> {last:.3f}, {seconds:.0f} s")
+                bar.write(f"layer {trained.layer}: divergence {first:.3f} -> {last:.3f}, {trained.seconds:.0f} s")
     return [done[group[0]] for group in run.groups]
 
 
@@ -123,13 +121,13 @@ def _file(folder: pathlib.Path, layer: int) -> pathlib.Path:
     return folder / f"layer-{layer}.npz"
 
 
-def _write(folder: pathlib.Path, log: Journal, trained: Trained, seconds: float) -> Group:
+def _write(folder: pathlib.Path, log: Journal, trained: Trained) -> Group:
     """Keeps a group: its indexer first, so that the log names none that is not there."""
     with replacing(_file(folder, trained.layer)) as file:
         np.savez(file, **dict(tensors.leaves(trained.indexer)))
-    entry = {"layer": trained.layer, "divergence": trained.divergence.tolist(), "seconds": seconds}
+    entry = {"layer": trained.layer, "divergence": trained.divergence.tolist(), "seconds": trained.seconds}
     log.append(entry)
-    return Group(trained.layer, trained.indexer, entry["divergence"], seconds)
+    return Group(trained.layer, trained.indexer, entry["divergence"], trained.seconds)
 
 
 def _read(folder: pathlib.Path, entry: dict[str, Any], run: Run) -> Group:

@@ -10,6 +10,8 @@ import pathlib
 
 from absl import flags
 
+from indexcache_jax import host_memory
+
 # The modules of the experiments by name; the first is the default.
 EXPERIMENTS = {
     "search": "experiments.search",
@@ -24,10 +26,13 @@ EXPERIMENTS = {
     "plan": "experiments.benchmarks.plan",
     "pretrain": "experiments.reproduction.pretrain",
     "quality": "experiments.reproduction.quality",
+    "doctor": "experiments.doctor",
 }
 
 # Those that several processes can run together; the others decide what to do next by times that each process measures.
 TOGETHER = ("search", "generate", "distill")
+# Those that compile for devices that need not be at hand: such a program cannot be loaded again, so none is kept.
+COMPILING = ("compile", "plan")
 
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results
@@ -35,7 +40,7 @@ ALL_F = "all F"  # what the schedule without S layers is called in flags, tables
 # ---- the model and its schedule
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Hugging Face or orbax directory; default the small model shipped here")
-PRESETS = ("30b", "glm-5", "glm-5.2", "deepseek-v3.2", "demo")
+PRESETS = ("30b", "glm-5", "glm-5.1", "glm-5.2", "glm-5.3", "deepseek-v3.2", "demo")
 PRESET = flags.DEFINE_enum("preset", "30b", PRESETS, "the model's shape; demo is the small one shipped here")
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of weights and arithmetic; default float32 on a CPU, else bfloat16"
@@ -102,7 +107,11 @@ TOPOLOGY = flags.DEFINE_string(
 
 STREAM = flags.DEFINE_bool("stream", False, "read the weights layer by layer, for a model larger than the device")
 STREAM_MEMORY = flags.DEFINE_float(
-    "stream_memory", 64.0, "GB of host memory for hidden states, in search with --stream, and for targets in distill", 0.0
+    "stream_memory",
+    64.0,
+    "GB of host memory for hidden states, in search with --stream, and for targets in distill; by default no more than half of "
+    "what is left",
+    0.0,
 )
 
 # ---- distillation
@@ -150,11 +159,18 @@ def calibration_sequences(default: int = 2) -> int:
     return default if SEQUENCES.value is None else SEQUENCES.value
 
 
+def stream_memory() -> int:
+    """Bytes of --stream_memory; where it is not given, at most half of what the host has left."""
+    size = int(1e9 * STREAM_MEMORY.value)
+    return size if STREAM_MEMORY.present else min(size, host_memory.available() // 2)
+
+
 def refuse(why: str, *names: str) -> None:
     """ValueError for the first of these flags that is given, where nothing reads it."""
     for name in names:
         if flags.FLAGS[name].present:
-            raise ValueError(f"--{name}={flags.FLAGS[name].value}: {why}")
+            value = flags.FLAGS[name].value
+            raise ValueError(f"--{name}={','.join(value) if isinstance(value, list) else value}: {why}")
 
 
 def check_positive(*names: str) -> None:

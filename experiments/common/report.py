@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,19 @@ def commit() -> str | None:
 def progress(**options: Any) -> tqdm.tqdm:
     """A bar on the terminal, of tqdm's options."""
     return tqdm.tqdm(disable=not processes.is_main(), **options)
+
+
+def duration(seconds: float) -> str:
+    """Such as 02:10 or 1:02:10."""
+    return tqdm.tqdm.format_interval(seconds)
+
+
+def time_left(done: int, total: int, began: float) -> str:
+    """How far work is that began at `began` of time.perf_counter(), and what the rest takes at its rate so far.
+
+    Such as "3 of 12, 01:40 left".
+    """
+    return f"{done} of {total}, {duration((time.perf_counter() - began) / done * (total - done))} left"
 
 
 def command() -> str:

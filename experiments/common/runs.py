@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding
 
 from experiments.common import journal, processes
 from experiments.common.data import Rows, prefetch
-from experiments.common.report import Output
+from experiments.common.report import Output, duration
 from indexcache_jax import distill, sharding, training
 from indexcache_jax.config import Config
 from indexcache_jax.foreign import escaped
@@ -411,9 +411,11 @@ def _take_steps(process: _Process, params: Params, state: Any, steps: range) -> 
         pending.append(values)
         if i + 1 == steps.stop or (i + 1) % process.saving.log_every == 0:
             means = _write_metrics(process.metrics, stage, range(i + 1 - len(pending), i + 1), pending, kept)
-            rate = len(pending) * stage.sequences * stage.context / (time.perf_counter() - began)
+            seconds = (time.perf_counter() - began) / len(pending)
+            rate = stage.sequences * stage.context / seconds
             process.times.add_rate(rate, stage.name)
-            print(f"{stage.name}: step {i + 1 - run.bounds[number]}/{stage.steps}, {means}, {rate:,.0f} tokens/s", flush=True)
+            at, left = f"step {i + 1 - run.bounds[number]}/{stage.steps}", duration(seconds * (run.bounds[number + 1] - i - 1))
+            print(f"{stage.name}: {at}, {means}, {rate:,.0f} tokens/s, {left} left", flush=True)
             pending, began = [], time.perf_counter()
     if broken := training.non_finite_weights(params, stage.kind):
         which = f"{broken[0]}, the first of {len(broken)}"

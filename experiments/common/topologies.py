@@ -19,6 +19,7 @@ from pallas_kernels import tpu
 
 LOCAL, H200 = "local", "h200"
 GPUS_OF_A_HOST = 8
+NOT_ASKED = "nothing was to be compiled"
 # The share of a GPU's memory that a process can have arrays in, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
 GPU_SHARE = 0.95
 
@@ -62,7 +63,10 @@ H200_MEMORY = 151_397_597_184
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of one kind. memory: bytes that each may hold; devices: None where nothing here can compile for them."""
+    """Devices of one kind. memory: bytes that each may hold; devices: None where nothing here can compile for them.
+
+    compute_capability: of GPUs, where that is known.
+    """
 
     name: str
     platform: str
@@ -71,19 +75,32 @@ class Topology:
     memory: int
     devices: Sequence[jax.Device] | None
     why_not: str = ""
+    compute_capability: str | None = None
 
 
-def topology(name: str) -> Topology:
-    """The topology of a name, with its devices where programs can be compiled for them. ValueError for another name."""
+def topology(name: str, compiling: bool = True) -> Topology:
+    """The topology of a name, with its devices where programs can be compiled for them. ValueError for another name.
+
+    compiling: nothing is to be compiled where it is False, and no compiler is loaded, which takes seconds.
+    """
     if name == LOCAL:
         devices = jax.devices()
-        return Topology(name, devices[0].platform, devices[0].device_kind, len(devices), memory.available(), devices)
+        capability = getattr(devices[0], "compute_capability", None)
+        return Topology(
+            name,
+            devices[0].platform,
+            devices[0].device_kind,
+            len(devices),
+            memory.available(),
+            devices,
+            compute_capability=capability,
+        )
     if gpus := re.fullmatch(rf"{H200}:(\d+)", name):
-        return _h200s(name, int(gpus[1]))
+        return _h200s(name, int(gpus[1]), compiling)
     kinds = {chip.name: kind for kind, chip in tpu.CHIPS.items()}
     if (slice_ := re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name)) and slice_[1] in kinds:
         chip = tpu.CHIPS[kinds[slice_[1]]]
-        found = described(name)
+        found = described(name) if compiling else NOT_ASKED
         count = 1
         for size in slice_[2].split("x"):
             count *= int(size)
@@ -93,16 +110,15 @@ def topology(name: str) -> Topology:
     raise ValueError(f"--topology={name}: not local, {H200}:N, or one of {', '.join(kinds)} with a shape, such as v5e:4x4")
 
 
-def _h200s(name: str, count: int) -> Topology:
+def _h200s(name: str, count: int, compiling: bool) -> Topology:
     """So many H200s, eight to a host. ValueError for what is not whole hosts."""
     if count < 1 or (count > GPUS_OF_A_HOST and count % GPUS_OF_A_HOST):
         raise ValueError(f"--topology={name}: up to {GPUS_OF_A_HOST} devices, or a multiple of as many")
     hosts = -(-count // GPUS_OF_A_HOST)
-    found = _described_gpus(hosts, count // hosts)
-    usable = int(GPU_SHARE * H200_MEMORY)
-    if isinstance(found, str):
-        return Topology(name, "gpu", "NVIDIA H200", count, usable, None, found)
-    return Topology(name, "gpu", "NVIDIA H200", count, usable, found)
+    found = _described_gpus(hosts, count // hosts) if compiling else NOT_ASKED
+    usable, why_not = int(GPU_SHARE * H200_MEMORY), found if isinstance(found, str) else ""
+    devices = None if isinstance(found, str) else found
+    return Topology(name, "gpu", "NVIDIA H200", count, usable, devices, why_not, compute_capability="9.0")
 
 
 def _first_line(error: Exception) -> str:

@@ -36,7 +36,7 @@ from experiments.common import data, devices, inputs, options, plots, runs, text
 from experiments.common.journal import Journal
 from experiments.common.loss_journal import LossJournal
 from experiments.common.options import ALL_F
-from experiments.common.report import Output, device, markdown_table, text_table
+from experiments.common.report import Output, device, markdown_table, text_table, time_left
 from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval
 from indexcache_jax import model, search
@@ -520,14 +520,20 @@ def score_distilled(
         params = distilled(studied, name, schedule, stages, tokens_of(seed), output, seed)
         return measure(params, studied.config, studied.base, schedule, samples[seed])
 
-    for seed, name in itertools.product(given.seeds, given.distilled):
-        if not rows.has("distilled", seed, name) and time.perf_counter() > given.deadline - FINISH_SECONDS:
+    jobs = [*itertools.product(given.seeds, given.distilled)]
+    total, done, began = sum(not rows.has("distilled", *job) for job in jobs), 0, time.perf_counter()
+    for seed, name in jobs:
+        known = rows.has("distilled", seed, name)
+        if not known and time.perf_counter() > given.deadline - FINISH_SECONDS:
             limit = f"--time_limit={options.TIME_LIMIT.value:g}"
             print(f"{limit}: no time left for {name!r} of seed {seed}; --resume makes up for it")
             continue
         schedule = Schedule(searches[seed].patterns[name.removesuffix(OWN)])
         made = functools.partial(score, seed, name, schedule)
         scores.setdefault(name, {})[seed] = rows.once("distilled", seed, name, made)
+        if not known:
+            done += 1
+            print(f"distillations: {time_left(done, total, began)}", flush=True)
     return scores
 
 

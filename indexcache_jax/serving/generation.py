@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import ops, sharding
+from indexcache_jax import arguments, ops, sharding
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import shown
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import model
-from indexcache_jax.serving.cache import Cache, CacheFormat, fork, formats, init_cache
+from indexcache_jax.serving.cache import Cache, CacheFormat, check_cache, fork, formats, init_cache
 from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, RowSampling, Sampling, by_row, row_keys, sample
-from indexcache_jax.serving.weights import Weights, weights_for
+from indexcache_jax.serving.weights import Weights, check_weights, weights_for
 
-T = TypeVar("T")
 Tokens = Sequence[int] | np.ndarray  # token numbers
 
 CHUNK = 8192  # prompt tokens of a row at a time
@@ -83,8 +83,10 @@ def prefill_prompts(
 ) -> tuple[jax.Array, Cache]:
     """Appends a prompt of at least one token to every row of `cache`, which is donated, `chunk` tokens at a time.
 
-    Returns the logits [B, V] float32 of each row's last token and the cache. ValueError where a row does not fit.
+    Returns the logits [B, V] float32 of each row's last token and the cache. ValueError for a prompt that is empty or not made
+    of the model's tokens, and where a row does not fit.
     """
+    check_prompts(prompts, config)
     sizes, filled = np.array([len(p) for p in prompts], np.int32), sharding.to_host(cache.lengths)
     if len(sizes) != len(filled) or sizes.min() < 1:
         raise ValueError(f"prefill: {len(sizes)} prompts of {sizes.tolist()} tokens for a cache of {len(filled)} rows")
@@ -126,7 +128,9 @@ def _decode(
     """Appends token [B] and the ones drawn after it: the next `steps` tokens [B, steps], one program for all of them.
 
     `cache` is donated. Only its first `kv_length` positions are read, which must include the new tokens; default all.
-    seed, of all rows or [B], ids [B] and `count`, the number of tokens drawn before, decide what is drawn next.
+    seed, of all rows or [B], ids [B] and `count`, the number of tokens drawn before, decide what is drawn next. ValueError
+    for no steps, and for other rows than the cache has; that `token` is one of the model's and that all fits the cache the
+    caller sees to.
     """
     ids = jnp.arange(token.shape[0]) if ids is None else ids
 
@@ -156,24 +160,27 @@ def decode_program(cache_formats: Cache | None) -> jax.stages.Wrapped:
 def decode(
     weights: Weights, token: jax.Array, cache: Cache, config: Config, *, steps: int, **options: Any
 ) -> tuple[jax.Array, Cache]:
+    arguments.integer("steps", steps, 1)
+    token = jnp.asarray(arguments.integers("token", token, ("B",)))
+    if token.shape != cache.lengths.shape:
+        raise ValueError(f"token: {token.shape[0]} rows for a cache of {cache.lengths.shape[0]}")
     return decode_program(formats(cache))(weights, token, cache, config, steps=steps, **options)
 
 
-def _check(name: str, tokens: Tokens, config: Config, room: int) -> None:
+def _check(name: str, tokens: Tokens, config: Config, room: int | None = None) -> None:
+    if arguments.is_text(tokens):
+        raise ValueError(f"{name}: {shown(tokens)} is text; a tokenizer makes token numbers of it")
+    if not hasattr(tokens, "__len__"):
+        raise ValueError(f"{name}: {arguments.described(tokens)} is not a row of token numbers")
     if len(tokens) == 0:
         raise ValueError(f"{name}: is empty")
-    if len(tokens) > room:
+    if room is not None and len(tokens) > room:
         raise ValueError(f"{name}: {len(tokens)} tokens are more than the {room} that the cache has room for")
-    array = np.asarray(tokens)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{name}: an array of shape {list(array.shape)} and dtype {array.dtype}, not a row of token numbers")
-    outside = (array < 0) | (array >= config.vocab_size)
-    if outside.any():
-        raise ValueError(f"{name}: token {array[outside][0]} is not one of the model's {config.vocab_size}")
+    arguments.tokens(name, tokens, config.vocab_size, ("S",), one="token ")
 
 
-def check_prompts(prompts: Sequence[Tokens], config: Config, room: int) -> None:
-    """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room`."""
+def check_prompts(prompts: Sequence[Any], config: Config, room: int | None = None) -> None:
+    """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room` if given."""
     for i, prompt in enumerate(prompts):
         _check(f"prompt {i}", prompt, config, room)
 
@@ -188,9 +195,11 @@ def prefill_document(
     chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> Cache:
-    """The cache, of one row, of a document that several calls of `generate` share; arguments are as there."""
+    """The cache, of one row, of a document that several calls of `generate` share; arguments and errors are as there."""
+    weights = weights_for(weights, config, schedule)
+    _check("document", document, config)
+    arguments.integer("chunk", chunk, 1)
     room = cache_length(len(document))
-    _check("document", document, config, room)
     cache = init_cache(config, schedule, 1, room, cache_format or weights.embedding.dtype)
     return prefill_prompts(weights, [np.asarray(document)], cache, config, chunk=chunk, progress=progress)[1]
 
@@ -202,12 +211,49 @@ def _check_drawn(tokens: Sequence[int], request: int, weights: Weights) -> None:
         raise ValueError(f"request {request}: the model's logits are not finite: {why}")
 
 
-def _of_rows(name: str, value: T | Sequence[T], rows: int) -> list[T]:
+def _of_rows(name: str, value: Any, rows: int) -> list[Any]:
     """One value a row, of those or of one for all. ValueError, naming the argument, for another number of them."""
-    values = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * rows
+    values = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) else [value] * rows
     if len(values) != rows:
-        raise ValueError(f"generate: {len(values)} of {name} for {rows} prompts")
+        raise ValueError(f"{name}: {len(values)} of them for {rows} prompts")
     return values
+
+
+def _samplings(sampling: Any, rows: int) -> Sampling | RowSampling:
+    """The argument of `generate`, checked: settings for all rows, or of each."""
+    each = _of_rows("sampling", sampling, rows)
+    for value in each:
+        if not isinstance(value, Sampling):
+            raise ValueError(f"sampling: {arguments.described(value)} is not a Sampling")
+    return sampling if isinstance(sampling, Sampling) else by_row(each)
+
+
+def _check_options(rows: int, stop_tokens: Any, cache_len: Any, ids: Any, chunk: Any) -> None:
+    """ValueError, naming the argument of `generate`, for one that is not what it should be, for so many prompts."""
+    arguments.integer("chunk", chunk, 1)
+    if cache_len is not None:
+        arguments.integer("cache_len", cache_len, 1)
+    if arguments.is_text(stop_tokens) or not isinstance(stop_tokens, (Collection, np.ndarray, jax.Array)):
+        raise ValueError(f"stop_tokens: {arguments.described(stop_tokens)} is not a list of token numbers")
+    for token in stop_tokens:
+        arguments.integer("stop_tokens", token)
+    if ids is None:
+        return
+    if arguments.is_text(ids) or not hasattr(ids, "__len__") or len(ids) != rows:
+        count = len(ids) if hasattr(ids, "__len__") else "no list of"
+        raise ValueError(f"ids: {count} ids for {rows} prompts")
+    for number in ids:
+        arguments.integer("ids", number, -arguments.INT32_MAX - 1, arguments.INT32_MAX)
+
+
+def _document_tokens(document: Sequence[int] | Cache, config: Config, schedule: Schedule) -> int:
+    """How many tokens a document has, or the cache of one, once it is seen to be one."""
+    if isinstance(document, Cache):
+        check_cache(document, 1, config, schedule)
+        return int(document.lengths[0])
+    if arguments.is_text(document) or not hasattr(document, "__len__") or len(document):
+        _check("document", document, config)
+    return len(document)
 
 
 def generate(
@@ -253,20 +299,21 @@ def generate(
       ValueError naming the prompt that is empty, too long or not made of the model's tokens, or the argument at fault; the
       request after which the model's logits are not finite.
     """
+    check_weights(params, config, schedule)
+    if arguments.is_text(prompts) or not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts: {arguments.described(prompts)} is not a list of rows of token numbers")
     rows = len(prompts)
-    limits = _of_rows("max_new_tokens", max_new_tokens, rows)
-    if chunk < 1 or min(limits, default=1) < 1:
-        raise ValueError(f"generate: max_new_tokens {min(limits, default=1)} and chunk {chunk} must be at least 1")
+    limits = [arguments.integer("max_new_tokens", limit, 1) for limit in _of_rows("max_new_tokens", max_new_tokens, rows)]
+    bounds = -arguments.INT32_MAX - 1, arguments.INT32_MAX
+    seeds = [arguments.integer("seed", value, *bounds) for value in _of_rows("seed", seed, rows)]
+    settings = _samplings(sampling, rows)
+    _check_options(rows, stop_tokens, cache_len, ids, chunk)
+    if cache_format is not None:
+        cache_format = CacheFormat.of(cache_format)
     if rows == 0:
         return []
-    if ids is not None and len(ids) != rows:
-        raise ValueError(f"generate: {len(ids)} ids for {rows} prompts")
-    seeds = _of_rows("seed", seed, rows)
-    for value in seeds:
-        if not -(2**31) <= value < 2**31:
-            raise ValueError(f"generate: seed {value} is not an integer of 32 bits")
-    settings = sampling if isinstance(sampling, Sampling) else by_row(_of_rows("sampling", sampling, rows))
-    before = int(document.lengths[0]) if isinstance(document, Cache) else len(document)
+    check_prompts(prompts, config)
+    before = _document_tokens(document, config, schedule)
     filled, most = before + max(map(len, prompts)), max(limits)
     if filled + most > config.max_position_embeddings:
         raise ValueError(
@@ -275,8 +322,11 @@ def generate(
         )
     if cache_len is None:
         cache_len = cache_length(filled + most)
-    check_prompts(prompts, config, cache_len - most - before)
+    if (room := cache_len - most - before) < 1:
+        raise ValueError(f"cache_len: {cache_len} leaves no room for a prompt beside {before} and {most} tokens")
+    check_prompts(prompts, config, room)
     weights = weights_for(params, config, schedule)
+    stops = {int(token) for token in stop_tokens}
 
     # The prompts, after the document that all of them share.
     cache_format = cache_format or CacheFormat.of(weights.embedding.dtype)
@@ -296,7 +346,7 @@ def generate(
     draw = {"sampling": settings, "seed": np.asarray(seeds, np.int32), "ids": drawn_by}
     token = _first_tokens(logits, draw["seed"], drawn_by, settings)
     completions: list[list[int]] = [[] for _ in range(rows)]
-    stops, done = set(stop_tokens), [False] * rows
+    done = [False] * rows
 
     def append(drawn: np.ndarray) -> int:
         """Adds a row of new tokens to every completion that is not done; how many tokens of them are kept."""

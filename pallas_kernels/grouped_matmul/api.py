@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, dispatch
-from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_codes, mosaic_tpu, per_row, reference
+from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_codes, mosaic_tpu, mosaic_tpu_codes, per_row, reference
 from pallas_kernels.quant import Scaled, dequantise
 
 
@@ -47,6 +47,7 @@ def _prefers_blocks_of_codes(*_: Any) -> str | None:
 CODES_BACKENDS = {
     "mosaic_gpu": dispatch.Backend(mosaic_gpu_codes.grouped_matmul, mosaic_gpu_codes.why_not),
     "per_row": dispatch.Backend(per_row.grouped_matmul_of_codes, per_row.why_not),
+    "mosaic_tpu": dispatch.Backend(mosaic_tpu_codes.grouped_matmul, mosaic_tpu_codes.why_not),
     "decoded": dispatch.Backend(decoded, _prefers_blocks_of_codes),
     "xla": dispatch.Backend(reference.grouped_matmul),
 }
@@ -64,8 +65,8 @@ def grouped_matmul(
     NotImplementedError where a named implementation cannot serve.
 
     Matrices in 8 bits are [E, N, K] and constants: they have no gradient. With them rows may be in 8 bits too, for a result
-    in bfloat16; where groups have many rows, "mosaic_gpu" quantises bfloat16 rows first (quantise_rows). On other
-    accelerators "decoded" multiplies by the decoded matrices.
+    in bfloat16; where groups have many rows, "mosaic_gpu" quantises bfloat16 rows first (quantise_rows). "mosaic_tpu" decodes
+    matrices as it reads them; on other accelerators "decoded" multiplies by the decoded matrices.
     """
     in_codes = isinstance(matrices, Scaled)
     k = matrices.shape[-1 if in_codes else 1] if matrices.ndim == 3 else None
@@ -88,6 +89,7 @@ SWIGLU_BACKENDS = {
 }
 CODES_SWIGLU_BACKENDS = {
     "mosaic_gpu": dispatch.Backend(mosaic_gpu_codes.grouped_swiglu, mosaic_gpu_codes.why_not_swiglu),
+    "mosaic_tpu": dispatch.Backend(mosaic_tpu_codes.grouped_swiglu, mosaic_tpu_codes.why_not),
     "unfused": dispatch.Backend(functools.partial(reference.scaled_swiglu_of, grouped_matmul)),
     "xla": dispatch.Backend(functools.partial(reference.scaled_swiglu_of, reference.grouped_matmul)),
 }
@@ -98,8 +100,9 @@ def grouped_swiglu(
 ) -> jax.Array:
     """silu(gate) * up of rows [M, K] in groups of group_sizes [E] times gate_up [E, K, 2, I] -> [M, I].
 
-    As grouped_matmul, whose result "unfused", the best but for many rows on Hopper, rounds before the activation;
-    "mosaic_gpu" rounds the activation only. In 8 bits gate_up is [E, 2, I, K].
+    As grouped_matmul, whose result "unfused", the best but for many rows on Hopper and matrices in 8 bits on TPU, rounds
+    before the activation; the kernels round the activation only. In 8 bits gate_up is [E, 2, I, K]. Errors as of
+    grouped_matmul.
     """
     in_codes = isinstance(gate_up, Scaled)
     fits = (in_codes or not isinstance(rows, Scaled)) and rows.ndim == 2 and gate_up.ndim == 4

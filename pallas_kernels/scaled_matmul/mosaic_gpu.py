@@ -8,17 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import mosaic_gpu_codes
-from pallas_kernels.quant import Scaled, dequantise
+from pallas_kernels.quant import Scaled, dequantise, single_group
 
 
 def why_not(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> str | None:
     if dtype not in (None, jnp.bfloat16):
         return f"its result is bfloat16, not {jnp.dtype(dtype)}"
-    return mosaic_gpu_codes.why_not(rows, *_single_group(rows, matrix))
-
-
-def _single_group(rows: jax.Array | Scaled, matrix: Scaled) -> tuple[Scaled, jax.Array]:
-    return jax.tree.map(lambda x: x[None], matrix), jnp.full((1,), rows.shape[0], jnp.int32)
+    return mosaic_gpu_codes.why_not(rows, *single_group(rows, matrix))
 
 
 def scaled_matmul(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> jax.Array:
@@ -28,7 +24,7 @@ def scaled_matmul(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -
 
 @jax.custom_vjp
 def _multiply(rows: jax.Array | Scaled, matrix: Scaled) -> jax.Array:
-    return mosaic_gpu_codes.grouped_matmul(rows, *_single_group(rows, matrix))
+    return mosaic_gpu_codes.grouped_matmul(rows, *single_group(rows, matrix))
 
 
 def _forward_and_keep(rows: jax.Array | Scaled, matrix: Scaled) -> tuple[jax.Array, Scaled]:

@@ -118,17 +118,36 @@ def test_grouped_matmul(topology, rows):
     assert set(compiled_kernels(topology, grouped_matmul, *arrays)) == {"gmm"}
 
 
-def test_matrices_in_8_bits_are_decoded_for_the_grouped_product():
+def compile_products_of_codes(topology, experts, width, hidden, rows):
+    """grouped_mlp and scaled_matmul of a layer whose matrices are in 8 bits, [hidden, width] each."""
+
     def mlp(rows, gate_up, gate_up_scales, down, down_scales, sizes):
         return grouped_mlp(rows, quant.Scaled(gate_up, gate_up_scales), quant.Scaled(down, down_scales), sizes)
 
     def product(rows, codes, scales):
         return scaled_matmul(rows, quant.Scaled(codes, scales))
 
-    codes = jnp.float8_e4m3fn
-    matrices = ((8, 2, 128, 256), codes), ((8, 2, 1, 2), F32), ((8, 256, 128), codes), ((8, 2, 1), F32)
-    assert set(compiled_kernels("v5e:2x2", mlp, ((16, 256), BF16), *matrices, ((8,), jnp.int32))) == {"gmm"}
-    assert compiled_kernels("v5e:2x2", product, ((16, 256), BF16), ((384, 256), codes), ((3, 2), F32)) == {}
+    def in_codes(*shape):
+        *stacked, n, k = shape
+        return (shape, jnp.float8_e4m3fn), ((*stacked, -(-n // 128), -(-k // 128)), F32)
+
+    matrices = *in_codes(experts, 2, width, hidden), *in_codes(experts, hidden, width)
+    grouped = compiled_kernels(topology, mlp, ((rows, hidden), BF16), *matrices, ((experts,), jnp.int32))
+    return grouped, compiled_kernels(topology, product, ((rows, hidden), BF16), *in_codes(width + 576, hidden))
+
+
+def test_matrices_in_8_bits_are_decoded_inside_the_kernels():
+    grouped, product = compile_products_of_codes("v5e:2x2", 8, 128, 256, 16)
+    assert grouped["codes_matmul"]["calls"] == 2 and set(grouped) == {"codes_matmul"} == set(product)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [8, 8192])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_matrices_in_8_bits_of_large_models(topology, rows):
+    """The experts of GLM-5 on a device of sixteen."""
+    grouped, product = compile_products_of_codes(topology, 16, 2048, 6144, rows)
+    assert set(grouped) == {"codes_matmul"} == set(product)
 
 
 @pytest.mark.slow

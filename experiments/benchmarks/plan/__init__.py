@@ -26,9 +26,7 @@ from experiments.common.report import Output, markdown_table, text_table
 from experiments.common.topologies import Topology
 from indexcache_jax import memory, serving, sharding
 from indexcache_jax.config import Config
-from indexcache_jax.config_json import read_config_json
 from indexcache_jax.memory import Devices, Need
-from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat
 from indexcache_jax.serving.generation import CACHE_MULTIPLE
@@ -40,7 +38,6 @@ for _name in _READ:
     flags.declare_key_flag(_name)
 
 CHUNK = 4096  # tokens of a prefill chunk for every device that shares it, by default
-SHARE = "1/4"  # of layers that are F, where neither --schedule nor the model says
 LONGEST = 2**22  # tokens, up to which the longest length that fits is looked for
 
 
@@ -65,7 +62,7 @@ class Inputs:
 
     @property
     def abstract_mesh(self) -> Devices:
-        return memory.mesh_of(self.layout.data, self.layout.context, self.layout.tensor)
+        return self.layout.abstract_mesh
 
     def model(self, schedule: Schedule) -> Model:
         """The model under a schedule on the topology's devices, which must be there to compile for."""
@@ -99,10 +96,8 @@ def read_inputs() -> Inputs:
     """What the flags ask for, checked."""
     options.check_positive("batch_size", "tokens", "chunk")
     name, rows, length = options.PRESET.value, options.BATCH_SIZE.value, options.TOKENS.value
-    fields = read_config_json(options.DEMO) if name == "demo" else preset(name)
-    config, schedule = Config.from_hf(fields), Schedule.from_hf(fields)
-    if (entry := inputs.only_schedule()) is not None or schedule.num_full == schedule.num_layers:
-        schedule = inputs.schedule(entry or SHARE, config.num_layers)
+    config, base = inputs.preset_model(name)
+    schedule = inputs.schedule_to_plan(base)
     topology = topologies.topology(options.TOPOLOGY.value or topologies.LOCAL)
     count, text = topology.num_devices, options.MESH.value
     layout = devices.parse(text, count) if text else devices.suited(rows, count)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.common import inputs, options
-from indexcache_jax import presets
+from experiments.common import inputs
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 
 CUT_LAYERS = 4  # of a model that does not fit one device
-CUT_VOCABULARY = 1024
 
 # The searched patterns that the paper publishes (arXiv 2603.12201); other models keep indexers at even distances.
 SEARCHED = {
@@ -43,21 +41,11 @@ class Model:
 
 def model(name: str, num_layers: int) -> Model:
     """The preset, cut to `num_layers` expert layers where that is not 0, and the two largest always."""
-    whole = Config.from_hf(options.DEMO if name == "demo" else presets.preset(name))
-    if num_layers == 0 and name in ("glm-5", "glm-5.2", "deepseek-v3.2"):
+    whole, _ = inputs.preset_model(name)
+    if num_layers == 0 and name not in ("30b", "demo"):
         num_layers = CUT_LAYERS
     if num_layers == 0 or num_layers == whole.num_layers:
         return Model(name, whole, whole.num_layers)
     if not 0 < num_layers < whole.num_layers:
         raise ValueError(f"--num_layers={num_layers}: {name} has {whole.num_layers} layers")
-    few = min(CUT_VOCABULARY, whole.vocab_size)
-    cut = dataclasses.replace(
-        whole,
-        num_layers=num_layers,
-        moe_layers=(True,) * num_layers,
-        vocab_size=few,
-        eos_token_ids=(),
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    return Model(name, cut, whole.num_layers)
+    return Model(name, inputs.cut(whole, (True,) * num_layers), whole.num_layers)

@@ -16,6 +16,7 @@ from experiments.benchmarks.speed.bench import Bench, at, profiled_layer, refill
 from experiments.benchmarks.speed.rows import Row, record
 from experiments.benchmarks.speed.stages import Profile
 from experiments.benchmarks.speed.tables import cells
+from experiments.common.report import time_left
 from indexcache_jax import serving
 from indexcache_jax.serving.generation import padded_kv_length
 from indexcache_jax.serving.layer import run_layer_in_place
@@ -197,12 +198,14 @@ class Rounds:
 
     def run(self, rounds: int) -> int:
         """Runs the rounds there is time for, returns how many, and profiles after them: tracing might slow what follows."""
-        done, began = 0, time.perf_counter()
+        done, began, every = 0, time.perf_counter(), list(self.bench.weights)
         while done < rounds:
-            for pattern in self.bench.weights:
+            for number, pattern in enumerate(every, 1):
                 if self.late():
                     return done
                 self.one_schedule(pattern, first=done == 0)
+                far = time_left(done * len(every) + number, rounds * len(every), began)
+                print(f"schedules in all rounds: {far}, at most until --time_limit", flush=True)
             done += 1
             # Later rounds have no full cache and take less than the first; profiling takes one more.
             if time.perf_counter() + 1.4 * (time.perf_counter() - began) / done > self.deadline:

@@ -9,6 +9,7 @@ import sys
 import pytest
 from absl import flags
 
+import indexcache_jax
 from experiments.common import command_line
 from experiments.common.options import EXPERIMENTS
 
@@ -32,6 +33,7 @@ def test_a_verb_is_another_way_to_name_an_experiment():
     ("arguments", "message"),
     [
         (["serch"], r"'serch' is none of search, .*; the nearest is search"),
+        (["covert"], r"'covert' is none of .*; the nearest is convert"),
         (["gnerate", "--help"], r"'gnerate' is none of .*; the nearest is generate"),
         (["12"], r"'12' is none of [\w, ]*$"),
         (["search", "--experiment=distill"], "search: --experiment=distill names another"),
@@ -69,6 +71,8 @@ def parsed(monkeypatch):
         (["--sequence=4"], "error: --sequence: no flag of search; the nearest is --sequences; "),
         (["--zzzz=4"], "error: --zzzz: no flag of search; python -m experiments.run search --help shows"),
         (["--sequences=four"], "error: flag --sequences=four"),
+        (["--stream=maybe"], "error: flag --stream=maybe: neither true nor false ('maybe'); "),
+        (["glm-5"], "error: 'glm-5' is no flag; flags look like --checkpoint=DIR; "),
     ],
 )
 def test_a_flag_that_would_count_for_nothing_is_refused_in_one_line(parsed, capsys, arguments, message):
@@ -80,7 +84,7 @@ def test_a_flag_that_would_count_for_nothing_is_refused_in_one_line(parsed, caps
 
 
 def test_flags_that_a_verb_reads_are_taken(parsed):
-    assert parsed("--sequences=4", "--seed=3", "--output_dir=x", "--coordinator=a:1", "rest") == ["run", "rest"]
+    assert parsed("--sequences=4", "--seed=3", "--output_dir=x", "--coordinator=a:1") == ["run"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -93,16 +97,29 @@ def test_help_has_every_flag_that_a_verb_reads_and_nothing_of_absls(parsed, name
     assert command_line.summary(EXPERIMENTS[name]) in text and max(map(len, text.splitlines())) < 130
 
 
-def test_the_overview_has_every_verb():
+def test_the_overview_has_every_verb(monkeypatch):
     text = command_line.overview()
-    assert all(f"  {name} " in text for name in EXPERIMENTS)
+    assert all(f"  {name} " in text for name in (*EXPERIMENTS, "convert"))
+    assert text.startswith("usage: python -m experiments.run [VERB]")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/indexcache"])
+    assert command_line.overview().startswith("usage: indexcache [VERB]")
+
+
+def test_help_behind_the_word_help_and_a_version():
+    assert command_line.with_flag(["help", "distill"]) == ["--experiment=distill", "--help"]
+    assert command_line.with_flag(["help"]) == ["help"] and command_line.wants_help(["help"])
+    assert command_line.wants_version(["--version"]) and not command_line.wants_version(["search", "version"])
 
 
 def test_help_from_the_command_line():
     done = run("search", "--help")
     assert done.returncode == 0 and "--loss_budget" in done.stdout and "--retention" in done.stdout and not done.stderr
     assert "Shows" not in done.stdout and "absl" not in done.stdout
+    assert run("--version").stdout == f"indexcache-jax {indexcache_jax.__version__}\n"
+    converter = run("convert", "--help")
+    assert "SRC is a Hugging Face directory" in converter.stdout and "keep_mtp" in converter.stdout
     wrong = run("serch")
     assert (
-        wrong.returncode == 2 and wrong.stderr == f"error: 'serch' is none of {', '.join(EXPERIMENTS)}; the nearest is search\n"
+        wrong.returncode == 2
+        and wrong.stderr == f"error: 'serch' is none of {', '.join(EXPERIMENTS)}, convert; the nearest is search\n"
     )

@@ -32,8 +32,8 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def run(layers=None, **changes):
-    return Run(layers or Resident(BASE.config, BASE.schedule, BASE.params), TARGET, BASE.tokens, STAGE, **changes)
+def run(layers=None, schedule=TARGET, **changes):
+    return Run(layers or Resident(BASE.config, BASE.schedule, BASE.params), schedule, BASE.tokens, STAGE, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def whole(tmp_path_factory):
     return indexer_runs.train(run(), Output.create(str(tmp_path_factory.mktemp("whole"))), resume=False)
 
 
-def assert_same(found, expected):
-    assert [group.layer for group in found] == [group.layer for group in expected] == [0, 2]
+def assert_same(found, expected, layers=(0, 2)):
+    assert [group.layer for group in found] == [group.layer for group in expected] == list(layers)
     for a, b in zip(found, expected, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a.indexer, b.indexer)
         assert a.divergence == b.divergence
@@ -76,6 +76,17 @@ def test_a_run_that_was_cut_off_ends_as_the_whole_one_does(whole, tmp_path, monk
     assert_same(indexer_runs.train(run(), output, resume=True), whole)
     assert path.read_bytes().startswith(kept)
     assert_same(indexer_runs.train(run(), output, resume=True), whole)  # from the files alone
+
+
+def test_a_run_of_several_spans_that_was_cut_off_ends_streamed_as_the_whole_one_does(checkpoint, tmp_path, monkeypatch):
+    given = run(schedule=BASE.schedule, spans=2)
+    outputs = [Output.create(str(tmp_path / name)) for name in ("whole", "cut off")]
+    whole = indexer_runs.train(given, outputs[0], resume=False)
+    cut_off(given, outputs[1], monkeypatch)
+    with pytest.raises(ValueError, match="another spans: 2 there, 3 here"):
+        indexer_runs.train(dataclasses.replace(given, spans=3), outputs[1], resume=True)
+    streamed = dataclasses.replace(given, layers=checkpoints_convert.Layers(checkpoint))
+    assert_same(indexer_runs.train(streamed, outputs[1], resume=True), whole, (0, 1, 2))
 
 
 @pytest.mark.parametrize("wrong", ["missing", "no archive", "another shape"])

@@ -55,3 +55,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 def test_tables():
     assert report.markdown_table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
     assert report.text_table(["a", "bb"], [["ccc", 1]]) == "a    bb\nccc  1"
+
+
+def test_time_left_is_that_of_the_rate_so_far(monkeypatch):
+    monkeypatch.setattr(report.time, "perf_counter", lambda: 40.0)
+    assert report.time_left(3, 12, began=10.0) == "3 of 12, 01:30 left"
+    assert report.time_left(1, 121, began=10.0) == "1 of 121, 1:00:00 left"
