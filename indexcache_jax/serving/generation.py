@@ -213,7 +213,7 @@ def _check_drawn(tokens: Sequence[int], request: int, weights: Weights) -> None:
 
 def _of_rows(name: str, value: Any, rows: int) -> list[Any]:
     """One value a row, of those or of one for all. ValueError, naming the argument, for another number of them."""
-    values = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) else [value] * rows
+    values = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", None) else [value] * rows
     if len(values) != rows:
         raise ValueError(f"{name}: {len(values)} of them for {rows} prompts")
     return values
