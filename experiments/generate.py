@@ -369,6 +369,15 @@ def ended(request: Request, tokens: Sequence[int], given: Inputs) -> tuple[str, 
     return said[:at], "stop" if stopped or at is not None else "length"
 
 
+@contextlib.contextmanager
+def naming(batch: Sequence[Request]) -> Iterator[None]:
+    """Puts the lines of a batch before what is wrong with it, such as logits that are not finite."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"lines {', '.join(str(r.line) for r in batch)}: {error}") from None
+
+
 def complete(batch: Sequence[Request], given: Inputs, document: serving.Cache | None, meter: Meter) -> list[list[int]]:
     """The new tokens of every request. A batch of fewer rows is filled up with copies, for a program that exists already."""
     settings, encoder = given.settings, given.encoder
@@ -385,23 +394,25 @@ def complete(batch: Sequence[Request], given: Inputs, document: serving.Cache | 
         return min((at for at in (at_token, at_string) if at is not None), default=None)
 
     assert given.weights is not None
-    return generate(
-        given.weights,
-        [r.tokens for r in rows],
-        given.config,
-        given.schedule,
-        [d.max_new_tokens for d in drawings],
-        sampling=[d.sampling for d in drawings],
-        seed=[settings.seed if d.seed is None else d.seed for d in drawings],
-        stop_tokens=settings.stop_tokens,
-        ending=ending if any(ends) else None,
-        cache_len=room_for(needed, settings),
-        cache_format=settings.cache_format,
-        document=document or (),
-        ids=[r.line if r.drawing.seed is None else 0 for r in rows],
-        chunk=settings.chunk,
-        progress=meter,
-    )[: len(batch)]
+    with naming(batch):
+        drawn = generate(
+            given.weights,
+            [r.tokens for r in rows],
+            given.config,
+            given.schedule,
+            [d.max_new_tokens for d in drawings],
+            sampling=[d.sampling for d in drawings],
+            seed=[settings.seed if d.seed is None else d.seed for d in drawings],
+            stop_tokens=settings.stop_tokens,
+            ending=ending if any(ends) else None,
+            cache_len=room_for(needed, settings),
+            cache_format=settings.cache_format,
+            document=document or (),
+            ids=[r.line if r.drawing.seed is None else 0 for r in rows],
+            chunk=settings.chunk,
+            progress=meter,
+        )
+    return drawn[: len(batch)]
 
 
 # ---- the report

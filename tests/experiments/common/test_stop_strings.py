@@ -1,10 +1,10 @@
 """A completion ends before the first of its stop strings, with the token that completes it."""
 
-import numpy as np
 import pytest
 
 from experiments.common import text
 from experiments.common.stop_strings import first_stop, stop_tokens, tokens_to_stop
+from tests.checkpoints_convert.test_tokenizer_files import begin, save_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,7 @@ def test_where_a_text_ends_and_after_how_many_tokens(stops, begins, tokens):
         assert tokens_to_stop(drawn[: tokens - 1], stops, text.Bytes().decode) is None
 
 
-def test_a_stop_string_that_is_a_token_and_no_text_is_a_stop_token():
-    class Encoder:
-        def encode(self, text, begins=True, ends=True):
-            return np.array([300] if text == b"<|user|>" else list(text))
-
-        def decode(self, tokens):
-            return "".join(chr(t) for t in tokens if t < 256)
-
-    assert stop_tokens(["<|user|>", "a", "bc"], Encoder()) == {300}
+def test_a_stop_string_that_is_a_token_and_no_text_is_a_stop_token(tmp_path):
+    encoder = text.tokenizer(save_tokenizer(tmp_path / "model", begin), 300)
+    assert stop_tokens(["</s>", "a", "the", "the cat"], encoder) == {259}
+    assert stop_tokens(["</s>"], text.Bytes()) == set()
