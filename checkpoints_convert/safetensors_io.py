@@ -23,6 +23,7 @@ from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, is_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_PATH = 1000  # characters of a message that begins with a path
 MAX_DIMENSIONS = 16  # beyond any tensor's, so that a shape's product stays cheap
 
 _BITS = (
@@ -126,7 +127,10 @@ class Stored:
         """The tensors that are not read, for a caller who wants some of them. ValueError for a file that is none."""
         yield from self.unlisted
         for path in self.files:
-            yield from read_header(path).values()
+            try:
+                yield from read_header(path).values()
+            except ValueError as error:  # the name of a file that nothing lists may be anything
+                raise ValueError(escaped(str(error), MAX_PATH)) from None
 
 
 def _some(names: Sequence[str]) -> str:

@@ -38,8 +38,8 @@ def read_tokenizer(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, str] 
     if not is_there(path):
         if others := sorted({found.name for pattern in _OTHERS for found in directory.glob(pattern)}):
             raise ValueError(
-                f"{directory / others[0]}: belongs to a tokenizer without {TOKENIZER}, the only format that is read; make one "
-                f"with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                f"{directory}/{escaped(others[0])}: belongs to a tokenizer without {TOKENIZER}, the only format that is "
+                f"read; make one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
         return None
     tokenizer, identity = read_file(path)

@@ -103,12 +103,16 @@ def test_a_conversion_that_is_ended_leaves_nothing(tmp_path, source, format):
 
 
 @SIGNALS
-def test_a_conversion_that_is_ended_while_it_imports_says_so_in_one_line(tmp_path, source, number):
-    command = [sys.executable, "-m", "checkpoints_convert", str(source), str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    "arguments", [["checkpoints_convert", "SOURCE", "OUT"], ["experiments.run", "search", "--output_dir=OUT"]]
+)
+def test_a_command_that_is_ended_while_it_imports_says_so_in_one_line(tmp_path, source, number, arguments):
+    arguments = [a.replace("SOURCE", str(source)).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    command = [sys.executable, "-m", *arguments]
     process = subprocess.Popen(command, cwd=files.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(0.4)  # it imports for seconds
     out, err, seconds = ended(process, number)
-    assert process.returncode == 128 + number and re.fullmatch("interrupted(; nothing was written)?\n", err) and out == ""
+    assert process.returncode == 128 + number and re.fullmatch("interrupted(; .*)?\n", err) and out == ""
     assert seconds < GRACE_SECONDS and not list(tmp_path.iterdir())
 
 

@@ -200,6 +200,15 @@ def test_a_link_to_an_index_that_is_not_there_is_not_no_index(sharded):
         read_stored(sharded)
 
 
+def test_a_file_beside_is_named_in_printable_characters(sharded):
+    (sharded / "\x1b]0;owned\x07\n.safetensors").write_bytes(b"")
+    stored = read_stored(sharded)
+    assert all(note.isprintable() for note in stored.notes())
+    with pytest.raises(ValueError, match=r"owned.*a header of 0 bytes does not fit") as caught:
+        list(stored.beside())
+    assert str(caught.value).isprintable()
+
+
 def test_the_order_of_a_header_means_nothing(path):
     """As JSON may have it: names in another order than data, and a tensor without a byte between two others."""
     names = {

@@ -223,6 +223,13 @@ def test_another_tokenizer_is_never_taken_for_bytes(tmp_path, name):
         text.tokenizer(tmp_path, 97)
 
 
+def test_a_files_name_cannot_drive_a_terminal(tmp_path):
+    (tmp_path / "\x1b]0;owned\x07\n.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"owned.*\.model: belongs to a tokenizer without") as caught:
+        read_tokenizer(tmp_path)
+    assert str(caught.value).isprintable()
+
+
 def test_bytes_are_not_the_tokens_of_a_large_vocabulary(tmp_path):
     assert text.tokenizer(tmp_path, 258).name == "bytes"
     with pytest.raises(ValueError, match=r"tokenizer\.json: no such file, and bytes are not the 154880 tokens"):
