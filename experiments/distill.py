@@ -369,7 +369,7 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
     indexer_runs.check_free(output.directory, options.RESUME.value)
     layers = open_layers(checkpoint)
     training = indexer_training.Run(layers, target_schedule(layers.schedule), tokens, stage, seed)
-    training, memory = indexer_runs.within(training, 1e9 * options.STREAM_MEMORY.value, output.directory)
+    training, memory = indexer_runs.within(training, options.stream_memory(), output.directory)
     of_all, trained = indexer_training.sizes(training)
     print(f"{checkpoint.directory}: {base.pattern} -> {training.schedule.pattern}; {checkpoint.dtype} on {device()['kind']}")
     print(f"{len(tokens)} sequences of {reader.context} tokens to train on, {len(cuts)} to evaluate on; {memory}")

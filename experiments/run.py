@@ -12,7 +12,7 @@ from types import FrameType, ModuleType
 from absl import app, flags, logging
 
 from experiments.common import command_line
-from experiments.common.options import EXPERIMENTS, TOGETHER
+from experiments.common.options import COMPILING, EXPERIMENTS, TOGETHER
 
 _EXPERIMENT = flags.DEFINE_enum("experiment", next(iter(EXPERIMENTS)), list(EXPERIMENTS), "what to run")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "", "where results.json, report.md and plots go; default out/EXPERIMENT")
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
 def _run(name: str, resumable: bool) -> None:
     from experiments.common import processes, programs
 
-    programs.keep()
+    if name not in COMPILING:
+        programs.keep()
     go_on = f"start all again{', with --resume to go on from here' if resumable else ''}"
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, go_on)
     with processes.sharing_fate():

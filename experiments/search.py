@@ -8,28 +8,28 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import devices, engines, fit, inputs, journal, options, plots, search_noise
+from experiments.common import devices, engines, fit, inputs, journal, options, plots, search_cost, search_noise, serving_times
 from experiments.common.loss_journal import LossJournal
 from experiments.common.report import Output, device, markdown_table, progress, text_table
-from indexcache_jax import memory, search, serving
+from experiments.common.search_cost import Batches, Cost, Counter, Rate
+from experiments.common.serving_times import Times
+from indexcache_jax import search
 from indexcache_jax.config import Config
 from indexcache_jax.layers import shardings_in_force
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
-from indexcache_jax.search.streamed import StreamedEvaluator
+from indexcache_jax.search.streamed import StreamedEvaluator, state_bytes
 from indexcache_jax.sharding import SERVING
 
 LOG = "evaluations.jsonl"
-TIMED_RUNS = 3
 STREAMED_GROWTH = 2.0  # of a race's comparisons, each of which reads all weights
 OVERLAP_BATCHES = 2
 
@@ -55,9 +55,12 @@ _RACE = flags.DEFINE_float(
     0.5,
 )
 _COMPARE = flags.DEFINE_list("compare", [], "patterns of F and S that the table has besides, such as published ones")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "check all that is read and say what the search takes, but search nothing")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "check all that is read but the weights, say what the search takes, and end")
 _TIME = flags.DEFINE_bool(
-    "time_prefill", True, "measure prefill under every schedule, once the search is done; not with --stream"
+    "time_prefill", True, "time prefill under every schedule, once the search is done; with --stream estimate it, and decoding"
+)
+_SERVING_LENGTH = flags.DEFINE_integer(
+    "serving_length", None, "prompt tokens that prefill is timed at; default --context", lower_bound=1
 )
 
 # ---- what is searched
@@ -80,6 +83,9 @@ class Model(Protocol):
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
         """What a loss depends on besides the schedule, for the log of the search."""
 
+    def rate(self, losses: search.Evaluator | StreamedEvaluator) -> Rate:
+        """How fast the losses of an evaluator are measured, from the first of its batches."""
+
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
         """Mean overlap |A n B| / k [num_full, num_full] of the F layers' selections."""
 
@@ -100,6 +106,15 @@ class InMemory:
     def about(self, batches: list[np.ndarray]) -> dict[str, Any]:
         dtype = str(self.params.embedding.dtype)
         return {"pattern": self.schedule.pattern, "dtype": dtype, **search.fingerprint(self.params, batches)}
+
+    def rate(self, losses: search.Evaluator | StreamedEvaluator) -> Rate:
+        """Of the second evaluation; the first one compiles."""
+        seconds = 0.0
+        for _ in range(2):
+            unlogged, began = self.evaluator(losses.batches[:1], lambda layers: None), time.perf_counter()
+            unlogged.sequence_losses([self.schedule])
+            seconds = time.perf_counter() - began
+        return Rate(seconds / self.config.num_layers)
 
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
         return overlap.layer_overlap(self.params, self.config, self.schedule, batches)
@@ -132,6 +147,12 @@ class Streamed:
         weights = search.fingerprint((ends, self.layers.layer(0, shardings), self.layers.layer(last, shardings)), batches)
         return {"pattern": self.schedule.pattern, "dtype": str(ends.embedding.dtype), **weights}
 
+    def rate(self, losses: search.Evaluator | StreamedEvaluator) -> Rate:
+        """Of one layer, which stands for all."""
+        assert isinstance(losses, StreamedEvaluator)
+        reading, running = losses.seconds_of_layer()
+        return Rate(running, reading * self.config.num_layers)
+
     def overlap(self, batches: list[np.ndarray]) -> np.ndarray:
         queries = overlap.spread(batches[0].shape[1] - 1, self.config.index_topk)
         with progress(total=len(batches) * self.config.num_layers, unit="layer", desc="overlap") as bar:
@@ -140,16 +161,23 @@ class Streamed:
 
 
 def open_model(checkpoint: inputs.Checkpoint) -> Model:
-    """The checkpoint's model, in memory or, with --stream, read as it is needed.
-
-    ValueError for one that is to be in memory and does not fit the device's.
-    """
+    """The checkpoint's model, in memory or, with --stream, read as it is needed."""
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "weights": checkpoint.weights}
     if options.STREAM.value:
-        return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), int(1e9 * options.STREAM_MEMORY.value))
-    rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
-    fit.search(*inputs.described(checkpoint.directory), rows=rows, context=context, **asked)
+        return Streamed(checkpoints_convert.Layers(checkpoint.directory, **asked), options.stream_memory())
     return InMemory(*checkpoints_convert.load(checkpoint.directory, **asked))
+
+
+def check_memory(checkpoint: inputs.Checkpoint, config: Config, schedule: Schedule, cost: Cost) -> None:
+    """Says what the search needs of memory; ValueError where that does not fit."""
+    rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
+    asked: dict[str, Any] = {"rows": rows, "context": context, "dtype": checkpoint.dtype, "weights": checkpoint.weights}
+    if not options.STREAM.value:
+        fit.search(config, schedule, **asked)
+        return
+    states = min(options.stream_memory(), cost.states * state_bytes(config, checkpoint.dtype, rows, context))
+    smaller = "a smaller --context, --batch_size or --stream_memory"
+    fit.streamed(config, schedule, host={"hidden states": states}, smaller=smaller, **asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,13 +210,29 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a search reads besides the model: batches [B, S+1] to search on and to evaluate on, and its goal."""
+    """What a search reads besides the model: batches [B, S+1] to search on and to evaluate on, and its goal.
+
+    searching, evaluating: what the search takes, and then the table of its report.
+    """
 
     checkpoint: inputs.Checkpoint
     calibration: list[np.ndarray]
     held_out: list[np.ndarray]
     goal: Goal
+    searching: Cost
+    evaluating: Cost
     text: dict[str, Any]  # what was read, for the report
+
+    @property
+    def to_serve(self) -> np.ndarray:
+        """The rows [B, S] of held-out tokens that prefill is timed on, repeated up to --serving_length."""
+        rows = self.held_out[0][:, :-1]
+        return np.stack([np.resize(row, serving_length()) for row in rows])
+
+
+def serving_length() -> int:
+    """--serving_length, or --context."""
+    return options.CONTEXT.value if _SERVING_LENGTH.value is None else _SERVING_LENGTH.value
 
 
 def read_goal(base: Schedule) -> Goal:
@@ -206,6 +250,12 @@ def read_goal(base: Schedule) -> Goal:
         raise ValueError(f"--strategy={strategy}: needs the whole model in memory, so not with --stream")
     if strategy == "floating" and options.BLOCKS.value > 1:
         raise ValueError(f"--blocks={options.BLOCKS.value}: --strategy=floating has no blocks, it changes one layer at a time")
+    if strategy == "similarity":
+        options.refuse("--strategy=similarity measures no losses", "blocks", "race", "resume")
+    if not options.STREAM.value:
+        options.refuse("needs --stream", "stream_memory")
+    if not _TIME.value:
+        options.refuse("nothing is timed without --time_prefill", "serving_length")
     retentions = [inputs.share("retentions", value) for value in options.RETENTIONS.value]
     target = inputs.share("retention", options.RETENTION.value)
     return Goal(retentions, target, budget, strategy, options.BLOCKS.value, patterns_to_compare(base))
@@ -222,33 +272,33 @@ def patterns_to_compare(base: Schedule) -> tuple[Schedule, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def read_inputs(seed: int) -> tuple[Inputs, Model]:
-    """All that is read, checked before anything takes long. The model comes apart, so that it can be let go of first."""
+def read_inputs(seed: int) -> Inputs:
+    """All that is read but the weights, checked before anything takes long. Says what the search takes."""
     options.check_positive("sequences", "held_out_sequences", "blocks")
     checkpoint = inputs.checkpoint()
     config, base = inputs.described(checkpoint.directory)
     goal = read_goal(base)
-    if goal.strategy == "greedy":
-        size = None
-        if options.STREAM.value:
-            size = memory.tree_bytes(abstract(config, base), checkpoint.dtype, memory.mesh_of(), SERVING)
-        rows = options.BATCH_SIZE.value
-        batches = options.calibration_sequences() // rows
-        print(cost(base, goal, batches, rows * options.CONTEXT.value, size), flush=True)
+    if serving_length() > config.max_position_embeddings:
+        raise ValueError(f"--serving_length={serving_length()}: the model's longest is {config.max_position_embeddings}")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
-        model = open_model(checkpoint)
-    reader = inputs.reader(checkpoint.directory, model.config)
+        checkpoints_convert.Layers(checkpoint.directory, dtype=checkpoint.dtype, weights=checkpoint.weights)  # its headers
+    searching, evaluating = costs(config, base, goal, checkpoint.dtype)
+    rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
+    weights = inputs.stored_bytes(checkpoint.directory) if options.STREAM.value else None
+    print(search_cost.counted(searching + evaluating, rows, context, weights))
+    print(search_cost.estimated(searching + evaluating, config, rows, context, weights), flush=True)
+    check_memory(checkpoint, config, base, searching + evaluating)
+    reader = inputs.reader(checkpoint.directory, config)
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     calibration = reader.draw(sides.train, "text", options.calibration_sequences(), seed)
     held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     about = about_text(sides, reader, calibration, held_out)
-    given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal, about)
-    config, base = model.config, model.schedule
+    given = Inputs(checkpoint, inputs.batches(calibration), inputs.batches(held_out), goal, searching, evaluating, about)
     on = f"{checkpoint.dtype} on {device()['kind']}"
     print(f"{checkpoint.directory}: {config.num_layers} layers, {base.num_full} indexers; {on}")
-    print(f"{len(calibration)} sequences of {reader.context} tokens to search on, {len(held_out)} to evaluate on")
-    return given, model
+    print(f"{len(calibration)} sequences of {reader.context} tokens to search on, {len(held_out)} to evaluate on", flush=True)
+    return given
 
 
 def about_text(sides: inputs.Sides, reader: inputs.Reader, calibration: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
@@ -297,28 +347,29 @@ class Result:
         return [row.schedule for row in self.rows]
 
 
-def find(
-    model: Model, calibration: list[np.ndarray], goal: Goal, output: Output
-) -> tuple[list[search.Step], dict[int, Schedule]]:
+def race_of(goal: Goal) -> search.Race | None:
+    """How a search drops schedules that cannot win, None where it measures all on all sequences."""
+    growth = STREAMED_GROWTH if options.STREAM.value else search.Race.growth
+    return search.Race(_RACE.value, growth=growth) if _RACE.value and goal.strategy != "similarity" else None
+
+
+def find(model: Model, given: Inputs, output: Output) -> tuple[list[search.Step], dict[int, Schedule]]:
     """The search's steps, none with the similarity DP, and the schedule found for each number of F layers that was reached."""
-    config, base, sizes = model.config, model.schedule, goal.sizes(model.schedule)
-    with progress(unit="layer", desc="search", smoothing=0.05) as bar:
+    config, base, goal, calibration = model.config, model.schedule, given.goal, given.calibration
+    sizes = goal.sizes(base)
+    with progress(total=given.searching.layers, unit="layer", desc="search", smoothing=0.05) as bar:
         if isinstance(model, InMemory) and goal.strategy == "similarity":
-            bar.total = len(calibration) * sum(range(1, config.num_layers + 1))
             matrix = search.similarities(model.params, config, base, calibration, bar.update)
             return [], {size: search.most_similar(matrix, size) for size in sizes}
         path = output.directory / LOG
         if not options.RESUME.value:
             journal.set_aside(path)
-        if goal.strategy == "greedy":  # what the floating search will try is not known
-            bar.total = len(calibration) * search.layers_to_run(base, min(sizes), goal.blocks)
         with LossJournal(path, model.about(calibration)) as log:
             losses = model.evaluator(calibration, bar.update, log)
             for line in losses.advice():
                 bar.write(f"note: {line}")
-            growth = STREAMED_GROWTH if options.STREAM.value else search.Race.growth
-            race = search.Race(_RACE.value, growth=growth) if _RACE.value else None
-            steps = search_down(losses, base, goal, race)
+            bar.write(search_cost.timed(given.searching + given.evaluating, model.rate(losses), device()["kind"]))
+            steps = search_down(losses, base, goal, race_of(goal))
         bar.total = bar.n
         bar.refresh()
     by_size = {step.schedule.num_full: step.schedule for step in steps}
@@ -350,36 +401,26 @@ def search_down(losses: search.LossOracle, base: Schedule, goal: Goal, race: sea
     return steps
 
 
-class _Counter:
-    """A `search.LossOracle` that counts the schedules it is asked for, each of which it takes for nothing.
-
-    passes: how often it was asked for some, which a streamed model is read for.
-    """
-
-    num_batches = rows = 1
-
-    def __init__(self) -> None:
-        self.known: set[Schedule] = set()
-        self.passes = 0
-
-    def sequence_losses(
-        self, schedules: Sequence[Schedule], base: Schedule | None = None, batches: Sequence[int] | None = None
-    ) -> np.ndarray:
-        self.passes += not self.known.issuperset(schedules)
-        self.known |= set(schedules)
-        return np.zeros((len(schedules), 1 if batches is None else len(batches)))
-
-
-def cost(base: Schedule, goal: Goal, batches: int, tokens: int, model_bytes: int | None) -> str:
-    """What a greedy search takes at most, in a sentence. model_bytes: of a streamed model, which every pass reads."""
-    counter = _Counter()
-    search_down(counter, base, goal)
-    layers = batches * search.layers_to_run(base, min(goal.sizes(base)), goal.blocks)
-    found = f"the search measures at most {len(counter.known):,} losses on {batches} batches of {tokens:,} tokens"
-    found += f", about {layers:,} layers of a batch"
-    if model_bytes is not None:
-        found += f", and reads the weights at least {counter.passes:,} times, {counter.passes * model_bytes / 1e12:,.1f} TB"
-    return found
+def costs(config: Config, base: Schedule, goal: Goal, dtype: str) -> tuple[Cost, Cost]:
+    """What the search takes, at most, and then the table of its report, with the sequences that the flags ask for."""
+    rows, layers, states = options.BATCH_SIZE.value, base.num_layers, None
+    if options.STREAM.value:
+        states = options.stream_memory() // state_bytes(config, dtype, rows, options.CONTEXT.value)
+    counts = options.calibration_sequences(), options.HELD_OUT_SEQUENCES.value
+    batches, held_out = (Batches(inputs.num_batches(count), rows, states) for count in counts)
+    steps: list[search.Step] = []
+    if goal.strategy == "similarity":
+        searching = Cost(passes=(batches.count * layers * (layers + 1) // 2,))
+    else:
+        counter = Counter(layers, batches, race_of(goal))
+        without_end = dataclasses.replace(goal, budget=None if goal.budget is None else math.inf)
+        steps = search_down(counter, base, without_end)
+        searching = dataclasses.replace(counter.cost, steps=len(steps) - 1)
+    by_size = {step.schedule.num_full: step.schedule for step in steps}
+    chosen = choose(steps, by_size, base, goal) if steps else base
+    table = Counter(layers, held_out)
+    table.sequence_losses([schedule for _, schedule in compared(by_size, base, chosen, goal)])
+    return searching, table.cost + Cost(passes=(min(OVERLAP_BATCHES, batches.count) * layers,))
 
 
 def choose(steps: list[search.Step], by_size: dict[int, Schedule], base: Schedule, goal: Goal) -> Schedule:
@@ -406,7 +447,7 @@ def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goa
 def run_search(model: Model, given: Inputs, output: Output) -> Result:
     """Searches, and evaluates what was found and what it is compared with on the held-out batches."""
     base, goal = model.schedule, given.goal
-    steps, by_size = find(model, given.calibration, goal, output)
+    steps, by_size = find(model, given, output)
     chosen = choose(steps, by_size, base, goal)
     named = compared(by_size, base, chosen, goal)
     schedules = [schedule for _, schedule in named]
@@ -420,43 +461,27 @@ def run_search(model: Model, given: Inputs, output: Output) -> Result:
     return Result(model.config, base, steps, rows, chosen, model.overlap(given.calibration[:OVERLAP_BATCHES]))
 
 
-def prefill_seconds(checkpoint: inputs.Checkpoint, schedules: list[Schedule], tokens: np.ndarray) -> list[float | None]:
-    """The median time of prefilling tokens [B, S] into an empty cache under each schedule, the schedules taking turns.
-
-    The weights are read from the checkpoint once more, as inference runs them, so that they are in memory once where the
-    caller has let go of the search's. None for every schedule where nothing is to be measured.
-    """
-    if options.STREAM.value or not _TIME.value:
-        return [None for _ in schedules]
-    with warnings.catch_warnings(action="ignore"):  # they came when the model was opened
-        config, _, weights = checkpoints_convert.load(
-            checkpoint.directory, dtype=checkpoint.dtype, form="serving", weights=checkpoint.weights
-        )
-    batch, length = tokens.shape
-    models = [serving.restrict(weights, config, schedule) for schedule in schedules]
-    seconds: list[list[float]] = [[] for _ in schedules]
-    fewest = min(range(len(schedules)), key=lambda i: schedules[i].num_full)
-    warm_up = {0, fewest}  # a program is one layer's, F or S: these two run all of them
-    for round in progress(iterable=range(1 + TIMED_RUNS), unit="round", desc="prefill"):
-        for i, (model, schedule) in enumerate(zip(models, schedules, strict=True)):
-            if round == 0 and i not in warm_up:
-                continue
-            cache = serving.init_cache(config, schedule, batch, length, weights.embedding.dtype)
-            jax.block_until_ready(cache)
-            began = time.perf_counter()
-            serving.prefill_prompts(model, list(tokens), cache, config)[0].block_until_ready()
-            if round:
-                seconds[i].append(time.perf_counter() - began)
-    return [statistics.median(times) for times in seconds]
+def times_of(given: Inputs, config: Config, schedules: list[Schedule]) -> Times:
+    """What the schedules take of inference: measured, or estimated for a model that is streamed."""
+    checkpoint, tokens = given.checkpoint, given.to_serve
+    if not _TIME.value:
+        return Times.none(schedules)
+    if options.STREAM.value:
+        return serving_times.estimate(config, schedules, tokens[:1], checkpoint.dtype, checkpoint.weights)
+    return serving_times.of_checkpoint(checkpoint, schedules, tokens)
 
 
 # ---- the report
 
 
-def table(rows: list[Row], times: list[float | None], chosen: Schedule) -> tuple[list[str], list[list[str]]]:
-    """Header and cells, the chosen schedule's row marked. times: seconds of prefill, None where it was not measured."""
-    header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", "prefill s", "speed-up"]
-    first, first_time = rows[0], times[0]
+def table(rows: list[Row], times: Times, chosen: Schedule) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, the chosen schedule's row marked."""
+    estimate = ", estimate" if times.estimated else ""
+    header = ["schedule", "pattern", "indexers", "removed", "held-out loss", "change", f"prefill s{estimate}", "speed-up"]
+    decodes = any(seconds is not None for seconds in times.decode)
+    if decodes:
+        header += [f"decode ms a token{estimate}", "speed-up"]
+    first = rows[0]
     layers = first.schedule.num_layers
     cells = [
         [
@@ -466,12 +491,17 @@ def table(rows: list[Row], times: list[float | None], chosen: Schedule) -> tuple
             f"{1 - row.schedule.num_full / layers:.0%}",
             f"{row.held_out_loss:.4f}",
             search_noise.change(row.losses, first.losses),
-            "-" if seconds is None else f"{seconds:.3f}",
-            "-" if seconds is None or first_time is None else f"{first_time / seconds:.2f}x",
+            *_time_cells(prefill, times.prefill[0], 1),
+            *(_time_cells(decode, times.decode[0], 1e3) if decodes else []),
         ]
-        for row, seconds in zip(rows, times, strict=True)
+        for row, prefill, decode in zip(rows, times.prefill, times.decode, strict=True)
     ]
     return header, cells
+
+
+def _time_cells(seconds: float | None, first: float | None, unit: float) -> list[str]:
+    """A time, in so many to a second, and how many times shorter it is than the first."""
+    return ["-", "-"] if seconds is None or first is None else [f"{unit * seconds:.3f}", f"{first / seconds:.2f}x"]
 
 
 def plot_losses(output: Output, result: Result, budget: float | None) -> None:
@@ -497,9 +527,8 @@ def plot_losses(output: Output, result: Result, budget: float | None) -> None:
     output.save_figure(figure, "loss.png")
 
 
-def metrics_of(result: Result, times: list[float | None], pasted: list[engines.Setting]) -> dict[str, Any]:
+def metrics_of(result: Result, times: Times, pasted: list[engines.Setting]) -> dict[str, Any]:
     """What results.json holds of a search."""
-    rows = zip(result.rows, times, strict=True)
     return {
         "pattern": result.chosen.pattern,
         "removed": 1 - result.chosen.num_full / result.chosen.num_layers,
@@ -510,9 +539,9 @@ def metrics_of(result: Result, times: list[float | None], pasted: list[engines.S
                 "held_out_loss": row.held_out_loss,
                 "held_out_losses": row.losses,
                 "change": search_noise.as_json(search.Margin.between(row.losses, result.rows[0].losses)),
-                "prefill_seconds": seconds,
+                **serving_times.as_json(times, number),
             }
-            for row, seconds in rows
+            for number, row in enumerate(result.rows)
         ],
         "steps": [
             {
@@ -531,7 +560,7 @@ def metrics_of(result: Result, times: list[float | None], pasted: list[engines.S
     }
 
 
-def report(result: Result, times: list[float | None], given: Inputs, output: Output, layout: devices.Layout) -> None:
+def report(result: Result, times: Times, given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes plots, results.json and report.md, and prints the table and how to use the schedule."""
     plot_losses(output, result, given.goal.budget)
     plots.overlap(output, result.overlap, result.base, result.chosen)
@@ -544,9 +573,8 @@ def report(result: Result, times: list[float | None], given: Inputs, output: Out
     if len(result.rows[0].losses) > 1:
         note += f"; ± is the standard error of the change, from differences on the same {len(result.rows[0].losses)} sequences"
     note += "."
-    if times[0] is not None:
-        tokens = f"{len(given.held_out[0])} x {options.CONTEXT.value} tokens"
-        note += f" Prefill: the median of {TIMED_RUNS} runs over {tokens}, the schedules taking turns."
+    if times.how:
+        note += f" {times.how}"
     lines = engines.to_paste(chosen, checkpoint, result.config)
     certainty = ""
     if result.steps:
@@ -566,11 +594,13 @@ def run(output_dir: str, seed: int) -> None:
     options.check_positive("batch_size")
     layout = devices.layout(options.BATCH_SIZE.value)
     with devices.in_force(layout, SERVING):
-        given, model = read_inputs(seed)
+        given = read_inputs(seed)
         if _DRY_RUN.value:
             return
         output = Output.create(output_dir)
+        with warnings.catch_warnings(action="ignore"):  # they came with the headers
+            model = open_model(given.checkpoint)
         result = run_search(model, given, output)
         del model  # its weights make room for those of inference
-        times = prefill_seconds(given.checkpoint, result.schedules, given.held_out[0][:, :-1])
+        times = times_of(given, result.config, result.schedules)
     report(result, times, given, output, layout)

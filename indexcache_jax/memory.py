@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from indexcache_jax import distill, moe, ops, params, serving, sharding, tensors, training
+from indexcache_jax import distill, host_memory, moe, ops, params, serving, sharding, tensors, training
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving.cache import CacheFormat
@@ -218,10 +217,10 @@ def longest(fits: Callable[[int], bool], multiple: int, most: int) -> int:
 def available() -> int:
     """Bytes that each of this process's devices may hold.
 
-    Of CPUs, which share the host's memory, an even share of it.
+    Of CPUs, which share the host's memory, an even share of what is left of it.
     """
     devices = jax.local_devices()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     if devices[0].platform != "cpu" and None not in limits:
         return min(limit for limit in limits if limit is not None)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    return host_memory.available() // len(devices)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.common import indexer_runs, inputs, options, runs
+from experiments.common import fit, indexer_runs, inputs, options, runs
 from experiments.common.report import Output, device, markdown_table, text_table
 from indexcache_jax import indexer_training, tensors
 from indexcache_jax.config import Config
@@ -106,7 +106,16 @@ def read_run(output: Output, seed: int) -> tuple[Run, str]:
     stage = Stage("indexers", "warmup", _TIMED.value, 1, context, 0.0, 1e-3)
     weights = inputs.made_weights() and FP8_BASE
     run = Run(RandomLayers(config, weights, seed), Schedule("F" + "S" * (layers - 1) + "F"), tokens, stage, seed)
-    return indexer_runs.within(run, 1e9 * options.STREAM_MEMORY.value, output.directory)
+    need, available = indexer_training.need(run), options.stream_memory()
+    run, memory = indexer_runs.within(run, available, output.directory)
+    host = {
+        "targets": need.targets if run.keeps_targets else 0,
+        "hidden states": need.states if need.states <= available else 0,
+    }
+    smaller = "a smaller --context, --sequences or --stream_memory, or --weights=fp8"
+    all_full = Schedule.all_full(config.num_layers)
+    fit.streamed(config, all_full, rows=1, context=context, dtype="bfloat16", weights=weights, host=host, smaller=smaller)
+    return run, memory
 
 
 def measure(run: Run) -> dict[str, Any]:

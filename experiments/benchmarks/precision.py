@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import devices, inputs, options, text
+from experiments.common import devices, fit, inputs, options, text
 from experiments.common.report import Output, device, markdown_table, text_table, time_left
 from indexcache_jax import memory, ops, serving
 from indexcache_jax.config import Config
@@ -30,7 +30,7 @@ from indexcache_jax.positions import even_order, in_own_order
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import overlap
 from indexcache_jax.serving import FP8, CacheFormat, Weights
-from indexcache_jax.sharding import SERVING
+from indexcache_jax.sharding import SERVING, Rules
 
 for _name in ("checkpoint", "context", "held_out", "held_out_sequences", "dtype", "mesh"):
     flags.declare_key_flag(_name)
@@ -200,10 +200,31 @@ class Inputs:
     cuts: np.ndarray
 
 
+def check_memory(config: Config, schedule: Schedule, dtype: str) -> None:
+    """Says what is needed of memory; ValueError where that does not fit."""
+    # Of a token of the exact model and of a rounded one: hidden states around every layer, and every F layer's selection.
+    states = (config.num_layers + 1) * config.hidden_size * jnp.dtype(dtype).itemsize
+    kept = 2 * (states + schedule.num_full * 4 * config.index_topk)
+
+    def need(length: int, mesh: memory.Devices, rules: Rules) -> memory.Need:
+        decoded, in_8_bits = (
+            memory.tree_bytes(serving.weights.abstract(config, schedule, form), dtype, mesh, rules) for form in (None, "fp8")
+        )
+        shares = mesh.shape["context"] if length % mesh.shape["context"] == 0 else 1
+        parts = {"weights": decoded, "weights in 8 bits": in_8_bits, "hidden states and selections": length // shares * kept}
+        parts["cache"] = memory.cache_bytes(config, schedule, 1, length, CacheFormat.of(dtype), mesh, rules)
+        parts["temporaries"] = memory.prefill_temporaries(config, schedule, 1, length, length, dtype, mesh, rules)
+        return memory.Need(parts)
+
+    context = options.CONTEXT.value
+    fit.inference(need, context, f"--context={context}", "a smaller one or --dtype=bfloat16")
+
+
 def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
+    check_memory(*inputs.described(checkpoint.directory), checkpoint.dtype)
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
     config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
     in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]

@@ -145,7 +145,7 @@ def read_inputs(rows: int) -> Inputs:
         f"{layers} layers, {schedule.pattern}, context {context}, top {topk}, {attention_by} on {device()['kind']}", flush=True
     )
     stages = [stage_of(kind, context, rows) for kind in _STAGES.value]
-    fit.training(config, schedule, stages)
+    fit.training(config, schedule, stages, smaller="a smaller --num_layers")
     return Inputs(config, schedule, context, topk, stages, _STEPS.value, attention_by)
 
 
@@ -170,6 +170,7 @@ def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul
     began = time.perf_counter()
     program = training.step.lower(params, state, tokens, config, schedule, stage=stage).compile()
     compile_seconds = time.perf_counter() - began
+    fit.program(program, f"--train_context={stage.context}: a {stage.kind} step", "a smaller one or --num_layers")
     metrics = jnp.zeros(())
 
     def step() -> jax.Array:

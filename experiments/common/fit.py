@@ -5,13 +5,15 @@ Weights and caches are exact sums over abstract trees; temporaries are the estim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from experiments.common.devices import Layout, suited
-from indexcache_jax import memory, params, sharding
+from indexcache_jax import host_memory, memory, ops, params, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.memory import Devices, Need
 from indexcache_jax.schedule import Schedule
@@ -38,10 +40,13 @@ def serving(
     flag: str,
     document: int = 0,
     weights: str | None = None,
+    host: Mapping[str, int] | None = None,
+    smaller: str = "",
 ) -> None:
     """Says what inference needs at a cache of [rows, length] and, before them, of a document that the rows share.
 
-    weights: "fp8" for matrices in 8 bits, as of `memory.serving_need`.
+    weights: "fp8" for matrices in 8 bits, as of `memory.serving_need`. host: bytes of the host's memory beside that, by what
+    they are for. smaller: the flags that make it smaller.
     ValueError, naming the flag that the length is from, where that does not fit the devices.
     """
 
@@ -63,7 +68,7 @@ def serving(
         room = -(-document // CACHE_MULTIPLE) * CACHE_MULTIPLE
         return Need(found.parts | {"document": memory.cache_bytes(config, schedule, 1, room, form, mesh, rules)})
 
-    _check(need, length, rows, SERVING, f"--{flag}: {rows} x {length:,} tokens", CACHE_MULTIPLE)
+    _check(need, length, rows, SERVING, f"--{flag}: {rows} x {length:,} tokens", CACHE_MULTIPLE, _advice(smaller), host)
 
 
 def search(config: Config, schedule: Schedule, *, rows: int, context: int, dtype: Any, weights: str | None = None) -> None:
@@ -87,6 +92,58 @@ def search_need(
     return need
 
 
+def streamed(
+    config: Config,
+    schedule: Schedule,
+    *,
+    rows: int,
+    context: int,
+    dtype: Any,
+    host: Mapping[str, int],
+    smaller: str,
+    weights: str | None = None,
+) -> None:
+    """Says what is needed where weights are read layer by layer; ValueError, with the flags `smaller`, where that does not fit.
+
+    A device holds a layer, the next one, embedding and head. host: bytes of the host's memory by what they are for.
+    """
+    ends = dataclasses.replace(config, num_layers=1, moe_layers=config.moe_layers[-1:])
+
+    def need(length: int, mesh: Devices, rules: Rules) -> Need:
+        tree = params.abstract(ends, Schedule("F"), weights)
+        whole = memory.tree_bytes(tree, dtype, mesh, rules)
+        outside = memory.tree_bytes([leaf for leaf in jax.tree.leaves(tree) if not leaf.stacked], dtype, mesh, rules)
+        temporaries = memory.prefill_temporaries(config, schedule, rows, length, length, dtype, mesh, rules)
+        if weights is not None:
+            temporaries += memory.decoded_layer(config, schedule, dtype)
+        return Need({"two layers": 2 * (whole - outside), "embedding and head": outside, "temporaries": temporaries})
+
+    _check(need, context, rows, SERVING, f"--context={context}", 1, _advice(smaller), host=host)
+
+
+def program(compiled: Any, what: str, smaller: str) -> None:
+    """ValueError where the host has no room for what a compiled program needs beside its arguments.
+
+    Only on CPUs: accelerators say themselves that they are full. what: is compiled; smaller: the flags that make it smaller.
+    """
+    found = compiled.memory_analysis() if ops.platform() == "cpu" else None
+    if found is None:
+        return
+    taken = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    if taken > (there := host_memory.available()):
+        lacking = f"needs {taken / 1e9:.2f} GB beside its arguments, there are {there / 1e9:.2f} GB"
+        raise ValueError(f"{what}: {lacking}{_advice(smaller)}")
+
+
+def inference(need: NeedAt, length: int, what: str, smaller: str) -> None:
+    """Says what is needed at a length for a single row; ValueError, with the flags `smaller`, where that does not fit."""
+    _check(need, length, 1, SERVING, what, 1, _advice(smaller))
+
+
+def _advice(smaller: str) -> str:
+    return f"; {smaller} makes it smaller" if smaller else ""
+
+
 def training(
     config: Config,
     schedule: Schedule,
@@ -94,11 +151,12 @@ def training(
     *,
     checkpoint: Schedule | None = None,
     weights: str | None = None,
+    smaller: str = "",
 ) -> None:
     """Says what the stages keep on each device, without activations; ValueError where that does not fit.
 
-    checkpoint: the schedule of a checkpoint whose weights are kept beside those in training, counted as bfloat16. weights:
-    the form of both, as of `params.abstract`.
+    smaller: the flags that make it smaller. checkpoint: the schedule of a checkpoint whose weights are kept beside those in
+    training, counted as bfloat16. weights: the form of both, as of `params.abstract`.
     """
 
     def need(_: int, mesh: Devices, rules: Rules) -> Need:
@@ -108,7 +166,8 @@ def training(
         tree = params.abstract(config, checkpoint, weights)
         return Need(found.parts | {"checkpoint": memory.tree_bytes(tree, jnp.bfloat16, mesh, rules)})
 
-    _check(need, 0, max(stage.rows for stage in stages), TRAINING, "training, without activations", 1)
+    rows = max(stage.rows for stage in stages)
+    _check(need, 0, rows, TRAINING, "training, without activations", 1, _advice(smaller))
 
 
 def shown(need: Need) -> str:
@@ -117,29 +176,44 @@ def shown(need: Need) -> str:
     return f"{need.total / 1e9:.2f} GB ({parts})"
 
 
-def _check(need: NeedAt, length: int, rows: int, base: Rules, what: str, multiple: int, otherwise: str = "") -> None:
+def _check(
+    need: NeedAt,
+    length: int,
+    rows: int,
+    base: Rules,
+    what: str,
+    multiple: int,
+    otherwise: str = "",
+    host: Mapping[str, int] | None = None,
+) -> None:
     """Prints the need under the mesh in force. ValueError, with what would fit, where that is more than there is.
 
-    length: 0 where nothing depends on it.
+    length: 0 where nothing depends on it. host: bytes of the host's memory beside it.
     """
     mesh, rules = sharding.current()
     there, mesh = memory.available(), mesh or memory.mesh_of()
-    found = need(length, mesh, rules)
+    found, of_host = need(length, mesh, rules), Need(dict(host or {}))
+    on_cpu, beside = ops.platform() == "cpu", 0
+    if on_cpu:  # whose devices are the host
+        found, beside, of_host = Need(found.parts | of_host.parts), of_host.total, Need({})
     print(f"memory of each device: {shown(found)}, of {there / 1e9:.2f} GB", flush=True)
+    if of_host.total > (left := host_memory.available()):
+        needed = f"needs {shown(of_host)} of the host's memory, {left / 1e9:.2f} GB are left"
+        raise ValueError(f"{what}: {needed}{otherwise}")
     if found.total <= there:
         return
     advice = []
-    if length and (fitting := longest(need, length, mesh, rules, there, multiple)):
+    if length and (fitting := longest(need, length, mesh, rules, there - beside, multiple)):
         advice.append(f"the longest that fits is {fitting:,} tokens")
-    layout = smallest(need, length, rows, base, there)
-    advice.append(
-        f"no mesh of up to {MOST_DEVICES} such devices fits it"
-        if layout is None
-        else f"the smallest mesh that fits it has {layout.num_devices} such devices: --mesh={mesh_flag(layout)}"
-    )
-    raise ValueError(
-        f"{what}: needs {shown(found)} of each device, there are {there / 1e9:.2f} GB; {', '.join(advice)}{otherwise}"
-    )
+    if not on_cpu:
+        layout = smallest(need, length, rows, base, there)
+        advice.append(
+            f"no mesh of up to {MOST_DEVICES} such devices fits it"
+            if layout is None
+            else f"the smallest mesh that fits it has {layout.num_devices} such devices: --mesh={mesh_flag(layout)}"
+        )
+    lacking = f"needs {shown(found)} of each device, there are {there / 1e9:.2f} GB"
+    raise ValueError(f"{what}: {'; '.join([lacking, *([', '.join(advice)] if advice else [])])}{otherwise}")
 
 
 def mesh_flag(layout: Layout) -> str:

@@ -20,11 +20,14 @@ import numpy as np
 import checkpoints_convert
 from checkpoints_convert.companions import with_stop_tokens
 from experiments.common import options, text
+from indexcache_jax import memory
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
+from indexcache_jax.params import abstract
 from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import FP8, CacheFormat
+from indexcache_jax.sharding import SERVING
 from indexcache_jax.training import Stage
 
 CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's flags may say
@@ -85,6 +88,14 @@ def schedule_to_plan(base: Schedule) -> Schedule:
     return schedule(entry or SHARE, base.num_layers)
 
 
+def stored_bytes(directory: str) -> int:
+    """Bytes of a checkpoint's weights, without layers of multi-token prediction, by its config.json and its headers."""
+    fields, (config, schedule) = read_config_json(directory), described(directory)
+    tree = abstract(config, schedule, checkpoints_convert.stored_weights(directory))
+    dtype = fields.get("dtype") or fields.get("torch_dtype")
+    return memory.tree_bytes(tree, dtype if dtype in ("float32", "float16") else "bfloat16", memory.mesh_of(), SERVING)
+
+
 def share(flag: str, value: str) -> fractions.Fraction:
     """The share, above 0 and up to 1, that a flag's text such as "1/4" or "0.25" gives."""
     try:
@@ -124,6 +135,21 @@ def only_schedule() -> str | None:
 
 
 # ---- inference
+
+CUT_VOCABULARY = 1024  # of a model that is cut to some layers
+
+
+def cut(config: Config, moe_layers: tuple[bool, ...]) -> Config:
+    """So many layers of a model, with experts or dense, and few tokens, to be measured without embedding and head."""
+    return dataclasses.replace(
+        config,
+        num_layers=len(moe_layers),
+        moe_layers=moe_layers,
+        vocab_size=min(CUT_VOCABULARY, config.vocab_size),
+        eos_token_ids=(),
+        bos_token_id=None,
+        pad_token_id=None,
+    )
 
 
 def cache_format(latent_dtype: Any, index_dtype: Any) -> CacheFormat:
@@ -206,12 +232,17 @@ def reader(directory: str, config: Config) -> Reader:
     return Reader(text.tokenizer(directory, config.vocab_size), separator, context, config.vocab_size)
 
 
+def num_batches(sequences: int) -> int:
+    """How many batches of --batch_size so many sequences make."""
+    size = options.BATCH_SIZE.value
+    if sequences % size:
+        raise ValueError(f"--batch_size={size}: does not divide {sequences} sequences")
+    return sequences // size
+
+
 def batches(cuts: np.ndarray) -> list[np.ndarray]:
     """Cuts [N, S+1] as batches [--batch_size, S+1]."""
-    size = options.BATCH_SIZE.value
-    if len(cuts) % size:
-        raise ValueError(f"--batch_size={size}: does not divide {len(cuts)} sequences")
-    return np.split(cuts, len(cuts) // size)
+    return np.split(cuts, num_batches(len(cuts)))
 
 
 # ---- distillation

@@ -10,6 +10,8 @@ import pathlib
 
 from absl import flags
 
+from indexcache_jax import host_memory
+
 # The modules of the experiments by name; the first is the default.
 EXPERIMENTS = {
     "search": "experiments.search",
@@ -29,6 +31,8 @@ EXPERIMENTS = {
 
 # Those that several processes can run together; the others decide what to do next by times that each process measures.
 TOGETHER = ("search", "generate", "distill")
+# Those that compile for devices that need not be at hand: such a program cannot be loaded again, so none is kept.
+COMPILING = ("compile", "plan")
 
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results
@@ -103,7 +107,11 @@ TOPOLOGY = flags.DEFINE_string(
 
 STREAM = flags.DEFINE_bool("stream", False, "read the weights layer by layer, for a model larger than the device")
 STREAM_MEMORY = flags.DEFINE_float(
-    "stream_memory", 64.0, "GB of host memory for hidden states, in search with --stream, and for targets in distill", 0.0
+    "stream_memory",
+    64.0,
+    "GB of host memory for hidden states, in search with --stream, and for targets in distill; by default no more than half of "
+    "what is left",
+    0.0,
 )
 
 # ---- distillation
@@ -149,6 +157,12 @@ def seconds_to_spend(default: float) -> float:
 def calibration_sequences(default: int = 2) -> int:
     """--sequences, or `default`."""
     return default if SEQUENCES.value is None else SEQUENCES.value
+
+
+def stream_memory() -> int:
+    """Bytes of --stream_memory; where it is not given, at most half of what the host has left."""
+    size = int(1e9 * STREAM_MEMORY.value)
+    return size if STREAM_MEMORY.present else min(size, host_memory.available() // 2)
 
 
 def refuse(why: str, *names: str) -> None:

@@ -11,6 +11,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -22,6 +23,7 @@ from indexcache_jax.foreign import parse_json
 
 LARGEST_SOURCE = 200_000  # bytes
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+LONGEST_LINE = 16 * 2**20  # bytes, of a file that may be JSONL under another name
 TEXT_SUFFIXES = (  # what a folder gives
     *(".txt", ".md", ".rst", ".tex", ".adoc", ".org", *JSONL_SUFFIXES),
     *(
@@ -52,13 +54,15 @@ HELD_OUT_SHARE = 10  # every tenth file by the hash of its name, so that a file 
 class Document:
     """A text file, or a line of a JSONL file: the `size` bytes from `start` on.
 
-    `name` is relative to the folder it was found under: it alone decides which side of the split it is on.
+    `name` is relative to the folder it was found under: it alone decides which side of the split it is on. named: whether the
+    user named it, and can do something about its encoding.
     """
 
     name: str
     path: pathlib.Path
     start: int = 0
     size: int | None = None
+    named: bool = True
 
     @property
     def held_out(self) -> bool:
@@ -74,7 +78,12 @@ class Document:
         with open(self.path, "rb") as file:
             file.seek(self.start)
             content = file.read() if self.size is None else file.read(self.size)
-        return _as_text(content, self.path) if self.size is None else _of_line(content, self)
+        if self.size is not None:
+            return _of_line(content, self)
+        text = _as_text(content, self.path)
+        if self.named:
+            _check_utf_8(text, self.path)
+        return text
 
 
 # How files begin that are no text, and what they are.
@@ -86,7 +95,9 @@ _OTHERS = {
     b"BZh": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
     b"PAR1": "a Parquet table",
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer (git lfs pull gets the file)",
 }
+_MOST_INVALID = 1e-3  # of a text's characters; a few are replaced
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -108,7 +119,21 @@ def _as_text(content: bytes, path: pathlib.Path) -> bytes:
                 raise ValueError(f"{path}: begins like {encoding}, but is none") from None
     if (at := content.find(b"\0")) >= 0:
         raise ValueError(f"{path}: is not text: byte {at} is 0")
+    if path.suffix.lower() == ".json" and content.lstrip().startswith(b"["):
+        raise ValueError(f"{path}: is a JSON array, not text; what is read has an object in every line (JSONL)")
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _check_utf_8(content: bytes, path: pathlib.Path) -> None:
+    """ValueError for text in another encoding, such as Latin-1, of which nobody says what it is."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        text = content.decode(errors="replace")
+        if text.count("\ufffd") > _MOST_INVALID * len(text):
+            raise ValueError(
+                f"{path}: is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}; convert it, as by iconv -f latin1"
+            ) from None
 
 
 def _of_line(line: bytes, document: Document) -> bytes:
@@ -117,12 +142,22 @@ def _of_line(line: bytes, document: Document) -> bytes:
     fields = parse_json(line, where)
     text = fields.get("text")
     if text is None and isinstance(messages := fields.get("messages"), list):
-        contents = [message.get("content") for message in messages if isinstance(message, dict)]
-        strings = [content for content in contents if isinstance(content, str)]
+        contents = [_of_content(message.get("content")) for message in messages if isinstance(message, dict)]
+        strings = [content for content in contents if content is not None]
         text = "\n\n".join(strings) if len(strings) == len(messages) else None
     if not isinstance(text, str):
-        raise ValueError(f'{where}: has neither a "text" nor "messages" with contents that are strings')
+        raise ValueError(f'{where}: has neither a "text" nor "messages" with contents that are text')
     return text.encode("utf-8", errors="replace")
+
+
+def _of_content(content: Any) -> str | None:
+    """A message's content: a string, or a list of parts that are text; None for anything else."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if len(strings) == len(parts) else None
 
 
 class Bytes:
@@ -289,9 +324,26 @@ def documents(patterns: str) -> list[Document]:
                 )
             raise ValueError(f"{pattern!r}: no such file, and nothing matches it")
         for file in some:
-            for document in lines(file) if file.path.suffix.lower() in JSONL_SUFFIXES else [file]:
+            if named:
+                found.setdefault(file.key, dataclasses.replace(file, named=False))
+                continue
+            for document in lines(file) if _is_jsonl(file.path) else [file]:
                 found.setdefault(document.key, document)
     return list(found.values())
+
+
+def _is_jsonl(path: pathlib.Path) -> bool:
+    """Whether a file is called JSONL or, whatever it is called, has an object with a text or messages in its first line."""
+    if path.suffix.lower() in JSONL_SUFFIXES:
+        return True
+    try:
+        with open(path, "rb") as file:
+            if file.read(1) != b"{":
+                return False
+            fields = parse_json(b"{" + file.readline(LONGEST_LINE), str(path))
+    except (OSError, ValueError):  # a file that cannot be read is named where it is needed
+        return False
+    return isinstance(fields.get("text"), str) or isinstance(fields.get("messages"), list)
 
 
 def lines(file: Document) -> Iterator[Document]:
@@ -300,7 +352,7 @@ def lines(file: Document) -> Iterator[Document]:
     with open(file.path, "rb") as opened:
         for number, line in enumerate(opened, start=1):
             if number == 1:
-                _as_text(line[:8], file.path)  # of another format
+                _as_text(line[:64], file.path)  # of another format
             if line.strip():
                 yield Document(f"{file.name}:{number}", file.path, start, len(line))
             start += len(line)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -95,6 +96,11 @@ def _largest_share(at: jax.sharding.Sharding, shape: tuple[int, ...]) -> float:
     return max(sum(sizes.values()) for sizes in parts.values()) / math.prod(shape)
 
 
+def state_bytes(config: Config, dtype: Any, rows: int, width: int) -> int:
+    """Bytes of the hidden states of a batch of so many rows and tokens under one schedule, whole."""
+    return rows * width * (config.hidden_size * np.dtype(dtype).itemsize + 4 * min(config.index_topk, width))
+
+
 class StreamedEvaluator(BatchEvaluator):
     """Mean losses under any schedule of a model whose weights are read layer by layer, on fixed batches [B, S+1].
 
@@ -150,6 +156,25 @@ class StreamedEvaluator(BatchEvaluator):
             self._walk(batches, keep)
         return [np.stack(selections) for selections in by_batch]
 
+    def seconds_of_layer(self) -> tuple[float, float]:
+        """Seconds to read a layer, the middle F layer, and to run it as F on the first batch once its program is compiled."""
+        layer = self.schedule.full_layers[self.schedule.num_full // 2]
+        began = time.perf_counter()
+        params = jax.block_until_ready(self.layers.layer(layer, self._shardings))
+        reading = time.perf_counter() - began
+        running, tokens = 0.0, self.batches[0][:, :-1]
+        for _ in range(2):  # the first time compiles
+            state = self._run(layerwise.start, self._ends, self._run(layerwise.place, tokens), self.config)
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            _to_host(self._run(_apply, params, state, self._config_of(layer), True))
+            running = time.perf_counter() - began
+        return reading, running
+
+    def _config_of(self, layer: int) -> Config:
+        """The config of a layer alone."""
+        return dataclasses.replace(self.config, num_layers=1, moe_layers=self.config.moe_layers[layer : layer + 1])
+
     def _measure(self, missing: Missing, base: Schedule | None) -> Iterator[tuple[Schedule, int, np.ndarray]]:
         for batches in self._passes(missing):
             states = self._walk(batches)
@@ -162,12 +187,11 @@ class StreamedEvaluator(BatchEvaluator):
     def _passes(self, missing: Missing) -> Iterator[Pass]:
         """The batches and schedules in groups, each with no more hidden states than `memory` holds (or of one batch)."""
         rows, width = self.batches[0].shape[0], self.batches[0].shape[1] - 1
-        token_bytes = self.config.hidden_size * np.dtype(self.dtype).itemsize + 4 * min(self.config.index_topk, width)
         share = _largest_share(
             NamedSharding(self._mesh, sharding.fitting_spec((rows, width), ("batch", "queries"), self._rules, self._mesh)),
             (rows, width),
         )
-        most_states = self.memory // int(share * rows * width * token_bytes)
+        most_states = self.memory // int(share * state_bytes(self.config, self.dtype, rows, width))
         group: Pass = {}
         for number, schedules in missing:
             if group and sum(map(len, group.values())) + len(schedules) > most_states:
@@ -202,7 +226,7 @@ class StreamedEvaluator(BatchEvaluator):
         self, layer: int, params: Params, states: dict[StateKey, HostState], batches: Mapping[int, Sequence[Schedule]]
     ) -> Iterator[tuple[StateKey, State]]:
         """The states after a layer, on the devices; those before it are taken out of `states` as they are used."""
-        config = dataclasses.replace(self.config, num_layers=1, moe_layers=self.config.moe_layers[layer : layer + 1])
+        config = self._config_of(layer)
         # One program for S layers, whether or not they have an indexer.
         without_indexer = dataclasses.replace(params, indexer=jax.tree.map(lambda _: None, params.indexer))
         running: tuple[StateKey, State] | None = None  # handed on while the devices compute the next one

@@ -110,9 +110,16 @@ def _forward(rows: jax.Array, matrices: Scaled, group_sizes: jax.Array, parts: i
     scales = float_scales(matrices.scales).reshape(-1, *matrices.scales.shape[-2:])
     order = visits(group_sizes, m, tile)
 
+    def depth_of(visit: Any, step: Any, count: Any) -> Any:
+        """The block of depth; of a visit after the last one the block that is there already, so that nothing is fetched."""
+        return jnp.where(visit < count[0], step, k // depth - 1)
+
+    def of_rows(column: Any, visit: Any, step: Any, tiles: Any, groups: Any, count: Any, ends: Any) -> tuple[Any, ...]:
+        return tiles[visit], depth_of(visit, step, count)
+
     def stack(part: int, *, whole: bool) -> Any:
-        def index(column: Any, visit: Any, step: Any, tiles: Any, groups: Any, *_: Any) -> tuple[Any, ...]:
-            return parts * groups[visit] + part, *((0, 0) if whole else (column, step))
+        def index(column: Any, visit: Any, step: Any, tiles: Any, groups: Any, count: Any, ends: Any) -> tuple[Any, ...]:
+            return parts * groups[visit] + part, *((0, 0) if whole else (column, depth_of(visit, step, count)))
 
         return index
 
@@ -125,7 +132,7 @@ def _forward(rows: jax.Array, matrices: Scaled, group_sizes: jax.Array, parts: i
             num_scalar_prefetch=4,
             grid=(pl.cdiv(n, width), order[0].shape[0], k // depth),
             in_specs=[
-                pl.BlockSpec((tile, depth), lambda column, visit, step, tiles, *_: (tiles[visit], step)),
+                pl.BlockSpec((tile, depth), of_rows),
                 *(scales_spec(part) for part in range(parts)),
                 *(pl.BlockSpec((1, width, depth), stack(part, whole=False)) for part in range(parts)),
             ],
@@ -138,6 +145,11 @@ def _forward(rows: jax.Array, matrices: Scaled, group_sizes: jax.Array, parts: i
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], n), dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=tpu.chip().vmem * 3 // 4
+        ),
+        cost_estimate=pl.CostEstimate(  # as if every group had rows
+            flops=2 * m * n * k * parts,
+            bytes_accessed=parts * min(m, group_sizes.shape[0]) * n * k + pl.cdiv(n, width) * m * k * rows.dtype.itemsize,
+            transcendentals=m * n * (parts - 1),
         ),
         name="codes_matmul",
     )(*order, jnp.cumsum(group_sizes).astype(jnp.int32), rows, *[scales] * parts, *[codes] * parts)

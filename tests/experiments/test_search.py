@@ -3,20 +3,28 @@
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
-import types
 from fractions import Fraction
 
 import pytest
 from absl import flags
 
+import checkpoints_convert
+from experiments import run as _run  # it defines the flags that results.json records
 from experiments import search
-from experiments.common import inputs, options
-from indexcache_jax import memory
+from experiments.common import inputs, options, search_cost, serving_times
+from indexcache_jax import host_memory, memory
+from indexcache_jax.config import Config
+from indexcache_jax.params import abstract
+from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import SERVING
 from tests.support.loss_tables import Table
 
+assert _run.EXPERIMENTS
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -71,18 +79,6 @@ def test_a_loss_budget_ends_the_search_where_it_is_exceeded():
         assert all(step.loss <= 1 + budget for step in steps)
 
 
-def test_what_a_search_takes_is_what_it_takes():
-    base = Schedule.all_full(12)
-    for goal in (goal_of(), goal_of(blocks=4), goal_of(retentions=("11/12",), target="11/12")):
-        model, counter = Counted(COSTS), search._Counter()
-        search.search_down(model, base, goal)
-        search.search_down(counter, base, goal)
-        assert len(counter.known) == model.evaluations
-    text = search.cost(base, goal, 3, 1000, 10**12)
-    assert "at most 12 losses on 3 batches of 1,000 tokens" in text and "at least 2 times, 2.0 TB" in text
-    assert "weights" not in search.cost(base, goal, 3, 1000, None)
-
-
 @pytest.fixture
 def with_flags():
     def parse(*arguments):
@@ -102,6 +98,15 @@ def with_flags():
         "held_out_sequences",
         "retentions",
         "dry_run",
+        "stream",
+        "stream_memory",
+        "serving_length",
+        "time_prefill",
+        "strategy",
+        "batch_size",
+        "race",
+        "text",
+        "resume",
     ):
         flags.FLAGS[name].unparse()
     flags.FLAGS(["test"])
@@ -112,6 +117,10 @@ def with_flags():
     [
         (["--loss_budget=0.01", "--retention=1/4"], "--retention=1/4: counts for nothing beside --loss_budget=0.01"),
         (["--blocks=13"], "--blocks=13: the model has 12 layers"),
+        (["--strategy=similarity", "--blocks=2"], "--blocks=2: --strategy=similarity measures no losses"),
+        (["--strategy=similarity", "--race=0.1"], "--race=0.1: --strategy=similarity measures no losses"),
+        (["--stream_memory=5"], "--stream_memory=5.0: needs --stream"),
+        (["--notime_prefill", "--serving_length=300"], "--serving_length=300: nothing is timed without --time_prefill"),
         (["--compare=FFFF"], "--compare=FFFF: 'FFFF' has 4 entries for 12 layers"),
         (["--compare=SFFFFFFFFFFF"], "starts with a shared layer"),
         (["--compare=FFFFFFFFFFFF"], "layer 11 is F, but the checkpoint has no indexer for it"),
@@ -131,16 +140,83 @@ def test_given_patterns_stand_in_the_table(with_flags):
     assert named["1/12 given"].pattern == "FSSSSSSSSSSS" and named["2/12 given"].pattern == "FFSSSSSSSSSS"
 
 
-def test_a_model_larger_than_the_device_is_to_be_streamed(monkeypatch):
-    flags.FLAGS(["test"])
+CONFIG, BASE = inputs.described(str(options.DEMO))
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--blocks=4"], ["--stream"], ["--loss_budget=0"], ["--strategy=floating"], ["--strategy=similarity"]]
+)
+def test_what_a_search_takes_is_counted_for_every_way_to_search(with_flags, arguments):
+    with_flags(*arguments, "--sequences=4", "--batch_size=2", "--held_out_sequences=6")
+    goal = search.read_goal(BASE)
+    searching, evaluating = search.costs(CONFIG, BASE, goal, "float32")
+    table = Counted(COSTS)
+    steps = [] if goal.strategy == "similarity" else search.search_down(table, BASE, goal)
+    if goal.budget is None:  # which ends this search early
+        assert (searching.steps, searching.losses) == (max(0, len(steps) - 1), 2 * table.evaluations)
+    else:
+        assert (searching.steps, searching.losses) == (11, 2 * (1 + sum(range(1, 12))))
+    assert evaluating.losses % 3 == 0 and evaluating.losses >= 3 * 4  # all F, and 1/2, 1/4 and 1/8
+    assert searching.layers > 0 and evaluating.passes[-1] == 2 * 12  # the selections on two batches
+
+
+GLM = Config.from_hf(preset("glm-5"))
+READING = 3e9  # bytes a second
+
+
+def taken_of_glm_5():
+    """Steps, losses, readings of the weights, TB of them in 8 bits, hours of an H200, and hours with weights at READING."""
+    base, context = Schedule.all_full(GLM.num_layers), options.CONTEXT.value
+    searching, evaluating = search.costs(GLM, base, search.read_goal(base), "bfloat16")
+    size = memory.tree_bytes(abstract(GLM, base, "fp8"), "bfloat16", memory.mesh_of(), SERVING)
+    rate, _ = search_cost.measured(GLM, options.BATCH_SIZE.value, context)
+    cost = searching + evaluating
+    readings = len(cost.passes)
+    hours = [cost.seconds(each) / 3600 for each in (rate, search_cost.Rate(rate.layer, size / READING))]
+    return cost.steps, cost.losses, readings, readings * size / 1e12, *hours
+
+
+def test_the_pages_say_what_searches_of_a_large_model_take(with_flags, monkeypatch):
+    """docs/search.md for several commands, and the README for its own, which ends within a working day."""
+    monkeypatch.setattr(host_memory, "available", lambda: 2**40)
+    table = re.findall(r"^\| `(--[^`]*)` \| (.*) \|$", (ROOT / "docs" / "search.md").read_text(), re.MULTILINE)
+    assert len(table) > 3
+    for arguments, cells in table:
+        with_flags("--stream", *arguments.split())
+        steps, losses, readings, size, hours, reading = taken_of_glm_5()
+        assert cells.split(" | ") == [
+            f"{steps}",
+            f"{losses:,}",
+            f"{readings:,}",
+            f"{size:,.0f}",
+            f"{hours:.1f}",
+            f"{reading:.1f}",
+        ]
+    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
+    (command_line,) = re.findall(r"^    python -m experiments.run (.*--stream --blocks.*)$", readme, re.MULTILINE)
+    with_flags(*(word for word in shlex.split(command_line) if not word.startswith("--checkpoint")))
+    _, _, readings, size, hours, reading = taken_of_glm_5()
+    words = " ".join(readme.split())
+    assert f"at most {hours:.1f} hours of an H200" in words and reading < 8
+    assert f"reads the weights {readings} times, {size:.0f} TB" in words
+
+
+def test_a_search_that_does_not_fit_is_refused_before_weights_are_read(with_flags, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 10_000_000)
-    for stream in (False, True):
-        monkeypatch.setattr(options, "STREAM", types.SimpleNamespace(value=stream))
-        if stream:
-            assert isinstance(search.open_model(inputs.Checkpoint(str(options.DEMO), "float32")), search.Streamed)
-        else:
-            with pytest.raises(ValueError, match="needs .* of each device, there are 0.01 GB; .*; --stream reads"):
-                search.open_model(inputs.Checkpoint(str(options.DEMO), "float32"))
+    with_flags()
+    with pytest.raises(ValueError, match="needs .* of each device, there are 0.01 GB.*; --stream reads"):
+        search.read_inputs(0)
+    with_flags("--stream")
+    with pytest.raises(
+        ValueError, match=r"needs .*two layers.*hidden states.*; a smaller --context, --batch_size or --stream_m"
+    ):
+        search.read_inputs(0)
+
+
+def test_a_length_that_the_model_does_not_reach_is_refused(with_flags):
+    with_flags("--serving_length=4097")
+    with pytest.raises(ValueError, match="--serving_length=4097: the model's longest is 4096"):
+        search.read_inputs(0)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +267,8 @@ def test_the_shipped_checkpoint_searched_beats_uniform(tmp_path):
 def test_a_streamed_search_finds_what_one_in_memory_does(tmp_path):
     arguments = ["--retentions=1/2", "--retention=1/2", "--sequences=2", "--held_out_sequences=1", "--context=400"]
     found = []
-    for options_ in (["--stream", "--stream_memory=0"], ["--notime_prefill"]):
-        done = command(f"--output_dir={tmp_path}/out", *arguments, *options_)
+    for options_ in (["--stream", "--stream_memory=0"], []):
+        done = command(f"--output_dir={tmp_path}/out", "--notime_prefill", *arguments, *options_)
         assert done.returncode == 0, done.stderr[-2000:]
         metrics = json.loads((tmp_path / "out/results.json").read_text())["metrics"]
         losses = [step.pop("loss") for step in metrics["steps"]] + [s.pop("held_out_loss") for s in metrics["schedules"]]
@@ -228,22 +304,41 @@ def test_ones_own_text_and_a_loss_budget(tmp_path):
     assert chosen > 0 and (chosen + 1 == len(losses) or losses[chosen + 1] > allowed)
 
 
-def test_a_dry_run_checks_and_says_what_it_takes_and_writes_nothing(tmp_path, with_flags, capsys):
-    with_flags("--context=130", "--sequences=2", "--dry_run")
-    search.run(str(tmp_path / "out"), 0)
-    assert "the search measures at most" in capsys.readouterr().out and not (tmp_path / "out").exists()
+def test_a_dry_run_checks_and_says_what_it_takes_and_writes_nothing(tmp_path, with_flags, capsys, monkeypatch):
+    """Of the weights it reads the headers alone."""
+    monkeypatch.setattr(checkpoints_convert, "load", None)
+    monkeypatch.setattr(checkpoints_convert.Layers, "layer", None)
+    for arguments in ([], ["--stream"]):
+        with_flags("--context=130", "--sequences=2", "--dry_run", *arguments)
+        search.run(str(tmp_path / "out"), 0)
+        out = capsys.readouterr().out
+        assert "the search takes at most 10 steps and measures at most 160 losses on a batch of 1 x 130 tokens" in out
+        assert "how long that takes is said once a layer has been timed" in out and "memory of each device" in out
+        assert ("reads the weights 13 times, 0.0 TB" in out) == bool(arguments) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_small_search_reports_its_text_and_what_made_it(tmp_path, with_flags, monkeypatch):
-    with_flags("--context=130", "--sequences=1", "--held_out_sequences=2", "--retention=11/12", "--retentions=11/12")
-    monkeypatch.setattr(search, "prefill_seconds", lambda checkpoint, schedules, tokens: [None for _ in schedules])
+def test_a_small_streamed_search_reports_its_text_its_times_and_what_made_it(tmp_path, with_flags, monkeypatch, capsys):
+    few = ["--context=130", "--sequences=1", "--held_out_sequences=2", "--retention=11/12", "--retentions=11/12"]
+    with_flags(*few, "--stream", "--serving_length=200")
+    asked = []
+
+    def timed(models, tokens, steps):
+        asked.append((tokens.shape, steps))
+        return [(seconds, seconds / 1000) for seconds in (2.0, 5.0, 3.5)]  # an F layer takes 1 s, an S layer 0.5 s
+
+    monkeypatch.setattr(serving_times, "timed", timed)
     search.run(str(tmp_path / "out"), 0)
+    assert "at the measured rate" in capsys.readouterr().out
+    assert asked == [((1, 200), serving_times.STEPS)] * len(set(CONFIG.moe_layers))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     about = results["metrics"]["text"]
     assert (about["text"], about["tokenizer"], about["calibration_tokens"]) == ("standard-library", "bytes", 130)
     assert about["documents"] > about["held_out_documents"] > 0 and about["held_out_tokens"] == 260
     assert results["date"].endswith("UTC") and "commit" in results
     report = (tmp_path / "out" / "report.md").read_text()
-    for words in ("(chosen)", "±", "standard-library", "UTC", "pipeline"):
+    for words in ("(chosen)", "±", "standard-library", "UTC", "pipeline", "prefill s, estimate", "one request of 200 tokens"):
         assert words in report
+    times = [(row["prefill_seconds"], row["decode_step_seconds"], row["estimated"]) for row in results["metrics"]["schedules"]]
+    assert times == [(pytest.approx(each), pytest.approx(each / 1000), True) for each in (12.0, 11.5, 11.5)]
+    assert "| 11.500 | 1.04x | 11.500 | 1.04x |" in report

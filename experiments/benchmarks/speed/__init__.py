@@ -39,14 +39,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.benchmarks.speed.bench import Bench, Sizes
+from experiments.benchmarks.speed.bench import ROWS_WITHOUT_MEMORY_FIGURES, Bench, Sizes
 from experiments.benchmarks.speed.models import Model, model
 from experiments.benchmarks.speed.rounds import Rounds, random_prompt
 from experiments.benchmarks.speed.rows import record
 from experiments.benchmarks.speed.tables import HEADER, cells, plot, report
 from experiments.common import devices, fit, inputs, options
 from experiments.common.report import Output, text_table
-from indexcache_jax import serving
+from indexcache_jax import ops, serving
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import SERVING
 
@@ -125,9 +125,19 @@ def read_inputs(seed: int) -> Inputs:
 def make_bench(given: Inputs, seed: int) -> Bench:
     """The model under every schedule, its programs still to be compiled."""
     shape, sizes, began = given.model, given.sizes, time.perf_counter()
-    asked = {"rows": 1, "length": sizes.max_len, "chunk": sizes.chunk, "dtype": jnp.bfloat16, "form": given.cache_format}
-    asked["weights"] = given.weights
-    fit.serving(shape.config, Schedule.all_full(shape.config.num_layers), **asked, flag="lengths")
+    asked: dict[str, Any] = {
+        "rows": 1,
+        "length": sizes.max_len,
+        "chunk": sizes.chunk,
+        "dtype": jnp.bfloat16,
+        "form": given.cache_format,
+    }
+    asked |= {"weights": given.weights, "flag": "lengths", "smaller": "a smaller --num_layers or --lengths, or --weights=fp8"}
+    all_full = Schedule.all_full(shape.config.num_layers)
+    # A request's cache stays on the host, for the rows of the full cache; on a CPU these lie there as well.
+    copies = 1 + (ops.platform() == "cpu") * (_ROWS.value or ROWS_WITHOUT_MEMORY_FIGURES)
+    row = sizes.max_len * serving.bytes_per_token(shape.config, all_full, given.cache_format)
+    fit.serving(shape.config, all_full, **asked, host={"copies of the cache": copies * row})
     whole = jax.block_until_ready(serving.random_weights(jax.random.key(seed), shape.config, weights=given.weights))
     print(f"weights made in {time.perf_counter() - began:.0f} s", flush=True)
     return Bench(

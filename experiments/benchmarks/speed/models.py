@@ -9,7 +9,6 @@ from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 
 CUT_LAYERS = 4  # of a model that does not fit one device
-CUT_VOCABULARY = 1024
 
 # The searched patterns that the paper publishes (arXiv 2603.12201); other models keep indexers at even distances.
 SEARCHED = {
@@ -49,14 +48,4 @@ def model(name: str, num_layers: int) -> Model:
         return Model(name, whole, whole.num_layers)
     if not 0 < num_layers < whole.num_layers:
         raise ValueError(f"--num_layers={num_layers}: {name} has {whole.num_layers} layers")
-    few = min(CUT_VOCABULARY, whole.vocab_size)
-    cut = dataclasses.replace(
-        whole,
-        num_layers=num_layers,
-        moe_layers=(True,) * num_layers,
-        vocab_size=few,
-        eos_token_ids=(),
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    return Model(name, cut, whole.num_layers)
+    return Model(name, inputs.cut(whole, (True,) * num_layers), whole.num_layers)

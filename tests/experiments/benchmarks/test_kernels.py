@@ -61,6 +61,14 @@ def test_rows_are_kept_where_they_were_measured_alike(tmp_path, monkeypatch, fla
     assert list(measure("8 x 122880, scores")[0]) == [alone]
 
 
+@pytest.mark.slow
+def test_small_shapes_take_little_memory():
+    """Where there is no Hopper GPU: what all rows together are given is far below what any host has."""
+    leaves = jax.tree.leaves([row.make().program_arguments for row in kernels.table(kernels.Sizes(small=True))])
+    arrays = {id(x): x.nbytes for x in leaves if hasattr(x, "nbytes")}
+    assert 10**6 < sum(arrays.values()) < 10**9
+
+
 @pytest.mark.parametrize("rows, message", [("[", "not a regular expression"), ("no such row", "no row")])
 def test_wrong_rows_are_named(rows, message, tmp_path, flags_parsed):
     with flagsaver.flagsaver(rows=rows), pytest.raises(ValueError, match=message):

@@ -14,10 +14,11 @@ import pytest
 
 from experiments.benchmarks.speed import stages
 from experiments.benchmarks.speed.bench import MARGIN, ROWS_WITHOUT_MEMORY_FIGURES, Bench, Sizes, profiled_layer, refill
-from experiments.benchmarks.speed.models import CUT_VOCABULARY, SEARCHED, model
+from experiments.benchmarks.speed.models import SEARCHED, model
 from experiments.benchmarks.speed.rounds import PAIRS, Rounds, neighbours_overlap, random_prompt
 from experiments.benchmarks.speed.rows import PUBLISHED, PUBLISHED_LENGTHS, Row, published, record
 from experiments.benchmarks.speed.tables import HEADER, cells, savings, shares_table
+from experiments.common import inputs
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat
@@ -39,7 +40,7 @@ def test_schedules_of_a_whole_and_of_a_cut_model():
     assert whole.schedule("all F") == Schedule("F" * 47)
     cut = model("glm-5", 0)
     assert (cut.config.num_layers, cut.scale, cut.config.moe_layers) == (4, 78 / 4, (True,) * 4)
-    assert cut.config.vocab_size == CUT_VOCABULARY  # the head is not among what is scaled
+    assert cut.config.vocab_size == inputs.CUT_VOCABULARY  # the head is not among what is scaled
     assert [cut.schedule(p).pattern for p in ("all F", "1/2", "1/4")] == ["FFFF", "FSFS", "FSSS"]
     assert model("demo", 3).scale == 4
 

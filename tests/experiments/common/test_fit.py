@@ -1,14 +1,19 @@
 """What is asked for is held against the memory of the devices before anything is allocated."""
 
+import importlib
 import re
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from experiments.common import fit
+import checkpoints_convert
+from experiments.common import fit, options, runs
 from experiments.common.devices import Layout, parse
-from indexcache_jax import memory
+from indexcache_jax import host_memory, memory, serving
 from indexcache_jax.config import Config
 from indexcache_jax.memory import Need
 from indexcache_jax.presets import preset
@@ -118,3 +123,78 @@ def test_the_fewest_devices_split_the_cache_where_that_is_needed():
 def test_a_layout_as_the_flag_says_it(layout, flag):
     assert fit.mesh_flag(layout) == flag
     assert parse(flag, layout.num_devices) == layout
+
+
+def test_a_streamed_model_takes_two_layers_and_what_the_host_keeps(there, monkeypatch, capsys):
+    asked = {"rows": 1, "context": 4096, "dtype": "bfloat16", "smaller": "a smaller --context"}
+    there(100_000_000_000)
+    monkeypatch.setattr(host_memory, "available", lambda: 5 * 10**9)
+    fit.streamed(CONFIG, SCHEDULE, host={"hidden states": 4 * 10**9}, **asked)
+    assert re.match(r"memory of each device: 4\d.\d\d GB \(two layers 3\d", capsys.readouterr().out)
+    message = (
+        r"--context=4096: needs 6.00 GB \(hidden states 6.00\) of the host's memory, 5.00 GB are left; a smaller --context"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit.streamed(CONFIG, SCHEDULE, host={"hidden states": 6 * 10**9}, **asked)
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """Sets how many bytes are left of the host's memory, which is its devices' too."""
+
+    def set_to(size):
+        monkeypatch.setattr(host_memory, "available", lambda: size)
+        monkeypatch.setattr(memory, "available", lambda: size)
+
+    return set_to
+
+
+def test_on_a_cpu_the_hosts_memory_is_the_devices_and_flags_are_named_instead_of_meshes(on_a_cpu):
+    asked = {"rows": 1, "context": 4096, "dtype": "bfloat16", "smaller": "a smaller --context"}
+    on_a_cpu(45 * 10**9)
+    fit.streamed(CONFIG, SCHEDULE, host={"hidden states": 10**8}, **asked)
+    with pytest.raises(
+        ValueError, match=r"hidden states 6.00\) of each device, there are 45.00 GB.*; a smaller --context makes it"
+    ):
+        fit.streamed(CONFIG, SCHEDULE, host={"hidden states": 6 * 10**9}, **asked)
+    with pytest.raises(ValueError) as error:
+        fit.serving(CONFIG, SCHEDULE, rows=1, length=131_072, **ASKED, smaller="--num_layers")
+    assert "--mesh" not in str(error.value) and str(error.value).endswith("; --num_layers makes it smaller")
+
+
+def test_a_program_is_held_against_the_host_before_it_runs(on_a_cpu):
+    compiled = jax.jit(lambda x: jnp.sort(x @ x.T, axis=1) @ x).lower(jax.ShapeDtypeStruct((256, 8), jnp.float32)).compile()
+    on_a_cpu(10**6)
+    fit.program(compiled, "--train_context=256: a step", "--num_layers")
+    on_a_cpu(10**5)
+    with pytest.raises(ValueError, match="--train_context=256: a step: needs .* GB beside .* 0.00 GB; --num_layers makes it"):
+        fit.program(compiled, "--train_context=256: a step", "--num_layers")
+    with device.target(types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")):
+        fit.program(compiled, "", "")
+
+
+def test_benchmarks_refuse_before_they_allocate(on_a_cpu, monkeypatch, tmp_path):
+    on_a_cpu(10**6)
+    modules = {name: importlib.import_module(module) for name, module in options.EXPERIMENTS.items()}
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    for module, name in ((serving, "random_weights"), (runs, "random_params"), (checkpoints_convert, "load")):
+        monkeypatch.setattr(module, name, None)
+    settings = {
+        "speed": (
+            {"preset": "30b", "lengths": ["20480"], "weights": None},
+            "--lengths: .*; a smaller --num_layers or --lengths",
+        ),
+        "train_speed": ({}, "training, without activations: needs .*; a smaller --num_layers makes it smaller"),
+        "indexer_speed": (
+            {"preset": "30b"},
+            "needs .*two layers.*targets.*; a smaller --context, --sequences or --stream_memory",
+        ),
+        "precision": (
+            {"checkpoint": "", "context": 1536},
+            "--context=1536: needs .*weights in 8 bits.*; a smaller one or --dtype",
+        ),
+    }
+    for name, (flags_, message) in settings.items():
+        with flagsaver.flagsaver(**flags_), pytest.raises(ValueError, match=message):
+            modules[name].run(str(tmp_path / name), 0)

@@ -6,6 +6,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments.common import inputs, options, text
+from indexcache_jax import host_memory
 from indexcache_jax.config import Config
 from indexcache_jax.serving import CacheFormat
 
@@ -115,3 +116,17 @@ def test_a_cache_is_kept_in_what_the_flags_say():
     assert inputs.cache_format("float32", "bfloat16") == CacheFormat("float32", "bfloat16")
     with flagsaver.flagsaver(latent_cache="fp8", index_cache="bf16"):
         assert inputs.cache_format("float32", "float32") == CacheFormat("float8_e4m3fn", "bfloat16")
+
+
+def test_hidden_states_take_at_most_half_of_what_the_host_has_left_unless_it_is_said_how_much(monkeypatch):
+    for left, size in ((10**12, 64 * 10**9), (20 * 10**9, 10 * 10**9)):
+        monkeypatch.setattr(host_memory, "available", lambda left=left: left)
+        assert options.stream_memory() == size
+    flags.FLAGS(["test", "--stream_memory=64"])
+    assert options.stream_memory() == 64 * 10**9
+    flags.FLAGS["stream_memory"].unparse()
+
+
+def test_stored_bytes_are_those_of_the_files():
+    (file,) = options.DEMO.glob("*.safetensors")
+    assert 0.99 < inputs.stored_bytes(str(options.DEMO)) / file.stat().st_size < 1.01

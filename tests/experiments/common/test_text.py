@@ -165,6 +165,7 @@ def test_every_line_of_jsonl_is_a_document(tmp_path):
         ('{"prompt": "a"}', 'line 2: has neither a "text" nor "messages"'),
         ('{"messages": [{"role": "user"}]}', 'line 2: has neither a "text" nor "messages"'),
         ('{"messages": ["a"]}', 'line 2: has neither a "text" nor "messages"'),
+        ('{"messages": [{"content": [{"type": "image"}]}]}', 'line 2: has neither a "text" nor "messages"'),
         ("plain text", "line 2: cannot be read as JSON"),
         ("[1]", "line 2: holds list, not an object"),
     ],
@@ -182,6 +183,10 @@ def test_a_line_that_holds_no_text_is_named(tmp_path, line, message):
         (gzip.compress(b"words", mtime=0), "is compressed by gzip, not text"),
         (b"PK\x03\x04....", "is a zip archive, as docx and epub are, not text"),
         (b"PAR1....", "is a Parquet table, not text"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
+            "is a Git LFS pointer .git lfs pull gets the file., not text",
+        ),
         (b"words\x00more", "is not text: byte 5 is 0"),
         (b"\xff\xfew", "begins like utf-16, but is none"),
     ],
@@ -191,6 +196,42 @@ def test_what_is_no_text_is_called_by_its_name(tmp_path, content, message):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message if name == "a.txt" else "not text|cannot be read as JSON"):
             text.stream(text.documents(f"{tmp_path}/{name}"), text.Bytes(), None)
+
+
+def test_text_in_an_encoding_that_nobody_names_is_refused_unless_nobody_can_change_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("caf\u00e9 noir, s'il vous pla\u00eet".encode("latin1"))
+    with pytest.raises(ValueError, match="a.txt: is not UTF-8: byte 3 is 0xe9; convert it"):
+        text.documents(str(path))[0].content()
+    assert text.Document("a.txt", path, named=False).content() == path.read_bytes()
+    assert not any(document.named for document in text.documents("standard-library"))
+    path.write_bytes(b"one stray byte \xe9 " + 2000 * b"x")
+    assert text.documents(str(path))[0].content() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "data"])
+def test_jsonl_is_known_by_its_first_line_whatever_it_is_called(tmp_path, name):
+    (tmp_path / name).write_text(LINES)
+    assert [document.content().decode() for document in text.documents(f"{tmp_path}/{name}")] == [
+        "one",
+        "two\n\n\u00e9",
+        "last",
+    ]
+    for other in ('{"name": "x"}', "{\n}", '{"text": 5}', "{text}", ""):
+        (tmp_path / name).write_text(other)
+        assert text.documents(f"{tmp_path}/{name}")[0].content() == other.encode()
+
+
+def test_a_json_array_is_no_text(tmp_path):
+    (tmp_path / "a.json").write_text('\n[{"text": "one"}]')
+    with pytest.raises(ValueError, match="a.json: is a JSON array, not text; what is read has an object in every line"):
+        text.documents(f"{tmp_path}/a.json")[0].content()
+
+
+def test_contents_of_messages_may_be_parts_of_text(tmp_path):
+    parts = '[{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]'
+    (tmp_path / "a.jsonl").write_text(f'{{"messages": [{{"content": {parts}}}]}}\n')
+    assert text.documents(f"{tmp_path}/a.jsonl")[0].content() == b"one two"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
