@@ -2,6 +2,7 @@
 # make quick                          lint and the tests that take under a minute; installs no torch
 # make test                           lint, types and the fast tests; make test-slow for those that take minutes,
 #                                     make test-mesh for those on eight simulated devices
+# make docs                           reference pages out of the docstrings, to site/index.html
 # PYTHON=python3.12 picks the interpreter, VENV=DIR the environment, PYTEST_ARGS='-k rope' a part of the tests,
 # TEST_EXTRAS=test,tpu-aot installs libtpu too, which compiles for TPUs that are not at hand.
 
@@ -31,7 +32,13 @@ QUICK := \
 	$(addprefix $(GROUPED), wrong_shapes_are_named what_cannot_serve_says_why_and_none_falls_back) \
 	$(addprefix $(SELECTED), what_does_not_fit_is_named)
 
-.PHONY: demo quick test test-slow test-mesh lint clean
+# Modules that have a page of their own; a package's page has what it exports, whichever of its files defines it.
+REFERENCE := indexcache_jax indexcache_jax.search indexcache_jax.serving indexcache_jax.config indexcache_jax.schedule \
+	indexcache_jax.params indexcache_jax.presets indexcache_jax.training indexcache_jax.distill \
+	indexcache_jax.indexer_training indexcache_jax.sharding indexcache_jax.memory checkpoints_convert \
+	'!checkpoints_convert[.]' pallas_kernels '!pallas_kernels[.]'
+
+.PHONY: demo quick test test-slow test-mesh lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -57,8 +64,11 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-docs
+	JAX_PLATFORMS=cpu $(BIN)/pdoc --docformat google -o site $(REFERENCE)
+
 clean:
-	rm -rf .venv .venv312 .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv312 site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml once it is installed, so a second make installs nothing.
@@ -76,6 +86,11 @@ $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/pip
 	@echo "installing with the test tools into $(VENV) (a few minutes)"
 	@$(PIP_INSTALL) -e '.[$(TEST_EXTRAS)]'
 	@touch $(VENV)/installed $(VENV)/installed-dev $@
+
+$(VENV)/installed-docs: pyproject.toml | $(VENV)/bin/pip
+	@echo "installing with pdoc into $(VENV) (a minute or two)"
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $(VENV)/installed $@
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c '' 2>/dev/null || { echo "error: $(PYTHON) not found or does not run; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }

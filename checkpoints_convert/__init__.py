@@ -11,6 +11,13 @@ No torch, no pickle. Headers are checked before memory is allocated for what the
 never become paths outside it.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # Python is starting `python -m checkpoints_convert`, whose imports take seconds
+    import checkpoints_convert.early
+
+    checkpoints_convert.early.end_at_signals()
+
 from checkpoints_convert.layers import Layers
 from checkpoints_convert.linked import save_indexers
 from checkpoints_convert.load import load, stored_weights

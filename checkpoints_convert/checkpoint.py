@@ -12,8 +12,9 @@ from checkpoints_convert import orbax_io
 from checkpoints_convert.formats import check_no_overlay, instead
 from checkpoints_convert.huggingface import HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import INDEX, SINGLE
-from indexcache_jax import params, serving
+from indexcache_jax import arguments, params, serving
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import is_there
 from indexcache_jax.params import FP8_BASE
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Part, Tensor
@@ -48,13 +49,13 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(directory: str | pathlib.Path) -> HuggingFaceCheckpoint | orbax_io.OrbaxCheckpoint:
     """The checkpoint in a directory, its format detected. ValueError where there is none."""
-    directory = pathlib.Path(directory)
+    directory = arguments.path("directory", directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory")
     if orbax_io.is_orbax(directory):
         return orbax_io.OrbaxCheckpoint(directory)
     check_no_overlay(directory)
-    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+    if is_there(directory / SINGLE) or is_there(directory / INDEX):
         return HuggingFaceCheckpoint(directory)
     raise ValueError(f"{directory}: holds neither {SINGLE} nor {INDEX} nor an orbax checkpoint{instead(directory)}")
 
@@ -67,8 +68,8 @@ def resolve_schedule(checkpoint: Checkpoint, schedule: Schedule | str | None) ->
 
 def resolve_weights(stored: HuggingFaceCheckpoint | orbax_io.OrbaxCheckpoint, weights: str | None) -> str | None:
     """The form of the tree that `weights` asks for: "stored" is the checkpoint's own. ValueError for what is no form."""
-    if weights not in (None, "stored", "fp8", FP8_BASE):
-        raise ValueError(f"weights: {weights!r} is not one of stored, fp8, {FP8_BASE} and None")
+    if weights is not None:
+        arguments.choice("weights", weights, ("stored", "fp8", FP8_BASE))
     return stored.weights if weights == "stored" else weights
 
 
@@ -80,10 +81,6 @@ def leaf_dtype(checkpoint: Checkpoint, tensor: Tensor, dtype: Any) -> np.dtype:
 
 
 def check_dtype(dtype: Any) -> None:
-    """ValueError unless weights can have this dtype."""
-    try:
-        known = dtype is None or jnp.dtype(dtype).name in DTYPES
-    except TypeError:
-        known = False
-    if not known:
-        raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    """ValueError unless weights can have this dtype, or None, which leaves it to the checkpoint."""
+    if dtype is not None:
+        arguments.dtype("dtype", dtype, DTYPES)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import token_ids
-from indexcache_jax.foreign import MAX_LARGE, read_json, shown
+from indexcache_jax.foreign import MAX_LARGE, is_there, read_json, shown
 
 # What a conversion copies beside the weights: these names and no others.
 COMPANIONS = (
@@ -44,7 +45,7 @@ def find_companions(directory: pathlib.Path) -> list[pathlib.Path]:
     found = []
     for name in COMPANIONS:
         path = directory / name
-        if not path.is_symlink() and not path.exists():
+        if not is_there(path):
             continue
         target = path.resolve()
         if not any(target.is_relative_to(folder) for folder in allowed):
@@ -61,9 +62,9 @@ def with_stop_tokens(config: Config, directory: pathlib.Path) -> Config:
     config.json's come first, each once. ValueError, naming file and field, for what is no token.
     """
     more: list[int] = []
-    if (path := directory / GENERATION_CONFIG).exists():
+    if is_there(path := directory / GENERATION_CONFIG):
         more += _numbers(path, read_json(path))
-    if (path := directory / TOKENIZER_CONFIG).exists():
+    if is_there(path := directory / TOKENIZER_CONFIG):
         fields = read_json(path)
         more += _numbers(path, fields)
         more += _named(path, fields)
@@ -85,6 +86,11 @@ def content_of(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def is_number(text: str) -> bool:
+    """Whether a text, such as a key of JSON, is the number of a token in decimal digits."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
+
 def _named(path: pathlib.Path, fields: Mapping[str, Any]) -> list[int]:
     """The number of tokenizer_config.json's eos_token, where one of the tokenizer's files has it."""
     name = fields.get("eos_token")
@@ -94,10 +100,10 @@ def _named(path: pathlib.Path, fields: Mapping[str, Any]) -> list[int]:
         raise ValueError(f"{path}: eos_token: {shown(name)} is not a token's text")
     declared = fields.get("added_tokens_decoder")
     for number, token in (declared if isinstance(declared, Mapping) else {}).items():
-        if content_of(token) == text and number.isdecimal():
+        if content_of(token) == text and is_number(number):
             return [int(number)]
     for file in (ADDED_TOKENS, TOKENIZER):
-        if (beside := path.with_name(file)).exists():
+        if is_there(beside := path.with_name(file)):
             number = _number_in(read_json(beside, MAX_LARGE), text)
             if number is not None:
                 return [number]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from indexcache_jax.config import Config
-from indexcache_jax.foreign import read_json, shown
+from indexcache_jax.foreign import is_there, read_json, shown
 
 READ = "only bfloat16, float32 and float16, and FP8 (e4m3) with a scale for each block of 128 x 128, are read"
 # quant_method of config.json's quantization_config, in words.
@@ -28,6 +28,9 @@ _ENDINGS = {
     ".qweight": "AWQ or GPTQ, packed integers",
     ".weight_packed": "packed integers or NVFP4 of compressed-tensors",
     ".weight_scale_2": "NVFP4",
+    ".weight.absmax": "bitsandbytes, 4 bits",
+    ".SCB": "bitsandbytes, 8 bits",
+    ".W_q": "HQQ, packed integers",
     "_blocks": "MXFP4",
 }
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -46,7 +49,7 @@ _DESCRIPTION = 1024  # bytes that a stored tensor's takes, about
 def check_no_overlay(directory: pathlib.Path) -> None:
     """ValueError where a directory holds weights that change others and would be left out."""
     for name in _ADAPTER:
-        if (directory / name).exists():
+        if is_there(directory / name):
             raise ValueError(
                 f"{directory / name}: an adapter (LoRA) to another model's weights is not applied; merge it (peft's "
                 f"merge_and_unload, then save_pretrained) and give that directory, or remove the file to leave it out"
@@ -61,6 +64,13 @@ def instead(directory: pathlib.Path) -> str:
     return ""
 
 
+def check_quantization_config(fields: Mapping[str, Any], path: pathlib.Path) -> None:
+    """ValueError, naming config.json's path, where it says how weights are quantised in something that is no object."""
+    for name in ("quantization_config", "compression_config"):
+        if not isinstance(fields.get(name), (Mapping, type(None))):
+            raise ValueError(f"{path}: {name}: {shown(fields[name])} is not an object")
+
+
 def quantisation(fields: Mapping[str, Any], names: Collection[str], directory: pathlib.Path) -> str | None:
     """The format of quantised weights that are not read, for an error; None for plain weights and FP8 in blocks."""
     found = fields.get("quantization_config") or fields.get("compression_config")
@@ -70,7 +80,7 @@ def quantisation(fields: Mapping[str, Any], names: Collection[str], directory: p
             return what if what is None else f"quantization_config.quant_method: {shown(method)}{what}"
         if method == "fp8" and found.get("weight_block_size") is None:
             return "quantization_config.quant_method: 'fp8' without weight_block_size (FP8 with one scale a matrix or a row)"
-    if found is None and (beside := directory / "hf_quant_config.json").exists():
+    if found is None and is_there(beside := directory / "hf_quant_config.json"):
         return f"hf_quant_config.json: {shown(read_json(beside).get('quantization'))}"
     for ending, what in _ENDINGS.items():
         if name := next((name for name in names if name.endswith(ending)), None):

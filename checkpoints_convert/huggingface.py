@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -17,7 +18,14 @@ import numpy as np
 
 from checkpoints_convert import fp8
 from checkpoints_convert.companions import with_stop_tokens
-from checkpoints_convert.formats import READ, block_fields, check_described, names_that_fit, quantisation
+from checkpoints_convert.formats import (
+    READ,
+    block_fields,
+    check_described,
+    check_quantization_config,
+    names_that_fit,
+    quantisation,
+)
 from checkpoints_convert.safetensors_io import NAMES, NUMPY, Entry, Spec, read_stored
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
@@ -64,18 +72,32 @@ class HuggingFaceCheckpoint:
         fields = read_config_json(directory)
         self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self.fields = fields
+        check_quantization_config(fields, directory / "config.json")
         self._stored = read_stored(directory)
         self.entries = _with_scales_of_one_name(self._stored.entries)
         self._block = fp8.block_size(block_fields(fields))
         self._directory = directory
         self._dtype = self._model_dtype(fields.get("dtype") or fields.get("torch_dtype"))
+        with self._naming_the_format():
+            self._check_fits(directory / "config.json")
+
+    def _check_fits(self, path: pathlib.Path) -> None:
+        """ValueError where config.json's experts cannot be in the files, before a list as long as the experts is made."""
         c = self.config
         stored, experts = sum(e.nbytes for e in self.entries.values()), c.n_routed_experts * sum(c.moe_layers)
-        if 3 * experts * c.hidden_size * c.moe_intermediate_size > stored:  # before a list as long as the experts is made
-            raise ValueError(
-                f"{directory / 'config.json'}: n_routed_experts: {c.n_routed_experts} cannot fit in the {stored} bytes stored"
-            )
-        check_described(c, stored, directory / "config.json")
+        if 3 * experts * c.hidden_size * c.moe_intermediate_size > stored:
+            raise ValueError(f"{path}: n_routed_experts: {c.n_routed_experts} cannot fit in the {stored} bytes stored")
+        check_described(c, stored, path)
+
+    @contextlib.contextmanager
+    def _naming_the_format(self) -> Iterator[None]:
+        """Where weights are quantised in a way that is not read, makes an error begin with that."""
+        try:
+            yield
+        except ValueError as error:
+            if (format := quantisation(self.fields, self.entries, self._directory)) is None:
+                raise
+            raise ValueError(f"{self._directory}: {format}: {READ}; {error}") from None
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -140,12 +162,8 @@ class HuggingFaceCheckpoint:
 
         Where the weights are quantised in a way that is not read, the error begins with that.
         """
-        try:
+        with self._naming_the_format():
             self._check_tree(tree)
-        except ValueError as error:
-            if (format := quantisation(self.fields, self.entries, self._directory)) is None:
-                raise
-            raise ValueError(f"{self._directory}: {format}: {READ}; {error}") from None
 
     def _check_tree(self, tree: Any) -> None:
         missing: dict[str, None] = {}  # kv_b_proj is missing once, though two leaves are made from it

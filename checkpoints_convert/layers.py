@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 
 from checkpoints_convert.checkpoint import leaf_dtype
 from checkpoints_convert.load import aligned, opened, parts_held
+from indexcache_jax import arguments
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, weights_of
 from indexcache_jax.schedule import Schedule
@@ -48,7 +49,8 @@ class Layers:
         return self._some(lambda tensor: tensor.layers is None, None, shardings)
 
     def layer(self, layer: int, shardings: Params | None = None) -> Params:
-        """Stacks of one layer."""
+        """Stacks of one layer. ValueError for what is no layer."""
+        layer = arguments.integer("layer", layer, 0, self.config.num_layers - 1)
         return self._some(lambda tensor: layer in (tensor.layers or ()), layer, shardings)
 
     def _some(self, wanted: Callable[[Tensor], bool], layer: int | None, shardings: Params | None) -> Params:

@@ -13,9 +13,7 @@ last. One that reads whole files in any order may take the old ones; copies hold
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,13 +24,15 @@ import numpy as np
 from checkpoints_convert import fp8
 from checkpoints_convert.checkpoint import open_checkpoint
 from checkpoints_convert.companions import find_companions
+from checkpoints_convert.ending import writing
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint
-from checkpoints_convert.safetensors_io import NAMES, NUMPY, Entry, Spec, read_header, write_index, write_shard
-from checkpoints_convert.save import ArraysCheckpoint, host_view, new_directory
+from checkpoints_convert.safetensors_io import INDEX, NAMES, NUMPY, Entry, Spec, read_header, write_index, write_shard
+from checkpoints_convert.save import ArraysCheckpoint, copy, finish, host_view, new_directory
 from checkpoints_convert.trees import Leaves
 from checkpoints_convert.written_config import Origin, written_fields
+from indexcache_jax import arguments
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract
+from indexcache_jax.params import Params, abstract, check_model
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor, leaves
 
@@ -57,7 +57,11 @@ def save_indexers(
     indexers do not fit config and schedule. NotImplementedError where FP8 indexers have other scales than float32 or bfloat16
     for each 128 x 128.
     """
-    source = pathlib.Path(source).resolve()
+    check_model(config, schedule)
+    directory = arguments.path("directory", directory)
+    if not isinstance(params, Params):
+        raise ValueError(f"params: {arguments.described(params)} is not Params")
+    source = arguments.path("source", source).resolve()
     base = open_checkpoint(source)
     if not isinstance(base, HuggingFaceCheckpoint):
         raise ValueError(f"{source}: is an orbax checkpoint, but indexers are written beside the safetensors of one")
@@ -72,7 +76,7 @@ def save_indexers(
         arrays.help()
         return []
     with arrays.helped():
-        return _write(pathlib.Path(directory), base, source, replaced, arrays, link)
+        return _write(directory, base, source, replaced, arrays, link)
 
 
 def _indexers(tree: Params) -> Params:
@@ -116,7 +120,7 @@ class _Replaced:
         stored = np.empty(self.old.shape, decoded)
         (source,) = self.tensor.stored(self.layer)
         source.write(stored, filled[source.at])
-        return [stored] if self.scale is None else list(fp8.quantise(stored))
+        return [stored] if self.scale is None else list(fp8.quantise(stored, self.old.name))
 
 
 def _replaced(base: HuggingFaceCheckpoint, tree: Params) -> Iterator[_Replaced]:
@@ -163,15 +167,13 @@ def _write(
             if link:
                 (partial / name).symlink_to(file)
             elif not also_there[file]:
-                shutil.copyfile(file, partial / name)
+                copy(file, partial / name)
             else:
-                write_shard(partial / name, shards[name], (slab for entry in kept[file] for slab in entry.slabs(SLAB_BYTES)))
-        write_shard(partial / last, specs, (array for tensor in replaced for array in tensor.data(arrays)))
-        write_index(partial, shards)
-        for companion in companions:
-            shutil.copyfile(companion, partial / companion.name)
-        # Last, so that not even the unfinished directory loads before it is whole.
-        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+                _write_shard(partial / name, shards[name], (slab for entry in kept[file] for slab in entry.slabs(SLAB_BYTES)))
+        _write_shard(partial / last, specs, (array for tensor in replaced for array in tensor.data(arrays)))
+        with writing(partial / INDEX):
+            write_index(partial, shards)
+        finish(partial, companions, fields)
     written = {spec.name for spec in specs}
     mixed = sum(not written.isdisjoint(also) for also in also_there.values())
     if not link or not mixed:
@@ -180,6 +182,11 @@ def _write(
         f"{mixed} of {len(kept)} linked files still hold old indexers: loaders must go by the index, or read whole files in "
         f"the order of their names, of which {last} is the last"
     ]
+
+
+def _write_shard(path: pathlib.Path, specs: list[Spec], slabs: Iterator[np.ndarray]) -> None:
+    with writing(path, sum(spec.nbytes for spec in specs)):
+        write_shard(path, specs, slabs)
 
 
 def _spec(entry: Entry) -> Spec:

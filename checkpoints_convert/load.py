@@ -24,7 +24,7 @@ from checkpoints_convert.checkpoint import (
 )
 from checkpoints_convert.huggingface import HuggingFaceCheckpoint
 from checkpoints_convert.recode import Recoded
-from indexcache_jax import sharding
+from indexcache_jax import arguments, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor, leaves
@@ -105,8 +105,7 @@ def opened(
     weights: str | None = None,
 ) -> tuple[Recoded, Schedule, Any]:
     """(checkpoint, schedule, abstract tree) that `load` reads, all headers checked; warns of what is left out."""
-    if form not in FORMS:
-        raise ValueError(f"form: {form!r} is not one of {', '.join(FORMS)}")
+    arguments.choice("form", form, FORMS)
     check_dtype(dtype)
     stored = open_checkpoint(directory)
     schedule = resolve_schedule(stored, schedule)
@@ -119,7 +118,10 @@ def opened(
 
 
 def stored_weights(directory: str | pathlib.Path) -> str | None:
-    """What `load` understands by weights="stored": "fp8" for a checkpoint whose matrices are in 8 bits, else None."""
+    """What `load` understands by weights="stored": "fp8" for a checkpoint whose matrices are in 8 bits, else None.
+
+    ValueError as for `load` where the directory holds no checkpoint, or its config.json or headers cannot be read.
+    """
     return open_checkpoint(directory).weights
 
 

@@ -26,7 +26,7 @@ import tensorstore as ts
 
 from checkpoints_convert.companions import with_stop_tokens
 from checkpoints_convert.ending import writing
-from checkpoints_convert.formats import check_described, description_bytes
+from checkpoints_convert.formats import check_described, check_quantization_config
 from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import read_config_json
@@ -44,14 +44,21 @@ def is_orbax(directory: pathlib.Path) -> bool:
     return (directory / PARAMS / "_METADATA").exists()
 
 
-def _stored_bytes(directory: pathlib.Path, enough: int) -> int:
-    """The bytes of the files in a directory, counted until there are `enough`."""
+def _stored_bytes(directory: pathlib.Path) -> int:
+    """The bytes of the files in a directory.
+
+    ValueError for what is no regular file, since tensorstore would wait for a pipe, and for a link to a folder.
+    """
     total = 0
-    for folder, _, names in os.walk(directory):
+    for folder, folders, names in os.walk(directory):
+        for name in folders:
+            if (path := pathlib.Path(folder, name)).is_symlink():
+                raise ValueError(f"{escaped(str(path))}: is a link to a folder, which is not followed; put the folder there")
         for name in names:
-            total += os.stat(os.path.join(folder, name), follow_symlinks=False).st_size
-        if total >= enough:
-            break
+            path = pathlib.Path(folder, name)
+            if not path.is_file():
+                raise ValueError(f"{escaped(str(path))}: not a regular file")
+            total += path.stat().st_size
     return total
 
 
@@ -60,11 +67,11 @@ class OrbaxCheckpoint(Leaves):
 
     def __init__(self, directory: pathlib.Path):
         fields = read_config_json(directory)
+        check_quantization_config(fields, directory / "config.json")
         self.fields = fields
         self.config = with_stop_tokens(Config.from_hf(fields), directory)
         self.schedule = Schedule.from_hf(fields)
-        stored = _stored_bytes(directory / PARAMS, enough=description_bytes(self.config))
-        check_described(self.config, stored, directory / "config.json")
+        check_described(self.config, _stored_bytes(directory / PARAMS), directory / "config.json")
         self.quantization = fields.get("quantization_config")
         self.weights = None if self.quantization is None else "fp8"
         super().__init__(abstract(self.config, self.schedule, self.weights))

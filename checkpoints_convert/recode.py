@@ -77,7 +77,17 @@ class Recoded:
         return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
     def fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None = None) -> None:
-        """Writes one layer of a tensor, or a part of it, into `out`; see `checkpoint.Checkpoint`."""
+        """Writes one layer of a tensor, or a part of it, into `out`; see `checkpoint.Checkpoint`.
+
+        ValueError, naming the stored tensor, for numbers that do not fit in float16, or in FP8 where they are quantised here.
+        """
+        with np.errstate(over="ignore"):
+            self._fill(tensor, layer, out, part)
+        if out.dtype == np.float16 and not np.isfinite(out).all():
+            names = ", ".join(source.name for source in tensor.stored(layer)[:2])
+            raise ValueError(f"tensor {names}: holds numbers above {np.finfo(np.float16).max} or NaN, which float16 cannot")
+
+    def _fill(self, tensor: Tensor, layer: int | None, out: np.ndarray, part: Part | None) -> None:
         sources, part = tensor.stored(layer), whole(tensor.layer_shape) if part is None else part
         if all(self.stored.holds(source, tensor.kind) for source in sources):
             self.stored.fill(tensor, layer, out, part)
@@ -132,7 +142,7 @@ class Recoded:
     def _quantise(self, name: str, rows: Bounds, columns: Bounds) -> tuple[np.ndarray, np.ndarray]:
         """Codes and float32 scales of a region of whole blocks of a matrix that is held decoded."""
         shape = self.stored.matrix(name)
-        codes, scales = fp8.quantise(self._read(as_stored(name, shape), "weights", rows, columns, np.float32))
+        codes, scales = fp8.quantise(self._read(as_stored(name, shape), "weights", rows, columns, np.float32), name)
         known = self._quantised.setdefault(name, np.full(fp8.scale_shape(shape, fp8.DEFAULT_BLOCK), np.nan, np.float32))
         known[_blocks(rows, columns)] = scales
         return codes, scales

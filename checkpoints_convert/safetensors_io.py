@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, is_name, parse_json, read_json, shown
+from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, is_name, is_there, parse_json, read_json, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -144,7 +144,7 @@ def read_directory(directory: pathlib.Path) -> dict[str, Entry]:
 def read_stored(directory: pathlib.Path) -> Stored:
     """As `read_directory`, and what lies beside. The index decides what is read: exactly what its weight_map lists."""
     index = directory / INDEX
-    if not index.exists():
+    if not is_there(index):
         return Stored(read_header(directory / SINGLE), (), _other_files(directory, {SINGLE}), directory / SINGLE)
     weight_map = read_json(index, MAX_LARGE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,12 +35,14 @@ from checkpoints_convert.companions import find_companions, with_stop_tokens
 from checkpoints_convert.ending import unfinished, writing
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint, Unused
 from checkpoints_convert.recode import Recoded
-from checkpoints_convert.safetensors_io import NAMES, Spec, plan_shards, write_index, write_shard
+from checkpoints_convert.safetensors_io import INDEX, NAMES, Spec, plan_shards, write_index, write_shard
 from checkpoints_convert.trees import DTYPES_OF, Leaf, Leaves
 from checkpoints_convert.written_config import Origin, written_fields
+from indexcache_jax import arguments
 from indexcache_jax.config import Config
 from indexcache_jax.config_json import GLM, read_config_json
-from indexcache_jax.params import Params, abstract, weights_of
+from indexcache_jax.foreign import is_there
+from indexcache_jax.params import FP8_BASE, Params, abstract, check_model, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import Weights
 from indexcache_jax.tensors import Part, Source, Tensor, leaves
@@ -187,8 +190,13 @@ def save(
     process 0 writes: one layer of one leaf at a time is gathered, which every device needs memory for. The others return
     when it is done, or raise RuntimeError where it fails.
     """
+    check_model(config, schedule)
+    if not isinstance(params, (Params, Weights)):
+        raise ValueError(f"params: {arguments.described(params)} is neither Params nor serving Weights")
     checkpoint = ArraysCheckpoint(params, config, schedule)
     checkpoint.check(None)
+    if companions_of is not None and not arguments.path("companions_of", companions_of).is_dir():
+        raise ValueError(f"companions_of: {companions_of}: no such directory")
     if checkpoint.weights is not None and companions_of is not None:
         checkpoint.quantization = open_checkpoint(companions_of).quantization
     if checkpoint.is_spread and jax.process_index() > 0:
@@ -197,11 +205,11 @@ def save(
     companions, origin = [], None
     if companions_of is not None:
         companions = find_companions(pathlib.Path(companions_of))
-        if (pathlib.Path(companions_of) / "config.json").exists():  # not yet beside a tokenizer that was made for a new model
+        if is_there(pathlib.Path(companions_of) / "config.json"):  # not yet beside a tokenizer that was made for a new model
             fields = read_config_json(companions_of)
             origin = Origin(fields, with_stop_tokens(Config.from_hf(fields), pathlib.Path(companions_of)))
     new = _New(
-        pathlib.Path(directory),
+        arguments.path("directory", directory),
         format,
         parse_size(max_shard_size),
         weights=checkpoint.weights,
@@ -237,10 +245,14 @@ def convert(
     ValueError as for `load` and `save`, and where there is nothing to keep, before anything is written.
     """
     check_dtype(dtype)
-    source = pathlib.Path(source)
+    source, directory = arguments.path("source", source), arguments.path("directory", directory)
+    if format is not None:
+        arguments.choice("format", format, FORMATS)
     checkpoint = open_checkpoint(source)
     schedule = resolve_schedule(checkpoint, schedule)
     form = resolve_weights(checkpoint, weights)
+    if form == FP8_BASE:
+        raise ValueError(f"weights: {form!r} is for training on; a checkpoint is written with fp8, stored or None")
     format = format or ("orbax" if isinstance(checkpoint, HuggingFaceCheckpoint) else "safetensors")
     copies, report, mtp_layers, unused = [], [], 0, Unused((), (), ())
     if isinstance(checkpoint, HuggingFaceCheckpoint):
@@ -260,7 +272,7 @@ def convert(
     if format == "safetensors" and checkpoint.config.family != GLM and schedule.num_full < schedule.num_layers:
         report.append("transformers gives the indexers that S layers lack random weights: its logits are wrong; use an engine")
     new = _New(
-        pathlib.Path(directory),
+        directory,
         format,
         parse_size(max_shard_size),
         dtype,
@@ -293,8 +305,7 @@ class _New:
     mtp_layers: int = 0
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"format: {self.format!r} is not one of {', '.join(FORMATS)}")
+        arguments.choice("format", self.format, FORMATS)
 
 
 def _write(
@@ -314,11 +325,23 @@ def _write(
             _write_orbax(partial, checkpoint, tree, dtypes, progress)
         else:
             _write_safetensors(partial, checkpoint, tree, dtypes, new.max_shard_bytes, new.copies, progress)
-        for companion in new.companions:
-            with writing(partial / companion.name, companion.stat().st_size):
-                shutil.copyfile(companion, partial / companion.name)
-        # Last, so that not even the unfinished directory loads before it is whole.
-        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        finish(partial, new.companions, fields)
+
+
+def finish(directory: pathlib.Path, companions: Iterable[pathlib.Path], fields: Mapping[str, Any]) -> None:
+    """Copies companions into a new checkpoint directory and writes its config.json."""
+    for companion in companions:
+        copy(companion, directory / companion.name)
+    # Last, so that not even the unfinished directory loads before it is whole.
+    text = json.dumps(fields, indent=2) + "\n"
+    with writing(directory / "config.json", len(text)):
+        (directory / "config.json").write_text(text, encoding="utf-8")
+
+
+def copy(file: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies a file's content. OSError, naming the new file and its size, for a full disk."""
+    with writing(to, file.stat().st_size):
+        shutil.copyfile(file, to)
 
 
 def _written_dtype(checkpoint: Recoded, tensor: Tensor, dtype: Any, weights: str | None) -> np.dtype:
@@ -439,7 +462,8 @@ def _write_safetensors(
     for file, shard in shards.items():
         with writing(directory / file, sum(spec.nbytes for spec in shard)):
             write_shard(directory / file, shard, counted(len(shard)))
-    write_index(directory, shards)
+    with writing(directory / INDEX):
+        write_index(directory, shards)
 
 
 @contextlib.contextmanager
@@ -461,7 +485,12 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
         for directory, _, files in os.walk(partial):
             for name in (*files, "."):
                 _sync(pathlib.Path(directory) / name)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ValueError(f"{path}: was made by someone else meanwhile, and is not an empty directory") from None
+            raise
         _sync(path.parent)
 
 
@@ -475,7 +504,8 @@ def _sync(path: pathlib.Path) -> None:
 
 def parse_size(size: int | str) -> int:
     """Bytes of "5GB", "200KB", "1GiB" or a number. ValueError unless positive."""
-    match = re.fullmatch(r"(\d{1,18})\s*([KMG]I?B)?", str(size).strip().upper())
+    is_size = isinstance(size, (int, str)) and not isinstance(size, bool)
+    match = re.fullmatch(r"([0-9]{1,18})\s*([KMG]I?B)?", str(size).strip().upper()) if is_size else None
     if not match or not int(match[1]):
         raise ValueError(f"max_shard_size: {size!r} is not a size such as 5GB, 200KB or 1GiB")
     return int(match[1]) * _UNITS[match[2] or ""]

@@ -14,8 +14,8 @@ from typing import Any
 
 import tokenizers
 
-from checkpoints_convert.companions import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG, content_of
-from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, read_bytes, read_json, shown
+from checkpoints_convert.companions import ADDED_TOKENS, TOKENIZER, TOKENIZER_CONFIG, content_of, is_number
+from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, is_there, read_bytes, read_json, shown
 
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 # Files from which transformers makes a tokenizer where there is no tokenizer.json, or which tell of one.
@@ -34,7 +34,7 @@ def read_tokenizer(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, str] 
     tokenizer in another format: none of its tokens may be taken for bytes.
     """
     path = directory / TOKENIZER
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         if others := sorted({found.name for pattern in _OTHERS for found in directory.glob(pattern)}):
             raise ValueError(
                 f"{directory / others[0]}: belongs to a tokenizer without {TOKENIZER}, the only format that is read; make one "
@@ -90,25 +90,24 @@ def _tokens_beside(directory: pathlib.Path) -> tuple[Declared, list[tokenizers.A
     added_tokens.json; and in any case the special tokens that tokenizer_config.json names.
     """
     path, declared = directory / TOKENIZER_CONFIG, {}
-    settings = read_json(path) if path.exists() else {}
+    settings = read_json(path) if is_there(path) else {}
     files = settings.get("fast_tokenizer_files")
     if files not in (None, [], [TOKENIZER]):
         raise ValueError(f"{path}: fast_tokenizer_files: {shown(files)} are not read, only {TOKENIZER}")
     of_decoder = settings.get("added_tokens_decoder")
     if of_decoder is not None:
-        if not isinstance(of_decoder, Mapping) or not all(number.isdecimal() for number in of_decoder):
+        if not isinstance(of_decoder, Mapping) or not all(map(is_number, of_decoder)):
             raise ValueError(f"{path}: added_tokens_decoder: {shown(of_decoder)} is not an object of tokens by number")
         declared = {int(number): (_token(path, token), path) for number, token in of_decoder.items()}
-    elif (beside := directory / SPECIAL_TOKENS_MAP).exists():
+    elif is_there(beside := directory / SPECIAL_TOKENS_MAP):
         settings = dict(settings) | read_json(beside)
     special = _special(path, settings)
-    if of_decoder is None and (beside := directory / ADDED_TOKENS).exists():
+    if of_decoder is None and is_there(beside := directory / ADDED_TOKENS):
         names = {token.content for token in special}
         for text, number in read_json(beside, MAX_LARGE).items():
             if type(number) is not int or number < 0:
                 raise ValueError(f"{beside}: token {shown(text)} has the number {shown(number)}")
-            token = tokenizers.AddedToken(text, normalized=text not in names, special=text in names)
-            declared[number] = (token, beside)
+            declared[number] = (_added(beside, text, normalized=text not in names, special=text in names), beside)
     return dict(sorted(declared.items())), special, settings
 
 
@@ -129,11 +128,18 @@ def _token(path: pathlib.Path, value: Any) -> tokenizers.AddedToken:
     if not text:
         raise ValueError(f"{path}: {shown(value)} is not a token")
     if isinstance(value, str):
-        return tokenizers.AddedToken(text, normalized=False, special=True)
+        return _added(path, text, normalized=False, special=True)
     properties = {name: value[name] for name in _PROPERTIES if name in value}
     if not all(isinstance(flag, bool) for flag in properties.values()):
         raise ValueError(f"{path}: {shown(value)} is not a token")
-    return tokenizers.AddedToken(text, **properties)
+    return _added(path, text, **properties)
+
+
+def _added(path: pathlib.Path, text: str, **properties: bool) -> tokenizers.AddedToken:
+    try:
+        return tokenizers.AddedToken(text, **properties)
+    except UnicodeEncodeError:  # half of a pair of surrogates is no text
+        raise ValueError(f"{path}: {shown(text)} is not a token") from None
 
 
 def _add(tokenizer: tokenizers.Tokenizer, declared: Declared, special: list[tokenizers.AddedToken]) -> None:

@@ -1,7 +1,8 @@
 """Training-aware IndexCache: distils a checkpoint's indexers for a schedule and writes the checkpoint that results.
 
 --train=indexers: the model is frozen. Group by group, an F layer's indexer trains towards the attention of all layers that it
-serves; with --stream on a model that no device holds.
+serves; with --stream on a model that no device holds. With --spans the schedule stays, and every F layer's indexer learns all
+numbers of layers that it could serve, for a schedule to be searched for afterwards.
 
 --train=all: two stages (paper 3.2). Warm-up: dense attention, only the indexers of the F layers train, each towards the
 attention of all layers that it serves. Sparse: attention over what they select; the indexers go on learning on the selected
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
+import statistics
 import time
 import warnings
 from typing import Any
@@ -24,11 +27,25 @@ from absl import flags
 
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
-from experiments.common import data, devices, fit, indexer_runs, inputs, journal, options, plots, processes, runs
+from experiments.common import (
+    data,
+    devices,
+    engines,
+    fit,
+    indexer_runs,
+    inputs,
+    journal,
+    options,
+    plots,
+    processes,
+    runs,
+    search_noise,
+)
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from experiments.common.runs import Saving, TrainingRun
 from indexcache_jax import indexer_training
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import read_json, shown
 from indexcache_jax.layers import Layers, Resident
 from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract, weights_of, with_schedule
 from indexcache_jax.schedule import Schedule
@@ -54,6 +71,7 @@ for _name in (
 ):
     flags.declare_key_flag(_name)
 
+SCHEDULE_FLAGS = "schedule", "retention"
 SEQUENCES = 32  # by default, with --train=indexers
 
 _TRAIN = flags.DEFINE_enum(
@@ -62,9 +80,23 @@ _TRAIN = flags.DEFINE_enum(
     ["indexers", "all"],
     "indexers: of a frozen model, group by group, on --sequences of text; all: a dense warm-up and a sparse stage",
 )
-_STEPS = flags.DEFINE_integer("steps", 400, "steps of each group of layers, with --train=indexers", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "peak learning rate, with --train=indexers", lower_bound=0)
+_STEPS = flags.DEFINE_integer(
+    "steps", indexer_training.STEPS, "steps of each group of layers, with --train=indexers", lower_bound=1
+)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", indexer_training.LEARNING_RATE, "peak learning rate, with --train=indexers", lower_bound=0
+)
+_SCHEDULE_FROM = flags.DEFINE_string(
+    "schedule_from", "", "output folder of a search, such as out/search: train for the schedule that it chose"
+)
 _CROSS_LAYER = flags.DEFINE_bool("cross_layer", True, "teach an indexer all layers it serves, not its own alone")
+_SPANS = flags.DEFINE_integer(
+    "spans",
+    None,
+    "instead of --schedule and --retention: keep the checkpoint's schedule, and teach every indexer to serve 1, 2, ... and up "
+    "to so many layers, for a search afterwards; with --train=indexers",
+    lower_bound=1,
+)
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "steps between checkpoints", lower_bound=1)
 _KEEP = flags.DEFINE_integer("keep", 2, "checkpoints kept", lower_bound=1)
 _EXPORT = flags.DEFINE_enum(
@@ -96,10 +128,35 @@ class Inputs:
 
 
 def target_schedule(base: Schedule) -> Schedule:
-    """--schedule, or uniform at --retention."""
+    """The checkpoint's with --spans; else that of --schedule_from, --schedule, or uniform at --retention."""
+    if _SPANS.value is not None:
+        return base
+    if _SCHEDULE_FROM.value:
+        return schedule_of_search(_SCHEDULE_FROM.value, base.num_layers)
     if (entry := inputs.only_schedule()) is not None:
         return inputs.schedule(entry, base.num_layers)
     return Schedule.uniform(base.num_layers, inputs.kept_at_retention(base.num_layers))
+
+
+def schedule_of_search(folder: str, num_layers: int) -> Schedule:
+    """The schedule that the search with this output folder chose. ValueError for another folder, and for another model's."""
+    path = pathlib.Path(folder) / "results.json"
+    results = read_json(path)
+    if results.get("experiment") != "search":
+        raise ValueError(
+            f"--schedule_from={folder}: the experiment of {path} is {shown(results.get('experiment'))}, not 'search'"
+        )
+    metrics = results.get("metrics")
+    pattern: Any = metrics.get("pattern") if isinstance(metrics, dict) else None
+    return Schedule.parse(pattern, num_layers, f"--schedule_from={folder}: metrics.pattern of {path}")
+
+
+def check_schedule_flags() -> None:
+    """ValueError for flags that name a schedule beside --spans or --schedule_from, where they would count for nothing."""
+    if _SPANS.value is not None:
+        options.refuse(f"counts for nothing beside --spans={_SPANS.value}; leave one out", "schedule_from", *SCHEDULE_FLAGS)
+    if _SCHEDULE_FROM.value:
+        options.refuse(f"counts for nothing beside --schedule_from={_SCHEDULE_FROM.value}; leave one out", *SCHEDULE_FLAGS)
 
 
 def form_to_train(checkpoint: inputs.Checkpoint) -> str | None:
@@ -273,6 +330,16 @@ def _speed_cells(speed: dict[str, float] | None) -> list[str]:
     return [f"{speed['tokens_per_second']:,.0f}", "-" if speed["of_matmul"] is None else f"{speed['of_matmul']:.1%}"]
 
 
+def what_to_do_with(output: Output, schedule: Schedule, config: Config, to_be_searched: bool = False) -> str:
+    """How the checkpoint that was written is used, in Markdown. to_be_searched: its schedule is not the one to use it with."""
+    folder = str(checkpoint_folder(output))
+    text = f"## To use it\n\nThe checkpoint is in {folder}/."
+    if to_be_searched:
+        command = f"python -m experiments.run --experiment=search --checkpoint={shlex.quote(folder)}"
+        return f"{text} A search finds its schedule:\n\n    {command}"
+    return f"{text}\n\n{engines.to_paste(schedule, folder, config)}"
+
+
 def report(result: Result, given: Inputs, layout: devices.Layout) -> None:
     """Writes the plot, results.json and report.md, and prints the tables."""
     output, schedule = given.output, given.schedule
@@ -304,8 +371,9 @@ def report(result: Result, given: Inputs, layout: devices.Layout) -> None:
         "speed": result.speeds,
     }
     text = f"# Distillation for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n"
-    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n", layout)
-    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\nwritten to {output.directory}/, with checkpoint/")
+    after = what_to_do_with(given.output, schedule, given.config)
+    output.finish("distill", metrics, f"{text}![training](training.png)\n\n{after}\n", layout)
+    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{about_stages}\n\n{after}\n\nwritten to {output.directory}/")
 
 
 # ---- indexers of a frozen model
@@ -319,11 +387,6 @@ class Frozen:
     checkpoint: inputs.Checkpoint
     training: indexer_training.Run
     cuts: list[np.ndarray]
-
-    @property
-    def schedules(self) -> list[Schedule]:
-        """The checkpoint's, and the one that is trained for."""
-        return [self.training.layers.schedule, self.training.schedule]
 
 
 def form_of_layers(checkpoint: inputs.Checkpoint) -> dict[str, Any]:
@@ -342,10 +405,13 @@ def open_layers(checkpoint: inputs.Checkpoint) -> Layers:
 
 def indexer_stage(context: int, dtype: str) -> Stage:
     """What every group's indexer takes, as the flags describe it."""
-    rate, cross_layer = _LEARNING_RATE.value, _CROSS_LAYER.value
-    rows, steps = options.BATCH_SIZE.value, _STEPS.value
-    return Stage(
-        "indexers", "warmup", steps, rows, context, 0.0, rate, lr_warmup_steps=20, cross_layer=cross_layer, compute_dtype=dtype
+    return indexer_training.indexer_stage(
+        context,
+        dtype,
+        steps=_STEPS.value,
+        rows=options.BATCH_SIZE.value,
+        learning_rate=_LEARNING_RATE.value,
+        cross_layer=_CROSS_LAYER.value,
     )
 
 
@@ -368,11 +434,24 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
     check_output(output)
     indexer_runs.check_free(output.directory, options.RESUME.value)
     layers = open_layers(checkpoint)
-    training = indexer_training.Run(layers, target_schedule(layers.schedule), tokens, stage, seed)
+    local = jax.local_devices()
+    training = indexer_training.Run(
+        layers,
+        target_schedule(layers.schedule),
+        tokens,
+        stage,
+        seed,
+        _SPANS.value,
+        devices=tuple(local) if len(local) > 1 else (),
+    )
     training, memory = indexer_runs.within(training, options.stream_memory(), output.directory)
+    if options.STREAM.value:
+        fit.indexers(training)
     of_all, trained = indexer_training.sizes(training)
-    print(f"{checkpoint.directory}: {base.pattern} -> {training.schedule.pattern}; {checkpoint.dtype} on {device()['kind']}")
+    print(f"{checkpoint.directory}: {base.pattern} -> {aim(training)}; {checkpoint.dtype} on {device()['kind']}")
     print(f"{len(tokens)} sequences of {reader.context} tokens to train on, {len(cuts)} to evaluate on; {memory}")
+    if training.side_by_side > 1:
+        print(f"{training.side_by_side} groups at a time, each on a device of its own")
     one = trained // training.schedule.num_full
     print(
         f"{trained:,} of {of_all:,} weights train, {one:,} at a time: {12 * one / 1e6:.1f} MB of float32 weights and optimiser "
@@ -382,13 +461,19 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
     return Frozen(output, checkpoint, training, [cut[None] for cut in cuts])
 
 
-def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[float]:
-    """Of a model under schedules, in nats a token."""
+def aim(training: indexer_training.Run) -> str:
+    """What indexers are trained for, for a reader."""
+    pattern = training.schedule.pattern
+    return pattern if training.spans is None else f"{pattern}, to serve up to {training.spans} layers each"
+
+
+def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[list[float]]:
+    """Of a model under schedules, for every sequence, in nats a token."""
     total = len(schedules) * len(cuts) * layers.config.num_layers
     with progress(total=total, unit="layer", desc="held-out") as bar:
-        losses = StreamedEvaluator(layers, cuts, progress=bar.update).losses(schedules)
+        losses = StreamedEvaluator(layers, cuts, progress=bar.update).sequence_losses(schedules)
         bar.total = bar.n  # schedules share layers
-    return losses
+    return losses.tolist()
 
 
 def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
@@ -396,21 +481,19 @@ def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
     training, source, folder = given.training, given.checkpoint.directory, checkpoint_folder(given.output)
     config, schedule = training.config, training.schedule
     journal.remove(folder)  # of an earlier --resume
-    stacked: Indexer = jax.tree.map(lambda *stack: np.stack(stack), *(indexers[layer] for layer in schedule.full_layers))
     link = link_or_copy([training.stage], source)
     if link is None:
         _, base, stored = checkpoints_convert.load(source)
-        stored = with_schedule(stored, base, schedule)
-        new = dataclasses.replace(stored, indexer=jax.tree.map(lambda a, b: a.astype(b.dtype), stacked, stored.indexer))
+        new = indexer_training.with_indexers(stored, base, schedule, indexers)
         checkpoints_convert.save(folder, new, config, schedule, companions_of=source)
         return
     nothing: Params = jax.tree.map(lambda _: None, abstract(config, schedule))
-    alone = dataclasses.replace(nothing, indexer=stacked)
+    alone = dataclasses.replace(nothing, indexer=indexer_training.stacked(indexers, schedule))
     for note in checkpoints_convert.save_indexers(folder, alone, config, schedule, source, link):
         print(f"note: {note}")
 
 
-def distil_indexers(output_dir: str, seed: int) -> None:
+def train_indexers(output_dir: str, seed: int) -> None:
     """Trains a frozen model's indexers for a schedule, writes the checkpoint that results, and evaluates it."""
     given = read_frozen(output_dir, seed)
     layers, schedule = given.training.layers, given.training.schedule
@@ -420,24 +503,36 @@ def distil_indexers(output_dir: str, seed: int) -> None:
     write_indexers(given, {group.layer: group.indexer for group in groups})
     with warnings.catch_warnings(action="ignore"):  # linked files hold what is replaced too
         written = checkpoints_convert.Layers(checkpoint_folder(given.output), **form_of_layers(given.checkpoint))
-    names = [options.ALL_F if layers.schedule.num_full == schedule.num_layers else "as it came", "the schedule, untrained"]
-    losses = held_out_losses(layers, given.schedules, given.cuts)
-    losses += held_out_losses(written, [schedule], given.cuts)
-    report_indexers(given, groups, dict(zip([*names, "distilled"], losses, strict=True)), seconds)
+    before = {options.ALL_F if layers.schedule.num_full == schedule.num_layers else "as it came": layers.schedule}
+    if schedule != layers.schedule:
+        before["the schedule, untrained"] = schedule
+    losses = held_out_losses(layers, list(before.values()), given.cuts) + held_out_losses(written, [schedule], given.cuts)
+    rows = [*before.items(), ("distilled", schedule)]
+    evaluated = [Evaluated(name, of.num_full, by_sequence) for (name, of), by_sequence in zip(rows, losses, strict=True)]
+    report_indexers(given, groups, evaluated, seconds)
 
 
-def report_indexers(given: Frozen, groups: list[indexer_runs.Group], losses: dict[str, float], seconds: float) -> None:
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """A row of the table: what was evaluated, how many indexers it has, and its held-out losses by sequence, nats a token."""
+
+    name: str
+    indexers: int
+    losses: list[float]
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.losses)
+
+
+def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: list[Evaluated], seconds: float) -> None:
     """Writes the plot, results.json and report.md, and prints the tables."""
     output, schedule, training = given.output, given.training.schedule, given.training
     curves = {f"layer {group.layer}": list(enumerate(group.divergence)) for group in groups}
     plots.training_curves(output, [plots.Panel("divergence of the indexers", "nats per token", curves)], "step", (5, 3.4))
-    first = next(iter(losses.values()))
-    sizes = [given.schedules[0].num_full, schedule.num_full, schedule.num_full]
+    first = evaluated[0].losses
     header = ["", "indexers", "held-out loss", "change"]
-    cells = [
-        [name, size, f"{loss:.4f}", f"{loss / first - 1:+.2%}"]
-        for (name, loss), size in zip(losses.items(), sizes, strict=True)
-    ]
+    cells = [[row.name, row.indexers, f"{row.loss:.4f}", search_noise.change(row.losses, first)] for row in evaluated]
     of_groups = markdown_table(
         ["layers", "divergence before", "after", "seconds"],
         [
@@ -446,21 +541,24 @@ def report_indexers(given: Frozen, groups: list[indexer_runs.Group], losses: dic
         ],
     )
     note = (
-        "Held-out loss in nats per token. Divergences in nats per token of the training text, over all visible keys, the mean "
-        "of the first and of the last ten steps."
+        f"Held-out loss in nats per token of {len(first)} sequences, ± the standard error of the change. Divergences in nats "
+        "per token of the training text, over all visible keys, the mean of the first and of the last ten steps."
     )
     metrics = {
         "checkpoint": given.checkpoint.directory,
         "pattern": schedule.pattern,
-        "held_out": losses,
+        "spans": training.spans,
+        "held_out": {row.name: row.loss for row in evaluated},
+        "held_out_losses": {row.name: row.losses for row in evaluated},
         "tokens": int(training.tokens.size),
         "seconds": seconds,
         "groups": [{"layer": group.layer, "seconds": group.seconds, "divergence": group.divergence} for group in groups],
         "flops": {"step": indexer_training.step_work(training, max(map(len, training.groups)))},
     }
-    text = f"# Indexers for `{schedule.pattern}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n"
-    output.finish("distill", metrics, text + "![training](training.png)\n\nThe checkpoint is in checkpoint/.\n")
-    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{of_groups}\n\nwritten to {output.directory}/, with checkpoint/")
+    text = f"# Indexers for `{aim(training)}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n"
+    after = what_to_do_with(output, schedule, training.config, to_be_searched=training.spans is not None)
+    output.finish("distill", metrics, f"{text}![training](training.png)\n\n{after}\n")
+    print(f"\n{text_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n{after}\n\nwritten to {output.directory}/")
 
 
 def span(layers: tuple[int, ...]) -> str:
@@ -472,15 +570,19 @@ def span(layers: tuple[int, ...]) -> str:
 
 
 def run(output_dir: str, seed: int) -> None:
+    check_schedule_flags()
     if _TRAIN.value == "indexers":
         needs_all = "needs --train=all; --train=indexers trains indexers alone, with --steps and --learning_rate"
         options.refuse(needs_all, "warmup_steps", "sparse_steps", "accumulate", "save_every", "keep")
         options.refuse(needs_all, "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate")
-        if options.MESH.value or processes.count() > 1:
-            raise NotImplementedError("--train=indexers: runs on one device, of one process; --train=all takes --mesh")
-        distil_indexers(output_dir, seed)
+        if _SPANS.value is not None and not _CROSS_LAYER.value:
+            raise ValueError(f"--spans={_SPANS.value}: teaches other layers too, so not with --nocross_layer")
+        options.refuse("needs --train=all; --train=indexers trains a group on each device that this machine has", "mesh")
+        if processes.count() > 1:
+            raise NotImplementedError("--train=indexers: runs in one process, on all devices of one machine")
+        train_indexers(output_dir, seed)
         return
-    options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "stream", "stream_memory")
+    options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "spans", "stream", "stream_memory")
     options.check_positive("batch_size")
     layout = devices.layout(options.BATCH_SIZE.value)
     with devices.in_force(layout, TRAINING):

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from indexcache_jax import config_json
+from indexcache_jax import arguments, config_json
 from indexcache_jax.config_json import ARCHITECTURES, HF_NAMES, MAX_VALUES
 from indexcache_jax.foreign import shown
 
@@ -39,6 +39,11 @@ class Rope:
     def __post_init__(self) -> None:
         if self.type not in ("default", "yarn"):
             raise ValueError(f"rope_parameters.rope_type: {shown(self.type)} is not supported, only 'default' and 'yarn'")
+        hf_names = {"theta": "rope_theta", "original_max_position": "original_max_position_embeddings"}
+        for own in dataclasses.fields(self):
+            value = getattr(self, own.name)
+            if own.type != "str" and not (value is None and "None" in str(own.type)) and not arguments.is_real(value):
+                raise ValueError(f"rope_parameters.{hf_names.get(own.name, own.name)}: {shown(value)} is not a number")
         if not self.theta > 0:
             raise ValueError(f"rope_parameters.rope_theta: {self.theta!r} is not positive")
         if self.type == "yarn" and not self.factor >= 1:
@@ -52,6 +57,9 @@ class Rope:
             ):
                 if not value > above:
                     raise ValueError(f"rope_parameters.{field}: {value!r} is not above {above}")
+            for field in ("mscale", "mscale_all_dim"):  # gains are divided by each other, and one may not be 0
+                if (getattr(self, field) or 0) < 0:
+                    raise ValueError(f"rope_parameters.{field}: {getattr(self, field)!r} is negative")
 
     def _gain(self, mscale: float) -> float:
         """Yarn's g(m) = 0.1 m ln(factor) + 1."""
@@ -129,8 +137,14 @@ class Config:
                     raise ValueError(f"{name}: {shown(value)} is not an integer of at least {least}")
                 if value > MAX_VALUES.get(field.name, value):
                     raise ValueError(f"{name}: {value} is above {MAX_VALUES[field.name]}")
+            elif field.type == "float" and not arguments.is_real(value := getattr(self, field.name)):
+                raise ValueError(f"{field.name}: {shown(value)} is not a number")
+        if not isinstance(self.rope, Rope):
+            raise ValueError(f"rope: {arguments.described(self.rope)} is not a Rope")
         if not self.rms_norm_eps >= 0:
             raise ValueError(f"rms_norm_eps: {self.rms_norm_eps!r} is negative")
+        if self.rms_norm_eps > 1:  # beside it every hidden state would be 0, and all logits alike
+            raise ValueError(f"rms_norm_eps: {self.rms_norm_eps!r} is above 1")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim: {self.qk_rope_head_dim} is odd")
         if self.index_head_dim < self.qk_rope_head_dim:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from indexcache_jax.foreign import escaped, read_json, shown
+from indexcache_jax import arguments
+from indexcache_jax.foreign import escaped, is_there, read_json, shown
 
 if TYPE_CHECKING:
     from indexcache_jax.config import Config
@@ -36,10 +37,10 @@ def read_config_json(source: Mapping[str, Any] | str | pathlib.Path) -> dict[str
     """
     if isinstance(source, Mapping):
         return dict(source)
-    path = pathlib.Path(source)
+    path = arguments.path("config.json", source)
     if path.is_dir():
         path = path / "config.json"
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         raise ValueError(f"{path}: no such file; a checkpoint directory holds a config.json")
     return read_json(path)
 
@@ -286,9 +287,10 @@ def _check_rotary_fields(fields: Mapping[str, Any], name: str, values: Mapping[s
             raise ValueError(f"{at} is not understood, only {', '.join(sorted(_ROPE_KEYS | _YARN_KEYS))}")
         if rope_type == "default" and value != 1 and value is not True:  # a factor of 1 stretches nothing
             raise ValueError(f"{at} has no meaning for rope_type 'default'")
-    for key, only in (("attention_factor", None), ("truncate", True)):
-        if values.get(key) not in (None, only):
-            raise ValueError(f"{name}.{key}: {shown(values[key])} is not supported")
+    if values.get("attention_factor") is not None:
+        raise ValueError(f"{name}.attention_factor: {shown(values['attention_factor'])} is not supported")
+    if rope_type == "yarn" and values.get("truncate", True) is not True:  # null too, which transformers takes for false
+        raise ValueError(f"{name}.truncate: {shown(values['truncate'])} is not supported, only true")
 
 
 def _rope(fields: Mapping[str, Any], longest: float) -> dict[str, Any]:

@@ -43,6 +43,11 @@ def is_name(name: Any) -> bool:
     return isinstance(name, str) and 0 < len(name) <= MAX_SHOWN and name.isprintable()
 
 
+def is_there(path: pathlib.Path) -> bool:
+    """Whether there is something of this name, be it a link to nothing: whoever reads it then says so."""
+    return path.exists() or path.is_symlink()
+
+
 def read_bytes(path: str | os.PathLike[str], most: int = MAX_SMALL) -> bytes:
     """The content of a regular file of at most `most` bytes. ValueError, naming the file, for anything else."""
     path = pathlib.Path(path)

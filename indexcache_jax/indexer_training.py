@@ -13,14 +13,26 @@ scores and their gradient alone:
 Otherwise a step computes the targets again from hidden states and the softmax's denominators, by the kernels that training
 uses.
 
-A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before.
+For a schedule that is searched afterwards, an indexer learns from every number of layers that it could serve at once
+(docs/model.md, Distillation): that is the same loss with other weights.
+
+A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before. So groups train
+side by side, on as many devices as there are, and devices exchange nothing: a thread for each takes a group's hidden states,
+attention weights and indexer, while the layers after the group run on the default device.
+
+    params = distil_indexers(params, config, schedule, tokens, target)
+
+does it for a model in memory; `Run` and `train` for one whose layers are read one by one, group by group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import flax.struct
@@ -29,17 +41,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from indexcache_jax import attention, distill, indexer, model, ops, tensors, training
+from indexcache_jax import arguments, attention, distill, indexer, model, ops, tensors, training
 from indexcache_jax.config import Config
-from indexcache_jax.layers import Layers, in_order
+from indexcache_jax.layers import Layers, Resident, in_order
 from indexcache_jax.model import AttentionLayer
 from indexcache_jax.norm import rms_norm
-from indexcache_jax.params import Indexer, Params, abstract, at_layer
+from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract, at_layer, check_schedule, with_schedule
 from indexcache_jax.positions import whole_rows
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from pallas_kernels import bits
 
+STEPS, LEARNING_RATE, LR_WARMUP_STEPS = 400, 3e-3, 20  # of a group, by default
 CPU_ROWS = 64
 ROW_TARGET_BYTES = 8 * 2**30  # of one row's float32 targets, on the device
 
@@ -47,9 +60,13 @@ Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 See = Callable[[float, str], object]
 
 
+def see_nothing(work: float, what: str) -> None:
+    """Progress that nobody follows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that a run keeps on the host for its largest group: hidden states, and targets where a step reads them."""
+    """Bytes that a run keeps on the host: hidden states, and targets where a step reads them."""
 
     states: int
     targets: int
@@ -61,10 +78,13 @@ class Run:
 
     layers: the frozen model. schedule: the one to train for, whose F layers have an indexer there. tokens [N, S] int32: the
     text. stage: of kind "warmup"; a step sees `stage.sequences` of the N rows, and every group takes `stage.steps` steps.
-    keeps_targets: compute every target once. allocate: makes the arrays of shape and dtype that are kept on the host.
+    spans: instead of the layers that an F layer serves under `schedule`, teach its indexer every number of layers, up to this
+    one, that it serves under some schedule searched from `schedule`. keeps_targets: compute every target once. allocate:
+    makes the arrays of shape and dtype that are kept on the host. devices: those that groups train on side by side; by
+    default one after the other on the default device.
 
-    ValueError where an F layer has no indexer, the stage has another kind or its compute_dtype is not that of the weights, or
-    the tokens are not of its context.
+    ValueError where an F layer has no indexer, the stage has another kind or its compute_dtype is not that of the weights, the
+    tokens are not of its context, or there are spans below 1 or of a stage that teaches own layers alone.
     """
 
     layers: Layers
@@ -72,8 +92,10 @@ class Run:
     tokens: np.ndarray
     stage: Stage
     seed: int = 0
+    spans: int | None = None
     keeps_targets: bool = True
     allocate: Allocate = np.empty
+    devices: tuple[jax.Device, ...] = ()
 
     def __post_init__(self) -> None:
         base = self.layers.schedule
@@ -86,6 +108,10 @@ class Run:
             raise ValueError(f"tokens: {list(self.tokens.shape)} are not rows of the stage's context, {self.stage.context}")
         if not len(self.tokens):
             raise ValueError("tokens: there are none")
+        if self.spans is not None and self.spans < 1:
+            raise ValueError(f"spans: {self.spans} is below 1")
+        if self.spans is not None and not self.stage.cross_layer:
+            raise ValueError(f"spans: {self.spans}, but the stage teaches an indexer its own layer alone")
 
     @property
     def config(self) -> Config:
@@ -93,8 +119,22 @@ class Run:
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
-        """The layers of every group, its F layer first."""
-        return [self.schedule.serves(layer) for layer in self.schedule.full_layers]
+        """The layers that every F layer's indexer learns from, ascending: itself first."""
+        return [tuple(self.shares(layer)) for layer in self.schedule.full_layers]
+
+    def shares(self, layer: int) -> dict[int, float]:
+        """The layers that the indexer of F layer `layer` learns from, ascending, and what the divergence of each counts."""
+        if self.spans is not None:
+            found = shares_of_spans(spans_of(self.schedule, layer, self.spans))
+        else:
+            served = len(self.schedule.serves(layer)) if self.stage.cross_layer else 1
+            found = [1 / served] * served
+        return dict(enumerate(found, start=layer))
+
+    @property
+    def side_by_side(self) -> int:
+        """How many groups are held on the host and trained at once."""
+        return max(1, min(len(self.devices), self.schedule.num_full))
 
     def rows(self, layer: int) -> np.ndarray:
         """Which rows [steps, sequences] the steps of the group of F layer `layer` see: all in turn, in random orders."""
@@ -104,13 +144,35 @@ class Run:
         return np.concatenate([np.zeros(0, np.int64), *orders])[:wanted].reshape(self.stage.steps, self.stage.sequences)
 
 
+def spans_of(schedule: Schedule, layer: int, most: int) -> list[int]:
+    """The numbers of layers, ascending, that F layer `layer` serves under schedules which turn F layers of `schedule` to S.
+
+    Those up to `most`, but always the smallest.
+    """
+    ends = [*(end for end in schedule.full_layers if end > layer), schedule.num_layers]
+    smallest, *others = (end - layer for end in ends)
+    return [smallest, *(span for span in others if span <= most)]
+
+
+def shares_of_spans(spans: Sequence[int]) -> list[float]:
+    """What the divergence at every distance counts in the mean of the multi-layer losses of spans; they add up to 1."""
+    return [sum(1 / span for span in spans if span > distance) / len(spans) for distance in range(max(spans))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A group's indexer in host memory, float32, as that of a single layer; and its divergence L at every step, in nats."""
+    """A group's indexer in host memory, float32, as that of a single layer; its divergence L at every step, in nats.
+
+    seconds: what its targets and its steps took.
+    """
 
     layer: int
     indexer: Indexer
     divergence: np.ndarray
+    seconds: float
+
+
+Job = Callable[[jax.Device | None], Trained]  # trains a group on a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +181,15 @@ class States:
 
     x: np.ndarray
     indices: np.ndarray | None
+
+
+@dataclasses.dataclass
+class Gathered:
+    """What a group is trained from: its indexer, and by layer its attention weights and the hidden states before it."""
+
+    indexer: Indexer
+    layers: list[AttentionLayer] = dataclasses.field(default_factory=list)
+    x: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 @flax.struct.dataclass
@@ -292,32 +363,143 @@ def optimiser(stage: Stage, config: Config, steps: jax.Array | int | None = None
 # ---- a run
 
 
-def train(run: Run, finished: Collection[int] = (), see: See = lambda work, what: None) -> Iterator[Trained]:
+def distil_indexers(
+    params: Params,
+    config: Config,
+    schedule: Schedule,
+    tokens: Any,
+    target: Schedule,
+    *,
+    spans: int | None = None,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    batch_size: int = 1,
+    seed: int = 0,
+    keeps_targets: bool = True,
+    see: See = see_nothing,
+) -> Params:
+    """The params for `target`, with its indexers trained on tokens [N, S]; nothing else of them changes.
+
+    schedule: the params' own. A step sees batch_size of the N sequences; every indexer takes `steps` of them, with a learning
+    rate that peaks at `learning_rate`, in the arithmetic of the params' dtype. spans and keeps_targets, which takes N S S
+    numbers of host memory, are as of `Run`; see as of `train`.
+
+    ValueError where an argument does not fit the model, indexers are in 8 bits, or training gives what is not finite.
+    """
+    check_schedule(params, schedule)
+    rows = np.asarray(arguments.tokens("tokens", tokens, config.vocab_size), np.int32)
+    layers = Resident(config, schedule, params)
+    if layers.weights not in (None, FP8_BASE):
+        raise ValueError(f"params: in the form {layers.weights!r}, but indexers in 8 bits do not train; load {FP8_BASE!r}")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        arguments.integer(name, value, 1)
+    dtype = str(params.embedding.dtype)
+    stage = indexer_stage(rows.shape[1], dtype, steps=steps, rows=batch_size, learning_rate=learning_rate)
+    run = Run(layers, target, rows, stage, seed, spans, keeps_targets)
+    return with_indexers(params, schedule, target, {group.layer: group.indexer for group in train(run, see=see)})
+
+
+def indexer_stage(
+    context: int,
+    compute_dtype: str,
+    *,
+    steps: int = STEPS,
+    rows: int = 1,
+    learning_rate: float = LEARNING_RATE,
+    cross_layer: bool = True,
+) -> Stage:
+    """The stage of a `Run`: what every group's indexer takes."""
+    return Stage(
+        *("indexers", "warmup", steps, rows, context, 0.0, learning_rate),
+        lr_warmup_steps=LR_WARMUP_STEPS,
+        cross_layer=cross_layer,
+        compute_dtype=compute_dtype,
+    )
+
+
+def stacked(indexers: Mapping[int, Indexer], schedule: Schedule) -> Indexer:
+    """The indexers of a schedule's F layers, given by layer, as params hold them."""
+    return jax.tree.map(lambda *stack: np.stack(stack), *(indexers[layer] for layer in schedule.full_layers))
+
+
+def with_indexers(params: Params, schedule: Schedule, target: Schedule, indexers: Mapping[int, Indexer]) -> Params:
+    """Params of `schedule` as `target` wants them, with other indexers, which take the dtypes of those that they replace."""
+    kept = with_schedule(params, schedule, target)
+    new = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), stacked(indexers, target), kept.indexer)
+    return dataclasses.replace(kept, indexer=new)
+
+
+def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> Iterator[Trained]:
     """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
 
-    see: called with the floating-point operations done since its last call, of `work` altogether, and what is being done.
-    ValueError where a divergence or a trained weight is not finite.
+    Groups on several devices come in the order in which they end. see: called with the floating-point operations done since its
+    last call, of `work` altogether, and what is being done; by one thread at a time. ValueError where a divergence or a trained
+    weight is not finite.
     """
-    if not (unfinished := [group for group in run.groups if group[0] not in finished]):
+    if not run.devices:
+        yield from (train_on(None) for train_on in _jobs(run, finished, see))
         return
-    states = _embedded(run)
-    reading = in_order(run.layers)
-    for group in run.groups:
-        training_it, before, layers, p = group in unfinished, [], [], None
-        for layer in group:
-            _, params = next(reading)
-            if training_it:
-                before.append(states.x)
-                layers.append(AttentionLayer(params.input_norm[0], at_layer(params.attention, 0), None))
-                p = at_layer(params.indexer, 0) if layer == group[0] else p
-            if layer != unfinished[-1][-1]:
-                states = _advanced(run, params, layer, states, in_place=not training_it)
-                see(layer_work(run) * len(run.tokens), f"layer {layer}")
-            del params
-        if p is not None:
-            yield _train_group(run, group, p, layers, before, see)
-        if group is unfinished[-1]:
-            return
+    lock, ended = threading.Lock(), threading.Event()
+
+    def see_in_turn(work: float, what: str) -> None:
+        with lock:
+            if ended.is_set():
+                raise InterruptedError("the run has ended")  # in a thread whose result nobody waits for
+            see(work, what)
+
+    free = list(run.devices)
+
+    def train_on_a_free_device(job: Job) -> Trained:
+        device = free.pop()  # the first one, on which layers run too, is taken last
+        try:
+            return job(device)
+        finally:
+            free.append(device)
+
+    running: set[futures.Future[Trained]] = set()
+    with futures.ThreadPoolExecutor(run.side_by_side) as pool:
+        try:
+            for job in _jobs(run, finished, see_in_turn):
+                running.add(pool.submit(train_on_a_free_device, job))
+                if len(running) == run.side_by_side:
+                    ended_now, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+                    yield from (future.result() for future in ended_now)
+            yield from (future.result() for future in futures.as_completed(running))
+        finally:
+            ended.set()  # so that an error or an interrupt waits for a step of the others, not for all of them
+
+
+def _jobs(run: Run, finished: Collection[int], see: See) -> Iterator[Job]:
+    """What trains each unfinished group, made once the layers of the group have run."""
+    if not (groups := _unfinished(run, finished)):
+        return
+    states, reading, last = _embedded(run), in_order(run.layers), _last_layer(groups)
+    gathered: dict[int, Gathered] = {}
+    for layer in range(last + 1):
+        _, params = next(reading)
+        taught_by_it = [group for group in groups if layer in group]
+        if taught_by_it:
+            attention_layer = AttentionLayer(params.input_norm[0], at_layer(params.attention, 0), None)
+        for first, *_ in taught_by_it:
+            if layer == first:
+                gathered[first] = Gathered(at_layer(params.indexer, 0))
+            gathered[first].layers.append(attention_layer)
+            gathered[first].x.append(states.x)
+        if layer != last:
+            states = _advanced(run, params, layer, states, in_place=not taught_by_it)
+            see(layer_work(run) * len(run.tokens), f"layer {layer}")
+        del params
+        for group in taught_by_it:
+            if layer == group[-1]:
+                yield functools.partial(_train_group, run, group, gathered.pop(group[0]), see=see)
+
+
+def _unfinished(run: Run, finished: Collection[int]) -> list[tuple[int, ...]]:
+    return [group for group in run.groups if group[0] not in finished]
+
+
+def _last_layer(groups: list[tuple[int, ...]]) -> int:
+    return max(group[-1] for group in groups)
 
 
 def _embedded(run: Run) -> States:
@@ -355,20 +537,26 @@ def _advanced(run: Run, params: Params, layer: int, before: States, in_place: bo
     return States(x, indices)
 
 
-def _train_group(
-    run: Run, group: tuple[int, ...], p: Indexer, layers: list[AttentionLayer], before: list[np.ndarray], see: See
-) -> Trained:
-    """The indexer of a group, trained from the hidden states before each of its layers; `before` is emptied."""
-    shares = distill.traced_schedule(run.schedule, run.stage.cross_layer).kl_weight
-    counted = [i for i, layer in enumerate(group) if shares[layer]]
-    layers, x = [layers[i] for i in counted], [before[i] for i in counted]
-    share = [jnp.float32(shares[group[i]]) for i in counted]
-    before.clear()
+def _train_group(run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, see: See) -> Trained:
+    """The indexer of a group, trained on a device. `gathered` loses its hidden states as soon as nothing needs them."""
+    began = time.perf_counter()
+    with jax.default_device(device):
+        p, divergence = _steps(run, group, gathered, device, see)
+    return _checked(Trained(group[0], p, divergence, time.perf_counter() - began))
+
+
+def _steps(
+    run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, see: See
+) -> tuple[Indexer, np.ndarray]:
+    """The indexer and its divergence at every step."""
+    gathered.layers[:] = jax.device_put(gathered.layers, device)
+    share = [jnp.float32(share) for share in run.shares(group[0]).values()]
     make = _kept_targets if run.keeps_targets else _recomputed_targets
-    targets_of = make(run, layers, x, share, lambda work: see(work, f"layer {group[0]}: targets"))
-    first, inputs = layers[0], x[0]
-    del layers, x  # targets that are kept need no hidden states but the first layer's
-    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), p)
+    first, inputs = gathered.layers[0], gathered.x[0]
+    targets_of = make(run, gathered.layers[:], gathered.x[:], share, lambda work: see(work, f"layer {group[0]}: targets"))
+    gathered.layers.clear()
+    gathered.x.clear()  # targets that are kept need no hidden states but the first layer's
+    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), jax.device_put(gathered.indexer, device))
     state = optimiser(run.stage, run.config).init(p)
     steps, cost = jnp.int32(run.stage.steps), step_work(run, len(group))
     values: list[jax.Array] = []
@@ -379,16 +567,17 @@ def _train_group(
         if number >= 2:
             shown = f", divergence {float(values[number - 2]):.4f}"  # of an earlier step, so that devices are not waited for
         see(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}{shown}")
-    return _checked(group[0], jax.device_get(p), np.array(values, np.float32))
+    return jax.device_get(p), np.array(values, np.float32)
 
 
-def _checked(layer: int, p: Indexer, values: np.ndarray) -> Trained:
-    if not np.isfinite(values).all():
-        raise ValueError(f"indexer of layer {layer}: its divergence at step {np.argmin(np.isfinite(values))} is not finite")
-    for name, array in tensors.leaves(p):
+def _checked(trained: Trained) -> Trained:
+    finite = np.isfinite(trained.divergence)
+    if not finite.all():
+        raise ValueError(f"indexer of layer {trained.layer}: its divergence at step {np.argmin(finite)} is not finite")
+    for name, array in tensors.leaves(trained.indexer):
         if not np.isfinite(array).all():
-            raise ValueError(f"indexer of layer {layer}: {name} is not finite after training")
-    return Trained(layer, p, values)
+            raise ValueError(f"indexer of layer {trained.layer}: {name} is not finite after training")
+    return trained
 
 
 TargetsOf = Callable[[np.ndarray], Kept | Recomputed]  # of rows by their numbers [B]
@@ -426,13 +615,13 @@ def _recomputed_targets(
 
 
 def need(run: Run) -> Need:
-    """What a run keeps on the host at most."""
+    """What a run keeps on the host at most, of all groups that are trained side by side."""
     count, length = run.tokens.shape
     size = jnp.dtype(run.stage.compute_dtype).itemsize
     longest = max(map(len, run.groups)) + 1
     indices = 0 if all(run.layers.schedule.is_full) else 4 * min(run.config.index_topk, length)
     states = count * length * (longest * run.config.hidden_size * size + 2 * indices)
-    return Need(states, count * length * length * size)
+    return Need(run.side_by_side * states, run.side_by_side * count * length * length * size)
 
 
 def sizes(run: Run) -> tuple[int, int]:
@@ -474,9 +663,7 @@ def step_work(run: Run, layers: int) -> float:
 
 def work(run: Run, finished: Collection[int] = ()) -> float:
     """Floating-point operations of the rest of a run, as `train` reports them."""
-    unfinished = [group for group in run.groups if group[0] not in finished]
-    if not unfinished:
+    if not (groups := _unfinished(run, finished)):
         return 0.0
-    served = sum(map(len, unfinished)) if run.stage.cross_layer else len(unfinished)
-    of_groups = sum(run.stage.steps * step_work(run, len(group)) for group in unfinished)
-    return len(run.tokens) * (unfinished[-1][-1] * layer_work(run) + served * target_work(run)) + of_groups
+    of_groups = sum(run.stage.steps * step_work(run, len(group)) for group in groups)
+    return len(run.tokens) * (_last_layer(groups) * layer_work(run) + sum(map(len, groups)) * target_work(run)) + of_groups

@@ -205,6 +205,57 @@ def training_need(
     return Need({"weights": tree_bytes(tree, jnp.float32, mesh, rules), "gradients": most, "moments": 2 * most})
 
 
+def streamed_indexers_need(
+    config: Config,
+    schedule: Schedule,
+    *,
+    group: int,
+    rows: int,
+    length: int,
+    dtype: Any,
+    keeps_targets: bool,
+    weights: str | None = None,
+) -> Need:
+    """What `indexer_training` needs of one device for a model of `schedule` whose weights are read layer by layer.
+
+    group: layers of the largest group. rows, length: a step's sequences, and their tokens, which run one after the other.
+    keeps_targets: a step reads its targets. weights: as of `params.abstract`.
+
+    Weights are exact: two layers, of which one is read while the other runs; the attention weights of the group; its indexer,
+    in float32 with gradient and moments. Temporaries are an estimate: the largest of what a layer's program holds, what a
+    sequence's target takes, and what a step does.
+    """
+    c, s = config, jnp.dtype(dtype).itemsize
+    tree = params.abstract(config, schedule, weights)
+
+    def size(part: Any, layer: int) -> int:
+        in_it = [tensor for _, tensor in tensors.leaves(part) if layer in (tensor.layers or ())]
+        return sum(math.prod(tensor.layer_shape) * jnp.dtype(tensor.dtype or dtype).itemsize for tensor in in_it)
+
+    every = range(c.num_layers)
+    indexer = sum(math.prod(tensor.layer_shape) for _, tensor in tensors.leaves(tree.indexer))
+    attention = max(size((tree.attention, tree.input_norm), layer) for layer in every)
+    layer = prefill_temporaries(config, schedule, 1, length, length, dtype, mesh_of(), sharding.SERVING)
+    heads = length * c.num_heads * (2 * c.qk_head_dim + c.v_head_dim) * s
+    if weights is not None:
+        layer += decoded_layer(config, schedule, dtype)
+        heads += decoded_layer(config, schedule, dtype)
+    scores = min(distill.SCORE_BYTES, 4 * length**2 * max(c.num_heads, c.index_n_heads + 1))
+    target = (8 * length**2 if keeps_targets else 0) + heads + scores
+    factors = length * c.index_n_heads * c.index_head_dim * (s + 4)
+    if keeps_targets:
+        step = rows * length * (length + c.hidden_size) * s + factors + 2 * scores
+    else:
+        step = group * rows * length * (c.hidden_size * s + 4 * c.num_heads) + heads + factors + 2 * scores
+    return Need(
+        {
+            "layers": 2 * max(size(tree, layer) for layer in every),
+            "group": group * attention + 16 * indexer,
+            "temporaries": max(layer, target, step),
+        }
+    )
+
+
 def longest(fits: Callable[[int], bool], multiple: int, most: int) -> int:
     """The largest multiple of `multiple` up to `most` that fits, where whatever is smaller fits too; 0 where none does."""
     low, high = 0, most // multiple

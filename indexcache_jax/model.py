@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import attention, indexer, moe
+from indexcache_jax import arguments, attention, indexer, moe
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.ops import QUERIES
-from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, check_schedule, decoded, slots
+from indexcache_jax.params import MLP, Attention, Indexer, MoE, Params, at_layer, check_params, check_schedule, decoded, slots
 from indexcache_jax.positions import Positions, in_own_order, whole_rows
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import constrain, on_each_device
@@ -153,25 +153,11 @@ def _logits(norm: jax.Array, head: jax.Array, x: jax.Array, config: Config) -> j
     return jnp.dot(rms_norm(x, norm, config.rms_norm_eps), head, preferred_element_type=jnp.float32)
 
 
-def check_tokens(tokens: Any, config: Config) -> jax.Array | np.ndarray:
-    """Tokens [B, S] as an array; ValueError for another shape, no integers, and a number that is no token of the model.
-
-    What is traced, or lies on devices of other processes, is looked at by its shape and dtype alone.
-    """
-    if not isinstance(tokens, jax.Array):
-        try:
-            tokens = np.asarray(tokens)
-        except ValueError:
-            raise ValueError("tokens: rows differ in length; fill them up at the end, and give lengths") from None
-    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
-        raise ValueError(f"tokens: an array of shape {list(tokens.shape)} and dtype {tokens.dtype}, not [B, S] of integers")
-    if isinstance(tokens, jax.core.Tracer) or (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
-        return tokens
-    values = np.asarray(tokens)
-    outside = (values < 0) | (values >= config.vocab_size)
-    if outside.any():
-        raise ValueError(f"tokens: {values[outside][0]} is not one of the model's {config.vocab_size} tokens")
-    return tokens
+def _checked(params: Params, tokens: Any, config: Config, schedule: Schedule, lengths: Any) -> tuple[Any, Any]:
+    """Tokens and lengths of `forward` as arrays, once all of its arguments are seen to be what they should."""
+    check_params(params, config, schedule)
+    tokens = arguments.tokens("tokens", tokens, config.vocab_size)
+    return tokens, None if lengths is None else arguments.lengths(lengths, *tokens.shape)
 
 
 def forward(
@@ -179,9 +165,11 @@ def forward(
 ) -> jax.Array:
     """Logits [B, S, V] float32 of right-padded tokens [B, S]; lengths [B] defaults to S everywhere.
 
-    ValueError for tokens that the model does not have.
+    ValueError for tokens that the model does not have, lengths that are not between 0 and S, and params of another model or
+    schedule. Numbers are looked at before anything runs; within a traced function shapes and dtypes alone are.
     """
-    return _forward(params, check_tokens(tokens, config), config, schedule, lengths)
+    tokens, lengths = _checked(params, tokens, config, schedule, lengths)
+    return _forward(params, tokens, config, schedule, lengths)
 
 
 @jax.jit
@@ -194,7 +182,8 @@ def selections(
     params: Params, tokens: jax.Array, config: Config, schedule: Schedule, lengths: jax.Array | None = None
 ) -> jax.Array:
     """The indices [num_full, B, S, k] that the F layers select; arguments and errors as for `forward`."""
-    return _selections(params, check_tokens(tokens, config), config, schedule, lengths)
+    tokens, lengths = _checked(params, tokens, config, schedule, lengths)
+    return _selections(params, tokens, config, schedule, lengths)
 
 
 @jax.jit

@@ -19,17 +19,20 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from indexcache_jax import tensors
+from indexcache_jax import arguments, tensors
 from indexcache_jax.config import Config
-from indexcache_jax.schedule import Schedule
+from indexcache_jax.schedule import Schedule, check_is_schedule
 from indexcache_jax.tensors import Source, Tensor, as_stored
 from pallas_kernels.quant import Scaled, dequantise
 
 FP8_BASE = "fp8 base"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @flax.struct.dataclass
 class Attention:
+    """Stacks of attention weights over all L layers, or with at_layer those of one (docs/model.md, Attention)."""
+
     q_down: Any  # [L, D, R]
     q_norm: Any  # [L, R]
     q_up: Any  # [L, R, H, dn+dr]
@@ -45,6 +48,8 @@ class Attention:
 
 @flax.struct.dataclass
 class Indexer:
+    """Stacks of indexer weights over the F layers (docs/model.md, Indexer)."""
+
     queries: Any  # [num_full, R, Hi, Di]
     keys: Any  # [num_full, D, Di]
     key_norm: Any  # [num_full, Di]
@@ -54,12 +59,16 @@ class Indexer:
 
 @flax.struct.dataclass
 class MLP:
+    """Stacks of MLP weights over N layers: dense ones, or the shared experts."""
+
     gate_up: Any  # [N, D, 2, F]: gate first
     down: Any  # [N, F, D]
 
 
 @flax.struct.dataclass
 class MoE:
+    """Stacks of the weights of N layers with E routed experts."""
+
     router: Any  # [N, D, E]
     router_bias: Any  # [N, E] float32: for the choice of experts only
     gate_up: Any  # [N, E, D, 2, I]
@@ -87,15 +96,15 @@ class Params:
 
 
 def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> Params:
-    """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ.
+    """The tree of `Tensor`s of a model under a schedule. ValueError as for `check_model`, and for weights that are no form.
 
     weights: "fp8" for matrices in 8 bits, None for all in the model's dtype; "fp8 base" for those in 8 bits that are no
     indexer's, so that indexers can be trained on them.
     """
+    check_model(config, schedule)
     if weights == FP8_BASE:
         indexers = abstract(config, schedule).indexer
         return dataclasses.replace(abstract(config, schedule, "fp8"), indexer=indexers)
-    schedule.check_layers(config.num_layers)
     c = config
     D, H, R, C = c.hidden_size, c.num_heads, c.q_lora_rank, c.kv_lora_rank
     dn, dr, dv, dq = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.qk_head_dim
@@ -272,12 +281,23 @@ def shape_structs(
 
 
 def init(key: jax.Array, config: Config, schedule: Schedule, dtype: Any = jnp.float32) -> Params:
-    """Random params: normal with variance 1 / fan-in, embeddings with config.initializer_range, norms 1, biases 0."""
-    return tensors.init(key, abstract(config, schedule), dtype)
+    """Random params: normal with variance 1 / fan-in, embeddings with config.initializer_range, norms 1, biases 0.
+
+    ValueError for a key that is none (`jax.random.key`), a dtype of no weights, and as for `check_model`.
+    """
+    tree = abstract(config, schedule)
+    check_key(key)
+    return tensors.init(key, tree, arguments.dtype("dtype", dtype, DTYPES))
+
+
+def check_key(key: jax.Array) -> None:
+    """Raises ValueError for what is no array of a random key, such as the seed of one."""
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key: {arguments.described(key)} is not a random key; jax.random.key makes one of a seed")
 
 
 def at_layer(stack: Any, slot: int | jax.Array) -> Any:
-    """One layer of a stacked subtree; a Python int is a static slice, a traced one a dynamic slice."""
+    """One layer of a stacked subtree, arrays [N, ...] as [...]: a static slice for a Python int, else a dynamic one."""
     if isinstance(slot, int):
         return jax.tree.map(lambda a: jax.lax.index_in_dim(a, slot, keepdims=False), stack)
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, slot, keepdims=False), stack)
@@ -286,6 +306,41 @@ def at_layer(stack: Any, slot: int | jax.Array) -> Any:
 def slots(layers: tuple[int, ...]) -> Mapping[int, int]:
     """Where each layer of a stack is: layer -> position on the stacked axis."""
     return {layer: slot for slot, layer in enumerate(layers)}
+
+
+def check_config(config: Config) -> None:
+    """Raises ValueError unless this is a Config."""
+    if not isinstance(config, Config):
+        raise ValueError(f"config: {arguments.described(config)} is not a Config; Config.from_hf reads one from config.json")
+
+
+def check_model(config: Config, schedule: Schedule) -> None:
+    """Raises ValueError unless these are a Config and a Schedule of as many layers."""
+    check_config(config)
+    check_is_schedule("schedule", schedule)
+    schedule.check_layers(config.num_layers)
+
+
+def _check_is_params(value: Any) -> None:
+    if not isinstance(value, Params):
+        raise ValueError(f"params: {arguments.described(value)} is not Params; checkpoints_convert.load and init give them")
+
+
+def check_params(params: Params, config: Config, schedule: Schedule) -> None:
+    """Raises ValueError unless `params` are those of this model under this schedule, by what they hold and some shapes."""
+    check_model(config, schedule)
+    _check_is_params(params)
+    check_schedule(params, schedule)
+    c = config
+    for path, leaf, shape in (
+        ("embedding", params.embedding, (c.vocab_size, c.hidden_size)),
+        ("input_norm", params.input_norm, (c.num_layers, c.hidden_size)),
+        ("attention.q_norm", params.attention.q_norm, (c.num_layers, c.q_lora_rank)),
+        ("attention.kv_norm", params.attention.kv_norm, (c.num_layers, c.kv_lora_rank)),
+        ("indexer.key_norm", params.indexer.key_norm, (schedule.num_full, c.index_head_dim)),
+    ):
+        if leaf.shape != shape:
+            raise ValueError(f"params: {path} has shape {list(leaf.shape)}, but config and schedule make it {list(shape)}")
 
 
 def check_schedule(params: Params, schedule: Schedule) -> None:
@@ -306,6 +361,9 @@ def with_schedule(params: Params, schedule: Schedule, new: Schedule) -> Params:
     ValueError where `params` are not those of `schedule`, and where `new` has another number of layers or an F layer that
     `schedule` has no indexer for.
     """
+    _check_is_params(params)
+    check_is_schedule("schedule", schedule)
+    check_is_schedule("new", new)
     check_schedule(params, schedule)
     new.check_layers(schedule.num_layers)
     if lacking := [layer for layer in new.full_layers if not schedule.is_full[layer]]:

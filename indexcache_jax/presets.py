@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from indexcache_jax import arguments
 from indexcache_jax.config_json import ARCHITECTURES, DEEPSEEK, GLM
 
 _GLM_5: dict[str, Any] = {
@@ -117,6 +118,4 @@ def preset(name: str) -> dict[str, Any]:
 
     Raises ValueError for a name that is not in PRESETS.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset: {name!r} is not one of {sorted(PRESETS)}")
-    return copy.deepcopy(PRESETS[name])
+    return copy.deepcopy(PRESETS[arguments.choice("preset", name, sorted(PRESETS))])

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from indexcache_jax import arguments
 from indexcache_jax.foreign import shown
 
 ENGINES = ("transformers", "sglang", "vllm", "tensorrt-llm")
@@ -79,27 +80,36 @@ class Schedule:
 
         Raises ValueError for a layer that is not F.
         """
-        if not (0 <= layer < self.num_layers and self.is_full[layer]):
+        if not (0 <= arguments.integer("layer", layer) < self.num_layers and self.is_full[layer]):
             raise ValueError(f"layer {layer} of {self.pattern} is not an F layer")
         return tuple(i for i, source in enumerate(self.source) if source == layer)
 
     def check_layers(self, num_layers: int) -> None:
         """ValueError unless the schedule is one for so many layers."""
-        if self.num_layers != num_layers:
+        if self.num_layers != arguments.integer("num_layers", num_layers):
             raise ValueError(f"schedule pattern: {_show(self.pattern)} has {self.num_layers} entries for {num_layers} layers")
 
+    def _layer(self, layer: int) -> int:
+        """The number of a layer; ValueError for one that is none."""
+        return arguments.integer("layer", layer, 0, self.num_layers - 1)
+
     def with_shared(self, layer: int) -> Schedule:
-        """This schedule with `layer` turned from F to S, as one flip of the search; ValueError for layer 0."""
+        """This schedule with `layer` turned from F to S, as one flip of the search.
+
+        Raises ValueError for layer 0, and for what is no layer.
+        """
+        layer = self._layer(layer)
         return Schedule(self.pattern[:layer] + "S" + self.pattern[layer + 1 :])
 
     def with_full(self, layer: int) -> Schedule:
-        """This schedule with `layer` turned to F, as when the search takes a flip back."""
+        """This schedule with `layer` turned to F, as when the search takes a flip back; ValueError for what is no layer."""
+        layer = self._layer(layer)
         return Schedule(self.pattern[:layer] + "F" + self.pattern[layer + 1 :])
 
     @classmethod
     def all_full(cls, num_layers: int) -> Schedule:
-        """The schedule in which every layer runs its indexer: plain DeepSeek Sparse Attention."""
-        return cls("F" * num_layers)
+        """The schedule in which every layer runs its indexer: plain DeepSeek Sparse Attention. ValueError below one layer."""
+        return cls("F" * arguments.integer("num_layers", num_layers, 1))
 
     @classmethod
     def parse(cls, text: str | Sequence[str], num_layers: int | None = None, field: str = "schedule pattern") -> Schedule:
@@ -116,7 +126,7 @@ class Schedule:
             if letter is None:
                 raise ValueError(f"{field}: {_show(text)} holds {shown(entry)}; only F, S, full and shared are allowed")
             letters.append(letter)
-        if num_layers is not None and len(letters) != num_layers:
+        if num_layers is not None and len(letters) != arguments.integer("num_layers", num_layers):
             raise ValueError(f"{field}: {_show(text)} has {len(letters)} entries for {num_layers} layers")
         if letters[0] != "F":
             raise ValueError(f"{field}: {_show(text)} starts with a shared layer, but layer 0 has no indices to reuse")
@@ -139,7 +149,8 @@ class Schedule:
 
         Raises ValueError unless num_full is between 1 and num_layers.
         """
-        if not 1 <= num_full <= num_layers:
+        arguments.integer("num_layers", num_layers, 1)
+        if not 1 <= arguments.integer("num_full", num_full) <= num_layers:
             raise ValueError(f"num_full: {num_full!r} is not between 1 and {num_layers}")
         full = {i * num_layers // num_full for i in range(num_full)}
         return cls("".join("F" if i in full else "S" for i in range(num_layers)))
@@ -152,6 +163,8 @@ class Schedule:
         decides, with a warning where a later one disagrees; all layers are F where none is there. Raises ValueError that
         names the field at fault.
         """
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"fields: {arguments.described(fields)} is not a mapping of config.json's fields")
         num_layers = fields.get("num_hidden_layers")
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_hidden_layers: {shown(num_layers)} is not an integer of at least 1")
@@ -190,15 +203,20 @@ class Schedule:
         vllm: --hf-overrides; tensorrt-llm: config.json. Raises ValueError for another engine.
         """
         fields = self.to_hf()
+        arguments.choice("engine", engine, ENGINES)
         if engine == "transformers":
             return {"indexer_types": fields["indexer_types"]}
         if engine == "sglang":
             return fields  # it prefers indexer_types, so a checkpoint that has them must get new ones
         if engine == "vllm":
             return {"use_index_cache": True, "index_topk_pattern": self.pattern}
-        if engine == "tensorrt-llm":
-            return {"index_topk_pattern": self.pattern}
-        raise ValueError(f"engine: {engine!r} is not one of {list(ENGINES)}")
+        return {"index_topk_pattern": self.pattern}  # tensorrt-llm
 
     def __str__(self) -> str:
         return self.pattern
+
+
+def check_is_schedule(name: str, value: Any) -> None:
+    """ValueError, naming the argument, unless its value is a Schedule."""
+    if not isinstance(value, Schedule):
+        raise ValueError(f"{name}: {arguments.described(value)} is not a Schedule; Schedule.parse makes one of a pattern")

@@ -208,14 +208,14 @@ def put(arrays: Any, tree: Any) -> Any:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole array in this process's memory; with several processes all of them must ask for it."""
+    """The whole array, of any shape, in this process's memory; with several processes all of them must ask for it."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` with its dimensions split by the logical `axes` under the mesh in force; `x` itself without a mesh."""
+    """`x`, of any shape, with its dimensions split by the logical `axes` under the mesh in force; `x` itself without a mesh."""
     mesh, rules = current()
     if mesh is None:
         return x

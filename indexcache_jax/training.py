@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from indexcache_jax import distill, sharding, tensors
+from indexcache_jax import arguments, distill, sharding, tensors
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params, abstract, weights_of
+from indexcache_jax.params import DTYPES, Params, abstract, check_params, weights_of
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import CODE
 
+KINDS = ("dense", "warmup", "sparse")  # of stages
 # What a step returns: both losses in nats a token, the largest share of a layer's tokens that one expert gets, and the
 # norm of the gradient before clipping.
 METRICS = ("language", "indexer", "largest_load", "gradient_norm")
@@ -44,6 +45,8 @@ class Stage:
     weight_decay: of matrices; not of norms, biases and the embedding.
     balance_speed: by how much an update moves the router's bias towards equally loaded experts; 0 leaves it as it is.
     cross_layer: an F layer's indexer learns from all layers that it serves, not from its own alone.
+
+    Raises ValueError, naming the field, for values out of range.
     """
 
     name: str
@@ -61,6 +64,18 @@ class Stage:
     balance_speed: float = 0.0
     cross_layer: bool = True
     compute_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        arguments.choice("kind", self.kind, KINDS)
+        for field, least in (("steps", 0), ("rows", 1), ("context", 1), ("accumulate", 1), ("lr_warmup_steps", 0)):
+            arguments.integer(field, getattr(self, field), least)
+        for field in ("model_learning_rate", "indexer_learning_rate", "final_lr_fraction", "weight_decay", "balance_speed"):
+            value = getattr(self, field)
+            if not (arguments.is_real(value) and 0 <= value < float("inf")):
+                raise ValueError(f"{field}: {arguments.described(value)} is not a number of at least 0")
+        if not (arguments.is_real(self.clip_norm) and self.clip_norm > 0):
+            raise ValueError(f"clip_norm: {arguments.described(self.clip_norm)} is not a number above 0")
+        arguments.dtype("compute_dtype", self.compute_dtype, DTYPES)
 
     @property
     def sequences(self) -> int:
@@ -170,11 +185,16 @@ def step(
     """One update on tokens [accumulate, rows, S+1]: the params, the optimiser's state, and METRICS [4] float32.
 
     The metrics are means over the micro-batches, of the params before the update. `params` (float32) and `state` are
-    donated: their buffers are used again. ValueError for params that the stage trains and that are in 8 bits.
+    donated: their buffers are used again. ValueError for params that the stage trains and that are in 8 bits, for those of
+    another model or schedule, and for tokens of another shape. That they are tokens of the model the caller sees to.
 
     steps, traced: the stage's length and the schedule to train for, as data. With `stage.program`, one compiled step serves
     stages of any length; with `traced`, params that have all indexers are trained for any schedule by it.
     """
+    check_params(params, config, schedule)
+    tokens = jnp.asarray(arguments.integers("tokens", tokens, ("accumulate", "rows", "S+1")))
+    if tokens.shape[0] != stage.accumulate:
+        raise ValueError(f"tokens: {tokens.shape[0]} micro-batches for a stage that accumulates {stage.accumulate}")
     labels = distill.trainable(params, stage.kind)
     trained, frozen = split(params, labels)
     if in_codes := [path for path, leaf in tensors.leaves(trained) if leaf.dtype == CODE]:

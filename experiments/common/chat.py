@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoints_convert.companions import TOKENIZER_CONFIG, content_of
-from indexcache_jax.foreign import escaped, read_json, read_text, shown
+from indexcache_jax.foreign import escaped, is_there, read_json, read_text, shown
 
 TEMPLATE = "chat_template.jinja"
 
@@ -26,8 +26,8 @@ class ChatTemplate:
     def __init__(self, directory: str | pathlib.Path, settings: Mapping[str, Any]) -> None:
         directory = pathlib.Path(directory)
         path = directory / TOKENIZER_CONFIG
-        fields = read_json(path) if path.exists() else {}
-        if (directory / TEMPLATE).exists():
+        fields = read_json(path) if is_there(path) else {}
+        if is_there(directory / TEMPLATE):
             self._path, source = directory / TEMPLATE, read_text(directory / TEMPLATE)
         else:
             self._path, source = path, _default(fields.get("chat_template"), path)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from experiments.common.devices import Layout, suited
 from indexcache_jax import host_memory, memory, ops, params, sharding
 from indexcache_jax.config import Config
+from indexcache_jax.indexer_training import Run
 from indexcache_jax.memory import Devices, Need
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat
@@ -160,6 +161,25 @@ def training(
 
     rows = max(stage.rows for stage in stages)
     _check(need, 0, rows, TRAINING, "training, without activations", 1, _advice(smaller))
+
+
+def indexers(run: Run) -> None:
+    """Says what training indexers needs where layers are read one by one; ValueError where that does not fit a device."""
+    layers, stage = run.layers, run.stage
+
+    def need(length: int, mesh: Devices, rules: Rules) -> Need:
+        return memory.streamed_indexers_need(
+            layers.config,
+            layers.schedule,
+            group=max(map(len, run.groups)),
+            rows=stage.sequences,
+            length=length,
+            dtype=stage.compute_dtype,
+            keeps_targets=run.keeps_targets,
+            weights=layers.weights,
+        )
+
+    _check(need, stage.context, stage.sequences, SERVING, f"--context={stage.context}", 1)
 
 
 def shown(need: Need) -> str:

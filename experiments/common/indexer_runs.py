@@ -11,12 +11,12 @@ import math
 import os
 import pathlib
 import tempfile
-import time
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.common import journal
 from experiments.common.journal import Journal, check_resumed, replacing
 from experiments.common.report import Output, progress
 from indexcache_jax import indexer_training, search, tensors
@@ -27,6 +27,7 @@ from indexcache_jax.schedule import Schedule
 
 LOG = "groups.jsonl"
 FOLDER = "indexers"
+KEPT, COMPUTED = "kept", "computed at every step"
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"  # work has no unit that a reader would want
 
 
@@ -58,7 +59,8 @@ def about(run: Run) -> dict[str, Any]:
         "pattern": run.layers.schedule.pattern,
         "schedule": run.schedule.pattern,
         "stage": dataclasses.asdict(run.stage),
-        "targets": "kept" if run.keeps_targets else "computed at every step",
+        "spans": run.spans,
+        "targets": KEPT if run.keeps_targets else COMPUTED,
         "model": run.config.to_hf(),
         **fingerprint(run.layers, run.tokens),
     }
@@ -67,13 +69,23 @@ def about(run: Run) -> dict[str, Any]:
 def within(run: Run, memory: float, folder: pathlib.Path) -> tuple[Run, str]:
     """The run with at most `memory` bytes of what it keeps in host memory, and what that means, for a reader.
 
-    Targets are kept where there is room for them. Hidden states that have no room lie in files of `folder`.
+    Targets are kept where there is room for them, and where an earlier run, whose log `folder` holds, kept them: how much
+    memory is free may have changed since, and a run that goes on does as it began. What has no room lies in files of `folder`.
     """
     need = indexer_training.need(run)
-    on_disk, keeps = need.states > memory, indexer_training.can_keep_targets(run) and need.states + need.targets <= memory
+    keeps = began_with_targets(folder)
+    if keeps is None:
+        keeps = indexer_training.can_keep_targets(run) and need.states + need.targets <= memory
+    on_disk = need.states + (need.targets if keeps else 0) > memory
     run = dataclasses.replace(run, keeps_targets=keeps, allocate=_on_disk(folder) if on_disk else np.empty)
-    targets = f"{need.targets / 1e9:.2f} GB of targets" if keeps else "targets computed at every step"
+    targets = f"{need.targets / 1e9:.2f} GB of targets" if keeps else f"targets {COMPUTED}"
     return run, f"{need.states / 1e9:.2f} GB of hidden states {f'in {folder}' if on_disk else 'in memory'}, {targets}"
+
+
+def began_with_targets(folder: pathlib.Path) -> bool | None:
+    """Whether the run whose log is in a folder keeps its targets; None where there is none. ValueError for another log."""
+    heading = journal.heading(folder / LOG)
+    return None if heading is None else heading.get("targets") == KEPT
 
 
 def _on_disk(folder: pathlib.Path) -> indexer_training.Allocate:
@@ -104,18 +116,16 @@ def train(run: Run, output: Output, resume: bool) -> list[Group]:
         folder.mkdir(exist_ok=True)
         done = {entry["layer"]: _read(folder, entry, run) for entry in log.entries}
         total = indexer_training.work(run, done)
-        began = time.perf_counter()
         with progress(total=total / 1e9, desc="indexers", smoothing=0.05, bar_format=BAR) as bar:
 
             def see(work: float, what: str) -> None:
                 bar.set_postfix_str(what, refresh=False)
-                bar.update(work / 1e9)
+                bar.update(min(work / 1e9, max(total / 1e9 - bar.n, 0)))  # the whole is an estimate
 
             for trained in indexer_training.train(run, done, see):
-                seconds, began = time.perf_counter() - began, time.perf_counter()
-                done[trained.layer] = _write(folder, log, trained, seconds)
+                done[trained.layer] = _write(folder, log, trained)
                 first, last = done[trained.layer].ends
-                bar.write(f"layer {trained.layer}: divergence {first:.3f} -> {last:.3f}, {seconds:.0f} s")
+                bar.write(f"layer {trained.layer}: divergence {first:.3f} -> {last:.3f}, {trained.seconds:.0f} s")
     return [done[group[0]] for group in run.groups]
 
 
@@ -123,13 +133,13 @@ def _file(folder: pathlib.Path, layer: int) -> pathlib.Path:
     return folder / f"layer-{layer}.npz"
 
 
-def _write(folder: pathlib.Path, log: Journal, trained: Trained, seconds: float) -> Group:
+def _write(folder: pathlib.Path, log: Journal, trained: Trained) -> Group:
     """Keeps a group: its indexer first, so that the log names none that is not there."""
     with replacing(_file(folder, trained.layer)) as file:
         np.savez(file, **dict(tensors.leaves(trained.indexer)))
-    entry = {"layer": trained.layer, "divergence": trained.divergence.tolist(), "seconds": seconds}
+    entry = {"layer": trained.layer, "divergence": trained.divergence.tolist(), "seconds": trained.seconds}
     log.append(entry)
-    return Group(trained.layer, trained.indexer, entry["divergence"], seconds)
+    return Group(trained.layer, trained.indexer, entry["divergence"], trained.seconds)
 
 
 def _read(folder: pathlib.Path, entry: dict[str, Any], run: Run) -> Group:

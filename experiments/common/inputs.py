@@ -74,6 +74,14 @@ def described(directory: str) -> tuple[Config, Schedule]:
         return with_stop_tokens(Config.from_hf(fields), pathlib.Path(directory)), Schedule.from_hf(fields)
 
 
+def stored_bytes(directory: str) -> int:
+    """Bytes of a checkpoint's weights, without layers of multi-token prediction, by its config.json and its headers."""
+    fields, (config, schedule) = read_config_json(directory), described(directory)
+    tree = abstract(config, schedule, checkpoints_convert.stored_weights(directory))
+    dtype = fields.get("dtype") or fields.get("torch_dtype")
+    return memory.tree_bytes(tree, dtype if dtype in ("float32", "float16") else "bfloat16", memory.mesh_of(), SERVING)
+
+
 def preset_model(name: str) -> tuple[Config, Schedule]:
     """The model and the schedule of a released model, or of the small one shipped here ("demo")."""
     fields = read_config_json(options.DEMO) if name == "demo" else preset(name)
@@ -86,14 +94,6 @@ def schedule_to_plan(base: Schedule) -> Schedule:
     if entry is None and base.num_full < base.num_layers:
         return base
     return schedule(entry or SHARE, base.num_layers)
-
-
-def stored_bytes(directory: str) -> int:
-    """Bytes of a checkpoint's weights, without layers of multi-token prediction, by its config.json and its headers."""
-    fields, (config, schedule) = read_config_json(directory), described(directory)
-    tree = abstract(config, schedule, checkpoints_convert.stored_weights(directory))
-    dtype = fields.get("dtype") or fields.get("torch_dtype")
-    return memory.tree_bytes(tree, dtype if dtype in ("float32", "float16") else "bfloat16", memory.mesh_of(), SERVING)
 
 
 def share(flag: str, value: str) -> fractions.Fraction:

@@ -115,6 +115,16 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     )
 
 
+def heading(path: pathlib.Path) -> dict[str, Any] | None:
+    """What the entries of a log depend on, its first line; None where there is no such line. ValueError for no JSON object."""
+
+    def first() -> dict[str, Any] | None:
+        lines = _whole_lines(path) if path.exists() else []
+        return _parse(lines[0], path, 1, {}) if lines else None
+
+    return processes.from_main(first)
+
+
 def remove(path: pathlib.Path) -> None:
     """Removes a file of an earlier run, or a folder with all that is in it, if it is there."""
     if processes.is_main():

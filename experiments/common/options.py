@@ -169,7 +169,8 @@ def refuse(why: str, *names: str) -> None:
     """ValueError for the first of these flags that is given, where nothing reads it."""
     for name in names:
         if flags.FLAGS[name].present:
-            raise ValueError(f"--{name}={flags.FLAGS[name].value}: {why}")
+            value = flags.FLAGS[name].value
+            raise ValueError(f"--{name}={','.join(value) if isinstance(value, list) else value}: {why}")
 
 
 def check_positive(*names: str) -> None:

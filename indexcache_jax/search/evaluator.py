@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import sharding
+from indexcache_jax import arguments, sharding
 from indexcache_jax.config import Config
-from indexcache_jax.model import check_tokens
-from indexcache_jax.params import Params
+from indexcache_jax.foreign import shown
+from indexcache_jax.params import Params, check_model, check_params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from indexcache_jax.search.greedy import greedy_search
@@ -40,6 +40,19 @@ def no_progress(layers: int) -> None:
     """Reports nothing."""
 
 
+def checked_batches(batches: Sequence[np.ndarray], config: Config) -> list[np.ndarray]:
+    """Batches [B, S+1] of tokens of the model, int32. ValueError unless there are some, all of one shape and S at least 1."""
+    if arguments.is_text(batches) or not hasattr(batches, "__len__"):
+        raise ValueError(f"batches: {arguments.described(batches)} is not a list of batches [B, S+1]")
+    found = [np.asarray(arguments.tokens("batches", batch, config.vocab_size, ("B", "S+1")), np.int32) for batch in batches]
+    shapes = sorted({batch.shape for batch in found})
+    if len(shapes) != 1:
+        raise ValueError(f"batches: shapes {shapes}, but one shape is needed")
+    if shapes[0][1] < 2:
+        raise ValueError(f"batches: shape {shapes[0]} holds no token with one after it")
+    return found
+
+
 class BatchEvaluator(abc.ABC):
     """Losses under any schedule on the sequences of fixed batches [B, S+1] of one shape: a `LossOracle`.
 
@@ -49,8 +62,8 @@ class BatchEvaluator(abc.ABC):
     log: holds every loss that was measured, and answers for those it holds; None keeps them as long as the evaluator lives.
     Sequence i is row i % B of batch i // B.
 
-    Raises ValueError where the batches differ in shape, for a schedule with an F layer that has no indexer, and where a loss
-    is NaN or infinite: the lowest of such losses means nothing.
+    Raises ValueError where the batches differ in shape or hold what is no token, for a schedule of another number of layers or
+    with an F layer that has no indexer, and where a loss is NaN or infinite: the lowest of such losses means nothing.
     """
 
     def __init__(
@@ -62,10 +75,8 @@ class BatchEvaluator(abc.ABC):
         log: LossLog | None,
         progress: Progress,
     ) -> None:
-        if len({batch.shape for batch in batches}) != 1:
-            raise ValueError(f"batches: shapes {sorted({batch.shape for batch in batches})}, but one shape is needed")
         self.config, self.schedule, self.dtype = config, schedule, dtype
-        self.batches, self.progress = list(batches), progress
+        self.batches, self.progress = checked_batches(batches, config), progress
         self.log = MemoryLog() if log is None else log
 
     @property
@@ -111,9 +122,15 @@ class BatchEvaluator(abc.ABC):
         base: a schedule from which they differ in few layers: what lies below the first of these is run once for all.
         batches: the numbers of the batches whose sequences are asked for, default all.
         """
+        if isinstance(schedules, (Schedule, str)):
+            raise ValueError(f"schedules: {shown(str(schedules))} is one schedule, not a list of them")
+        if not schedules:
+            raise ValueError("schedules: there are none")
         for schedule in schedules:
             self._check(schedule)
         numbers = range(self.num_batches) if batches is None else batches
+        for number in numbers:
+            arguments.integer("batches", number, 0, self.num_batches - 1)
         missing: Missing = []
         for number in numbers:
             unknown = [schedule for schedule in dict.fromkeys(schedules) if self._known(schedule, number) is None]
@@ -138,6 +155,7 @@ class BatchEvaluator(abc.ABC):
         return range(number * self.rows, (number + 1) * self.rows)
 
     def _check(self, schedule: Schedule) -> None:
+        check_model(self.config, schedule)
         if lacking := [i for i in schedule.full_layers if not self.schedule.is_full[i]]:
             raise ValueError(f"schedule {schedule.pattern}: layer {lacking[0]} is F, but the weights have no indexer for it")
 
@@ -159,8 +177,9 @@ class Evaluator(BatchEvaluator):
         progress: called with the number of layers run on a batch, each time some were.
 
     Raises:
-        ValueError: the batches differ in shape; when asked for a loss: a schedule has an F layer without an indexer, or the
-            loss is not finite.
+        ValueError: the params are not those of config and schedule, the batches differ in shape or hold what is no token; when
+            asked for a loss: a schedule has another number of layers or an F layer without an indexer, or the loss is not
+            finite.
     """
 
     def __init__(
@@ -172,6 +191,7 @@ class Evaluator(BatchEvaluator):
         log: LossLog | None = None,
         progress: Progress = no_progress,
     ) -> None:
+        check_params(params, config, schedule)
         super().__init__(config, schedule, params.embedding.dtype, batches, log, progress)
         self.params = params
 
@@ -237,8 +257,9 @@ def find_schedule(
     tokens [N, S+1]: sequences to search on, and the token after each; batch_size of them are run at a time. The rest is as
     for `Evaluator` and `greedy_search`. ValueError names the argument at fault.
     """
-    cuts = np.asarray(check_tokens(tokens, config), np.int32)
-    if batch_size < 1 or len(cuts) == 0 or len(cuts) % batch_size:
+    check_params(params, config, schedule)
+    cuts = np.asarray(arguments.tokens("tokens", tokens, config.vocab_size, ("N", "S+1")), np.int32)
+    if len(cuts) % arguments.integer("batch_size", batch_size, 1):
         raise ValueError(f"batch_size: {batch_size} does not divide {len(cuts)} sequences")
     if cuts.shape[1] - 1 <= config.index_topk:
         raise ValueError(
@@ -264,7 +285,7 @@ def _numbers_at(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def fingerprint(params: Any, batches: Sequence[np.ndarray]) -> dict[str, int]:
-    """Checksums of a tree of weights (of some numbers of each array) and of the batches: what losses depend on.
+    """Checksums of a tree of weights (of some numbers of each array) and of the batches [B, S+1]: what losses depend on.
 
     A log of losses holds them, so that it is not continued with other weights or another text.
     """

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from indexcache_jax.schedule import Schedule
+from indexcache_jax import arguments
+from indexcache_jax.schedule import Schedule, check_is_schedule
 from indexcache_jax.search.noise import Margin
 from indexcache_jax.search.oracle import LossOracle
 from indexcache_jax.search.racing import Outcome, Race, contest
@@ -63,7 +64,12 @@ def first_step(oracle: LossOracle, schedule: Schedule) -> Step:
 
 
 def candidates(schedule: Schedule, blocks: int = 1) -> list[list[int]]:
-    """The F layers that may be flipped to S, by block: all but the first layer of each contiguous block of layers."""
+    """The F layers that may be flipped to S, by block: all but the first layer of each contiguous block of layers.
+
+    ValueError for blocks that are not between 1 and the number of layers.
+    """
+    check_is_schedule("schedule", schedule)
+    blocks = arguments.integer("blocks", blocks, 1, schedule.num_layers)
     starts = [i * schedule.num_layers // blocks for i in range(blocks)]
     spans = zip(starts, [*starts[1:], schedule.num_layers], strict=True)
     return [[i for i in range(a + 1, b) if schedule.is_full[i]] for a, b in spans]
@@ -107,10 +113,10 @@ def greedy_search(
     Of flips with equal losses the lowest layer is taken.
 
     Raises:
-        ValueError: num_full or blocks is out of range.
+        ValueError: num_full or blocks is out of range, max_loss is no number, oracle, schedule or race is none.
     """
-    check_num_full(schedule, num_full)
-    if not 1 <= blocks <= schedule.num_layers:
+    check_search(oracle, schedule, num_full, max_loss, race)
+    if not 1 <= arguments.integer("blocks", blocks) <= schedule.num_layers:
         raise ValueError(f"blocks: {blocks!r} is not between 1 and {schedule.num_layers}")
     steps = [first_step(oracle, schedule)]
     error = error_of_a_step(race, schedule.num_full - num_full)
@@ -138,8 +144,20 @@ def _candidates_left(schedule: Schedule, blocks: int) -> list[list[int]]:
 
 def check_num_full(schedule: Schedule, num_full: int) -> None:
     """ValueError unless a search from `schedule` can end at so many F layers."""
-    if not 1 <= num_full <= schedule.num_full:
+    if not 1 <= arguments.integer("num_full", num_full) <= schedule.num_full:
         raise ValueError(f"num_full: {num_full!r} is not between 1 and {schedule.num_full}, the F layers of {schedule.pattern}")
+
+
+def check_search(oracle: LossOracle, schedule: Schedule, num_full: int, max_loss: float, race: Race | None) -> None:
+    """ValueError, naming the argument, for one of a search that is not what it should be."""
+    if not hasattr(oracle, "sequence_losses"):
+        raise ValueError(f"oracle: {arguments.described(oracle)} gives no losses; an Evaluator of params and batches does")
+    check_is_schedule("schedule", schedule)
+    check_num_full(schedule, num_full)
+    if not arguments.is_real(max_loss):
+        raise ValueError(f"max_loss: {arguments.described(max_loss)} is not a number")
+    if race is not None and not isinstance(race, Race):
+        raise ValueError(f"race: {arguments.described(race)} is neither a Race nor None")
 
 
 def error_of_a_step(race: Race | None, steps: int) -> float:
@@ -181,7 +199,10 @@ def _commit(oracle: LossOracle, schedule: Schedule, best: Sequence[Outcome], out
 
 
 def first_step_with_at_most(steps: Sequence[Step], num_full: int) -> Step:
-    """The first step with at most `num_full` F layers. Raises ValueError where the search ended with more."""
+    """The first step with at most `num_full` F layers. Raises ValueError where the search ended with more, or has no step."""
+    arguments.integer("num_full", num_full, 1)
+    if not steps:
+        raise ValueError("steps: there are none")
     for step in steps:
         if step.schedule.num_full <= num_full:
             return step

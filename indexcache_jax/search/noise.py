@@ -40,8 +40,10 @@ class Margin:
 
     @classmethod
     def between(cls, losses: Sequence[float] | np.ndarray, reference: Sequence[float] | np.ndarray) -> Margin:
-        """Of losses over those of the reference, on as many sequences as the shorter of the two has."""
+        """Of losses over those of the reference, on as many sequences as the shorter of the two has; ValueError for none."""
         count = min(len(losses), len(reference))
+        if not count:
+            raise ValueError(f"losses: {len(losses)} of them and {len(reference)} of the reference leave none to compare")
         differences = np.asarray(losses[:count], np.float64) - np.asarray(reference[:count], np.float64)
         error = float(np.std(differences, ddof=1)) / math.sqrt(count) if count > 1 else math.inf
         return cls(float(np.mean(differences)), error, count)

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from indexcache_jax import arguments
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params
+from indexcache_jax.params import Params, check_params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
+from indexcache_jax.search.evaluator import checked_batches
 
 
 @jax.jit
@@ -45,7 +47,12 @@ def spread(width: int, index_topk: int, count: int = 64) -> np.ndarray:
 
 
 def mean_overlap(selections: Sequence[np.ndarray], index_topk: int) -> np.ndarray:
-    """The mean overlap [N, N] of each two of N layers, over all queries of several batches' selections [N, Q, k]."""
+    """The mean overlap [N, N] of each two of N layers, over all queries of several batches' selections [N, Q, k].
+
+    ValueError where there are none.
+    """
+    if not selections:
+        raise ValueError("selections: there are none")
     sizes = sum(np.asarray(jnp.sum(intersection_sizes(jnp.asarray(indices)), axis=0)) for indices in selections)
     return sizes / (sum(indices.shape[1] for indices in selections) * index_topk)
 
@@ -56,10 +63,12 @@ def layer_overlap(
     """The mean overlap [num_full, num_full] of the F layers' selections on batches of tokens [B, S+1].
 
     queries: how many positions of every row are compared, evenly spread over those with a choice (`spread`).
-    Raises ValueError where no query sees more than index_topk keys.
+    Raises ValueError where no query sees more than index_topk keys, and for params and batches as `Evaluator` does.
     """
+    check_params(params, config, schedule)
+    arguments.integer("queries", queries, 1)
     selections = []
-    for tokens in batches:
+    for tokens in checked_batches(list(batches), config):
         compared = spread(tokens.shape[1] - 1, config.index_topk, queries)
         state = layerwise.start(params, layerwise.place(tokens[:, :-1]), config)
         by_layer = []

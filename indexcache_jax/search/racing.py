@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from indexcache_jax.arguments import is_real
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search.noise import NOISE_ERROR, Margin, t_quantile
 from indexcache_jax.search.oracle import LossOracle
@@ -42,9 +43,9 @@ class Race:
     growth: float = 1.25
 
     def __post_init__(self) -> None:
-        if not 0 < self.error < 1:
+        if not (is_real(self.error) and 0 < self.error < 1):
             raise ValueError(f"error: {self.error!r} is not between 0 and 1")
-        if not self.growth > 1:
+        if not (is_real(self.growth) and self.growth > 1):
             raise ValueError(f"growth: {self.growth!r} is not above 1")
 
     def comparisons(self, batches: int, rows: int) -> list[int]:

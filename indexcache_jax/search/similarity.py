@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from indexcache_jax import arguments
 from indexcache_jax.config import Config
-from indexcache_jax.params import Params
-from indexcache_jax.schedule import Schedule
+from indexcache_jax.params import Params, check_params
+from indexcache_jax.schedule import Schedule, check_is_schedule
 from indexcache_jax.search import layerwise
+from indexcache_jax.search.evaluator import checked_batches
 
 
 def similarities(
@@ -30,10 +32,13 @@ def similarities(
     averaged over the tokens of batches [B, S+1]; entries above the diagonal are NaN. `progress` is called with the number
     of layers run.
 
-    Raises ValueError unless every layer of `schedule`, the params' own, is F.
+    Raises ValueError unless every layer of `schedule`, the params' own, is F, and for batches as `Evaluator` does.
     """
+    check_is_schedule("schedule", schedule)
     if schedule.num_full != schedule.num_layers:
         raise ValueError(f"schedule {schedule.pattern}: the similarity search needs the indexers of all layers")
+    check_params(params, config, schedule)
+    batches = checked_batches(batches, config)
     num_layers = config.num_layers
     sums = np.full((num_layers, num_layers), np.nan)
     sums[np.tril_indices(num_layers)] = 0.0
@@ -50,18 +55,34 @@ def similarities(
     return sums / len(batches)
 
 
+def check_similarity(similarity: np.ndarray) -> None:
+    """ValueError unless these are cosines [L, L]: none is missing on the diagonal and below it."""
+    shape: tuple[int, ...] = getattr(similarity, "shape", ())
+    if len(shape) != 2 or shape[0] != shape[1] or not shape[0] or similarity.dtype.kind != "f":
+        raise ValueError(f"similarity: {arguments.described(similarity)}, not [L, L] of floats")
+    if not np.isfinite(similarity[np.tril_indices(shape[0])]).all():
+        raise ValueError("similarity: an entry on or below the diagonal is not finite")
+
+
 def total_similarity(similarity: np.ndarray, schedule: Schedule) -> float:
-    """The sum over all layers of similarity [L, L] to the F layer whose indices they use: what `most_similar` maximises."""
+    """The sum over all layers of similarity [L, L] to the F layer whose indices they use: what `most_similar` maximises.
+
+    ValueError for cosines that are not finite, and for another number of layers.
+    """
+    check_similarity(similarity)
+    schedule.check_layers(len(similarity))
     return float(sum(similarity[layer, source] for layer, source in enumerate(schedule.source)))
 
 
 def most_similar(similarity: np.ndarray, num_full: int) -> Schedule:
     """The schedule of `num_full` F layers with the highest `total_similarity` under similarity [L, L].
 
-    Of schedules with equal sums the one whose F layers are lower is taken. Raises ValueError for `num_full` out of range.
+    Of schedules with equal sums the one whose F layers are lower is taken. Raises ValueError for `num_full` out of range and
+    for cosines that are not finite.
     """
+    check_similarity(similarity)
     num_layers = len(similarity)
-    if not 1 <= num_full <= num_layers:
+    if not 1 <= arguments.integer("num_full", num_full) <= num_layers:
         raise ValueError(f"num_full: {num_full!r} is not between 1 and {num_layers}")
     # best[n][stop]: the highest sum over the layers below `stop` with n F layers, and those F layers.
     best: list[dict[int, tuple[float, tuple[int, ...]]]] = [{0: (0.0, ())}]

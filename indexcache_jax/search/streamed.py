@@ -23,13 +23,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from indexcache_jax import sharding
+from indexcache_jax import arguments, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.layers import Layers, in_order, placed
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
-from indexcache_jax.search.evaluator import BatchEvaluator, Missing, Progress, no_progress
+from indexcache_jax.search.evaluator import BatchEvaluator, Missing, Progress, checked_batches, no_progress
 from indexcache_jax.search.layerwise import State
 from indexcache_jax.search.oracle import LossLog
 from indexcache_jax.sharding import SERVING
@@ -115,8 +115,8 @@ class StreamedEvaluator(BatchEvaluator):
     The mesh is the one in force when it is made, by default one of as many local devices as divide B.
 
     Raises:
-        ValueError: the batches differ in shape, or the mesh does not divide an axis of a weight evenly; when asked for a
-            loss: a schedule has an F layer without an indexer, or the loss is not finite.
+        ValueError: the batches differ in shape or hold what is no token, or the mesh does not divide an axis of a weight
+            evenly; when asked for a loss: a schedule has an F layer without an indexer, or the loss is not finite.
     """
 
     def __init__(
@@ -127,6 +127,8 @@ class StreamedEvaluator(BatchEvaluator):
         progress: Progress = no_progress,
         memory: int = HIDDEN_STATE_BYTES,
     ) -> None:
+        arguments.integer("memory", memory, 0)
+        batches = checked_batches(batches, layers.config)
         mesh, self._rules = sharding.current()
         if mesh is None:
             rows, devices = batches[0].shape[0], jax.local_devices()

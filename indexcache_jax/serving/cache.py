@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 
-from indexcache_jax import ops, sharding, tensors
+from indexcache_jax import arguments, ops, sharding, tensors
 from indexcache_jax.config import Config
+from indexcache_jax.params import check_model
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Tensor
 from pallas_kernels import quant
 
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
+DTYPES = ("bfloat16", "float32", "float16", FP8.name)
 
 
 @jax.tree_util.register_static
@@ -28,6 +30,8 @@ class CacheFormat:
 
     float8_e4m3fn has a float32 scale a token and layer beside it, and a latent's rotary numbers are bfloat16 then. At
     C + dr = 576 and Di = 128 a token's latent takes 1152 bytes in bfloat16 and 644 in 8 bits, its index key 256 and 132.
+
+    Raises ValueError, naming the field, for other dtypes than these, float32 and float16.
     """
 
     latent_dtype: Any = jnp.bfloat16
@@ -35,7 +39,7 @@ class CacheFormat:
 
     def __post_init__(self) -> None:
         for field in ("latent_dtype", "index_dtype"):
-            object.__setattr__(self, field, jnp.dtype(getattr(self, field)))
+            object.__setattr__(self, field, arguments.dtype(field, getattr(self, field), DTYPES))
 
     @classmethod
     def of(cls, dtype: Any) -> CacheFormat:
@@ -66,9 +70,9 @@ class Cache:
 
 def abstract(config: Config, schedule: Schedule, batch: int, max_len: int, dtype: Any | CacheFormat = jnp.bfloat16) -> Cache:
     """The tree of `Tensor`s of a cache, with axes "batch", "tokens", "latent" and "index"; arguments as of `init_cache`."""
-    schedule.check_layers(config.num_layers)
-    if batch < 1 or max_len < 1:
-        raise ValueError(f"init_cache: batch {batch} and max_len {max_len} must be at least 1")
+    check_model(config, schedule)
+    arguments.integer("batch", batch, 1)
+    arguments.integer("max_len", max_len, 1)
     form = CacheFormat.of(dtype)
 
     def zeros(kind: Any, *width: tuple[int, str]) -> Tensor:
@@ -96,11 +100,29 @@ def init_cache(config: Config, schedule: Schedule, batch: int, max_len: int, dty
     """An empty cache for `batch` rows of at most `max_len` tokens, row-major on every device.
 
     `dtype` is that of the whole cache, or a `CacheFormat`. Under a mesh, rows that its devices do not divide are whole on
-    each of them. Raises ValueError for sizes below 1, and for tokens that the devices which split them do not divide.
+    each of them. Raises ValueError for sizes below 1, a dtype that no cache has, a config and a schedule that do not fit, and
+    for tokens that the devices which split them do not divide.
     """
     tree = abstract(config, schedule, batch, max_len, dtype)
     _check_divided("init_cache", max_len)
     return jax.tree.map(lambda t: row_major(jnp.zeros(t.shape, t.dtype, device=sharding.fitting(t.shape, t.axes))), tree)
+
+
+def _check_is_cache(value: Any) -> None:
+    if not isinstance(value, Cache):
+        raise ValueError(f"cache: {arguments.described(value)} is not a Cache; init_cache makes one")
+
+
+def check_cache(cache: Cache, rows: int, config: Config, schedule: Schedule) -> None:
+    """ValueError unless a cache is one of so many rows of this model under this schedule."""
+    _check_is_cache(cache)
+    if cache.lengths.shape != (rows,):
+        raise ValueError(f"cache: has {cache.lengths.shape[0]} rows for {rows} rows of tokens")
+    pattern = "".join("S" if layer.index_keys is None else "F" for layer in cache.layers)
+    if pattern != schedule.pattern:
+        raise ValueError(f"cache: holds the index keys of schedule {pattern}, not of {schedule.pattern}")
+    if (width := cache.layers[0].latents.shape[-1]) != config.latent_dim:
+        raise ValueError(f"cache: its latents have {width} numbers, but config makes them {config.latent_dim}")
 
 
 def _check_divided(name: str, max_len: int) -> None:
@@ -158,9 +180,9 @@ def fork(cache: Cache, copies: int, max_len: int | None = None) -> Cache:
     `max_len`: tokens that a row has room for, at least those it holds; default as in `cache`. Raises ValueError for
     fewer than one copy, and for tokens that the devices which split them do not divide.
     """
-    if copies < 1:
-        raise ValueError(f"fork: copies {copies} must be at least 1")
-    max_len = max_len or cache.max_len
+    _check_is_cache(cache)
+    arguments.integer("copies", copies, 1)
+    max_len = cache.max_len if max_len is None else arguments.integer("max_len", max_len, 1)
     _check_divided("fork", max_len)
     layers = jax.tree.map(lambda x: row_major(_repeat(x, copies, max_len)), cache.layers)
     return Cache(layers, jnp.repeat(cache.lengths, copies))

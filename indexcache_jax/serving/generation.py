@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import ops, sharding
+from indexcache_jax import arguments, ops, sharding
 from indexcache_jax.config import Config
+from indexcache_jax.foreign import shown
 from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import model
-from indexcache_jax.serving.cache import Cache, CacheFormat, fork, formats, init_cache
+from indexcache_jax.serving.cache import Cache, CacheFormat, check_cache, fork, formats, init_cache
 from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, Sampling, row_keys, sample
-from indexcache_jax.serving.weights import Weights, weights_for
+from indexcache_jax.serving.weights import Weights, check_weights, weights_for
 
 CHUNK = 8192  # prompt tokens of a row at a time
 STEPS = 32  # tokens a row between two checks for stop tokens
@@ -78,8 +79,10 @@ def prefill_prompts(
 ) -> tuple[jax.Array, Cache]:
     """Appends a prompt of at least one token to every row of `cache`, which is donated, `chunk` tokens at a time.
 
-    Returns the logits [B, V] float32 of each row's last token and the cache. ValueError where a row does not fit.
+    Returns the logits [B, V] float32 of each row's last token and the cache. ValueError for a prompt that is empty or not made
+    of the model's tokens, and where a row does not fit.
     """
+    check_prompts(prompts, config)
     sizes, filled = np.array([len(p) for p in prompts], np.int32), sharding.to_host(cache.lengths)
     if len(sizes) != len(filled) or sizes.min() < 1:
         raise ValueError(f"prefill: {len(sizes)} prompts of {sizes.tolist()} tokens for a cache of {len(filled)} rows")
@@ -121,7 +124,8 @@ def _decode(
     """Appends token [B] and the ones drawn after it: the next `steps` tokens [B, steps], one program for all of them.
 
     `cache` is donated. Only its first `kv_length` positions are read, which must include the new tokens; default all.
-    ids [B] and `count`, the number of tokens drawn before, decide what is drawn next.
+    ids [B] and `count`, the number of tokens drawn before, decide what is drawn next. ValueError for no steps, and for other
+    rows than the cache has; that `token` is one of the model's and that all fits the cache the caller sees to.
     """
     ids = jnp.arange(token.shape[0]) if ids is None else ids
 
@@ -151,24 +155,27 @@ def decode_program(cache_formats: Cache | None) -> jax.stages.Wrapped:
 def decode(
     weights: Weights, token: jax.Array, cache: Cache, config: Config, *, steps: int, **options: Any
 ) -> tuple[jax.Array, Cache]:
+    arguments.integer("steps", steps, 1)
+    token = jnp.asarray(arguments.integers("token", token, ("B",)))
+    if token.shape != cache.lengths.shape:
+        raise ValueError(f"token: {token.shape[0]} rows for a cache of {cache.lengths.shape[0]}")
     return decode_program(formats(cache))(weights, token, cache, config, steps=steps, **options)
 
 
-def _check(name: str, tokens: Sequence[int], config: Config, room: int) -> None:
+def _check(name: str, tokens: Sequence[int], config: Config, room: int | None = None) -> None:
+    if arguments.is_text(tokens):
+        raise ValueError(f"{name}: {shown(tokens)} is text; a tokenizer makes token numbers of it")
+    if not hasattr(tokens, "__len__"):
+        raise ValueError(f"{name}: {arguments.described(tokens)} is not a row of token numbers")
     if len(tokens) == 0:
         raise ValueError(f"{name}: is empty")
-    if len(tokens) > room:
+    if room is not None and len(tokens) > room:
         raise ValueError(f"{name}: {len(tokens)} tokens are more than the {room} that the cache has room for")
-    array = np.asarray(tokens)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{name}: an array of shape {list(array.shape)} and dtype {array.dtype}, not a row of token numbers")
-    outside = (array < 0) | (array >= config.vocab_size)
-    if outside.any():
-        raise ValueError(f"{name}: token {array[outside][0]} is not one of the model's {config.vocab_size}")
+    arguments.tokens(name, tokens, config.vocab_size, ("S",), one="token ")
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], config: Config, room: int) -> None:
-    """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room`."""
+def check_prompts(prompts: Sequence[Any], config: Config, room: int | None = None) -> None:
+    """ValueError that names the first prompt that is empty, holds no token of the model, or is longer than `room` if given."""
     for i, prompt in enumerate(prompts):
         _check(f"prompt {i}", prompt, config, room)
 
@@ -183,9 +190,11 @@ def prefill_document(
     chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> Cache:
-    """The cache, of one row, of a document that several calls of `generate` share; arguments are as there."""
+    """The cache, of one row, of a document that several calls of `generate` share; arguments and errors are as there."""
+    weights = weights_for(weights, config, schedule)
+    _check("document", document, config)
+    arguments.integer("chunk", chunk, 1)
     room = cache_length(len(document))
-    _check("document", document, config, room)
     cache = init_cache(config, schedule, 1, room, cache_format or weights.embedding.dtype)
     return prefill_prompts(weights, [np.asarray(document)], cache, config, chunk=chunk, progress=progress)[1]
 
@@ -195,6 +204,47 @@ def _check_drawn(tokens: Sequence[int], request: int, weights: Weights) -> None:
     if NO_TOKEN in tokens:
         why = f"the weights hold NaN or infinity, or {weights.embedding.dtype} arithmetic overflows"
         raise ValueError(f"request {request}: the model's logits are not finite: {why}")
+
+
+def _check_options(
+    rows: int,
+    max_new_tokens: Any,
+    sampling: Any,
+    seed: Any,
+    stop_tokens: Any,
+    cache_len: Any,
+    ids: Any,
+    chunk: Any,
+) -> None:
+    """ValueError, naming the argument of `generate`, for one that is not what it should be, for so many prompts."""
+    arguments.integer("max_new_tokens", max_new_tokens, 1)
+    arguments.integer("chunk", chunk, 1)
+    arguments.integer("seed", seed, -arguments.INT32_MAX - 1, arguments.INT32_MAX)
+    if cache_len is not None:
+        arguments.integer("cache_len", cache_len, 1)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling: {arguments.described(sampling)} is not a Sampling")
+    if arguments.is_text(stop_tokens) or not isinstance(stop_tokens, (Collection, np.ndarray, jax.Array)):
+        raise ValueError(f"stop_tokens: {arguments.described(stop_tokens)} is not a list of token numbers")
+    for token in stop_tokens:
+        arguments.integer("stop_tokens", token)
+    if ids is None:
+        return
+    if arguments.is_text(ids) or not hasattr(ids, "__len__") or len(ids) != rows:
+        count = len(ids) if hasattr(ids, "__len__") else "no list of"
+        raise ValueError(f"ids: {count} ids for {rows} prompts")
+    for number in ids:
+        arguments.integer("ids", number, -arguments.INT32_MAX - 1, arguments.INT32_MAX)
+
+
+def _document_tokens(document: Sequence[int] | Cache, config: Config, schedule: Schedule) -> int:
+    """How many tokens a document has, or the cache of one, once it is seen to be one."""
+    if isinstance(document, Cache):
+        check_cache(document, 1, config, schedule)
+        return int(document.lengths[0])
+    if arguments.is_text(document) or not hasattr(document, "__len__") or len(document):
+        _check("document", document, config)
+    return len(document)
 
 
 def generate(
@@ -234,15 +284,16 @@ def generate(
       ValueError naming the prompt that is empty, too long or not made of the model's tokens, or the argument at fault; the
       request after which the model's logits are not finite.
     """
-    if max_new_tokens < 1 or chunk < 1:
-        raise ValueError(f"generate: max_new_tokens {max_new_tokens} and chunk {chunk} must be at least 1")
+    check_weights(params, config, schedule)
+    if arguments.is_text(prompts) or not hasattr(prompts, "__len__"):
+        raise ValueError(f"prompts: {arguments.described(prompts)} is not a list of rows of token numbers")
+    _check_options(len(prompts), max_new_tokens, sampling, seed, stop_tokens, cache_len, ids, chunk)
+    if cache_format is not None:
+        cache_format = CacheFormat.of(cache_format)
     if len(prompts) == 0:
         return []
-    if ids is not None and len(ids) != len(prompts):
-        raise ValueError(f"generate: {len(ids)} ids for {len(prompts)} prompts")
-    if not -(2**31) <= seed < 2**31:
-        raise ValueError(f"generate: seed {seed} is not an integer of 32 bits")
-    before = int(document.lengths[0]) if isinstance(document, Cache) else len(document)
+    check_prompts(prompts, config)
+    before = _document_tokens(document, config, schedule)
     longest = before + max(map(len, prompts)) + max_new_tokens
     if longest > config.max_position_embeddings:
         raise ValueError(
@@ -251,8 +302,11 @@ def generate(
         )
     if cache_len is None:
         cache_len = cache_length(longest)
-    check_prompts(prompts, config, cache_len - max_new_tokens - before)
+    if (room := cache_len - max_new_tokens - before) < 1:
+        raise ValueError(f"cache_len: {cache_len} leaves no room for a prompt beside {before} and {max_new_tokens} tokens")
+    check_prompts(prompts, config, room)
     weights, rows = weights_for(params, config, schedule), len(prompts)
+    stops, steps = {int(token) for token in stop_tokens}, min(STEPS, max_new_tokens)
 
     # The prompts, after the document that all of them share.
     cache_format = cache_format or CacheFormat.of(weights.embedding.dtype)
@@ -273,7 +327,6 @@ def generate(
     completions = [[int(t)] for t in sharding.to_host(token)]
     for row, tokens in enumerate(completions):
         _check_drawn(tokens, drawn_by[row], weights)
-    stops, steps = set(stop_tokens), min(STEPS, max_new_tokens)
     done = [row[-1] in stops for row in completions]
     count = 1
     if progress is not None:

@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import sharding
+from indexcache_jax import arguments, sharding
 from indexcache_jax.config import Config
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Params
 from indexcache_jax.positions import Positions, even_order, make_positions
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import fused
-from indexcache_jax.serving.cache import Cache, formats
+from indexcache_jax.serving.cache import Cache, check_cache, formats
 from indexcache_jax.serving.layer import LayerFunction, linear, run_layer, run_layer_in_place
-from indexcache_jax.serving.weights import Weights, weights_for
+from indexcache_jax.serving.weights import Weights, check_weights, weights_for
 from indexcache_jax.sharding import constrain
 
 # Called after every layer with its number, the hidden states [B, S, D] and an F layer's indices; returns the hidden states
@@ -145,6 +145,16 @@ def _single_tokens(
     return x, Cache(layers, positions.kv_lengths)
 
 
+def _check_room(cache: Cache, lengths: jax.Array | np.ndarray, wait: bool = True) -> None:
+    """ValueError where a row of a cache has no room for so many more tokens; wait: as for `arguments.numbers_of`."""
+    filled, new = arguments.numbers_of(cache.lengths, wait), arguments.numbers_of(lengths, wait)
+    if filled is None or new is None:
+        return
+    if (filled + new).max() > cache.max_len:
+        row = int((filled + new).argmax())
+        raise ValueError(f"cache: row {row} holds {filled[row]} tokens of at most {cache.max_len}, and {new[row]} more come")
+
+
 def prefill(
     params: Params | Weights,
     tokens: jax.Array,
@@ -158,19 +168,28 @@ def prefill(
     """Appends right-padded tokens [B, S], of which lengths [B] count, to the cache.
 
     Called again it continues, so a long prompt goes in chunk by chunk. What does not fit is dropped: the caller sees to
-    cache.lengths + lengths <= T. A row of length 0 stays as it is and its logits mean nothing.
+    cache.lengths + lengths <= T where these are traced. A row of length 0 stays as it is and its logits mean nothing.
 
     Args:
       params: serving weights, or params, which are converted at every call.
+      tokens: [B, S] integers.
+      lengths: [B] integers, from 0 to S.
+      cache: of B rows, as `init_cache` makes it for the same config and schedule.
       donate: update `cache` in place, which saves a copy of it; the one passed in must not be used again.
 
     Returns:
       The logits [B, V] float32 of each row's last token, and the cache.
 
     Raises:
-      ValueError where the weights are those of another schedule.
+      ValueError where weights or cache are those of another model or schedule, for numbers that are no tokens of the model,
+      and for lengths that do not fit tokens or exceed the cache. Within a traced function only shapes and dtypes are looked at.
     """
-    weights, lengths = weights_for(params, config, schedule), jnp.asarray(lengths, jnp.int32)
+    check_weights(params, config, schedule)
+    tokens = arguments.tokens("tokens", tokens, config.vocab_size)
+    check_cache(cache, tokens.shape[0], config, schedule)
+    lengths = jnp.asarray(arguments.lengths(lengths, *tokens.shape), jnp.int32)
+    _check_room(cache, lengths)
+    weights = weights_for(params, config, schedule)
     layer = run_layer_in_place if donate else run_layer
     x, cache = prefill_chunk(weights, jnp.asarray(tokens), lengths, cache, config, layer=layer)
     return last_logits(weights, last_hidden(x, lengths, jnp.zeros_like(x[:, 0])), config), cache
@@ -192,7 +211,12 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
     """Appends one token [B] a row: logits [B, V] float32 of the next, and the cache; arguments and errors as of `prefill`.
 
-    One program for all layers. `generate` runs many such steps without returning to the host between them.
+    One program for all layers. `generate` runs many such steps without returning to the host between them. Numbers on an
+    accelerator are not looked at, so that a step does not wait for the one before.
     """
+    check_weights(params, config, schedule)
+    token = arguments.tokens("token", token, config.vocab_size, ("B",), wait=False)
+    check_cache(cache, token.shape[0], config, schedule)
+    _check_room(cache, np.ones(token.shape, np.int32), wait=False)
     weights = weights_for(params, config, schedule)
     return step_program(formats(cache), donate)(weights, jnp.asarray(token), cache, config)

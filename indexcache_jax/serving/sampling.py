@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from indexcache_jax.arguments import is_real
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +24,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not (is_real(self.temperature) and 0 <= self.temperature < float("inf")):
             raise ValueError(f"temperature: {self.temperature!r} is not a number of at least 0")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k: {self.top_k!r} is not an integer of at least 0")
-        if not 0 < self.top_p <= 1:
+        if not (is_real(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p: {self.top_p!r} is not above 0 and at most 1")
 
 

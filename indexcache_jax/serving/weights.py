@@ -29,9 +29,21 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from indexcache_jax import sharding, tensors
+from indexcache_jax import arguments, sharding, tensors
 from indexcache_jax.config import Config
-from indexcache_jax.params import MLP, MoE, Params, at_layer, check_schedule, decoded, routed_experts, slots
+from indexcache_jax.params import (
+    MLP,
+    MoE,
+    Params,
+    at_layer,
+    check_config,
+    check_key,
+    check_model,
+    check_params,
+    decoded,
+    routed_experts,
+    slots,
+)
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import Source, Tensor, as_stored
 from pallas_kernels.quant import BLOCK, Scaled
@@ -108,11 +120,11 @@ class Weights:
 
 
 def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> Weights:
-    """The tree of `Tensor`s of a model under a schedule. ValueError where their numbers of layers differ.
+    """The tree of `Tensor`s of a model under a schedule. ValueError as for `params.check_model`, and for weights of no form.
 
     weights: "fp8" for matrices in 8 bits, None for all in the model's dtype.
     """
-    schedule.check_layers(config.num_layers)
+    check_model(config, schedule)
     return _abstract(config, schedule, weights)
 
 
@@ -283,9 +295,9 @@ def from_params(params: Params, config: Config, schedule: Schedule) -> Weights:
     """The serving weights of `params` of a model under `schedule`, as copies: both exist until the caller drops `params`.
 
     A checkpoint is loaded into serving weights directly, without such a copy, by `load(directory, form="serving")`.
-    Raises ValueError unless `params` hold exactly the indexers of the schedule's F layers.
+    Raises ValueError unless `params` are those of the model and hold exactly the indexers of the schedule's F layers.
     """
-    check_schedule(params, schedule)
+    check_params(params, config, schedule)
     full_slots, mlp_slots = slots(schedule.full_layers), {**slots(config.dense_layers), **slots(config.expert_layers)}
     layers = tuple(
         _layer_of(params, i, full_slots.get(i, 0), mlp_slots[i], config, full=full, experts=config.moe_layers[i])
@@ -295,14 +307,24 @@ def from_params(params: Params, config: Config, schedule: Schedule) -> Weights:
 
 
 def weights_for(params: Params | Weights, config: Config, schedule: Schedule) -> Weights:
-    """Serving weights of a schedule, from either form. ValueError where they are those of another schedule."""
-    if isinstance(params, Params):
-        return from_params(params, config, schedule)
+    """Serving weights of a schedule, from either form; errors as of `check_weights`."""
+    check_weights(params, config, schedule)
+    return from_params(params, config, schedule) if isinstance(params, Params) else params
+
+
+def check_weights(params: Params | Weights, config: Config, schedule: Schedule) -> None:
+    """ValueError unless these are the weights, in either form, of this model under this schedule."""
+    if not isinstance(params, Weights):
+        check_params(params, config, schedule)
+        return
+    check_model(config, schedule)
     if params.pattern != schedule.pattern:
         raise ValueError(
             f"schedule pattern {schedule.pattern}: these weights are those of {params.pattern}; see serving.restrict"
         )
-    return params
+    if params.embedding.shape != (config.vocab_size, config.hidden_size):
+        shapes = f"{list(params.embedding.shape)}, but config makes it {[config.vocab_size, config.hidden_size]}"
+        raise ValueError(f"params: embedding has shape {shapes}")
 
 
 @functools.partial(jax.jit, static_argnames=("experts", "dtype", "weights"))
@@ -324,8 +346,10 @@ def _random(key: jax.Array, tree: Any, dtype: Any) -> Any:
 def random_weights(key: jax.Array, config: Config, dtype: Any = jnp.bfloat16, weights: str | None = None) -> Weights:
     """Random weights with an indexer in every layer, made on the devices layer by layer: for measuring speed.
 
-    weights: as of `abstract`; in 8 bits the codes themselves are drawn.
+    weights: as of `abstract`; in 8 bits the codes themselves are drawn. ValueError for a key or config that is none.
     """
+    check_key(key)
+    check_config(config)
     keys = jax.random.split(key, config.num_layers + 1)
     layers = [_random_layer(k, config, experts, dtype, weights) for k, experts in zip(keys[1:], config.moe_layers, strict=True)]
     return dataclasses.replace(_random_ends(keys[0], config, dtype), layers=tuple(layers))
@@ -336,6 +360,9 @@ def restrict(weights: Weights, config: Config, schedule: Schedule) -> Weights:
 
     Raises ValueError where `schedule` has another number of layers, or an F layer whose indexer `weights` lack.
     """
+    if not isinstance(weights, Weights):
+        raise ValueError(f"weights: {arguments.described(weights)} is not Weights; from_params makes them of Params")
+    check_model(config, schedule)
     schedule.check_layers(len(weights.layers))
 
     def without_indexer(layer: Layer) -> Layer:

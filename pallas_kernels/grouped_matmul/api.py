@@ -101,7 +101,8 @@ def grouped_swiglu(
     """silu(gate) * up of rows [M, K] in groups of group_sizes [E] times gate_up [E, K, 2, I] -> [M, I].
 
     As grouped_matmul, whose result "unfused", the best but for many rows on Hopper and matrices in 8 bits on TPU, rounds
-    before the activation; the kernels round the activation only. In 8 bits gate_up is [E, 2, I, K].
+    before the activation; the kernels round the activation only. In 8 bits gate_up is [E, 2, I, K]. Errors as of
+    grouped_matmul.
     """
     in_codes = isinstance(gate_up, Scaled)
     fits = (in_codes or not isinstance(rows, Scaled)) and rows.ndim == 2 and gate_up.ndim == 4

@@ -29,6 +29,18 @@ def write(directory, file, **fields):
 # Stop tokens.
 
 
+@pytest.mark.parametrize("file", [GENERATION, TOKENIZER])
+def test_a_link_to_a_file_that_is_not_there_is_not_no_file(directory, file):
+    (directory / file).symlink_to("../blobs/0")
+    with pytest.raises(ValueError, match=rf"{file}: no such file, but a link to one"):
+        load(directory)
+
+
+def test_a_number_of_thousands_of_digits_is_no_tokens(directory):
+    write(directory, TOKENIZER, eos_token="</s>", added_tokens_decoder={"9" * 5000: token("</s>")})
+    assert load(directory)[0].eos_token_ids == ()
+
+
 @pytest.mark.parametrize(
     ("by_file", "expected"),
     [

@@ -1,8 +1,7 @@
 """A command ends with one line: at an error, on a full disk, and in seconds after Ctrl-C and SIGTERM."""
 
-import contextlib
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from checkpoints_convert import convert
 from checkpoints_convert.ending import GRACE_SECONDS, DiskFull, end_well, one_line, unfinished, writing
 from experiments.common.report import Output
 from tests.checkpoints_convert import files
+from tests.support.full_disk import no_file_above
+from tests.support.tiny_models import CASES
 
 # Signals, to a process of its own.
 
@@ -101,6 +102,16 @@ def test_a_conversion_that_is_ended_leaves_nothing(tmp_path, source, format):
     assert not list(tmp_path.iterdir())
 
 
+@SIGNALS
+def test_a_conversion_that_is_ended_while_it_imports_says_so_in_one_line(tmp_path, source, number):
+    command = [sys.executable, "-m", "checkpoints_convert", str(source), str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=files.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.4)  # it imports for seconds
+    out, err, seconds = ended(process, number)
+    assert process.returncode == 128 + number and re.fullmatch("interrupted(; nothing was written)?\n", err) and out == ""
+    assert seconds < GRACE_SECONDS and not list(tmp_path.iterdir())
+
+
 def test_what_was_in_force_before_is_in_force_again():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), sys.unraisablehook
     end_well(lambda: None, "interrupted")
@@ -154,21 +165,35 @@ def test_a_conversion_needs_no_accelerator(tmp_path, source):
 # A full disk, for which files that may not grow stand: what writes them gets the same kind of error.
 
 
-@contextlib.contextmanager
-def no_file_above(nbytes):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(("format", "file"), [("safetensors", r"model\.safetensors"), ("orbax", r"moe\.\w+|embedding|\w+")])
 def test_a_full_disk_is_named_with_the_file_and_what_it_wanted(tmp_path, source, format, file):
     with no_file_above(4000), pytest.raises(DiskFull, match=rf"out\.\w+\.partial/(.*/)?({file}).*: .*it takes [\d,]+ bytes"):
         convert(source, tmp_path / "out", format=format)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_companion_on_a_full_disk_is_named_too(tmp_path):
+    case = CASES["glm-mixed"]
+    source = files.write_checkpoint(tmp_path / "in", files.config_fields(case), case.state)
+    (source / "vocab.json").write_bytes(b" " * 10**7)
+    with (
+        no_file_above(5 * 10**6),
+        pytest.raises(DiskFull, match=r"out\.\w+\.partial/vocab\.json: .*; it takes 10,000,000 bytes"),
+    ):
+        convert(source, tmp_path / "out", format="safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_who_comes_second_to_a_name_is_refused(tmp_path, source):
+    """Two conversions into one directory: the first that ends has it."""
+
+    def meanwhile(done, total):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("whole")
+
+    with pytest.raises(ValueError, match=r"out: was made by someone else meanwhile"):
+        convert(source, tmp_path / "out", progress=meanwhile)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, source, monkeypatch):

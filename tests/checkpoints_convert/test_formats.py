@@ -11,8 +11,9 @@ import pytest
 
 from checkpoints_convert import convert, load
 from indexcache_jax.config import Config
+from indexcache_jax.schedule import Schedule
 from tests.checkpoints_convert import files
-from tests.support.tiny_models import CASES
+from tests.support.tiny_models import CASES, GLM_FIELDS, state
 
 MIXED = CASES["glm-mixed"]
 QUANTISED = "model.layers.3.self_attn.o_proj.weight"
@@ -73,6 +74,52 @@ def test_quantised_weights_that_are_not_read_are_called_by_their_method(write, t
     with pytest.raises(ValueError, match=message) as caught:
         load(write(tensors(), quantization_config=quantization))
     assert str(caught.value).isprintable()
+
+
+def of_experts(kind):
+    """A model that is mostly experts, all matrices but the indexers' in 4 bits, so that it is smaller than its numbers."""
+    fields = GLM_FIELDS | {"n_routed_experts": 64, "moe_intermediate_size": 64, "indexer_types": ["full"] * 5}
+    tensors = {}
+    for name, tensor in state(Config.from_hf(fields), Schedule("FFFFF"), 0).items():
+        rows, columns = tensor.shape if tensor.ndim == 2 else (0, 0)
+        base = name.removesuffix(".weight")
+        if not rows or "_proj" not in name or ".indexer." in name:
+            tensors[name] = tensor.astype(np.float16)
+        elif kind == "awq":
+            tensors |= {f"{base}.qweight": np.zeros((columns, rows // 2), np.uint8), f"{base}.scales": np.zeros((1, rows))}
+        elif kind == "nvfp4":
+            scales = {f"{name}_scale": np.zeros((rows, columns // 16), np.uint8), f"{name}_scale_2": np.zeros(1, np.float32)}
+            tensors |= {name: np.zeros((rows, columns // 2), np.uint8)} | scales
+        else:
+            absmax = {f"{name}.absmax": np.zeros(rows * columns // 64, np.float32)}
+            tensors |= {name: np.zeros((rows * columns // 2, 1), np.uint8)} | absmax
+    return fields, tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "message"),
+    [
+        ("awq", {"quant_method": "awq", "bits": 4}, r"quant_method: 'awq' \(AWQ, integers of 4 bits\): only"),
+        ("awq", None, r"\.qweight \(AWQ or GPTQ, packed integers\): only"),
+        ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"'modelopt' \('NVFP4' of NVIDIA's ModelOpt\): only"),
+        ("nvfp4", None, r"weight_scale_2 \(NVFP4\): only"),
+        ("bitsandbytes", {"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quant_method: 'bitsandbytes' .*: only"),
+        ("bitsandbytes", None, r"\.absmax \(bitsandbytes, 4 bits\): only"),
+    ],
+)
+def test_a_whole_model_in_4_bits_is_no_model_that_does_not_fit_its_files(tmp_path, kind, quantization, message):
+    fields, tensors = of_experts(kind)
+    directory = files.write_checkpoint(tmp_path / "model", fields | {"quantization_config": quantization}, tensors)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(directory)
+    assert str(caught.value).startswith(str(directory)) and "config.json:" not in str(caught.value).split(": only")[0]
+
+
+@pytest.mark.parametrize("value", ["fp8", 5, ["fp8"], True])
+@pytest.mark.parametrize("field", ["quantization_config", "compression_config"])
+def test_what_says_how_weights_are_quantised_is_an_object(write, field, value):
+    with pytest.raises(ValueError, match=rf"config\.json: {field}: .* is not an object"):
+        load(write(MIXED.state, **{field: value}))
 
 
 def test_plain_weights_are_read_whatever_the_config_says_of_a_method(write):

@@ -10,11 +10,13 @@ import pytest
 import safetensors.numpy
 
 from checkpoints_convert import convert, load, save, save_indexers
+from checkpoints_convert.ending import DiskFull
 from checkpoints_convert.safetensors_io import INDEX, read_directory
 from indexcache_jax.params import Params, with_schedule
 from indexcache_jax.schedule import Schedule
 from tests.checkpoints_convert import files
 from tests.support.eight_bits import RAGGED
+from tests.support.full_disk import no_file_above
 from tests.support.tiny_models import CASES, GLM_FIELDS, Case
 
 BASE = CASES["glm-all-full"]
@@ -236,6 +238,16 @@ def test_scales_that_are_no_float32_are_not_written_yet(tmp_path):
     )
     params = load(source, dtype="float32")[2]
     refused(tmp_path, source, "F8_E8M0", params, RAGGED.config, RAGGED.schedule, NotImplementedError)
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_full_disk_is_named_with_the_file_and_leaves_nothing(source, tmp_path, link):
+    with (
+        no_file_above(4000),
+        pytest.raises(DiskFull, match=r"new\.\w+\.partial/model-\d+.*safetensors: .*it takes [\d,]+ bytes"),
+    ):
+        save_indexers(tmp_path / "new", PARAMS, CONFIG, SCHEDULE, source, link=link)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_directory_is_not_written_into(source, tmp_path):

@@ -77,6 +77,17 @@ def test_dtype_may_be_asked_for(source, dtype):
     assert_equal(params, to_params(MIXED.state, MIXED.config, MIXED.schedule, jnp.dtype(dtype)))
 
 
+def test_numbers_that_float16_does_not_have_are_named(write):
+    """They would become infinite without a word."""
+    name = "model.layers.3.self_attn.o_proj.weight"
+    large = MIXED.state[name].copy()
+    large[0, 0] = 1e5
+    directory = write(MIXED.state | {name: large})
+    with pytest.raises(ValueError, match=rf"tensor {name}: holds numbers above 65504\.0 or NaN, which float16 cannot"):
+        load(directory, dtype="float16")
+    assert load(directory, dtype="bfloat16")[2].embedding.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("dtype", ["int8", "bf16", "float64", 5])
 def test_other_dtypes_are_refused(source, dtype):
     with pytest.raises(ValueError, match=f"dtype: {dtype!r} is not one of"):

@@ -1,7 +1,9 @@
 """Orbax checkpoints are ordinary ones: orbax restores ours, and we read orbax's."""
 
 import json
+import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,27 @@ def test_a_truncated_chunk_is_refused(copy):
     chunk.write_bytes(chunk.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"params: moe\.router cannot be read"):
         load(copy)
+
+
+@pytest.mark.parametrize("name", ["moe.router/.zarray", "moe.router/1.0.0", "_METADATA", "manifest.ocdbt"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("none")])
+def test_what_is_no_regular_file_is_refused_before_tensorstore_waits_for_it(copy, name, make):
+    path = copy / "params" / name
+    path.unlink(missing_ok=True)
+    make(path)
+    with pytest.raises(ValueError, match=rf"{name}: (not a regular file|no such file)|holds neither"):
+        load(copy)
+
+
+def test_a_link_to_a_folder_is_not_followed(copy, saved):
+    path = copy / "params" / "moe.router"
+    shutil.rmtree(path)
+    path.symlink_to(saved / "params" / "moe.router")
+    with pytest.raises(ValueError, match=r"moe\.router: is a link to a folder, which is not followed"):
+        load(copy)
+    shutil.rmtree(copy / "params")
+    (copy / "params").symlink_to(saved / "params")  # the one that the user chose
+    assert_equal(load(copy)[2], MIXED.params)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from checkpoints_convert.safetensors_io import (
+    INDEX,
     Spec,
     plan_shards,
     read_directory,
@@ -189,6 +190,14 @@ def test_an_index_decides_where_there_is_a_single_file_too(sharded):
     stored = read_stored(sharded)
     np.testing.assert_array_equal(stored.entries["a"].rows(0, 2), TENSORS["a"])
     assert stored.notes() == ["not read: 1 files that model.safetensors.index.json does not name: model.safetensors"]
+
+
+def test_a_link_to_an_index_that_is_not_there_is_not_no_index(sharded):
+    files.write_file(sharded / "model.safetensors", {"a": TENSORS["a"] + 1})
+    (sharded / INDEX).unlink()
+    (sharded / INDEX).symlink_to("../blobs/0")
+    with pytest.raises(ValueError, match=r"index\.json: no such file, but a link to one"):
+        read_stored(sharded)
 
 
 def test_the_order_of_a_header_means_nothing(path):

@@ -139,12 +139,29 @@ def test_added_tokens_tell_tokenizers_apart(tmp_path):
         ("tokenizer_config.json", {"extra_special_tokens": 5}, r"extra_special_tokens: 5 is not a list"),
         ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.json"]}, r"fast_tokenizer_files: .* are not read"),
         ("tokenizer_config.json", "[1]", r"tokenizer_config\.json: holds list, not an object"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"9" * 5000: token("a")}},
+            r"decoder: .* is not an object of tokens",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"\u0662": token("a")}}, r"decoder: .* is not an object of"),
+        ("tokenizer_config.json", {"bos_token": "\ud800"}, r"tokenizer_config\.json: '\\ud800' is not a token"),
+        ("added_tokens.json", {"\ud800": 260}, r"added_tokens\.json: '\\ud800' is not a token"),
     ],
 )
 def test_tokens_that_contradict_are_refused_with_their_file(tmp_path, file, content, message):
     directory = save_tokenizer(tmp_path / "model")
     (directory / file).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=message):
+        read_tokenizer(directory)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"])
+def test_a_link_to_a_file_that_is_not_there_is_not_no_file(tmp_path, name):
+    """As in a snapshot of which a blob was not fetched: its tokens would be missing without a word."""
+    directory = save_tokenizer(tmp_path / "model")
+    (directory / name).symlink_to("../blobs/0")
+    with pytest.raises(ValueError, match=rf"{name}: no such file, but a link to one"):
         read_tokenizer(directory)
 
 

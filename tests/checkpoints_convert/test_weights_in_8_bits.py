@@ -118,6 +118,18 @@ def test_other_checkpoints_are_quantised_by_blocks(tmp_path, format):
     assert_equal([dequantise(dense, jnp.float32)], [jnp.concatenate(halves)])
 
 
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_numbers_that_are_not_finite_are_not_quantised(tmp_path, number):
+    """A block has one scale: a number without one would take the others along."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    broken = RAGGED.state[name].copy()
+    broken[-1, -1] = number
+    source = files.write_checkpoint(tmp_path / "float", files.config_fields(RAGGED), RAGGED.state | {name: broken})
+    with pytest.raises(ValueError, match=rf"tensor {name}: holds NaN or infinity, which cannot be written in FP8"):
+        convert(source, tmp_path / "out", format="safetensors", weights="fp8")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_conversion_quantises_and_decodes(tmp_path, checkpoint):
     source, numbers = checkpoint
     files.write_checkpoint(tmp_path / "float", files.config_fields(RAGGED), numbers)

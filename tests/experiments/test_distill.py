@@ -24,6 +24,7 @@ from experiments import distill, run  # noqa: F401  (run defines flags that ever
 from experiments.common import indexer_runs, inputs, runs
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
+from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
@@ -295,9 +296,11 @@ def test_the_report_has_the_losses_of_what_was_written(checkpoint, texts, traine
     logits = np.float64(forward(params, cuts[:, :-1], config, schedule))
     logits -= logits.max(axis=-1, keepdims=True)
     picked = np.take_along_axis(logits, cuts[:, 1:, None], axis=-1)[..., 0]
-    expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - picked)
-    np.testing.assert_allclose(found["held_out"]["distilled"], expected, rtol=1e-5)
+    expected = np.mean(np.log(np.exp(logits).sum(axis=-1)) - picked, axis=-1)
+    np.testing.assert_allclose(found["held_out_losses"]["distilled"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["held_out"]["distilled"], np.mean(expected), rtol=1e-5)
     assert list(found["held_out"]) == ["all F", "the schedule, untrained", "distilled"]
+    assert f"vllm serve {trained}/checkpoint --hf-overrides" in (trained / "report.md").read_text()
     for group in found["groups"]:
         assert len(group["divergence"]) == 12 and np.mean(group["divergence"][-4:]) < np.mean(group["divergence"][:4])
 
@@ -307,6 +310,21 @@ def test_a_run_that_reads_the_weights_layer_by_layer_writes_the_same(checkpoint,
         distill.run(str(tmp_path / "out"), 0)
     found, expected = (checkpoints_convert.load(folder / "checkpoint")[2] for folder in (tmp_path / "out", trained))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, expected)
+
+
+def test_with_spans_every_indexer_changes_and_the_schedule_stays(checkpoint, texts, tmp_path):
+    for name, more in (("resident", {}), ("streamed", {"stream": True, "export": "linked"})):
+        with flags_of(checkpoint, texts, schedule=[], spans=2, **more):
+            distill.run(str(tmp_path / name), 0)
+    found, streamed = (checkpoints_convert.load(tmp_path / name / "checkpoint") for name in ("resident", "streamed"))
+    assert found[:2] == streamed[:2] == (BASE.config, BASE.schedule)
+    jax.tree.map(np.testing.assert_array_equal, streamed[2], found[2])
+    before, after = stored(checkpoint), stored(tmp_path / "resident" / "checkpoint")
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {name for name in before if ".indexer." in name}
+    assert f"--experiment=search --checkpoint={tmp_path}/resident/checkpoint" in (tmp_path / "resident/report.md").read_text()
+    metrics = json.loads((tmp_path / "resident" / "results.json").read_text())["metrics"]
+    assert list(metrics["held_out"]) == ["all F", "distilled"] and [group["layer"] for group in metrics["groups"]] == [0, 1, 2]
 
 
 def test_indexers_trained_on_a_base_in_8_bits_are_written_in_8_bits(checkpoint, texts, tmp_path):
@@ -337,6 +355,12 @@ def test_an_orbax_checkpoint_is_written_whole(checkpoint, texts, trained, tmp_pa
         ({"model_learning_rate": 0.1}, "--model_learning_rate=0.1: needs --train=all"),
         ({"train": "all", "steps": 5}, "--steps=5: needs --train=indexers"),
         ({"train": "all", "stream": True}, "--stream=True: needs --train=indexers"),
+        ({"train": "all", "spans": 2}, "--spans=2: needs --train=indexers"),
+        ({"spans": 2, "schedule": ["FSF"]}, "--schedule=FSF: counts for nothing beside --spans=2"),
+        ({"mesh": "data=2"}, "--mesh=data=2: needs --train=all"),
+        ({"spans": 2, "schedule_from": "out"}, "--schedule_from=out: counts for nothing beside --spans=2"),
+        ({"schedule_from": "out", "retention": "1/2"}, "--retention=1/2: counts for nothing beside --schedule_from=out"),
+        ({"spans": 2, "cross_layer": False}, "--spans=2: teaches other layers too, so not with --nocross_layer"),
         ({"schedule": ["FS"]}, "--schedule=FS"),
         ({"sequences": 0}, "--sequences=0"),
         ({"sequences": 4000}, "--text: "),
@@ -348,6 +372,30 @@ def test_flags_that_do_not_fit_are_named(checkpoint, texts, tmp_path, given, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_the_schedule_may_be_the_one_that_a_search_chose(checkpoint, texts, tmp_path):
+    results = {"experiment": "search", "metrics": {"pattern": "FFS", "schedules": [{"pattern": "FSF"}]}}
+    path = tmp_path / "results.json"
+
+    def chosen(**found):
+        path.write_text(json.dumps(results | found))
+        with flags_of(checkpoint, texts, schedule=[], schedule_from=str(tmp_path)):
+            return distill.target_schedule(BASE.schedule)
+
+    assert chosen() == Schedule("FFS")
+    with pytest.raises(ValueError, match=f"--schedule_from={tmp_path}: the experiment of .* is 'distill', not 'search'"):
+        chosen(experiment="distill")
+    with pytest.raises(ValueError, match=r"metrics\.pattern of .*results\.json: None is neither"):
+        chosen(metrics={})
+    with pytest.raises(ValueError, match="has 2 entries for 3 layers"):
+        chosen(metrics={"pattern": "FS"})
+    path.unlink()
+    with (
+        flags_of(checkpoint, texts, schedule_from=str(tmp_path)),
+        pytest.raises(ValueError, match="results.json: no such file"),
+    ):
+        distill.target_schedule(BASE.schedule)
+
+
 @contextlib.contextmanager
 def present(*names):
     """These flags alone count as given on the command line."""
@@ -357,11 +405,6 @@ def present(*names):
     yield
     for name, value in before.items():
         flags.FLAGS[name].present = value
-
-
-def test_several_devices_are_refused(checkpoint, texts, tmp_path):
-    with flags_of(checkpoint, texts, mesh="data=2"), pytest.raises(NotImplementedError, match="runs on one device"):
-        distill.run(str(tmp_path / "out"), 0)
 
 
 @pytest.mark.slow

@@ -210,6 +210,11 @@ def test_yarn_gains():
         ({"topk_method": "greedy"}, r"topk_method: 'greedy' is not supported"),
         ({"rms_norm_eps": "small"}, r"rms_norm_eps: 'small' is not a number"),
         ({"rms_norm_eps": -1e-5}, r"rms_norm_eps: -1e-05 is negative"),
+        ({"rms_norm_eps": 1e300}, r"rms_norm_eps: 1e\+300 is above 1"),
+        (
+            {"rope_scaling": YARN | {"mscale_all_dim": -10 / math.log(4)}},
+            r"rope_parameters.mscale_all_dim: -7\.2\d* is negative",
+        ),
         ({"rms_norm_eps": math.nan}, r"rms_norm_eps: nan is not finite"),
         ({"routed_scaling_factor": math.inf}, r"routed_scaling_factor: inf is not finite"),
         ({"routed_scaling_factor": 10**400}, r"routed_scaling_factor: 10+\.\.\. is not finite"),

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from indexcache_jax import distill, indexer_training, training
-from indexcache_jax.indexer_training import Run
+from indexcache_jax import distill, indexer_training, memory, training
+from indexcache_jax.indexer_training import Run, distil_indexers
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
@@ -25,7 +25,7 @@ LENGTH = 25
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 4, "index_topk": 32}
 CASE = Case(FIELDS, "FFFF", 2, (LENGTH + 1,) * 3)
 SPARSE = Case(FIELDS | {"index_topk": 8}, "FFSF", 2, (LENGTH + 1,) * 3)
-TARGET = Schedule("FFSS")
+TARGET, ALL_FULL = Schedule("FFSS"), Schedule("FFFF")
 STAGE = training.Stage("indexers", "warmup", 4, 3, LENGTH, 0.0, 3e-3, clip_norm=1e9, compute_dtype="float32")
 
 
@@ -78,20 +78,81 @@ def gradient_of_the_whole_model():
     return jax.jit(jax.grad(divergence))(params.indexer)
 
 
-@pytest.mark.parametrize("keeps_targets", [True, False], ids=["kept targets", "computed at every step"])
-def test_the_gradient_of_a_group_is_that_of_the_whole_model_s_divergence(keeps_targets, monkeypatch):
-    """A step of plain gradient descent is the gradient."""
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradients of the indexers of a run, by layer: those that a step of plain gradient descent subtracts."""
+
+    def of(given):
+        given = dataclasses.replace(given, stage=dataclasses.replace(given.stage, steps=1))
+        before = CASE.params.indexer
+        return {
+            layer: jax.tree.map(lambda a, b, layer=layer: np.float32(a[layer]) - b, before, group.indexer)
+            for layer, group in trained(given).items()
+        }
+
     monkeypatch.setattr(indexer_training, "optimiser", lambda *_: optax.sgd(1.0))
     indexer_training._step.clear_cache()
-    found = trained(run(keeps_targets=keeps_targets, stage=dataclasses.replace(STAGE, steps=1)))
+    yield of
     indexer_training._step.clear_cache()
+
+
+def assert_same_gradients(found, expected):
+    for (name, a), (_, b) in zip(leaves(found), leaves(expected), strict=True):
+        scale = float(np.max(np.abs(b)))
+        assert scale > 1e-4
+        np.testing.assert_allclose(a, b, atol=1e-3 * scale + 2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("keeps_targets", [True, False], ids=["kept targets", "computed at every step"])
+def test_the_gradient_of_a_group_is_that_of_the_whole_model_s_divergence(keeps_targets, gradients):
+    found = gradients(run(keeps_targets=keeps_targets))
     for slot, layer in enumerate(TARGET.full_layers):
-        for (name, before), (_, after), (_, gradient) in zip(
-            leaves(CASE.params.indexer), leaves(found[layer].indexer), leaves(gradient_of_the_whole_model()), strict=True
-        ):
-            scale = float(jnp.max(jnp.abs(gradient[slot])))
-            assert scale > 1e-4
-            np.testing.assert_allclose(before[layer] - after, gradient[slot], atol=1e-3 * scale + 2e-7, err_msg=name)
+        of_layer = jax.tree.map(lambda a, slot=slot: a[slot], gradient_of_the_whole_model())
+        assert_same_gradients(found[layer], of_layer)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layer", "most", "spans"),
+    [
+        ("FFFFF", 0, 4, [1, 2, 3, 4]),
+        ("FFFFF", 0, 9, [1, 2, 3, 4, 5]),
+        ("FFFFF", 3, 4, [1, 2]),  # the last layers serve fewer
+        ("FFFFF", 4, 4, [1]),
+        ("FSSFS", 0, 4, [3]),  # a search cannot make an S layer F
+        ("FSSFS", 0, 5, [3, 5]),
+        ("FSSFS", 3, 1, [2]),
+    ],
+)
+def test_spans_are_those_of_schedules_that_a_search_can_find(pattern, layer, most, spans):
+    assert indexer_training.spans_of(Schedule(pattern), layer, most) == spans
+
+
+def test_near_layers_count_more_since_more_spans_hold_them():
+    np.testing.assert_allclose(indexer_training.shares_of_spans([1, 2, 3, 4]), np.array([25, 13, 7, 3]) / 48)
+    np.testing.assert_allclose(indexer_training.shares_of_spans([2, 3]), np.array([5, 5, 2]) / 12)
+
+
+@pytest.mark.parametrize(
+    "keeps_targets", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept targets", "computed at every step"]
+)
+def test_the_gradient_of_several_spans_is_the_mean_of_each_span_s(keeps_targets, gradients):
+    given = run(schedule=ALL_FULL, spans=3, keeps_targets=keeps_targets)
+    assert given.groups == [(0, 1, 2), (1, 2, 3), (2, 3), (3,)]
+    found = gradients(given)
+    by_pattern = {
+        pattern: gradients(run(schedule=Schedule(pattern), keeps_targets=keeps_targets)) for pattern in ("FFFF", "FFSF", "FFSS")
+    }
+    of_spans = [by_pattern[pattern][1] for pattern in ("FFFF", "FFSF", "FFSS")]  # 1, 2 and 3 layers
+    assert_same_gradients(found[1], jax.tree.map(lambda *a: np.mean(a, axis=0), *of_spans))
+    assert_same_gradients(found[3], by_pattern["FFFF"][3])
+
+
+def test_spans_of_one_layer_teach_every_indexer_its_own_layer():
+    found, own = (trained(run(schedule=ALL_FULL, spans=spans)) for spans in (1, None))
+    assert list(found) == [0, 1, 2, 3]
+    for layer in found:
+        assert_same(found[layer].indexer, own[layer].indexer)
+        np.testing.assert_array_equal(found[layer].divergence, own[layer].divergence)
 
 
 def test_rows_of_a_step_are_drawn_by_seed_and_layer_and_all_are_seen():
@@ -103,13 +164,16 @@ def test_rows_of_a_step_are_drawn_by_seed_and_layer_and_all_are_seen():
     assert run(stage=dataclasses.replace(STAGE, steps=0)).rows(0).shape == (0, 3)
 
 
-def test_groups_do_not_depend_on_which_were_trained_before():
-    given = run(stage=dataclasses.replace(STAGE, rows=1))
+@pytest.mark.parametrize("changes", [{}, {"schedule": ALL_FULL, "spans": 3}], ids=["a schedule's", "spans"])
+def test_groups_do_not_depend_on_which_were_trained_before(changes):
+    given = run(stage=dataclasses.replace(STAGE, rows=1), **changes)
+    layers = list(given.schedule.full_layers)
     whole = trained(given)
-    rest = trained(given, finished={0})
-    assert list(rest) == [1] and list(whole) == [0, 1] and trained(given, finished={0, 1}) == {}
-    assert_same(rest[1].indexer, whole[1].indexer)
-    np.testing.assert_array_equal(rest[1].divergence, whole[1].divergence)
+    rest = trained(given, finished=layers[::2])
+    assert list(rest) == layers[1::2] and list(whole) == layers and trained(given, finished=layers) == {}
+    for layer, group in rest.items():
+        assert_same(group.indexer, whole[layer].indexer)
+        np.testing.assert_array_equal(group.divergence, whole[layer].divergence)
 
 
 def test_the_hidden_states_are_those_of_the_model_itself():
@@ -135,19 +199,39 @@ def test_the_hidden_states_are_those_of_the_model_itself():
     assert len([a for a in made if a.shape[-1] == width]) == 1
 
 
-def test_what_is_kept_is_what_was_announced():
+@pytest.mark.parametrize("changes", [{"schedule": Schedule("FSSS")}, {"schedule": Schedule("FFFF"), "spans": 4}])
+def test_what_is_kept_is_what_was_announced(changes):
     made = []
 
     def allocate(shape, dtype):
         made.append((shape, np.dtype(dtype).itemsize * int(np.prod(shape))))
         return np.empty(shape, dtype)
 
-    given = run(schedule=Schedule("FSSS"), allocate=allocate, stage=dataclasses.replace(STAGE, steps=1))
-    trained(given)
+    given = run(allocate=allocate, stage=dataclasses.replace(STAGE, steps=1), **changes)
+    trained(given, finished=(1, 2, 3))
     need = indexer_training.need(given)
     assert sum(size for shape, size in made if shape[-1] == LENGTH) == need.targets
     states = sum(size for shape, size in made if shape[-1] == CASE.config.hidden_size)
     assert 0.7 * need.states < states <= need.states
+
+
+@pytest.mark.parametrize("keeps_targets", [True, False], ids=["kept targets", "computed at every step"])
+def test_a_step_s_program_needs_no_more_memory_than_was_announced(keeps_targets, monkeypatch):
+    programs, step = [], indexer_training._step
+
+    def compiled(*arguments):
+        if not programs:
+            programs.append(step.lower(*arguments).compile().memory_analysis())
+        return step(*arguments)
+
+    monkeypatch.setattr(indexer_training, "_step", compiled)
+    given = run(keeps_targets=keeps_targets, stage=dataclasses.replace(STAGE, steps=1))
+    trained(given)
+    need = memory.streamed_indexers_need(
+        CASE.config, CASE.schedule, group=3, rows=3, length=LENGTH, dtype=jnp.float32, keeps_targets=keeps_targets
+    )
+    taken = programs[0].argument_size_in_bytes + programs[0].temp_size_in_bytes
+    assert taken <= need.parts["group"] + need.parts["temporaries"] <= 8 * taken
 
 
 def test_only_an_indexer_has_optimiser_state():
@@ -185,12 +269,49 @@ def test_without_the_cross_layer_loss_only_the_own_layer_teaches():
     assert not np.array_equal(trained(run())[1].indexer.keys, alone[1].indexer.keys)
 
 
+def test_indexers_are_distilled_by_one_call():
+    """Only they change, in the dtype of the weights."""
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), SPARSE.params)
+    given = params, SPARSE.config, SPARSE.schedule, SPARSE.tokens[:, :-1]
+    found = distil_indexers(*given, TARGET, steps=3, batch_size=2, learning_rate=3e-3, seed=5)
+    stage = dataclasses.replace(STAGE, steps=3, rows=2, lr_warmup_steps=20, clip_norm=1.0, compute_dtype="bfloat16")
+    expected = trained(Run(Resident(SPARSE.config, SPARSE.schedule, params), TARGET, given[3], stage, 5))
+    kept = with_schedule(params, SPARSE.schedule, TARGET)
+    for slot, layer in enumerate(TARGET.full_layers):
+        for (_, a), (_, b) in zip(leaves(found.indexer), leaves(expected[layer].indexer), strict=True):
+            np.testing.assert_array_equal(a[slot], b.astype(a.dtype))
+    assert not np.array_equal(found.indexer.keys, kept.indexer.keys)
+    assert_same(dataclasses.replace(found, indexer=kept.indexer), kept)
+    every = distil_indexers(*given, SPARSE.schedule, steps=1, spans=3)
+    assert every.full_layers == SPARSE.schedule.full_layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": CASE.schedule}, "F are the layers"),
+        ({"tokens": CASE.tokens + 1000}, "is not one of the model's"),
+        ({"tokens": CASE.tokens[0]}, r"not \[B, S\] of integers"),
+        ({"target": Schedule("FFFS")}, "layer 2 of FFFS is F, but it has no indexer"),
+        ({"steps": 0}, "steps: 0 is not an integer of at least 1"),
+        ({"batch_size": 0}, "batch_size: 0 is not an integer of at least 1"),
+        ({"spans": 0}, "spans: 0 is below 1"),
+    ],
+)
+def test_what_one_call_cannot_distil_is_named(changes, message):
+    given = {"params": SPARSE.params, "config": SPARSE.config, "schedule": SPARSE.schedule, "tokens": SPARSE.tokens}
+    with pytest.raises(ValueError, match=message):
+        distil_indexers(**given | {"target": TARGET} | changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"schedule": Schedule("FFF")}, "has 3 entries for 4 layers"),
         ({"stage": dataclasses.replace(STAGE, kind="sparse")}, "stage: 'sparse' is not 'warmup'"),
         ({"stage": dataclasses.replace(STAGE, context=24)}, r"tokens: \[3, 25\] are not rows of the stage's context, 24"),
+        ({"spans": 0}, "spans: 0 is below 1"),
+        ({"spans": 2, "stage": dataclasses.replace(STAGE, cross_layer=False)}, "spans: 2, but the stage teaches"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes, message):
@@ -210,8 +331,9 @@ def test_a_divergence_that_is_not_finite_is_named():
         trained(given, finished={0})
 
 
-def test_the_work_that_is_reported_is_the_work_that_was_announced():
-    given, done = run(), []
+@pytest.mark.parametrize("changes", [{}, {"schedule": ALL_FULL, "spans": 2}], ids=["a schedule's", "spans"])
+def test_the_work_that_is_reported_is_the_work_that_was_announced(changes):
+    given, done = run(**changes), []
     list(indexer_training.train(given, see=lambda work, what: done.append(work)))
     np.testing.assert_allclose(sum(done), indexer_training.work(given), rtol=1e-9)
     done.clear()

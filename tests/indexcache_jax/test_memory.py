@@ -75,6 +75,31 @@ def test_training_keeps_gradients_and_two_moments_of_what_trains(kind):
     assert training_need(CONFIG, SCHEDULE, ["warmup", kind], ONE, TRAINING).parts["moments"] >= moments
 
 
+@pytest.mark.parametrize("weights", [None, params.FP8_BASE])
+def test_indexers_of_streamed_layers_need_two_layers_and_a_group_s_attention(weights):
+    asked = {"rows": 1, "length": 64, "dtype": jnp.float32, "weights": weights}
+    structs = params.shape_structs(CONFIG, SCHEDULE, jnp.float32, weights=weights)
+    need = memory.streamed_indexers_need(CONFIG, SCHEDULE, group=3, keeps_targets=True, **asked)
+    attention = (nbytes(structs.attention) + nbytes(structs.input_norm)) // CONFIG.num_layers
+    experts = nbytes(structs.moe) // len(CONFIG.expert_layers)
+    indexer = nbytes(params.shape_structs(CONFIG, SCHEDULE, jnp.float32).indexer) // SCHEDULE.num_full
+    norm = nbytes(structs.mlp_norm) // CONFIG.num_layers
+    assert need.parts["layers"] == 2 * (attention + norm + indexer + experts)  # an F layer with experts is the largest
+    assert need.parts["group"] == 3 * attention + 4 * indexer
+
+
+def test_a_step_of_many_rows_or_layers_needs_more():
+    def temporaries(**changes):
+        asked = {"group": 4, "rows": 1, "length": 32768, "dtype": jnp.bfloat16, "keeps_targets": False}
+        config = Config.from_hf(preset("glm-5"))
+        need = memory.streamed_indexers_need(config, Schedule.all_full(config.num_layers), **asked | changes)
+        return need.parts["temporaries"]
+
+    assert temporaries(rows=16) > temporaries(rows=8) > temporaries() and temporaries(rows=8) > temporaries(rows=8, group=2)
+    assert temporaries(rows=16, keeps_targets=True) > temporaries(rows=16)  # each with its targets
+    assert temporaries(length=65536) > temporaries()
+
+
 def test_temporaries_grow_with_a_devices_own_tokens():
     config, schedule = Config.from_hf(preset("glm-5.2")), Schedule.from_hf(preset("glm-5.2"))
 

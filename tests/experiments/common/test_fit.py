@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -15,6 +16,7 @@ from experiments.common import fit, options, runs
 from experiments.common.devices import Layout, parse
 from indexcache_jax import host_memory, memory, serving
 from indexcache_jax.config import Config
+from indexcache_jax.indexer_training import Run
 from indexcache_jax.memory import Need
 from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
@@ -82,6 +84,18 @@ def test_a_search_is_told_that_weights_can_be_streamed(there):
     fit.search(Config.from_hf(preset("30b")), Schedule.all_full(47), rows=1, context=4096, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="--context=4096: needs .*; --stream reads the weights layer by layer"):
         fit.search(CONFIG, SCHEDULE, rows=1, context=4096, dtype=jnp.bfloat16)
+
+
+def test_indexers_of_streamed_layers_are_told_the_longest_context(there, capsys):
+    layers = types.SimpleNamespace(config=CONFIG, schedule=SCHEDULE, weights=None)
+    stage = Stage("indexers", "warmup", 1, 1, 65536, 0.0, 1e-3)
+    run = Run(layers, SCHEDULE, np.zeros((1, 65536), np.int32), stage, keeps_targets=False)
+    there(H200)
+    fit.indexers(run)
+    assert re.search(r"GB \(layers [\d.]+, group [\d.]+, temporaries [\d.]+\)", capsys.readouterr().out)
+    there(50 * 10**9)
+    with pytest.raises(ValueError, match=r"--context=65536: needs .*; the longest that fits is [\d,]+ tokens"):
+        fit.indexers(run)
 
 
 def test_training_is_told_the_smallest_mesh(there, capsys):

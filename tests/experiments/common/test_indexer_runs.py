@@ -32,8 +32,8 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def run(layers=None, **changes):
-    return Run(layers or Resident(BASE.config, BASE.schedule, BASE.params), TARGET, BASE.tokens, STAGE, **changes)
+def run(layers=None, schedule=TARGET, **changes):
+    return Run(layers or Resident(BASE.config, BASE.schedule, BASE.params), schedule, BASE.tokens, STAGE, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def whole(tmp_path_factory):
     return indexer_runs.train(run(), Output.create(str(tmp_path_factory.mktemp("whole"))), resume=False)
 
 
-def assert_same(found, expected):
-    assert [group.layer for group in found] == [group.layer for group in expected] == [0, 2]
+def assert_same(found, expected, layers=(0, 2)):
+    assert [group.layer for group in found] == [group.layer for group in expected] == list(layers)
     for a, b in zip(found, expected, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a.indexer, b.indexer)
         assert a.divergence == b.divergence
@@ -76,6 +76,17 @@ def test_a_run_that_was_cut_off_ends_as_the_whole_one_does(whole, tmp_path, monk
     assert_same(indexer_runs.train(run(), output, resume=True), whole)
     assert path.read_bytes().startswith(kept)
     assert_same(indexer_runs.train(run(), output, resume=True), whole)  # from the files alone
+
+
+def test_a_run_of_several_spans_that_was_cut_off_ends_streamed_as_the_whole_one_does(checkpoint, tmp_path, monkeypatch):
+    given = run(schedule=BASE.schedule, spans=2)
+    outputs = [Output.create(str(tmp_path / name)) for name in ("whole", "cut off")]
+    whole = indexer_runs.train(given, outputs[0], resume=False)
+    cut_off(given, outputs[1], monkeypatch)
+    with pytest.raises(ValueError, match="another spans: 2 there, 3 here"):
+        indexer_runs.train(dataclasses.replace(given, spans=3), outputs[1], resume=True)
+    streamed = dataclasses.replace(given, layers=checkpoints_convert.Layers(checkpoint))
+    assert_same(indexer_runs.train(streamed, outputs[1], resume=True), whole, (0, 1, 2))
 
 
 @pytest.mark.parametrize("wrong", ["missing", "no archive", "another shape"])
@@ -123,6 +134,17 @@ def test_what_has_no_room_in_memory_is_computed_again_or_lies_on_disk(whole, tmp
         jax.tree.map(np.testing.assert_array_equal, a.indexer, b.indexer)
         np.testing.assert_allclose(a.divergence, c.divergence, rtol=1e-4)
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+@pytest.mark.parametrize("memory", [0, 1e15])
+def test_a_run_that_goes_on_keeps_its_targets_or_not_as_it_began(tmp_path, memory):
+    """How much memory is free, which decides by default, is another matter at every start."""
+    began = indexer_runs.within(run(), 1e15 - memory, tmp_path)[0]
+    expected = indexer_runs.train(began, Output.create(str(tmp_path)), resume=False)
+    resumed, said = indexer_runs.within(run(), memory, tmp_path)
+    assert resumed.keeps_targets == began.keeps_targets == (memory == 0)
+    assert ("in memory" in said) == (memory > 0)
+    assert_same(indexer_runs.train(resumed, Output.create(str(tmp_path)), resume=True), expected)
 
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):

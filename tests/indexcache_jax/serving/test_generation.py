@@ -118,16 +118,16 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
     ("prompts", "options", "message"),
     [
         ([[1], []], {}, "prompt 1: is empty"),
-        ([[1], [2, 97]], {}, "prompt 1: token 97 is not one of the model's 97"),
-        ([[-1]], {}, "prompt 0: token -1"),
+        ([[1], [2, 97]], {}, "prompt 1: token 97 is not one of the model's 97 tokens"),
+        ([[-1]], {}, "prompt 0: token -1 is not one of"),
         ([[1], [1] * 30], {"cache_len": 32}, "prompt 1: 30 tokens are more than the 26"),
         ([[1] * 255], {}, "exceed the model's 256 positions"),
         ([[1]], {"document": [1] * 250}, "exceed the model's 256 positions"),
         ([[1] * 255], {"cache_len": 512}, "exceed the model's 256 positions"),
-        ([[1]], {"seed": 2**31}, "seed 2147483648 is not an integer of 32 bits"),
-        ([[1]], {"document": [98]}, "document: token 98"),
-        ([[1]], {"new": 0}, "max_new_tokens 0"),
-        ([[1]], {"chunk": 0}, "chunk 0"),
+        ([[1]], {"seed": 2**31}, "seed: 2147483648 is above 2147483647"),
+        ([[1]], {"document": [98]}, "document: token 98 is not"),
+        ([[1]], {"new": 0}, "max_new_tokens: 0 is not"),
+        ([[1]], {"chunk": 0}, "chunk: 0 is not"),
     ],
 )
 def test_a_prompt_that_cannot_be_served_is_named(prompts, options, message):
@@ -140,7 +140,7 @@ def test_nothing_to_do():
 
 
 def test_every_prompt_has_an_id():
-    with pytest.raises(ValueError, match="1 ids for 2 prompts"):
+    with pytest.raises(ValueError, match="ids: 1 ids for 2 prompts"):
         run(model("glm", "FSSSS"), [[1], [2]], ids=[7])
 
 
@@ -150,7 +150,7 @@ def test_prefill_names_the_row_that_does_not_fit():
     cache = serving.init_cache(case.config, case.schedule, 2, 16, jnp.float32)
     with pytest.raises(ValueError, match="prompt 1: 17 tokens after 0 exceed the cache of 16"):
         prefill_prompts(weights, [np.ones(3, int), np.ones(17, int)], cache, case.config)
-    with pytest.raises(ValueError, match="init_cache: batch 0"):
+    with pytest.raises(ValueError, match="batch: 0 is not"):
         serving.init_cache(case.config, case.schedule, 0, 16)
 
 

@@ -71,9 +71,9 @@ def test_the_cache_holds_index_keys_of_full_layers_only():
     assert sum(a.size * a.dtype.itemsize for a in arrays) == 2 * 100 * 95_232  # bytes a token
 
 
-@pytest.mark.parametrize(("batch", "length"), [(0, 8), (2, 0)])
-def test_an_empty_cache_is_refused(batch, length):
-    with pytest.raises(ValueError, match=f"batch {batch} and max_len {length} must be at least 1"):
+@pytest.mark.parametrize(("batch", "length", "named"), [(0, 8, "batch"), (2, 0, "max_len")])
+def test_an_empty_cache_is_refused(batch, length, named):
+    with pytest.raises(ValueError, match=f"{named}: 0 is not an integer of at least 1"):
         init_cache(CASES["glm-mixed"].config, Schedule("FFSFS"), batch, length)
 
 
