@@ -6,6 +6,7 @@ Truncation and padding that were saved with it are off: a text gives all of its 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import zlib
@@ -42,7 +43,7 @@ def read_tokenizer(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, str] 
             )
         return None
     tokenizer, identity = read_file(path)
-    declared, special, settings = _tokens_beside(directory)
+    declared, special, settings = _tokens_beside(directory, tokenizer.get_added_tokens_decoder())
     with boundary(path):
         _add(tokenizer, declared, special)
         tokenizer.encode_special_tokens = settings.get("split_special_tokens") is True
@@ -50,8 +51,8 @@ def read_tokenizer(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, str] 
         found = tokenizer.token_to_id(token.content)
         if found != number:
             raise ValueError(f"{source}: token {shown(token.content)} is {number} there, but {found} with {TOKENIZER}")
-    if declared or special:
-        about = json.dumps([[n, str(token)] for n, (token, _) in declared.items()] + [str(token) for token in special])
+    if declared or special.every:
+        about = json.dumps([[n, str(token)] for n, (token, _) in declared.items()] + [str(token) for token in special.every])
         identity += f" {zlib.crc32(about.encode('utf-8', 'surrogatepass'))}"
     return tokenizer, identity
 
@@ -83,11 +84,28 @@ def boundary(path: pathlib.Path | str) -> Iterator[None]:
 Declared = dict[int, tuple[tokenizers.AddedToken, pathlib.Path]]
 
 
-def _tokens_beside(directory: pathlib.Path) -> tuple[Declared, list[tokenizers.AddedToken], Mapping[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """Special tokens: with the names that every model has, with names of the model's own, and without a name."""
+
+    named: list[tokenizers.AddedToken]
+    of_model: list[tokenizers.AddedToken]
+    extra: list[tokenizers.AddedToken]
+
+    @property
+    def every(self) -> list[tokenizers.AddedToken]:
+        """All of them, in the order of their numbers where they are new."""
+        return [*self.named, *self.of_model, *self.extra]
+
+
+def _tokens_beside(
+    directory: pathlib.Path, own: Mapping[int, tokenizers.AddedToken]
+) -> tuple[Declared, Special, Mapping[str, Any]]:
     """Tokens with their numbers and files, special tokens without numbers, and tokenizer_config.json.
 
     As transformers 5 reads them: added_tokens_decoder in tokenizer_config.json, else special_tokens_map.json and
-    added_tokens.json; and in any case the special tokens that tokenizer_config.json names.
+    added_tokens.json, unless they are among tokenizer.json's `own` added tokens; and in any case the special tokens that
+    tokenizer_config.json names.
     """
     path, declared = directory / TOKENIZER_CONFIG, {}
     settings = read_json(path) if is_there(path) else {}
@@ -95,32 +113,61 @@ def _tokens_beside(directory: pathlib.Path) -> tuple[Declared, list[tokenizers.A
     if files not in (None, [], [TOKENIZER]):
         raise ValueError(f"{path}: fast_tokenizer_files: {shown(files)} are not read, only {TOKENIZER}")
     of_decoder = settings.get("added_tokens_decoder")
+    special_map: Mapping[str, Any] = {}
     if of_decoder is not None:
         if not isinstance(of_decoder, Mapping) or not all(map(is_number, of_decoder)):
             raise ValueError(f"{path}: added_tokens_decoder: {shown(of_decoder)} is not an object of tokens by number")
         declared = {int(number): (_token(path, token), path) for number, token in of_decoder.items()}
     elif is_there(beside := directory / SPECIAL_TOKENS_MAP):
-        settings = dict(settings) | read_json(beside)
-    special = _special(path, settings)
+        special_map = read_json(beside)
+    special = _special(path, settings, special_map)
     if of_decoder is None and is_there(beside := directory / ADDED_TOKENS):
-        names = {token.content for token in special}
+        names = {token.content for token in (*special.named, *special.extra)}
         for text, number in read_json(beside, MAX_LARGE).items():
             if type(number) is not int or number < 0:
                 raise ValueError(f"{beside}: token {shown(text)} has the number {shown(number)}")
-            declared[number] = (_added(beside, text, normalized=text not in names, special=text in names), beside)
+            if number not in own or own[number].content != text:  # tokenizer.json says more of its own tokens
+                token = _added(beside, text, normalized=text not in names, special=text in names)
+                declared[number] = (token, beside)
     return dict(sorted(declared.items())), special, settings
 
 
-def _special(path: pathlib.Path, settings: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
-    """The special tokens that tokenizer_config.json names, those of every model first."""
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    own = [name for name in settings if name.endswith("_token") and name not in _NAMED]
-    values = [settings.get(name) for name in (*_NAMED, *own)]
-    values = [value for value in values if content_of(value) is not None]  # add_bos_token, for one, is no token
-    if not isinstance(extra, (list, Mapping)):
-        raise ValueError(f"{path}: extra_special_tokens: {shown(extra)} is not a list of tokens")
-    values += list(extra.values()) if isinstance(extra, Mapping) else extra
-    return [_token(path, value) for value in values]
+def _special(path: pathlib.Path, settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> Special:
+    """The special tokens of tokenizer_config.json and special_tokens_map.json."""
+    named = dict(settings) | dict(special_map)
+    own = {name: value for name, value in named.items() if name.endswith("_token") and name not in _NAMED}
+    by_name, extra = _extra(path, settings, special_map)
+
+    own = {name: value for name, value in own.items() if content_of(value) is not None}  # add_bos_token is no token
+    of_every = [named[name] for name in _NAMED if content_of(named.get(name)) is not None]
+    lists = ([_token(path, value) for value in values] for values in (of_every, (own | by_name).values(), extra))
+    return Special(*lists)
+
+
+def _extra(path: pathlib.Path, settings: Mapping[str, Any], special_map: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The special tokens with names of the model's own, and those without.
+
+    extra_special_tokens is an object of the former or a list of the latter, additional_special_tokens an older name of the
+    list. special_tokens_map.json adds to the list, and replaces it by an object.
+    """
+    by_name: dict[str, Any] = {}
+    extra: Any = None
+    additional = settings.get("additional_special_tokens")
+    for found in (settings, special_map):
+        value = found.get("extra_special_tokens")
+        if not isinstance(value, (list, Mapping, type(None))):
+            raise ValueError(f"{path}: extra_special_tokens: {shown(value)} is not a list of tokens")
+        if isinstance(value, Mapping) and value:
+            by_name, extra = by_name | dict(value), None
+        elif value:
+            extra = [*(extra or []), *(token for token in value if token not in (extra or []))]
+        if found is settings and not value and additional is not None:
+            extra, additional = additional, None
+    if extra is None:
+        extra = special_map.get("additional_special_tokens", additional) or []
+    if not isinstance(extra, list):
+        raise ValueError(f"{path}: additional_special_tokens: {shown(extra)} is not a list of tokens")
+    return by_name, extra
 
 
 def _token(path: pathlib.Path, value: Any) -> tokenizers.AddedToken:
@@ -142,11 +189,16 @@ def _added(path: pathlib.Path, text: str, **properties: bool) -> tokenizers.Adde
         raise ValueError(f"{path}: {shown(text)} is not a token") from None
 
 
-def _add(tokenizer: tokenizers.Tokenizer, declared: Declared, special: list[tokenizers.AddedToken]) -> None:
-    """Adds tokens in the order of their numbers, then the special ones, which keep what was said of them before."""
-    names = {token.content for token in special}
+def _add(tokenizer: tokenizers.Tokenizer, declared: Declared, special: Special) -> None:
+    """Adds tokens in the order of their numbers, then special ones, which keep the properties that they had before.
+
+    What has a name becomes special; what has none is as it was, or as it says where it is new.
+    """
+    named = [*special.named, *special.of_model]
+    names = {token.content for token in named}
     for token, _ in declared.values():
         token.special = token.special or token.content in names
     tokenizer.add_tokens([token for token, _ in declared.values()])
-    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([known.get(token.content, token) for token in special])
+    there = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([there.get(token.content, token) for token in named])
+    tokenizer.add_tokens([token for token in special.extra if token.content not in there])

@@ -82,6 +82,51 @@ CASES = {
             }
         },
     ),
+    "added_tokens.json repeats what tokenizer.json says more of": (
+        lambda made: made.add_tokens([AddedToken("<think>", lstrip=True), AddedToken("<user>", rstrip=True)]),
+        {"added_tokens.json": THINK | {"<extra>": 262}},
+    ),
+    "names of a model's own and a list": (
+        begin,
+        {
+            "tokenizer_config.json": {
+                "extra_special_tokens": {"image_token": "<extra>"},
+                "additional_special_tokens": ["<user>"],
+            }
+        },
+    ),
+    "two lists": (
+        begin,
+        {"tokenizer_config.json": {"extra_special_tokens": ["<extra>"], "additional_special_tokens": ["<user>"]}},
+    ),
+    "special_tokens_map.json adds to the list": (
+        begin,
+        {
+            "tokenizer_config.json": {"extra_special_tokens": ["<extra>"]},
+            "special_tokens_map.json": {"extra_special_tokens": ["<user>", "<extra>"], "additional_special_tokens": ["the"]},
+        },
+    ),
+    "a named token is in the list too": (
+        begin,
+        {
+            "tokenizer_config.json": {"extra_special_tokens": ["<user>"]},
+            "special_tokens_map.json": {"pad_token": token("<user>", lstrip=True, rstrip=True)},
+        },
+    ),
+    "a token of the list is none by its properties": (
+        begin,
+        {
+            "tokenizer_config.json": {
+                "added_tokens_decoder": {"260": token("<user>", special=False)},
+                "extra_special_tokens": ["<user>"],
+                "split_special_tokens": True,
+            }
+        },
+    ),
+    "special_tokens_map.json has the older name": (
+        begin,
+        {"tokenizer_config.json": {"bos_token": "<s>"}, "special_tokens_map.json": {"additional_special_tokens": ["<user>"]}},
+    ),
     "an old name for them": (begin, {"tokenizer_config.json": {"additional_special_tokens": ["<extra>", "<think>"]}}),
     "special tokens are text": (begin, {"tokenizer_config.json": {"split_special_tokens": True, "bos_token": "<s>"}}),
 }
