@@ -82,8 +82,10 @@ def kept_programs() -> str:
     """Where compiled programs are kept from one run to the next, and how many there are."""
     config: Any = jax.config  # whose settings have no types
     folder = config.jax_compilation_cache_dir
-    if folder is None or not config.jax_enable_compilation_cache:
-        return f"compiled programs are not kept (JAX_ENABLE_COMPILATION_CACHE); by default they are in {programs.folder()}"
+    if not config.jax_enable_compilation_cache:
+        return "compiled programs are not kept: JAX_ENABLE_COMPILATION_CACHE is false"
+    if folder is None:
+        return f"compiled programs are not kept: {programs.why_not(programs.folder()) or 'JAX was not told where'}"
     sizes = []
     for path in pathlib.Path(folder).rglob("*"):
         with contextlib.suppress(OSError):  # another process may be tidying up
@@ -204,7 +206,9 @@ def need_row(what: str, need: NeedAt, length: int, asked: Question) -> list[str]
     except ValueError as error:  # the mesh does not divide it
         return [what, *["-"] * 4, f"{there / 1e9:.2f}", f"no: {error}", "-"]
     fewest = fit.smallest(need, length, asked.rows, SERVING, there)
-    sizes = [f"{found.parts[name] / 1e9:.2f}" if name in found.parts else "-" for name in NEED_HEADER[1:4]]
+    cache, temporaries = found.parts.get("cache"), found.parts["temporaries"]
+    weights = found.total - (cache or 0) - temporaries
+    sizes = ["-" if size is None else f"{size / 1e9:.2f}" for size in (weights, cache, temporaries)]
     fits = "yes" if found.total <= there else "no"
     mesh = "none" if fewest is None else str(fewest.num_devices)
     if fewest is not None and fewest.num_devices > 1:

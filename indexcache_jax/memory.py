@@ -55,10 +55,10 @@ def tree_bytes(tree: Any, dtype: Any, mesh: Devices, rules: Rules) -> int:
     return sum(size for _, size in _leaf_bytes(tree, dtype, mesh, rules))
 
 
-def streamed_bytes(tree: params.Params, dtype: Any, mesh: Devices, rules: Rules) -> int:
-    """Bytes of one device for weights that are read layer by layer: embedding, norm and head, and twice the largest layer.
+def layer_bytes(tree: params.Params, dtype: Any, mesh: Devices, rules: Rules) -> tuple[int, int]:
+    """Bytes of one device for the largest layer of a model, and for what is no layer's: embedding, final norm and head.
 
-    The next layer is read while one is in use. tree: of `params.abstract`; the other arguments as of `tree_bytes`.
+    tree: of `params.abstract`; the other arguments as of `tree_bytes`.
     """
     ends, by_layer = 0, collections.Counter[int]()
     for tensor, size in _leaf_bytes(tree, dtype, mesh, rules):
@@ -66,7 +66,7 @@ def streamed_bytes(tree: params.Params, dtype: Any, mesh: Devices, rules: Rules)
             ends += size
         else:
             by_layer.update({layer: size // len(tensor.layers) for layer in tensor.layers})
-    return ends + 2 * max(by_layer.values())
+    return max(by_layer.values()), ends
 
 
 def _leaf_bytes(tree: Any, dtype: Any, mesh: Devices, rules: Rules) -> Iterator[tuple[tensors.Tensor, int]]:

@@ -1,6 +1,7 @@
 """The pages say what is true of the repository: links, paths, flags and commands exist, and the README's Python runs."""
 
 import ast
+import contextlib
 import functools
 import importlib
 import json
@@ -11,16 +12,17 @@ import shlex
 import subprocess
 import sys
 import unicodedata
-from fractions import Fraction
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from absl import flags
 
-from experiments import doctor
-from experiments.common import command_line, fit, inputs, options, topologies
+from experiments import doctor, search
+from experiments.common import command_line, inputs, options, search_cost, topologies
 from experiments.common.options import EXPERIMENTS
-from indexcache_jax import search
+from indexcache_jax import memory, params
+from indexcache_jax.serving.generation import CACHE_MULTIPLE
+from indexcache_jax.sharding import SERVING
 from pallas_kernels import device
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -201,7 +203,7 @@ def test_the_readmes_python_runs(monkeypatch, capsys):
     exec(compile(source, "README.md", "exec"), names)
     assert "use_index_cache" in capsys.readouterr().out  # vLLM's setting was printed
     assert names["found"].num_full == 11
-    assert names["metrics"].shape == (4,)
+    assert len(names["params"].indexer.queries) == 11
 
 
 # ---- recipes and tutorial
@@ -215,14 +217,21 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def asked_of_the_doctor(arguments: str) -> doctor.Question:
-    """What the doctor is asked with these flags, which are as they were afterwards."""
+@contextlib.contextmanager
+def given_flags(module: str, arguments: str) -> Iterator[None]:
+    """Within, an experiment's flags are those of a command; afterwards as they were."""
     try:
-        flags.FLAGS(["doctor", *shlex.split(arguments)])
-        return doctor.read_question(topologies.topology(options.TOPOLOGY.value, compiling=False))
+        flags.FLAGS(["test", *shlex.split(arguments)])
+        yield
     finally:
-        for flag in flags.FLAGS.get_key_flags_for_module("experiments.doctor"):
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
             flag.unparse()
+
+
+def asked_of_the_doctor(arguments: str) -> doctor.Question:
+    """What the doctor is asked with these flags."""
+    with given_flags("experiments.doctor", arguments):
+        return doctor.read_question(topologies.topology(options.TOPOLOGY.value, compiling=False))
 
 
 def test_what_fits_is_what_the_doctor_says():
@@ -230,12 +239,15 @@ def test_what_fits_is_what_the_doctor_says():
     assert len(rows) == 11
     for _, command, needs, there, room, _ in rows:
         asked = asked_of_the_doctor(command.strip("`"))
+        longest, most = int(room.replace(",", "")), asked.config.max_position_embeddings
         with device.target(asked.topology):
-            mesh, most = asked.layout.abstract_mesh, asked.config.max_position_embeddings
-            found = asked.inference(asked.length, mesh, asked.rules).total
-            longest = fit.longest(asked.inference, most, mesh, asked.rules, asked.topology.memory)
-        assert [needs, there] == [f"{size / 1e9:.2f}" for size in (found, asked.topology.memory)], command
-        assert room == f"{longest:,}" and found <= asked.topology.memory, command
+            here = asked.layout.abstract_mesh, asked.rules
+            found, at_longest, beyond = (
+                asked.inference(length, *here).total for length in (asked.length, longest, longest + CACHE_MULTIPLE)
+            )
+        memory_of_each = asked.topology.memory
+        assert [needs, there] == [f"{size / 1e9:.2f}" for size in (found, memory_of_each)], command
+        assert at_longest <= memory_of_each and (longest == most or beyond > memory_of_each), command
 
 
 def test_what_a_search_needs_is_what_the_doctor_says():
@@ -255,21 +267,23 @@ def test_what_a_search_needs_is_what_the_doctor_says():
         assert sentence.format(need.total / 1e9) in text, arguments
 
 
-def test_how_long_a_search_takes_is_what_its_sources_make():
-    """Layers that the search runs at most, times a layer's time in the prefill that was measured."""
-    for name, *hours, passes in rows_of("recipes.md", "How long a search takes"):
-        preset, results = {"G": ("glm-5", "speed-glm-5"), "D": ("deepseek-v3.2", "speed-deepseek-v3.2")}[name[0]]
-        rows = json.loads((ROOT / "results" / results / "results.json").read_text())["metrics"]["rows"]
-        seconds = {row["length"]: row["prefill_seconds"] for row in rows if row["pattern"] == "DSA"}
+def test_how_long_a_search_takes_is_what_a_dry_run_says():
+    rows = rows_of("recipes.md", "How long a search takes")
+    assert len(rows) == 12
+    name = sequences = ""
+    for *about, hours, passes, read in rows:
+        name, sequences, blocks = about[0] or name, about[1] or sequences, about[2]
+        preset = {"GLM-5, 5.1": "glm-5", "DeepSeek-V3.2": "deepseek-v3.2"}[name]
+        count, context = (int(number.replace(",", "")) for number in sequences.split(" x "))
         config, base = inputs.preset_model(preset)
-        expected = []
-        for count, context in ((8, 8192), (64, 32768)):
-            for blocks in (4, 1):
-                layers = count * search.layers_to_run(base, inputs.kept(config.num_layers, Fraction(1, 4)), blocks)
-                a_layer = np.interp(context, [0, *seconds], [0.0, *seconds.values()]) / config.num_layers
-                expected.append(layers * a_layer / 3600)
-        assert [float(cell.removesuffix(" h")) for cell in hours] == [pytest.approx(h, rel=0.03) for h in expected], name
-        assert re.fullmatch(r"\d+ with `--blocks=4`, \d+ without", passes)
+        given = f"--stream --stream_memory=64 --retentions=1/4 --blocks={blocks} --sequences={count} --context={context}"
+        with given_flags("experiments.search", given):
+            counted, table = search.costs(config, base, search.read_goal(base), "bfloat16")
+        cost, (rate, source) = counted + table, search_cost.measured(config, 1, context)
+        tree = params.abstract(config, base, "fp8")
+        size = len(cost.passes) * memory.tree_bytes(tree, "bfloat16", memory.mesh_of(), SERVING)
+        assert source.device == "NVIDIA H200"
+        assert [hours, passes, read] == [f"{cost.seconds(rate) / 3600:.1f}", str(len(cost.passes)), f"{size / 1e12:.0f}"], given
 
 
 @pytest.mark.slow

@@ -37,17 +37,19 @@ class ChatTemplate:
         except Exception as error:  # of Jinja and of what it calls
             raise ValueError(f"{self._path}: not a chat template: {escaped(str(error))}") from None
 
-    def text(self, messages: Any) -> str:
-        """The text of messages, up to where the model's answer begins. ValueError says what is wrong with them."""
+    def text(self, messages: Any, settings: Mapping[str, Any] | None = None) -> str:
+        """The text of messages, up to where the model's answer begins. ValueError says what is wrong with them.
+
+        settings: what the template is told of these messages, before what it is told of all.
+        """
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"messages: {shown(messages)} is not a list of messages")
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ValueError(f"messages: {shown(message)} is not an object with a role")
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, **{"add_generation_prompt": True} | self._settings
-            )
+            told = {"add_generation_prompt": True} | self._settings | dict(settings or {})
+            return self._template.render(messages=messages, tools=None, documents=None, **told)
         except Exception as error:  # of Jinja, of the template's own checks, and of what it calls
             raise ValueError(f"{self._path}: the chat template fails: {escaped(str(error))}") from None
 

@@ -5,11 +5,9 @@ Weights and caches are exact sums over abstract trees; temporaries are the estim
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from experiments.common.devices import Layout, suited
@@ -84,11 +82,15 @@ def search_need(
     """What a search needs for batches of so many rows: with all weights on the devices, or those of two layers (--stream)."""
     tree = params.abstract(config, schedule, weights)
     decoded = 0 if weights is None else memory.decoded_layer(config, schedule, dtype)
-    weights_of = memory.streamed_bytes if stream else memory.tree_bytes
 
     def need(length: int, mesh: Devices, rules: Rules) -> Need:
+        if stream:
+            layer, ends = memory.layer_bytes(tree, dtype, mesh, rules)
+            parts = {"two layers": 2 * layer, "embedding and head": ends}  # the next one is read while one is in use
+        else:
+            parts = {"weights": memory.tree_bytes(tree, dtype, mesh, rules)}
         temporaries = memory.prefill_temporaries(config, schedule, rows, length, length, dtype, mesh, rules)
-        return Need({"weights": weights_of(tree, dtype, mesh, rules), "temporaries": temporaries + decoded})
+        return Need(parts | {"temporaries": temporaries + decoded})
 
     return need
 
@@ -108,17 +110,7 @@ def streamed(
 
     A device holds a layer, the next one, embedding and head. host: bytes of the host's memory by what they are for.
     """
-    ends = dataclasses.replace(config, num_layers=1, moe_layers=config.moe_layers[-1:])
-
-    def need(length: int, mesh: Devices, rules: Rules) -> Need:
-        tree = params.abstract(ends, Schedule("F"), weights)
-        whole = memory.tree_bytes(tree, dtype, mesh, rules)
-        outside = memory.tree_bytes([leaf for leaf in jax.tree.leaves(tree) if not leaf.stacked], dtype, mesh, rules)
-        temporaries = memory.prefill_temporaries(config, schedule, rows, length, length, dtype, mesh, rules)
-        if weights is not None:
-            temporaries += memory.decoded_layer(config, schedule, dtype)
-        return Need({"two layers": 2 * (whole - outside), "embedding and head": outside, "temporaries": temporaries})
-
+    need = search_need(config, schedule, rows=rows, dtype=dtype, weights=weights, stream=True)
     _check(need, context, rows, SERVING, f"--context={context}", 1, _advice(smaller), host=host)
 
 

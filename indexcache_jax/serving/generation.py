@@ -26,8 +26,10 @@ from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import model
 from indexcache_jax.serving.cache import Cache, CacheFormat, check_cache, fork, formats, init_cache
-from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, Sampling, row_keys, sample
+from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, RowSampling, Sampling, by_row, row_keys, sample
 from indexcache_jax.serving.weights import Weights, check_weights, weights_for
+
+Tokens = Sequence[int] | np.ndarray  # token numbers
 
 CHUNK = 8192  # prompt tokens of a row at a time
 STEPS = 32  # tokens a row between two checks for stop tokens
@@ -37,6 +39,8 @@ CACHE_MULTIPLE = 64  # a cache's length is a multiple of it, and of the devices 
 
 # Called after every piece of work with "prefill" or "decode", and how many tokens of all rows it was.
 Progress = Callable[[str, int], None]
+# Called with a row and its tokens so far, whenever it has new ones; returns after how many of them the row ends, or None.
+Ending = Callable[[int, Sequence[int]], int | None]
 
 _first_tokens = jax.jit(lambda logits, seed, ids, sampling: sample(logits, sampling, row_keys(seed, ids, 0)))
 
@@ -116,7 +120,7 @@ def _decode(
     *,
     steps: int,
     kv_length: int | None = None,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | RowSampling = GREEDY,
     seed: jax.Array | int = 0,
     ids: jax.Array | None = None,
     count: jax.Array | int = 1,
@@ -124,8 +128,9 @@ def _decode(
     """Appends token [B] and the ones drawn after it: the next `steps` tokens [B, steps], one program for all of them.
 
     `cache` is donated. Only its first `kv_length` positions are read, which must include the new tokens; default all.
-    ids [B] and `count`, the number of tokens drawn before, decide what is drawn next. ValueError for no steps, and for other
-    rows than the cache has; that `token` is one of the model's and that all fits the cache the caller sees to.
+    seed, of all rows or [B], ids [B] and `count`, the number of tokens drawn before, decide what is drawn next. ValueError
+    for no steps, and for other rows than the cache has; that `token` is one of the model's and that all fits the cache the
+    caller sees to.
     """
     ids = jnp.arange(token.shape[0]) if ids is None else ids
 
@@ -162,7 +167,7 @@ def decode(
     return decode_program(formats(cache))(weights, token, cache, config, steps=steps, **options)
 
 
-def _check(name: str, tokens: Sequence[int], config: Config, room: int | None = None) -> None:
+def _check(name: str, tokens: Tokens, config: Config, room: int | None = None) -> None:
     if arguments.is_text(tokens):
         raise ValueError(f"{name}: {shown(tokens)} is text; a tokenizer makes token numbers of it")
     if not hasattr(tokens, "__len__"):
@@ -206,24 +211,28 @@ def _check_drawn(tokens: Sequence[int], request: int, weights: Weights) -> None:
         raise ValueError(f"request {request}: the model's logits are not finite: {why}")
 
 
-def _check_options(
-    rows: int,
-    max_new_tokens: Any,
-    sampling: Any,
-    seed: Any,
-    stop_tokens: Any,
-    cache_len: Any,
-    ids: Any,
-    chunk: Any,
-) -> None:
+def _of_rows(name: str, value: Any, rows: int) -> list[Any]:
+    """One value a row, of those or of one for all. ValueError, naming the argument, for another number of them."""
+    values = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", None) else [value] * rows
+    if len(values) != rows:
+        raise ValueError(f"{name}: {len(values)} of them for {rows} prompts")
+    return values
+
+
+def _samplings(sampling: Any, rows: int) -> Sampling | RowSampling:
+    """The argument of `generate`, checked: settings for all rows, or of each."""
+    each = _of_rows("sampling", sampling, rows)
+    for value in each:
+        if not isinstance(value, Sampling):
+            raise ValueError(f"sampling: {arguments.described(value)} is not a Sampling")
+    return sampling if isinstance(sampling, Sampling) else by_row(each)
+
+
+def _check_options(rows: int, stop_tokens: Any, cache_len: Any, ids: Any, chunk: Any) -> None:
     """ValueError, naming the argument of `generate`, for one that is not what it should be, for so many prompts."""
-    arguments.integer("max_new_tokens", max_new_tokens, 1)
     arguments.integer("chunk", chunk, 1)
-    arguments.integer("seed", seed, -arguments.INT32_MAX - 1, arguments.INT32_MAX)
     if cache_len is not None:
         arguments.integer("cache_len", cache_len, 1)
-    if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling: {arguments.described(sampling)} is not a Sampling")
     if arguments.is_text(stop_tokens) or not isinstance(stop_tokens, (Collection, np.ndarray, jax.Array)):
         raise ValueError(f"stop_tokens: {arguments.described(stop_tokens)} is not a list of token numbers")
     for token in stop_tokens:
@@ -249,14 +258,15 @@ def _document_tokens(document: Sequence[int] | Cache, config: Config, schedule: 
 
 def generate(
     params: Params | Weights,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Tokens],
     config: Config,
     schedule: Schedule,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     *,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
+    ending: Ending | None = None,
     cache_len: int | None = None,
     cache_format: CacheFormat | None = None,
     document: Sequence[int] | Cache = (),
@@ -266,13 +276,18 @@ def generate(
 ) -> list[list[int]]:
     """Up to `max_new_tokens` tokens after every prompt; a row ends with the first stop token it draws.
 
+    max_new_tokens, sampling and seed are for all rows, or one for each. A row draws the same tokens whatever the others ask
+    for, as long as `sampling` is one for each in both calls.
+
     Args:
       params: serving weights, as `checkpoints_convert.load(directory, form="serving")` gives them, or params, which are
         converted at every call.
       prompts: token ids, at least one each; lengths may differ.
       sampling, seed: token n of request i is drawn with a key of (seed, ids[i], n), whatever else is in the batch.
       stop_tokens: a row is done once it has drawn one of them.
-      cache_len: tokens a row has room for, prompt and document included; default what these prompts need.
+      ending: ends rows by what else their tokens are, such as the text that they decode to.
+      cache_len: tokens a row has room for, at least those of the document, the longest prompt and the most new ones;
+        default that.
       cache_format: what the cache is kept in; default the dtype of the weights.
       document: tokens before every prompt. They are prefilled once and their cache is copied to every row; a caller with
         several batches does it once for all with `prefill_document`, whose cache stays as it is.
@@ -287,26 +302,31 @@ def generate(
     check_weights(params, config, schedule)
     if arguments.is_text(prompts) or not hasattr(prompts, "__len__"):
         raise ValueError(f"prompts: {arguments.described(prompts)} is not a list of rows of token numbers")
-    _check_options(len(prompts), max_new_tokens, sampling, seed, stop_tokens, cache_len, ids, chunk)
+    rows = len(prompts)
+    limits = [arguments.integer("max_new_tokens", limit, 1) for limit in _of_rows("max_new_tokens", max_new_tokens, rows)]
+    bounds = -arguments.INT32_MAX - 1, arguments.INT32_MAX
+    seeds = [arguments.integer("seed", value, *bounds) for value in _of_rows("seed", seed, rows)]
+    settings = _samplings(sampling, rows)
+    _check_options(rows, stop_tokens, cache_len, ids, chunk)
     if cache_format is not None:
         cache_format = CacheFormat.of(cache_format)
-    if len(prompts) == 0:
+    if rows == 0:
         return []
     check_prompts(prompts, config)
     before = _document_tokens(document, config, schedule)
-    longest = before + max(map(len, prompts)) + max_new_tokens
-    if longest > config.max_position_embeddings:
+    filled, most = before + max(map(len, prompts)), max(limits)
+    if filled + most > config.max_position_embeddings:
         raise ValueError(
-            f"a document of {before} tokens, a prompt of {max(map(len, prompts))} and {max_new_tokens} new ones exceed the "
+            f"a document of {before} tokens, a prompt of {max(map(len, prompts))} and {most} new ones exceed the "
             f"model's {config.max_position_embeddings} positions (max_position_embeddings)"
         )
     if cache_len is None:
-        cache_len = cache_length(longest)
-    if (room := cache_len - max_new_tokens - before) < 1:
-        raise ValueError(f"cache_len: {cache_len} leaves no room for a prompt beside {before} and {max_new_tokens} tokens")
+        cache_len = cache_length(filled + most)
+    if (room := cache_len - most - before) < 1:
+        raise ValueError(f"cache_len: {cache_len} leaves no room for a prompt beside {before} and {most} tokens")
     check_prompts(prompts, config, room)
-    weights, rows = weights_for(params, config, schedule), len(prompts)
-    stops, steps = {int(token) for token in stop_tokens}, min(STEPS, max_new_tokens)
+    weights = weights_for(params, config, schedule)
+    stops = {int(token) for token in stop_tokens}
 
     # The prompts, after the document that all of them share.
     cache_format = cache_format or CacheFormat.of(weights.embedding.dtype)
@@ -323,30 +343,39 @@ def generate(
 
     # The first tokens, from the prompts' logits.
     drawn_by = np.asarray(range(rows) if ids is None else ids, np.int32)
-    token = _first_tokens(logits, seed, drawn_by, sampling)
-    completions = [[int(t)] for t in sharding.to_host(token)]
-    for row, tokens in enumerate(completions):
-        _check_drawn(tokens, drawn_by[row], weights)
-    done = [row[-1] in stops for row in completions]
+    draw = {"sampling": settings, "seed": np.asarray(seeds, np.int32), "ids": drawn_by}
+    token = _first_tokens(logits, draw["seed"], drawn_by, settings)
+    completions: list[list[int]] = [[] for _ in range(rows)]
+    done = [False] * rows
+
+    def append(drawn: np.ndarray) -> int:
+        """Adds a row of new tokens to every completion that is not done; how many tokens of them are kept."""
+        so_far = sum(map(len, completions))
+        for row, new in enumerate(drawn.tolist()):
+            if done[row]:
+                continue
+            new = new[: limits[row] - len(completions[row])]
+            new = new[: next((i + 1 for i, t in enumerate(new) if t in stops), len(new))]
+            _check_drawn(new, drawn_by[row], weights)
+            completions[row] += new
+            end = None if ending is None else ending(row, completions[row])
+            if end is not None:
+                del completions[row][end:]
+            done[row] = end is not None or completions[row][-1] in stops or len(completions[row]) == limits[row]
+        return sum(map(len, completions)) - so_far
+
+    append(sharding.to_host(token)[:, None])
     count = 1
     if progress is not None:
         progress("decode", rows)
 
-    # The others, `steps` at a time, until every row has met a stop token.
-    while count < max_new_tokens and not all(done):
-        kv_length = padded_kv_length(min(longest - max_new_tokens + count - 1 + steps, cache_len), cache_len)
-        draw = {"sampling": sampling, "seed": seed, "ids": drawn_by, "count": count}
-        drawn, cache = decode(weights, token, cache, config, steps=steps, kv_length=kv_length, **draw)
+    # The others, `steps` at a time, until every row is done.
+    steps = power_of_two(most, 1, STEPS)  # few different numbers, because each is a program
+    while not all(done):
+        kv_length = padded_kv_length(min(filled + count - 1 + steps, cache_len), cache_len)
+        drawn, cache = decode(weights, token, cache, config, steps=steps, kv_length=kv_length, count=count, **draw)
         token = drawn[:, -1]
-        kept = 0
-        for row, tokens in enumerate(sharding.to_host(drawn)[:, : max_new_tokens - count].tolist()):
-            if done[row]:
-                continue
-            end = next((i + 1 for i, t in enumerate(tokens) if t in stops), len(tokens))
-            _check_drawn(tokens[:end], drawn_by[row], weights)
-            completions[row] += tokens[:end]
-            done[row] = completions[row][-1] in stops
-            kept += end
+        kept = append(sharding.to_host(drawn))
         count += steps
         if progress is not None:
             progress("decode", kept)

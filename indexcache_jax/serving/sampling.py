@@ -1,11 +1,14 @@
-"""Drawing the next token: greedy, by temperature, among the likeliest."""
+"""Drawing the next token: greedy, by temperature, among the likeliest; with one setting for all rows, or one a row."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from indexcache_jax.arguments import is_real
 
@@ -31,35 +34,99 @@ class Sampling:
         if not (is_real(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p: {self.top_p!r} is not above 0 and at most 1")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken: at temperature 0, and at one that as a float32 divisor would be 0."""
+        return self.temperature < _TINY
 
+
+@flax.struct.dataclass
+class RowSampling:
+    """The fields of a `Sampling` for each row, as arrays: one program draws with whatever settings."""
+
+    temperature: jax.Array | np.ndarray  # [B] float32
+    top_k: jax.Array | np.ndarray  # [B] int32
+    top_p: jax.Array | np.ndarray  # [B] float32
+
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_HUGE = float(jnp.finfo(jnp.float32).max)
 GREEDY = Sampling()
 NO_TOKEN = -1  # of a row whose logits are NaN or infinite: nothing can be drawn from them
 
 
-def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    """One token [B] int32 a row, or NO_TOKEN, from logits [B, V] float32; `keys` [B] are the rows' own."""
-    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), _drawn(logits, sampling, keys), NO_TOKEN)
+def by_row(samplings: Sequence[Sampling]) -> Sampling | RowSampling:
+    """The settings of a batch's rows. Where all are greedy that is `GREEDY`, which needs no random numbers."""
+    if all(s.greedy for s in samplings):
+        return GREEDY
+    return RowSampling(
+        temperature=np.array([min(s.temperature, _HUGE) for s in samplings], np.float32),
+        top_k=np.array([min(s.top_k, np.iinfo(np.int32).max) for s in samplings], np.int32),
+        top_p=np.array([s.top_p for s in samplings], np.float32),
+    )
+
+
+def sample(logits: jax.Array, sampling: Sampling | RowSampling, keys: jax.Array) -> jax.Array:
+    """One token [B] int32 a row, or NO_TOKEN, from logits [B, V] float32; `keys` [B] are the rows' own.
+
+    With a `RowSampling` a row's token depends on its own logits, settings and key alone.
+    """
+    drawn = _drawn_by_row(logits, sampling, keys) if isinstance(sampling, RowSampling) else _drawn(logits, sampling, keys)
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NO_TOKEN)
 
 
 def _drawn(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    if sampling.temperature < jnp.finfo(jnp.float32).tiny:  # as a divisor it would be 0
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if sampling.greedy:
+        return _likeliest(logits)
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature  # the best stays finite
     vocabulary = logits.shape[-1]
     count = min(sampling.top_k or vocabulary, vocabulary)
     if count < vocabulary or sampling.top_p < 1:
-        best = jax.lax.top_k(logits, count)[0]  # [B, count], descending
-        probabilities = jax.nn.softmax(best, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        last = jnp.maximum(jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1, 0)  # top_p may round to 0
-        logits = jnp.where(logits < jnp.take_along_axis(best, last, axis=-1), -jnp.inf, logits)
+        logits = jnp.where(logits < _least_kept(jax.lax.top_k(logits, count)[0], count, sampling.top_p), -jnp.inf, logits)
+    return _categorical(keys, logits)
+
+
+def _drawn_by_row(logits: jax.Array, sampling: RowSampling, keys: jax.Array) -> jax.Array:
+    greedy, vocabulary = sampling.temperature < _TINY, logits.shape[-1]
+    divisor = jnp.where(greedy, 1, sampling.temperature)[:, None]
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / divisor
+    count = jnp.where((sampling.top_k > 0) & (sampling.top_k < vocabulary), sampling.top_k, vocabulary)[:, None]
+    top_p = sampling.top_p[:, None]
+    restricted = ~greedy[:, None] & ((count < vocabulary) | (top_p < 1))
+
+    def among_the_likeliest(scaled: jax.Array) -> jax.Array:
+        best = jnp.where(jnp.arange(vocabulary) < count, jax.lax.top_k(scaled, vocabulary)[0], -jnp.inf)
+        return jnp.where(restricted & (scaled < _least_kept(best, count, top_p)), -jnp.inf, scaled)
+
+    scaled = jax.lax.cond(jnp.any(restricted), among_the_likeliest, lambda scaled: scaled, scaled)  # sorting takes long
+    return jnp.where(greedy, _likeliest(logits), _categorical(keys, scaled))
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _least_kept(best: jax.Array, count: jax.typing.ArrayLike, top_p: jax.typing.ArrayLike) -> jax.Array:
+    """The least logit [B, 1] of the tokens kept, of logits `best` [B, K] that descend; those after `count` are -inf."""
+    probabilities = jax.nn.softmax(best, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    last = jnp.clip(last, 0, jnp.asarray(count) - 1)  # top_p may round to 0, and the sum of `count` to less than 1
+    return jnp.take_along_axis(best, last, axis=-1)
 
 
 def row_keys(seed: jax.Array | int, ids: jax.Array, count: jax.Array | int) -> jax.Array:
     """The random keys [B] with which every request of ids [B] draws its token number `count`.
 
-    They depend on (seed, id, count) alone, so a request draws the same tokens whatever else is in its batch.
+    They depend on (seed, id, count) alone, so a request draws the same tokens whatever else is in its batch. seed: of all
+    rows, or [B] of each.
     """
-    base = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(base, i), count))(ids)
+
+    def key(seed: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), count)
+
+    return jax.vmap(key)(jnp.broadcast_to(jnp.asarray(seed), jnp.shape(ids)), ids)

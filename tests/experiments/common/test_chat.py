@@ -6,8 +6,8 @@ import pytest
 
 from experiments.common import text
 from experiments.common.chat import ChatTemplate
-from experiments.generate import parse
 from tests.checkpoints_convert.test_tokenizer_files import begin, save_tokenizer
+from tests.experiments.common.test_batch_requests import reader
 
 pytest.importorskip("jinja2", reason="the test extra brings it with transformers, below Python 3.12")
 
@@ -55,7 +55,10 @@ def test_messages_are_written_as_transformers_writes_them(tmp_path, where, kwarg
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs)
         assert ours.text(messages) == expected
         tokens = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **kwargs)
-        assert parse({"messages": messages}, encoder, ours) == tokens
+        assert reader(encoder, chat=ours).prompt({"messages": messages}).tolist() == tokens
+        of_a_line = reader(encoder, chat=ChatTemplate(directory, {"enable_thinking": not kwargs}))
+        settings = {"enable_thinking": True} | kwargs
+        assert of_a_line.prompt({"messages": messages, "chat_template_kwargs": settings}).tolist() == tokens
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,31 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
     assert len(set(map(tuple, same))) == 3  # three requests with one prompt draw by three keys
 
 
+def test_a_row_with_settings_of_its_own_draws_the_same_whatever_the_others_ask_for():
+    case = model("glm", "FSFSF")
+    prompts = prompts_of(case)
+    own = {"sampling": [DRAWN, Sampling(), Sampling(0.6)], "seed": [3, 3, -7], "ids": [0, 1, 5], "new": [6, 2, 4]}
+    rows = run(case, prompts, **own)
+    assert [len(row) for row in rows] == [6, 2, 4]
+    turned = run(case, prompts[::-1], **{name: values[::-1] for name, values in own.items()})
+    assert turned == rows[::-1]
+    others = {"sampling": [DRAWN, DRAWN, Sampling(2.0)], "seed": [3, 4, 5], "ids": [0, 7, 8], "new": [6, 6, 1]}
+    assert run(case, prompts, **others)[0] == rows[0]
+    assert run(case, prompts, **own | {"seed": [4, 3, -7]})[0] != rows[0]
+    assert run(case, prompts)[1][:2] == rows[1]  # greedy as where all are
+
+
+def test_a_row_ends_where_its_tokens_say_so():
+    case = model("glm", "FSFSF")
+    free = run(case)
+
+    def ending(row, tokens):
+        assert tokens == free[row][: len(tokens)]
+        return 3 if row == 1 and len(tokens) >= 3 else None
+
+    assert run(case, ending=ending) == [free[0], free[1][:3], free[2]]
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
@@ -125,8 +150,14 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
         ([[1]], {"document": [1] * 250}, "exceed the model's 256 positions"),
         ([[1] * 255], {"cache_len": 512}, "exceed the model's 256 positions"),
         ([[1]], {"seed": 2**31}, "seed: 2147483648 is above 2147483647"),
+        ([[1], [2]], {"seed": [1, 2**31]}, "seed: 2147483648 is above 2147483647"),
         ([[1]], {"document": [98]}, "document: token 98 is not"),
         ([[1]], {"new": 0}, "max_new_tokens: 0 is not"),
+        ([[1], [2]], {"new": [3, 0]}, "max_new_tokens: 0 is not"),
+        ([[1], [2]], {"new": [3]}, "max_new_tokens: 1 of them for 2 prompts"),
+        ([[1]], {"sampling": [DRAWN, DRAWN]}, "sampling: 2 of them for 1 prompts"),
+        ([[1], [2]], {"sampling": [DRAWN, 0.7]}, "sampling: 0.7 is not a Sampling"),
+        ([[1] * 200, [1]], {"new": [1, 100]}, "a prompt of 200 and 100 new ones exceed the model's 256 positions"),
         ([[1]], {"chunk": 0}, "chunk: 0 is not"),
     ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax.serving.sampling import Sampling, sample
+from indexcache_jax.serving.sampling import GREEDY, Sampling, by_row, row_keys, sample
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,40 @@ def test_sampling_draws_from_what_it_keeps_and_by_probability(sampling, kept):
     expected = np.where(np.isin(np.arange(4), list(kept)), probabilities, 0)
     expected = expected / expected.sum() if sampling.temperature == 1 else np.eye(4)[0]
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / n, expected, atol=0.03)
+
+
+def test_rows_with_settings_of_their_own_draw_what_they_draw_where_all_have_them():
+    settings = [
+        Sampling(0.7),
+        GREEDY,
+        Sampling(1.3, top_k=5),
+        Sampling(2.0, top_p=0.6),
+        Sampling(1.0, top_k=2**40, top_p=1e-46),
+        Sampling(1e300, top_k=7),
+        Sampling(1.0, top_k=9, top_p=0.8),
+        Sampling(1e-39, top_p=0.5),
+    ]
+    rows, repeated = len(settings), 200
+    logits = jnp.repeat(3 * jax.random.normal(jax.random.key(0), (repeated, 40)), rows, axis=0)
+    keys = jax.random.split(jax.random.key(1), rows * repeated)
+    together = np.asarray(sample(logits, by_row(settings * repeated), keys)).reshape(repeated, rows)
+    for row, setting in enumerate(settings):
+        uniform = np.asarray(sample(logits, setting, keys)).reshape(repeated, rows)[:, row]
+        np.testing.assert_array_equal(together[:, row], uniform, err_msg=str(setting))
+        alone = sample(logits[row::rows], by_row([setting] * repeated), keys[row::rows])
+        np.testing.assert_array_equal(together[:, row], alone)
+    assert len(np.unique(together[:, 0])) > 20  # of 40: it is drawn, not chosen
+
+
+def test_rows_that_are_all_greedy_need_no_settings_as_arrays():
+    assert by_row([GREEDY, Sampling(1e-40, top_k=3)]) is GREEDY
+
+
+def test_a_seed_of_each_row_is_as_if_it_were_that_of_all():
+    ids, seeds = jnp.array([4, 4, 7, -1]), np.array([3, -5, 3, 2**31 - 1], np.int32)
+    each = jax.random.key_data(row_keys(seeds, ids, 2))
+    for row, seed in enumerate(seeds):
+        np.testing.assert_array_equal(each[row], jax.random.key_data(row_keys(int(seed), ids, 2))[row])
 
 
 @pytest.mark.parametrize("temperature", [1e-46, 1e-39, 2e-38, 1e-30])

@@ -1,0 +1,148 @@
+"""The lines of a batch, however many: read through once to check them, then a window of them at a time.
+
+What is kept of a file is a byte a line and where every window begins.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import dataclasses
+import itertools
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from checkpoints_convert.ending import writing
+from experiments.common.batch_requests import Reader, Request
+from experiments.common.report import progress
+
+MARK = b"\xef\xbb\xbf"  # of UTF-8, at the start of a file
+SHOWN = 100  # errors that are kept to be shown
+_STEP = 2**20  # bytes
+_BAR_AFTER = 3.0  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line that is not blank. content: without its line feed; None for one that is longer than what was asked for."""
+
+    number: int  # from 1, blank lines included
+    start: int  # its first byte in the file
+    content: bytes | None
+
+
+def read_lines(file: BinaryIO, longest: int, start: int = 0, number: int = 1) -> Iterator[Line]:
+    """The lines from byte `start` on, where line `number` begins, each held alone and of at most `longest` bytes.
+
+    Only a line feed ends a line: strings may hold what else Unicode breaks at.
+    """
+    file.seek(start)
+    while content := file.readline(longest + 1):
+        size, whole = len(content), len(content) <= longest or content.endswith(b"\n")
+        if not whole:
+            while rest := file.readline(_STEP):
+                size += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+        if start == 0:
+            content = content.removeprefix(MARK)
+        if not whole or content.strip():
+            yield Line(number, start, content.removesuffix(b"\n") if whole else None)
+        start, number = start + size, number + 1
+
+
+@dataclasses.dataclass
+class Scan:
+    """What is known of all requests of a file. bad: for each of them, in order, whether it cannot be done."""
+
+    bad: bytearray
+    errors: dict[int, str]  # what is wrong with the first SHOWN of them, by line
+    longest: int = 0  # tokens of a prompt
+    most_new: int = 0  # tokens of a completion, at most
+    checksum: int = 0  # of the lines, and of the tokens that a tokenizer or a template made of them
+
+    @property
+    def requests(self) -> int:
+        return len(self.bad)
+
+    @property
+    def failed(self) -> int:
+        return sum(self.bad)
+
+
+class RequestFile:
+    """The requests of an open file, in its order, `window` at a time.
+
+    `scan` tells what is in it. ValueError, with `name`, for a file without lines, and for one that changes while it is read.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, reader: Reader, window: int) -> None:
+        self.name = name
+        self._file, self._reader, self._window = file, reader, window
+        self._state = self._now()
+        self._starts, self._numbers = array.array("q"), array.array("q")  # of the first line of every window
+        self.scan = self._read_through()
+        if not self.scan.requests:
+            raise ValueError(f"{name}: holds no lines")
+
+    def _now(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def _read_through(self) -> Scan:
+        scan = Scan(bytearray(), {})
+        options = {"total": self._state[0], "unit": "B", "unit_scale": True, "desc": "reading", "delay": _BAR_AFTER}
+        with progress(**options) as bar:
+            for line in self._lines():
+                if scan.requests % self._window == 0:
+                    self._starts.append(line.start)
+                    self._numbers.append(line.number)
+                request = self._reader.request(line.number, line.content)
+                scan.bad.append(bool(request.error))
+                scan.checksum = zlib.crc32(request.tokens.tobytes(), zlib.crc32(line.content or b"", scan.checksum))
+                if request.error:
+                    if len(scan.errors) < SHOWN:
+                        scan.errors[line.number] = request.error
+                else:
+                    scan.longest = max(scan.longest, len(request.tokens))
+                    scan.most_new = max(scan.most_new, request.drawing.max_new_tokens)
+                bar.update(line.start - bar.n)
+        return scan
+
+    def _lines(self, start: int = 0, number: int = 1) -> Iterator[Line]:
+        return read_lines(self._file, self._reader.longest_line, start, number)
+
+    def numbers(self) -> Iterator[tuple[int, bool]]:
+        """Of every request its line, and whether it cannot be done."""
+        self._check_unchanged()
+        return ((line.number, bool(bad)) for line, bad in zip(self._lines(), self.scan.bad, strict=True))
+
+    def windows(self, first: int) -> Iterator[list[Request]]:
+        """The requests from window `first` on, a window at a time."""
+        for start, number in zip(self._starts[first:], self._numbers[first:], strict=True):
+            found = [
+                self._reader.request(line.number, line.content)
+                for line in itertools.islice(self._lines(start, number), self._window)
+            ]
+            self._check_unchanged()
+            yield found
+
+    def _check_unchanged(self) -> None:
+        if self._now() != self._state:
+            raise ValueError(f"{self.name}: was changed while it was read")
+
+
+@contextlib.contextmanager
+def standard_input(directory: pathlib.Path) -> Iterator[BinaryIO]:
+    """What standard input holds up to its end, in a file of the folder, without a name, for as long as the block lasts."""
+    with tempfile.TemporaryFile(dir=directory) as kept:
+        with writing(directory / "standard-input"):
+            shutil.copyfileobj(sys.stdin.buffer, kept, _STEP)
+            kept.flush()
+        yield kept
