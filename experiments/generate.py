@@ -30,7 +30,7 @@ from experiments.common.batch_answers import Answers, InOrder, completion, stand
 from experiments.common.batch_file import RequestFile, standard_input
 from experiments.common.batch_requests import Drawing, Reader, Request
 from experiments.common.chat import ChatTemplate
-from experiments.common.report import Output, markdown_table
+from experiments.common.report import Output, duration, markdown_table
 from indexcache_jax import search, serving
 from indexcache_jax.config import Config
 from indexcache_jax.foreign import parse_json
@@ -90,7 +90,8 @@ class Meter:
     """Progress on the terminal: tokens a second of prompts and of completions."""
 
     def __init__(self, total: int, done: int = 0) -> None:
-        self.total, self.done = total, done
+        self.total, self.done, self._before = total, done, done
+        self._began = time.perf_counter()
         self.tokens = {"prefill": 0, "decode": 0}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         self._last = time.perf_counter()
@@ -102,7 +103,14 @@ class Meter:
         self.tokens[phase] += tokens
         rates = ", ".join(f"{name} {self.rate(name):.1f} tok/s" for name in self.tokens)
         if processes.is_main():
-            print(f"\r{self.done}/{self.total} prompts, {rates}", end="", file=sys.stderr, flush=True)
+            print(f"\r{self.done}/{self.total} prompts, {rates}{self._left()}", end="", file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """What the prompts that are left take, once some of this run are done."""
+        if self.done == self._before:
+            return ""
+        each = (time.perf_counter() - self._began) / (self.done - self._before)
+        return f", {duration(each * (self.total - self.done))} left"
 
     def rate(self, phase: str) -> float:
         """Tokens a second, compilation included."""

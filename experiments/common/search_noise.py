@@ -116,7 +116,8 @@ def _of_choice(taken: Sequence[Step], count: int) -> str:
     line = f"On {count} calibration sequences {share} of the {len(taken)} steps to this schedule are within noise "
     line += f"({CONFIDENCE:.0%}): other layers may serve as well."
     settled = {more: sum(_to_settle(step) <= more for step in open_steps) for more in (4 * count, 16 * count)}
-    return f"{line} About {' and '.join(f'{more} sequences would settle {n} of them' for more, n in settled.items())}."
+    some = " and ".join(f"{more} sequences would settle {n} of them" for more, n in settled.items() if n)
+    return f"{line} About {some}." if some else f"{line} Even {16 * count} sequences would settle none of them."
 
 
 def _share_measured(steps: Sequence[Step]) -> float | None:

@@ -345,3 +345,12 @@ def test_a_killed_run_goes_on_and_completes_as_an_uninterrupted_one(tmp_path):
     assert target.read_bytes() == uninterrupted
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert metrics["of_them_done_before"] == done
+
+
+def test_progress_has_rates_and_the_time_left_by_what_this_run_has_done(capsys):
+    meter = generate.Meter(total=12, done=10)
+    meter("prefill", 100)
+    assert "10/12 prompts, prefill " in (line := capsys.readouterr().err) and "left" not in line
+    meter.done = 11
+    meter("decode", 5)
+    assert "11/12 prompts" in (line := capsys.readouterr().err) and line.endswith("00:00 left")

@@ -56,7 +56,8 @@ def test_sentences_say_what_is_open_and_name_a_cheaper_schedule_when_asked():
     of_choice, of_cheaper = search_noise.sentences(found, found[2].schedule, name_cheaper=True)
     assert of_choice.startswith("On 16 calibration sequences 1 of the 2 steps to this schedule are within noise (95%)")
     needed = found[1].sequences_to_settle(0.05)
-    ends = f"About 64 sequences would settle {needed <= 64:d} of them and 256 sequences would settle {needed <= 256:d} of them."
+    counts = " and ".join(f"{count} sequences would settle 1 of them" for count in (64, 256) if needed <= count)
+    ends = f"About {counts}." if counts else "Even 256 sequences would settle none of them."
     assert of_choice.endswith(ends)
     assert of_cheaper == "No schedule of the search with fewer indexers is within noise of it (95%)."
     assert len(search_noise.sentences(found, found[2].schedule, name_cheaper=False)) == 1
