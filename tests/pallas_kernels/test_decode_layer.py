@@ -113,7 +113,8 @@ def make(experts=True, full=True, index_dtype=ml_dtypes.float8_e4m3fn, **fields)
     layer = weights.layers[0]
     schedule = Schedule("F")
     if not full:
-        layer = serving.restrict(dataclasses.replace(weights, layers=(layer, layer)), config, Schedule("FS")).layers[1]
+        two = dataclasses.replace(config, num_layers=2, moe_layers=(experts,) * 2)
+        layer = serving.restrict(dataclasses.replace(weights, layers=(layer, layer)), two, Schedule("FS")).layers[1]
     cache = serving.init_cache(config, schedule, 1, MAX_LEN, CacheFormat(jnp.bfloat16, index_dtype)).layers[0]
     if not full:
         cache = dataclasses.replace(cache, index_keys=None, index_scales=None)
