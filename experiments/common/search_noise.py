@@ -12,6 +12,7 @@ from indexcache_jax.search import Margin, Step
 from indexcache_jax.search.noise import NOISE_ERROR
 
 CONFIDENCE = 1 - NOISE_ERROR  # with which something is called above noise
+LEAST_TO_NAME = 4  # sequences: of fewer, noise is so wide that nearly any schedule is within it
 
 
 def change(losses: Sequence[float], reference: Sequence[float]) -> str:
@@ -104,8 +105,12 @@ def sentences(steps: Sequence[Step], chosen: Schedule, name_cheaper: bool) -> li
     if share := _share_measured(steps):
         found.append(f"Schedules that cannot win were dropped early: {share:.0%} of the losses were measured.")
     if name_cheaper:
-        found.append(_of_cheaper(cheapest_within_noise(steps, chosen), count))
+        found.append(_of_cheaper(cheapest_within_noise(steps, chosen), count) if count >= LEAST_TO_NAME else _too_few(count))
     return found
+
+
+def _too_few(count: int) -> str:
+    return f"{count} calibration sequences are too few to name a cheaper schedule within noise of it: --sequences=8 does."
 
 
 def _of_choice(taken: Sequence[Step], count: int) -> str:

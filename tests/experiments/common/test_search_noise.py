@@ -61,6 +61,8 @@ def test_sentences_say_what_is_open_and_name_a_cheaper_schedule_when_asked():
     assert of_choice.endswith(ends)
     assert of_cheaper == "No schedule of the search with fewer indexers is within noise of it (95%)."
     assert len(search_noise.sentences(found, found[2].schedule, name_cheaper=False)) == 1
+    few = search_noise.sentences(steps(sequences=2), found[2].schedule, name_cheaper=True)
+    assert few[-1].startswith("2 calibration sequences are too few to name a cheaper schedule")
     alone = search_noise.sentences(steps(sequences=1), found[2].schedule, name_cheaper=True)
     assert alone == ["A single calibration sequence says nothing about noise: --sequences=8 does."]
 
