@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from types import FrameType, ModuleType
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -66,6 +67,15 @@ def _ended_early(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+def _say(text: str) -> NoReturn:
+    """Prints a text and ends; well too where the reader, such as head, has gone before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush has a reader
+    sys.exit(0)
+
+
 def command() -> None:
     """What `indexcache` and `python -m experiments.run` do."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -75,8 +85,7 @@ def command() -> None:
     if command_line.wants_version(sys.argv[1:]):
         import indexcache_jax
 
-        print(f"indexcache-jax {indexcache_jax.__version__}")
-        sys.exit(0)
+        _say(f"indexcache-jax {indexcache_jax.__version__}")
     try:
         arguments = command_line.with_flag(sys.argv[1:])
         name = command_line.experiment_of(arguments)
@@ -84,12 +93,10 @@ def command() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(command_line.USAGE_ERROR)
     if command_line.wants_help(arguments) and command_line.named(arguments) is None:
-        print(command_line.overview())
-        sys.exit(0)
+        _say(command_line.overview())
     load(name)  # its flags exist once it is imported
     if command_line.wants_help(arguments):
-        print(command_line.help_of(name))
-        sys.exit(0)
+        _say(command_line.help_of(name))
     app.run(main, argv=[sys.argv[0], *arguments], flags_parser=command_line.parse)
 
 

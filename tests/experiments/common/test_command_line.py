@@ -123,3 +123,12 @@ def test_help_from_the_command_line():
         wrong.returncode == 2
         and wrong.stderr == f"error: 'serch' is none of {', '.join(EXPERIMENTS)}, convert; the nearest is search\n"
     )
+
+
+def test_help_whose_reader_has_gone_ends_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "experiments.run", "search", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
