@@ -145,9 +145,12 @@ def _single_tokens(
     return x, Cache(layers, positions.kv_lengths)
 
 
-def _check_room(cache: Cache, lengths: jax.Array | np.ndarray, wait: bool = True) -> None:
-    """ValueError where a row of a cache has no room for so many more tokens; wait: as for `arguments.numbers_of`."""
-    filled, new = arguments.numbers_of(cache.lengths, wait), arguments.numbers_of(lengths, wait)
+def _check_room(cache: Cache, lengths: jax.Array | np.ndarray) -> None:
+    """ValueError where a row of a cache has no room for so many more tokens, as far as host memory knows.
+
+    An accelerator is not asked: it has yet to finish the chunk before, and the next one is queued meanwhile.
+    """
+    filled, new = arguments.numbers_of(cache.lengths, wait=False), arguments.numbers_of(lengths, wait=False)
     if filled is None or new is None:
         return
     if (filled + new).max() > cache.max_len:
@@ -168,7 +171,8 @@ def prefill(
     """Appends right-padded tokens [B, S], of which lengths [B] count, to the cache.
 
     Called again it continues, so a long prompt goes in chunk by chunk. What does not fit is dropped: the caller sees to
-    cache.lengths + lengths <= T where these are traced. A row of length 0 stays as it is and its logits mean nothing.
+    cache.lengths + lengths <= T where these are traced or on an accelerator. A row of length 0 stays as it is and its logits
+    mean nothing.
 
     Args:
       params: serving weights, or params, which are converted at every call.
@@ -217,6 +221,6 @@ def decode_step(
     check_weights(params, config, schedule)
     token = arguments.tokens("token", token, config.vocab_size, ("B",), wait=False)
     check_cache(cache, token.shape[0], config, schedule)
-    _check_room(cache, np.ones(token.shape, np.int32), wait=False)
+    _check_room(cache, np.ones(token.shape, np.int32))
     weights = weights_for(params, config, schedule)
     return step_program(formats(cache), donate)(weights, jnp.asarray(token), cache, config)
