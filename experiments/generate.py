@@ -91,10 +91,9 @@ class Meter:
 
     def __init__(self, total: int, done: int = 0) -> None:
         self.total, self.done, self._before = total, done, done
-        self._began = time.perf_counter()
         self.tokens = {"prefill": 0, "decode": 0}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
-        self._last = time.perf_counter()
+        self._began = self._last = time.perf_counter()
 
     def __call__(self, phase: str, tokens: int) -> None:
         now = time.perf_counter()
