@@ -42,9 +42,13 @@ MEMORY_MAPS = pathlib.Path("/proc/self/maps")
 MANY_MAPS = 20_000  # of the 65,530 that Linux gives a process by default; every compiled program takes a few
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_compiled_programs() -> Iterator[None]:
-    """Drops compiled programs between modules before a process has so many that XLA can map no further one and crashes."""
-    yield
+def drop_many_programs() -> None:
+    """Drops compiled programs where a process has so many that XLA may map no further one, and crashes."""
     if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    yield
+    drop_many_programs()
