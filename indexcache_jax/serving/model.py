@@ -25,7 +25,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import fused
 from indexcache_jax.serving.cache import Cache, check_cache, formats
 from indexcache_jax.serving.layer import LayerFunction, linear, run_layer, run_layer_in_place
-from indexcache_jax.serving.weights import Weights, check_weights, weights_for
+from indexcache_jax.serving.weights import Weights, weights_for
 from indexcache_jax.sharding import constrain
 
 # Called after every layer with its number, the hidden states [B, S, D] and an F layer's indices; returns the hidden states
@@ -188,12 +188,11 @@ def prefill(
       ValueError where weights or cache are those of another model or schedule, for numbers that are no tokens of the model,
       and for lengths that do not fit tokens or exceed the cache. Within a traced function only shapes and dtypes are looked at.
     """
-    check_weights(params, config, schedule)
+    weights = weights_for(params, config, schedule)
     tokens = arguments.tokens("tokens", tokens, config.vocab_size)
     check_cache(cache, tokens.shape[0], config, schedule)
     lengths = jnp.asarray(arguments.lengths(lengths, *tokens.shape), jnp.int32)
     _check_room(cache, lengths)
-    weights = weights_for(params, config, schedule)
     layer = run_layer_in_place if donate else run_layer
     x, cache = prefill_chunk(weights, jnp.asarray(tokens), lengths, cache, config, layer=layer)
     return last_logits(weights, last_hidden(x, lengths, jnp.zeros_like(x[:, 0])), config), cache
@@ -218,9 +217,8 @@ def decode_step(
     One program for all layers. `generate` runs many such steps without returning to the host between them. Numbers on an
     accelerator are not looked at, so that a step does not wait for the one before.
     """
-    check_weights(params, config, schedule)
+    weights = weights_for(params, config, schedule)
     token = arguments.tokens("token", token, config.vocab_size, ("B",), wait=False)
     check_cache(cache, token.shape[0], config, schedule)
     _check_room(cache, np.ones(token.shape, np.int32))
-    weights = weights_for(params, config, schedule)
     return step_program(formats(cache), donate)(weights, jnp.asarray(token), cache, config)

@@ -16,7 +16,7 @@ from pallas_kernels.grouped_matmul import (
     per_row,
     reference,
 )
-from pallas_kernels.quant import Scaled, quantise_matrix, quantise_rows
+from pallas_kernels.quant import Scaled, quantise_rows
 from tests.support.attention_cases import relative_error
 from tests.support.grouped_cases import (
     MANY_ROWS,
@@ -25,6 +25,7 @@ from tests.support.grouped_cases import (
     numpy_scaled_products,
     numpy_scaled_swiglu,
     scaled_inputs,
+    scaled_swiglu_inputs,
 )
 
 IMPLEMENTATIONS = {
@@ -34,12 +35,6 @@ IMPLEMENTATIONS = {
 }
 implementations = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 interpreted = pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
-
-
-def scaled_swiglu_inputs(sizes, k: int, width: int, dtype=jnp.bfloat16):
-    rows, _, group_sizes = scaled_inputs(sizes, k, 1, dtype)
-    drawn = np.random.default_rng(width).normal(size=(len(sizes), 2, width, k)) / k**0.5
-    return rows, quantise_matrix(jnp.asarray(drawn, jnp.float32)), group_sizes
 
 
 @implementations

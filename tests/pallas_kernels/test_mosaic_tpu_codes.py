@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import dispatch, grouped_matmul, grouped_mlp, grouped_swiglu, scaled_matmul
 from pallas_kernels.grouped_matmul import api, mosaic_tpu_codes
-from pallas_kernels.quant import Scaled, quantise_matrix, quantise_rows
+from pallas_kernels.quant import Scaled, quantise_rows
 from pallas_kernels.scaled_matmul import api as scaled_api
 from tests.support.attention_cases import relative_error
 from tests.support.grouped_cases import (
@@ -17,6 +17,7 @@ from tests.support.grouped_cases import (
     numpy_scaled_products,
     numpy_scaled_swiglu,
     scaled_inputs,
+    scaled_swiglu_inputs,
 )
 from tests.support.tpu_interpreter import interpreted
 
@@ -93,15 +94,9 @@ def test_scales_of_checkpoints():
         assert relative_error(out, expected) < 1e-5
 
 
-def swiglu_inputs(sizes, k, width, dtype=jnp.float32):
-    rows, _, group_sizes = scaled_inputs(sizes, k, 1, dtype)
-    drawn = np.random.default_rng(width).normal(size=(len(sizes), 2, width, k)) / k**0.5
-    return rows, quantise_matrix(jnp.asarray(drawn, jnp.float32)), group_sizes
-
-
 def test_a_swiglu_layer_equals_numpy(small_tiles):
     sizes = SIZES["ragged"]
-    rows, gate_up, group_sizes = swiglu_inputs(sizes, 256, 128)
+    rows, gate_up, group_sizes = scaled_swiglu_inputs(sizes, 256, 128, jnp.float32)
     down = scaled_inputs(sizes, 128, 140)[1]
     with interpreted():
         hidden = grouped_swiglu(rows, gate_up, group_sizes)
@@ -113,7 +108,7 @@ def test_a_swiglu_layer_equals_numpy(small_tiles):
 
 def test_the_gradient_of_rows_is_that_of_the_decoded_product_and_matrices_have_none():
     sizes = SIZES["single rows"]
-    rows, gate_up, group_sizes = swiglu_inputs(sizes, 128, 128)
+    rows, gate_up, group_sizes = scaled_swiglu_inputs(sizes, 128, 128, jnp.float32)
     down = scaled_inputs(sizes, 128, 40)[1]
 
     def loss(rows, scales, implementation=None):

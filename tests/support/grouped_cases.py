@@ -53,6 +53,13 @@ def scaled_inputs(sizes, k: int, n: int, dtype=jnp.bfloat16):
     return rows, quantise_matrix(jnp.asarray(drawn, jnp.float32)), group_sizes
 
 
+def scaled_swiglu_inputs(sizes, k: int, width: int, dtype=jnp.bfloat16):
+    """As `scaled_inputs`, with gate and up in 8 bits [E, 2, I, K]."""
+    rows, _, group_sizes = scaled_inputs(sizes, k, 1, dtype)
+    drawn = np.random.default_rng(width).normal(size=(len(sizes), 2, width, k)) / k**0.5
+    return rows, quantise_matrix(jnp.asarray(drawn, jnp.float32)), group_sizes
+
+
 def decoded(x) -> np.ndarray:
     """What codes and scales stand for, in float64; an array as it is."""
     return np.asarray(dequantise(x, jnp.float32) if isinstance(x, Scaled) else x, np.float64)
