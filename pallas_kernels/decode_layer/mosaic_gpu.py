@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx, quant
+from pallas_kernels import quant
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
 from pallas_kernels.decode_layer.mosaic_gpu_parts import (
@@ -40,9 +40,10 @@ from pallas_kernels.decode_layer.mosaic_gpu_parts import (
     TileSplit,
     Value,
 )
+from pallas_kernels.hopper import ptx
+from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import Scaled
 
-WIDTH, VALUE_DIM, ROTARY = 576, 512, 64  # of a latent
 INDEX_WIDTH = 128
 # Thread blocks, counted from the last, that apply rope or make index queries instead of taking rows of a matrix.
 ROPE_BLOCK, INDEX_BLOCK = 1, 2
@@ -304,7 +305,7 @@ class Up(Stage):
             rotated_pair = _rotate_pair(a, thread.lane, *pair(ptx.add(thread.lane, VALUE_DIM // 2)))
             word = ptx.to_bfloat16_pair(*rotated_pair)
             if scale is not None:
-                word = ptx.to_bfloat16_pair(*(ptx.divide_floats(x, scale) for x in ptx.from_bfloat16_pair(word)))
+                word = ptx.to_bfloat16_pair(*(ptx.divide_as_xla(x, scale) for x in ptx.from_bfloat16_pair(word)))
             at = ptx.offset(row, ptx.add(thread.lane, rotary), 4)
             ptx.store_global(at, word, ptx.compare("sge", thread.lane, 0))
         if p.index_heads:
@@ -316,12 +317,12 @@ class Up(Stage):
         a, thread = self.a, self.thread
         pairs = [ptx.from_bfloat16_pair(word) for _, word, _ in words]
         largest = parts.block_maximum(thread, [x for pair in pairs for x in pair], self.sizes)
-        # XLA on a GPU divides by a constant so.
+        # XLA multiplies by the inverse of a constant that it divides by.
         scale = ptx.times(ptx.maximum_floats(largest, ptx.number(quant.MIN_MAGNITUDE)), ptx.number(1 / quant.E4M3_MAX))
         is_even = ptx.compare("eq", ptx.bit_and(thread.lane, 1), 0)
         row = ptx.offset(a["latent_codes"], position, VALUE_DIM)
         for (i, _, exists), pair in zip(words, pairs, strict=True):
-            four = [ptx.divide_floats(x, scale) for x in (*pair, *(ptx.lane_distant(x, 1) for x in pair))]
+            four = [ptx.divide_as_xla(x, scale) for x in (*pair, *(ptx.lane_distant(x, 1) for x in pair))]
             ptx.store_global(ptx.offset(row, ptx.shift_right(i, 1), 4), ptx.to_e4m3_word(four), ptx.both(exists, is_even))
         is_first = ptx.compare("eq", thread.index, 0)
         ptx.store_global(ptx.offset(a["latent_scales"], position, 4), ptx.bits_of(scale), is_first)
