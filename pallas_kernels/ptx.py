@@ -416,6 +416,11 @@ def inverse(x: Value) -> Value:
     return arith.divf(number(1.0), x)
 
 
+def approximate_inverse(x: Value) -> Value:
+    """1 / x within one unit of the last place, as XLA computes it on a GPU."""
+    return asm("rcp.approx.f32 $0, $1;", [x], "=f,f", f32())
+
+
 def lane_distant(x: Value, distance: int) -> Value:
     """x of the lane whose number differs by the bit `distance`."""
     return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", f32())

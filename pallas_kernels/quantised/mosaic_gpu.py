@@ -1,0 +1,203 @@
+"""Rows in 8 bits on Hopper, in one pass over memory.
+
+XLA reads the numbers once for the scales and once more for the codes, in kernels of their own, and writes scales row by row,
+which a product's kernel wants column by column. Here a lane has 16 numbers that lie side by side, 16 bytes of codes, and 8
+lanes exchange the largest magnitude of the 128 that share a scale. Where rows are normalised first, a warp has a whole row and
+keeps it in registers between the sum of squares and the codes; else all groups of 128 are alike, whatever row they are of.
+
+Scales are written [K / 128, M], which is how the product's kernel reads them; XLA drops the two transpositions between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import ptx
+from pallas_kernels.hopper_lanes import (
+    WARPS,
+    Value,
+    bfloat16_words,
+    call_kernel,
+    floats_of,
+    lane_and_warp,
+    sum_of_lanes,
+)
+from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled
+
+LANE = 16  # numbers of a lane: 16 bytes of codes
+LANES = BLOCK // LANE  # that share a scale
+SPAN = 32 * LANE  # numbers that a warp has at a time
+STEPS = 2  # times SPAN of a warp where rows are not normalised: loads that are under way
+KEPT = 6  # times SPAN of a row that a warp keeps in registers; a wider one it reads once more
+MAX_WIDTH = 16 * SPAN
+INFINITY_BITS = 0x7F800000
+
+
+def _why_not(rows: jax.Array, width: int, *dtypes: Any) -> str | None:
+    if rows.dtype not in dtypes:
+        return f"it reads rows in {' or '.join(jnp.dtype(dtype).name for dtype in dtypes)}, not {rows.dtype}"
+    if width % BLOCK or not rows.size:
+        return f"it writes rows of whole blocks of {BLOCK} numbers, they are [{rows.shape[0]}, {width}]"
+    return None
+
+
+def why_not(rows: jax.Array) -> str | None:
+    return _why_not(rows, rows.shape[1], jnp.bfloat16)
+
+
+def why_not_swiglu(gate_up: jax.Array) -> str | None:
+    return _why_not(gate_up, gate_up.shape[1] // 2, jnp.bfloat16)
+
+
+def why_not_normalise(rows: jax.Array, weight: jax.Array, eps: float) -> str | None:
+    if weight.dtype != jnp.bfloat16:
+        return f"its weight is in bfloat16, not {weight.dtype}"
+    if weight.shape[0] > MAX_WIDTH:
+        return f"a warp normalises rows of at most {MAX_WIDTH} numbers, they have {weight.shape[0]}"
+    if rows.shape[1] % LANES:
+        return f"it reads rows of a multiple of {LANES} numbers, they have {rows.shape[1]}"
+    return _why_not(rows, weight.shape[0], jnp.bfloat16, jnp.float32)
+
+
+def quantise_rows(rows: jax.Array) -> Scaled:
+    return _quantise(rows, rows.shape[1], _plain)
+
+
+def quantise_swiglu(gate_up: jax.Array) -> Scaled:
+    return _quantise(gate_up, gate_up.shape[1] // 2, _swiglu)
+
+
+def _outputs(rows: int, width: int) -> list[jax.ShapeDtypeStruct]:
+    """Codes, and scales [K / 128, M]."""
+    codes = jax.ShapeDtypeStruct((rows, width), jnp.float8_e4m3fn)
+    return [codes, jax.ShapeDtypeStruct((width // BLOCK, rows), jnp.float32)]
+
+
+def _quantise(rows: jax.Array, width: int, numbers_at: Callable[..., Any]) -> Scaled:
+    program, blocks = groups_program(rows.shape[0], width, numbers_at)
+    codes, scales = call_kernel(program, [rows], _outputs(rows.shape[0], width), blocks)
+    return Scaled(codes, scales.T)
+
+
+def groups_program(rows: int, width: int, numbers_at: Callable[..., Any]) -> tuple[Callable[..., None], int]:
+    """The kernel for rows of `width` numbers, each lane's of which numbers_at finds, and its number of blocks."""
+    groups = rows * (width // BLOCK)
+    of_warp = STEPS * SPAN // BLOCK
+
+    def quantise_rows(source: Value, codes: Value, scales: Value, block: Value) -> None:
+        lane, warp = lane_and_warp()
+        first = ptx.add(ptx.mul(ptx.add(ptx.mul(block, WARPS), warp), of_warp), ptx.shift_right(lane, 3))
+        tasks = []
+        for step in range(STEPS):
+            group = ptx.add(first, step * SPAN // BLOCK)
+            exists = ptx.compare("slt", group, groups)
+            row, column = ptx.div(group, width // BLOCK), ptx.rem(group, width // BLOCK)
+            column = ptx.add(ptx.mul(column, BLOCK), ptx.mul(ptx.bit_and(lane, LANES - 1), LANE))
+            tasks.append((row, column, exists, numbers_at(source, width, row, column, ptx.select(exists, 1, 0))))
+        for row, column, exists, numbers in tasks:
+            _store(codes, scales, rows, width, row, column, exists, numbers())
+
+    return quantise_rows, -(-groups // (WARPS * of_warp))
+
+
+def _loaded(source: Value, width: int, row: Value, column: Value, exists: Value, itemsize: int = 2) -> list[Value]:
+    """The words of LANE numbers in rows of `width`, zeros where they do not exist."""
+    at = ptx.offset(ptx.offset(source, row, itemsize * width), column, itemsize)
+    pieces = [ptx.offset(at, ptx.constant(16 * i), 1) for i in range(LANE * itemsize // 16)]
+    return [word for piece in pieces for word in ptx.load_words_or_zeros(piece, exists, 4)]
+
+
+def _plain(source: Value, width: int, row: Value, column: Value, exists: Value) -> Callable[[], list[Value]]:
+    words = _loaded(source, width, row, column, exists)
+    return lambda: floats_of(words)
+
+
+def _swiglu(source: Value, width: int, row: Value, column: Value, exists: Value) -> Callable[[], list[Value]]:
+    halves = [_loaded(source, 2 * width, row, ptx.add(column, start), exists) for start in (0, width)]
+
+    def numbers() -> list[Value]:
+        gates, ups = map(floats_of, halves)
+        return [ptx.times(ptx.times(gate, _sigmoid(gate)), up) for gate, up in zip(gates, ups, strict=True)]
+
+    return numbers
+
+
+def _sigmoid(x: Value) -> Value:
+    power = ptx.exp2(ptx.times(x, ptx.number(-np.log2(np.e))))
+    return ptx.approximate_inverse(ptx.plus(power, ptx.number(1.0)))
+
+
+def _store(
+    codes: Value, scales: Value, rows: int, width: int, row: Value, column: Value, exists: Value, numbers: Sequence[Value]
+) -> None:
+    """Writes LANE numbers in 8 bits, and a group's scale."""
+    top = ptx.constant(0)
+    for number in numbers:
+        top = ptx.maximum(top, ptx.magnitude_bits(number))
+    for distance in (1, 2, 4):
+        top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+    least = int(np.float32(MIN_MAGNITUDE).view(np.int32))
+    scale = ptx.times(ptx.float_of(ptx.maximum(top, least)), ptx.number(float(np.float32(1 / E4M3_MAX))))
+    scale = ptx.either(ptx.compare("slt", top, INFINITY_BITS), scale, ptx.number(float("nan")))
+    inverse = ptx.approximate_inverse(scale)
+    products = [ptx.times(number, inverse) for number in numbers]
+    words = [ptx.to_e4m3_word(products[i : i + 4]) for i in range(0, LANE, 4)]
+    ptx.store_global_words(ptx.offset(ptx.offset(codes, row, width), column, 1), words, exists)
+    group = ptx.shift_right(column, BLOCK.bit_length() - 1)
+    writes = ptx.both(exists, ptx.compare("eq", ptx.bit_and(column, BLOCK - 1), 0))
+    ptx.store_global(ptx.offset(ptx.offset(scales, group, 4 * rows), row, 4), ptx.bits_of(scale), writes)
+
+
+def normalise_rows(rows: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, Scaled]:
+    (m, of_row), width = rows.shape, weight.shape[0]
+    program = normalise_program(m, of_row, width, eps, rows.dtype == jnp.float32)
+    outputs = [jax.ShapeDtypeStruct((m, width), jnp.bfloat16), *_outputs(m, width)]
+    normalised, codes, scales = call_kernel(program, [rows, weight], outputs, -(-m // WARPS))
+    return normalised, Scaled(codes, scales.T)
+
+
+def normalise_program(rows: int, of_row: int, width: int, eps: float, in_float32: bool) -> Callable[..., None]:
+    """The kernel for the first `width` of rows of `of_row` numbers, bfloat16 or float32."""
+
+    def normalise_rows(source: Value, weight: Value, out: Value, codes: Value, scales: Value, block: Value) -> None:
+        lane, warp = lane_and_warp()
+        row = ptx.add(ptx.mul(block, WARPS), warp)
+        in_rows = ptx.compare("slt", row, rows)
+        pieces = []
+        for start in range(0, width, SPAN):
+            column = ptx.add(ptx.mul(lane, LANE), start)
+            exists = ptx.both(in_rows, ptx.compare("slt", column, width))
+            pieces.append((column, exists, ptx.select(exists, 1, 0)))
+
+        def loaded(column: Value, loads: Value) -> list[Value]:
+            return _loaded(source, of_row, row, column, loads, 4 if in_float32 else 2)
+
+        def numbers(words: Sequence[Value]) -> list[Value]:
+            return list(map(ptx.float_of, words)) if in_float32 else floats_of(words)
+
+        total, kept = ptx.number(0.0), []
+        for first in range(0, len(pieces), KEPT):
+            some = [loaded(column, loads) for column, _, loads in pieces[first : first + KEPT]]
+            for x in (x for words in some for x in numbers(words)):
+                total = ptx.times_plus(x, x, total)
+            kept += some
+        mean = ptx.times(sum_of_lanes(total), ptx.number(1 / width))
+        factor = ptx.rsqrt(ptx.plus(mean, ptx.number(eps)))
+        for (column, exists, loads), words in zip(pieces, kept, strict=True):
+            words = words if len(pieces) <= KEPT else loaded(column, loads)
+            weights = floats_of(_loaded(weight, width, ptx.constant(0), column, loads))
+            scaled = [ptx.times(x, factor) for x in numbers(words)]
+            if not in_float32:
+                scaled = floats_of(bfloat16_words(scaled))
+            result = bfloat16_words([ptx.times(x, w) for x, w in zip(scaled, weights, strict=True)])
+            at = ptx.offset(ptx.offset(out, row, 2 * width), column, 2)
+            for i in range(2):
+                ptx.store_global_words(ptx.offset(at, ptx.constant(16 * i), 1), result[4 * i : 4 * i + 4], exists)
+            _store(codes, scales, rows, width, row, column, exists, floats_of(result))
+
+    return normalise_rows
