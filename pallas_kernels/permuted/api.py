@@ -30,7 +30,9 @@ def gather_rows(rows: jax.Array | Scaled, index: jax.Array, *, implementation: s
     Raises ValueError for shapes that do not fit, NotImplementedError where a named implementation cannot serve.
     """
     if rows.ndim != 2 or index.ndim != 1 or (isinstance(rows, Scaled) and not rows.by_row):
-        raise ValueError(f"gather_rows: expected rows [N, K], with scales by row, and index [M], got {rows.shape}, {index.shape}")
+        raise ValueError(
+            f"gather_rows: expected rows [N, K], with scales by row, and index [M], got {rows.shape}, {index.shape}"
+        )
     return dispatch.call("gather_rows", GATHER_BACKENDS, implementation, rows, index.astype(jnp.int32))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ptx
-from pallas_kernels.hopper_lanes import WARPS, Value, bfloat16_words, call_kernel, floats_of, lane_and_warp
+from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.lanes import WARPS, Value, bfloat16_words, call_kernel, floats_of, lane_and_warp
 from pallas_kernels.quant import Scaled
 
 PIECE = 16  # bytes of a lane
@@ -44,9 +44,7 @@ def gather_rows(rows: Scaled, index: jax.Array) -> Scaled:
 def gather_program(source_rows: int, rows: int, width: int, groups: int) -> Callable[..., None]:
     """The kernel that moves rows of `width` bytes and their scales, which are [groups, source_rows] and become [groups, rows]."""
 
-    def gather_rows(
-        index: Value, codes: Value, scales: Value, out_codes: Value, out_scales: Value, block: Value
-    ) -> None:
+    def gather_rows(index: Value, codes: Value, scales: Value, out_codes: Value, out_scales: Value, block: Value) -> None:
         lane, warp = lane_and_warp()
         first = ptx.mul(ptx.add(ptx.mul(block, WARPS), warp), ROWS)
         moved = []

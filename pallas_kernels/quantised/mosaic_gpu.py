@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import ptx
-from pallas_kernels.hopper_lanes import (
+from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.lanes import (
     WARPS,
     Value,
     bfloat16_words,

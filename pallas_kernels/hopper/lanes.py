@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx
+from pallas_kernels.hopper import ptx
 
 WARPGROUPS = 2
 WARPS = 4 * WARPGROUPS
