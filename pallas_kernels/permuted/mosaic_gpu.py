@@ -42,7 +42,7 @@ def gather_rows(rows: Scaled, index: jax.Array) -> Scaled:
 
 
 def gather_program(source_rows: int, rows: int, width: int, groups: int) -> Callable[..., None]:
-    """The kernel that moves rows of `width` bytes and their scales, which are [groups, source_rows] and become [groups, rows]."""
+    """The kernel that moves rows of `width` bytes, and their scales [groups, source_rows] to [groups, rows]."""
 
     def gather_rows(index: Value, codes: Value, scales: Value, out_codes: Value, out_scales: Value, block: Value) -> None:
         lane, warp = lane_and_warp()

@@ -55,5 +55,5 @@ def normalise_rows(
     squares are added in another order.
     """
     if rows.ndim != 2 or weight.ndim != 1 or not 0 < weight.shape[0] <= rows.shape[1]:
-        raise ValueError(f"normalise_rows: expected rows [M, W >= K] and weight [K], got {rows.shape} and {weight.shape}")
+        raise ValueError(f"normalise_rows: expected rows [M, W] and weight [K], K <= W, got {rows.shape} and {weight.shape}")
     return dispatch.call("normalise_rows", NORMALISE_BACKENDS, implementation, rows, weight, eps)

@@ -164,33 +164,35 @@ def normalise_rows(rows: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.
 def normalise_program(rows: int, of_row: int, width: int, eps: float, in_float32: bool) -> Callable[..., None]:
     """The kernel for the first `width` of rows of `of_row` numbers, bfloat16 or float32."""
 
+    pieces = -(-width // SPAN)
+    itemsize = 4 if in_float32 else 2
+
     def normalise_rows(source: Value, weight: Value, out: Value, codes: Value, scales: Value, block: Value) -> None:
         lane, warp = lane_and_warp()
         row = ptx.add(ptx.mul(block, WARPS), warp)
         in_rows = ptx.compare("slt", row, rows)
-        pieces = []
-        for start in range(0, width, SPAN):
-            column = ptx.add(ptx.mul(lane, LANE), start)
-            exists = ptx.both(in_rows, ptx.compare("slt", column, width))
-            pieces.append((column, exists, ptx.select(exists, 1, 0)))
 
-        def loaded(column: Value, loads: Value) -> list[Value]:
-            return _loaded(source, of_row, row, column, loads, 4 if in_float32 else 2)
+        def place(piece: Value | int) -> tuple[Value, Value]:
+            """The column of this lane's numbers of a piece, and whether they exist."""
+            start = piece * SPAN if isinstance(piece, int) else ptx.mul(piece, SPAN)
+            column = ptx.add(ptx.mul(lane, LANE), start)
+            return column, ptx.both(in_rows, ptx.compare("slt", column, width))
+
+        def load(piece: Value | int) -> list[Value]:
+            column, exists = place(piece)
+            return _loaded(source, of_row, row, column, ptx.select(exists, 1, 0), itemsize)
 
         def numbers(words: Sequence[Value]) -> list[Value]:
             return list(map(ptx.float_of, words)) if in_float32 else floats_of(words)
 
-        total, kept = ptx.number(0.0), []
-        for first in range(0, len(pieces), KEPT):
-            some = [loaded(column, loads) for column, _, loads in pieces[first : first + KEPT]]
-            for x in (x for words in some for x in numbers(words)):
+        def squares_added(total: Value, words: Sequence[Value]) -> Value:
+            for x in numbers(words):
                 total = ptx.times_plus(x, x, total)
-            kept += some
-        mean = ptx.times(sum_of_lanes(total), ptx.number(1 / width))
-        factor = ptx.rsqrt(ptx.plus(mean, ptx.number(eps)))
-        for (column, exists, loads), words in zip(pieces, kept, strict=True):
-            words = words if len(pieces) <= KEPT else loaded(column, loads)
-            weights = floats_of(_loaded(weight, width, ptx.constant(0), column, loads))
+            return total
+
+        def write(piece: Value | int, words: Sequence[Value], factor: Value) -> None:
+            column, exists = place(piece)
+            weights = floats_of(_loaded(weight, width, ptx.constant(0), column, ptx.select(exists, 1, 0)))
             scaled = [ptx.times(x, factor) for x in numbers(words)]
             if not in_float32:
                 scaled = floats_of(bfloat16_words(scaled))
@@ -199,5 +201,26 @@ def normalise_program(rows: int, of_row: int, width: int, eps: float, in_float32
             for i in range(2):
                 ptx.store_global_words(ptx.offset(at, ptx.constant(16 * i), 1), result[4 * i : 4 * i + 4], exists)
             _store(codes, scales, rows, width, row, column, exists, floats_of(result))
+
+        def factor_of(total: Value) -> Value:
+            mean = ptx.times(sum_of_lanes(total), ptx.number(1 / width))
+            return ptx.rsqrt(ptx.plus(mean, ptx.number(eps)))
+
+        if pieces <= KEPT:
+            kept, total = list(map(load, range(pieces))), ptx.number(0.0)
+            for words in kept:
+                total = squares_added(total, words)
+            factor = factor_of(total)
+            for piece, words in enumerate(kept):
+                write(piece, words, factor)
+            return
+
+        def write_one(piece: Value, carry: list[Value]) -> list[Value]:
+            write(piece, load(piece), carry[0])
+            return carry
+
+        count, zero = ptx.constant(pieces), ptx.number(0.0)
+        (total,) = ptx.loop(count, [zero], lambda piece, carry: [squares_added(carry[0], load(piece))])
+        ptx.loop(count, [factor_of(total)], write_one)
 
     return normalise_rows
