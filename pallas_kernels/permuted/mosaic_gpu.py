@@ -6,6 +6,7 @@ gather of rows in 8 bits moves single bytes, and what it makes of the weighted s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.hopper import ptx
 from pallas_kernels.hopper.lanes import WARPS, Value, bfloat16_words, call_kernel, floats_of, lane_and_warp
+from pallas_kernels.permuted import reference
 from pallas_kernels.quant import Scaled
 
 PIECE = 16  # bytes of a lane
@@ -90,9 +92,31 @@ def why_not_sum(
 def sum_rows(
     rows: jax.Array, places: jax.Array, weights: jax.Array, added: tuple[jax.Array, ...] = (), dtype: Any = jnp.float32
 ) -> jax.Array:
+    """Its gradient is that of the reference."""
+    return _sum(rows, places, weights, added, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _sum(rows: jax.Array, places: jax.Array, weights: jax.Array, added: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
     (n, k), d = places.shape, rows.shape[1]
     program, blocks = sum_program(n, k, d, len(added), dtype == jnp.float32)
     return call_kernel(program, [places, weights, rows, *added], [jax.ShapeDtypeStruct((n, d), dtype)], blocks)[0]
+
+
+def _sum_and_keep(*arguments: Any) -> tuple[jax.Array, Any]:
+    return _sum(*arguments), arguments[:4]
+
+
+def _backward_sum(dtype: Any, residuals: Any, cotangent: jax.Array) -> Any:
+    rows, places, weights, added = residuals
+    _, pull = jax.vjp(
+        lambda rows, weights, added: reference.sum_rows(rows, places, weights, added, dtype), rows, weights, added
+    )
+    of_rows, of_weights, of_added = pull(cotangent)
+    return of_rows, None, of_weights, of_added
+
+
+_sum.defvjp(_sum_and_keep, _backward_sum)
 
 
 def sum_program(tokens: int, k: int, width: int, others: int, in_float32: bool) -> tuple[Callable[..., None], int]:

@@ -17,9 +17,8 @@ def gather_rows(rows: jax.Array | Scaled, index: jax.Array) -> Any:
 def sum_rows(
     rows: jax.Array, places: jax.Array, weights: jax.Array, added: tuple[jax.Array, ...] = (), dtype: Any = jnp.float32
 ) -> jax.Array:
-    total = jnp.zeros((places.shape[0], rows.shape[1]), jnp.float32)
-    for j in range(places.shape[1]):
-        total = total + weights[:, j, None] * rows[places[:, j]].astype(jnp.float32)
+    chosen = rows[places.reshape(-1)].reshape(*places.shape, -1).astype(jnp.float32)
+    total = jnp.sum(chosen * weights[..., None], axis=1)
     for other in added:
         total = total + other.astype(jnp.float32)
     return total.astype(dtype)
