@@ -164,24 +164,26 @@ def _flat(x: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), x)
 
 
-def _on_tokens(function: Callable[..., Any], x: jax.Array, outputs: int, *others: jax.Array) -> Any:
+def _on_tokens(function: Callable[..., Any], x: jax.Array, *others: jax.Array) -> Any:
     """`function` of the rows [M, K] of x [B, S, K] and of `others`; its result's arrays [M, ...] as [B, S, ...]."""
 
     def call(x: jax.Array, *others: jax.Array) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), function(_flat(x), *others))
 
-    axes: Any = QUERIES if outputs == 1 else (QUERIES,) * outputs
-    return on_each_device(call, (QUERIES, *((),) * len(others)), axes)(x, *others)
+    return on_each_device(call, (QUERIES, *((),) * len(others)), QUERIES)(x, *others)
 
 
-def normalise(x: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, Scaled]:
-    """rms_norm by weight [K] of the first K numbers of x [B, S, W >= K], in the dtype of `weight` and in 8 bits."""
-    return _on_tokens(functools.partial(pallas_kernels.normalise_rows, eps=eps), x, 2, weight)
+def normalise(x: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True, in_8_bits: bool = True) -> Any:
+    """rms_norm by weight [K] of the first K numbers of x [B, S, W >= K], in the dtype of `weight`, and in 8 bits.
+
+    A pair, in which what is not asked for is None.
+    """
+    return _on_tokens(functools.partial(pallas_kernels.normalise_rows, eps=eps, plain=plain, in_8_bits=in_8_bits), x, weight)
 
 
 def swiglu(gate_up: jax.Array) -> Scaled:
     """silu(gate) * up of gate_up [B, S, 2 F], gate first, in 8 bits [B, S, F]."""
-    return _on_tokens(pallas_kernels.quantise_swiglu, gate_up, 1)
+    return _on_tokens(pallas_kernels.quantise_swiglu, gate_up)
 
 
 def gather_rows(rows: jax.Array | Scaled, index: jax.Array) -> Any:

@@ -22,6 +22,7 @@ from indexcache_jax.serving.cache import LayerCache, append, formats
 from indexcache_jax.serving.weights import Dense, Layer
 from pallas_kernels.quant import Scaled
 
+MANY_TOKENS = 128  # the rows of a tile of products
 FEW_SUMS = 4096  # so many numbers of a product are sums in one kernel, and no call of a library
 
 
@@ -131,13 +132,13 @@ def attention(
     """
     c, dtype = config, x.dtype
     with jax.named_scope("project"):
-        h = rms_norm(x, p.norm, c.rms_norm_eps)
+        (h,) = _normalised(x, p.norm, c.rms_norm_eps)
         ends, product = [c.q_lora_rank, c.q_lora_rank + c.latent_dim], linear(h, p.down, jnp.float32)
         q_product, kv_product, index_product = jnp.split(product, ends, axis=-1)
         q_bias, kv_bias = (None, None) if p.down_bias is None else jnp.split(p.down_bias, ends[:1])
         q_latent: jax.Array | Scaled
         if q_bias is None and ops.quantises(h, p.up):
-            _, q_latent = ops.normalise(product, p.q_norm, c.latent_norm_eps)
+            _, q_latent = ops.normalise(product, p.q_norm, c.latent_norm_eps, plain=False)
         else:
             q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
         latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
@@ -170,9 +171,9 @@ def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
 
 def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> list[jax.Array | Scaled]:
     """norm(x), and once more for every value of in_8_bits, where it holds in 8 bits."""
-    if not any(in_8_bits):
+    if x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
         return [rms_norm(x, weight, eps)] * (1 + len(in_8_bits))
-    h, codes = ops.normalise(x, weight, eps)
+    h, codes = ops.normalise(x, weight, eps, in_8_bits=any(in_8_bits))
     return [h, *(codes if wanted else h for wanted in in_8_bits)]
 
 

@@ -47,13 +47,22 @@ def quantise_swiglu(gate_up: jax.Array, *, implementation: str | None = None) ->
 
 
 def normalise_rows(
-    rows: jax.Array, weight: jax.Array, eps: float, *, implementation: str | None = None
-) -> tuple[jax.Array, Scaled]:
-    """weight [K] times the first K numbers of rows [M, W >= K] over their root mean square, and the same in 8 bits.
+    rows: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    *,
+    plain: bool = True,
+    in_8_bits: bool = True,
+    implementation: str | None = None,
+) -> tuple[jax.Array | None, Scaled | None]:
+    """weight [K] times the first K numbers of rows [M, W >= K] over their root mean square: [M, K], and the same in 8 bits.
 
-    The quotient is rounded to the dtype of `rows`, the product to that of `weight`. As quantise_rows, but that sums of
-    squares are added in another order.
+    The quotient is rounded to the dtype of `rows`, the product to that of `weight`. A result that is not asked for, by
+    `plain` and `in_8_bits`, is None. As quantise_rows, but that sums of squares are added in another order.
     """
     if rows.ndim != 2 or weight.ndim != 1 or not 0 < weight.shape[0] <= rows.shape[1]:
         raise ValueError(f"normalise_rows: expected rows [M, W] and weight [K], K <= W, got {rows.shape} and {weight.shape}")
-    return dispatch.call("normalise_rows", NORMALISE_BACKENDS, implementation, rows, weight, eps)
+    if not (plain or in_8_bits):
+        raise ValueError("normalise_rows: neither plain nor in_8_bits is asked for")
+    options = {"plain": plain, "in_8_bits": in_8_bits}
+    return dispatch.call("normalise_rows", NORMALISE_BACKENDS, implementation, rows, weight, eps, **options)

@@ -54,7 +54,9 @@ def why_not_swiglu(gate_up: jax.Array) -> str | None:
     return _why_not(gate_up, gate_up.shape[1] // 2, jnp.bfloat16)
 
 
-def why_not_normalise(rows: jax.Array, weight: jax.Array, eps: float) -> str | None:
+def why_not_normalise(
+    rows: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True, in_8_bits: bool = True
+) -> str | None:
     if weight.dtype != jnp.bfloat16:
         return f"its weight is in bfloat16, not {weight.dtype}"
     if weight.shape[0] > MAX_WIDTH:
@@ -153,21 +155,27 @@ def _store(
     ptx.store_global(ptx.offset(ptx.offset(scales, group, 4 * rows), row, 4), ptx.bits_of(scale), writes)
 
 
-def normalise_rows(rows: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, Scaled]:
+def normalise_rows(
+    rows: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True, in_8_bits: bool = True
+) -> tuple[jax.Array | None, Scaled | None]:
     (m, of_row), width = rows.shape, weight.shape[0]
-    program = normalise_program(m, of_row, width, eps, rows.dtype == jnp.float32)
-    outputs = [jax.ShapeDtypeStruct((m, width), jnp.bfloat16), *_outputs(m, width)]
-    normalised, codes, scales = call_kernel(program, [rows, weight], outputs, -(-m // WARPS))
-    return normalised, Scaled(codes, scales.T)
+    program = normalise_program(m, of_row, width, eps, rows.dtype == jnp.float32, plain, in_8_bits)
+    outputs = [jax.ShapeDtypeStruct((m, width), jnp.bfloat16)] * plain + _outputs(m, width) * in_8_bits
+    results = list(call_kernel(program, [rows, weight], outputs, -(-m // WARPS)))
+    normalised = results.pop(0) if plain else None
+    return normalised, Scaled(results[0], results[1].T) if in_8_bits else None
 
 
-def normalise_program(rows: int, of_row: int, width: int, eps: float, in_float32: bool) -> Callable[..., None]:
-    """The kernel for the first `width` of rows of `of_row` numbers, bfloat16 or float32."""
+def normalise_program(
+    rows: int, of_row: int, width: int, eps: float, in_float32: bool, plain: bool = True, in_8_bits: bool = True
+) -> Callable[..., None]:
+    """The kernel for the first `width` of rows of `of_row` numbers, bfloat16 or float32. Its results are those asked for."""
 
     pieces = -(-width // SPAN)
     itemsize = 4 if in_float32 else 2
 
-    def normalise_rows(source: Value, weight: Value, out: Value, codes: Value, scales: Value, block: Value) -> None:
+    def normalise_rows(source: Value, weight: Value, *results_and_block: Value) -> None:
+        *results, block = results_and_block
         lane, warp = lane_and_warp()
         row = ptx.add(ptx.mul(block, WARPS), warp)
         in_rows = ptx.compare("slt", row, rows)
@@ -197,10 +205,12 @@ def normalise_program(rows: int, of_row: int, width: int, eps: float, in_float32
             if not in_float32:
                 scaled = floats_of(bfloat16_words(scaled))
             result = bfloat16_words([ptx.times(x, w) for x, w in zip(scaled, weights, strict=True)])
-            at = ptx.offset(ptx.offset(out, row, 2 * width), column, 2)
-            for i in range(2):
-                ptx.store_global_words(ptx.offset(at, ptx.constant(16 * i), 1), result[4 * i : 4 * i + 4], exists)
-            _store(codes, scales, rows, width, row, column, exists, floats_of(result))
+            if plain:
+                at = ptx.offset(ptx.offset(results[0], row, 2 * width), column, 2)
+                for i in range(2):
+                    ptx.store_global_words(ptx.offset(at, ptx.constant(16 * i), 1), result[4 * i : 4 * i + 4], exists)
+            if in_8_bits:
+                _store(*results[-2:], rows, width, row, column, exists, floats_of(result))
 
         def factor_of(total: Value) -> Value:
             mean = ptx.times(sum_of_lanes(total), ptx.number(1 / width))

@@ -15,8 +15,10 @@ def quantise_swiglu(gate_up: jax.Array) -> Scaled:
     return quantise_rows(jax.nn.silu(gate) * up)
 
 
-def normalise_rows(rows: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, Scaled]:
+def normalise_rows(
+    rows: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True, in_8_bits: bool = True
+) -> tuple[jax.Array | None, Scaled | None]:
     wide = rows[:, : weight.shape[0]].astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     normalised = (weight * wide.astype(rows.dtype)).astype(weight.dtype)
-    return normalised, quantise_rows(normalised)
+    return normalised if plain else None, quantise_rows(normalised) if in_8_bits else None

@@ -141,6 +141,11 @@ class Block:
             words = [np.where(self.spread(size) == 16, word, 0) for word in words]
             self.copies[-1].append((self.active, target + piece * target_step, words))
 
+    def copy_async_word(self, target, source, size):
+        with self.when(self.spread(size) == 4):
+            word = self.load(source)
+        self.copies[-1].append((self.active, target, [np.where(self.spread(size) == 4, word, 0)]))
+
     def copies_done(self, pending=0):
         """What this thread copied is there from here on, and not before."""
         done, self.copies = self.copies[: len(self.copies) - 1 - pending], self.copies[len(self.copies) - 1 - pending :]
@@ -273,6 +278,7 @@ class Block:
             "plus": add,
             "minus": lambda a, b: a - b,
             "times": np.multiply,
+            "divide_as_xla": lambda a, b: a / b,
             "divide_floats": lambda a, b: a / b,
             "approximate_inverse": lambda x: np.float32(1) / x,
             "either": np.where,
@@ -336,6 +342,7 @@ class Block:
             "cluster_exit": lambda: None,
             "proxy_fence": lambda: None,
             "copy_async": self.copy_async,
+            "copy_async_word": self.copy_async_word,
             "copies_commit": lambda: self.copies.append([]),
             "copies_done": self.copies_done,
             "load_global": self.load,

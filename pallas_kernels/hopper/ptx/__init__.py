@@ -37,6 +37,9 @@ from pallas_kernels.hopper.ptx.arithmetic import (
     div as div,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
+    divide_as_xla as divide_as_xla,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
     divide_floats as divide_floats,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (

@@ -138,6 +138,11 @@ def approximate_inverse(x: Value) -> Value:
     return asm("rcp.approx.f32 $0, $1;", [x], "=f,f", f32())
 
 
+def divide_as_xla(a: Value, b: Value) -> Value:
+    """a / b within two units of the last place, with the instruction that XLA divides with."""
+    return asm("div.full.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
+
+
 def divide_floats(a: Value, b: Value) -> Value:
     return asm("div.rn.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
 
