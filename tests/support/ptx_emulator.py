@@ -111,9 +111,11 @@ class Block:
         assert (self.spread(address)[self.active] % (4 * count) == 0).all(), "not on a boundary of its size"
         return [self.load(address + 4 * i) for i in range(count)]
 
-    def store_words(self, address, words):
+    def store_words(self, address, words, predicate=True):
+        stores = self.active & self.spread(predicate).astype(bool)
+        assert (self.spread(address)[stores] % (4 * len(words)) == 0).all(), "not on a boundary of its size"
         for i, word in enumerate(words):
-            self.store(address + 4 * i, word)
+            self.store(address + 4 * i, word, stores)
 
     def store_bfloat16(self, address, x, predicate):
         address, halves = self.spread(address), self._floats(x).astype(ml_dtypes.bfloat16).view(np.int16)
@@ -278,6 +280,8 @@ class Block:
             "times": np.multiply,
             "divide_as_xla": lambda a, b: a / b,
             "divide_floats": lambda a, b: a / b,
+            "approximate_inverse": lambda x: np.float32(1) / x,
+            "either": np.where,
             "maximum_floats": np.maximum,
             "rsqrt": lambda x: 1 / np.sqrt(x),
             "exp2": np.exp2,
@@ -301,6 +305,8 @@ class Block:
             "store_shared_words": self.store_words,
             "prefetch": self.prefetch,
             "store_global_bfloat16": self.store_bfloat16,
+            "store_global_words": self.store_words,
+            "load_global_float": lambda address: number(self.load(address)),
         }
 
     def words(self) -> dict[str, object]:

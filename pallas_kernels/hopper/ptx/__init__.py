@@ -16,6 +16,9 @@ from pallas_kernels.hopper.ptx.arithmetic import (
     add_multiples as add_multiples,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
+    approximate_inverse as approximate_inverse,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
     bit_and as bit_and,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (

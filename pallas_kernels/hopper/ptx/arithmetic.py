@@ -133,6 +133,11 @@ def inverse(x: Value) -> Value:
     return arith.divf(number(1.0), x)
 
 
+def approximate_inverse(x: Value) -> Value:
+    """1 / x to within the last bit, by the instruction that XLA takes for it."""
+    return asm("rcp.approx.f32 $0, $1;", [x], "=f,f", f32())
+
+
 def divide_as_xla(a: Value, b: Value) -> Value:
     """a / b within two units of the last place, with the instruction that XLA divides with."""
     return asm("div.full.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
