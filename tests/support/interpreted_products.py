@@ -28,11 +28,11 @@ def _add_chained(total: jax.Array, pairs: list[tuple[Any, Any]], between: Any, s
 
 PLAIN = {
     "product": _product,
-    "products": lambda first, second, *_: (_product(*first), _product(*second)),
+    "products": lambda first, second, use, *_: (use(_product(*first)), _product(*second)),
     "add_product": lambda total, a, b: total + _product(a, b),
+    "add_products": lambda totals, first, second: (totals[0] + _product(*first), totals[1] + _product(*second)),
     "fold_products": _fold_products,
     "add_chained": _add_chained,
-    "add_products": lambda totals, first, second: (totals[0] + _product(*first), totals[1] + _product(*second)),
 }
 
 
