@@ -55,18 +55,6 @@ def product(a: Any, b: Any, rows: int, columns: int) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
 
 
-def products(first: tuple[Any, Any], second: tuple[Any, Any], rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """The products of two pairs, computed at the same time."""
-
-    def run(acc: Any, acc2: Any) -> tuple[jax.Array, jax.Array]:
-        plgpu.wgmma(acc, *first)
-        plgpu.wgmma(acc2, *second)
-        return acc[...], acc2[...]
-
-    acc = plgpu.ACC((rows, columns), jnp.float32)
-    return pl.run_scoped(run, acc, acc)
-
-
 def add_products(totals: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
     """Two `add_product`, computed at the same time."""
 
