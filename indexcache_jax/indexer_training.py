@@ -263,7 +263,7 @@ def _visible(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _denominators(p: AttentionLayer, x: jax.Array, config: Config) -> jax.Array:
+def denominators(p: AttentionLayer, x: jax.Array, config: Config) -> jax.Array:
     """The logarithms of the softmax's denominators [B, H, S] float32 of a layer, over all visible keys."""
     arrays = _queries_and_keys(model.decoded_layer(p, config, x.dtype), x, config)
     words = bits.causal(x.shape[0], x.shape[1], x.shape[1])
@@ -604,7 +604,7 @@ def _recomputed_targets(
     lse = [np.empty((count, run.config.num_heads, length), np.float32) for _ in layers]
     for row in range(count):
         for layer, states, kept in zip(layers, x, lse, strict=True):
-            kept[row] = np.asarray(_denominators(layer, states[row : row + 1], run.config)[0])
+            kept[row] = np.asarray(denominators(layer, states[row : row + 1], run.config)[0])
         see(target_work(run) * len(layers))
     return lambda rows: Recomputed(
         tuple(layers), tuple(jnp.asarray(a[rows]) for a in x), tuple(jnp.asarray(a[rows]) for a in lse), tuple(share)
