@@ -20,9 +20,10 @@ from experiments.common.report import markdown_table
 from indexcache_jax.config import Config
 from indexcache_jax.model import selections
 from indexcache_jax.presets import preset
-from pallas_kernels import tpu, tpu_sets
+from pallas_kernels import tpu
 from pallas_kernels.indexer_topk import mosaic_tpu as indexer_kernel
 from pallas_kernels.sparse_mla import mosaic_tpu as attention_kernel
+from pallas_kernels.tpu import sets
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "tpu.md"
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
@@ -80,10 +81,10 @@ def prefill(config: Config, keys: int, chip: tpu.Chip, small: float, whole: floa
     rows = indexer_kernel.rows_for(CHUNK, index_heads, keys, k, chip.vmem)
     pairs = CHUNK * keys
     yield Stage("index scores", 2 * pairs * index_heads * width, 3 * pairs * index_heads, CHUNK / rows * keys * width * 2)
-    lists = 2 * CHUNK * (keys / tpu_sets.SPAN + 144) * tpu.LANES * k
+    lists = 2 * CHUNK * (keys / sets.SPAN + 144) * tpu.LANES * k
     yield Stage(f"selection, {PASSES} passes", lists, 3 * PASSES * pairs, CHUNK * k * 4)
     words = CHUNK * keys / 8
-    yield Stage("union of a block", 2 * CHUNK * keys / tpu_sets.SPAN * tpu.LANES * k, 0, CHUNK * k * 4 + words)
+    yield Stage("union of a block", 2 * CHUNK * keys / sets.SPAN * tpu.LANES * k, 0, CHUNK * k * 4 + words)
     block = attention_kernel.queries_per_block(heads, CHUNK)
     for name, share in ((f"attention, pages of {attention_kernel.PAGE}", small), ("attention, masked dense", whole)):
         attended = share * pairs * heads
@@ -96,7 +97,7 @@ def decode(config: Config, keys: int) -> Iterator[Stage]:
     k, index_heads, width = config.index_topk, config.index_n_heads, config.index_head_dim
     rows = tpu.SUBLANES  # of which one counts
     yield Stage("index scores", 2 * rows * keys * index_heads * width, 3 * rows * keys * index_heads, keys * width * 2)
-    yield Stage(f"selection, {PASSES} passes", 2 * (keys / tpu_sets.SPAN + 144) * tpu.LANES * k, 3 * PASSES * rows * keys, 0)
+    yield Stage(f"selection, {PASSES} passes", 2 * (keys / sets.SPAN + 144) * tpu.LANES * k, 3 * PASSES * rows * keys, 0)
     heads = -(-config.num_heads // 16) * 16
     yield Stage("attention, rows", 4 * heads * k * (PADDED + config.kv_lora_rank), 16 * heads * k, 2 * k * PADDED * 2)
 

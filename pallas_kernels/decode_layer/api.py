@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
+from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import BLOCK, Scaled
 
 MAX_HEADS = 128  # a thread block's share of the value and key matrices is of one head or two
@@ -103,8 +104,8 @@ def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Arr
         return f"it takes activations, latents and weights in bfloat16, not {sorted(map(str, kinds))}"
     if reason := _why_not_codes(weights):
         return reason
-    if latents.shape[2] != 576 or weights["kv_norm"].shape != (512,):
-        return f"it is laid out for C+R = 512+64, these are {weights['kv_norm'].shape[0]} of {latents.shape[2]}"
+    if latents.shape[2] != WIDTH or weights["kv_norm"].shape != (VALUE_DIM,):
+        return f"it is laid out for C+R = {VALUE_DIM}+{ROTARY}, these are {weights['kv_norm'].shape[0]} of {latents.shape[2]}"
     if index_keys is not None and (index_keys.shape[2] != 128 or index_keys.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn)):
         return f"it keeps index keys of 128 in bfloat16 or float8_e4m3fn, not of {index_keys.shape[2]} in {index_keys.dtype}"
     heads, _, nope = weights["k_up"].shape

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx, quant
+from pallas_kernels import quant
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
 from pallas_kernels.decode_layer.mosaic_gpu_parts import (
@@ -40,9 +40,10 @@ from pallas_kernels.decode_layer.mosaic_gpu_parts import (
     TileSplit,
     Value,
 )
+from pallas_kernels.hopper import ptx
+from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import Scaled
 
-WIDTH, VALUE_DIM, ROTARY = 576, 512, 64  # of a latent
 INDEX_WIDTH = 128
 # Thread blocks, counted from the last, that apply rope or make index queries instead of taking rows of a matrix.
 ROPE_BLOCK, INDEX_BLOCK = 1, 2

@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from pallas_kernels import hopper, ptx
+from pallas_kernels import hopper
+from pallas_kernels.hopper import ptx
 
 BLOCKS = hopper.NUM_SMS  # one on each SM, so that all reach the grid barrier
 WARPS = 16

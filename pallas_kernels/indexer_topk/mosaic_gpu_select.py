@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.indexer_topk import mosaic_gpu_words
+from pallas_kernels.hopper import mosaic_gpu_words
 
 BLOCK = 16  # scores per block maximum
 MAX_K = 4096

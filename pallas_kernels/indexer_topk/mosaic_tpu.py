@@ -11,7 +11,7 @@ the tail of a smooth distribution, and halving the integers between the bounds, 
 scores are: on average 12 passes for 2048 of 128K Gaussian scores, 22 by halving alone. A query is done once its count is
 k, or its bounds are neighbours: then what equals the threshold is cut by position, which is found by halving too.
 
-What is selected becomes bits, and the bits an ascending list (tpu_sets.py): nothing is sorted.
+What is selected becomes bits, and the bits an ascending list (tpu/sets.py): nothing is sorted.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu, tpu_sets
-from pallas_kernels.tpu import LANES, SUBLANES
+from pallas_kernels import tpu
+from pallas_kernels.tpu import LANES, SUBLANES, sets
 
-KEYS = tpu_sets.SPAN  # of a block: one row of bits
+KEYS = sets.SPAN  # of a block: one row of bits
 MAX_QUERIES = 32  # of a block: 32 x 32 heads fill the matrix unit, and keys are read once for 32 queries
 HEADS = 8  # whose products exist at a time
 SCORE_BYTES = 2**28  # of all scores, which are in HBM where those of the selection are asked for
@@ -75,8 +75,8 @@ def why_not(
         return f"it takes queries and keys in bfloat16, float32 or int8, not {queries.dtype} and {keys.dtype}"
     if 0 in queries.shape or 0 in keys.shape:
         return "there is nothing to select from"
-    if k_select > tpu_sets.MAX_PLACES:
-        return f"it selects up to {tpu_sets.MAX_PLACES} keys, not {k_select}"
+    if k_select > sets.MAX_PLACES:
+        return f"it selects up to {sets.MAX_PLACES} keys, not {k_select}"
     score_bytes = 4 * _rounded(queries.shape[1], SUBLANES) * queries.shape[0] * _rounded(keys.shape[1], KEYS)
     if return_scores and score_bytes > SCORE_BYTES:
         return f"it would write all scores, {score_bytes} bytes, which is above {SCORE_BYTES}"
@@ -246,13 +246,13 @@ def _kernel(
         ordered = ordered_ref[j]
         position = j * KEYS + jax.lax.broadcasted_iota(jnp.int32, ordered.shape, 1)
         taken = (ordered > low) | ((ordered == low) & (position < cut))
-        bits_ref[j] = tpu_sets.pack(taken)
+        bits_ref[j] = sets.pack(taken)
         return 0
 
     jax.lax.fori_loop(0, blocks, to_bits, 0)
 
     def to_list(row, _):
-        listed, number = tpu_sets.positions(bits_ref[:, row], out_ref.shape[-1])
+        listed, number = sets.positions(bits_ref[:, row], out_ref.shape[-1])
         place = jax.lax.broadcasted_iota(jnp.int32, listed.shape, 1)
         out_ref[0, 0, pl.ds(row, 1)] = jnp.where(place < number, listed, -1)
         return 0

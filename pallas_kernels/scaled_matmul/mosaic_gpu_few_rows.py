@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, ptx
+from pallas_kernels import hopper
+from pallas_kernels.hopper import ptx
 from pallas_kernels.quant import BLOCK, Scaled, dequantise, float_scales
 
 MAX_ROWS = 16  # with more, writing them to shared memory in every block takes longer than reading the codes

@@ -24,13 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.bits import WORD_BITS
-from pallas_kernels.hopper_tiles import (
+from pallas_kernels.hopper.tiles import (
     BY_COLUMN,
     BY_ROW,
-    LOG2E,
-    MASKED,
     ROWS,
-    START,
     SWIZZLE_COLUMNS,
     TILE,
     WARPGROUPS,
@@ -52,6 +49,7 @@ from pallas_kernels.hopper_tiles import (
     to_tiles,
     vector,
 )
+from pallas_kernels.softmax import LOG2E, MASKED, START
 
 KEYS = 128  # of a streamed tile, forward
 STREAMED = 64  # rows of a streamed tile, backward

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import hopper, quant
+from pallas_kernels.latents import VALUE_DIM, WIDTH
 from pallas_kernels.sparse_mla import gradient
 
-WIDTH, VALUE_DIM = 576, 512  # what the kernel is laid out for; mosaic_gpu_attention.py says how
 TILE, PAIR = 64, 128
 PACKED_QUERIES = 2 * hopper.NUM_SMS  # B * S from which the unions pay for the kernel that builds them
 
@@ -45,7 +45,7 @@ def why_not(
     if reason := hopper.why_not():
         return reason
     if (latents.shape[2], value_dim) != (WIDTH, VALUE_DIM):
-        return f"it is laid out for C+R = 512+64, these are {value_dim}+{latents.shape[2] - value_dim}"
+        return f"it is laid out for C+R = {VALUE_DIM}+{WIDTH - VALUE_DIM}, these are {value_dim}+{latents.shape[2] - value_dim}"
     if queries.dtype != jnp.bfloat16 or latents.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
         return f"it takes bfloat16 queries and bfloat16 or float8_e4m3fn latents, not {queries.dtype} and {latents.dtype}"
     if 0 in queries.shape or 0 in latents.shape or 0 in indices.shape:

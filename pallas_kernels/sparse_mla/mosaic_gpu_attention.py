@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.experimental.mosaic.gpu as mgpu
@@ -44,20 +43,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf, vector
 
-from pallas_kernels import hopper, ptx
+from pallas_kernels import hopper
+from pallas_kernels.hopper import ptx
+from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
+from pallas_kernels.softmax import LAZY, LOG2E, MASKED, START
 
-WIDTH, VALUE_DIM, ROTARY = 576, 512, 64
 ROW_BYTES = 2 * WIDTH
 TILE = 64  # query rows of a tile, keys of a block
 PAIR = 2 * TILE  # keys per step: one block for each computing warpgroup
-LAZY = 8.0
-START, MASKED = -1e30, -2e30  # running maximum before any key; logit of an entry that does not count
 OWNER_SHIFT = 24  # a packed entry is key | owners << OWNER_SHIFT
 MAX_PACKED = 8 - 1  # owners fit the bits above the key, without the sign
 MAX_SPLITS = 8  # blocks of a cluster
 # What `attend` can leave out, for measuring what it costs; "all but gather" leaves the slots' filling and emptying.
 STAGES = ("gather", "softmax", "values", "all but gather")
-LOG2E = math.log2(math.e)
 
 REGISTERS = hopper.RegisterSplit(workers=2, worker=216, helper=72)  # spills none
 

@@ -31,16 +31,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, ptx
+from pallas_kernels import hopper
+from pallas_kernels.hopper import ptx
+from pallas_kernels.latents import VALUE_DIM, WIDTH
+from pallas_kernels.softmax import LAZY, LOG2E, MASKED, START
 
-WIDTH, VALUE_DIM, ROTARY = 576, 512, 64
 ROW_BYTES = 2 * WIDTH
 KEYS = 64  # of a block
 MAX_HEADS = 32
@@ -49,9 +50,6 @@ UNIT_PIECES = 2  # 128 bytes wide pieces of a unit
 UNITS = VALUE_DIM // (64 * UNIT_PIECES)  # of a key block
 UNIT = UNIT_PIECES * PIECE
 SHARED_BYTES = 226 * 1024  # a block may have 227 KB, but Mosaic rounds up to whole KB and adds a static byte
-LAZY = 8.0
-START, MASKED = -1e30, -2e30  # maximum before any key; logit of an entry that does not count
-LOG2E = math.log2(math.e)
 VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())

@@ -24,10 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import bits
 from pallas_kernels.bits import WORD_BITS
 from pallas_kernels.blocks import merge, split
-from pallas_kernels.hopper_tiles import (
+from pallas_kernels.hopper.tiles import (
     BY_ROW,
-    LOG2E,
-    MASKED,
     ROWS,
     SWIZZLE_COLUMNS,
     TILE,
@@ -44,6 +42,7 @@ from pallas_kernels.hopper_tiles import (
     to_tiles,
     vector,
 )
+from pallas_kernels.softmax import LOG2E, MASKED
 from pallas_kernels.sparse_mla import gradient
 
 STAGES = 4

@@ -34,16 +34,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, ptx, quant
+from pallas_kernels import hopper, quant
+from pallas_kernels.hopper import ptx
+from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
+from pallas_kernels.softmax import LAZY, LOG2E, START
 
-WIDTH, VALUE_DIM, ROTARY = 576, 512, 64
 KEYS = 64  # of a block
 MAX_COLUMNS = 64
 MAX_SPLITS = 8  # blocks of a cluster
@@ -54,10 +55,7 @@ HALVES = 2  # of a slot, one for each values' warpgroup
 TILES = VALUE_DIM // HALVES // 64  # of 64 value columns, of a values' warpgroup
 STAGED_LINE = 2 * VALUE_DIM + 16  # bytes of a head's staged result; 16 more, so that a warp's stores meet no bank twice
 SHARED_BYTES = 226 * 1024  # a block may have 227 KB, but Mosaic rounds up to whole KB and adds a static byte
-LAZY = 8.0
-START = -1e30  # the maximum before any key
 SMALLEST = 2.0**-60  # largest magnitude that a head's queries count as having
-LOG2E = math.log2(math.e)
 VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
 
 # Registers of a thread of the four warpgroups, by whether tasks are wide.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx
+from pallas_kernels.hopper import ptx
 from pallas_kernels.sparse_mla.mosaic_gpu_attention import OWNER_SHIFT, PAIR, Tasks
 
 WARPGROUPS = 4

@@ -2,7 +2,7 @@
 
 A prompt goes by pages. A block of neighbouring queries, whose selections overlap, reads the pages of keys that any of them
 selects and attends to them through a mask per query, so the result is exact per token: `unite` turns lists into bits and
-the union into a list of pages (tpu_sets.py), `attend_pages` streams the pages, double-buffered, under a running
+the union into a list of pages (tpu/sets.py), `attend_pages` streams the pages, double-buffered, under a running
 softmax. Rows of the products are the heads of all queries of the block, [H * Q, C+R], heads first, so that a mask [Q, keys]
 broadcasts over whole registers. Small pages follow the selections closely; pages of a whole tile of TILE keys need one
 DMA and no moving of mask bits, which is the masked dense form with unselected tiles left out, and better where
@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import quant, tpu, tpu_sets
+from pallas_kernels import quant, tpu
+from pallas_kernels.softmax import MASKED, START
 from pallas_kernels.sparse_mla import gradient
-from pallas_kernels.tpu import LANES, SUBLANES
+from pallas_kernels.tpu import LANES, SUBLANES, sets
 
 TILE = 256  # keys of a step of the running softmax over pages
 PAGE = 32  # keys of a small page
@@ -36,7 +37,6 @@ ROWS = 256  # entries of a list that a decode step fetches while it attends to a
 PRODUCT_ROWS = 512  # heads x queries of a program: enough to keep a matrix unit busy while its other operand is loaded
 MAX_QUERIES = 32
 DENSE_KEYS = 8  # times k: up to here whole tiles; docs/tpu.md has the counts
-MASKED, START = -2e30, -1e30  # exp(MASKED - START) is 0, and so is exp(MASKED - anything larger)
 
 
 def _rounded(size: int, multiple: int) -> int:
@@ -62,8 +62,8 @@ def why_not(
         return "there is nothing to attend"
     if return_lse and queries.shape[1] >= SUBLANES:
         return f"it returns the log-sum-exp of fewer than {SUBLANES} queries a row, not of {queries.shape[1]}"
-    if -(-latents.shape[1] // tpu_sets.SPAN) > tpu_sets.MAX_ROWS:
-        return f"it takes up to {tpu_sets.MAX_ROWS * tpu_sets.SPAN} keys, not {latents.shape[1]}"
+    if -(-latents.shape[1] // sets.SPAN) > sets.MAX_ROWS:
+        return f"it takes up to {sets.MAX_ROWS * sets.SPAN} keys, not {latents.shape[1]}"
     return None
 
 
@@ -122,7 +122,7 @@ def _unite_kernel(listed_ref, words_ref, pages_ref, *, queries: int, page: int, 
     word_rows = rows // 4
 
     def one(query, union):
-        bits = tpu_sets.bits_of(listed_ref[0, 0, pl.ds(query, 1)], rows)
+        bits = sets.bits_of(listed_ref[0, 0, pl.ds(query, 1)], rows)
         quarters = [bits[q * word_rows : (q + 1) * word_rows] << (8 * q) for q in range(4)]
         words_ref[0, 0, :, query] = functools.reduce(jnp.bitwise_or, quarters)
         return union | bits
@@ -137,9 +137,9 @@ def _unite_kernel(listed_ref, words_ref, pages_ref, *, queries: int, page: int, 
         if page > chunks * LANES:
             union |= union >> chunks
     lane = jax.lax.broadcasted_iota(jnp.int32, union.shape, 1)
-    firsts = sum(1 << c for c in range(0, tpu_sets.CHUNKS, max(1, page // LANES)))
+    firsts = sum(1 << c for c in range(0, sets.CHUNKS, max(1, page // LANES)))
     places = pages_ref.shape[-1] - LANES
-    listed, number = tpu_sets.positions(jnp.where(lane & (min(page, LANES) - 1) == 0, union & firsts, 0), places)
+    listed, number = sets.positions(jnp.where(lane & (min(page, LANES) - 1) == 0, union & firsts, 0), places)
     pages_ref[0, 0, :, :places] = listed
     pages_ref[0, 0, :, places:] = jnp.broadcast_to(number, (1, LANES))
 
@@ -152,7 +152,7 @@ def unite(indices: jax.Array, keys: int, block: int, page: int) -> tuple[jax.Arr
     place P on their number.
     """
     b, s, k = indices.shape
-    rows = _rounded(-(-keys // tpu_sets.SPAN), LANES)
+    rows = _rounded(-(-keys // sets.SPAN), LANES)
     places = _rounded(min(-(-keys // page), block * k), LANES)
     shapes = (rows // 4, block, LANES), (1, places + LANES)
 

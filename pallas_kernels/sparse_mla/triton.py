@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import device, quant
+from pallas_kernels.softmax import LOG2E, MASKED, START
 from pallas_kernels.sparse_mla import gradient
 
 MAX_HEADS, MIN_HEADS = 32, 16  # of a program
 KEYS = 32  # of a block
 WARPS, STAGES = 4, 2
-MASKED, START = -2e30, -1e30
-LOG2E = math.log2(math.e)
 
 
 def why_not(

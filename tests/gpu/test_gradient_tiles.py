@@ -26,7 +26,7 @@ def words_of(mask: np.ndarray) -> np.ndarray:
 
 
 def test_weights_and_their_gradients_equal_numpy_and_repeat_themselves():
-    from pallas_kernels.hopper_tiles import TILE
+    from pallas_kernels.hopper.tiles import TILE
     from pallas_kernels.sparse_mla import mosaic_gpu_gradient as kernels
 
     rng, (b, m, t) = np.random.default_rng(0), (2, 2 * TILE, 3 * TILE)

@@ -16,8 +16,9 @@ from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused
 from indexcache_jax.serving import layer as layers
-from pallas_kernels import hopper, ptx, quant
+from pallas_kernels import hopper, quant
 from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts
+from pallas_kernels.hopper import ptx
 from tests.support import ptx_emulator
 from tests.support.serving_cases import in_codes
 

@@ -7,8 +7,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import indexer_topk, quant, tpu, tpu_sets
+from pallas_kernels import indexer_topk, quant, tpu
 from pallas_kernels.indexer_topk import mosaic_tpu
+from pallas_kernels.tpu import sets
 from tests.support import indexer_topk_properties as properties
 from tests.support.tpu_interpreter import interpreted
 
@@ -135,22 +136,22 @@ def test_int8_scores_are_near_those_of_float32():
 )
 def test_bits_and_lists_are_the_same_sets(span, number, places):
     rng = np.random.default_rng(number)
-    rows = -(-span // tpu_sets.SPAN // 128) * 128
+    rows = -(-span // sets.SPAN // 128) * 128
     chosen = np.sort(rng.permutation(span)[:number]).astype(np.int32)
-    mask = np.zeros((rows, tpu_sets.SPAN), bool)
+    mask = np.zeros((rows, sets.SPAN), bool)
     mask.reshape(-1)[chosen] = True
-    bits = tpu_sets.pack(jnp.asarray(mask))
-    listed, found = jax.jit(tpu_sets.positions, static_argnums=1)(bits, places)
+    bits = sets.pack(jnp.asarray(mask))
+    listed, found = jax.jit(sets.positions, static_argnums=1)(bits, places)
     assert found.item() == number
     np.testing.assert_array_equal(listed[0, :number], chosen)
     shuffled = np.full((1, places), -1, np.int32)
     shuffled[0, rng.permutation(places)[:number]] = chosen
-    np.testing.assert_array_equal(tpu_sets.bits_of(jnp.asarray(shuffled), rows), bits)
+    np.testing.assert_array_equal(sets.bits_of(jnp.asarray(shuffled), rows), bits)
 
 
 def test_a_list_may_be_shorter_than_its_set():
     bits = jnp.full((128, 128), 255, jnp.int32)
-    listed, found = tpu_sets.positions(bits, 256)
+    listed, found = sets.positions(bits, 256)
     assert found.item() == 131_072
     np.testing.assert_array_equal(listed[0], np.arange(256))
 

@@ -98,7 +98,7 @@ def test_hoppers_kernels_interpreted_equal_the_written_out_form(kind, queries, m
 
 
 def test_the_tiles_seen_are_those_of_the_last_query_of_each_tile():
-    tiles = pytest.importorskip("pallas_kernels.hopper_tiles", reason="it needs JAX's Mosaic GPU", exc_type=ImportError)
+    tiles = pytest.importorskip("pallas_kernels.hopper.tiles", reason="it needs JAX's Mosaic GPU", exc_type=ImportError)
     every = tiles.tiles_seen(None, 300, 300)
     np.testing.assert_array_equal(every, [1, 2, 3])
     np.testing.assert_array_equal(tiles.first_seeing(every, 300), [0, 1, 2])

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, ptx, quant, sparse_mla
+from pallas_kernels import hopper, quant, sparse_mla
+from pallas_kernels.hopper import ptx
 from pallas_kernels.sparse_mla import gradient, mosaic_gpu, reference, triton
 from tests.support import ptx_emulator, warpgroup_emulator
 from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, numpy_lse, relative_error, selections

@@ -23,7 +23,7 @@ PLAIN = {
 
 
 def multiply_plainly(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
-    """Puts plain products in the place of hopper_tiles' in modules that imported them."""
+    """Puts plain products in the place of hopper.tiles' in modules that imported them."""
     for module in modules:
         for name, plain in PLAIN.items():
             if hasattr(module, name):

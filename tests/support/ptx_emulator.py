@@ -1,4 +1,4 @@
-"""Runs a Mosaic GPU kernel that is written in `pallas_kernels.ptx` words alone, on NumPy.
+"""Runs a Mosaic GPU kernel that is written in `pallas_kernels.hopper.ptx` words alone, on NumPy.
 
 All threads of a block take every step together, under a mask of those a branch or a loop has active. So barriers are
 nothing, and what needs them is not found; indexing, arithmetic and the algorithm are checked. Shared memory starts as
@@ -14,9 +14,18 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels import ptx
+from pallas_kernels.hopper import ptx
 
 GARBAGE = 0x5A5A5A5A
+
+
+def put_in_place(patch, words) -> None:
+    """Puts `words` in the place of the functions of `ptx` with these names, in all its modules."""
+    modules = [ptx, *(part for part in vars(ptx).values() if isinstance(part, types.ModuleType))]
+    for name, word in words.items():
+        for module in modules:
+            if hasattr(module, name):
+                patch.setattr(module, name, word)
 
 
 def _wrapped(x) -> np.ndarray:
@@ -350,8 +359,7 @@ def run(monkeypatch, module, function, *arguments):
                 block = Block(128 * num_threads)
                 scratch = [np.full(s.shape, GARBAGE, np.int32) for s in scratch_types]
                 with monkeypatch.context() as patch:
-                    for name, word in block.words().items():
-                        patch.setattr(ptx, name, word)
+                    put_in_place(patch, block.words())
                     patch.setattr(jax.lax, "axis_index", lambda _, i=i: i)
                     body(*map(np.asarray, operands), *outs, *scratch)
             return outs
@@ -384,8 +392,7 @@ def run_grid(
     def as_block(block, action):
         # What lanes without work compute from garbage may overflow.
         with monkeypatch.context() as patch, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            for name, word in block.words().items():
-                patch.setattr(ptx, name, word)
+            put_in_place(patch, block.words())
             return action()
 
     for number in range(blocks):

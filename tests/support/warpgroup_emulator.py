@@ -1,4 +1,4 @@
-"""Runs a Mosaic GPU kernel whose warpgroups do different things, written in `pallas_kernels.ptx` words, on NumPy.
+"""Runs a Mosaic GPU kernel whose warpgroups do different things, written in `pallas_kernels.hopper.ptx` words, on NumPy.
 
 The threads of a warpgroup take every step together; the warpgroups take turns at random, and change only where they wait
 or arrive. Copies land and products of matrices are made as late or as early as chance has it: what a copy will overwrite is
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import ptx
+from tests.support.ptx_emulator import put_in_place
 
 SEGMENT = 40  # bits of an address below the number of its array; the first ones are the blocks' shared memories
 Name = tuple[int, int]  # of a warpgroup: the rank of its block in the cluster, and its number there
@@ -606,10 +606,7 @@ def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
         set_max_registers=lambda count, action: None,
     )
     with monkeypatch.context() as patch:
-        for name, word in PURE.items():
-            patch.setattr(ptx, name, word)
-        for name, word in OWN.items():
-            patch.setattr(ptx, name, dispatched(word))
+        put_in_place(patch, PURE | {name: dispatched(word) for name, word in OWN.items()})
         patch.setattr(jax.lax, "axis_index", lambda name: here.axes[name])
         patch.setattr(module, "plgpu", fake)
         patch.setattr(module, "pl", fake_pallas)

@@ -5,7 +5,6 @@ A thread block is two warpgroups of ROWS rows each and one that copies. Importin
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -20,8 +19,6 @@ ROWS, WARPGROUPS = 64, 2
 TILE = ROWS * WARPGROUPS  # what queries and keys are padded to
 SWIZZLE_COLUMNS = 64  # bfloat16 elements of one 128-byte swizzled row; widths are padded to a multiple
 MEMORY_REGISTERS = 24
-LOG2E = math.log2(math.e)
-MASKED, START = -2e30, -1e30
 
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)

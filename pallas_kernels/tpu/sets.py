@@ -20,7 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu import LANES, precision
+from pallas_kernels.tpu.device import LANES, precision
 
 CHUNKS = 8  # bits of a lane: what bfloat16 holds exactly
 SPAN = CHUNKS * LANES

@@ -1,0 +1,38 @@
+"""Copies that nothing waits for at once: from global to shared memory (cp.async), and to L2 (prefetch)."""
+
+from __future__ import annotations
+
+from pallas_kernels.hopper.ptx.registers import Value, asm
+
+
+def copy_async(target: Value, source: Value, size: Value, pieces: int, target_step: int, source_step: int) -> None:
+    """`pieces` cp.async of 16 bytes each; of every source only `size` bytes (16 or 0) are read, the rest becomes zero."""
+    lines = [
+        f"cp.async.cg.shared.global.L2::128B [$0+{i * target_step}], [$1+{i * source_step}], 16, $2;" for i in range(pieces)
+    ]
+    asm("\n".join(lines), [target, source, size], "r,l,r")
+
+
+def copy_async_word(target: Value, source: Value, size: Value) -> None:
+    """A cp.async of 4 bytes, of which `size` (4 or 0) are read; else the word becomes zero."""
+    asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [target, source, size], "r,l,r")
+
+
+def copies_commit() -> None:
+    """Makes one group of the copies that this thread started since the last commit."""
+    asm("cp.async.commit_group;")
+
+
+def copies_done(pending: int = 0) -> None:
+    """This thread waits until its cp.async have landed, all but those of its last `pending` groups."""
+    asm(f"cp.async.wait_group {pending};" if pending else "cp.async.wait_all;")
+
+
+def prefetch(address: Value, size: Value, predicate: Value) -> None:
+    """Asks for `size` bytes, a multiple of 16, to be brought to L2; nothing waits for them."""
+    asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
+
+
+def prefetch_line(address: Value, predicate: Value) -> None:
+    """Asks for the 128 bytes around an address to be brought to L2; nothing waits for them."""
+    asm("@$1 prefetch.global.L2 [$0];", [address, predicate], "l,b")

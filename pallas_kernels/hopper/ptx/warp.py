@@ -1,0 +1,61 @@
+"""Which thread this is, and exchanges among the lanes of a warp (shfl, redux)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax.experimental.mosaic.gpu import utils
+
+from pallas_kernels.hopper.ptx.arithmetic import bit_and, compare, select
+from pallas_kernels.hopper.ptx.registers import Value, asm, f32, i32
+
+
+def thread() -> Value:
+    return utils.thread_idx()
+
+
+def uniform(x: Value) -> Value:
+    """x of the warp's first lane. The compiler knows nothing more of it, and that it is the same in all lanes."""
+    return asm("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", [x], "=r,r", i32())
+
+
+def sum_of_warp(x: Value) -> Value:
+    return asm("redux.sync.add.s32 $0, $1, 0xffffffff;", [x], "=r,r", i32())
+
+
+def sum_of_lanes_below(x: Value) -> Value:
+    """The sum of x over the lanes of the warp before this one."""
+    steps = "".join(
+        f"shfl.sync.up.b32 t|p, s, {distance}, 0, 0xffffffff;\n@p add.s32 s, s, t;\n" for distance in (1, 2, 4, 8, 16)
+    )
+    ptx = "{\n.reg .pred p;\n.reg .b32 s, t;\nmov.b32 s, $1;\n" + steps + "sub.s32 $0, s, $1;\n}"
+    return asm(ptx, [x], "=&r,r", i32())
+
+
+def cluster_rank() -> Value:
+    """Which block of its cluster this is."""
+    return asm("mov.u32 $0, %cluster_ctarank;", (), "=r", i32())
+
+
+def lane_distant(x: Value, distance: int) -> Value:
+    """x of the lane whose number differs by the bit `distance`."""
+    return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", f32())
+
+
+def transposed_among_lanes(words: Sequence[Value], lane: Value) -> list[Value]:
+    """Four words of four neighbouring lanes: lane q gets word q of each, in the lanes' order."""
+    words = list(words)
+    for distance in (1, 2):
+        upper = compare("ne", bit_and(lane, distance), 0)
+        for low in range(4):
+            if not low & distance:
+                high = low | distance
+                received = utils.shfl_bfly(select(upper, words[low], words[high]), distance)
+                words[low], words[high] = select(upper, received, words[low]), select(upper, words[high], received)
+    return words
+
+
+def reduce_warp(operation: str, x: Value) -> Value:
+    """`operation` is max or min, of unsigned numbers, or or."""
+    kind = "b32" if operation == "or" else "u32"
+    return asm(f"redux.sync.{operation}.{kind} $0, $1, 0xffffffff;", [x], "=r,r", i32())
