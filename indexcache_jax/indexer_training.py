@@ -263,7 +263,7 @@ def _visible(x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def denominators(p: AttentionLayer, x: jax.Array, config: Config) -> jax.Array:
+def _denominators(p: AttentionLayer, x: jax.Array, config: Config) -> jax.Array:
     """The logarithms of the softmax's denominators [B, H, S] float32 of a layer, over all visible keys."""
     arrays = _queries_and_keys(model.decoded_layer(p, config, x.dtype), x, config)
     words = bits.causal(x.shape[0], x.shape[1], x.shape[1])
@@ -358,6 +358,25 @@ def optimiser(stage: Stage, config: Config, steps: jax.Array | int | None = None
     tree = abstract(config, Schedule.all_full(config.num_layers)).indexer
     decayed = jax.tree.map(lambda tensor: tensor.init == "normal", tree)
     return training.adamw(stage, stage.indexer_learning_rate, stage.steps if steps is None else steps, decayed)
+
+
+def mean_target(
+    layer_of: Callable[[jax.Array], tuple[AttentionLayer, jax.Array, jax.Array]],
+    count: int | jax.Array,
+    like: jax.Array,
+    config: Config,
+) -> Kept:
+    """The target of a group of `count` layers, which may be traced, in the dtype of `like` [B, S, D].
+
+    layer_of(j): of the jth, traced, its weights, the hidden states x [B, S, D] before it, and what its divergence counts.
+    """
+    b, s = like.shape[:2]
+
+    def add(j: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _add_target(*sums, *layer_of(j), config)
+
+    target, entropy = jax.lax.fori_loop(0, count, add, (jnp.zeros((b, s, s), jnp.float32), jnp.zeros(b, jnp.float32)))
+    return Kept(target.astype(like.dtype), entropy)
 
 
 # ---- a run
@@ -604,7 +623,7 @@ def _recomputed_targets(
     lse = [np.empty((count, run.config.num_heads, length), np.float32) for _ in layers]
     for row in range(count):
         for layer, states, kept in zip(layers, x, lse, strict=True):
-            kept[row] = np.asarray(denominators(layer, states[row : row + 1], run.config)[0])
+            kept[row] = np.asarray(_denominators(layer, states[row : row + 1], run.config)[0])
         see(target_work(run) * len(layers))
     return lambda rows: Recomputed(
         tuple(layers), tuple(jnp.asarray(a[rows]) for a in x), tuple(jnp.asarray(a[rows]) for a in lse), tuple(share)

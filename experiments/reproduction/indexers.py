@@ -2,8 +2,8 @@
 
 An F layer and the S layers that it serves are a group, and what its indexer becomes depends on nothing else
 (`indexcache_jax.indexer_training`). Many schedules share groups, so each is trained once. The model is small: the hidden
-states before all of its layers and the softmax's denominators are made once and stay on the device, and all steps of a group
-are one program, which compiles once for groups of any layers.
+states before all of its layers stay on the device, and the targets and all steps of a group are one program, which compiles
+once for groups of any layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ import optax
 
 from indexcache_jax import indexer_training, model, sharding
 from indexcache_jax.config import Config
-from indexcache_jax.indexer_training import Recomputed
+from indexcache_jax.indexer_training import Kept
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import Indexer, Params, at_layer
 from indexcache_jax.schedule import Schedule
@@ -30,15 +29,6 @@ from indexcache_jax.search import layerwise
 from indexcache_jax.training import Stage
 
 CURVE = 25  # points of a divergence's curve
-
-
-@flax.struct.dataclass
-class Constants:
-    """Of a frozen model on N rows: hidden states x [L, N, S, D] before every layer, and the logarithms of the softmax's
-    denominators lse [L, N, H, S] float32 over all visible keys."""
-
-    x: jax.Array
-    lse: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +40,24 @@ class Trained:
 
 
 @jax.jit
-def constants(params: Params, tokens: jax.Array, config: Config, schedule: Schedule) -> Constants:
-    """What stays the same while the indexers of `params` train on tokens [N, S]; the model runs under its own `schedule`."""
+def states(params: Params, tokens: jax.Array, config: Config, schedule: Schedule) -> jax.Array:
+    """The hidden states [L, N, S, D] before every layer of a model that runs under its own schedule, of tokens [N, S]."""
     full = jnp.array(schedule.is_full)
 
-    def of_row(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def of_layer(state: layerwise.State, layer: jax.Array) -> tuple[layerwise.State, tuple[jax.Array, jax.Array]]:
-            attention_layer = model.attention_layer(params, layer, None)
-            kept = state.x[0], indexer_training.denominators(attention_layer, state.x, config)[0]
-            return layerwise.advance(params, state, layer, full[layer], config, schedule), kept
+    def of_row(tokens: jax.Array) -> jax.Array:
+        def of_layer(state: layerwise.State, layer: jax.Array) -> tuple[layerwise.State, jax.Array]:
+            return layerwise.advance(params, state, layer, full[layer], config, schedule), state.x[0]
 
         return jax.lax.scan(of_layer, layerwise.start(params, tokens[None], config), jnp.arange(config.num_layers))[1]
 
-    x, lse = jax.lax.map(of_row, tokens)
-    return Constants(x.swapaxes(0, 1), lse.swapaxes(0, 1))
+    return jax.lax.map(of_row, tokens).swapaxes(0, 1)
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames="p")
 def _train(
     p: Indexer,
     params: Params,
-    given: Constants,
+    x: jax.Array,
     first: jax.Array,
     share: jax.Array,
     rows: jax.Array,
@@ -79,25 +66,27 @@ def _train(
 ) -> tuple[Indexer, jax.Array]:
     """The indexer of layer `first` after a step on each of rows [steps, B], and its divergence before every step [steps].
 
-    share [L]: what the divergence of each layer from `first` on counts; 0 from the end of the group on.
+    x [L, N, S, D]: hidden states before every layer. share [L]: what the divergence of each layer from `first` on counts; 0
+    from the end of the group on.
     """
-    own, count = model.attention_layer(params, first, None), jnp.sum(share > 0)
+    own, inputs = model.attention_layer(params, first, None), x[first]
     optimiser = indexer_training.optimiser(stage, config, rows.shape[0])
 
-    def of_row(p: Indexer, row: jax.Array) -> tuple[jax.Array, Indexer]:
-        def add(j: jax.Array, sums: tuple[jax.Array, Indexer]) -> tuple[jax.Array, Indexer]:
-            layer = first + j
-            attention_layer = model.attention_layer(params, layer, None)
-            target = Recomputed((attention_layer,), (given.x[layer, row][None],), (given.lse[layer, row][None],), (share[j],))
-            x = given.x[first, row][None]
-            found = jax.value_and_grad(indexer_training.divergence)(p, own, x, target, config)
-            return jax.tree.map(jnp.add, sums, found)
+    def target_of(row: jax.Array) -> Kept:
+        def layer_of(j: jax.Array) -> tuple[model.AttentionLayer, jax.Array, jax.Array]:
+            return model.attention_layer(params, first + j, None), x[first + j, row][None], share[j]
 
-        return jax.lax.fori_loop(0, count, add, (jnp.float32(0), jax.tree.map(jnp.zeros_like, p)))
+        found = indexer_training.mean_target(layer_of, jnp.sum(share > 0), inputs[:1], config)
+        return jax.tree.map(lambda a: a[0], found)
+
+    targets = jax.lax.map(target_of, jnp.arange(x.shape[1]))
 
     def step(carry: tuple[Indexer, optax.OptState], rows: jax.Array) -> tuple[tuple[Indexer, optax.OptState], jax.Array]:
         p, state = carry
-        found = [of_row(p, row) for row in rows]
+        found = []
+        for row in rows:
+            target = jax.tree.map(lambda a, row=row: a[row][None], targets)
+            found.append(jax.value_and_grad(indexer_training.divergence)(p, own, inputs[row][None], target, config))
         value, gradient = jax.tree.map(lambda *parts: sum(parts) / len(parts), *found)
         updates, state = optimiser.update(gradient, state, p)
         return (optax.apply_updates(p, updates), state), value
@@ -121,7 +110,7 @@ class Store:
         self._trained: dict[tuple[int, tuple[float, ...]], Trained] = {}
         with _on_one_device():
             self._params = jax.tree.map(lambda a: jnp.asarray(sharding.to_host(a)), params)
-            self._constants = constants(self._params, tokens, config, schedule)
+            self._states = states(self._params, tokens, config, schedule)
 
     def __len__(self) -> int:
         """How many indexers were trained."""
@@ -146,7 +135,7 @@ class Store:
             with _on_one_device():
                 p = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), at_layer(self._params.indexer, layer))
                 rows = self._run.rows(layer)
-                given = self._constants, jnp.int32(layer), jnp.asarray(share), jnp.asarray(rows)
+                given = self._states, jnp.int32(layer), jnp.asarray(share), jnp.asarray(rows)
                 found, divergence = _train(p, self._params, *given, self._config, self._run.stage.program)
             if not np.isfinite(divergence).all():
                 raise ValueError(f"indexer of layer {layer}: its divergence is not finite")
@@ -170,14 +159,14 @@ def programs(
     params = structs(params)
     tokens = jax.ShapeDtypeStruct((sequences, stage.context), jnp.int32)
     p = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], jnp.float32), params.indexer)
-    given = jax.eval_shape(constants, params, tokens, config, schedule)
+    x = jax.eval_shape(states, params, tokens, config, schedule)
     first, share, rows = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((), jnp.int32), ((config.num_layers,), jnp.float32), ((stage.steps, stage.sequences), jnp.int32))
     )
     lowered = (
-        lambda: constants.lower(params, tokens, config, schedule),
-        lambda: _train.lower(p, params, given, first, share, rows, config, stage.program),
+        lambda: states.lower(params, tokens, config, schedule),
+        lambda: _train.lower(p, params, x, first, share, rows, config, stage.program),
     )
 
     def compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 4, "index_topk": 8}
 CASE = Case(FIELDS, "FFFF", 2, (26,) * 3)
 STAGE = indexer_stage(25, "float32", steps=5, rows=2, learning_rate=1e-2)
-RUN = Run(Resident(CASE.config, CASE.schedule, CASE.params), CASE.schedule, CASE.tokens[:, :-1], STAGE, 3, keeps_targets=False)
+RUN = Run(Resident(CASE.config, CASE.schedule, CASE.params), CASE.schedule, CASE.tokens[:, :-1], STAGE, 3)
 
 
 def assert_close(found, expected):
