@@ -3,7 +3,7 @@
 Where `why_not` has nothing against any layer, `model.step` runs a token through these functions instead of `layer.layer`. An
 S layer is then the attention and one kernel of `pallas_kernels.decode_layer`, an F layer has the scores and the selection
 besides; XLA's own kernels for the same work would be 23 and 33. It serves one row on one device, weights in bfloat16 or 8 bits,
-latents in bfloat16, index keys in bfloat16 or float8_e4m3fn, no biases of projections, no groups of experts.
+latents and index keys in bfloat16 or 8 bits, no biases of projections, no groups of experts.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _attend(
         scales = None if cache.index_scales is None else cache.index_scales[:, :kv_length]
         indices = ops.select(index_queries, cache.index_keys[:, :kv_length], head_weights, positions, config, scales)
     assert indices is not None  # the first layer is F
-    return ops.attend(absorbed, cache.latents[:, :kv_length], indices, config), indices
+    return ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, config), indices
 
 
 @jax.jit

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
-from pallas_kernels.quant import BLOCK, Scaled
+from pallas_kernels.quant import BLOCK, Latents, Scaled
 
 MAX_HEADS = 128  # a thread block's share of the value and key matrices is of one head or two
 # Matrices that may be `Scaled`: those of a group all or none.
@@ -97,11 +97,13 @@ def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Arr
         return f"it needs {hopper.NUM_SMS} SMs at once, this device has {count}"
     if x.shape[:2] != (1, 1):
         return f"it is for a single token, not for {x.shape[0]} rows of {x.shape[1]}"
-    kinds = {x.dtype, latents.dtype} | {
+    kinds = {x.dtype, latents.rotary.dtype if isinstance(latents, Latents) else latents.dtype} | {
         w.dtype for name, w in weights.items() if not isinstance(w, Scaled) and name != "router_bias"
     }
     if kinds != {jnp.dtype(jnp.bfloat16)}:
         return f"it takes activations, latents and weights in bfloat16, not {sorted(map(str, kinds))}"
+    if isinstance(latents, Latents) and latents.dtype != jnp.float8_e4m3fn:
+        return f"it keeps latents in bfloat16 or float8_e4m3fn, not in {latents.dtype}"
     if reason := _why_not_codes(weights):
         return reason
     if latents.shape[2] != WIDTH or weights["kv_norm"].shape != (VALUE_DIM,):

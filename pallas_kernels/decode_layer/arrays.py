@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 
-from pallas_kernels.quant import Scaled
+from pallas_kernels.quant import Latents, Scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class AttentionWeights:
     """
 
     weights: Mapping[str, jax.Array | Scaled]
-    latents: jax.Array  # [1, T, C + dr]
+    latents: jax.Array | Latents  # [1, T, C + dr]
     index_keys: jax.Array | None  # [1, T, Di], None where the layer does not select
     index_scales: jax.Array | None  # [1, T], where the keys are float8_e4m3fn
     position: jax.Array  # [1, 1] int32; T, one past the end, is taken as T - 1
@@ -31,8 +31,12 @@ class AttentionWeights:
     index_interleaved: bool
 
     def caches(self) -> dict[str, jax.Array]:
-        """The cache arrays that the layer has, by name."""
-        arrays = {"latents": self.latents, "index_keys": self.index_keys, "index_scales": self.index_scales}
+        """The cache arrays that the layer has, by name: latents in 8 bits are three."""
+        arrays = {"index_keys": self.index_keys, "index_scales": self.index_scales}
+        if isinstance(self.latents, Latents):
+            arrays |= {f"latent_{name}": array for name, array in vars(self.latents).items()}
+        else:
+            arrays["latents"] = self.latents
         return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -41,7 +45,7 @@ class AttentionOperands:
     """What a layer's selection and attention take: queries, and the caches with the new token in them."""
 
     queries: jax.Array  # [1, 1, H, C + dr]
-    latents: jax.Array  # [1, T, C + dr]
+    latents: jax.Array | Latents  # [1, T, C + dr]
     index_queries: jax.Array | None  # [1, 1, Hi, Di], in the dtype of the index keys
     index_weights: jax.Array | None  # [1, 1, Hi] float32; the scales of 8-bit index queries are multiplied in
     index_keys: jax.Array | None  # [1, T, Di]

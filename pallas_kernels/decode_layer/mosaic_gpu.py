@@ -70,6 +70,7 @@ class Inputs:
     index_scale: float = 0.0
     index_interleaved: bool = True
     index_scaled: bool = False  # keys in 8 bits with scales
+    latents_scaled: bool = False  # latents in 8 bits with scales
     codes: bool = False  # whether the projections up are in 8 bits
 
     @property
@@ -266,6 +267,7 @@ class Up(Stage):
         most = max(parts.largest_block_shares([counts[name] for name in names], ROPE_BLOCK))
         self.product = MatrixProduct(shared, p.q_rank, most, codes=p.codes)
         self.sums, self.own_sums = shared.allocate(64), shared.allocate(64)
+        self.sizes = shared.allocate(64) if p.latents_scaled else None
         if a:
             self.rows = rows = BlockRows.of(thread, [(a[name], counts[name]) for name in names], ROPE_BLOCK)
             self.product.of(thread, rows.matrix, _scales_of(a, names, rows), rows.first, rows.end)
@@ -285,22 +287,46 @@ class Up(Stage):
     def write_latent(self) -> None:
         p, a, thread = self.p, self.a, self.thread
         position = ptx.minimum(ptx.load_global(a["position"]), p.max_len - 1)
-        row = ptx.offset(a["latents"], position, 2 * WIDTH)
-        latent = ptx.offset(a["down_out"], ptx.constant(p.q_rank), 4)
+        pair = parts.fresh_pair(ptx.offset(a["down_out"], ptx.constant(p.q_rank), 4))
+        words: list[tuple[Value, Value, Value]] = []  # (i, numbers 2 i and 2 i + 1, whether it exists) of this thread
 
         def sink(i: Value, word: Value, exists: Value) -> None:
-            ptx.store_global(ptx.offset(row, i, 4), word, exists)
+            words.append((i, word, exists))
 
-        pair = parts.fresh_pair(latent)
         parts.normalise(thread, VALUE_DIM // 2, pair, a["kv_norm"], p.latent_eps, self.own_sums, sink, in_bfloat16=False)
+        scale = self.write_codes(words, position) if p.latents_scaled else None
+        if scale is None:
+            row, rotary = ptx.offset(a["latents"], position, 2 * WIDTH), VALUE_DIM // 2
+            for i, word, exists in words:
+                ptx.store_global(ptx.offset(row, i, 4), word, exists)
+        else:
+            row, rotary = ptx.offset(a["latent_rotary"], position, 2 * ROTARY), 0
         with ptx.when(ptx.compare("eq", thread.warp, 0)):
             rotated_pair = _rotate_pair(a, thread.lane, *pair(ptx.add(thread.lane, VALUE_DIM // 2)))
             word = ptx.to_bfloat16_pair(*rotated_pair)
-            at = ptx.offset(row, ptx.add(thread.lane, VALUE_DIM // 2), 4)
+            if scale is not None:
+                word = ptx.to_bfloat16_pair(*(ptx.divide_as_xla(x, scale) for x in ptx.from_bfloat16_pair(word)))
+            at = ptx.offset(row, ptx.add(thread.lane, rotary), 4)
             ptx.store_global(at, word, ptx.compare("sge", thread.lane, 0))
         if p.index_heads:
             with ptx.when(ptx.compare("eq", thread.warp, parts.WARPS - 1)):
                 self.write_index_key(position)
+
+    def write_codes(self, words: Sequence[tuple[Value, Value, Value]], position: Value) -> Value:
+        """Stores a latent's first 512 numbers and its scale as quant.quantise_latents makes them; returns the scale."""
+        a, thread = self.a, self.thread
+        pairs = [ptx.from_bfloat16_pair(word) for _, word, _ in words]
+        largest = parts.block_maximum(thread, [x for pair in pairs for x in pair], self.sizes)
+        # XLA multiplies by the inverse of a constant that it divides by.
+        scale = ptx.times(ptx.maximum_floats(largest, ptx.number(quant.MIN_MAGNITUDE)), ptx.number(1 / quant.E4M3_MAX))
+        is_even = ptx.compare("eq", ptx.bit_and(thread.lane, 1), 0)
+        row = ptx.offset(a["latent_codes"], position, VALUE_DIM)
+        for (i, _, exists), pair in zip(words, pairs, strict=True):
+            four = [ptx.divide_as_xla(x, scale) for x in (*pair, *(ptx.lane_distant(x, 1) for x in pair))]
+            ptx.store_global(ptx.offset(row, ptx.shift_right(i, 1), 4), ptx.to_e4m3_word(four), ptx.both(exists, is_even))
+        is_first = ptx.compare("eq", thread.index, 0)
+        ptx.store_global(ptx.offset(a["latent_scales"], position, 4), ptx.bits_of(scale), is_first)
+        return scale
 
     def write_index_key(self, position: Value) -> None:
         p, a, lane = self.p, self.a, self.thread.lane
@@ -1028,13 +1054,14 @@ def _inputs(
         heads=w["k_up"].shape[0],
         nope=w["k_up"].shape[2],
         value=outputs["v_up"].shape[1],
-        max_len=layer.latents.size // WIDTH,
+        max_len=layer.latents.shape[1],
         eps=layer.eps,
         latent_eps=layer.latent_eps,
         index_heads=w["down"].shape[0] - w["q_norm"].shape[0] - WIDTH - INDEX_WIDTH if full else 0,
         index_scale=layer.index_scale,
         index_interleaved=layer.index_interleaved,
         index_scaled=scaled,
+        latents_scaled=isinstance(layer.latents, quant.Latents),
         codes=isinstance(w["up"], Scaled),
     )
     cos, sin = layer.cos_sin
@@ -1062,9 +1089,10 @@ def _attention_operands(
     layer: AttentionWeights, operands: Mapping[str, Any], outs: Mapping[str, jax.Array]
 ) -> AttentionOperands:
     caches = {name: jax.freeze(operands[name]) for name in layer.caches()}
+    scaled = isinstance(layer.latents, quant.Latents)
     return AttentionOperands(
         outs["queries"],
-        caches["latents"],
+        quant.Latents(*(caches[f"latent_{name}"] for name in ("codes", "rotary", "scales"))) if scaled else caches["latents"],
         outs.get("index_queries"),
         outs.get("index_weights"),
         caches.get("index_keys"),

@@ -8,6 +8,7 @@ the thread blocks wait at the grid barrier and compute the vector. The vector li
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -144,6 +145,16 @@ def block_sum(thread: Thread, x: Value, sums: Value) -> Value:
     ptx.block_barrier()
     parts = [ptx.float_of(word) for i in range(WARPS // 4) for word in ptx.load_shared_words(ptx.add(sums, 16 * i))]
     return ptx.plus(*parts)
+
+
+def block_maximum(thread: Thread, xs: Sequence[Value], sizes: Value) -> Value:
+    """The largest |x| of all threads of a block, NaN where one is. `sizes`: 64 bytes of shared memory only for this."""
+    top = ptx.reduce_warp("max", functools.reduce(ptx.maximum, map(ptx.magnitude_bits, xs)))
+    with ptx.when(ptx.compare("eq", thread.lane, 0)):
+        ptx.store_shared(ptx.add(sizes, ptx.shift_left(thread.warp, 2)), top)
+    ptx.block_barrier()
+    tops = [word for i in range(WARPS // 4) for word in ptx.load_shared_words(ptx.add(sizes, 16 * i))]
+    return ptx.float_of(functools.reduce(ptx.maximum, tops))
 
 
 def indices_of_thread(thread: Thread, count: int) -> list[tuple[Value, Value]]:

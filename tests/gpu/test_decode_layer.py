@@ -14,10 +14,10 @@ from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, decode, fused
 from indexcache_jax.serving.cache import append
-from pallas_kernels import hopper
+from pallas_kernels import hopper, quant
 from tests.support.serving_cases import experts_by_bias, in_codes
 
-BFLOAT16 = CacheFormat()
+BFLOAT16, EIGHT_BITS = CacheFormat(), CacheFormat.of(jnp.float8_e4m3fn)
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
 
@@ -49,6 +49,10 @@ def filled_cache(form=BFLOAT16, config=CONFIG):
     return serving.Cache(tuple(map(fill, cache.layers)), jnp.full((1,), CONTEXT, jnp.int32))
 
 
+def embedded(weights, token, cache):
+    return serving.embed(weights.embedding, jnp.full((1, 1), token), cache.lengths, jnp.ones((1,), jnp.int32), CONFIG)
+
+
 def through(step, weights, tokens, form=BFLOAT16, config=CONFIG):
     """Logits of further tokens after the context, and the latents and index keys of these tokens in every layer."""
     cache, found = filled_cache(form, config), []
@@ -58,7 +62,8 @@ def through(step, weights, tokens, form=BFLOAT16, config=CONFIG):
     assert cache.lengths == CONTEXT + len(tokens)
     kept = []
     for layer in cache.layers:
-        kept.append(layer.latents)
+        scaled = isinstance(layer.latents, quant.Latents)
+        kept.append(quant.dequantise_latents(layer.latents, jnp.float32) if scaled else layer.latents)
         if layer.index_keys is not None:
             keys = layer.index_keys.astype(jnp.float32)
             kept.append(keys if layer.index_scales is None else keys * layer.index_scales[..., None])
@@ -74,9 +79,12 @@ def errors(ours, exact):
     return np.sort(np.linalg.norm(ours - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
 
 
-@pytest.mark.parametrize("form", [BFLOAT16, CacheFormat(index_dtype=jnp.float8_e4m3fn)], ids=["bf16", "fp8 keys"])
+FORMS = {"bf16": BFLOAT16, "fp8 keys": CacheFormat(index_dtype=jnp.float8_e4m3fn), "fp8": EIGHT_BITS}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weights, form, monkeypatch):
-    """Close to XLA within the roundings of bfloat16, and of 8-bit index keys, which may take the neighbouring code."""
+    """Close to XLA within the roundings of bfloat16, and of a cache in 8 bits, which may take the neighbouring code."""
     step = new_step()
     ours, own_kept = through(step, weights, TOKENS, form)
     for _ in range(3):
@@ -89,6 +97,23 @@ def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weigh
     for name, a, b in zip(["logits", *range(len(kept))], [ours, *own_kept], [exact, *kept], strict=True):
         largest = errors(a, b)[-1]
         assert largest < (0.03 if form.index_dtype == jnp.bfloat16 else 0.06), (name, largest)
+
+
+def test_latents_in_8_bits_are_the_quantised_ones_in_bfloat16_bit_for_bit(weights):
+    """The first layer's: its kernel is given the same numbers."""
+    step = new_step()
+    for token in TOKENS:
+        made = []
+        for form in (BFLOAT16, EIGHT_BITS):
+            cache = filled_cache(form)
+            x, positions = embedded(weights, token, cache)
+            assert fused.why_not(weights, x, cache, positions, CONFIG) is None
+            _, cache = step(weights, jnp.full((1,), token), cache)
+            made.append(jax.tree.map(lambda x: x[:, CONTEXT : CONTEXT + 1], cache.layers[0]))
+        layer = serving.init_cache(CONFIG, SCHEDULE, 1, 1, EIGHT_BITS).layers[0].replace(index_keys=None, index_scales=None)
+        exact = jax.jit(append)(layer, made[0].latents, None, jnp.zeros((1, 1), jnp.int32))
+        for ours, theirs in zip(jax.tree.leaves(made[1].latents), jax.tree.leaves(exact.latents), strict=True):
+            assert (np.asarray(ours, np.float32) == np.asarray(theirs, np.float32)).all()
 
 
 # As wide as GLM-5, with few of its experts.

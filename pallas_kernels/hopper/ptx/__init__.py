@@ -16,6 +16,9 @@ from pallas_kernels.hopper.ptx.arithmetic import (
     count_at_least as count_at_least,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
+    div_full as div_full,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
     div_rn as div_rn,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
@@ -49,6 +52,9 @@ from pallas_kernels.hopper.ptx.arithmetic import (
     max_u32 as max_u32,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
+    maxnum_f32 as maxnum_f32,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
     min_s32 as min_s32,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
@@ -59,6 +65,9 @@ from pallas_kernels.hopper.ptx.arithmetic import (
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     population as population,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
+    rcp as rcp,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     rsqrt as rsqrt,
@@ -292,6 +301,9 @@ from pallas_kernels.hopper.ptx.old_names import (
     add as add,
 )
 from pallas_kernels.hopper.ptx.old_names import (
+    approximate_inverse as approximate_inverse,
+)
+from pallas_kernels.hopper.ptx.old_names import (
     bit_and as bit_and,
 )
 from pallas_kernels.hopper.ptx.old_names import (
@@ -308,6 +320,9 @@ from pallas_kernels.hopper.ptx.old_names import (
 )
 from pallas_kernels.hopper.ptx.old_names import (
     div as div,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    divide_as_xla as divide_as_xla,
 )
 from pallas_kernels.hopper.ptx.old_names import (
     divide_floats as divide_floats,

@@ -73,6 +73,11 @@ def max_nan_f32(a: Value, b: Value) -> Float:
     return Float(arith.maximumf(a, b))
 
 
+def maxnum_f32(a: Value, b: Value) -> Float:
+    """As max_f32, for the compiler to move and merge."""
+    return Float(arith.maxnumf(a, b))
+
+
 def number_or_lowest(x: Value) -> Float:
     """-inf for NaN."""
     return Float(arith.maxnumf(x, number(float("-inf"))))
@@ -86,6 +91,16 @@ def fma(a: Value, b: Value, c: Value) -> Float:
 def div_rn(a: Value, b: Value) -> Float:
     """a / b, rounded to nearest whatever the compiler is told of divisions."""
     return asm("div.rn.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
+
+
+def div_full(a: Value, b: Value) -> Float:
+    """a / b within two units of the last place, with the instruction that XLA divides with."""
+    return asm("div.full.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
+
+
+def rcp(x: Value) -> Float:
+    """1 / x to within the last bit, by the instruction that XLA takes for it."""
+    return asm("rcp.approx.f32 $0, $1;", [x], "=f,f", f32())
 
 
 def rsqrt(x: Value) -> Float:

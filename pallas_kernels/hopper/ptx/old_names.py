@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from pallas_kernels.hopper.ptx.arithmetic import div_rn, fma, max_f32, max_nan_f32, max_s32, min_s32, select
+from pallas_kernels.hopper.ptx.arithmetic import div_full, div_rn, fma, max_f32, max_nan_f32, max_s32, min_s32, rcp, select
 from pallas_kernels.hopper.ptx.ld_st import load_global_float_or_zero, load_global_words, load_global_words_or_zeros
 from pallas_kernels.hopper.ptx.registers import Float, Predicate, Word, as_value, typed
 
@@ -131,3 +131,11 @@ def above(a: Any, b: Any) -> Any:
 
 def inverse(x: Any) -> Any:
     return 1.0 / _register(x)
+
+
+def divide_as_xla(a: Any, b: Any) -> Any:
+    return div_full(a, b)
+
+
+def approximate_inverse(x: Any) -> Any:
+    return rcp(x)

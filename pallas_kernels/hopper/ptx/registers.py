@@ -14,7 +14,7 @@ from typing import Any
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-Value = ir.Value
+Value = Any  # a register, or an MLIR value of its type
 
 
 def i32() -> ir.Type:
@@ -158,12 +158,15 @@ class Float(ir.Value):
     def __ge__(self, other: Value | float) -> Predicate:
         return Predicate(arith.cmpf(arith.CmpFPredicate.OGE, self, as_float(other)))
 
+    def equals(self, other: Value | float) -> Predicate:
+        return Predicate(arith.cmpf(arith.CmpFPredicate.OEQ, self, as_float(other)))
+
 
 class Address(ir.Value):
     """Of global memory, 64 bits."""
 
 
-def typed(x: Value) -> Any:
+def typed(x: ir.Value) -> Any:
     """An MLIR value as the register of its type."""
     kinds = {i32(): Word, f32(): Float, i64(): Address, ir.IntegerType.get_signless(1): Predicate}
     return kinds[x.type](x) if x.type in kinds else x

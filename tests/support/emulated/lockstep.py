@@ -248,6 +248,13 @@ class Block:
             words = self.load_words(source, 4)
         self._begin_copy(target, words, on)
 
+    def copy_async_word(self, target, source, size):
+        real = self.spread(size) == 4
+        with self.when(real):
+            word = self.load(source)
+        self.store(target, GARBAGE)
+        self.copies[-1].append((self.active, target, [np.where(real, word, 0)]))
+
     def copies_commit(self):
         self.copies.append([])
 
@@ -355,13 +362,33 @@ class Block:
     def words(self) -> dict[str, object]:
         """What stands for the functions of `ptx`."""
         own = (
-            "load_shared_short", "store_shared_short", "increment_shared", "or_shared", "append_at_least",
-            "load_global_words_or_zeros", "load_global_floats_or_nan", "load_global_float_or_zero", "store_global_bfloat16",
-            "prefetch", "prefetch_line",
-            "copy_async", "copy_async_where", "copies_commit", "copies_done", "block_barrier", "barrier_aligned",
-            "lane_distant", "reduce_warp", "sum_of_lanes_up_to", "sum_of_lanes_below", "from_lane", "ballot",
-            "products_of_codes", "multiply_codes",
-        )  # fmt: skip
+            "load_shared_short",
+            "store_shared_short",
+            "increment_shared",
+            "or_shared",
+            "append_at_least",
+            "load_global_words_or_zeros",
+            "load_global_floats_or_nan",
+            "load_global_float_or_zero",
+            "store_global_bfloat16",
+            "prefetch",
+            "prefetch_line",
+            "copy_async",
+            "copy_async_where",
+            "copy_async_word",
+            "copies_commit",
+            "copies_done",
+            "block_barrier",
+            "barrier_aligned",
+            "lane_distant",
+            "reduce_warp",
+            "sum_of_lanes_up_to",
+            "sum_of_lanes_below",
+            "from_lane",
+            "ballot",
+            "products_of_codes",
+            "multiply_codes",
+        )
         named = {
             "constant": self.spread,
             "number": self._floats,
@@ -372,6 +399,7 @@ class Block:
             "offset": lambda base, index, scale: base + self._counted(index) * scale,
             "peer_address": lambda address, rank: address + (self.spread(rank) + 1 << 50),
             "load_peer_float": lambda address: number(self.load_peer(address)),
+            "load_global_float": lambda address: number(self.load(address)),
             "load_shared_float": lambda address: number(self.load(address)),
             "load_shared_floats": lambda address, count=2: [number(word) for word in self.load_words(address, count)],
             "store_shared_floats": lambda address, floats: self.store_words(address, list(map(bits, floats))),

@@ -1,0 +1,445 @@
+"""The experts of a decode step's rows on Hopper, in about the time of reading the matrices of those that are chosen.
+
+Two kernels: the experts' first matrices and the activation, and their second matrices. A thread block has a tile of an
+expert's matrix at a time: the tiles of all chosen experts, and of the shared ones, are one list that the thread blocks share
+evenly. Codes become float16 in registers, which is exact, and are wgmma's first operand, so a product is that of the matrix and
+the rows' transpose. A product has a column for every row of the step, whether or not it chose the expert: columns cost little
+beside the codes, and nothing is sorted or gathered. Rows are float16 in shared memory with a power-of-two factor for every 128
+numbers, applied in float32 with the codes' scales.
+
+Every lane copies its own codes to shared memory several pieces of 128 ahead, beyond the end of a tile too, so that memory
+is read at all times.
+
+The first kernel has all rows in shared memory from the start. In the second one an expert's rows are what the first one
+made for it, and are written to shared memory before its tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
+from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
+from pallas_kernels.hopper import ptx
+from pallas_kernels.quant import BLOCK, Scaled, float_scales
+from pallas_kernels.routing.arrays import Routes
+
+BLOCKS = hopper.NUM_SMS
+WARPGROUPS = parts.THREADS // hopper.WARPGROUP
+TILE = 64 * WARPGROUPS  # rows of a matrix
+PIECE_BYTES = TILE * BLOCK
+PIECES_IN_FLIGHT = 4  # of TILE x 128 codes
+ROW_LOADS = 2  # of 2 x 16 bytes, by a lane, of the rows
+SHARED_BYTES = 227 * 1024
+SUMS_PITCH = TILE + 4  # numbers from one column's sums to the next one's: no two lanes use the same bank
+
+Value = Any
+_REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """rows: of the step. hidden, width: D and I. experts: E, without the shared one, whose number it is. choices: of a row."""
+
+    rows: int
+    hidden: int
+    width: int
+    experts: int
+    choices: int
+
+    @property
+    def columns(self) -> int:
+        """Rows of the step, padded to what wgmma takes."""
+        return -(-self.rows // 8) * 8
+
+    @property
+    def groups(self) -> int:
+        return self.experts + 1
+
+    @property
+    def slots(self) -> int:
+        """Pairs of a row and an expert, the shared one included."""
+        return self.rows * (self.choices + 1)
+
+
+class Rows:
+    """Rows in shared memory as wgmma's second operand: `pieces` of 128 numbers of `columns` rows, and their factors."""
+
+    def __init__(self, shared: SharedMemory, columns: int, pieces: int):
+        self.columns, self.pieces = columns, pieces
+        self.numbers, self.factors = shared.allocate(2 * BLOCK * columns * pieces), shared.allocate(4 * columns * pieces)
+
+    def operand(self, piece: Value) -> Value:
+        return ptx.matrix(ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * self.columns)))
+
+    def write(self, thread: Thread, source: Callable[[Value], tuple[Value, Value]]) -> None:
+        """Writes all rows in the order that `ptx.multiply_codes` reads; source(row): its address, and whether it exists.
+
+        A warp takes a piece of four rows at a time; eight lanes have 16 bytes each of either 64 numbers of a row.
+        """
+        fours = self.columns // 4
+        tasks = fours * self.pieces
+
+        def some(step: Value, _: Sequence[Value]) -> Sequence[Value]:
+            starts = [ptx.add(ptx.mul(step, ROW_LOADS * parts.WARPS), thread.warp, i * parts.WARPS) for i in range(ROW_LOADS)]
+            loaded = []
+            for task in starts:
+                piece, four = ptx.div(task, fours), ptx.rem(task, fours)
+                row = ptx.add(ptx.shift_left(four, 2), ptx.shift_right(thread.lane, 3))
+                exists = ptx.compare("slt", piece, self.pieces)
+                address, has_row = source(row)
+                loads = ptx.select(ptx.both(exists, has_row), 1, 0)
+                address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), ptx.bit_and(thread.lane, 7), 16)
+                halves = [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
+                loaded.append((row, piece, exists, halves))
+            for row, piece, exists, halves in loaded:
+                with ptx.when(exists):
+                    self._write(thread, row, piece, halves)
+            return []
+
+        ptx.loop(ptx.constant(-(-tasks // (ROW_LOADS * parts.WARPS))), [], some)
+
+    def _write(self, thread: Thread, row: Value, piece: Value, halves: Sequence[Sequence[Value]]) -> None:
+        columns, in_eight = self.columns, ptx.bit_and(thread.lane, 7)
+        pairs = [[ptx.from_bfloat16_pair(word) for word in words] for words in halves]
+        top = ptx.constant(0)
+        for x in (x for of_half in pairs for pair in of_half for x in pair):
+            top = ptx.maximum(top, ptx.magnitude_bits(x))
+        for distance in (1, 2, 4):
+            top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+        scale, factor = ptx.float16_scale(top)
+        at = ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * columns), ptx.shift_left(row, 7))
+        word_at = ptx.shift_left(ptx.shift_right(in_eight, 1), 2)
+        line = ptx.bit_and(row, 7)
+        for half, of_half in enumerate(pairs):
+            for i, pair in enumerate(of_half):
+                # Pair 4 in_eight + i of 32: of the 16 bytes with its number modulo 8 one word.
+                chunk = ptx.add(ptx.shift_left(ptx.bit_and(in_eight, 1), 2), i)
+                swizzled = ptx.shift_left(ptx.bit_xor(chunk, line), 4)
+                value = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
+                ptx.store_shared(ptx.add(at, swizzled, word_at, half * BLOCK * columns), value)
+        with ptx.when(ptx.compare("eq", in_eight, 0)):
+            factor_at = ptx.add(self.factors, ptx.shift_left(ptx.add(ptx.mul(piece, columns), row), 2))
+            ptx.store_shared(factor_at, ptx.bits_of(factor))
+
+
+class Tiles:
+    """This thread block's tiles, of matrices [E, `rows`, `width`] in codes and a shared one: `each` goes through them.
+
+    Tile t of group g is tile t - g `of_group` of group number `groups[g]`. `matrix_row(tile)` is the matrix's row with which
+    this warpgroup's 64 begin.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        a: Mapping[str, Value],
+        thread: Thread,
+        shared: SharedMemory,
+        name: str,
+        rows: int,
+        width: int,
+        of_group: int,
+        matrix_row: Callable[[Value, Value], Value],
+    ):
+        self.sizes, self.a, self.thread = sizes, a, thread
+        self.name, self.rows, self.width, self.of_group, self.matrix_row = name, rows, width, of_group, matrix_row
+        self.pieces = width // BLOCK
+        self.codes, self.scales = (
+            shared.allocate(PIECES_IN_FLIGHT * PIECE_BYTES),
+            shared.allocate(PIECES_IN_FLIGHT * 4 * parts.THREADS),
+        )
+        self.groups = shared.allocate(4 * sizes.groups)
+        self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns)
+        if a:
+            self.warpgroup = ptx.shift_right(thread.warp, 2)
+            self.quad_lane, self.row_of_8 = ptx.bit_and(thread.lane, 3), ptx.shift_right(thread.lane, 2)
+            self.own_codes = ptx.add(self.codes, ptx.shift_left(thread.warp, 11), ptx.shift_left(thread.lane, 4))
+            self.own_scales = ptx.add(self.scales, ptx.shift_left(thread.index, 2))
+
+    def begin(self) -> None:
+        """Starts the first copies."""
+        a, thread = self.a, self.thread
+        for i, exists in parts.indices_of_thread(thread, self.sizes.groups):
+            with ptx.when(exists):
+                ptx.store_shared(ptx.add(self.groups, ptx.shift_left(i, 2)), ptx.load_global(ptx.offset(a["groups"], i, 4)))
+        total = ptx.mul(ptx.load_global(a["num_groups"]), self.of_group)
+        self.count = ptx.div(ptx.sub(ptx.add(total, BLOCKS - 1), ptx.minimum(thread.block, total)), BLOCKS)
+        self.count = ptx.select(ptx.compare("slt", thread.block, total), self.count, 0)
+        ptx.block_barrier()
+        for i in range(PIECES_IN_FLIGHT):
+            self._copy(*self._place(ptx.constant(i)), ptx.constant(i))
+
+    def _place(self, i: Value) -> tuple[Value, Value]:
+        """The tile, by number among this block's, and the piece of it that piece i of this block is."""
+        return ptx.div(i, self.pieces), ptx.rem(i, self.pieces)
+
+    def group_and_tile(self, number: Value) -> tuple[Value, Value]:
+        """The group, an expert's number, of this block's tile with that number, and the tile's number in the group."""
+        tile = ptx.add(self.thread.block, ptx.mul(number, BLOCKS))
+        place = ptx.minimum(ptx.div(tile, self.of_group), self.sizes.groups - 1)
+        return ptx.load_shared(ptx.add(self.groups, ptx.shift_left(place, 2))), ptx.rem(tile, self.of_group)
+
+    def _copy(self, number: Value, piece: Value, slot: Value) -> None:
+        """Starts copying this lane's codes of a piece and their scale, zeros after the last tile."""
+        a, width = self.a, self.width
+        size = ptx.select(ptx.compare("slt", number, self.count), 16, 0)
+        group, tile = self.group_and_tile(ptx.minimum(number, ptx.maximum(ptx.sub(self.count, 1), 0)))
+        is_shared = ptx.compare("eq", group, self.sizes.experts)
+        # A list of no groups has no first one.
+        group = ptx.select(is_shared, 0, ptx.minimum(ptx.maximum(group, 0), self.sizes.experts - 1))
+        codes, scales = (
+            ptx.select(is_shared, a[f"shared_{self.name}{kind}"], a[f"{self.name}{kind}"]) for kind in ("", "_scales")
+        )
+        first = ptx.add(ptx.mul(group, self.rows), self.matrix_row(tile, self.warpgroup))
+        row = ptx.add(first, ptx.shift_left(ptx.bit_and(self.thread.warp, 3), 4), self.row_of_8)
+        source = ptx.offset(ptx.offset(ptx.offset(codes, row, width), piece, BLOCK), self.quad_lane, 16)
+        target = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
+        for quarter in range(4):
+            half, other = divmod(quarter, 2)
+            own = ptx.offset(source, ptx.constant(1), 8 * other * width + half * BLOCK // 2)
+            ptx.copy_async(ptx.add(target, 512 * quarter), own, size, 1, 0, 0)
+        scale = ptx.offset(ptx.offset(scales, ptx.div(first, BLOCK), 4 * self.pieces), piece, 4)
+        ptx.copy_async_word(ptx.add(self.own_scales, ptx.mul(slot, 4 * parts.THREADS)), scale, ptx.shift_right(size, 2))
+        ptx.copies_commit()
+
+    def each(self, rows: Rows, before: Callable[[Value], None], after: Callable[[Value, Value], None]) -> None:
+        """For every tile before(group), its sums with all of `rows`, and after(group, tile) once they are in shared memory."""
+        columns = self.sizes.columns
+
+        def one_tile(number: Value, carry: list[Value]) -> list[Value]:
+            group, tile = self.group_and_tile(number)
+            before(group)
+
+            def one_piece(piece: Value, carry: list[Value]) -> list[Value]:
+                slot, *totals = carry
+                totals = self._add_piece(rows, piece, slot, totals)
+                self._copy(*self._place(ptx.add(ptx.mul(number, self.pieces), piece, PIECES_IN_FLIGHT)), slot)
+                following = ptx.add(slot, 1)
+                return [ptx.select(ptx.compare("eq", following, PIECES_IN_FLIGHT), 0, following), *totals]
+
+            zeros = [ptx.number(0.0)] * (columns // 2)
+            slot, *totals = ptx.loop(ptx.constant(self.pieces), [*carry, *zeros], one_piece)
+            for eight in range(columns // 8):
+                for at in range(4):
+                    row = ptx.add(ptx.shift_left(self.thread.warp, 4), self.row_of_8, 8 * (at // 2))
+                    column = ptx.add(ptx.shift_left(self.quad_lane, 1), 8 * eight + at % 2)
+                    ptx.store_shared(self.sum_at(row, column), ptx.bits_of(totals[4 * eight + at]))
+            ptx.block_barrier()
+            after(group, tile)
+            ptx.block_barrier()
+            return [slot]
+
+        ptx.loop(self.count, [ptx.constant(0)], one_tile)
+
+    def sum_at(self, row: Value, column: Value) -> Value:
+        """Where the sum of one of the tile's rows and a column is in shared memory."""
+        return ptx.add(self.sums, ptx.shift_left(ptx.add(ptx.mul(column, SUMS_PITCH), row), 2))
+
+    def _add_piece(self, rows: Rows, piece: Value, slot: Value, totals: list[Value]) -> list[Value]:
+        columns = rows.columns
+        ptx.copies_done(PIECES_IN_FLIGHT - 1)
+        own_codes = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
+        codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
+        scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, ptx.mul(slot, 4 * parts.THREADS))))
+        sums = ptx.multiply_codes(codes, rows.operand(piece), BLOCK * columns, columns)
+        factors_at = ptx.add(rows.factors, ptx.mul(piece, 4 * columns), ptx.shift_left(self.quad_lane, 3))
+        new = []
+        for eight in range(columns // 8):
+            factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
+            for at, factor in enumerate(factors * 2, 4 * eight):
+                # The product of a factor and a scale might be too small for a float32.
+                new.append(ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at]))
+        return new
+
+
+class First:
+    """silu(gate) * up of every row and its experts -> hidden [slots, I] bfloat16. Half of a tile's rows are of the gate."""
+
+    def __init__(self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
+        self.sizes, self.a, self.thread = sizes, a, thread
+        of_part = WARPGROUPS // 2
+
+        def matrix_row(tile: Value, warpgroup: Value) -> Value:
+            part, within = ptx.div(warpgroup, of_part), ptx.rem(warpgroup, of_part)
+            return ptx.add(ptx.mul(part, sizes.width), ptx.mul(tile, TILE // 2), ptx.shift_left(within, 6))
+
+        self.rows = Rows(shared, sizes.columns, sizes.hidden // BLOCK)
+        tiles = 2 * sizes.width // TILE
+        self.tiles = Tiles(sizes, a, thread, shared, "gate_up", 2 * sizes.width, sizes.hidden, tiles, matrix_row)
+
+    def run(self) -> None:
+        sizes, a = self.sizes, self.a
+        self.tiles.begin()
+
+        def source(row: Value) -> tuple[Value, Value]:
+            return ptx.offset(a["rows"], row, 2 * sizes.hidden), ptx.compare("slt", row, sizes.rows)
+
+        self.rows.write(self.thread, source)
+        ptx.proxy_fence()
+        ptx.block_barrier()
+        self.tiles.each(self.rows, lambda group: None, self.store)
+
+    def store(self, group: Value, tile: Value) -> None:
+        sizes, half = self.sizes, TILE // 2
+        for i, exists in parts.indices_of_thread(self.thread, sizes.rows * half // 2):
+            column, pair = ptx.div(i, half // 2), ptx.shift_left(ptx.rem(i, half // 2), 1)
+            slot = _slot(sizes, self.a, group, column)
+            gates, ups = (ptx.load_shared_floats(self.tiles.sum_at(ptx.add(pair, part * half), column)) for part in range(2))
+            word = ptx.to_bfloat16_pair(*(ptx.times(parts.silu(g), u) for g, u in zip(gates, ups, strict=True)))
+            at = ptx.add(ptx.mul(ptx.maximum(slot, 0), sizes.width), ptx.mul(tile, half), pair)
+            ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, ptx.both(exists, ptx.compare("sge", slot, 0)))
+
+
+class Second:
+    """The second products of every row and its experts -> out [slots, D] bfloat16."""
+
+    def __init__(self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
+        self.sizes, self.a, self.thread = sizes, a, thread
+        self.rows = Rows(shared, sizes.columns, sizes.width // BLOCK)
+
+        def matrix_row(tile: Value, warpgroup: Value) -> Value:
+            return ptx.add(ptx.mul(tile, TILE), ptx.shift_left(warpgroup, 6))
+
+        self.tiles = Tiles(sizes, a, thread, shared, "down", sizes.hidden, sizes.width, sizes.hidden // TILE, matrix_row)
+
+    def run(self) -> None:
+        self.tiles.begin()
+        self.tiles.each(self.rows, self.write_rows, self.store)
+
+    def write_rows(self, group: Value) -> None:
+        sizes, a = self.sizes, self.a
+
+        def source(row: Value) -> tuple[Value, Value]:
+            in_step = ptx.compare("slt", row, sizes.rows)
+            slot = _slot(sizes, a, group, ptx.minimum(row, sizes.rows - 1))
+            exists = ptx.both(in_step, ptx.compare("sge", slot, 0))
+            return ptx.offset(a["hidden"], ptx.maximum(slot, 0), 2 * sizes.width), exists
+
+        self.rows.write(self.thread, source)
+        ptx.proxy_fence()
+        ptx.block_barrier()
+
+    def store(self, group: Value, tile: Value) -> None:
+        sizes = self.sizes
+        for i, exists in parts.indices_of_thread(self.thread, sizes.rows * TILE // 2):
+            column, pair = ptx.div(i, TILE // 2), ptx.shift_left(ptx.rem(i, TILE // 2), 1)
+            slot = _slot(sizes, self.a, group, column)
+            word = ptx.to_bfloat16_pair(*ptx.load_shared_floats(self.tiles.sum_at(pair, column)))
+            at = ptx.add(ptx.mul(ptx.maximum(slot, 0), sizes.hidden), ptx.mul(tile, TILE), pair)
+            ptx.store_global(ptx.offset(self.a["out"], at, 2), word, ptx.both(exists, ptx.compare("sge", slot, 0)))
+
+
+def _slot(sizes: Sizes, a: Mapping[str, Value], group: Value, row: Value) -> Value:
+    """The place of the pair of a row and a group among all pairs, -1 where the row did not choose it."""
+    return ptx.load_global(ptx.offset(a["slots"], ptx.add(ptx.mul(group, sizes.rows), row), 4))
+
+
+# ---- the kernels
+
+
+def _shared_bytes(sizes: Sizes, kernel: type[First] | type[Second]) -> int:
+    counted = SharedMemory()
+    kernel(sizes, {}, None, counted)
+    return counted.used + 1024  # for the rows to begin at a multiple of 1024
+
+
+def _call(
+    name: str, kernel: type[First] | type[Second], sizes: Sizes, operands: Mapping[str, jax.Array], out: Any
+) -> jax.Array:
+    names = [*operands, *out, "shared"]
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs) + (_SCALAR,))
+        def program(ctx: Any, *values: Any) -> None:
+            *references, block = values
+            *arrays, memory = references
+            addresses = {n: ptx.global_address(v) for n, v in zip(names[:-1], arrays, strict=True)}
+            thread = Thread.current(ptx.scalar(block))
+            kernel(sizes, addresses, thread, aligned(ptx.shared_address(memory))).run()
+
+        program(*refs, jax.lax.axis_index("block"))
+
+    body.__name__ = name
+    call = plgpu.kernel(
+        body,
+        out_type=tuple(out.values()),
+        scratch_types=(plgpu.SMEM((_shared_bytes(sizes, kernel) // 4,), jnp.int32),),
+        grid=(BLOCKS,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )
+    return call(*operands.values())[0]
+
+
+def aligned(address: Value) -> SharedMemory:
+    return SharedMemory(ptx.bit_and(ptx.add(address, 1023), -1024))
+
+
+def _matrices(name: str, matrix: Scaled, shared: Scaled | None) -> dict[str, jax.Array]:
+    shared = matrix if shared is None else shared
+    arrays = {name: matrix.codes, f"{name}_scales": float_scales(matrix.scales)}
+    return arrays | {f"shared_{name}": shared.codes, f"shared_{name}_scales": float_scales(shared.scales)}
+
+
+def sizes_of(rows: jax.Array, routes: Routes, gate_up: Scaled) -> Sizes:
+    experts, _, width, hidden = gate_up.shape
+    return Sizes(rows.shape[0], hidden, width, experts, routes.experts.shape[1])
+
+
+def routed_mlp(
+    rows: jax.Array, routes: Routes, gate_up: Scaled, down: Scaled, shared_gate_up: Scaled | None, shared_down: Scaled | None
+) -> jax.Array:
+    sizes = sizes_of(rows, routes, gate_up)
+    tables = {"groups": routes.groups, "num_groups": routes.num_groups, "slots": routes.slots}
+    hidden = _call(
+        "routed_mlp_first",
+        First,
+        sizes,
+        {"rows": rows, **tables, **_matrices("gate_up", gate_up, shared_gate_up)},
+        {"hidden": jax.ShapeDtypeStruct((sizes.slots, sizes.width), jnp.bfloat16)},
+    )
+    products = _call(
+        "routed_mlp_second",
+        Second,
+        sizes,
+        {"hidden": hidden, **tables, **_matrices("down", down, shared_down)},
+        {"out": jax.ShapeDtypeStruct((sizes.slots, sizes.hidden), jnp.bfloat16)},
+    )
+    pairs = sizes.rows * sizes.choices
+    of_experts = products[:pairs].reshape(sizes.rows, sizes.choices, -1).astype(jnp.float32)
+    out = jnp.sum(of_experts * routes.weights[..., None], axis=1)
+    return out if shared_down is None else out + products[pairs:].astype(jnp.float32)
+
+
+def why_not(
+    rows: jax.Array, routes: Routes, gate_up: Scaled, down: Scaled, shared_gate_up: Scaled | None, shared_down: Scaled | None
+) -> str | None:
+    if reason := hopper.why_not():
+        return reason
+    if rows.dtype != jnp.bfloat16:
+        return f"it takes rows in bfloat16, not in {rows.dtype}"
+    matrices = {"gate_up": gate_up, "down": down, "shared_gate_up": shared_gate_up, "shared_down": shared_down}
+    for name, matrix in matrices.items():
+        if matrix is None:
+            continue
+        if not isinstance(matrix, Scaled) or matrix.dtype != jnp.float8_e4m3fn or matrix.by_row:
+            return f"it reads codes in float8_e4m3fn with a scale for {BLOCK} x {BLOCK}, {name} is not such a matrix"
+    sizes = sizes_of(rows, routes, gate_up)
+    if shared_down is not None and shared_down.shape != (sizes.hidden, sizes.width):
+        return f"it takes shared experts as wide as one routed expert, {sizes.width}, not of {shared_down.shape[1]}"
+    if sizes.hidden % TILE or sizes.width % (TILE // 2) or sizes.width % BLOCK:
+        return f"it takes hidden sizes by {TILE} and widths by {TILE // 2}, not {sizes.hidden} and {sizes.width}"
+    needed = max(_shared_bytes(sizes, kernel) for kernel in (First, Second))
+    if needed > SHARED_BYTES:
+        return f"{sizes.rows} rows of {sizes.hidden} and {sizes.width} numbers need {needed} bytes of shared memory"
+    return None

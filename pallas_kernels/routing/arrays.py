@@ -1,0 +1,22 @@
+"""What `route` returns: the experts that rows chose, and in what order kernels go through them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """The experts of N rows, k of E each. Group E, which all rows are of, stands for the shared experts.
+
+    A pair of row n and its j-th expert has the place n k + j, that of row n and the shared experts N k + n.
+    """
+
+    experts: jax.Array  # [N, k] int32
+    weights: jax.Array  # [N, k] float32
+    groups: jax.Array  # [E + 1] int32: first those that rows are of, E before the others, then -1
+    num_groups: jax.Array  # [1] int32: how many rows are of
+    slots: jax.Array  # [E + 1, N] int32: the place of the pair of a group and a row, -1 where the row is not of it

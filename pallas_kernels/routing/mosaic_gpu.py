@@ -1,0 +1,162 @@
+"""The routes of few rows in one thread block on Hopper, where XLA takes a dozen kernels.
+
+A warp has a row at a time: a lane has the scores of every 32nd expert, and the largest keys are found one after the other by
+reductions over the warp. Then every pair of a row and an expert is written to the tables through shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
+from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
+from pallas_kernels.hopper import ptx
+from pallas_kernels.routing.arrays import Routes
+
+MAX_ROWS = 64
+MAX_EXPERTS = 512
+
+Value = Any
+_REF = plgpu.RefType()
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    rows: int
+    experts: int
+    choices: int
+    normalised: bool
+    scale: float
+    shared: bool
+
+
+class Program:
+    """The one thread block. used: [E] words, whether a row chose the expert."""
+
+    def __init__(self, p: Options, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.used = shared.allocate(4 * p.experts)
+
+    def run(self) -> None:
+        p, thread = self.p, self.thread
+        for i, exists in parts.indices_of_thread(thread, p.experts):
+            with ptx.when(exists):
+                ptx.store_shared(ptx.add(self.used, ptx.shift_left(i, 2)), ptx.constant(0))
+        for i, exists in parts.indices_of_thread(thread, p.experts * p.rows):
+            ptx.store_global(ptx.offset(self.a["slots"], i, 4), ptx.constant(-1), exists)
+        for i, exists in parts.indices_of_thread(thread, p.experts + 1):
+            ptx.store_global(ptx.offset(self.a["groups"], i, 4), ptx.constant(-1), exists)
+        ptx.block_barrier()
+        for start in range(0, p.rows, parts.WARPS):
+            row = ptx.add(thread.warp, start)
+            with ptx.when(ptx.compare("slt", row, p.rows)):
+                self.choose(row)
+        ptx.block_barrier()
+        with ptx.when(ptx.compare("eq", thread.warp, 0)):
+            self.list_groups()
+        for i, exists in parts.indices_of_thread(thread, p.rows):
+            place = ptx.add(i, p.rows * p.choices) if p.shared else ptx.constant(-1)
+            ptx.store_global(ptx.offset(self.a["slots"], ptx.add(i, p.experts * p.rows), 4), place, exists)
+
+    def choose(self, row: Value) -> None:
+        p, a, lane = self.p, self.a, self.thread.lane
+        scores, keys = [], []
+        for start in range(0, p.experts, 32):
+            number = ptx.add(lane, start)
+            at = ptx.add(ptx.mul(row, p.experts), number)
+            score = parts.sigmoid(ptx.float_of(ptx.load_global(ptx.offset(a["logits"], at, 4))))
+            bias = ptx.float_of(ptx.load_global(ptx.offset(a["bias"], number, 4)))
+            scores.append(score)
+            keys.append(parts.sortable_bits(ptx.plus(score, bias)))
+        experts = parts.largest_keys(self.thread, keys, p.choices)
+        weights = []
+        for expert in experts:
+            bits = ptx.constant(0)
+            for i, score in enumerate(scores):
+                bits = ptx.select(ptx.compare("eq", ptx.add(lane, 32 * i), expert), ptx.bits_of(score), bits)
+            weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
+        if p.normalised:
+            total = ptx.plus(*weights, ptx.number(1e-20))
+            weights = [ptx.divide_floats(w, total) for w in weights]
+        weights = [ptx.times(w, ptx.number(p.scale)) for w in weights]
+        leads = ptx.compare("eq", lane, 0)
+        for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+            place = ptx.add(ptx.mul(row, p.choices), j)
+            ptx.store_global(ptx.offset(a["experts"], place, 4), expert, leads)
+            ptx.store_global(ptx.offset(a["weights"], place, 4), ptx.bits_of(weight), leads)
+            ptx.store_global(ptx.offset(a["slots"], ptx.add(ptx.mul(expert, p.rows), row), 4), place, leads)
+            with ptx.when(leads):
+                ptx.store_shared(ptx.add(self.used, ptx.shift_left(expert, 2)), ptx.constant(1))
+
+    def list_groups(self) -> None:
+        """Of the first warp: the groups that rows are of, ascending, after that of the shared experts."""
+        p, a, lane = self.p, self.a, self.thread.lane
+        leads = ptx.compare("eq", lane, 0)
+        count = ptx.constant(1 if p.shared else 0)
+        if p.shared:
+            ptx.store_global(a["groups"], ptx.constant(p.experts), leads)
+        for start in range(0, p.experts, 32):
+            number = ptx.add(lane, start)
+            used = ptx.load_shared(ptx.add(self.used, ptx.shift_left(number, 2)))
+            at = ptx.add(count, ptx.sum_of_lanes_below(used))
+            ptx.store_global(ptx.offset(a["groups"], at, 4), number, ptx.compare("ne", used, 0))
+            count = ptx.add(count, ptx.sum_of_warp(used))
+        ptx.store_global(a["num_groups"], count, leads)
+
+
+def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = {
+        "experts": (p.rows, p.choices),
+        "weights": (p.rows, p.choices),
+        "groups": (p.experts + 1,),
+        "num_groups": (1,),
+        "slots": (p.experts + 1, p.rows),
+    }
+    kinds = {"weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32)) for name, shape in shapes.items()}
+
+
+def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
+    p = Options(*logits.shape, choices, normalised, scale, shared)
+    outs, counted = outputs(p), SharedMemory()
+    Program(p, {}, None, counted)
+    names = ["logits", "bias", *outs]
+
+    def routes_of_few_rows(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs))
+        def program(ctx: Any, *arrays: Any) -> None:
+            *others, memory = arrays
+            a = {n: ptx.global_address(v) for n, v in zip(names, others, strict=True)}
+            Program(p, a, Thread.current(ptx.constant(0)), SharedMemory(ptx.shared_address(memory))).run()
+
+        program(*refs)
+
+    kernel = plgpu.kernel(
+        routes_of_few_rows,
+        out_type=tuple(outs.values()),
+        scratch_types=(plgpu.SMEM((counted.used // 4,), jnp.int32),),
+        grid=(1,),
+        grid_names=("block",),
+        num_threads=parts.THREADS // hopper.WARPGROUP,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )
+    return Routes(**dict(zip(outs, kernel(logits, bias), strict=True)))
+
+
+def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> str | None:
+    if reason := hopper.why_not():
+        return reason
+    rows, experts = logits.shape
+    if rows > MAX_ROWS or experts > MAX_EXPERTS or experts % 32 or choices > 32:
+        return (
+            f"it takes up to {MAX_ROWS} rows, {MAX_EXPERTS} experts by 32 and 32 choices, not {rows}, {experts} and {choices}"
+        )
+    return None

@@ -1,0 +1,131 @@
+"""The experts of few rows: the kernels for Hopper, run on NumPy, against the reference and float64."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper, quant
+from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
+from pallas_kernels.routed_mlp import api, mosaic_gpu, reference
+from pallas_kernels.routing import reference as routing
+from tests.support.emulated import lockstep
+
+HIDDEN, WIDTH, EXPERTS, CHOICES = 512, 256, 8, 2
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """With fewer SMs than there are, so that they have several tiles each."""
+    monkeypatch.setattr(mosaic_gpu, "BLOCKS", 5)
+
+    def words(x):
+        flat = np.asarray(x).reshape(-1).view(np.uint8)
+        return np.pad(flat, (0, -flat.size % 4)).view(np.int32).copy()
+
+    def call(name, kernel, sizes, operands, out):
+        ((result, like),) = out.items()
+        arrays = {n: words(x) for n, x in operands.items()}
+        arrays[result] = words(np.full(like.shape, np.nan, like.dtype))
+
+        def stages(a, block, shared):
+            program = kernel(sizes, a, parts.Thread.current(block), mosaic_gpu.aligned(shared))
+            return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=program.run)]
+
+        memory = mosaic_gpu._shared_bytes(sizes, kernel)
+        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, memory, stages)
+        return jnp.asarray(arrays[result].view(like.dtype).reshape(like.shape))
+
+    monkeypatch.setattr(mosaic_gpu, "_call", call)
+
+
+def matrices(random, shared=True):
+    def codes(*shape):
+        return quant.quantise_matrix(jnp.asarray(random.standard_normal(shape) * shape[-1] ** -0.5, jnp.float32))
+
+    routed = codes(EXPERTS, 2, WIDTH, HIDDEN), codes(EXPERTS, HIDDEN, WIDTH)
+    return (*routed, codes(2 * WIDTH, HIDDEN), codes(HIDDEN, WIDTH)) if shared else (*routed, None, None)
+
+
+def routes_of(experts, weights, shared=True):
+    return routing.tables(jnp.asarray(experts, jnp.int32), jnp.asarray(weights, jnp.float32), EXPERTS, shared=shared)
+
+
+def check(ours, exact):
+    ours, exact = np.asarray(ours, np.float64), np.asarray(exact, np.float64)
+    assert np.abs(exact).max() > 0
+    assert np.abs(ours - exact).max() <= 2.0**-7 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("rows,shared", [(1, True), (2, False), (5, True), (16, True), (19, False)])
+def test_few_rows_are_multiplied_by_their_experts(emulated, rows, shared):
+    random = np.random.default_rng(rows)
+    x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
+    experts = np.stack([random.permutation(EXPERTS)[:CHOICES] for _ in range(rows)])
+    routes, given = routes_of(experts, random.uniform(0.1, 1, experts.shape), shared), matrices(random, shared)
+    check(mosaic_gpu.routed_mlp(x, routes, *given), reference.routed_mlp(x, routes, *given))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_all_rows_may_choose_the_same_experts(emulated, shared):
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((9, HIDDEN)), jnp.bfloat16)
+    routes, given = routes_of(np.full((9, CHOICES), [6, 1]), np.full((9, CHOICES), 0.5), shared), matrices(random, shared)
+    check(mosaic_gpu.routed_mlp(x, routes, *given), reference.routed_mlp(x, routes, *given))
+
+
+def test_rows_and_scales_of_very_different_sizes(emulated):
+    random = np.random.default_rng(1)
+    x = random.standard_normal((4, HIDDEN)) * 10.0 ** np.array([-6, 0, 2, 4])[:, None]
+    routes = routes_of(random.integers(0, EXPERTS, (4, 1)), np.ones((4, 1)))
+    given = matrices(random)
+    x = jnp.asarray(x, jnp.bfloat16)
+    ours, exact = mosaic_gpu.routed_mlp(x, routes, *given), reference.routed_mlp(x, routes, *given)
+    for a, b in zip(ours, exact, strict=True):
+        check(a, b)
+
+
+def test_rows_that_are_not_finite_leave_the_others_alone(emulated):
+    random = np.random.default_rng(2)
+    x = jnp.asarray(random.standard_normal((3, HIDDEN)), jnp.bfloat16)
+    routes, given = routes_of([[0, 1], [1, 2], [2, 0]], np.ones((3, 2))), matrices(random)
+    exact = mosaic_gpu.routed_mlp(x, routes, *given)
+    ours = mosaic_gpu.routed_mlp(x.at[1, 7].set(jnp.nan), routes, *given)
+    assert np.isnan(ours[1]).all()
+    assert (ours[jnp.array([0, 2])] == exact[jnp.array([0, 2])]).all()
+
+
+def test_the_reference_is_the_sum_over_the_chosen_experts():
+    random = np.random.default_rng(3)
+    x = jnp.asarray(random.standard_normal((3, HIDDEN)), jnp.float32)
+    experts, weights = np.array([[0, 5], [1, 5], [7, 2]]), random.uniform(0.1, 1, (3, 2))
+    given = matrices(random)
+    gate_up, down, shared_gate_up, shared_down = (np.asarray(quant.dequantise(m, jnp.float32), np.float64) for m in given)
+
+    def mlp(row, gate_up, down):
+        gate, up = gate_up @ row
+        return down @ (gate / (1 + np.exp(-gate)) * up)
+
+    for n, row in enumerate(np.asarray(x, np.float64)):
+        exact = mlp(row, shared_gate_up.reshape(2, WIDTH, HIDDEN), shared_down)
+        exact += sum(w * mlp(row, gate_up[e], down[e]) for e, w in zip(experts[n], weights[n], strict=True))
+        ours = reference.routed_mlp(x, routes_of(experts, weights), *given)[n]
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_is_named(monkeypatch):
+    given, x = matrices(np.random.default_rng(0)), jnp.zeros((2, HIDDEN), jnp.bfloat16)
+    routes = routes_of([[0, 1], [1, 2]], np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"down \[E, D, I\], got \(3, 512\)"):
+        api.routed_mlp(jnp.zeros((3, HIDDEN)), routes, *given)
+    with pytest.raises(ValueError, match="together"):
+        api.routed_mlp(x, routes, *given[:3])
+    monkeypatch.setattr(hopper, "why_not", lambda: None)
+    assert mosaic_gpu.why_not(x, routes, *given) is None
+    assert "bfloat16" in mosaic_gpu.why_not(x.astype(jnp.float32), routes, *given)
+    wide = jax.eval_shape(lambda: quant.quantise_matrix(jnp.zeros((HIDDEN, 2 * WIDTH))))
+    assert "shared experts as wide as" in mosaic_gpu.why_not(x, routes, *given[:3], wide)
+    by_row = quant.quantise_rows(jnp.zeros((EXPERTS, HIDDEN, WIDTH)))
+    assert "down is not such a matrix" in mosaic_gpu.why_not(x, routes, given[0], by_row, *given[2:])
