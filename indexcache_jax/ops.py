@@ -26,6 +26,7 @@ from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for s
 from pallas_kernels.grouped_matmul import api as grouped_matmul_api
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.quant import Scaled
+from pallas_kernels.routing import api as routing
 from pallas_kernels.scaled_matmul import api as scaled_matmul_api
 from pallas_kernels.selected_attention import api as selected_attention_api
 
@@ -184,6 +185,23 @@ def normalise(x: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True
 def swiglu(gate_up: jax.Array) -> Scaled:
     """silu(gate) * up of gate_up [B, S, 2 F], gate first, in 8 bits [B, S, F]."""
     return _on_tokens(pallas_kernels.quantise_swiglu, gate_up)
+
+
+def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """The experts [..., k] of router logits [..., E] float32 of a model without groups of experts, and their weights."""
+    experts, weights = routing.choose(
+        _flat(logits),
+        bias,
+        choices=config.num_experts_per_tok,
+        normalised=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+    return experts.reshape(*logits.shape[:-1], -1), weights.reshape(*logits.shape[:-1], -1)
+
+
+def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """groups [M] from 0 to num_groups, which stands for none, sorted: the order [M], its inverse, and the groups' sizes."""
+    return routing.sort_by_group(groups, num_groups)
 
 
 def gather_rows(rows: jax.Array | Scaled, index: jax.Array) -> Any:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.hopper import ptx
-from pallas_kernels.hopper.lanes import WARPS, Value, bfloat16_words, call_kernel, floats_of, lane_and_warp
+from pallas_kernels.hopper.lanes import WARPS, Thread, Value, bfloat16_words, call_kernel, floats_of
 from pallas_kernels.permuted import reference
 from pallas_kernels.quant import Scaled
 
@@ -47,8 +47,8 @@ def gather_program(source_rows: int, rows: int, width: int, groups: int) -> Call
     """The kernel that moves rows of `width` bytes, and their scales [groups, source_rows] to [groups, rows]."""
 
     def gather_rows(index: Value, codes: Value, scales: Value, out_codes: Value, out_scales: Value, block: Value) -> None:
-        lane, warp = lane_and_warp()
-        first = ptx.mul(ptx.add(ptx.mul(block, WARPS), warp), ROWS)
+        thread = Thread.current()
+        first = ptx.mul(ptx.add(ptx.mul(block, WARPS), thread.warp), ROWS)
         moved = []
         for i in range(ROWS):
             row = ptx.add(first, i)
@@ -57,13 +57,13 @@ def gather_program(source_rows: int, rows: int, width: int, groups: int) -> Call
         loaded = []
         for row, exists, source in moved:
             for start in range(0, width, 32 * PIECE):
-                column = ptx.add(ptx.mul(lane, PIECE), start)
+                column = ptx.add(ptx.mul(thread.lane, PIECE), start)
                 inside = ptx.both(exists, ptx.compare("slt", column, width))
                 at = ptx.offset(ptx.offset(codes, source, width), column, 1)
                 words = ptx.load_words_or_zeros(at, ptx.select(inside, 1, 0), 4)
                 loaded.append((ptx.offset(ptx.offset(out_codes, row, width), column, 1), words, inside))
             for start in range(0, groups, 32):
-                group = ptx.add(lane, start)
+                group = ptx.add(thread.lane, start)
                 inside = ptx.both(exists, ptx.compare("slt", group, groups))
                 at = ptx.offset(ptx.offset(scales, group, 4 * source_rows), source, 4)
                 word = ptx.bits_of(ptx.load_float_or_zero(at, ptx.select(inside, 1, 0)))
@@ -127,8 +127,8 @@ def sum_program(tokens: int, k: int, width: int, others: int, in_float32: bool) 
 
     def sum_rows(places: Value, weights: Value, rows: Value, *others_out_block: Value) -> None:
         *added, out, block = others_out_block
-        lane, warp = lane_and_warp()
-        task = ptx.add(ptx.mul(block, WARPS), warp)
+        thread = Thread.current()
+        task = ptx.add(ptx.mul(block, WARPS), thread.warp)
         token, start = ptx.div(task, of_token), ptx.mul(ptx.rem(task, of_token), span)
         exists = ptx.compare("slt", token, tokens)
         first = ptx.mul(ptx.minimum(token, tokens - 1), k)
@@ -137,7 +137,7 @@ def sum_program(tokens: int, k: int, width: int, others: int, in_float32: bool) 
         factors = [ptx.load_global_float(ptx.offset(weights, i, 4)) for i in at]
         pieces = []
         for i in range(SPANS):
-            column = ptx.add(start, ptx.mul(lane, NUMBERS), 32 * NUMBERS * i)
+            column = ptx.add(start, ptx.mul(thread.lane, NUMBERS), 32 * NUMBERS * i)
             inside = ptx.both(exists, ptx.compare("slt", column, width))
             loads = ptx.select(inside, 1, 0)
             lines = [(rows, source) for source in sources] + [(other, token) for other in added]

@@ -20,11 +20,11 @@ import numpy as np
 from pallas_kernels.hopper import ptx
 from pallas_kernels.hopper.lanes import (
     WARPS,
+    Thread,
     Value,
     bfloat16_words,
     call_kernel,
     floats_of,
-    lane_and_warp,
     sum_of_lanes,
 )
 from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled
@@ -92,14 +92,14 @@ def groups_program(rows: int, width: int, numbers_at: Callable[..., Any]) -> tup
     of_warp = STEPS * SPAN // BLOCK
 
     def quantise_rows(source: Value, codes: Value, scales: Value, block: Value) -> None:
-        lane, warp = lane_and_warp()
-        first = ptx.add(ptx.mul(ptx.add(ptx.mul(block, WARPS), warp), of_warp), ptx.shift_right(lane, 3))
+        thread = Thread.current()
+        first = ptx.add(ptx.mul(ptx.add(ptx.mul(block, WARPS), thread.warp), of_warp), ptx.shift_right(thread.lane, 3))
         tasks = []
         for step in range(STEPS):
             group = ptx.add(first, step * SPAN // BLOCK)
             exists = ptx.compare("slt", group, groups)
             row, column = ptx.div(group, width // BLOCK), ptx.rem(group, width // BLOCK)
-            column = ptx.add(ptx.mul(column, BLOCK), ptx.mul(ptx.bit_and(lane, LANES - 1), LANE))
+            column = ptx.add(ptx.mul(column, BLOCK), ptx.mul(ptx.bit_and(thread.lane, LANES - 1), LANE))
             tasks.append((row, column, exists, numbers_at(source, width, row, column, ptx.select(exists, 1, 0))))
         for row, column, exists, numbers in tasks:
             _store(codes, scales, rows, width, row, column, exists, numbers())
@@ -176,14 +176,14 @@ def normalise_program(
 
     def normalise_rows(source: Value, weight: Value, *results_and_block: Value) -> None:
         *results, block = results_and_block
-        lane, warp = lane_and_warp()
-        row = ptx.add(ptx.mul(block, WARPS), warp)
+        thread = Thread.current()
+        row = ptx.add(ptx.mul(block, WARPS), thread.warp)
         in_rows = ptx.compare("slt", row, rows)
 
         def place(piece: Value | int) -> tuple[Value, Value]:
             """The column of this lane's numbers of a piece, and whether they exist."""
             start = piece * SPAN if isinstance(piece, int) else ptx.mul(piece, SPAN)
-            column = ptx.add(ptx.mul(lane, LANE), start)
+            column = ptx.add(ptx.mul(thread.lane, LANE), start)
             return column, ptx.both(in_rows, ptx.compare("slt", column, width))
 
         def load(piece: Value | int) -> list[Value]:

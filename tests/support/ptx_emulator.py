@@ -182,6 +182,10 @@ class Block:
         function = {"max": np.max, "min": np.min, "or": np.bitwise_or.reduce}[operation]
         return _wrapped(np.repeat(function(_unsigned(self._by_warp(x)), axis=1), 32))
 
+    def alike_in_warp(self, x):
+        lanes = self._by_warp(x)
+        return _wrapped(((lanes[:, :, None] == lanes[:, None]) << np.arange(32)).sum(2).reshape(-1))
+
     def float_words(self) -> dict[str, object]:
         """What stands for the functions of `ptx` on float32 numbers, and what is loaded and stored in pieces."""
 
@@ -295,6 +299,7 @@ class Block:
             "add_multiples": lambda totals, words, factor: [t + factor * x for t, x in zip(totals, eight(words), strict=True)],
             "lane_distant": across,
             "reduce_warp": self.reduce_warp,
+            "alike_in_warp": self.alike_in_warp,
             "both": np.logical_and,
             "load_words": lambda address: self.load_words(address, 4),
             "load_words_or_zeros": words_or_zeros,

@@ -322,6 +322,9 @@ from pallas_kernels.hopper.ptx.registers import (
     scalar as scalar,
 )
 from pallas_kernels.hopper.ptx.warp import (
+    alike_in_warp as alike_in_warp,
+)
+from pallas_kernels.hopper.ptx.warp import (
     cluster_rank as cluster_rank,
 )
 from pallas_kernels.hopper.ptx.warp import (
