@@ -7,13 +7,15 @@ that runs anywhere and defines the result, and every other file is one backend, 
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_mlp, grouped_swiglu
 from pallas_kernels.index_divergence.api import index_divergence
 from pallas_kernels.indexer_topk.api import indexer_topk, select_topk
+from pallas_kernels.latent_cache.api import append_latents
 from pallas_kernels.permuted.api import gather_rows, sum_rows
-from pallas_kernels.quantised.api import normalise_rows, quantise_rows, quantise_swiglu
+from pallas_kernels.quantised.api import normalise_rows, quantise_index_queries, quantise_rows, quantise_swiglu
 from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.selected_attention.api import selected_attention
 from pallas_kernels.sparse_mla.api import sparse_mla
 
 __all__ = [
+    "append_latents",
     "gather_rows",
     "grouped_matmul",
     "grouped_mlp",
@@ -21,6 +23,7 @@ __all__ = [
     "index_divergence",
     "indexer_topk",
     "normalise_rows",
+    "quantise_index_queries",
     "quantise_rows",
     "quantise_swiglu",
     "scaled_matmul",

@@ -87,6 +87,11 @@ def bfloat16_words(numbers: Sequence[Value]) -> list[Value]:
     return [ptx.to_bfloat16_pair(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
 
 
+def rounded_numbers(numbers: Sequence[Value]) -> list[Value]:
+    """float32 numbers rounded to bfloat16, as float32."""
+    return floats_of(bfloat16_words(numbers))
+
+
 def sum_of_lanes(x: Value) -> Value:
     """The sum of a float32 over the warp, the same in all lanes."""
     for distance in (16, 8, 4, 2, 1):

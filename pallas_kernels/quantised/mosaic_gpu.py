@@ -107,7 +107,7 @@ def groups_program(rows: int, width: int, numbers_at: Callable[..., Any]) -> tup
     return quantise_rows, -(-groups // (WARPS * of_warp))
 
 
-def _loaded(source: Value, width: int, row: Value, column: Value, exists: Value, itemsize: int = 2) -> list[Value]:
+def loaded(source: Value, width: int, row: Value, column: Value, exists: Value, itemsize: int = 2) -> list[Value]:
     """The words of LANE numbers in rows of `width`, zeros where they do not exist."""
     at = ptx.offset(ptx.offset(source, row, itemsize * width), column, itemsize)
     pieces = [ptx.offset(at, ptx.constant(16 * i), 1) for i in range(LANE * itemsize // 16)]
@@ -115,12 +115,12 @@ def _loaded(source: Value, width: int, row: Value, column: Value, exists: Value,
 
 
 def _plain(source: Value, width: int, row: Value, column: Value, exists: Value) -> Callable[[], list[Value]]:
-    words = _loaded(source, width, row, column, exists)
+    words = loaded(source, width, row, column, exists)
     return lambda: floats_of(words)
 
 
 def _swiglu(source: Value, width: int, row: Value, column: Value, exists: Value) -> Callable[[], list[Value]]:
-    halves = [_loaded(source, 2 * width, row, ptx.add(column, start), exists) for start in (0, width)]
+    halves = [loaded(source, 2 * width, row, ptx.add(column, start), exists) for start in (0, width)]
 
     def numbers() -> list[Value]:
         gates, ups = map(floats_of, halves)
@@ -134,15 +134,21 @@ def _sigmoid(x: Value) -> Value:
     return ptx.approximate_inverse(ptx.plus(power, ptx.number(1.0)))
 
 
-def _store(
-    codes: Value, scales: Value, rows: int, width: int, row: Value, column: Value, exists: Value, numbers: Sequence[Value]
-) -> None:
-    """Writes LANE numbers in 8 bits, and a group's scale."""
+def largest_of_group(numbers: Sequence[Value]) -> Value:
+    """The largest magnitude's bits among the numbers of LANES lanes."""
     top = ptx.constant(0)
     for number in numbers:
         top = ptx.maximum(top, ptx.magnitude_bits(number))
     for distance in (1, 2, 4):
         top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+    return top
+
+
+def _store(
+    codes: Value, scales: Value, rows: int, width: int, row: Value, column: Value, exists: Value, numbers: Sequence[Value]
+) -> None:
+    """Writes LANE numbers in 8 bits, and a group's scale."""
+    top = largest_of_group(numbers)
     least = int(np.float32(MIN_MAGNITUDE).view(np.int32))
     scale = ptx.times(ptx.float_of(ptx.maximum(top, least)), ptx.number(float(np.float32(1 / E4M3_MAX))))
     scale = ptx.either(ptx.compare("slt", top, INFINITY_BITS), scale, ptx.number(float("nan")))
@@ -188,7 +194,7 @@ def normalise_program(
 
         def load(piece: Value | int) -> list[Value]:
             column, exists = place(piece)
-            return _loaded(source, of_row, row, column, ptx.select(exists, 1, 0), itemsize)
+            return loaded(source, of_row, row, column, ptx.select(exists, 1, 0), itemsize)
 
         def numbers(words: Sequence[Value]) -> list[Value]:
             return list(map(ptx.float_of, words)) if in_float32 else floats_of(words)
@@ -200,7 +206,7 @@ def normalise_program(
 
         def write(piece: Value | int, words: Sequence[Value], factor: Value) -> None:
             column, exists = place(piece)
-            weights = floats_of(_loaded(weight, width, ptx.constant(0), column, ptx.select(exists, 1, 0)))
+            weights = floats_of(loaded(weight, width, ptx.constant(0), column, ptx.select(exists, 1, 0)))
             scaled = [ptx.times(x, factor) for x in numbers(words)]
             if not in_float32:
                 scaled = floats_of(bfloat16_words(scaled))

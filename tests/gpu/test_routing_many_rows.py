@@ -1,7 +1,6 @@
 """The experts of many rows, and sorting by them, on a GPU."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
