@@ -74,7 +74,7 @@ class Thread:
     @classmethod
     def current(cls) -> Thread:
         index = ptx.thread()
-        return cls(index, ptx.bit_and(index, 31), ptx.shift_right(index, 5))
+        return cls(index, index & 31, index >> 5)
 
 
 def floats_of(words: Sequence[Value]) -> list[Value]:
@@ -95,5 +95,5 @@ def rounded_numbers(numbers: Sequence[Value]) -> list[Value]:
 def sum_of_lanes(x: Value) -> Value:
     """The sum of a float32 over the warp, the same in all lanes."""
     for distance in (16, 8, 4, 2, 1):
-        x = ptx.plus(x, ptx.lane_distant(x, distance))
+        x = x + ptx.lane_distant(x, distance)
     return x

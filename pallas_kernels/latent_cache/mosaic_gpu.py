@@ -78,57 +78,54 @@ def append_program(batch: int, tokens: int, length: int, of_row: int, start: int
         block: Value,
     ) -> None:
         thread = Thread.current()
-        token = ptx.add(ptx.mul(block, WARPS), thread.warp)
-        exists = ptx.compare("slt", token, batch * tokens)
-        token = ptx.minimum(token, batch * tokens - 1)
+        token = block * WARPS + thread.warp
+        exists = token.signed < batch * tokens
+        token = ptx.min_s32(token, batch * tokens - 1)
         position = ptx.load_global(ptx.offset(positions, token, 4))
         line = ptx.offset(product, token, 4 * of_row)
 
         def numbers_at(address: Value, index: Value, count: int, loads: Value) -> list[Value]:
             at = ptx.offset(address, index, 4)
             pieces = [ptx.offset(at, ptx.constant(4 * i), 4) for i in range(count // 4)]
-            return [ptx.float_of(word) for piece in pieces for word in ptx.load_words_or_zeros(piece, loads, 4)]
+            return [ptx.float_of(word) for piece in pieces for word in ptx.load_global_words_or_zeros(piece, loads, 4)]
 
         always = ptx.constant(1)
-        numbers = numbers_at(line, ptx.add(ptx.mul(thread.lane, LANE), start), LANE, always)
+        numbers = numbers_at(line, thread.lane * LANE + start, LANE, always)
         # Lanes beyond the rotary numbers compute those of lanes before them once more.
-        lane = ptx.rem(thread.lane, ROTARY // ROTARY_LANE)
-        pairs = numbers_at(line, ptx.add(ptx.mul(lane, ROTARY_LANE), start + VALUE_DIM), ROTARY_LANE, always)
-        angle = ptx.add(ptx.mul(token, ROTARY // 2), ptx.mul(lane, ROTARY_LANE // 2))
-        turns = [
-            [ptx.load_global_float(ptx.offset(of, ptx.add(angle, i), 4)) for i in range(ROTARY_LANE // 2)] for of in (cos, sin)
-        ]
-        at = ptx.offset(norm, ptx.mul(thread.lane, LANE), 2)
-        weights = [
-            x for i in range(2) for x in floats_of(ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(16 * i), 1), always, 4))
-        ]
+        lane = thread.lane % (ROTARY // ROTARY_LANE)
+        pairs = numbers_at(line, lane * ROTARY_LANE + (start + VALUE_DIM), ROTARY_LANE, always)
+        angle = token * (ROTARY // 2) + lane * (ROTARY_LANE // 2)
+        turns = [[ptx.load_global_float(ptx.offset(of, angle + i, 4)) for i in range(ROTARY_LANE // 2)] for of in (cos, sin)]
+        at = ptx.offset(norm, thread.lane * LANE, 2)
+        pieces = [ptx.load_global_words_or_zeros(ptx.offset(at, ptx.constant(16 * i), 1), always, 4) for i in range(2)]
+        weights = floats_of([word for piece in pieces for word in piece])
 
         total = ptx.number(0.0)
         for x in numbers:
-            total = ptx.times_plus(x, x, total)
-        factor = ptx.rsqrt(ptx.plus(ptx.times(sum_of_lanes(total), ptx.number(1 / VALUE_DIM)), ptx.number(eps)))
-        values = rounded_numbers([ptx.times(ptx.times(x, factor), w) for x, w in zip(numbers, weights, strict=True)])
+            total = ptx.fma(x, x, total)
+        factor = ptx.rsqrt(sum_of_lanes(total) * (1 / VALUE_DIM) + eps)
+        values = rounded_numbers([x * factor * w for x, w in zip(numbers, weights, strict=True)])
         top = ptx.constant(int(np.float32(MIN_MAGNITUDE).view(np.int32)))
         for x in values:
-            top = ptx.maximum(top, ptx.magnitude_bits(x))
-        scale = ptx.times(ptx.float_of(ptx.reduce_warp("max", top)), ptx.number(float(np.float32(1 / E4M3_MAX))))
+            top = ptx.max_s32(top, ptx.magnitude_bits(x))
+        scale = ptx.float_of(ptx.reduce_warp("max", top)) * float(np.float32(1 / E4M3_MAX))
         rotated: list[Value] = []
         for first, second, c, s in zip(pairs[::2], pairs[1::2], *turns, strict=True):
-            rotated.append(ptx.minus(ptx.times(first, c), ptx.times(second, s)))
-            rotated.append(ptx.plus(ptx.times(second, c), ptx.times(first, s)))
+            rotated.append(first * c - second * s)
+            rotated.append(second * c + first * s)
 
-        inside = ptx.both(ptx.compare("sge", position, 0), ptx.compare("slt", position, length))
-        writes = ptx.both(exists, inside)
-        row = ptx.add(ptx.mul(ptx.div(token, tokens), length), ptx.maximum(position, 0))
-        scaled = [ptx.divide_as_xla(x, scale) for x in values]
+        inside = (position.signed >= 0) & (position.signed < length)
+        writes = exists & inside
+        row = token // tokens * length + ptx.max_s32(position, 0)
+        scaled = [ptx.div_full(x, scale) for x in values]
         words = [ptx.to_e4m3_word(scaled[i : i + 4]) for i in range(0, LANE, 4)]
-        ptx.store_global_words(ptx.offset(ptx.offset(codes, row, VALUE_DIM), ptx.mul(thread.lane, LANE), 1), words, writes)
-        turned = [ptx.divide_as_xla(x, scale) for x in rounded_numbers(rotated)]
-        at = ptx.offset(ptx.offset(rotary, row, 2 * ROTARY), ptx.mul(lane, ROTARY_LANE), 2)
-        of_rotary = ptx.both(writes, ptx.compare("slt", thread.lane, ROTARY // ROTARY_LANE))
+        ptx.store_global_words(ptx.offset(ptx.offset(codes, row, VALUE_DIM), thread.lane * LANE, 1), words, writes)
+        turned = [ptx.div_full(x, scale) for x in rounded_numbers(rotated)]
+        at = ptx.offset(ptx.offset(rotary, row, 2 * ROTARY), lane * ROTARY_LANE, 2)
+        of_rotary = writes & (thread.lane.signed < ROTARY // ROTARY_LANE)
         for i in range(0, ROTARY_LANE, 2):
             ptx.store_global(ptx.offset(at, ptx.constant(i), 2), ptx.to_bfloat16_pair(*turned[i : i + 2]), of_rotary)
-        of_scale = ptx.both(writes, ptx.compare("eq", thread.lane, 0))
+        of_scale = writes & thread.lane.equals(0)
         ptx.store_global(ptx.offset(scales, row, 4), ptx.bits_of(scale), of_scale)
 
     return append_latents

@@ -45,7 +45,7 @@ def quantise_index_queries(
 def _turns(address: Value, loads: Value) -> list[Value]:
     """The cosines or sines of a lane's pairs."""
     pieces = [ptx.offset(address, ptx.constant(16 * i), 1) for i in range(LANE // 2 // 4)]
-    return [ptx.float_of(word) for piece in pieces for word in ptx.load_words_or_zeros(piece, loads, 4)]
+    return [ptx.float_of(word) for piece in pieces for word in ptx.load_global_words_or_zeros(piece, loads, 4)]
 
 
 def index_program(rows: int, heads: int, rotary: int) -> tuple[Callable[..., None], int]:
@@ -54,38 +54,38 @@ def index_program(rows: int, heads: int, rotary: int) -> tuple[Callable[..., Non
 
     def quantise_index_queries(product: Value, cos: Value, sin: Value, codes: Value, scales: Value, block: Value) -> None:
         thread = Thread.current()
-        first = ptx.add(ptx.mul(ptx.add(ptx.mul(block, WARPS), thread.warp), of_warp), ptx.shift_right(thread.lane, 3))
-        column = ptx.mul(ptx.bit_and(thread.lane, LANES - 1), LANE)
-        rotates = ptx.compare("slt", column, rotary)
+        first = (block * WARPS + thread.warp) * of_warp + (thread.lane >> 3)
+        column = (thread.lane & (LANES - 1)) * LANE
+        rotates = column.signed < rotary
         tasks: list[Any] = []
         for step in range(STEPS):
-            head = ptx.add(first, step * SPAN // INDEX_GROUP)
-            exists = ptx.compare("slt", head, total)
+            head = first + step * SPAN // INDEX_GROUP
+            exists = head.signed < total
             words = loaded(product, INDEX_GROUP, head, column, ptx.select(exists, 1, 0))
-            turned = ptx.select(ptx.both(exists, rotates), 1, 0)
-            angle = ptx.add(ptx.mul(ptx.div(head, heads), rotary // 2), ptx.shift_right(column, 1))
+            turned = ptx.select(exists & rotates, 1, 0)
+            angle = head // heads * (rotary // 2) + (column >> 1)
             turns = [_turns(ptx.offset(of, angle, 4), turned) for of in (cos, sin)]
             tasks.append((head, exists, words, turns))
         for head, exists, words, turns in tasks:
             numbers = floats_of(words)
             rotated: list[Value] = []
             for a, b, c, s in zip(numbers[::2], numbers[1::2], *turns, strict=True):
-                rotated.append(ptx.minus(ptx.times(a, c), ptx.times(b, s)))
-                rotated.append(ptx.plus(ptx.times(b, c), ptx.times(a, s)))
+                rotated.append(a * c - b * s)
+                rotated.append(b * c + a * s)
             rotated = rounded_numbers(rotated)
-            numbers = [ptx.either(rotates, r, x) for r, x in zip(rotated, numbers, strict=True)]
+            numbers = [ptx.select(rotates, r, x) for r, x in zip(rotated, numbers, strict=True)]
             top = largest_of_group(numbers)
             least = ptx.constant(int(np.float32(MIN_MAGNITUDE).view(np.int32)))
-            scale = ptx.times(ptx.float_of(ptx.maximum(top, least)), ptx.number(float(np.float32(1 / E4M3_MAX))))
+            scale = ptx.float_of(ptx.max_s32(top, least)) * float(np.float32(1 / E4M3_MAX))
             # Up to a power of two, whose inverse is exact.
-            bits = ptx.bit_and(ptx.add(ptx.bits_of(scale), MANTISSA), EXPONENT)
-            inverse = ptx.float_of(ptx.sub(254 << 23, bits))
+            bits = (ptx.bits_of(scale) + MANTISSA) & EXPONENT
+            inverse = ptx.float_of((254 << 23) - bits)
             nan = ptx.number(float("nan"))
-            finite = ptx.compare("slt", top, INFINITY_BITS)
-            inverse, scale = (ptx.either(finite, x, nan) for x in (inverse, ptx.float_of(bits)))
-            scaled = [ptx.times(x, inverse) for x in numbers]
+            finite = top.signed < INFINITY_BITS
+            inverse, scale = (ptx.select(finite, x, nan) for x in (inverse, ptx.float_of(bits)))
+            scaled = [x * inverse for x in numbers]
             out = [ptx.to_e4m3_word(scaled[i : i + 4]) for i in range(0, LANE, 4)]
             ptx.store_global_words(ptx.offset(ptx.offset(codes, head, INDEX_GROUP), column, 1), out, exists)
-            ptx.store_global(ptx.offset(scales, head, 4), ptx.bits_of(scale), ptx.both(exists, ptx.compare("eq", column, 0)))
+            ptx.store_global(ptx.offset(scales, head, 4), ptx.bits_of(scale), exists & column.equals(0))
 
     return quantise_index_queries, -(-total // (WARPS * of_warp))

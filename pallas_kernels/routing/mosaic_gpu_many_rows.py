@@ -65,12 +65,12 @@ def choose_program(p: Options) -> Callable[..., None]:
 
     def choose_experts(logits: Value, bias: Value, out_experts: Value, out_weights: Value, block: Value) -> None:
         thread = Thread.current()
-        row = ptx.add(ptx.mul(block, WARPS), thread.warp)
-        exists = ptx.compare("slt", row, p.rows)
-        experts, weights = choice_of(thread, p, logits, bias, ptx.minimum(row, p.rows - 1))
-        writes = ptx.both(exists, ptx.compare("eq", thread.lane, 0))
+        row = block * WARPS + thread.warp
+        exists = row.signed < p.rows
+        experts, weights = choice_of(thread, p, logits, bias, ptx.min_s32(row, p.rows - 1))
+        writes = exists & thread.lane.equals(0)
         for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            place = ptx.add(ptx.mul(row, p.choices), j)
+            place = row * p.choices + j
             ptx.store_global(ptx.offset(out_experts, place, 4), expert, writes)
             ptx.store_global(ptx.offset(out_weights, place, 4), ptx.bits_of(weight), writes)
 
@@ -108,31 +108,30 @@ def sort_program(pairs: int, bins: int) -> Callable[..., None]:
 
     def sort_pairs(groups: Value, starts: Value, order: Value, back: Value, block: Value, memory: Value) -> None:
         thread = Thread.current()
-        pair = ptx.add(ptx.mul(block, THREADS), thread.index)
-        exists = ptx.compare("slt", pair, pairs)
-        group = ptx.load_global(ptx.offset(groups, ptx.minimum(pair, pairs - 1), 4))
+        pair = block * THREADS + thread.index
+        exists = pair.signed < pairs
+        group = ptx.load_global(ptx.offset(groups, ptx.min_s32(pair, pairs - 1), 4))
         # Beyond the last, pairs of no group, which come after all others.
         group = ptx.select(exists, group, bins - 1)
-        start = ptx.load_global(ptx.offset(starts, ptx.add(ptx.mul(block, bins), group), 4))
+        start = ptx.load_global(ptx.offset(starts, block * bins + group, 4))
         for first in range(0, WARPS * bins, THREADS):
-            at = ptx.add(thread.index, first)
-            with ptx.when(ptx.compare("slt", at, WARPS * bins)):
-                ptx.store_shared(ptx.add(memory, ptx.shift_left(at, 2)), ptx.constant(0))
+            at = thread.index + first
+            with ptx.when(at.signed < WARPS * bins):
+                ptx.store_shared(memory + (at << 2), ptx.constant(0))
         ptx.block_barrier()
         alike = ptx.alike_in_warp(group)
-        before = ptx.population(ptx.bit_and(alike, ptx.sub(ptx.shift_left(1, thread.lane), 1)))
+        before = ptx.population(alike & ((1 << thread.lane) - 1))
 
         def count_of(warp: Value | int) -> Value:
-            warps_counts = warp * bins if isinstance(warp, int) else ptx.mul(warp, bins)
-            return ptx.add(memory, ptx.shift_left(ptx.add(group, warps_counts), 2))
+            return memory + ((group + warp * bins) << 2)
 
-        with ptx.when(ptx.compare("eq", before, 0)):
+        with ptx.when(before.equals(0)):
             ptx.store_shared(count_of(thread.warp), ptx.population(alike))
         ptx.block_barrier()
         for warp in range(WARPS - 1):
-            earlier = ptx.compare("slt", ptx.constant(warp), thread.warp)
-            before = ptx.add(before, ptx.select(earlier, ptx.load_shared(count_of(warp)), 0))
-        place = ptx.add(start, before)
+            earlier = ptx.constant(warp).signed < thread.warp
+            before = before + ptx.select(earlier, ptx.load_shared(count_of(warp)), 0)
+        place = start + before
         ptx.store_global(ptx.offset(back, pair, 4), place, exists)
         ptx.store_global(ptx.offset(order, place, 4), pair, exists)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support import ptx_emulator
+from tests.support.emulated import lockstep
 
 
 def words(x: Any) -> np.ndarray:
@@ -37,5 +37,5 @@ def run_program(
 
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
 
-    ptx_emulator.run_grid(monkeypatch, arrays, blocks, lanes.THREADS, 4 * max(shared_words, 1), stages)
+    lockstep.run_grid(monkeypatch, arrays, blocks, lanes.THREADS, 4 * max(shared_words, 1), stages)
     return outputs
