@@ -22,15 +22,15 @@ MEMORY_REGISTERS = 24
 
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def smem(*shape: int) -> Any:
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILED)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED)
 
 
 def streamed(rows: int, width: int, index_map: Any) -> Any:
-    return plgpu.BlockSpec((rows, width), index_map, transforms=_TILED)
+    return plgpu.BlockSpec((rows, width), index_map, transforms=TILED)
 
 
 def by_row(vector: jax.Array, columns: int) -> jax.Array:
