@@ -255,7 +255,8 @@ def flops_per_token(config: Config, schedule: Schedule, stage: Stage) -> float:
 
     Nothing counts that is computed twice or masked out. A matrix counts once forward, and once each backward for its
     input's and its own gradient where these are needed. Attention and divergence count over the keys attended to, the
-    selection over all visible ones.
+    selection over all visible ones. Index scores and their gradient count once for each indexer, however many layers it serves:
+    the divergences of these have the gradient of that from their mean target.
     """
     c, k, s = config, min(config.index_topk, stage.context), stage.context
     visible = (s + 1) / 2
@@ -271,7 +272,7 @@ def flops_per_token(config: Config, schedule: Schedule, stage: Stage) -> float:
     scores = c.index_n_heads * (c.index_head_dim + 1)
     total: float = model * (1 if stage.kind == "warmup" else 3)
     if stage.kind != "dense":
-        total += 2 * schedule.num_full * projections + 3 * c.num_layers * attended * scores
+        total += schedule.num_full * (2 * projections + 3 * attended * scores)
     if stage.kind == "sparse":
         total += schedule.num_full * visible * scores
     return 2.0 * total

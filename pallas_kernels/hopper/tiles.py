@@ -55,18 +55,6 @@ def product(a: Any, b: Any, rows: int, columns: int) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
 
 
-def products(first: tuple[Any, Any], second: tuple[Any, Any], rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """The products of two pairs, computed at the same time."""
-
-    def run(acc: Any, acc2: Any) -> tuple[jax.Array, jax.Array]:
-        plgpu.wgmma(acc, *first)
-        plgpu.wgmma(acc2, *second)
-        return acc[...], acc2[...]
-
-    acc = plgpu.ACC((rows, columns), jnp.float32)
-    return pl.run_scoped(run, acc, acc)
-
-
 def add_products(totals: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
     """Two `add_product`, computed at the same time."""
 
@@ -104,13 +92,22 @@ def selected_by_column(words: Any, first_word: Any, columns: int) -> jax.Array:
     return lax.shift_right_logical(jnp.where(key < WORD_BITS, low, high), key & (WORD_BITS - 1)) & 1 != 0
 
 
-def call_kernel(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...], scratch: Any, interpret: Any) -> Any:
+def call_kernel(
+    body: Any,
+    outputs: Any,
+    grid: tuple[int, ...],
+    names: tuple[str, ...],
+    scratch: Any,
+    interpret: Any,
+    copies: bool = True,
+) -> Any:
+    """A kernel of WARPGROUPS warpgroups a thread block, and one more that copies for `stream` unless `copies` is False."""
     return plgpu.kernel(
         body,
         out_type=outputs,
         grid=grid,
         grid_names=names,
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS + 1 if copies else WARPGROUPS,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -169,7 +169,7 @@ def test_flops_count_what_a_token_needs():
 
     dense = dataclasses.replace(WARMUP, kind="dense")
     assert count(dense) == pytest.approx(3 * model(attended["dense"]))
-    expected = model(attended["dense"]) + 2 * indexer + 3 * 2 * score * attended["dense"]
+    expected = model(attended["dense"]) + 2 * indexer + 3 * score * attended["dense"]
     assert count(WARMUP) == pytest.approx(expected)
-    expected = 3 * model(attended["sparse"]) + 2 * indexer + 3 * 2 * score * attended["sparse"] + score * attended["dense"]
+    expected = 3 * model(attended["sparse"]) + 2 * indexer + 3 * score * attended["sparse"] + score * attended["dense"]
     assert count(SPARSE) == pytest.approx(expected)
