@@ -385,6 +385,25 @@ def optimiser(stage: Stage, config: Config, steps: jax.Array | int | None = None
     return training.adamw(stage, stage.indexer_learning_rate, stage.steps if steps is None else steps, decayed)
 
 
+def mean_target(
+    layer_of: Callable[[jax.Array], tuple[AttentionLayer, jax.Array, jax.Array]],
+    count: int | jax.Array,
+    like: jax.Array,
+    config: Config,
+) -> Kept:
+    """The target of a group of `count` layers, which may be traced, in the dtype of `like` [B, S, D].
+
+    layer_of(j): of the jth, traced, its weights, the hidden states x [B, S, D] before it, and what its divergence counts.
+    """
+    b, s = like.shape[:2]
+
+    def add(j: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _add_target(*sums, *layer_of(j), config)
+
+    target, entropy = jax.lax.fori_loop(0, count, add, (jnp.zeros((b, s, s), jnp.float32), jnp.zeros(b, jnp.float32)))
+    return Kept(target.astype(like.dtype), entropy)
+
+
 # ---- a run
 
 
