@@ -243,7 +243,7 @@ def training_tokens(given: Inputs, output: Output, seed: int) -> np.ndarray:
 
 def open_rows(given: Inputs, output: Output) -> Rows:
     """The rows that are finished; those of other weights, text or flags are refused."""
-    not_asked = ("resume", "seeds", "time_limit", "ways", "everything_for", "mesh", "beside")
+    not_asked = ("checkpoint", "resume", "seeds", "time_limit", "ways", "everything_for", "mesh", "beside")
     asked = {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__) if f.name not in not_asked}
     weights = search.fingerprint(given.studied.params, [])["weights"]
     first = given.drawn[given.seeds[0]]

@@ -5,6 +5,7 @@ The formulas are those of `attention`, `indexer` and `moe`; the products are wit
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -115,10 +116,11 @@ def _select(
     """The indices [B, S, k] of an F layer; `weights` [B, S, Hi] are the product that the head weights are made from."""
     assert cache.index_keys is not None  # an F layer's cache has them
     product = linear(q_latent, p.index_up).reshape(*q_latent.shape[:2], config.index_n_heads, config.index_head_dim)
-    queries = indexer.finish_queries(product, positions.cos_sin, config)
     weights, key_scales = indexer.finish_head_weights(weights, config), None
-    if cache.index_scales is not None:
-        queries, query_scales = ops.quantise_index(queries)
+    if cache.index_scales is None:
+        queries = indexer.finish_queries(product, positions.cos_sin, config)
+    else:
+        queries, query_scales = ops.index_queries(product, positions, config)
         weights, key_scales = weights * query_scales, cache.index_scales[:, :kv_length]
     return ops.select(queries, cache.index_keys[:, :kv_length], weights, positions, config, key_scales)
 
@@ -141,7 +143,11 @@ def attention(
             _, q_latent = ops.normalise(product, p.q_norm, c.latent_norm_eps, plain=False)
         else:
             q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
-        latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
+        latents, of_latents = None, (p.kv_norm, positions, c.q_lora_rank, c.latent_norm_eps)
+        if kv_bias is None and ops.appends(cache.latents, product, *of_latents):
+            cache = dataclasses.replace(cache, latents=ops.append_latents(cache.latents, product, *of_latents))
+        else:
+            latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
         absorbed = _absorbed_queries(p, q_latent, positions, c)
 
     if p.full:
@@ -171,7 +177,7 @@ def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
 
 def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> list[jax.Array | Scaled]:
     """norm(x), and once more for every value of in_8_bits, where it holds in 8 bits."""
-    if x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
+    if not any(in_8_bits) and x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
         return [rms_norm(x, weight, eps)] * (1 + len(in_8_bits))
     h, codes = ops.normalise(x, weight, eps, in_8_bits=any(in_8_bits))
     return [h, *(codes if wanted else h for wanted in in_8_bits)]

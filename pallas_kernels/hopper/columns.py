@@ -161,6 +161,12 @@ class ColumnSoftmax:
         own = ptx.shift_left(self.thread.column, 2)
         return ptx.add(self.buffers.base, kind, ptx.mul(row, 4 * self.layout.columns), own)
 
+    def rows_at(self, kind: int) -> Callable[[Value | int], Value]:
+        """`row_at` for several rows."""
+        start = ptx.add(self.buffers.base, kind, ptx.shift_left(self.thread.column, 2))
+        size = 4 * self.layout.columns
+        return lambda row: ptx.add(start, size * row if isinstance(row, int) else ptx.mul(row, size))
+
     def update_maxima(
         self,
         scaled: Values,
@@ -194,13 +200,13 @@ class ColumnSoftmax:
         own = [ptx.larger(scaled[4 * j + c], scaled[4 * j + 2 + c]) for j in groups for c in range(2)]
         for distance in (4, 8, 16):
             own = [ptx.larger(x, ptx.lane_distant(x, distance)) for x in own]
-        maxima, row = ptx.add(self.buffers.base, layout.maxima, ptx.shift_left(self.thread.column, 2)), 4 * layout.columns
+        maxima_at = self.rows_at(layout.maxima)
         with ptx.when(self.speaks):
-            self._store_row(ptx.add(maxima, ptx.mul(self.thread.warp, row)), own)
+            self._store_row(maxima_at(self.thread.warp), own)
         ptx.barrier(MAXIMA_BARRIER, 128)
         new_tops, factors = [], []
         for j in groups:
-            by_warp = [ptx.load_shared_floats(ptx.add(maxima, row * w + 32 * j)) for w in range(4)]
+            by_warp = [ptx.load_shared_floats(ptx.add(maxima_at(w), 32 * j)) for w in range(4)]
             for c in range(2):
                 top = tops[2 * j + c]
                 block_top = functools.reduce(ptx.larger, [pair[c] for pair in by_warp])

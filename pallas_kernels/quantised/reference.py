@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quant import Scaled, quantise_rows
+from pallas_kernels.quant import Scaled, quantise_index, quantise_rows
 
-__all__ = ["normalise_rows", "quantise_rows", "quantise_swiglu"]
+__all__ = ["normalise_rows", "quantise_index_queries", "quantise_rows", "quantise_swiglu"]
 
 
 def quantise_swiglu(gate_up: jax.Array) -> Scaled:
@@ -22,3 +22,19 @@ def normalise_rows(
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     normalised = (weight * wide.astype(rows.dtype)).astype(weight.dtype)
     return normalised if plain else None, quantise_rows(normalised) if in_8_bits else None
+
+
+def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = True) -> jax.Array:
+    """x [..., R] with its pairs, neighbours or (j, j + R / 2), rotated by cos and sin [..., R / 2], in float32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
+    axis = -1 if interleaved else -2
+    first, second = (jnp.squeeze(half, axis) for half in jnp.split(pairs, 2, axis=axis))
+    return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis).reshape(x.shape)
+
+
+def quantise_index_queries(
+    product: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool
+) -> tuple[jax.Array, jax.Array]:
+    dr = 2 * cos.shape[1]
+    front = rotated(product[..., :dr], cos[:, None], sin[:, None], interleaved=interleaved).astype(product.dtype)
+    return quantise_index(jnp.concatenate([front, product[..., dr:]], axis=-1))

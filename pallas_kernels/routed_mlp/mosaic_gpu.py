@@ -77,7 +77,7 @@ class Rows:
         self.numbers, self.factors = shared.allocate(2 * BLOCK * columns * pieces), shared.allocate(4 * columns * pieces)
 
     def operand(self, piece: Value) -> Value:
-        return ptx.matrix(ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * self.columns)))
+        return ptx.matrix(self.numbers + piece * (2 * BLOCK * self.columns))
 
     def write(self, thread: Thread, source: Callable[[Value], tuple[Value, Value]]) -> None:
         """Writes all rows in the order that `ptx.multiply_codes` reads; source(row): its address, and whether it exists.
@@ -88,16 +88,18 @@ class Rows:
         tasks = fours * self.pieces
 
         def some(step: Value, _: Sequence[Value]) -> Sequence[Value]:
-            starts = [ptx.add(ptx.mul(step, ROW_LOADS * parts.WARPS), thread.warp, i * parts.WARPS) for i in range(ROW_LOADS)]
+            starts = [step * (ROW_LOADS * parts.WARPS) + thread.warp + i * parts.WARPS for i in range(ROW_LOADS)]
             loaded = []
             for task in starts:
-                piece, four = ptx.div(task, fours), ptx.rem(task, fours)
-                row = ptx.add(ptx.shift_left(four, 2), ptx.shift_right(thread.lane, 3))
-                exists = ptx.compare("slt", piece, self.pieces)
+                piece, four = task // fours, task % fours
+                row = (four << 2) + (thread.lane >> 3)
+                exists = piece.signed < self.pieces
                 address, has_row = source(row)
-                loads = ptx.select(ptx.both(exists, has_row), 1, 0)
-                address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), ptx.bit_and(thread.lane, 7), 16)
-                halves = [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
+                loads = ptx.select(exists & has_row, 1, 0)
+                address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), thread.lane & 7, 16)
+                halves = [
+                    ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)
+                ]
                 loaded.append((row, piece, exists, halves))
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
@@ -107,26 +109,26 @@ class Rows:
         ptx.loop(ptx.constant(-(-tasks // (ROW_LOADS * parts.WARPS))), [], some)
 
     def _write(self, thread: Thread, row: Value, piece: Value, halves: Sequence[Sequence[Value]]) -> None:
-        columns, in_eight = self.columns, ptx.bit_and(thread.lane, 7)
+        columns, in_eight = self.columns, thread.lane & 7
         pairs = [[ptx.from_bfloat16_pair(word) for word in words] for words in halves]
         top = ptx.constant(0)
         for x in (x for of_half in pairs for pair in of_half for x in pair):
-            top = ptx.maximum(top, ptx.magnitude_bits(x))
+            top = ptx.max_s32(top, ptx.magnitude_bits(x))
         for distance in (1, 2, 4):
-            top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+            top = ptx.max_s32(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
         scale, factor = ptx.float16_scale(top)
-        at = ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * columns), ptx.shift_left(row, 7))
-        word_at = ptx.shift_left(ptx.shift_right(in_eight, 1), 2)
-        line = ptx.bit_and(row, 7)
+        at = self.numbers + piece * (2 * BLOCK * columns) + (row << 7)
+        word_at = (in_eight >> 1) << 2
+        line = row & 7
         for half, of_half in enumerate(pairs):
             for i, pair in enumerate(of_half):
                 # Pair 4 in_eight + i of 32: of the 16 bytes with its number modulo 8 one word.
-                chunk = ptx.add(ptx.shift_left(ptx.bit_and(in_eight, 1), 2), i)
-                swizzled = ptx.shift_left(ptx.bit_xor(chunk, line), 4)
-                value = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
-                ptx.store_shared(ptx.add(at, swizzled, word_at, half * BLOCK * columns), value)
-        with ptx.when(ptx.compare("eq", in_eight, 0)):
-            factor_at = ptx.add(self.factors, ptx.shift_left(ptx.add(ptx.mul(piece, columns), row), 2))
+                chunk = ((in_eight & 1) << 2) + i
+                swizzled = (chunk ^ line) << 4
+                value = ptx.to_float16_pair(*(x * scale for x in pair))
+                ptx.store_shared(at + swizzled + word_at + half * BLOCK * columns, value)
+        with ptx.when(in_eight.equals(0)):
+            factor_at = self.factors + ((piece * columns + row) << 2)
             ptx.store_shared(factor_at, ptx.bits_of(factor))
 
 
@@ -159,55 +161,55 @@ class Tiles:
         self.groups = shared.allocate(4 * sizes.groups)
         self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns)
         if a:
-            self.warpgroup = ptx.shift_right(thread.warp, 2)
-            self.quad_lane, self.row_of_8 = ptx.bit_and(thread.lane, 3), ptx.shift_right(thread.lane, 2)
-            self.own_codes = ptx.add(self.codes, ptx.shift_left(thread.warp, 11), ptx.shift_left(thread.lane, 4))
-            self.own_scales = ptx.add(self.scales, ptx.shift_left(thread.index, 2))
+            self.warpgroup = thread.warp >> 2
+            self.quad_lane, self.row_of_8 = thread.lane & 3, thread.lane >> 2
+            self.own_codes = self.codes + (thread.warp << 11) + (thread.lane << 4)
+            self.own_scales = self.scales + (thread.index << 2)
 
     def begin(self) -> None:
         """Starts the first copies."""
         a, thread = self.a, self.thread
         for i, exists in parts.indices_of_thread(thread, self.sizes.groups):
             with ptx.when(exists):
-                ptx.store_shared(ptx.add(self.groups, ptx.shift_left(i, 2)), ptx.load_global(ptx.offset(a["groups"], i, 4)))
-        total = ptx.mul(ptx.load_global(a["num_groups"]), self.of_group)
-        self.count = ptx.div(ptx.sub(ptx.add(total, BLOCKS - 1), ptx.minimum(thread.block, total)), BLOCKS)
-        self.count = ptx.select(ptx.compare("slt", thread.block, total), self.count, 0)
+                ptx.store_shared(self.groups + (i << 2), ptx.load_global(ptx.offset(a["groups"], i, 4)))
+        total = ptx.load_global(a["num_groups"]) * self.of_group
+        self.count = (total + (BLOCKS - 1) - ptx.min_s32(thread.block, total)) // BLOCKS
+        self.count = ptx.select(thread.block.signed < total, self.count, 0)
         ptx.block_barrier()
         for i in range(PIECES_IN_FLIGHT):
             self._copy(*self._place(ptx.constant(i)), ptx.constant(i))
 
     def _place(self, i: Value) -> tuple[Value, Value]:
         """The tile, by number among this block's, and the piece of it that piece i of this block is."""
-        return ptx.div(i, self.pieces), ptx.rem(i, self.pieces)
+        return i // self.pieces, i % self.pieces
 
     def group_and_tile(self, number: Value) -> tuple[Value, Value]:
         """The group, an expert's number, of this block's tile with that number, and the tile's number in the group."""
-        tile = ptx.add(self.thread.block, ptx.mul(number, BLOCKS))
-        place = ptx.minimum(ptx.div(tile, self.of_group), self.sizes.groups - 1)
-        return ptx.load_shared(ptx.add(self.groups, ptx.shift_left(place, 2))), ptx.rem(tile, self.of_group)
+        tile = self.thread.block + number * BLOCKS
+        place = ptx.min_s32(tile // self.of_group, self.sizes.groups - 1)
+        return ptx.load_shared(self.groups + (place << 2)), tile % self.of_group
 
     def _copy(self, number: Value, piece: Value, slot: Value) -> None:
         """Starts copying this lane's codes of a piece and their scale, zeros after the last tile."""
         a, width = self.a, self.width
-        size = ptx.select(ptx.compare("slt", number, self.count), 16, 0)
-        group, tile = self.group_and_tile(ptx.minimum(number, ptx.maximum(ptx.sub(self.count, 1), 0)))
-        is_shared = ptx.compare("eq", group, self.sizes.experts)
+        size = ptx.select(number.signed < self.count, 16, 0)
+        group, tile = self.group_and_tile(ptx.min_s32(number, ptx.max_s32(self.count - 1, 0)))
+        is_shared = group.equals(self.sizes.experts)
         # A list of no groups has no first one.
-        group = ptx.select(is_shared, 0, ptx.minimum(ptx.maximum(group, 0), self.sizes.experts - 1))
+        group = ptx.select(is_shared, 0, ptx.min_s32(ptx.max_s32(group, 0), self.sizes.experts - 1))
         codes, scales = (
             ptx.select(is_shared, a[f"shared_{self.name}{kind}"], a[f"{self.name}{kind}"]) for kind in ("", "_scales")
         )
-        first = ptx.add(ptx.mul(group, self.rows), self.matrix_row(tile, self.warpgroup))
-        row = ptx.add(first, ptx.shift_left(ptx.bit_and(self.thread.warp, 3), 4), self.row_of_8)
+        first = group * self.rows + self.matrix_row(tile, self.warpgroup)
+        row = first + ((self.thread.warp & 3) << 4) + self.row_of_8
         source = ptx.offset(ptx.offset(ptx.offset(codes, row, width), piece, BLOCK), self.quad_lane, 16)
-        target = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
+        target = self.own_codes + slot * PIECE_BYTES
         for quarter in range(4):
             half, other = divmod(quarter, 2)
             own = ptx.offset(source, ptx.constant(1), 8 * other * width + half * BLOCK // 2)
-            ptx.copy_async(ptx.add(target, 512 * quarter), own, size, 1, 0, 0)
-        scale = ptx.offset(ptx.offset(scales, ptx.div(first, BLOCK), 4 * self.pieces), piece, 4)
-        ptx.copy_async_word(ptx.add(self.own_scales, ptx.mul(slot, 4 * parts.THREADS)), scale, ptx.shift_right(size, 2))
+            ptx.copy_async(target + 512 * quarter, own, size, 1, 0, 0)
+        scale = ptx.offset(ptx.offset(scales, first // BLOCK, 4 * self.pieces), piece, 4)
+        ptx.copy_async_word(self.own_scales + slot * (4 * parts.THREADS), scale, size >> 2)
         ptx.copies_commit()
 
     def each(self, rows: Rows, before: Callable[[Value], None], after: Callable[[Value, Value], None]) -> None:
@@ -221,16 +223,16 @@ class Tiles:
             def one_piece(piece: Value, carry: list[Value]) -> list[Value]:
                 slot, *totals = carry
                 totals = self._add_piece(rows, piece, slot, totals)
-                self._copy(*self._place(ptx.add(ptx.mul(number, self.pieces), piece, PIECES_IN_FLIGHT)), slot)
-                following = ptx.add(slot, 1)
-                return [ptx.select(ptx.compare("eq", following, PIECES_IN_FLIGHT), 0, following), *totals]
+                self._copy(*self._place(number * self.pieces + piece + PIECES_IN_FLIGHT), slot)
+                following = slot + 1
+                return [ptx.select(following.equals(PIECES_IN_FLIGHT), 0, following), *totals]
 
             zeros = [ptx.number(0.0)] * (columns // 2)
             slot, *totals = ptx.loop(ptx.constant(self.pieces), [*carry, *zeros], one_piece)
             for eight in range(columns // 8):
                 for at in range(4):
-                    row = ptx.add(ptx.shift_left(self.thread.warp, 4), self.row_of_8, 8 * (at // 2))
-                    column = ptx.add(ptx.shift_left(self.quad_lane, 1), 8 * eight + at % 2)
+                    row = (self.thread.warp << 4) + self.row_of_8 + 8 * (at // 2)
+                    column = (self.quad_lane << 1) + (8 * eight + at % 2)
                     ptx.store_shared(self.sum_at(row, column), ptx.bits_of(totals[4 * eight + at]))
             ptx.block_barrier()
             after(group, tile)
@@ -241,22 +243,22 @@ class Tiles:
 
     def sum_at(self, row: Value, column: Value) -> Value:
         """Where the sum of one of the tile's rows and a column is in shared memory."""
-        return ptx.add(self.sums, ptx.shift_left(ptx.add(ptx.mul(column, SUMS_PITCH), row), 2))
+        return self.sums + ((column * SUMS_PITCH + row) << 2)
 
     def _add_piece(self, rows: Rows, piece: Value, slot: Value, totals: list[Value]) -> list[Value]:
         columns = rows.columns
         ptx.copies_done(PIECES_IN_FLIGHT - 1)
-        own_codes = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
-        codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
-        scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, ptx.mul(slot, 4 * parts.THREADS))))
+        own_codes = self.own_codes + slot * PIECE_BYTES
+        codes = [ptx.load_shared_words(own_codes + 512 * quarter) for quarter in range(4)]
+        scale = ptx.float_of(ptx.load_shared(self.own_scales + slot * (4 * parts.THREADS)))
         sums = ptx.multiply_codes(codes, rows.operand(piece), BLOCK * columns, columns)
-        factors_at = ptx.add(rows.factors, ptx.mul(piece, 4 * columns), ptx.shift_left(self.quad_lane, 3))
+        factors_at = rows.factors + piece * (4 * columns) + (self.quad_lane << 3)
         new = []
         for eight in range(columns // 8):
-            factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
+            factors = ptx.load_shared_floats(factors_at + 32 * eight)
             for at, factor in enumerate(factors * 2, 4 * eight):
                 # The product of a factor and a scale might be too small for a float32.
-                new.append(ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at]))
+                new.append(ptx.fma(sums[at] * factor, scale, totals[at]))
         return new
 
 
@@ -268,8 +270,8 @@ class First:
         of_part = WARPGROUPS // 2
 
         def matrix_row(tile: Value, warpgroup: Value) -> Value:
-            part, within = ptx.div(warpgroup, of_part), ptx.rem(warpgroup, of_part)
-            return ptx.add(ptx.mul(part, sizes.width), ptx.mul(tile, TILE // 2), ptx.shift_left(within, 6))
+            part, within = warpgroup // of_part, warpgroup % of_part
+            return part * sizes.width + tile * (TILE // 2) + (within << 6)
 
         self.rows = Rows(shared, sizes.columns, sizes.hidden // BLOCK)
         tiles = 2 * sizes.width // TILE
@@ -280,7 +282,7 @@ class First:
         self.tiles.begin()
 
         def source(row: Value) -> tuple[Value, Value]:
-            return ptx.offset(a["rows"], row, 2 * sizes.hidden), ptx.compare("slt", row, sizes.rows)
+            return ptx.offset(a["rows"], row, 2 * sizes.hidden), row.signed < sizes.rows
 
         self.rows.write(self.thread, source)
         ptx.proxy_fence()
@@ -290,12 +292,12 @@ class First:
     def store(self, group: Value, tile: Value) -> None:
         sizes, half = self.sizes, TILE // 2
         for i, exists in parts.indices_of_thread(self.thread, sizes.rows * half // 2):
-            column, pair = ptx.div(i, half // 2), ptx.shift_left(ptx.rem(i, half // 2), 1)
+            column, pair = i // (half // 2), (i % (half // 2)) << 1
             slot = _slot(sizes, self.a, group, column)
-            gates, ups = (ptx.load_shared_floats(self.tiles.sum_at(ptx.add(pair, part * half), column)) for part in range(2))
-            word = ptx.to_bfloat16_pair(*(ptx.times(parts.silu(g), u) for g, u in zip(gates, ups, strict=True)))
-            at = ptx.add(ptx.mul(ptx.maximum(slot, 0), sizes.width), ptx.mul(tile, half), pair)
-            ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, ptx.both(exists, ptx.compare("sge", slot, 0)))
+            gates, ups = (ptx.load_shared_floats(self.tiles.sum_at(pair + part * half, column)) for part in range(2))
+            word = ptx.to_bfloat16_pair(*(parts.silu(g) * u for g, u in zip(gates, ups, strict=True)))
+            at = ptx.max_s32(slot, 0) * sizes.width + tile * half + pair
+            ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, exists & (slot.signed >= 0))
 
 
 class Second:
@@ -306,7 +308,7 @@ class Second:
         self.rows = Rows(shared, sizes.columns, sizes.width // BLOCK)
 
         def matrix_row(tile: Value, warpgroup: Value) -> Value:
-            return ptx.add(ptx.mul(tile, TILE), ptx.shift_left(warpgroup, 6))
+            return tile * TILE + (warpgroup << 6)
 
         self.tiles = Tiles(sizes, a, thread, shared, "down", sizes.hidden, sizes.width, sizes.hidden // TILE, matrix_row)
 
@@ -318,10 +320,10 @@ class Second:
         sizes, a = self.sizes, self.a
 
         def source(row: Value) -> tuple[Value, Value]:
-            in_step = ptx.compare("slt", row, sizes.rows)
-            slot = _slot(sizes, a, group, ptx.minimum(row, sizes.rows - 1))
-            exists = ptx.both(in_step, ptx.compare("sge", slot, 0))
-            return ptx.offset(a["hidden"], ptx.maximum(slot, 0), 2 * sizes.width), exists
+            in_step = row.signed < sizes.rows
+            slot = _slot(sizes, a, group, ptx.min_s32(row, sizes.rows - 1))
+            exists = in_step & (slot.signed >= 0)
+            return ptx.offset(a["hidden"], ptx.max_s32(slot, 0), 2 * sizes.width), exists
 
         self.rows.write(self.thread, source)
         ptx.proxy_fence()
@@ -330,16 +332,16 @@ class Second:
     def store(self, group: Value, tile: Value) -> None:
         sizes = self.sizes
         for i, exists in parts.indices_of_thread(self.thread, sizes.rows * TILE // 2):
-            column, pair = ptx.div(i, TILE // 2), ptx.shift_left(ptx.rem(i, TILE // 2), 1)
+            column, pair = i // (TILE // 2), (i % (TILE // 2)) << 1
             slot = _slot(sizes, self.a, group, column)
             word = ptx.to_bfloat16_pair(*ptx.load_shared_floats(self.tiles.sum_at(pair, column)))
-            at = ptx.add(ptx.mul(ptx.maximum(slot, 0), sizes.hidden), ptx.mul(tile, TILE), pair)
-            ptx.store_global(ptx.offset(self.a["out"], at, 2), word, ptx.both(exists, ptx.compare("sge", slot, 0)))
+            at = ptx.max_s32(slot, 0) * sizes.hidden + tile * TILE + pair
+            ptx.store_global(ptx.offset(self.a["out"], at, 2), word, exists & (slot.signed >= 0))
 
 
 def _slot(sizes: Sizes, a: Mapping[str, Value], group: Value, row: Value) -> Value:
     """The place of the pair of a row and a group among all pairs, -1 where the row did not choose it."""
-    return ptx.load_global(ptx.offset(a["slots"], ptx.add(ptx.mul(group, sizes.rows), row), 4))
+    return ptx.load_global(ptx.offset(a["slots"], group * sizes.rows + row, 4))
 
 
 # ---- the kernels
@@ -382,7 +384,7 @@ def _call(
 
 
 def aligned(address: Value) -> SharedMemory:
-    return SharedMemory(ptx.bit_and(ptx.add(address, 1023), -1024))
+    return SharedMemory((address + 1023) & -1024)
 
 
 def _matrices(name: str, matrix: Scaled, shared: Scaled | None) -> dict[str, jax.Array]:

@@ -49,7 +49,41 @@ def route(
     return dispatch.call("route", BACKENDS, implementation, logits.astype(jnp.float32), bias.astype(jnp.float32), **options)
 
 
-def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+_MANY_ROWS = "pallas_kernels.routing.mosaic_gpu_many_rows"
+CHOOSE_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "choose"),
+    "xla": dispatch.Backend(reference.choose),
+}
+SORT_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "sort_by_group", "why_not_sort"),
+    "xla": dispatch.Backend(reference.sort_by_group),
+}
+
+
+def choose(
+    logits: jax.Array,
+    bias: jax.Array,
+    *,
+    choices: int,
+    normalised: bool,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The experts [N, k] of rows with router logits [N, E] float32, and their weights [N, k], as `route` has them.
+
+    Weights have the gradient of the reference. Arguments, `implementation` and errors as of `route`.
+    """
+    if logits.ndim != 2 or bias.shape != logits.shape[1:] or not 1 <= choices <= logits.shape[1]:
+        raise ValueError(
+            f"choose: expected logits [N, E], bias [E] and 1 to E choices, got {logits.shape}, {bias.shape}, {choices}"
+        )
+    options = {"choices": choices, "normalised": normalised, "scale": scale}
+    return dispatch.call("choose", CHOOSE_BACKENDS, implementation, logits, bias, **options)
+
+
+def sort_by_group(
+    groups: jax.Array, num_groups: int, *, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """groups [M] int32 from 0 to `num_groups` sorted, stable; `num_groups` stands for none and comes last.
 
     Returns order [M] int32, whose element i is which of the groups is i-th; its inverse [M] int32; and how many there are of
@@ -57,4 +91,4 @@ def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Ar
     """
     if groups.ndim != 1:
         raise ValueError(f"sort_by_group: expected groups [M], got {groups.shape}")
-    return reference.sort_by_group(groups, num_groups)
+    return dispatch.call("sort_by_group", SORT_BACKENDS, implementation, groups.astype(jnp.int32), num_groups)

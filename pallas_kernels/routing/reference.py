@@ -10,12 +10,18 @@ from pallas_kernels.routing.arrays import Routes
 
 def choose(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float) -> tuple[jax.Array, jax.Array]:
     """The experts [N, k] of largest sigmoid(logits) + bias, the lower number first among equals, and their weights [N, k]."""
+    experts = jax.lax.top_k(jax.nn.sigmoid(logits) + bias, choices)[1]
+    return experts, weights_of(logits, experts, normalised=normalised, scale=scale)
+
+
+def weights_of(logits: jax.Array, experts: jax.Array, *, normalised: bool, scale: float) -> jax.Array:
+    """The weights [N, k] of chosen experts [N, k]."""
     scores = jax.nn.sigmoid(logits)
-    experts = jax.lax.top_k(scores + bias, choices)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    # A sum: a gather's gradient would be a scatter.
+    weights = jnp.sum(jax.nn.one_hot(experts, logits.shape[-1]) * scores[..., None, :], axis=-1)
     if normalised:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return experts, weights * scale
+    return weights * scale
 
 
 def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: bool) -> Routes:

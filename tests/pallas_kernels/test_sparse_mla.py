@@ -399,12 +399,13 @@ def test_the_sample_for_the_unions_is_whole_tiles_all_over(monkeypatch):
 
 def few_heads_emulated(monkeypatch, queries, latents, indices, seed, num_sms=2):
     """What the kernel for few heads makes of a case, each multiprocessor doing every `num_sms`-th query."""
+    from pallas_kernels.hopper.columns import KEYS
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads as few
 
     b, s, h, width = queries.shape
-    lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % few.KEYS)), constant_values=-1)
-    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), few.KEYS))
-    tasks = few.Tasks(b, s, h, latents.shape[1], lists.shape[1] // few.KEYS)
+    lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % KEYS)), constant_values=-1)
+    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), KEYS))
+    tasks = few.Tasks(b, s, h, latents.shape[1], lists.shape[1] // KEYS)
     flat = np.asarray(queries).reshape(-1, width), np.asarray(latents).reshape(-1, width), lists, counts
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)

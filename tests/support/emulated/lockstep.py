@@ -288,6 +288,10 @@ class Block:
     def lane_distant(self, x, distance):
         return self._by_warp(x)[:, np.arange(32) ^ distance].reshape(-1)
 
+    def alike_in_warp(self, x):
+        lanes = self._by_warp(x)
+        return wrapped(((lanes[:, :, None] == lanes[:, None]) << np.arange(32)).sum(2).reshape(-1))
+
     def reduce_warp(self, operation, x):
         function = {"add": np.sum, "max": np.max, "min": np.min, "or": np.bitwise_or.reduce}[operation]
         return wrapped(np.repeat(function(unsigned(self._by_warp(x)), axis=1), 32))
@@ -381,6 +385,7 @@ class Block:
             "block_barrier",
             "barrier_aligned",
             "lane_distant",
+            "alike_in_warp",
             "reduce_warp",
             "sum_of_lanes_up_to",
             "sum_of_lanes_below",
@@ -399,8 +404,8 @@ class Block:
             "offset": lambda base, index, scale: base + self._counted(index) * scale,
             "peer_address": lambda address, rank: address + (self.spread(rank) + 1 << 50),
             "load_peer_float": lambda address: number(self.load_peer(address)),
-            "load_global_float": lambda address: number(self.load(address)),
             "load_shared_float": lambda address: number(self.load(address)),
+            "load_global_float": lambda address: number(self.load(address)),
             "load_shared_floats": lambda address, count=2: [number(word) for word in self.load_words(address, count)],
             "store_shared_floats": lambda address, floats: self.store_words(address, list(map(bits, floats))),
             "store_shared_zeros": lambda address: self.store_words(address, [0] * 4),
