@@ -840,7 +840,7 @@ class ExpertsSecondInCodes(Stage):
             slot, hidden = _hidden_of_experts(p, self.a, i)
             top = functools.reduce(ptx.maximum, map(ptx.magnitude_bits, hidden))
             scale, factor = ptx.float16_scale(ptx.reduce_warp("max", top))
-            factor = ptx.bits_of(ptx.times(factor, _select_value(slot, self.before.routed.weights)))
+            factor = ptx.times(factor, _select_value(slot, self.before.routed.weights))
             with ptx.when(exists):
                 for half in range(2):
                     pair = [ptx.times(x, scale) for x in hidden[2 * half : 2 * half + 2]]
@@ -848,7 +848,7 @@ class ExpertsSecondInCodes(Stage):
                     ptx.store_shared(at, ptx.to_float16_pair(*pair))
                 with ptx.when(ptx.compare("slt", thread.lane, 2)):  # 128 numbers of a warp are two groups
                     group = ptx.add(ptx.shift_left(ptx.shift_right(i, 5), 1), thread.lane)
-                    ptx.store_shared(ptx.add(self.vector.factors, ptx.shift_left(group, 2)), factor)
+                    ptx.store_shared(ptx.add(self.vector.factors, ptx.shift_left(group, 2)), ptx.bits_of(factor))
 
 
 def _hidden_of_experts(p: Outputs, a: Mapping[str, Value], i: Value) -> tuple[Value, list[Value]]:
@@ -856,8 +856,8 @@ def _hidden_of_experts(p: Outputs, a: Mapping[str, Value], i: Value) -> tuple[Va
     slot, four = ptx.div(i, p.width // 4), ptx.rem(i, p.width // 4)
     at = ptx.offset(ptx.offset(a["hidden"], slot, 8 * p.width), four, 16)
     gates = [ptx.rounded(ptx.float_of(word)) for word in ptx.load_fresh_words(at)]
-    ups = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
-    ups = [ptx.rounded(ptx.float_of(word)) for word in ups]
+    words = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
+    ups = [ptx.rounded(ptx.float_of(word)) for word in words]
     return slot, [ptx.rounded(ptx.times(parts.silu(g), u)) for g, u in zip(gates, ups, strict=True)]
 
 

@@ -8,7 +8,8 @@ import pytest
 from pallas_kernels import indexer_topk, select_topk
 from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, reference, triton
 from tests.support import indexer_topk_properties as properties
-from tests.support.emulated_words import Machine
+from tests.support.emulated.lockstep import GARBAGE, Block, take_turn
+from tests.support.emulated.registers import registers
 
 FORMATS = list(properties.FORMATS)
 
@@ -133,7 +134,7 @@ def test_default_units_of_the_scores_kernel_fit_a_multiprocessor(queries, heads)
 # ---- the Hopper selection, its program run on NumPy
 
 
-def _emulate(scores, maxima, visible, k, config, machine=Machine):
+def _emulate(scores, maxima, visible, k, config, kind=Block):
     """scores [rows, T'], maxima [rows, T' / 16] or None, visible [rows] -> positions [rows, k] and races seen."""
     rows, width = scores.shape
     problem = mosaic_gpu_select.Problem(
@@ -148,14 +149,19 @@ def _emulate(scores, maxima, visible, k, config, machine=Machine):
         config=config,
     )
     out = np.full((rows, k), -7, np.int32)
-    arrays = [scores, visible - 1, np.full(rows, width, np.int32), out, scores if maxima is None else maxima]
+    lengths = np.full(rows, width, np.int32)
+    arrays = [scores, scores if maxima is None else maxima, np.asarray(visible - 1, np.int32), lengths, out]
     races = 0
     for row in range(rows):
-        m = machine(config.threads, problem.row_bytes, arrays)
-        scores_at, positions_at, lengths_at, out_at, maxima_at = m.addresses()
-        addresses = mosaic_gpu_select.Arrays(scores_at, maxima_at, positions_at, lengths_at, out_at)
-        mosaic_gpu_select.select_rows(m, problem, m.word(row), addresses, m.word(0))
-        races += m.races
+        block, shared = kind(config.threads), np.full(-(-problem.row_bytes // 4), GARBAGE, np.int32)
+        block.count_races(shared)
+
+        def program(block=block, row=row, shared=shared):
+            addresses = mosaic_gpu_select.Arrays(*(registers(block.address(array)) for array in arrays))
+            mosaic_gpu_select.select_rows(problem, registers(block.spread(row)), addresses, registers(block.address(shared)))
+
+        take_turn(pytest.MonkeyPatch(), block, program)
+        races += block.races
     return out, races
 
 
@@ -242,8 +248,8 @@ def test_rows_longer_than_shared_memory_are_emulated_too():
 
 
 def test_the_emulator_sees_a_missing_barrier():
-    class WithoutBarriers(Machine):
-        def barrier(self, number, threads):
+    class WithoutBarriers(Block):
+        def barrier_aligned(self, identity, threads):
             pass
 
     scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)
@@ -251,8 +257,8 @@ def test_the_emulator_sees_a_missing_barrier():
 
 
 def test_the_emulator_sees_a_copy_that_is_not_awaited():
-    class WithoutWaiting(Machine):
-        def await_copies(self, groups):
+    class WithoutWaiting(Block):
+        def copies_done(self, pending=None):
             pass
 
     scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)

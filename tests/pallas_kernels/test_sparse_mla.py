@@ -10,8 +10,8 @@ from pallas_kernels import hopper, quant, sparse_mla
 from pallas_kernels.hopper import ptx
 from pallas_kernels.softmax import START
 from pallas_kernels.sparse_mla import gradient, mosaic_gpu, reference, triton
-from tests.support import ptx_emulator, warpgroup_emulator
 from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, numpy_lse, relative_error, selections
+from tests.support.emulated import lockstep, warpgroups
 from tests.support.interpreted_products import multiply_plainly
 
 SCALE = 0.11
@@ -337,7 +337,7 @@ def test_unions_hold_every_key_with_its_owners(kind, keys, packed, monkeypatch):
     indices = selections(case, kind)
     tasks = Tasks(case.b, case.s, case.h, case.t, pairs=-(-packed * case.k // 128), packed=packed)
     rows = indices.reshape(-1, case.k)
-    lists, counts = ptx_emulator.run(monkeypatch, mosaic_gpu_union, mosaic_gpu_union.unite, rows, tasks)
+    lists, counts = lockstep.run(monkeypatch, mosaic_gpu_union, mosaic_gpu_union.unite, rows, tasks)
     assert_unions(lists, counts, indices, packed, ascending=kind != "scattered")
 
 
@@ -348,7 +348,7 @@ def unions_pay_emulated(monkeypatch, indices, heads, keys, packed):
 
     def emulated(lists, tasks):
         with monkeypatch.context() as patch:
-            return ptx_emulator.run(patch, mosaic_gpu_union, unite, np.asarray(lists), tasks)
+            return lockstep.run(patch, mosaic_gpu_union, unite, np.asarray(lists), tasks)
 
     with monkeypatch.context() as patch:
         patch.setattr(mosaic_gpu_union, "unite", emulated)
@@ -409,7 +409,7 @@ def few_heads_emulated(monkeypatch, queries, latents, indices, seed, num_sms=2):
     flat = np.asarray(queries).reshape(-1, width), np.asarray(latents).reshape(-1, width), lists, counts
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)
-        out = warpgroup_emulator.run(patch, few, few.attend, *flat, tasks, scale=SCALE, seed=seed)
+        out = warpgroups.run(patch, few, few.attend, *flat, tasks, scale=SCALE, seed=seed)
     return out.reshape(b, s, h, -1)
 
 
@@ -479,7 +479,7 @@ def query_tile_emulated(monkeypatch, queries, row, rows, through_registers, seed
             num_threads=2,
         )(queries)
 
-    return warpgroup_emulator.run(monkeypatch, attention, load, queries, seed=seed)
+    return warpgroups.run(monkeypatch, attention, load, queries, seed=seed)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
@@ -530,7 +530,7 @@ def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
         )(*arrays)
 
     images = np.stack([tiled(half) for half in parts.reshape(-1, 64, 256)])
-    return warpgroup_emulator.run(monkeypatch, attention, combine, queries, images, logs, seed=seed)
+    return warpgroups.run(monkeypatch, attention, combine, queries, images, logs, seed=seed)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
