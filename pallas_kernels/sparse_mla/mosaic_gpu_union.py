@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,31 +50,31 @@ class _Tile:
     tasks: Tasks
     k: int  # entries of a query's list
     words: int  # of a query's bitmap
-    index: ptx.Value  # of this thread
-    lane: ptx.Value
-    warp: ptx.Value
-    bitmaps: ptx.Value  # [packed][words]
-    sums: ptx.Value  # [WARPS], keys of a warp's words
-    repeats: ptx.Value  # whether a query selected a key twice
-    present: ptx.Value  # queries of this tile, fewer at the end of a batch row
-    source: ptx.Value  # the tile's first query's list
-    target: ptx.Value  # the tile's list
-    number: ptx.Value  # of the tile
-    counts: ptx.Value  # [tasks.lists] pairs of key blocks
-    always: ptx.Value
+    index: ptx.Word  # of this thread
+    lane: ptx.Word
+    warp: ptx.Word
+    bitmaps: ptx.Word  # [packed][words]
+    sums: ptx.Word  # [WARPS], keys of a warp's words
+    repeats: ptx.Word  # whether a query selected a key twice
+    present: ptx.Word  # queries of this tile, fewer at the end of a batch row
+    source: ptx.Address  # the tile's first query's list
+    target: ptx.Address  # the tile's list
+    number: ptx.Word  # of the tile
+    counts: Any  # [tasks.lists] pairs of key blocks
+    always: ptx.Predicate
 
     @staticmethod
-    def of(tasks: Tasks, k: int, tile: ptx.Value, indices, lists, counts, bitmaps, totals) -> _Tile:
+    def of(tasks: Tasks, k: int, tile: ptx.Word, indices, lists, counts, bitmaps, totals) -> _Tile:
         thread = ptx.thread()
-        lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
+        lane, warp = thread & 31, thread >> 5
         maps, sums = ptx.shared_address(bitmaps), ptx.shared_address(totals)
-        repeats = ptx.add(sums, 4 * WARPS)
-        batch, local = ptx.div(tile, tasks.tiles_per_batch), ptx.rem(tile, tasks.tiles_per_batch)
-        first = ptx.mul(local, tasks.packed)
-        present = ptx.minimum(ptx.sub(tasks.queries, first), tasks.packed)
-        source = ptx.offset(ptx.global_address(indices), ptx.add(ptx.mul(batch, tasks.queries), first), 4 * k)
+        repeats = sums + 4 * WARPS
+        batch, local = tile // tasks.tiles_per_batch, tile % tasks.tiles_per_batch
+        first = local * tasks.packed
+        present = ptx.min_s32(tasks.queries - first, tasks.packed)
+        source = ptx.offset(ptx.global_address(indices), batch * tasks.queries + first, 4 * k)
         target = ptx.offset(ptx.global_address(lists), tile, 4 * tasks.pairs * PAIR)
-        always = ptx.compare("eq", ptx.constant(0), 0)
+        always = ptx.constant(0).equals(0)
         words = bitmap_words(tasks.keys)
         where = maps, sums, repeats, present, source, target, tile, counts
         return _Tile(tasks, k, words, thread, lane, warp, *where, always)
@@ -86,25 +88,25 @@ class _Tile:
         self._clear(clears)
         self._each_index(self._mark)
         ptx.block_barrier()
-        first_word = ptx.add(ptx.mul(self.warp, 32 * self.steps), self.lane)
+        first_word = self.warp * (32 * self.steps) + self.lane
         before, total = self._keys_before(first_word)
         repeats = ptx.load_shared(self.repeats)
-        with ptx.when(ptx.compare("eq", repeats, 0)):
+        with ptx.when(repeats.equals(0)):
             ptx.loop(ptx.constant(self.steps), [before], functools.partial(self._write_step, first_word))
             self._finish(total)
-        with ptx.when(ptx.compare("ne", repeats, 0)):
+        with ptx.when(repeats.differs(0)):
             self._each_index(self._chain)
-            self._finish(ptx.mul(self.present, self.k))
+            self._finish(self.present * self.k)
 
-    def _each_index(self, visit: Callable[[int, ptx.Value, ptx.Value], None]) -> None:
+    def _each_index(self, visit: Callable[[int, ptx.Word, ptx.Word], None]) -> None:
         """visit(query, position in its list, key) for every index, the threads side by side."""
 
         def step(step, carry):
-            position = ptx.add(ptx.mul(step, THREADS), self.index)
-            inside = ptx.compare("slt", position, self.k)
+            position = step * THREADS + self.index
+            inside = position.signed < self.k
             for query in range(self.tasks.packed):
-                there = ptx.bit_and(ptx.select(inside, 1, 0), ptx.select(ptx.compare("sgt", self.present, query), 1, 0))
-                with ptx.when(ptx.compare("ne", there, 0)):
+                there = ptx.select(inside, 1, 0) & ptx.select(self.present.signed > query, 1, 0)
+                with ptx.when(there.differs(0)):
                     row = ptx.offset(self.source, ptx.constant(query), 4 * self.k)
                     visit(query, position, ptx.load_global(ptx.offset(row, position, 4)))
             return carry
@@ -113,85 +115,85 @@ class _Tile:
 
     def _clear(self, clears: int) -> None:
         def step(step, carry):
-            thread_of_all = ptx.add(ptx.mul(step, THREADS), self.index)
-            ptx.store_shared_zeros(ptx.add(self.bitmaps, ptx.shift_left(thread_of_all, 4)))
+            thread_of_all = step * THREADS + self.index
+            ptx.store_shared_zeros(self.bitmaps + (thread_of_all << 4))
             return carry
 
         ptx.loop(ptx.constant(clears), [], step)
-        with ptx.when(ptx.compare("eq", self.index, 0)):
+        with ptx.when(self.index.equals(0)):
             ptx.store_shared(self.repeats, ptx.constant(0))
         ptx.block_barrier()
 
-    def _mark(self, query: int, position: ptx.Value, key: ptx.Value) -> None:
+    def _mark(self, query: int, position: ptx.Word, key: ptx.Word) -> None:
         """Sets a key's bit."""
-        with ptx.when(ptx.compare("sge", key, 0)):
-            key = ptx.minimum(key, self.tasks.keys - 1)
-            word = ptx.add(self.bitmaps, 4 * self.words * query, ptx.shift_left(ptx.shift_right(key, 5), 2))
-            bit = ptx.shift_left(1, ptx.bit_and(key, 31))
+        with ptx.when(key.signed >= 0):
+            key = ptx.min_s32(key, self.tasks.keys - 1)
+            word = self.bitmaps + 4 * self.words * query + ((key >> 5) << 2)
+            bit = 1 << (key & 31)
             before = ptx.or_shared(word, bit)
-            with ptx.when(ptx.compare("ne", ptx.bit_and(before, bit), 0)):
+            with ptx.when((before & bit).differs(0)):
                 ptx.store_shared(self.repeats, ptx.constant(1))
 
-    def _words_at(self, first_word: ptx.Value, step: ptx.Value) -> list[ptx.Value]:
+    def _words_at(self, first_word: ptx.Word, step: ptx.Word) -> list[Any]:
         """This lane's word of every query's bitmap; first_word is its first."""
-        at = ptx.add(self.bitmaps, ptx.shift_left(ptx.add(first_word, ptx.mul(step, 32)), 2))
-        return [ptx.load_shared(ptx.add(at, 4 * self.words * query)) for query in range(self.tasks.packed)]
+        at = self.bitmaps + ((first_word + step * 32) << 2)
+        return [ptx.load_shared(at + 4 * self.words * query) for query in range(self.tasks.packed)]
 
-    def _keys_before(self, first_word: ptx.Value) -> tuple[ptx.Value, ptx.Value]:
+    def _keys_before(self, first_word: ptx.Word) -> tuple[ptx.Word, ptx.Word]:
         """Keys of the union in the words of the warps before this one, and of all."""
 
         def count(step, carry):
-            return [ptx.add(carry[0], ptx.population(functools.reduce(ptx.bit_or, self._words_at(first_word, step))))]
+            return [carry[0] + ptx.population(functools.reduce(operator.or_, self._words_at(first_word, step)))]
 
         (mine,) = ptx.loop(ptx.constant(self.steps), [ptx.constant(0)], count)
         of_warp = ptx.sum_of_warp(mine)
-        with ptx.when(ptx.compare("eq", self.lane, 0)):
-            ptx.store_shared(ptx.add(self.sums, ptx.shift_left(self.warp, 2)), of_warp)
+        with ptx.when(self.lane.equals(0)):
+            ptx.store_shared(self.sums + (self.warp << 2), of_warp)
         ptx.block_barrier()
         before, total = ptx.constant(0), ptx.constant(0)
         for other in range(WARPS):
-            here = ptx.load_shared(ptx.add(self.sums, 4 * other))
-            before = ptx.add(before, ptx.select(ptx.compare("sgt", self.warp, other), here, 0))
-            total = ptx.add(total, here)
+            here = ptx.load_shared(self.sums + 4 * other)
+            before = before + ptx.select(self.warp.signed > other, here, 0)
+            total = total + here
         return before, total
 
-    def _write_step(self, first_word: ptx.Value, step: ptx.Value, carry: list[ptx.Value]) -> list[ptx.Value]:
+    def _write_step(self, first_word: ptx.Word, step: ptx.Word, carry: list[Any]) -> list[Any]:
         """The keys of 32 words, a word a lane, into the list from position carry[0] on."""
         bits = self._words_at(first_word, step)
-        united = functools.reduce(ptx.bit_or, bits)
+        united = functools.reduce(operator.or_, bits)
         size = ptx.population(united)
-        position = ptx.add(carry[0], ptx.sum_of_lanes_below(size))
-        key = ptx.shift_left(ptx.add(first_word, ptx.mul(step, 32)), 5)
+        position = carry[0] + ptx.sum_of_lanes_below(size)
+        key = (first_word + step * 32) << 5
 
         def write(i, rest):
             bit = ptx.lowest_bit(rest[0])
             owners = ptx.constant(0)
             for query in range(self.tasks.packed):
-                owns = ptx.bit_and(ptx.shift_right(bits[query], bit), 1)
-                owners = ptx.bit_or(owners, ptx.shift_left(owns, OWNER_SHIFT + query))
-            entry = ptx.bit_or(ptx.add(key, bit), owners)
-            self._write(ptx.add(position, i), entry)
-            return [ptx.bit_and(rest[0], ptx.sub(rest[0], 1))]
+                owns = (bits[query] >> bit) & 1
+                owners = owners | (owns << (OWNER_SHIFT + query))
+            entry = (key + bit) | owners
+            self._write(position + i, entry)
+            return [rest[0] & (rest[0] - 1)]
 
         ptx.loop(size, [united], write)
-        return [ptx.add(carry[0], ptx.sum_of_warp(size))]
+        return [carry[0] + ptx.sum_of_warp(size)]
 
-    def _chain(self, query: int, position: ptx.Value, key: ptx.Value) -> None:
+    def _chain(self, query: int, position: ptx.Word, key: ptx.Word) -> None:
         """Writes an index where it is if the lists follow one another."""
-        owned = ptx.bit_or(ptx.minimum(key, self.tasks.keys - 1), ptx.constant(1 << (OWNER_SHIFT + query)))
-        entry = ptx.select(ptx.compare("sge", key, 0), owned, 0)
-        self._write(ptx.add(position, query * self.k), entry)
+        owned = ptx.min_s32(key, self.tasks.keys - 1) | ptx.constant(1 << (OWNER_SHIFT + query))
+        entry = ptx.select(key.signed >= 0, owned, 0)
+        self._write(position + query * self.k, entry)
 
-    def _write(self, position: ptx.Value, entry: ptx.Value) -> None:
+    def _write(self, position: ptx.Word, entry: ptx.Word) -> None:
         ptx.store_global(ptx.offset(self.target, position, 4), entry, self.always)
 
-    def _finish(self, total: ptx.Value) -> None:
+    def _finish(self, total: ptx.Word) -> None:
         """Fills up the last pair of key blocks, and says how many pairs there are."""
-        pairs = ptx.maximum(ptx.div(ptx.add(total, PAIR - 1), PAIR), 1)
-        position = ptx.add(total, self.index)
-        inside = ptx.compare("slt", position, ptx.mul(pairs, PAIR))
+        pairs = ptx.max_s32((total + (PAIR - 1)) // PAIR, 1)
+        position = total + self.index
+        inside = position.signed < pairs * PAIR
         ptx.store_global(ptx.offset(self.target, position, 4), ptx.constant(0), inside)
-        first_thread = ptx.compare("eq", self.index, 0)
+        first_thread = self.index.equals(0)
         ptx.store_global(ptx.offset(ptx.global_address(self.counts), self.number, 4), pairs, first_thread)
 
 
