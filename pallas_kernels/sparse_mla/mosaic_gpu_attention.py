@@ -96,7 +96,7 @@ def _rescale(x: jax.Array, factors: jax.Array) -> jax.Array:
             ptx.i32(),
         )
         registers = list(x.registers.flat)
-        branch = scf.IfOp(ptx.compare("ne", voted, 0), [r.type for r in registers], has_else=True)
+        branch = scf.IfOp(voted.differs(0), [r.type for r in registers], has_else=True)
         with ir.InsertionPoint(branch.then_block):
             scf.YieldOp(list((x * factors.broadcast_in_dim(x.shape, (0,), x.layout)).registers.flat))
         with ir.InsertionPoint(branch.else_block):

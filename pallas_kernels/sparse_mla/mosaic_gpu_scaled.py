@@ -55,7 +55,7 @@ SMALLEST = 2.0**-60  # largest magnitude that a head's queries count as having
 REGISTERS = {False: (184, 144, 144, 40), True: (136, 168, 168, 40)}
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
-Values = list[ptx.Value]
+Values = list[Any]  # registers
 
 
 # ---- the gathering warpgroup
@@ -67,28 +67,28 @@ class _Gatherer:
 
     tasks: Tasks
     shared: Shared
-    chunk: ptx.Value  # this thread's, of a line
-    to: ptx.Value  # where it is in a matrix of tiles
-    to_scale: ptx.Value  # each of 8 lanes knows the entries of 4 rows; the first four copy a row's scale each
-    own_entry: ptx.Value
-    codes: ptx.Value
-    rotary: ptx.Value
-    scales: ptx.Value
-    counts: ptx.Value | None
+    chunk: ptx.Word  # this thread's, of a line
+    to: ptx.Word  # where it is in a matrix of tiles
+    to_scale: ptx.Word  # each of 8 lanes knows the entries of 4 rows; the first four copy a row's scale each
+    own_entry: ptx.Address
+    codes: ptx.Address
+    rotary: ptx.Address
+    scales: ptx.Address
+    counts: ptx.Address | None
 
     @staticmethod
     def of(tasks: Tasks, memory: Memory, codes, rotary, scales, lists, ref, counts=None) -> _Gatherer:
         shared = Shared.of(memory, ref)
-        chunk, row = copied_line(ptx.bit_and(ptx.thread(), 127))
+        chunk, row = copied_line(ptx.thread() & 127)
         to = in_tiles(row, chunk)
-        to_scale = ptx.add(ptx.shift_left(row, 2), ptx.shift_left(chunk, 6))
+        to_scale = (row << 2) + (chunk << 6)
         own_entry = ptx.offset(ptx.global_address(lists), row, 4)
         codes_at, rotary_at = (ptx.offset(ptx.global_address(x), chunk, 16) for x in (codes, rotary))
         scales_at = ptx.global_address(scales)
         counts_at = None if counts is None else ptx.global_address(counts)
         return _Gatherer(tasks, shared, chunk, to, to_scale, own_entry, codes_at, rotary_at, scales_at, counts_at)
 
-    def run(self, block: ptx.Value) -> None:
+    def run(self, block: ptx.Word) -> None:
         first = Task.of(self.tasks, block)
         blocks = first.blocks(self.tasks, self.counts)
         carry = [blocks, *self.shared.start().carry, *self._entries(first.first_block, ptx.constant(0))]
@@ -96,36 +96,36 @@ class _Gatherer:
         ptx.copies_done()
         sit_out_combine(self.tasks)
 
-    def _entries(self, first_block: ptx.Value, key_block: ptx.Value) -> Values:
+    def _entries(self, first_block: ptx.Word, key_block: ptx.Word) -> Values:
         """Of this thread's four rows of a key block: row `row`, + 16, + 32 and + 48."""
-        at = ptx.offset(self.own_entry, ptx.add(first_block, key_block), 4 * KEYS)
+        at = ptx.offset(self.own_entry, first_block + key_block, 4 * KEYS)
         return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
 
-    def _task(self, number: ptx.Value, carry: Values) -> Values:
+    def _task(self, number: ptx.Word, carry: Values) -> Values:
         tasks = self.tasks
         task = Task.of(tasks, number)
-        following = Task.of(tasks, ptx.minimum(ptx.add(number, tasks.grid), tasks.count - 1))
-        first_key = ptx.mul(ptx.div(task.query, tasks.queries), tasks.keys)
+        following = Task.of(tasks, ptx.min_s32(number + tasks.grid, tasks.count - 1))
+        first_key = task.query // tasks.queries * tasks.keys
         blocks, blocks_after = carry[0], following.blocks(tasks, self.counts)
 
         def one_block(b, carry):
             ring, current = self.shared.ring(carry[:2]), carry[2:]
-            is_last = ptx.compare("eq", ptx.add(b, 1), blocks)
-            next_block = ptx.select(is_last, following.first_block, ptx.add(task.first_block, ptx.add(b, 1)))
+            is_last = (b + 1).equals(blocks)
+            next_block = ptx.select(is_last, following.first_block, task.first_block + (b + 1))
             after = self._entries(next_block, ptx.constant(0))
             self._copy_block(ring, first_key, current)
             return [*ring.next().carry, *after]
 
         return [blocks_after, *ptx.loop(blocks, carry[1:], one_block)]
 
-    def _copy_block(self, ring: Ring, first_key: ptx.Value, entries: Values) -> None:
+    def _copy_block(self, ring: Ring, first_key: ptx.Word, entries: Values) -> None:
         rows = []  # (key, 1 if it counts else 0)
         for entry in entries:
-            used = ptx.select(ptx.compare("sge", entry, 0), 1, 0)
-            key = ptx.minimum(ptx.maximum(entry, 0), self.tasks.keys - 1)
-            rows.append((ptx.add(first_key, key), used))
+            used = ptx.select(entry.signed >= 0, 1, 0)
+            key = ptx.min_s32(ptx.max_s32(entry, 0), self.tasks.keys - 1)
+            rows.append((first_key + key, used))
         for half in range(HALVES):
-            ptx.barrier_wait(self.shared.empty(ring, half), ptx.bit_xor(ring.parity, 1))
+            ptx.barrier_wait(self.shared.empty(ring, half), ring.parity ^ 1)
             if half == 0:  # what is overwritten was copied `slots` blocks ago
                 ptx.copies_done(pending=self.shared.memory.slots - 1)
             self._copy_half(ring, half, rows)
@@ -134,25 +134,25 @@ class _Gatherer:
             ptx.barrier_arrive_after_copies(self.shared.full(ring, half))
         ptx.copies_commit()
 
-    def _copy_half(self, ring: Ring, half: int, rows: list[tuple[ptx.Value, ptx.Value]]) -> None:
-        target = ptx.add(self.shared.codes(ring), self.to, half * PIECES // HALVES * PIECE)
+    def _copy_half(self, ring: Ring, half: int, rows: list[tuple[ptx.Word, ptx.Word]]) -> None:
+        target = self.shared.codes(ring) + self.to + half * PIECES // HALVES * PIECE
         for j, (key, used) in enumerate(rows):
             at = ptx.offset(ptx.offset(self.codes, key, VALUE_DIM), ptx.constant(half), VALUE_DIM // HALVES)
-            size = ptx.shift_left(used, 4)
-            ptx.copy_async(ptx.add(target, 2048 * j), at, size, PIECES // HALVES, PIECE, 128)
+            size = used << 4
+            ptx.copy_async(target + 2048 * j, at, size, PIECES // HALVES, PIECE, 128)
 
-    def _copy_rotary_and_scales(self, ring: Ring, rows: list[tuple[ptx.Value, ptx.Value]]) -> None:
-        target = ptx.add(self.shared.rotary(ring), self.to)
+    def _copy_rotary_and_scales(self, ring: Ring, rows: list[tuple[ptx.Word, ptx.Word]]) -> None:
+        target = self.shared.rotary(ring) + self.to
         for j, (key, used) in enumerate(rows):
             at = ptx.offset(self.rotary, key, 2 * ROTARY)
-            ptx.copy_async(ptx.add(target, 2048 * j), at, ptx.shift_left(used, 4), 1, 0, 0)
+            ptx.copy_async(target + 2048 * j, at, used << 4, 1, 0, 0)
         key, used = rows[3]
         for i in range(3):
-            mine = ptx.compare("eq", self.chunk, i)
+            mine = self.chunk.equals(i)
             key, used = ptx.select(mine, rows[i][0], key), ptx.select(mine, rows[i][1], used)
-        with ptx.when(ptx.compare("slt", self.chunk, 4)):
+        with ptx.when(self.chunk.signed < 4):
             at = ptx.offset(self.scales, key, 4)
-            ptx.copy_async_word(ptx.add(self.shared.scales(ring), self.to_scale), at, ptx.shift_left(used, 2))
+            ptx.copy_async_word(self.shared.scales(ring) + self.to_scale, at, used << 2)
 
 
 # ---- the warpgroup of logits and weights
@@ -163,7 +163,7 @@ class _Block:
     """What the first warpgroup has of a key block and of those before it, as values of a loop's carry."""
 
     ring: Ring
-    done: ptx.Value  # blocks before this one, of all tasks
+    done: ptx.Word  # blocks before this one, of all tasks
     scales: Values  # of this thread's two keys
     logits: Values
     tops: Values  # running maxima, by column
@@ -193,13 +193,13 @@ class _Weights:
 class _Softmax(ColumnSoftmax):
     """Keeps the address of this thread's first two columns in a register."""
 
-    own_columns: ptx.Value
+    own_columns: ptx.Word
 
-    def row_at(self, kind: int, row: ptx.Value | int = 0) -> ptx.Value:
+    def row_at(self, kind: int, row: ptx.Word | int = 0) -> ptx.Word:
         row = ptx.constant(row) if isinstance(row, int) else row
-        return ptx.add(self.own_columns, kind, ptx.mul(row, 4 * self.layout.columns))
+        return self.own_columns + kind + row * (4 * self.layout.columns)
 
-    def rows_at(self, kind: int) -> Callable[[ptx.Value | int], ptx.Value]:
+    def rows_at(self, kind: int) -> Callable[[ptx.Word | int], ptx.Word]:
         return functools.partial(self.row_at, kind)
 
 
@@ -211,16 +211,16 @@ class _Weigher:
     shared: Shared
     softmax: _Softmax
     to_logits: float
-    own_scale: ptx.Value
-    queries: ptx.Value
-    counts: ptx.Value | None
+    own_scale: ptx.Word
+    queries: ptx.Address
+    counts: ptx.Address | None
 
     @staticmethod
     def of(tasks: Tasks, memory: Memory, scale: float, queries, ref, counts=None) -> _Weigher:
         shared, thread = Shared.of(memory, ref), Thread.of(ptx.thread())
-        speaks = ptx.compare("eq", thread.row, 0)
-        own_scale = ptx.shift_left(ptx.add(ptx.shift_left(thread.warp, 4), thread.row), 2)
-        own_columns = ptx.add(shared.base, ptx.shift_left(thread.column, 2))
+        speaks = thread.row.equals(0)
+        own_scale = ((thread.warp << 4) + thread.row) << 2
+        own_columns = shared.base + (thread.column << 2)
         softmax = _Softmax(shared.buffers, thread, speaks, own_columns)
         queries_at = ptx.global_address(queries)
         counts_at = None if counts is None else ptx.global_address(counts)
@@ -230,17 +230,17 @@ class _Weigher:
     def groups(self) -> int:
         return self.softmax.groups
 
-    def run(self, block: ptx.Value) -> None:
+    def run(self, block: ptx.Word) -> None:
         self._prefetch_queries(block)
         for_each_task(self.tasks, block, [*self.shared.start().carry, ptx.constant(0)], self._task)
         sit_out_combine(self.tasks)
 
-    def _task(self, number: ptx.Value, carry: Values) -> Values:
+    def _task(self, number: ptx.Word, carry: Values) -> Values:
         task = Task.of(self.tasks, number)
         ring, done = self.shared.ring(carry[:2]), carry[2]
         blocks = task.blocks(self.tasks, self.counts)
         self._load_queries(task)
-        self._prefetch_queries(ptx.add(number, self.tasks.grid))
+        self._prefetch_queries(number + self.tasks.grid)
         begun, scales = self._issue(ring)
         logits = self._finish(begun)
 
@@ -250,71 +250,73 @@ class _Weigher:
             weights = self._prepare(block)
             begun, scales = self._issue(ring)  # are made while the weights are
             totals = self._publish(weights, block.done)
-            return _Block(ring, ptx.add(block.done, 1), scales, self._finish(begun), weights.tops, totals).carry
+            return _Block(ring, block.done + 1, scales, self._finish(begun), weights.tops, totals).carry
 
         tops, totals = ([ptx.number(x)] * (2 * self.groups) for x in (START, 0.0))
         first = _Block(ring, done, scales, logits, tops, totals)
-        last = self._block(ptx.loop(ptx.sub(blocks, 1), first.carry, one_block))
+        last = self._block(ptx.loop(blocks - 1, first.carry, one_block))
         weights = self._prepare(last)
         self._publish(weights, last.done, last=True)
         if self.tasks.splits > 1:
-            self._store_logs(weights.tops, ptx.bit_and(last.done, 1))
-        return [*last.ring.next().carry, ptx.add(last.done, 1)]
+            self._store_logs(weights.tops, last.done & 1)
+        return [*last.ring.next().carry, last.done + 1]
 
     def _block(self, carry: Values) -> _Block:
         return _Block.of(self.shared.memory.slots, self.groups, carry)
 
-    def _prefetch_queries(self, number: ptx.Value) -> None:
-        task = Task.of(self.tasks, ptx.minimum(number, self.tasks.count - 1))
-        mine = ptx.compare("eq", self.softmax.thread.index, 0)
-        size = ptx.mul(task.heads, 2 * WIDTH)
+    def _prefetch_queries(self, number: ptx.Word) -> None:
+        task = Task.of(self.tasks, ptx.min_s32(number, self.tasks.count - 1))
+        mine = self.softmax.thread.index.equals(0)
+        size = task.heads * (2 * WIDTH)
         ptx.prefetch(ptx.offset(self.queries, task.first_row, 2 * WIDTH), size, mine)
 
     def _load_queries(self, task: Task) -> None:
         """Divided by a power of two for every head, and all but the rotary columns as sums of two e4m3 numbers."""
         columns = self.tasks.columns
-        chunk, line = copied_line(ptx.bit_and(ptx.opaque(ptx.thread()), 127))
+        chunk, line = copied_line(ptx.opaque(ptx.thread()) & 127)
         source = ptx.offset(ptx.offset(self.queries, task.first_row, 2 * WIDTH), chunk, 16)
-        in_chunk = ptx.shift_left(ptx.bit_and(chunk, 1), 3)
+        in_chunk = (chunk & 1) << 3
         for first in range(0, columns, 16):
-            here = ptx.add(line, first)
-            counts = ptx.select(ptx.compare("slt", here, task.heads), 1, 0)
+            here = line + first
+            counts = ptx.select(here.signed < task.heads, 1, 0)
             # A line that does not count is not read, but its address has to be one of the array.
-            at = ptx.offset(source, ptx.minimum(here, ptx.sub(task.heads, 1)), 2 * WIDTH)
-            loaded = [ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts, 4) for i in range(WIDTH // 64)]
+            at = ptx.offset(source, ptx.min_s32(here, task.heads - 1), 2 * WIDTH)
+            loaded = [
+                ptx.load_global_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts, 4) for i in range(WIDTH // 64)
+            ]
             power = _power_of(loaded[:-1])
-            inverse = ptx.float_of(ptx.sub(254 << 23, power))
-            with ptx.when(ptx.compare("slt", here, columns)):
+            inverse = ptx.float_of((254 << 23) - power)
+            with ptx.when(here.signed < columns):
                 self._store_query(here, chunk, in_chunk, loaded, inverse)
-                with ptx.when(ptx.compare("eq", chunk, 0)):
-                    ptx.store_shared(ptx.add(self.shared.base, self.shared.memory.query_scales, ptx.shift_left(here, 2)), power)
+                with ptx.when(chunk.equals(0)):
+                    ptx.store_shared(self.shared.base + self.shared.memory.query_scales + (here << 2), power)
         ptx.proxy_fence()
         ptx.barrier(MAXIMA_BARRIER, 128)
 
     def _store_query(
-        self, line: ptx.Value, chunk: ptx.Value, in_chunk: ptx.Value, loaded: list[Values], inverse: ptx.Value
+        self, line: ptx.Word, chunk: ptx.Word, in_chunk: ptx.Word, loaded: list[Values], inverse: ptx.Float
     ) -> None:
         """This thread's 16 bytes of each 128 of a head's query."""
         base, memory = self.shared.base, self.shared.memory
         for i, words in enumerate(loaded[:-1]):
             high, low = ptx.to_e4m3_sum(words, inverse)
-            to_chunk = ptx.add(ptx.shift_right(chunk, 1), 4 * (i % 2))
-            to = ptx.add(base, memory.queries + i // 2 * memory.query_piece, in_tiles(line, to_chunk), in_chunk)
+            to_chunk = (chunk >> 1) + 4 * (i % 2)
+            to = base + (memory.queries + i // 2 * memory.query_piece) + in_tiles(line, to_chunk) + in_chunk
             ptx.store_shared_pair(to, high)
-            ptx.store_shared_pair(ptx.add(to, memory.query_part), low)
-        pairs = [[ptx.times(x, inverse) for x in ptx.from_bfloat16_pair(word)] for word in loaded[-1]]
-        to = ptx.add(base, memory.rotary_queries, in_tiles(line, chunk))
+            ptx.store_shared_pair(to + memory.query_part, low)
+        pairs = [[x * inverse for x in ptx.from_bfloat16_pair(word)] for word in loaded[-1]]
+        to = base + memory.rotary_queries + in_tiles(line, chunk)
         ptx.store_shared_words(to, [ptx.to_bfloat16_pair(*pair) for pair in pairs])
 
     def _issue(self, ring: Ring) -> tuple[list[Values], Values]:
         """Starts the logits of a block, and ends with its scales of this thread's two keys."""
         shared, memory, columns, base = self.shared, self.shared.memory, self.tasks.columns, self.shared.base
-        matrix = ptx.matrix(ptx.add(base, memory.queries))
+        matrix = ptx.matrix(base + memory.queries)
         codes = ptx.matrix(shared.codes(ring))
         for half in range(HALVES):
             ptx.barrier_wait(shared.full(ring, half), ring.parity)
         ptx.proxy_fence()
-        rotary, rotary_queries = ptx.matrix(shared.rotary(ring)), ptx.matrix(ptx.add(base, memory.rotary_queries))
+        rotary, rotary_queries = ptx.matrix(shared.rotary(ring)), ptx.matrix(base + memory.rotary_queries)
         steps = [(0, 32 * i, 32 * i) for i in range(4)]
         zeros = [ptx.number(0.0)] * (4 * self.groups)
         (sums,) = ptx.multiply([zeros], rotary, rotary_queries, steps, fresh=True, columns=columns, transposed=False)
@@ -323,7 +325,7 @@ class _Weigher:
         steps = [(0, piece * PIECE + 32 * i, piece * memory.query_piece + 32 * i) for piece in range(PIECES) for i in range(4)]
         multiply = functools.partial(ptx.multiply, transposed=False, kind="e4m3")
         if self.tasks.is_wide:
-            smaller = ptx.matrix(ptx.add(base, memory.queries + memory.query_part))
+            smaller = ptx.matrix(base + (memory.queries + memory.query_part))
             (sums,) = multiply([sums], codes, smaller, steps, fresh=False, columns=columns)
             codes = ptx.matrix(ptx.uniform(shared.codes(ring)))  # else 16 addresses are kept for their second use
             (sums,) = multiply([sums], codes, matrix, steps, fresh=False, columns=columns)
@@ -332,67 +334,65 @@ class _Weigher:
             (both,) = multiply([[*zeros, *zeros]], codes, matrix, steps, fresh=True, columns=2 * columns)
             logits = [sums, both[: 4 * self.groups], both[4 * self.groups :]]
         ptx.multiply_commit()
-        scales = [ptx.load_shared_float(ptx.add(shared.scales(ring), self.own_scale, 32 * i)) for i in range(2)]
+        scales = [ptx.load_shared_float(shared.scales(ring) + self.own_scale + 32 * i) for i in range(2)]
         return logits, scales
 
     def _finish(self, logits: list[Values]) -> Values:
-        return [ptx.plus(*parts) if len(parts) > 1 else parts[0] for parts in zip(*ptx.multiplied(logits), strict=True)]
+        return [ptx.total(parts) if len(parts) > 1 else parts[0] for parts in zip(*ptx.multiplied(logits), strict=True)]
 
     def _prepare(self, block: _Block) -> _Weights:
         """What the weights of a block are made of. All branches are here, so that products may be under way in `_publish`."""
-        softmax, buffer, turn = self.softmax, ptx.bit_and(block.done, 1), ptx.shift_right(block.done, 1)
-        counted = [ptx.above(x, ptx.number(0.0)) for x in block.scales]
+        softmax, buffer, turn = self.softmax, block.done & 1, block.done >> 1
+        counted = [x > 0.0 for x in block.scales]
         logs = [ptx.log2(x) for x in block.scales]  # minus infinity for keys that do not count
-        inverses = [
-            ptx.either(c, ptx.exp2(ptx.minus(ptx.number(0.0), x)), ptx.number(0.0)) for c, x in zip(counted, logs, strict=True)
-        ]
-        by_row = [ptx.times(x, ptx.number(self.to_logits)) for x in block.scales]
+        inverses = [ptx.select(c, ptx.exp2(ptx.number(0.0) - x), ptx.number(0.0)) for c, x in zip(counted, logs, strict=True)]
+        by_row = [x * self.to_logits for x in block.scales]
         scaled = []
         for j in range(self.groups):
-            by_column = ptx.load_shared_floats(ptx.add(softmax.row_at(self.shared.memory.query_scales), 32 * j))
+            by_column = ptx.load_shared_floats(softmax.row_at(self.shared.memory.query_scales) + 32 * j)
             for i in range(4):
-                factor = ptx.times(by_row[i // 2], by_column[i % 2])
-                scaled.append(ptx.times_plus(block.logits[4 * j + i], factor, logs[i // 2]))
+                factor = by_row[i // 2] * by_column[i % 2]
+                scaled.append(ptx.fma(block.logits[4 * j + i], factor, logs[i // 2]))
         tops, totals = softmax.update_maxima(scaled, block.tops, block.totals, buffer, turn)
         return _Weights(scaled, inverses, tops, totals)
 
-    def _publish(self, prepared: _Weights, done: ptx.Value, last: bool = False) -> Values:
+    def _publish(self, prepared: _Weights, done: ptx.Word, last: bool = False) -> Values:
         """The weights of a block, the `done`-th of all, for the values' warpgroups; returns the sums of weights so far."""
-        softmax, buffer, totals = self.softmax, ptx.bit_and(done, 1), list(prepared.totals)
+        softmax, buffer, totals = self.softmax, done & 1, list(prepared.totals)
         weights = softmax.weights(prepared.scaled, prepared.tops)  # times the keys' scales
         for i, x in enumerate(weights):
             column = softmax.column(i)
-            totals[column] = ptx.times_plus(x, prepared.inverses[i % 4 // 2], totals[column])
+            totals[column] = ptx.fma(x, prepared.inverses[i % 4 // 2], totals[column])
         softmax.store_weights(weights, buffer, ptx.to_float16_pair)
         if last:
             softmax.store_sums(totals, buffer)
         softmax.publish(buffer)
         return totals
 
-    def _store_logs(self, tops: Values, buffer: ptx.Value) -> None:
+    def _store_logs(self, tops: Values, buffer: ptx.Word) -> None:
         """What the blocks of a cluster weigh their results by."""
         softmax, memory = self.softmax, self.shared.memory
         ptx.barrier(MAXIMA_BARRIER, 128)  # all warps' sums are there
-        with ptx.when(ptx.compare("slt", softmax.thread.index, 4)):
+        with ptx.when(softmax.thread.index.signed < 4):
             for j in range(self.groups):
-                at = ptx.add(softmax.row_at(memory.sums, ptx.shift_left(buffer, 2)), 32 * j)
-                by_warp = [ptx.load_shared_floats(ptx.add(at, 4 * self.tasks.columns * w)) for w in range(4)]
-                totals = [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
+                at = softmax.row_at(memory.sums, buffer << 2) + 32 * j
+                by_warp = [ptx.load_shared_floats(at + 4 * self.tasks.columns * w) for w in range(4)]
+                totals = [ptx.total(parts) for parts in zip(*by_warp, strict=True)]
                 logs = [
-                    ptx.either(ptx.above(total, ptx.number(0.0)), ptx.plus(top, ptx.log2(total)), ptx.number(START))
+                    ptx.select(total > 0.0, top + ptx.log2(total), ptx.number(START))
                     for total, top in zip(totals, tops[2 * j : 2 * j + 2], strict=True)
                 ]
-                ptx.store_shared_floats(ptx.add(softmax.row_at(memory.logs), 32 * j), logs)
+                ptx.store_shared_floats(softmax.row_at(memory.logs) + 32 * j, logs)
 
 
-def _power_of(loaded: list[Values]) -> ptx.Value:
+def _power_of(loaded: list[Values]) -> ptx.Word:
     """The bits of the power of two that the codes of a head's query are divided by; 8 lanes have a query."""
     largest = functools.reduce(ptx.larger_magnitudes, [word for words in loaded for word in words])
-    magnitude = ptx.larger(*ptx.from_bfloat16_pair(largest))
+    magnitude = ptx.max_f32(*ptx.from_bfloat16_pair(largest))
     for distance in (1, 2, 4):
-        magnitude = ptx.larger(magnitude, ptx.lane_distant(magnitude, distance))
-    bits = ptx.bits_of(ptx.times(ptx.larger(magnitude, ptx.number(SMALLEST)), ptx.number(1 / quant.E4M3_MAX)))
-    return ptx.bit_and(ptx.add(bits, 0x7FFFFF), 0x7F800000)  # rounded up to a power of two
+        magnitude = ptx.max_f32(magnitude, ptx.lane_distant(magnitude, distance))
+    bits = ptx.bits_of(ptx.max_f32(magnitude, ptx.number(SMALLEST)) * (1 / quant.E4M3_MAX))
+    return (bits + 0x7FFFFF) & 0x7F800000  # rounded up to a power of two
 
 
 # ---- the kernel
@@ -402,7 +402,7 @@ def _init_barriers(memory: Memory, ref: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def init(ctx, ref):
         shared = Shared.of(memory, ref)
-        with ptx.when(ptx.compare("eq", ptx.thread(), 0)):
+        with ptx.when(ptx.thread().equals(0)):
             shared.init_barriers()
             ptx.barrier_init_done()
         ptx.block_barrier()

@@ -462,11 +462,11 @@ def query_tile_emulated(monkeypatch, queries, row, rows, through_registers, seed
         warpgroup = jax.lax.axis_index("warpgroup")
         attention.load_queries(queries, columns, rotary, row, rows, warpgroup, through_registers=through_registers)
         attention.await_queries(barriers, 0)
-        everywhere = ptx.compare("sge", ptx.thread(), 0)
+        everywhere = ptx.thread().signed >= 0
         for i in range(18):
             at = 16 * ptx.thread() + 4096 * i
-            words = ptx.load_shared_words(ptx.add(ptx.shared_address(columns), at))
-            ptx.store_global_words(ptx.add(ptx.global_address(out), at), words, everywhere)
+            words = ptx.load_shared_words(ptx.shared_address(columns) + at)
+            ptx.store_global_words(ptx.global_address(out) + at, words, everywhere)
 
     def load(queries):
         plgpu = attention.plgpu
@@ -509,11 +509,11 @@ def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
         thread, task = ptx.thread(), ptx.constant(cluster * tasks.splits + split)
         for i in range(16):
             at = 16 * thread + 4096 * i
-            words = ptx.load_words(ptx.add(ptx.offset(ptx.global_address(parts), task, 65536), at))
-            ptx.store_shared_words(ptx.add(ptx.shared_address(columns), at), words)
-        with ptx.when(ptx.compare("slt", thread, 64)):
-            log = ptx.load_global(ptx.add(ptx.offset(ptx.global_address(logs), task, 256), 4 * thread))
-            ptx.store_shared(ptx.add(ptx.shared_address(sums), 4 * thread), log)
+            words = ptx.load_global_words(ptx.offset(ptx.global_address(parts), task, 65536) + at)
+            ptx.store_shared_words(ptx.shared_address(columns) + at, words)
+        with ptx.when(thread.signed < 64):
+            log = ptx.load_global(ptx.offset(ptx.global_address(logs), task, 256) + 4 * thread)
+            ptx.store_shared(ptx.shared_address(sums) + 4 * thread, log)
         attention.combine(columns, sums, out, tasks, row, tasks.heads, split, warpgroup)
 
     def combine(*arrays):
