@@ -367,8 +367,8 @@ class Block:
         own = (
             "load_shared_short", "store_shared_short", "increment_shared", "or_shared", "append_at_least",
             "load_global_words_or_zeros", "load_global_floats_or_nan", "load_global_float_or_zero", "store_global_bfloat16",
-            "prefetch", "prefetch_line",
-            "copy_async", "copy_async_word", "copy_async_where", "copies_commit", "copies_done", "block_barrier", "barrier_aligned",
+            "prefetch", "prefetch_line", "copy_async_word",
+            "copy_async", "copy_async_where", "copies_commit", "copies_done", "block_barrier", "barrier_aligned",
             "lane_distant", "alike_in_warp", "reduce_warp", "sum_of_lanes_up_to", "sum_of_lanes_below", "from_lane", "ballot",
             "products_of_codes", "multiply_codes",
         )  # fmt: skip
