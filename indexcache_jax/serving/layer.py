@@ -191,9 +191,8 @@ def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
 def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> tuple[jax.Array, list[jax.Array | Scaled]]:
     """norm(x), and once more for every value of in_8_bits, where it holds in 8 bits."""
     if not any(in_8_bits) and x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
-        h, codes = rms_norm(x, weight, eps), None
-    else:
-        h, codes = ops.normalise(x, weight, eps, in_8_bits=any(in_8_bits))
+        return (h := rms_norm(x, weight, eps)), [h] * len(in_8_bits)
+    h, codes = ops.normalise(x, weight, eps, in_8_bits=any(in_8_bits))
     return h, [codes if wanted else h for wanted in in_8_bits]
 
 

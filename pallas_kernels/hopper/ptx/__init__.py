@@ -10,19 +10,16 @@ from pallas_kernels.hopper.ptx.arithmetic import (
     add_multiples as add_multiples,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    rcp as rcp,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
     as_number as as_number,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     count_at_least as count_at_least,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    div_rn as div_rn,
+    div_full as div_full,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    div_full as div_full,
+    div_rn as div_rn,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     exp2 as exp2,
@@ -65,6 +62,9 @@ from pallas_kernels.hopper.ptx.arithmetic import (
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     population as population,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
+    rcp as rcp,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     rsqrt as rsqrt,
