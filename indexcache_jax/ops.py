@@ -19,11 +19,17 @@ from indexcache_jax import split_cache
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
 from indexcache_jax.sharding import Axes, current, on_each_device, split_over
+from pallas_kernels import attention_denominators as attention_denominators
+from pallas_kernels import attention_target as attention_target
 from pallas_kernels import bits, device, dispatch, hopper, quant
+from pallas_kernels import index_cross_entropy as index_cross_entropy
 from pallas_kernels import index_divergence as index_divergence
 from pallas_kernels import selected_attention as selected_attention
+from pallas_kernels.attention_denominators import api as denominators_api
+from pallas_kernels.attention_target import api as target_api
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
 from pallas_kernels.grouped_matmul import api as grouped_matmul_api
+from pallas_kernels.index_cross_entropy import api as cross_entropy_api
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.latent_cache import api as latent_cache
 from pallas_kernels.quant import Scaled
@@ -111,6 +117,25 @@ def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bo
     Otherwise attention and divergence are computed in XLA.
     """
     return "xla" not in {choice.name for choice in training_choices(batch, length, dtype, config).values()}
+
+
+def distils_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
+    """Whether the kernels that make targets and what index scores miss of them run for activations of this shape."""
+
+    def shape(*sizes: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct((batch, *sizes), dtype)
+
+    queries = shape(length, config.num_heads, config.qk_head_dim)
+    index_queries = shape(length, config.index_n_heads, config.index_head_dim)
+    index = index_queries, shape(length, config.index_head_dim), shape(length, config.index_n_heads, dtype=jnp.float32)
+    words = shape(bits.num_words(length), length, dtype=jnp.int32)
+    target, lse = shape(length, length, dtype=jnp.float32), shape(config.num_heads, length, dtype=jnp.float32)
+    names = (
+        dispatch.best(denominators_api.BACKENDS, queries, queries, words, scale=1.0),
+        dispatch.best(target_api.BACKENDS, target, queries, queries, lse, words, 1.0, scale=1.0),
+        dispatch.best(cross_entropy_api.BACKENDS, *index, target, words),
+    )
+    return "xla" not in names
 
 
 def training_choices(batch: int, length: int, dtype: Any, config: Config) -> dict[str, dispatch.Choice]:

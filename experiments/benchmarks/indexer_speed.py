@@ -4,7 +4,8 @@ A group is an F layer and the S layers that it serves. Its layers run once over 
 made (or the softmax's denominators, where targets are computed at every step), and the F layer's indexer takes some steps of a
 sequence each: what `--experiment=distill --train=indexers` does for every group of a checkpoint. One layer's experts at a time
 are on the device. FLOPs are those that the method needs; the rate they are held against is that of bfloat16 products of 8192 x
-8192 matrices in the same run.
+8192 matrices in the same run. For a whole model targets are taken to be computed at every step where those of all its sequences
+have no room on the device.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ def measure(run: Run) -> dict[str, Any]:
     step, target = clock.median("step", UNTIMED), clock.median("targets", 1) / len(group)
     layer = clock.median("layer", 1) / len(run.tokens)
     work = indexer_training.step_work(run, len(group))
+    whole = dataclasses.replace(run, tokens=np.zeros((WHOLE[0], run.tokens.shape[1]), np.int32))
+    fit_all = matmul is None or indexer_training.rows_on_device(None, whole, len(group)) == WHOLE[0]
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "seconds_per_step": step,
@@ -137,6 +140,7 @@ def measure(run: Run) -> dict[str, Any]:
         "matmul_tflops": None if matmul is None else matmul / 1e12,
         "peak_device_bytes": peak,
         "targets_kept": run.keeps_targets,
+        "all_targets_fit": fit_all,
         "divergence": trained.divergence.tolist(),
     }
 
@@ -145,7 +149,9 @@ def whole_hours(found: dict[str, Any], layers: int, group: int) -> float:
     """Hours for a whole model of so many layers on one device, reading its weights not counted."""
     sequences, steps = WHOLE
     seconds = layers * sequences * (found["seconds_per_layer"] + found["seconds_per_target"])
-    return (seconds + layers / group * steps * found["seconds_per_step"]) / 3600
+    again = found["targets_kept"] and not found["all_targets_fit"]
+    step = found["seconds_per_step"] + (group * found["seconds_per_target"] if again else 0.0)
+    return (seconds + layers / group * steps * step) / 3600
 
 
 def run(output_dir: str, seed: int) -> None:

@@ -70,8 +70,10 @@ FIELDS = {
 PARTS = {
     "selected_attention_forward": "attention",
     "selected_attention_d": "attention's gradient",
+    "denominators_kernel": "divergence",
     "target_kernel": "divergence",
     "scores_kernel": "divergence",
+    "slopes_kernel": "divergence",
     "index_dq_kernel": "divergence",
     "index_dk_kernel": "divergence",
     "mosaic": "selection",

@@ -22,15 +22,15 @@ MEMORY_REGISTERS = 24
 
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def smem(*shape: int) -> Any:
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILED)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED)
 
 
 def streamed(rows: int, width: int, index_map: Any) -> Any:
-    return plgpu.BlockSpec((rows, width), index_map, transforms=_TILED)
+    return plgpu.BlockSpec((rows, width), index_map, transforms=TILED)
 
 
 def by_row(vector: jax.Array, columns: int) -> jax.Array:
@@ -53,18 +53,6 @@ def product(a: Any, b: Any, rows: int, columns: int) -> jax.Array:
         return acc[...]
 
     return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
-
-
-def products(first: tuple[Any, Any], second: tuple[Any, Any], rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """The products of two pairs, computed at the same time."""
-
-    def run(acc: Any, acc2: Any) -> tuple[jax.Array, jax.Array]:
-        plgpu.wgmma(acc, *first)
-        plgpu.wgmma(acc2, *second)
-        return acc[...], acc2[...]
-
-    acc = plgpu.ACC((rows, columns), jnp.float32)
-    return pl.run_scoped(run, acc, acc)
 
 
 def add_products(totals: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:
@@ -104,13 +92,22 @@ def selected_by_column(words: Any, first_word: Any, columns: int) -> jax.Array:
     return lax.shift_right_logical(jnp.where(key < WORD_BITS, low, high), key & (WORD_BITS - 1)) & 1 != 0
 
 
-def call_kernel(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...], scratch: Any, interpret: Any) -> Any:
+def call_kernel(
+    body: Any,
+    outputs: Any,
+    grid: tuple[int, ...],
+    names: tuple[str, ...],
+    scratch: Any,
+    interpret: Any,
+    copies: bool = True,
+) -> Any:
+    """A kernel of WARPGROUPS warpgroups a thread block, and one more that copies for `stream` unless `copies` is False."""
     return plgpu.kernel(
         body,
         out_type=outputs,
         grid=grid,
         grid_names=names,
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS + 1 if copies else WARPGROUPS,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -97,7 +97,9 @@ class Rows:
                 address, has_row = source(row)
                 loads = ptx.select(exists & has_row, 1, 0)
                 address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), thread.lane & 7, 16)
-                halves = [ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
+                halves = [
+                    ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)
+                ]
                 loaded.append((row, piece, exists, halves))
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
@@ -152,7 +154,10 @@ class Tiles:
         self.sizes, self.a, self.thread = sizes, a, thread
         self.name, self.rows, self.width, self.of_group, self.matrix_row = name, rows, width, of_group, matrix_row
         self.pieces = width // BLOCK
-        self.codes, self.scales = shared.allocate(PIECES_IN_FLIGHT * PIECE_BYTES), shared.allocate(PIECES_IN_FLIGHT * 4 * parts.THREADS)
+        self.codes, self.scales = (
+            shared.allocate(PIECES_IN_FLIGHT * PIECE_BYTES),
+            shared.allocate(PIECES_IN_FLIGHT * 4 * parts.THREADS),
+        )
         self.groups = shared.allocate(4 * sizes.groups)
         self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns)
         if a:
@@ -289,9 +294,7 @@ class First:
         for i, exists in parts.indices_of_thread(self.thread, sizes.rows * half // 2):
             column, pair = i // (half // 2), (i % (half // 2)) << 1
             slot = _slot(sizes, self.a, group, column)
-            gates, ups = (
-                ptx.load_shared_floats(self.tiles.sum_at(pair + part * half, column)) for part in range(2)
-            )
+            gates, ups = (ptx.load_shared_floats(self.tiles.sum_at(pair + part * half, column)) for part in range(2))
             word = ptx.to_bfloat16_pair(*(parts.silu(g) * u for g, u in zip(gates, ups, strict=True)))
             at = ptx.max_s32(slot, 0) * sizes.width + tile * half + pair
             ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, exists & (slot.signed >= 0))
@@ -350,7 +353,9 @@ def _shared_bytes(sizes: Sizes, kernel: type[First] | type[Second]) -> int:
     return counted.used + 1024  # for the rows to begin at a multiple of 1024
 
 
-def _call(name: str, kernel: type[First] | type[Second], sizes: Sizes, operands: Mapping[str, jax.Array], out: Any) -> jax.Array:
+def _call(
+    name: str, kernel: type[First] | type[Second], sizes: Sizes, operands: Mapping[str, jax.Array], out: Any
+) -> jax.Array:
     names = [*operands, *out, "shared"]
 
     def body(*refs: Any) -> None:

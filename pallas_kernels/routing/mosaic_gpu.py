@@ -162,5 +162,7 @@ def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> st
         return reason
     rows, experts = logits.shape
     if rows > MAX_ROWS or experts > MAX_EXPERTS or experts % 32 or choices > 32:
-        return f"it takes up to {MAX_ROWS} rows, {MAX_EXPERTS} experts by 32 and 32 choices, not {rows}, {experts} and {choices}"
+        return (
+            f"it takes up to {MAX_ROWS} rows, {MAX_EXPERTS} experts by 32 and 32 choices, not {rows}, {experts} and {choices}"
+        )
     return None
