@@ -215,7 +215,8 @@ def normalise_program(
                 for i in range(2):
                     ptx.store_global_words(ptx.offset(at, ptx.constant(16 * i), 1), result[4 * i : 4 * i + 4], exists)
             if in_8_bits:
-                _store(*results[-2:], rows, width, row, column, exists, floats_of(result))
+                codes, scales = results[-2:]
+                _store(codes, scales, rows, width, row, column, exists, floats_of(result))
 
         def factor_of(total: Value) -> Value:
             mean = sum_of_lanes(total) * (1 / width)

@@ -15,13 +15,18 @@ def quantise_swiglu(gate_up: jax.Array) -> Scaled:
     return quantise_rows(jax.nn.silu(gate) * up)
 
 
+def normalised(rows: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """weight [K] times the first K numbers of rows [..., W] over their root mean square, in the dtype of `weight`."""
+    wide = rows[..., : weight.shape[0]].astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (weight * wide.astype(rows.dtype)).astype(weight.dtype)
+
+
 def normalise_rows(
     rows: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True, in_8_bits: bool = True
 ) -> tuple[jax.Array | None, Scaled | None]:
-    wide = rows[:, : weight.shape[0]].astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    normalised = (weight * wide.astype(rows.dtype)).astype(weight.dtype)
-    return normalised if plain else None, quantise_rows(normalised) if in_8_bits else None
+    result = normalised(rows, weight, eps)
+    return result if plain else None, quantise_rows(result) if in_8_bits else None
 
 
 def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = True) -> jax.Array:
