@@ -32,7 +32,7 @@ from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled
 LANE = 16  # numbers of a lane: 16 bytes of codes
 LANES = BLOCK // LANE  # that share a scale
 SPAN = 32 * LANE  # numbers that a warp has at a time
-STEPS = 2  # times SPAN of a warp where rows are not normalised: loads that are under way
+STEPS = 1  # times SPAN of a warp where rows are not normalised
 KEPT = 6  # times SPAN of a row that a warp keeps in registers; a wider one it reads once more
 MAX_WIDTH = 16 * SPAN
 INFINITY_BITS = 0x7F800000

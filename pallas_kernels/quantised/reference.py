@@ -31,10 +31,10 @@ def normalise_rows(
 
 def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = True) -> jax.Array:
     """x [..., R] with its pairs, neighbours or (j, j + R / 2), rotated by cos and sin [..., R / 2], in float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
-    axis = -1 if interleaved else -2
-    first, second = (jnp.squeeze(half, axis) for half in jnp.split(pairs, 2, axis=axis))
-    return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis).reshape(x.shape)
+    wide, half = x.astype(jnp.float32), x.shape[-1] // 2
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
 
 
 def quantise_index_queries(
