@@ -520,8 +520,8 @@ def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
 def report(result: Result, given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes the plots, results.json and report.md, and prints the overview."""
     images = quality_tables.write_plots(output, result, given.studied.base, given.seeds[0])
-    metrics = {"checkpoint": given.checkpoint.directory, **quality_tables.metrics(result)}
-    title = f"Quality of {given.checkpoint.directory}"
+    metrics = {"checkpoint": given.checkpoint.name, **quality_tables.metrics(result)}
+    title = f"Quality of {given.checkpoint.name}"
     output.finish("quality", metrics, quality_tables.markdown(title, result, options.RETENTION.value, images), layout)
     print(f"\n{quality_tables.terminal(result)}\n\nwritten to {output.directory}/")
 

@@ -125,6 +125,28 @@ def _select(
     return ops.select(queries, cache.index_keys[:, :kv_length], weights, positions, config, key_scales)
 
 
+def _query_latent(p: Layer, product: jax.Array, config: Config, dtype: Any) -> jax.Array | Scaled:
+    """Query latents [B, S, R] from the product [B, S, R + ...] with `down`; in 8 bits where the product with `up` would be."""
+    of_queries = product[..., : config.q_lora_rank]
+    if p.down_bias is None and ops.quantises(of_queries.astype(dtype), p.up):
+        return ops.normalise(product, p.q_norm, config.latent_norm_eps, plain=False)[1]
+    bias = None if p.down_bias is None else p.down_bias[: config.q_lora_rank]
+    return finish_query_latent(of_queries, bias, p.q_norm, config, dtype)
+
+
+def _finish_latents(
+    p: Layer, product: jax.Array, cache: LayerCache, positions: Positions, config: Config, dtype: Any
+) -> tuple[LayerCache, jax.Array | None]:
+    """The cache with new latents from the product with `down` in it, and None; or the cache as it is and the latents."""
+    c, start = config, config.q_lora_rank
+    arguments = product, p.kv_norm, positions, start, c.latent_norm_eps
+    if p.down_bias is None and ops.appends(cache.latents, *arguments):
+        return dataclasses.replace(cache, latents=ops.append_latents(cache.latents, *arguments)), None
+    bias = None if p.down_bias is None else p.down_bias[start:]
+    latents = product[..., start : start + c.latent_dim]
+    return cache, finish_latent(latents, bias, p.kv_norm, positions.cos_sin, c, dtype)
+
+
 def attention(
     p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, kv_length: int, config: Config
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
@@ -134,24 +156,15 @@ def attention(
     """
     c, dtype = config, x.dtype
     with jax.named_scope("project"):
-        (h,) = _normalised(x, p.norm, c.rms_norm_eps)
-        ends, product = [c.q_lora_rank, c.q_lora_rank + c.latent_dim], linear(h, p.down, jnp.float32)
-        q_product, kv_product, index_product = jnp.split(product, ends, axis=-1)
-        q_bias, kv_bias = (None, None) if p.down_bias is None else jnp.split(p.down_bias, ends[:1])
-        q_latent: jax.Array | Scaled
-        if q_bias is None and ops.quantises(h, p.up):
-            _, q_latent = ops.normalise(product, p.q_norm, c.latent_norm_eps, plain=False)
-        else:
-            q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
-        latents, of_latents = None, (p.kv_norm, positions, c.q_lora_rank, c.latent_norm_eps)
-        if kv_bias is None and ops.appends(cache.latents, product, *of_latents):
-            cache = dataclasses.replace(cache, latents=ops.append_latents(cache.latents, product, *of_latents))
-        else:
-            latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
+        h, _ = _normalised(x, p.norm, c.rms_norm_eps)
+        product = linear(h, p.down, jnp.float32)
+        q_latent = _query_latent(p, product, c, dtype)
+        cache, latents = _finish_latents(p, product, cache, positions, c, dtype)
         absorbed = _absorbed_queries(p, q_latent, positions, c)
 
     if p.full:
         with jax.named_scope("index"):
+            index_product = product[..., c.q_lora_rank + c.latent_dim :]
             key_product, weights = jnp.split(index_product, [c.index_head_dim], axis=-1)
             keys = indexer.finish_keys(key_product, p.key_norm, p.key_norm_bias, positions.cos_sin, c, dtype)
             cache = append(cache, latents, keys, positions.queries)
@@ -175,12 +188,12 @@ def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
     return linear(moe.swiglu(*jnp.split(gate_up, 2, axis=-1)), down)
 
 
-def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> list[jax.Array | Scaled]:
+def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> tuple[jax.Array, list[jax.Array | Scaled]]:
     """norm(x), and once more for every value of in_8_bits, where it holds in 8 bits."""
     if not any(in_8_bits) and x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
-        return [rms_norm(x, weight, eps)] * (1 + len(in_8_bits))
+        return (h := rms_norm(x, weight, eps)), [h] * len(in_8_bits)
     h, codes = ops.normalise(x, weight, eps, in_8_bits=any(in_8_bits))
-    return [h, *(codes if wanted else h for wanted in in_8_bits)]
+    return h, [codes if wanted else h for wanted in in_8_bits]
 
 
 def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
@@ -188,10 +201,10 @@ def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
     with jax.named_scope("mlp"):
         m, c = p.mlp, config
         if isinstance(m, Dense):
-            _, h = _normalised(x, p.mlp_norm, c.rms_norm_eps, ops.quantises(x, m.gate_up))
+            _, (h,) = _normalised(x, p.mlp_norm, c.rms_norm_eps, ops.quantises(x, m.gate_up))
             return x + _down_of_swiglu(linear(h, m.gate_up), m.down)
         in_8_bits = ops.quantises(x, m.gate_up, c.num_experts_per_tok), ops.quantises(x, m.shared_gate_up)
-        h, of_experts, of_shared = _normalised(x, p.mlp_norm, c.rms_norm_eps, *in_8_bits)
+        h, (of_experts, of_shared) = _normalised(x, p.mlp_norm, c.rms_norm_eps, *in_8_bits)
         experts, weights = moe.choose(linear(h, m.router, jnp.float32), m.router_bias, c)
         others = (x,) if m.shared_down is None else (_down_of_swiglu(linear(of_shared, m.shared_gate_up), m.shared_down), x)
         out = moe.routed(m, of_experts, experts, weights, c, others, x.dtype)

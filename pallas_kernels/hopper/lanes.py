@@ -22,9 +22,8 @@ WARPS = 4 * WARPGROUPS
 THREADS = 32 * WARPS
 
 Value = Any
-Program = Callable[
-    ..., None
-]  # of the addresses of all arrays, inputs first, and the number of a block; and of shared memory where there is any
+# Of the addresses of all arrays, inputs first, and the number of a block; and of shared memory where there is any.
+Program = Callable[..., None]
 
 
 def call_kernel(

@@ -56,7 +56,8 @@ def append_latents(
     start: int,
     eps: float,
 ) -> Latents:
-    program = append_program(*positions.shape, cache.shape[1], product.shape[-1], start, eps)
+    batch, tokens = positions.shape
+    program = append_program(batch, tokens, cache.shape[1], product.shape[-1], start, eps)
     kept = jax.tree.map(jax.new_ref, cache)
     operands = [product, norm, cos, sin, positions, kept.codes, kept.rotary, kept.scales]
     call_kernel(program, operands, [], -(-positions.size // WARPS))

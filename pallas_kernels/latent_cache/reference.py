@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quant import Latents, quantise_latents
-from pallas_kernels.quantised.reference import normalise_rows, rotated
+from pallas_kernels.quantised.reference import normalised, rotated
 
 
 def append_latents(
@@ -20,9 +20,9 @@ def append_latents(
     start: int,
     eps: float,
 ) -> Latents:
-    (b, s), values, width = positions.shape, norm.shape[0], cache.shape[-1]
-    compressed, _ = normalise_rows(product[..., start:].reshape(b * s, -1), norm, eps, in_8_bits=False)
+    values, width = norm.shape[0], cache.shape[-1]
+    compressed = normalised(product[..., start:], norm, eps)
     rope = rotated(product[..., start + values : start + width], cos, sin).astype(norm.dtype)
-    new = quantise_latents(jnp.concatenate([compressed.reshape(b, s, values), rope], axis=-1), values)
-    rows, columns = jnp.arange(b)[:, None], jnp.where(positions < 0, cache.shape[1], positions)
+    new = quantise_latents(jnp.concatenate([compressed, rope], axis=-1), values)
+    rows, columns = jnp.arange(cache.shape[0])[:, None], jnp.where(positions < 0, cache.shape[1], positions)
     return jax.tree.map(lambda kept, x: kept.at[rows, columns].set(x.astype(kept.dtype), mode="drop"), cache, new)

@@ -32,7 +32,7 @@ from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled
 LANE = 16  # numbers of a lane: 16 bytes of codes
 LANES = BLOCK // LANE  # that share a scale
 SPAN = 32 * LANE  # numbers that a warp has at a time
-STEPS = 2  # times SPAN of a warp where rows are not normalised: loads that are under way
+STEPS = 1  # times SPAN of a warp where rows are not normalised
 KEPT = 6  # times SPAN of a row that a warp keeps in registers; a wider one it reads once more
 MAX_WIDTH = 16 * SPAN
 INFINITY_BITS = 0x7F800000
@@ -215,7 +215,8 @@ def normalise_program(
                 for i in range(2):
                     ptx.store_global_words(ptx.offset(at, ptx.constant(16 * i), 1), result[4 * i : 4 * i + 4], exists)
             if in_8_bits:
-                _store(*results[-2:], rows, width, row, column, exists, floats_of(result))
+                codes, scales = results[-2:]
+                _store(codes, scales, rows, width, row, column, exists, floats_of(result))
 
         def factor_of(total: Value) -> Value:
             mean = sum_of_lanes(total) * (1 / width)

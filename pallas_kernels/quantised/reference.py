@@ -15,21 +15,26 @@ def quantise_swiglu(gate_up: jax.Array) -> Scaled:
     return quantise_rows(jax.nn.silu(gate) * up)
 
 
+def normalised(rows: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """weight [K] times the first K numbers of rows [..., W] over their root mean square, in the dtype of `weight`."""
+    wide = rows[..., : weight.shape[0]].astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (weight * wide.astype(rows.dtype)).astype(weight.dtype)
+
+
 def normalise_rows(
     rows: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True, in_8_bits: bool = True
 ) -> tuple[jax.Array | None, Scaled | None]:
-    wide = rows[:, : weight.shape[0]].astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    normalised = (weight * wide.astype(rows.dtype)).astype(weight.dtype)
-    return normalised if plain else None, quantise_rows(normalised) if in_8_bits else None
+    result = normalised(rows, weight, eps)
+    return result if plain else None, quantise_rows(result) if in_8_bits else None
 
 
 def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = True) -> jax.Array:
     """x [..., R] with its pairs, neighbours or (j, j + R / 2), rotated by cos and sin [..., R / 2], in float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
-    axis = -1 if interleaved else -2
-    first, second = (jnp.squeeze(half, axis) for half in jnp.split(pairs, 2, axis=axis))
-    return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis).reshape(x.shape)
+    wide, half = x.astype(jnp.float32), x.shape[-1] // 2
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
 
 
 def quantise_index_queries(

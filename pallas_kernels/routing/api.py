@@ -74,9 +74,8 @@ def choose(
     Weights have the gradient of the reference. Arguments, `implementation` and errors as of `route`.
     """
     if logits.ndim != 2 or bias.shape != logits.shape[1:] or not 1 <= choices <= logits.shape[1]:
-        raise ValueError(
-            f"choose: expected logits [N, E], bias [E] and 1 to E choices, got {logits.shape}, {bias.shape}, {choices}"
-        )
+        shapes = f"{logits.shape}, {bias.shape}, {choices}"
+        raise ValueError(f"choose: expected logits [N, E], bias [E] and 1 to E choices, got {shapes}")
     options = {"choices": choices, "normalised": normalised, "scale": scale}
     return dispatch.call("choose", CHOOSE_BACKENDS, implementation, logits, bias, **options)
 

@@ -36,7 +36,8 @@ def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> st
 
 
 def choose(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float) -> tuple[jax.Array, jax.Array]:
-    return _choose(logits, bias, Options(*logits.shape, choices, normalised, scale, shared=False))
+    rows, experts = logits.shape
+    return _choose(logits, bias, Options(rows, experts, choices, normalised, scale, shared=False))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -119,13 +119,14 @@ def _one_by_one(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, s
     """`forward` for at most 32 heads, by the kernel of mosaic_gpu_few_heads.py."""
     from pallas_kernels.hopper.columns import KEYS
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
+    from pallas_kernels.sparse_mla.mosaic_gpu_few_heads_tasks import Tasks as FewHeadsTasks
 
     (b, s, h, width), t = queries.shape, latents.shape[1]
     lists = _in_blocks(indices.reshape(b * s, -1), KEYS)
     blocks = lists.shape[1] // KEYS
     # A decode step has full lists or short contexts, and another kernel would cost more than it saves.
     counts = blocks_to_visit(lists, KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
-    tasks = mosaic_gpu_few_heads.Tasks(b, s, h, t, blocks)
+    tasks = FewHeadsTasks(b, s, h, t, blocks)
     flat = queries.reshape(b * s * h, width), latents.reshape(b * t, width), lists, counts
     return mosaic_gpu_few_heads.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
 
@@ -181,14 +182,14 @@ def _in_tiles(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, sca
 
 def forward(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
     """queries [B, S, H, 576], bfloat16 latents [B, T, 576] and indices [B, S, k] -> [B, S, H, 512] bfloat16."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
+    from pallas_kernels.sparse_mla.mosaic_gpu_few_heads_tasks import MAX_HEADS
 
     b, s, h, _ = queries.shape
     t, k = latents.shape[1], indices.shape[2]
     packed = queries_per_tile(b, s, padded_heads(h), t)
     in_tiles = functools.partial(_in_tiles, scale=scale, packed=packed)
     is_split = splits_of(b * s, -(-k // PAIR)) > 1
-    if h > mosaic_gpu_few_heads.MAX_HEADS or is_split:
+    if h > MAX_HEADS or is_split:
         return in_tiles(queries, latents, indices)
     one_by_one = functools.partial(_one_by_one, scale=scale)
     if packed == 1:

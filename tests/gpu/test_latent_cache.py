@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import append_latents
-from pallas_kernels.hopper import device as hopper
+from pallas_kernels import append_latents, hopper
 from tests.pallas_kernels.test_latent_cache import check_same, inputs
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu" or hopper.why_not() is not None, reason=str(hopper.why_not()))

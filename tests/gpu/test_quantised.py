@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import normalise_rows, quantise_index_queries, quantise_rows, quantise_swiglu
-from pallas_kernels.hopper import device as hopper
+from pallas_kernels import hopper, normalise_rows, quantise_index_queries, quantise_rows, quantise_swiglu
 from pallas_kernels.quantised import reference
 from tests.pallas_kernels.test_quantised import check_same, drawn
 
@@ -39,7 +38,7 @@ def test_normalised_rows_are_those_of_the_reference(rows, of_row, width, dtype):
     check_same(found, jax.jit(reference.quantise_rows)(normalised))
 
 
-@pytest.mark.parametrize("rows, heads", [(1, 1), (300, 32), (1000, 64)])
+@pytest.mark.parametrize("rows, heads", [(2, 1), (300, 32), (1000, 64)])
 def test_index_queries_are_those_of_the_reference(rows, heads):
     product = drawn(rows, heads * 128).reshape(rows, heads, 128).at[-1, -1, 0].set(jnp.inf)
     angles = jnp.asarray(np.random.default_rng(rows).uniform(0, 6, (rows, 32)), jnp.float32)

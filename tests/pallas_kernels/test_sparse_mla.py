@@ -401,11 +401,12 @@ def few_heads_emulated(monkeypatch, queries, latents, indices, seed, num_sms=2):
     """What the kernel for few heads makes of a case, each multiprocessor doing every `num_sms`-th query."""
     from pallas_kernels.hopper.columns import KEYS
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads as few
+    from pallas_kernels.sparse_mla.mosaic_gpu_few_heads_tasks import Tasks
 
     b, s, h, width = queries.shape
     lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % KEYS)), constant_values=-1)
     counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), KEYS))
-    tasks = few.Tasks(b, s, h, latents.shape[1], lists.shape[1] // KEYS)
+    tasks = Tasks(b, s, h, latents.shape[1], lists.shape[1] // KEYS)
     flat = np.asarray(queries).reshape(-1, width), np.asarray(latents).reshape(-1, width), lists, counts
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)
