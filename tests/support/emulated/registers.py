@@ -238,8 +238,6 @@ def _leading_zeros(x):
 
 
 PURE = {
-    "typed": lambda x: x,
-    "as_value": lambda x: x,
     "opaque": lambda x: x,
     "select": select,
     "min_u32": lambda a, b: wrapped(np.minimum(unsigned(a), unsigned(b))),
