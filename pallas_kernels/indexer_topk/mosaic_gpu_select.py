@@ -52,6 +52,8 @@ _SLACK = 256  # blocks too many that end the search for the threshold
 _SAMPLE_MARGIN = 32  # sampled scores, with a quarter of those expected above the k-th best: the guess is that much lower
 SHARED_BYTES = 228_000  # of 232448, less what Mosaic reserves
 _WARP_SUMS = 32  # words: one for each warp
+# The lines of one word a warp: 0 and 1 alternate in ordered passes, the others serve searches.
+_SUMS_OF_BINS, _FOUND_BIN, _LEAST, _MOST, _LINES = 2, 3, 4, 5, 8
 
 Pair = tuple[Any, Any]
 
@@ -141,7 +143,7 @@ class Problem:
 
     @property
     def _fixed_bytes(self) -> int:
-        return 4 * _BINS + 2 * self.list_capacity + 4 * 8 * _WARP_SUMS
+        return 4 * _BINS + 2 * self.list_capacity + 4 * _LINES * _WARP_SUMS
 
     @property
     def buffer_bytes(self) -> int:
@@ -150,8 +152,8 @@ class Problem:
         round = 4 * self.config.threads  # all threads read whole rounds
         return max(8 * self.capacity, 4 * -(-values // round) * round)
 
-    # The histogram comes first, then eight lines of one word per warp (0 and 1 alternate in ordered passes, the others
-    # serve searches), then the buffer, the list and where chunks under way arrive.
+    # The histogram comes first, then the lines of one word per warp, then the buffer, the list and where chunks under way
+    # arrive.
 
     @property
     def sums(self) -> int:
@@ -159,7 +161,7 @@ class Problem:
 
     @property
     def buffer(self) -> int:
-        return self.sums + 4 * 8 * _WARP_SUMS
+        return self.sums + 4 * _LINES * _WARP_SUMS
 
     @property
     def block_list(self) -> int:
@@ -255,42 +257,14 @@ class _Row:
         `visit_keys(add)` calls add(key, valid) for every key. Returns lo, hi and how many of the range's members the
         `rank` largest keys take, given that all keys above it are taken.
         """
-        per_thread = _BINS // self.threads
 
         def one(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
             lo, hi, need = carry
             width = hi - lo
             used = ptx.constant(32) - ptx.leading_zeros(width)
             shift = ptx.select(used > _LOG_BINS, used - _LOG_BINS, 0)
-            for j in range(per_thread):
-                ptx.store_shared(self.histogram + ((self.thread + j * self.threads) << 2), 0)
-            self.barrier()
-
-            def add(key: Any, valid: Any = None) -> None:
-                below = hi - key  # wraps for keys above the range, so one comparison sees both ends
-                inside = below <= width
-                inside = inside if valid is None else valid & inside
-                ptx.increment_shared(self.histogram + ((below >> shift) << 2), inside)
-
-            visit_keys(add)
-            self.barrier()
-            mine = self.histogram + self.thread * (4 * per_thread)
-            counts = [ptx.load_shared(mine + 4 * j) for j in range(per_thread)]
-            total = ptx.total(counts)
-            scanned = ptx.sum_of_lanes_up_to(total)
-            with ptx.when(self.lane.equals(31)):
-                ptx.store_shared(self.line(2) + (self.warp << 2), scanned)
-            self.barrier()
-            sums = self.warp_sums(self.line(2))
-            before = ptx.reduce_warp("add", ptx.select(self.lane < self.warp, sums, 0)) + scanned - total
-            for j, count in enumerate(counts):
-                hit = (before < need) & (before + count >= need)
-                ptx.store_shared(self.line(3), self.thread * per_thread + j, hit)
-                ptx.store_shared(self.line(3) + 4, before, hit)
-                ptx.store_shared(self.line(3) + 8, count, hit)
-                before = before + count
-            self.barrier()
-            number, above, members = (ptx.load_shared(self.line(3) + 4 * i) for i in range(3))
+            self.count_in_bins(visit_keys, hi, width, shift)
+            number, above, members = self.bin_of_rank(need)
             new_hi = hi - (number << shift)
             bin_width = ptx.constant(1) << shift
             new_lo = ptx.select(new_hi - lo < bin_width, lo, new_hi - (bin_width - 1))
@@ -299,6 +273,42 @@ class _Row:
             return [new_lo, new_hi, need], [], more
 
         return ptx.repeat([lo, hi, rank], one, 0)
+
+    def count_in_bins(self, visit_keys: Callable[[Callable[..., None]], None], hi: Any, width: Any, shift: Any) -> None:
+        """Makes the histogram of the keys from hi - width to hi: bin i counts those that are i << shift or more below hi."""
+        for j in range(_BINS // self.threads):
+            ptx.store_shared(self.histogram + ((self.thread + j * self.threads) << 2), 0)
+        self.barrier()
+
+        def add(key: Any, valid: Any = None) -> None:
+            below = hi - key  # wraps for keys above the range, so one comparison sees both ends
+            inside = below <= width
+            inside = inside if valid is None else valid & inside
+            ptx.increment_shared(self.histogram + ((below >> shift) << 2), inside)
+
+        visit_keys(add)
+        self.barrier()
+
+    def bin_of_rank(self, rank: Any) -> list[Any]:
+        """The bin that the `rank`-th key of the histogram is in, how many keys the bins before it have, and how many it has."""
+        per_thread = _BINS // self.threads
+        mine = self.histogram + self.thread * (4 * per_thread)
+        counts = [ptx.load_shared(mine + 4 * j) for j in range(per_thread)]
+        total = ptx.total(counts)
+        scanned = ptx.sum_of_lanes_up_to(total)
+        with ptx.when(self.lane.equals(31)):
+            ptx.store_shared(self.line(_SUMS_OF_BINS) + (self.warp << 2), scanned)
+        self.barrier()
+        sums = self.warp_sums(self.line(_SUMS_OF_BINS))
+        before = ptx.reduce_warp("add", ptx.select(self.lane < self.warp, sums, 0)) + scanned - total
+        for j, count in enumerate(counts):
+            hit = (before < rank) & (before + count >= rank)
+            ptx.store_shared(self.line(_FOUND_BIN), self.thread * per_thread + j, hit)
+            ptx.store_shared(self.line(_FOUND_BIN) + 4, before, hit)
+            ptx.store_shared(self.line(_FOUND_BIN) + 8, count, hit)
+            before = before + count
+        self.barrier()
+        return [ptx.load_shared(self.line(_FOUND_BIN) + 4 * i) for i in range(3)]
 
     # -- 1. threshold
 
@@ -349,11 +359,11 @@ class _Row:
         least, most = self.fold_values(count, address, [ptx.constant(KEY_OF_NONE), ptx.constant(0)], visit)
         least, most = ptx.reduce_warp("min", least), ptx.reduce_warp("max", most)
         with ptx.when(self.lane.equals(0)):
-            ptx.store_shared(self.line(4) + (self.warp << 2), least)
-            ptx.store_shared(self.line(5) + (self.warp << 2), most)
+            ptx.store_shared(self.line(_LEAST) + (self.warp << 2), least)
+            ptx.store_shared(self.line(_MOST) + (self.warp << 2), most)
         self.barrier()
         there = (self.lane & (self.warps - 1)) << 2
-        least, most = ptx.load_shared(self.line(4) + there), ptx.load_shared(self.line(5) + there)
+        least, most = ptx.load_shared(self.line(_LEAST) + there), ptx.load_shared(self.line(_MOST) + there)
         return ptx.reduce_warp("min", least), ptx.reduce_warp("max", most)
 
     def threshold(self, count: Any, rank: Any, slack: Any, address: Callable[[Any], Any]) -> list[Any]:
@@ -415,9 +425,9 @@ class _Row:
 
         mine = ptx.reduce_warp("max", ptx.loop(self.rounds(count), [ptx.constant(0)], step)[0])
         with ptx.when(self.lane.equals(0)):
-            ptx.store_shared(self.line(4) + (self.warp << 2), mine)
+            ptx.store_shared(self.line(_LEAST) + (self.warp << 2), mine)
         self.barrier()
-        return ptx.reduce_warp("max", ptx.load_shared(self.line(4) + ((self.lane & (self.warps - 1)) << 2)))
+        return ptx.reduce_warp("max", ptx.load_shared(self.line(_LEAST) + ((self.lane & (self.warps - 1)) << 2)))
 
     def in_order(self, count: Any, lo: Any, hi: Any, room: Any, sink: Callable[[Any, Any, Any, Any], None]) -> None:
         """sink(chosen, rank, score bits, position) over the buffer: chosen are the candidates above `hi` and the first
@@ -587,6 +597,15 @@ class _Row:
         self.in_order(count, lo, hi, room, sink)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loads:
+    """A thread's loads of a chunk: their first positions, four scores each, and what these have to reach."""
+
+    positions: list[Any]
+    values: list[list[Any]]
+    limits: list[Any]
+
+
 class _Stream:
     """Step 3 of a row. `begin` starts the copies of the first chunks, `fill` works them off and starts the others.
 
@@ -645,12 +664,10 @@ class _Stream:
             chunk, count = carry
             stage = (chunk & (stages - 1)) * self.p.stage_bytes
             ptx.copies_done(stages - 1)
-            places = [self.place(chunk, load) for load in range(loads)]
-            values = [self.arrived(stage, load, position) for load, (_, position) in enumerate(places)]
-            limits = [ptx.float_of(ptx.select(real, ptx.bits_of(limit), NO_VALUE)) for real, _ in places]
+            come = self.loads_of(chunk, stage, limit)
             packed = ptx.constant(0)  # a byte per load, at most 4 x 32 lanes each
             for load in range(loads):
-                packed = ptx.count_at_least(values[load], limits[load], packed, 1 << (8 * load))
+                packed = ptx.count_at_least(come.values[load], come.limits[load], packed, 1 << (8 * load))
             if self.p.config.leave_out == "append":
                 self.fetch(chunk + stages, stage)
                 chunk = chunk + 1
@@ -664,17 +681,30 @@ class _Stream:
 
             def append() -> None:
                 self.fetch(chunk + stages, stage)
-                first = count + before
-                for load in range(loads):
-                    address = row.buffer + ((first + ((before_lane >> (8 * load)) & 255)) << 3)
-                    ptx.append_at_least(values[load], limits[load], address, places[load][1])
-                    first = first + parts[load]
+                self.append(come, count + before, before_lane, parts)
 
             ptx.branch(fits, append)
             chunk, count = chunk + ptx.as_number(fits), ptx.select(fits, count + total, count)
             return [chunk, count], [], fits & (chunk < chunks)
 
         return ptx.repeat([chunk, count], one, 0)
+
+    def loads_of(self, chunk: Any, stage: Any, limit: Any) -> _Loads:
+        """What has come of a chunk; loads without anything have a limit that no score reaches."""
+        places = [self.place(chunk, load) for load in range(self.loads)]
+        values = [self.arrived(stage, load, position) for load, (_, position) in enumerate(places)]
+        limits = [ptx.float_of(ptx.select(real, ptx.bits_of(limit), NO_VALUE)) for real, _ in places]
+        return _Loads([position for _, position in places], values, limits)
+
+    def append(self, come: _Loads, first: Any, before_lane: Any, of_warp: list[Any]) -> None:
+        """Writes the scores that reach their limits to the buffer, those of a warp from `first` on, load by load.
+
+        before_lane: a byte per load, how many of them earlier lanes have; of_warp: how many the warp has of each load.
+        """
+        for load in range(self.loads):
+            address = self.row.buffer + ((first + ((before_lane >> (8 * load)) & 255)) << 3)
+            ptx.append_at_least(come.values[load], come.limits[load], address, come.positions[load])
+            first = first + of_warp[load]
 
     def fill(self, threshold: Any, top: Any) -> list[Any]:
         """Fills the buffer with the scores that reach the threshold: how many, and the new threshold. No key is above `top`.
@@ -700,13 +730,15 @@ class _Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Global addresses of the arrays of `select`; maxima may be None."""
+    """Global addresses of the arrays of `select`."""
 
-    scores: Any
-    maxima: Any
-    positions: Any
-    lengths: Any
-    out: Any
+    # Input
+    scores: Any  # [B, S', T'] float32
+    maxima: Any  # [B, S', T' / 16] float32, or None
+    positions: Any  # [B, S] int32
+    lengths: Any  # [B] int32
+    # Output
+    out: Any  # [B, S, k] int32
 
 
 def select_rows(p: Problem, block: ptx.Word, arrays: Arrays, shared: ptx.Word) -> None:
@@ -773,8 +805,8 @@ def select(
         @plgpu.inline_mgpu(arg_types=(ref,) * len(refs) + (scalar,))
         def program(ctx: Any, *values: Any) -> None:
             *inputs, out, shared, block = values
-            scores, *given, positions, lengths = (ptx.global_address(x) for x in inputs)
-            arrays = Arrays(scores, given[0] if given else None, positions, lengths, ptx.global_address(out))
+            scores, *maxima, positions, lengths = map(ptx.global_address, inputs)
+            arrays = Arrays(scores, maxima[0] if maxima else None, positions, lengths, ptx.global_address(out))
             select_rows(problem, ptx.scalar(block), arrays, ptx.shared_address(shared))
 
         program(*refs, jax.lax.axis_index("block"))
@@ -782,7 +814,7 @@ def select(
     kernel = plgpu.kernel(
         indexer_select,
         out_type=jax.ShapeDtypeStruct((b, s, k), jnp.int32),
-        scratch_types=[plgpu.SMEM((config.rows * problem.row_bytes // 4,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((config.rows * problem.row_bytes // 4,), jnp.int32)],  # `Problem` lays it out
         grid=(-(-problem.rows // config.rows),),
         grid_names=("block",),
         num_threads=config.rows * config.threads // 128,
