@@ -25,6 +25,8 @@ from pallas_kernels import selected_attention as selected_attention
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.quant import Scaled
+from pallas_kernels.routed_mlp import api as routed_mlp  # noqa: F401  for serving.few_rows
+from pallas_kernels.routing import api as routing  # noqa: F401  for serving.few_rows
 from pallas_kernels.selected_attention import api as selected_attention_api
 
 # The logical axes that arrays are split by: their rows; these and their cached positions, their queries, or queries and heads.

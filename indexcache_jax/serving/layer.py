@@ -55,7 +55,7 @@ def by_head(x: jax.Array, matrices: jax.Array) -> jax.Array:
     return product.swapaxes(0, 1)[:, None]
 
 
-def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
+def absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R]."""
     inputs = ("heads",), ("heads",), ("batch", "queries"), ("batch", "queries")
     on_each = sharding.on_each_device(functools.partial(_absorb, config=config), inputs, ("batch", "queries", "heads"))
@@ -88,7 +88,7 @@ def _absorb(up: jax.Array | Scaled, k_up: jax.Array, q_latent: jax.Array, cos_si
     return absorbed.at[..., c.kv_lora_rank :].set(rope)
 
 
-def _select(
+def select(
     p: Layer, q_latent: jax.Array, weights: jax.Array, cache: LayerCache, positions: Positions, kv_length: int, config: Config
 ) -> jax.Array:
     """The indices [B, S, k] of an F layer; `weights` [B, S, Hi] are the product that the head weights are made from."""
@@ -117,25 +117,32 @@ def attention(
         q_bias, kv_bias = (None, None) if p.down_bias is None else jnp.split(p.down_bias, ends[:1])
         q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
         latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
-        absorbed = _absorbed_queries(p, q_latent, positions, c)
+        absorbed = absorbed_queries(p, q_latent, positions, c)
 
     if p.full:
         with jax.named_scope("index"):
             key_product, weights = jnp.split(index_product, [c.index_head_dim], axis=-1)
             keys = indexer.finish_keys(key_product, p.key_norm, p.key_norm_bias, positions.cos_sin, c, dtype)
             cache = append(cache, latents, keys, positions.queries)
-            indices = _select(p, q_latent, weights, cache, positions, kv_length, c)
+            indices = select(p, q_latent, weights, cache, positions, kv_length, c)
     else:
         cache = append(cache, latents, None, positions.queries)
     assert indices is not None  # the first layer is F
 
+    return attend(p, x, absorbed, indices, cache, kv_length, c), indices, cache
+
+
+def attend(
+    p: Layer, x: jax.Array, absorbed: jax.Array, indices: jax.Array, cache: LayerCache, kv_length: int, config: Config
+) -> jax.Array:
+    """x + the output of attention with absorbed queries [B, S, H, C + dr] to selected latents."""
     with jax.named_scope("attend"):
-        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, c)
+        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, config)
         split = "batch", "queries", "heads"
         heads = sharding.on_each_device(by_head, (split, ("heads",)), split)(context, p.v_up)
         out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")
         x = x + (out if p.out_bias is None else out + p.out_bias)
-        return sharding.constrain(x, "batch", "queries", None), indices, cache
+        return sharding.constrain(x, "batch", "queries", None)
 
 
 def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:

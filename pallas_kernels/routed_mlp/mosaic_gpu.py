@@ -152,7 +152,8 @@ class Tiles:
         self.sizes, self.a, self.thread = sizes, a, thread
         self.name, self.rows, self.width, self.of_group, self.matrix_row = name, rows, width, of_group, matrix_row
         self.pieces = width // BLOCK
-        self.codes, self.scales = shared.allocate(PIECES_IN_FLIGHT * PIECE_BYTES), shared.allocate(PIECES_IN_FLIGHT * 4 * parts.THREADS)
+        self.codes = shared.allocate(PIECES_IN_FLIGHT * PIECE_BYTES)
+        self.scales = shared.allocate(PIECES_IN_FLIGHT * 4 * parts.THREADS)
         self.groups = shared.allocate(4 * sizes.groups)
         self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns)
         if a:
@@ -289,9 +290,7 @@ class First:
         for i, exists in parts.indices_of_thread(self.thread, sizes.rows * half // 2):
             column, pair = ptx.div(i, half // 2), ptx.shift_left(ptx.rem(i, half // 2), 1)
             slot = _slot(sizes, self.a, group, column)
-            gates, ups = (
-                ptx.load_shared_floats(self.tiles.sum_at(ptx.add(pair, part * half), column)) for part in range(2)
-            )
+            gates, ups = (ptx.load_shared_floats(self.tiles.sum_at(ptx.add(pair, part * half), column)) for part in range(2))
             word = ptx.to_bfloat16_pair(*(ptx.times(parts.silu(g), u) for g, u in zip(gates, ups, strict=True)))
             at = ptx.add(ptx.mul(ptx.maximum(slot, 0), sizes.width), ptx.mul(tile, half), pair)
             ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, ptx.both(exists, ptx.compare("sge", slot, 0)))
@@ -350,7 +349,9 @@ def _shared_bytes(sizes: Sizes, kernel: type[First] | type[Second]) -> int:
     return counted.used + 1024  # for the rows to begin at a multiple of 1024
 
 
-def _call(name: str, kernel: type[First] | type[Second], sizes: Sizes, operands: Mapping[str, jax.Array], out: Any) -> jax.Array:
+def _call(
+    name: str, kernel: type[First] | type[Second], sizes: Sizes, operands: Mapping[str, jax.Array], out: Any
+) -> jax.Array:
     names = [*operands, *out, "shared"]
 
     def body(*refs: Any) -> None:

@@ -42,7 +42,9 @@ def route(
       ValueError for shapes that do not fit, NotImplementedError where the named implementation cannot serve.
     """
     if logits.ndim != 2 or bias.shape != logits.shape[1:] or not 1 <= choices <= logits.shape[1]:
-        raise ValueError(f"route: expected logits [N, E], bias [E] and 1 to E choices, got {logits.shape}, {bias.shape}, {choices}")
+        raise ValueError(
+            f"route: expected logits [N, E], bias [E] and 1 to E choices, got {logits.shape}, {bias.shape}, {choices}"
+        )
     options = {"choices": choices, "normalised": normalised, "scale": scale, "shared": shared}
     return dispatch.call("route", BACKENDS, implementation, logits.astype(jnp.float32), bias.astype(jnp.float32), **options)
 

@@ -124,7 +124,8 @@ def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
-    p = Options(*logits.shape, choices, normalised, scale, shared)
+    rows, experts = logits.shape
+    p = Options(rows, experts, choices, normalised, scale, shared)
     outs, counted = outputs(p), SharedMemory()
     Program(p, {}, None, counted)
     names = ["logits", "bias", *outs]
@@ -156,5 +157,7 @@ def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> st
         return reason
     rows, experts = logits.shape
     if rows > MAX_ROWS or experts > MAX_EXPERTS or experts % 32 or choices > 32:
-        return f"it takes up to {MAX_ROWS} rows, {MAX_EXPERTS} experts by 32 and 32 choices, not {rows}, {experts} and {choices}"
+        return (
+            f"it takes up to {MAX_ROWS} rows, {MAX_EXPERTS} experts by 32 and 32 choices, not {rows}, {experts} and {choices}"
+        )
     return None

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.routing.arrays import Routes
 
 
-def choose(
-    logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float
-) -> tuple[jax.Array, jax.Array]:
+def choose(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float) -> tuple[jax.Array, jax.Array]:
     """The experts [N, k] of largest sigmoid(logits) + bias, the lower number first among equals, and their weights [N, k]."""
     scores = jax.nn.sigmoid(logits)
     experts = jax.lax.top_k(scores + bias, choices)[1]
@@ -36,9 +34,7 @@ def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: 
     return Routes(experts, weights, groups, jnp.sum(used, dtype=jnp.int32)[None], slots)
 
 
-def route(
-    logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool
-) -> Routes:
+def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
     experts, weights = choose(logits, bias, choices=choices, normalised=normalised, scale=scale)
     return tables(experts, weights, logits.shape[1], shared=shared)
 

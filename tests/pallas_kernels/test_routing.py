@@ -16,7 +16,9 @@ from tests.support import ptx_emulator
 
 def emulated(monkeypatch, logits, bias, **options):
     p = mosaic_gpu.Options(*logits.shape, **options)
-    arrays = {name: np.asarray(x, np.float32).reshape(-1).view(np.int32).copy() for name, x in (("logits", logits), ("bias", bias))}
+    arrays = {
+        name: np.asarray(x, np.float32).reshape(-1).view(np.int32).copy() for name, x in (("logits", logits), ("bias", bias))
+    }
     outs = mosaic_gpu.outputs(p)
     arrays |= {name: np.full(int(np.prod(out.shape)), 0x5A5A5A5A, np.int32) for name, out in outs.items()}
     counted = parts.SharedMemory()
@@ -43,7 +45,9 @@ def logits_of(kind, rows, experts):
 
 
 @pytest.mark.parametrize("kind", ["random", "tied", "extreme", "same"])
-@pytest.mark.parametrize("rows,experts,choices,shared", [(1, 32, 1, False), (16, 64, 4, True), (19, 256, 8, True), (64, 96, 3, False)])
+@pytest.mark.parametrize(
+    "rows,experts,choices,shared", [(1, 32, 1, False), (16, 64, 4, True), (19, 256, 8, True), (64, 96, 3, False)]
+)
 def test_routes_are_those_of_the_reference(monkeypatch, kind, rows, experts, choices, shared):
     logits = logits_of(kind, rows, experts)
     bias = jnp.asarray(np.random.default_rng(1).standard_normal(experts) * (kind != "tied"), jnp.float32)
@@ -57,7 +61,9 @@ def test_routes_are_those_of_the_reference(monkeypatch, kind, rows, experts, cho
 
 
 def test_the_reference_chooses_as_the_model_does():
-    config = types.SimpleNamespace(n_group=1, num_experts_per_tok=3, n_routed_experts=32, norm_topk_prob=True, routed_scaling_factor=2.5)
+    config = types.SimpleNamespace(
+        n_group=1, num_experts_per_tok=3, n_routed_experts=32, norm_topk_prob=True, routed_scaling_factor=2.5
+    )
     logits, bias = logits_of("tied", 9, 32), jnp.zeros(32)
     exact = moe._choose(logits, bias, config)
     ours = reference.choose(logits, bias, choices=3, normalised=True, scale=2.5)
