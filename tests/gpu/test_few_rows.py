@@ -1,4 +1,4 @@
-"""A token each of a few rows through the kernels of serving.few_rows on a Hopper GPU: against references and the layers in XLA."""
+"""A token each of a few rows through its kernels on a Hopper GPU, against references and the layers in XLA."""
 
 import functools
 
