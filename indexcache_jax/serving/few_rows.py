@@ -19,7 +19,7 @@ from indexcache_jax.norm import rms_norm
 from indexcache_jax.positions import Positions
 from indexcache_jax.serving import fused
 from indexcache_jax.serving.cache import Cache, LayerCache
-from indexcache_jax.serving.layer import absorbed_queries, attend, linear, mlp, select
+from indexcache_jax.serving.layer import attend, linear, mlp, select
 from indexcache_jax.serving.weights import Dense, Experts, Layer, Weights
 from pallas_kernels.quant import Scaled
 
@@ -81,7 +81,9 @@ def attention(
         given = fused.attention_weights(p, cache, positions, config)
         q_latent, *arrays = ops.decode_layer.latents_of_rows(product, given)
         cache = LayerCache(*arrays)
-        absorbed = absorbed_queries(p, q_latent, positions, config)
+        # XLA would make one product of this and that with `index_up`.
+        product_up = linear(jax.lax.optimization_barrier(q_latent), p.up)
+        absorbed = ops.decode_layer.absorbed_queries(product_up, p.k_up, positions.cos_sin)
     if p.full:
         with jax.named_scope("index"):
             head_weights = product[..., config.q_lora_rank + config.latent_dim + config.index_head_dim :]

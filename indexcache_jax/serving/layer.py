@@ -55,7 +55,7 @@ def by_head(x: jax.Array, matrices: jax.Array) -> jax.Array:
     return product.swapaxes(0, 1)[:, None]
 
 
-def absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
+def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R]."""
     inputs = ("heads",), ("heads",), ("batch", "queries"), ("batch", "queries")
     on_each = sharding.on_each_device(functools.partial(_absorb, config=config), inputs, ("batch", "queries", "heads"))
@@ -117,7 +117,7 @@ def attention(
         q_bias, kv_bias = (None, None) if p.down_bias is None else jnp.split(p.down_bias, ends[:1])
         q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
         latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
-        absorbed = absorbed_queries(p, q_latent, positions, c)
+        absorbed = _absorbed_queries(p, q_latent, positions, c)
 
     if p.full:
         with jax.named_scope("index"):

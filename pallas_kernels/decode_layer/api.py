@@ -20,6 +20,7 @@ from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeigh
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import BLOCK, Latents, Scaled
 
+MAX_NOPE = 192  # of a head: all its loads are in registers at once
 MAX_HEADS = 128  # a thread block's share of the value and key matrices is of one head or two
 # Matrices that may be `Scaled`: those of a group all or none.
 IN_CODES = (("up", "index_up"), ("out",), ("gate_up", "expert_down", "shared_gate_up", "shared_down"))
@@ -102,15 +103,28 @@ def latents_of_rows(
     return mosaic_gpu_rows.latents_of_rows(product, layer)
 
 
+def absorbed_queries(product: jax.Array, k_up: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Queries [N, 1, H, C + dr] bfloat16 of few rows: a head's part without rope times its key matrix, and the rotated part.
+
+    product: [N, 1, H (dn + dr)] bfloat16, the queries' projection up. k_up: [H, C, dn] bfloat16. cos_sin: of the rope angles,
+    [N, 1, dr / 2] float32 each.
+    """
+    from pallas_kernels.decode_layer import mosaic_gpu_rows
+
+    return mosaic_gpu_rows.absorbed_queries(product, k_up, cos_sin)
+
+
 def why_not_rows(layer: AttentionWeights) -> str | None:
-    """Why `latents_of_rows` cannot serve a layer, None where it can."""
+    """Why `latents_of_rows` and `absorbed_queries` cannot serve a layer, None where they can."""
     if reason := hopper.why_not():
         return reason
     if layer.position.shape[1] != 1:
         return f"it takes a token a row, not {layer.position.shape[1]}"
-    vectors = {layer.weights[name].dtype for name in ("q_norm", "kv_norm")}
-    if vectors != {jnp.dtype(jnp.bfloat16)}:
-        return f"it takes norms in bfloat16, not in {sorted(map(str, vectors))}"
+    kinds = {layer.weights[name].dtype for name in ("q_norm", "kv_norm", "k_up")}
+    if kinds != {jnp.dtype(jnp.bfloat16)}:
+        return f"it takes norms and key matrices in bfloat16, not in {sorted(map(str, kinds))}"
+    if (nope := layer.weights["k_up"].shape[2]) % 32 or nope > MAX_NOPE:
+        return f"it takes up to {MAX_NOPE} numbers without rope by 32, not {nope}"
     if (width := layer.weights["down"].shape[0]) % 4:
         return f"it reads projections in pieces of 4 numbers, not {width}"
     return _why_not_caches(layer)

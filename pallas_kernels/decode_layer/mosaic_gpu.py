@@ -310,7 +310,7 @@ class Token:
         else:
             row, rotary = ptx.offset(a["latent_rotary"], position, 2 * ROTARY), 0
         with ptx.when(ptx.compare("eq", thread.warp, 0)):
-            rotated_pair = _rotate_pair(a, thread.lane, *pair(ptx.add(thread.lane, VALUE_DIM // 2)))
+            rotated_pair = rotate_pair(a, thread.lane, *pair(ptx.add(thread.lane, VALUE_DIM // 2)))
             word = ptx.to_bfloat16_pair(*rotated_pair)
             if scale is not None:
                 word = ptx.to_bfloat16_pair(*(ptx.divide_as_xla(x, scale) for x in ptx.from_bfloat16_pair(word)))
@@ -398,7 +398,7 @@ class Absorb(Stage):
         for i, exists in parts.indices_of_thread(self.thread, p.heads * ROTARY // 2):
             head, j = ptx.shift_right(i, 5), ptx.bit_and(i, 31)
             source = ptx.add(ptx.mul(head, p.head_dim // 2), p.nope // 2, j)
-            rotated_pair = _rotate_pair(a, j, *parts.fresh_pair(a["up_out"])(source))
+            rotated_pair = rotate_pair(a, j, *parts.fresh_pair(a["up_out"])(source))
             target = ptx.add(ptx.mul(head, WIDTH // 2), VALUE_DIM // 2, j)
             ptx.store_global(ptx.offset(a["queries"], target, 4), ptx.to_bfloat16_pair(*rotated_pair), exists)
 
@@ -436,7 +436,7 @@ def _rotate(first: Value, second: Value, cos: Value, sin: Value) -> tuple[Value,
     return rotated_pair, ptx.plus(ptx.times(second, cos), ptx.times(first, sin))
 
 
-def _rotate_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -> tuple[Value, Value]:
+def rotate_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -> tuple[Value, Value]:
     return _rotate(first, second, *_load_cos_sin(a, j))
 
 
@@ -447,7 +447,7 @@ def _rotate_front(p: Inputs, a: Mapping[str, Value], lane: Value, vector: Sequen
     if p.index_interleaved:
         for i in range(2):
             j = ptx.bit_and(ptx.add(ptx.shift_left(lane, 1), i), ROTARY // 2 - 1)
-            out += _rotate_pair(a, j, *vector[2 * i : 2 * i + 2])
+            out += rotate_pair(a, j, *vector[2 * i : 2 * i + 2])
     else:
         in_front = ptx.compare("eq", ptx.bit_and(lane, ROTARY // 8), 0)
         for i, x in enumerate(vector):

@@ -1,11 +1,15 @@
-"""What stands between the projections down and up of few rows on Hopper: a thread block normalises a row and caches its token.
+"""What stands between the projections of few rows and their attention on Hopper, but for the projections up.
 
-XLA takes ten kernels for it, most of them scatters into the caches.
+`latents_of_rows` is between the projections down and up: a thread block normalises a row and puts its token into the caches,
+for which XLA takes ten kernels, most of them scatters. `absorbed_queries` follows the projection up: a warp multiplies the rows
+of a head with 16 columns of its key matrix, which no other warp reads, by tensor cores and without shared memory. All its
+loads are under way at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +18,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.arrays import AttentionWeights, latents_of
-from pallas_kernels.decode_layer.mosaic_gpu import INDEX_WIDTH, Inputs, Token
+from pallas_kernels.decode_layer.mosaic_gpu import INDEX_WIDTH, Inputs, Token, rotate_pair
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread, Value
 from pallas_kernels.hopper import ptx
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import Latents
+
+ABSORB_THREADS = 128
+ABSORB_COLUMNS = 16 * ABSORB_THREADS // 32  # of a head's key matrix, that a thread block has
+ABSORB_BLOCKS = VALUE_DIM // ABSORB_COLUMNS
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
@@ -61,6 +69,81 @@ class Row:
         position = ptx.load_global(a["position"])
         with ptx.when(ptx.both(ptx.compare("sge", position, 0), ptx.compare("slt", position, p.max_len))):
             self.token.write(position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Absorption:
+    """Sizes of `absorbed_queries`."""
+
+    rows: int
+    heads: int
+    nope: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.nope + ROTARY
+
+
+class Absorb:
+    """A head's queries [N, 576]: its part without rope times ABSORB_COLUMNS columns of its key matrix; the rotated part.
+
+    Thread blocks of a head follow one another, and the first of them has the rotated part too.
+    """
+
+    def __init__(self, p: Absorption, a: Mapping[str, Value], thread: Thread):
+        self.p, self.a, self.thread = p, a, thread
+        self.head, self.part = ptx.div(thread.block, ABSORB_BLOCKS), ptx.rem(thread.block, ABSORB_BLOCKS)
+        self.row_of_8, self.quad_lane = ptx.shift_right(thread.lane, 2), ptx.bit_and(thread.lane, 3)
+
+    def run(self) -> None:
+        p = self.p
+        first = ptx.add(ptx.mul(self.part, ABSORB_COLUMNS), ptx.shift_left(self.thread.warp, 4))
+        columns = [[self._column(ptx.add(first, 8 * tile), i) for i in range(p.nope // 32)] for tile in range(2)]
+        for start in range(0, p.rows, 16):
+            halves = [[self._row(start + 8 * half, i) for i in range(p.nope // 32)] for half in range(2)]
+            for tile, of_tile in enumerate(columns):
+                sums = [ptx.number(0.0)] * 4
+                for row, other, column in zip(*halves, of_tile, strict=True):
+                    sums = ptx.add_products(sums, row, other, column)
+                for half in range(2):
+                    self._store(start + 8 * half, ptx.add(first, 8 * tile), sums[2 * half : 2 * half + 2])
+        with ptx.when(ptx.compare("eq", self.part, 0)):
+            self._rotate()
+
+    def _column(self, first: Value, i: int) -> list[Value]:
+        """Of column first + l / 4 of the head's matrix the numbers 32 i + 8 (l % 4) and following."""
+        column = ptx.add(ptx.mul(self.head, VALUE_DIM), first, self.row_of_8)
+        address = ptx.offset(ptx.offset(self.a["k_up"], column, 2 * self.p.nope), self.quad_lane, 16)
+        return ptx.load_words(ptx.offset(address, ptx.constant(i), 64))
+
+    def _row(self, first: int, i: int) -> list[Value]:
+        """The same numbers of row first + l / 4, zeros where there is none."""
+        p = self.p
+        row = ptx.add(self.row_of_8, first)
+        exists = ptx.select(ptx.compare("slt", row, p.rows), 1, 0)
+        at = ptx.add(ptx.mul(ptx.minimum(row, p.rows - 1), p.heads), self.head)
+        address = ptx.offset(ptx.offset(self.a["product"], at, 2 * p.head_dim), self.quad_lane, 16)
+        return ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), 64), exists, 4)
+
+    def _store(self, first_row: int, first: Value, pair: Sequence[Value]) -> None:
+        p, row = self.p, ptx.add(self.row_of_8, first_row)
+        at = ptx.offset(self.a["queries"], ptx.add(ptx.mul(row, p.heads), self.head), 2 * WIDTH)
+        at = ptx.offset(at, ptx.add(ptx.shift_right(first, 1), self.quad_lane), 4)
+        ptx.store_global(at, ptx.to_bfloat16_pair(*pair), ptx.compare("slt", row, p.rows))
+
+    def _rotate(self) -> None:
+        p, a = self.p, self.a
+        count = p.rows * ROTARY // 2
+        for start in range(0, count, ABSORB_THREADS):
+            i = ptx.add(self.thread.index, start)
+            exists, i = ptx.compare("slt", i, count), ptx.minimum(i, count - 1)
+            row, j = ptx.div(i, ROTARY // 2), ptx.rem(i, ROTARY // 2)
+            at = ptx.add(ptx.mul(row, p.heads), self.head)
+            word = ptx.load_global(ptx.offset(ptx.offset(a["product"], at, 2 * p.head_dim), ptx.add(j, p.nope // 2), 4))
+            angles = {name: ptx.offset(a[name], row, 2 * ROTARY) for name in ("cos", "sin")}
+            rotated = rotate_pair(angles, j, *ptx.from_bfloat16_pair(word))
+            target = ptx.offset(ptx.offset(a["queries"], at, 2 * WIDTH), ptx.add(j, VALUE_DIM // 2), 4)
+            ptx.store_global(target, ptx.to_bfloat16_pair(*rotated), exists)
 
 
 def sizes(product: jax.Array, layer: AttentionWeights) -> Inputs:
@@ -127,3 +210,29 @@ def latents_of_rows(
     (q_latents,) = kernel(*given.values())
     caches = {name: jax.freeze(given[name]) for name in layer.caches()}
     return q_latents, latents_of(caches), caches.get("index_keys"), caches.get("index_scales")
+
+
+def absorbed_queries(product: jax.Array, k_up: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    rows, (heads, _, nope) = product.shape[0], k_up.shape
+    p, names = Absorption(rows, heads, nope), ("product", "k_up", "cos", "sin", "queries")
+
+    def absorbed_queries_of_rows(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs) + (_SCALAR,))
+        def program(ctx: Any, *values: Any) -> None:
+            *arrays, block = values
+            a = {n: ptx.global_address(v) for n, v in zip(names, arrays, strict=True)}
+            Absorb(p, a, Thread.current(ptx.scalar(block))).run()
+
+        program(*refs, jax.lax.axis_index("block"))
+
+    kernel = plgpu.kernel(
+        absorbed_queries_of_rows,
+        out_type=(jax.ShapeDtypeStruct((rows, 1, heads, WIDTH), jnp.bfloat16),),
+        grid=(heads * ABSORB_BLOCKS,),
+        grid_names=("block",),
+        num_threads=ABSORB_THREADS // 128,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+    )
+    (queries,) = kernel(product, k_up, *cos_sin)
+    return queries

@@ -13,6 +13,7 @@ from indexcache_jax.attention import finish_latent, finish_query_latent
 from indexcache_jax.config import Config
 from indexcache_jax.positions import make_positions
 from indexcache_jax.presets import preset
+from indexcache_jax.rope import rotate
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused, init_cache
 from indexcache_jax.serving.cache import append
@@ -86,3 +87,27 @@ def test_rows_are_cached_as_layer_by_layer(monkeypatch, full, kind):
         places = 2.0**-3 if kind == jnp.float8_e4m3fn else 2.0**-6
         assert np.isfinite(a).all() and (np.abs(a - b) <= places * np.abs(b) + 2.0**-9 * np.abs(b).max()).all()
         assert ((a != 0) == (b != 0)).mean() > 0.99
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 19])
+def test_queries_are_absorbed_and_rotated_as_in_xla(monkeypatch, rows):
+    random, heads, nope = np.random.default_rng(rows), 3, 64
+    product = jnp.asarray(random.standard_normal((rows, 1, heads * (nope + 64))), jnp.bfloat16)
+    k_up = jnp.asarray(random.standard_normal((heads, 512, nope)) * nope**-0.5, jnp.bfloat16)
+    cos, sin = make_positions(jnp.arange(rows), jnp.ones(rows, jnp.int32), 1, CONFIG).cos_sin
+    out = np.full((rows, 1, heads, 576), np.nan, ml_dtypes.bfloat16)
+    given = {"product": product, "k_up": k_up, "cos": cos, "sin": sin, "queries": out}
+    words = {n: np.asarray(x).reshape(-1).view(np.int32).copy() for n, x in given.items()}
+    p = mosaic_gpu_rows.Absorption(rows, heads, nope)
+
+    def stages(a, block, shared):
+        run = mosaic_gpu_rows.Absorb(p, a, mosaic_gpu_parts.Thread.current(block)).run
+        return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
+
+    blocks = heads * mosaic_gpu_rows.ABSORB_BLOCKS
+    ptx_emulator.run_grid(monkeypatch, words, blocks, mosaic_gpu_rows.ABSORB_THREADS, 4, stages)
+    ours = words["queries"].view(ml_dtypes.bfloat16).reshape(out.shape)
+    parts = product.reshape(rows, 1, heads, -1)
+    exact = jnp.einsum("bshn,hcn->bshc", parts[..., :nope], k_up, preferred_element_type=jnp.float32)
+    exact = jnp.concatenate([exact, rotate(parts[..., nope:].astype(jnp.float32), cos, sin, interleaved=True)], axis=-1)
+    np.testing.assert_allclose(ours.astype(np.float32), exact, rtol=2.0**-8, atol=1e-5)

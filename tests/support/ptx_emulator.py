@@ -239,6 +239,14 @@ class Block:
                 sums = [x + across(x, distance) for x in sums]
             return sums
 
+        def add_products(sums, row, other_row, column):
+            def lines(words):  # of a warp's 8 rows or columns, 32 numbers each
+                return bytes_of(words, ml_dtypes.bfloat16).reshape(-1, 8, 32)
+
+            both = np.concatenate([lines(row), lines(other_row)], axis=1) @ lines(column).transpose(0, 2, 1)  # [warps, 16, 8]
+            products = both.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(self.threads, 4)
+            return [x + products[:, i] for i, x in enumerate(sums)]
+
         def multiply_codes(codes, b, chunk, columns):
             row, other_row = (
                 np.concatenate([bytes_of(codes[i], ml_dtypes.float8_e4m3fn) for i in (start, start + 2)], axis=1)
@@ -265,6 +273,7 @@ class Block:
             "to_float16_pair": float16_pair,
             "products_of_codes": products_of_codes,
             "multiply_codes": multiply_codes,
+            "add_products": add_products,
             "matrix": self.spread,
             "peer_address": lambda address, rank: address + (self.spread(rank) + 1 << 50),
             "load_peer_float": lambda address: number(self.load_peer(address)),

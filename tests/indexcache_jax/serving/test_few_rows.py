@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from indexcache_jax import indexer, ops, serving
-from indexcache_jax.attention import finish_latent, finish_query_latent
+from indexcache_jax.attention import finish_latent, finish_queries, finish_query_latent
 from indexcache_jax.config import Config
 from indexcache_jax.positions import make_positions
 from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import few_rows
 from indexcache_jax.serving.cache import LayerCache, append
-from indexcache_jax.serving.layer import layer
+from indexcache_jax.serving.layer import by_head, layer
 from pallas_kernels import hopper
 
 FIELDS = dict(
@@ -51,6 +51,12 @@ def latents_of_rows(product, given):
     return q_latents, cache.latents, cache.index_keys, cache.index_scales
 
 
+def absorbed_queries(product, k_up, cos_sin):
+    """Stands for the kernel."""
+    nope, rope = finish_queries(product.reshape(*product.shape[:2], k_up.shape[0], -1), cos_sin, CONFIG)
+    return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
+
+
 def made(rows, weights="fp8"):
     given = serving.random_weights(jax.random.key(0), CONFIG, weights=weights)
     cache = serving.init_cache(CONFIG, SCHEDULE, rows, MAX_LEN, serving.FP8)
@@ -61,7 +67,8 @@ def made(rows, weights="fp8"):
 
 def test_layers_over_few_rows_are_those_in_xla(monkeypatch):
     """A dense F layer, and an S layer of experts."""
-    monkeypatch.setattr(ops.decode_layer, "latents_of_rows", latents_of_rows)
+    for kernel in (latents_of_rows, absorbed_queries):
+        monkeypatch.setattr(ops.decode_layer, kernel.__name__, kernel)
     weights, x, cache, positions = made(5)
     x, indices = np.asarray(x), None
     for p, layer_cache in zip(weights.layers, cache.layers, strict=True):
