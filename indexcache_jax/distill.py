@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from indexcache_jax import attention, indexer, moe, ops
+from indexcache_jax import attention, indexer, language_loss, moe, ops
 from indexcache_jax.config import Config
-from indexcache_jax.model import AttentionLayer, decoded_layer, token_losses
+from indexcache_jax.model import AttentionLayer, decoded_layer
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.ops import HEADS, QUERIES, ROWS
 from indexcache_jax.params import MLP, MoE, Params, abstract, decoded, slots, weights_of
@@ -49,6 +49,8 @@ SCORE_BYTES = 512 * 2**20  # of float32 attention and index logits at once, of a
 # Queries see only keys before them, so from CAUSAL_FROM tokens on a row is cut into CAUSAL_PARTS parts: the queries of the
 # first quarter need no product with the keys of the other three. Not where devices share a row: each has early and late ones.
 CAUSAL_PARTS, CAUSAL_FROM = 4, 1024
+TARGET_BYTES = 8 * 2**30  # of the targets that layers add up, on a device
+UNROLLED = 4  # layers of a run that are compiled one after the other, without a loop
 REARRANGING = {
     *("sharding_constraint", "convert_element_type", "transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"),
     *("slice", "dynamic_slice", "copy", "optimization_barrier"),
@@ -68,6 +70,9 @@ class IndexState:
     head_weights: jax.Array  # [B, S, Hi] float32
     indices: jax.Array | None  # [B, S, k] int32
     selection_bits: jax.Array | None  # [B, T / 32, S] int32, a bit a key (pallas_kernels' bits)
+    # [B, S, T] float32: of the layers so far the sum of their targets, weighted as their divergences are; None where each layer
+    # takes its own divergence.
+    target: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -104,23 +109,34 @@ class TracedSchedule:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Consecutive layers, start to stop - 1, of one kind: compiled once and scanned over."""
+    """Consecutive layers, start to stop - 1, of one kind: compiled once and scanned over.
+
+    adds: the layers add their targets up, and the divergence from the sum is taken after the last layer that an indexer
+    serves, which is the last of the run if `closes`. Otherwise each layer takes its own.
+    """
 
     start: int
     stop: int
     full: bool
     experts: bool
+    adds: bool = False
+    closes: bool = False
 
 
 Carry = tuple[jax.Array, jax.Array, Positions, IndexState | None]  # x, summed divergence, positions, index state
 LayerWeights = tuple[AttentionLayer, MLP | MoE, jax.Array]  # attention, MLP, and the norm before the MLP
 
 
-def runs(config: Config, schedule: Schedule) -> list[Run]:
-    """The layers cut into runs, wherever F/S or dense/experts changes."""
-    kinds = list(zip(schedule.is_full, config.moe_layers, strict=True))
+def runs(config: Config, schedule: Schedule, together: bool = False) -> list[Run]:
+    """The layers cut into runs, wherever F/S or dense/experts changes.
+
+    together: the layers that an indexer serves add their targets up.
+    """
+    served = [len(schedule.serves(source)) for source in schedule.source]
+    kinds = list(zip(schedule.is_full, config.moe_layers, (together and count > 1 for count in served), strict=True))
     cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
-    return [Run(a, b, *kinds[a]) for a, b in itertools.pairwise(cuts)]
+    full = [*schedule.is_full, True]
+    return [Run(a, b, *kinds[a], closes=kinds[a][2] and full[b]) for a, b in itertools.pairwise(cuts)]
 
 
 def index_scores(queries: jax.Array, keys: jax.Array, head_weights: jax.Array) -> jax.Array:
@@ -176,10 +192,12 @@ def _index(
     config: Config,
     sparse: bool,
     selection_bits: jax.Array | None,
+    target: jax.Array | None,
 ) -> IndexState:
     """The index state of an F layer with normalised input h [B, S, D] and query latents [B, S, R]; both are detached.
 
-    selection_bits: those of the layer before, which dense attention keeps; None where no kernel attends.
+    selection_bits: those of the layer before, which dense attention keeps; None where no kernel attends. target: what the
+    layer's own is added to, None where none are added up.
     """
     assert p.indexer is not None  # an F layer has one
     h, q_latent = jax.lax.stop_gradient((h, q_latent))
@@ -189,6 +207,7 @@ def _index(
         indexer.head_weights(p.indexer, h, config),
         None,
         selection_bits,
+        target,
     )
     if not sparse:
         return state
@@ -207,11 +226,13 @@ def _attend(
     config: Config,
     full: bool | jax.Array,
     sparse: bool,
+    share: jax.Array | None,
 ) -> tuple[jax.Array, IndexState | None, jax.Array]:
     """One layer's attention: x + attention(norm(x)), the index state after it, the divergence summed over its queries.
 
     state: None to train without indexers, by dense attention and with no divergence. full: whether the layer is F; a
-    traced boolean compiles both kinds.
+    traced boolean compiles both kinds. share: what the layer's divergence counts, where its target is added to the state's:
+    then only that part of the divergence is returned which no indexer changes, the entropies with their sign turned.
     """
     with jax.named_scope("project"):
         h = rms_norm(x, p.norm, config.rms_norm_eps)
@@ -220,7 +241,8 @@ def _attend(
         latents = _gathered(attention.latents(p.attention, h, positions.cos_sin, config))
     if state is not None:
         with jax.named_scope("index"):
-            index = functools.partial(_index, p, h, q_latent, positions, config, sparse, state.selection_bits)
+            target = state.target if share is None or state.target is None else jnp.zeros_like(state.target)
+            index = functools.partial(_index, p, h, q_latent, positions, config, sparse, state.selection_bits, target)
             if not isinstance(full, bool):
                 before = state
                 state = jax.lax.cond(full, index, lambda: before)
@@ -231,7 +253,8 @@ def _attend(
         with jax.named_scope("attend"):
             out, kl = _causal(up, queries, latents, config), jnp.zeros((), jnp.float32)
     elif state is not None and state.selection_bits is not None:
-        out, kl = _by_bits(up, queries, latents, state, state.selection_bits, positions, config)
+        out, kl, target = _by_bits(up, queries, latents, state, state.selection_bits, positions, config, share)
+        state = state if target is None else dataclasses.replace(state, target=target)
     else:
         out, kl = _by_blocks(up, queries, latents, state, positions, config)
     with jax.named_scope("attend"):
@@ -251,11 +274,13 @@ def _by_bits(
     selection_bits: jax.Array,
     positions: Positions,
     config: Config,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention [B, S, H, dv] to the keys whose bits are set, and its summed divergence: what the kernels do."""
-    scale = config.attention_scale
-    # All rows are as long, so that one row's positions are those of all.
-    q_positions = positions.queries[0] if devices_along("queries") > 1 else None
+    share: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What the kernels do: attention [B, S, H, dv] to the keys whose bits are set, and its summed divergence.
+
+    With a share, the summed entropies with their sign turned and the target [B, S, T] with this layer's.
+    """
+    scale, q_positions = config.attention_scale, _split_positions(positions)
 
     def attend(
         up: UpProjections, queries: jax.Array, latents: jax.Array, words: jax.Array, q_positions: jax.Array | None
@@ -263,6 +288,10 @@ def _by_bits(
         keys, values = attention.expand(up, latents, config)
         out, lse = ops.selected_attention(queries, keys, values, words, scale=scale, q_positions=q_positions)
         return out, lse, jax.lax.stop_gradient(keys)
+
+    def add_target(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        share, *arrays, q_positions = arguments
+        return ops.attention_target(*arrays, share=share, scale=scale, q_positions=q_positions)
 
     def diverge(*arguments: Any) -> jax.Array:
         *arrays, q_positions = arguments
@@ -273,11 +302,34 @@ def _by_bits(
         call = on_each_device(attend, axes, (HEADS, LSE, ("batch", None, "heads")))
         out, lse, keys = call(up, queries, latents, selection_bits, q_positions)
     with jax.named_scope("divergence"):
-        index_factors = state.queries, state.keys, state.head_weights
         constants = *jax.lax.stop_gradient((queries, keys, lse)), selection_bits, q_positions
         # The probabilities are averaged over all heads, so every device needs those of its queries together.
-        of_all_heads = QUERIES, ROWS, QUERIES, QUERIES, ROWS, BITS, BITS, ("queries",)
-        return out, jnp.sum(on_each_device(diverge, of_all_heads, QUERIES)(*index_factors, *constants))
+        of_all_heads = QUERIES, ROWS, BITS, BITS, ("queries",)
+        if share is not None and state.target is not None:
+            call = on_each_device(add_target, ((), QUERIES, *of_all_heads), (QUERIES, QUERIES))
+            target, entropy = call(share, state.target, *constants)
+            return out, -jnp.sum(entropy), target
+        index_factors = state.queries, state.keys, state.head_weights
+        call = on_each_device(diverge, (QUERIES, ROWS, QUERIES, *of_all_heads), QUERIES)
+        return out, jnp.sum(call(*index_factors, *constants)), None
+
+
+def _split_positions(positions: Positions) -> jax.Array | None:
+    """The positions [S] of the queries where devices share a row: all rows are as long, so one row's are those of all."""
+    return positions.queries[0] if devices_along("queries") > 1 else None
+
+
+def _missed(state: IndexState, positions: Positions) -> jax.Array:
+    """What the index scores of a state miss of its target, summed over queries: with the entropies, the divergence."""
+
+    def miss(*arguments: Any) -> jax.Array:
+        *arrays, q_positions = arguments
+        return ops.index_cross_entropy(*arrays, q_positions=q_positions)[None, None]
+
+    with jax.named_scope("divergence"):
+        arrays = state.queries, state.keys, state.head_weights, jax.lax.stop_gradient(state.target), state.selection_bits
+        axes = QUERIES, ROWS, QUERIES, QUERIES, BITS, ("queries",)
+        return jnp.sum(on_each_device(miss, axes, QUERIES)(*arrays, _split_positions(positions)))
 
 
 def _by_blocks(
@@ -448,18 +500,25 @@ def losses(
     x = _embed(params.embedding, inputs)
     positions = make_positions(jnp.zeros((b,), jnp.int32), jnp.full((b,), s, jnp.int32), s, config, order)
     by_kernels = ops.trains_by_kernels(b, s, x.dtype, config)
-    state = _no_state(positions, x.dtype, config, sparse, by_kernels) if indexers else None
+    together = by_kernels and indexers and cross_layer and traced is None and _has_room_for_targets(b, s)
+    state = _no_state(positions, x.dtype, config, sparse, by_kernels, together) if indexers else None
     arrays = traced_schedule(schedule, cross_layer) if traced is None else traced
     carry: Carry = x, jnp.zeros((), jnp.float32), positions, state
     counts: list[jax.Array] = []
-    for run in runs(config, schedule):
+    for run in runs(config, schedule, together):
         weights = _run_weights(params, run, config, schedule), _slice(arrays, run.start, run)
         layer: Callable[..., Any] = functools.partial(
             _layer, run=run, tensors=_stacks(tree, run), config=config, sparse=sparse, full=run.full if traced is None else None
         )
         if devices_along("embed") > 1:
             layer = jax.checkpoint(layer, policy=_kept_for_the_backward_pass, prevent_cse=False)
-        carry, count = jax.lax.scan(layer, carry, weights)
+        # Few layers stand one after the other where kernels keep a program small: a loop copies what it keeps of each.
+        unrolled = run.stop - run.start if by_kernels and run.stop - run.start <= UNROLLED else 1
+        carry, count = jax.lax.scan(layer, carry, weights, unroll=unrolled)
+        if run.closes:
+            x, kl_total, _, state = carry
+            assert state is not None  # layers that add up targets have one
+            carry = x, kl_total + _missed(state, positions), positions, state
         if count is not None:
             counts.append(count)
     x, kl_total, _, _ = carry
@@ -469,12 +528,27 @@ def losses(
         embedding=_whole(params.embedding, tree.embedding.axes) if params.head is None else params.embedding,
         head=None if params.head is None else _whole(params.head, tree.head.axes),
     )
-    language = jnp.mean(token_losses(ends, x, targets, config))
     return Losses(
-        language,
+        _language(ends, x, targets, config),
         kl_total / (b * s),
         jnp.concatenate(counts) if counts else jnp.zeros((0, config.n_routed_experts), jnp.int32),
     )
+
+
+def _has_room_for_targets(batch: int, length: int) -> bool:
+    """Whether a device has room for its part of the targets [B, S, S] of rows, float32."""
+    return 4 * batch * length * length <= TARGET_BYTES * devices_along("batch") * devices_along("queries")
+
+
+def _language(params: Params, x: jax.Array, targets: jax.Array, config: Config) -> jax.Array:
+    """The mean of -log p(targets [B, S]) in nats, from hidden states x [B, S, D]."""
+
+    def losses(head: jax.Array, h: jax.Array, targets: jax.Array) -> jax.Array:
+        return language_loss.summed_loss(h.reshape(-1, h.shape[-1]), head, targets.reshape(-1))[None, None]
+
+    head = params.embedding.T if params.head is None else params.head
+    h = rms_norm(x, params.final_norm, config.rms_norm_eps)
+    return jnp.sum(on_each_device(losses, ((), QUERIES, QUERIES), QUERIES)(head, h, targets)) / targets.size
 
 
 def _slice(tree: Any, start: int, run: Run) -> Any:
@@ -521,7 +595,8 @@ def _layer(
     weights, this_layer = xs
     p, mlp, norm = jax.tree.map(lambda weight, tensor: _whole(weight, tensor.axes[1:]), weights, tensors)
     p, mlp = decoded_layer(p, config, x.dtype), decoded(mlp, config, x.dtype)
-    x, state, kl = _attend(p, x, state, positions, config, this_layer.full if full is None else full, sparse)
+    share = this_layer.kl_weight if run.adds else None
+    x, state, kl = _attend(p, x, state, positions, config, this_layer.full if full is None else full, sparse, share)
     kl_total = kl_total + this_layer.kl_weight * kl
     with jax.named_scope("mlp"):
         h = rms_norm(x, norm, config.rms_norm_eps)
@@ -533,7 +608,7 @@ def _layer(
         return (constrain(x + out, "batch", "queries", None), kl_total, positions, state), tokens_per_expert
 
 
-def _no_state(positions: Positions, dtype: Any, config: Config, sparse: bool, by_kernels: bool) -> IndexState:
+def _no_state(positions: Positions, dtype: Any, config: Config, sparse: bool, by_kernels: bool, together: bool) -> IndexState:
     """The index state before the first layer, which is F and replaces all of it but the bits of dense attention."""
     batch, length = positions.queries.shape
     heads, width = config.index_n_heads, config.index_head_dim
@@ -544,6 +619,7 @@ def _no_state(positions: Positions, dtype: Any, config: Config, sparse: bool, by
         constrain(jnp.zeros((batch, length, heads), jnp.float32), *QUERIES, None),
         constrain(indices, *QUERIES, None) if sparse and not by_kernels else None,
         constrain(bits.visible(positions.queries, length), *BITS) if by_kernels else None,
+        constrain(jnp.zeros((batch, length, length), jnp.float32), *QUERIES, None) if together else None,
     )
 
 

@@ -10,8 +10,9 @@ scores and their gradient alone:
 
     sum_j 1/(m+1) KL(p_j || q) = cross entropy(mean_j p_j, q) - mean_j entropy(p_j)
 
-Otherwise a step computes the targets again from hidden states and the softmax's denominators, by the kernels that training
-uses.
+Otherwise a step computes the targets again from hidden states and the softmax's denominators. Either way the scores and their
+gradient are computed once for a group, not for each of its layers. What a step reads of the first rows stays on the device, as
+many as half of its free memory holds, so that the host need not send it.
 
 For a schedule that is searched afterwards, an indexer learns from every number of layers that it could serve at once
 (docs/model.md, Distillation): that is the same loss with other weights.
@@ -44,6 +45,7 @@ import optax
 from indexcache_jax import arguments, attention, distill, indexer, model, ops, tensors, training
 from indexcache_jax.config import Config
 from indexcache_jax.layers import Layers, Resident, in_order
+from indexcache_jax.memory import ROW_TARGET_BYTES
 from indexcache_jax.model import AttentionLayer
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract, at_layer, check_schedule, with_schedule
@@ -54,7 +56,7 @@ from pallas_kernels import bits
 
 STEPS, LEARNING_RATE, LR_WARMUP_STEPS = 400, 3e-3, 20  # of a group, by default
 CPU_ROWS = 64
-ROW_TARGET_BYTES = 8 * 2**30  # of one row's float32 targets, on the device
+DEVICE_SHARE = 0.5  # of a device's free memory that rows may fill
 
 Allocate = Callable[[tuple[int, ...], Any], np.ndarray]
 See = Callable[[float, str], object]
@@ -173,6 +175,7 @@ class Trained:
 
 
 Job = Callable[[jax.Device | None], Trained]  # trains a group on a device
+Factors = tuple[jax.Array, jax.Array, jax.Array]  # of index scores: index queries, index keys, head weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,13 +238,19 @@ def _queries_and_keys(p: AttentionLayer, x: jax.Array, config: Config) -> tuple[
     return queries, *attention.expand(p.attention, attention.latents(p.attention, h, cos_sin, config), config)
 
 
-@functools.partial(jax.jit, donate_argnames=("target", "entropy"))
+@jax.jit
 def _add_target(
     target: jax.Array, entropy: jax.Array, p: AttentionLayer, x: jax.Array, share: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array]:
     """target [B, S, T] and entropy [B], float32, with a layer's: its heads' mean probabilities over all visible keys."""
     p = model.decoded_layer(p, config, x.dtype)
     queries, keys, values = _queries_and_keys(p, x, config)
+    b, s = x.shape[:2]
+    if ops.distils_by_kernels(b, s, x.dtype, config):
+        words, scale = bits.causal(b, s, s), config.attention_scale
+        lse = ops.attention_denominators(queries, keys, words, scale=scale)
+        target, entropies = ops.attention_target(target, queries, keys, lse, words, share=share, scale=scale)
+        return target, entropy + share * jnp.mean(entropies, axis=1)
 
     def block(t: int, queries: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         mask = jnp.arange(t) < visible[..., None]
@@ -265,9 +274,9 @@ def _visible(x: jax.Array) -> jax.Array:
 @jax.jit
 def _denominators(p: AttentionLayer, x: jax.Array, config: Config) -> jax.Array:
     """The logarithms of the softmax's denominators [B, H, S] float32 of a layer, over all visible keys."""
-    arrays = _queries_and_keys(model.decoded_layer(p, config, x.dtype), x, config)
+    queries, keys, _ = _queries_and_keys(model.decoded_layer(p, config, x.dtype), x, config)
     words = bits.causal(x.shape[0], x.shape[1], x.shape[1])
-    return ops.selected_attention(*arrays, words, scale=config.attention_scale)[1]
+    return ops.attention_denominators(queries, keys, words, scale=config.attention_scale)
 
 
 def divergence(p: Indexer, layer: AttentionLayer, x: jax.Array, targets: Kept | Recomputed, config: Config) -> jax.Array:
@@ -285,9 +294,18 @@ def divergence(p: Indexer, layer: AttentionLayer, x: jax.Array, targets: Kept | 
         indexer.index_keys(p, h, cos_sin, config),
         indexer.head_weights(p, h, config),
     )
-    if isinstance(targets, Kept):
-        return _from_kept(*factors, targets)
-    return _from_recomputed(factors, targets, config)
+    if isinstance(targets, Recomputed):
+        return _from_recomputed(factors, targets, config)
+    if ops.distils_by_kernels(x.shape[0], x.shape[1], x.dtype, config):
+        return _missed(factors, targets.target) - jnp.mean(targets.entropy)
+    return _from_kept(*factors, targets)
+
+
+def _missed(factors: Factors, target: jax.Array) -> jax.Array:
+    """What the scores of index queries, keys and head weights miss of a target [B, S, S]: the mean over queries."""
+    b, s = target.shape[:2]
+    queries, keys, head_weights = factors
+    return ops.index_cross_entropy(queries, keys, head_weights, target, bits.causal(b, s, s)) / (b * s)
 
 
 def _from_kept(queries: jax.Array, keys: jax.Array, head_weights: jax.Array, targets: Kept) -> jax.Array:
@@ -301,14 +319,21 @@ def _from_kept(queries: jax.Array, keys: jax.Array, head_weights: jax.Array, tar
     return jnp.mean(found) - jnp.mean(targets.entropy)
 
 
-def _from_recomputed(factors: tuple[jax.Array, ...], targets: Recomputed, config: Config) -> jax.Array:
+def _from_recomputed(factors: Factors, targets: Recomputed, config: Config) -> jax.Array:
     b, s = targets.x[0].shape[:2]
-    words, total = bits.causal(b, s, s), jnp.zeros((), jnp.float32)
+    words, scale, zero = bits.causal(b, s, s), config.attention_scale, jnp.zeros((), jnp.float32)
+    together = 4 * b * s * s <= ROW_TARGET_BYTES
+    target = jnp.zeros((b, s, s), jnp.float32) if together else None
+    each = entropy = zero
     for layer, x, lse, share in zip(targets.layers, targets.x, targets.lse, targets.share, strict=True):
         queries, keys, _ = _queries_and_keys(model.decoded_layer(layer, config, x.dtype), x, config)
-        arrays = *factors, *jax.lax.stop_gradient((queries, keys, lse)), words
-        total = total + share * ops.index_divergence(*arrays, scale=config.attention_scale)
-    return total / (b * s)
+        arrays = *jax.lax.stop_gradient((queries, keys, lse)), words
+        if target is None:
+            each = each + share * ops.index_divergence(*factors, *arrays, scale=scale) / (b * s)
+            continue
+        target, entropies = ops.attention_target(target, *arrays, share=share, scale=scale)
+        entropy = entropy + share * jnp.mean(entropies)
+    return each if target is None else _missed(factors, target) - entropy
 
 
 @functools.partial(jax.jit, static_argnames="stage", donate_argnames=("p", "state"))
@@ -358,6 +383,25 @@ def optimiser(stage: Stage, config: Config, steps: jax.Array | int | None = None
     tree = abstract(config, Schedule.all_full(config.num_layers)).indexer
     decayed = jax.tree.map(lambda tensor: tensor.init == "normal", tree)
     return training.adamw(stage, stage.indexer_learning_rate, stage.steps if steps is None else steps, decayed)
+
+
+def mean_target(
+    layer_of: Callable[[jax.Array], tuple[AttentionLayer, jax.Array, jax.Array]],
+    count: int | jax.Array,
+    like: jax.Array,
+    config: Config,
+) -> Kept:
+    """The target of a group of `count` layers, which may be traced, in the dtype of `like` [B, S, D].
+
+    layer_of(j): of the jth, traced, its weights, the hidden states x [B, S, D] before it, and what its divergence counts.
+    """
+    b, s = like.shape[:2]
+
+    def add(j: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _add_target(*sums, *layer_of(j), config)
+
+    target, entropy = jax.lax.fori_loop(0, count, add, (jnp.zeros((b, s, s), jnp.float32), jnp.zeros(b, jnp.float32)))
+    return Kept(target.astype(like.dtype), entropy)
 
 
 # ---- a run
@@ -551,23 +595,44 @@ def _steps(
     """The indexer and its divergence at every step."""
     gathered.layers[:] = jax.device_put(gathered.layers, device)
     share = [jnp.float32(share) for share in run.shares(group[0]).values()]
+    kept = _rows_on(device, run, len(group))
     make = _kept_targets if run.keeps_targets else _recomputed_targets
-    first, inputs = gathered.layers[0], gathered.x[0]
-    targets_of = make(run, gathered.layers[:], gathered.x[:], share, lambda work: see(work, f"layer {group[0]}: targets"))
+    first, inputs = gathered.layers[0], _states(gathered.x[0], kept)
+    others = (_states(x, 0 if run.keeps_targets else kept) for x in gathered.x[1:])
+    states = [inputs, *others]
+    gathered.x.clear()
+    targets_of = make(run, gathered.layers[:], states, share, kept, lambda work: see(work, f"layer {group[0]}: targets"))
     gathered.layers.clear()
-    gathered.x.clear()  # targets that are kept need no hidden states but the first layer's
+    states.clear()  # targets that are kept need no hidden states but the first layer's
     p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), jax.device_put(gathered.indexer, device))
     state = optimiser(run.stage, run.config).init(p)
     steps, cost = jnp.int32(run.stage.steps), step_work(run, len(group))
     values: list[jax.Array] = []
     shown = ""
     for number, rows in enumerate(run.rows(group[0])):
-        p, state, value = _step(p, state, first, inputs[rows], targets_of(rows), run.config, run.stage.program, steps)
+        p, state, value = _step(p, state, first, inputs.of(rows), targets_of(rows), run.config, run.stage.program, steps)
         values.append(value)
         if number >= 2:
             shown = f", divergence {float(values[number - 2]):.4f}"  # of an earlier step, so that devices are not waited for
         see(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}{shown}")
     return jax.device_get(p), np.array(values, np.float32)
+
+
+def _states(x: np.ndarray, on_device: int) -> Rows:
+    """Hidden states [N, S, D], of the first rows on the device."""
+    return Rows([jnp.asarray(x[row : row + 1]) for row in range(on_device)], x[on_device:])
+
+
+def _rows_on(device: jax.Device | None, run: Run, layers: int) -> int:
+    """Of how many rows a device keeps what the steps of a group of so many layers read. A CPU has the host's memory at hand."""
+    stats = (device or jax.local_devices()[0]).memory_stats() if ops.platform() != "cpu" else None
+    if stats is None or "bytes_limit" not in stats:
+        return 0
+    c, length, size = run.config, run.tokens.shape[1], jnp.dtype(run.stage.compute_dtype).itemsize
+    of_row = size * length * c.hidden_size
+    of_row = of_row + size * length * length if run.keeps_targets else layers * (of_row + 4 * length * c.num_heads)
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    return max(0, min(len(run.tokens), int(DEVICE_SHARE * free / of_row)))
 
 
 def _checked(trained: Trained) -> Trained:
@@ -580,34 +645,69 @@ def _checked(trained: Trained) -> Trained:
     return trained
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """An entry for each of the N rows of a run: of the first ones on the device, [1, ...] each, of the others on the host."""
+
+    on_device: list[jax.Array]
+    on_host: np.ndarray
+
+    def of(self, rows: Sequence[int] | np.ndarray) -> jax.Array:
+        """The entries of rows by their numbers, [B, ...] on the device."""
+        there = len(self.on_device)
+        if not there and len(rows) > 1:
+            return jnp.asarray(self.on_host[rows])
+        found = [self.on_device[row] if row < there else self.on_host[row - there : row - there + 1] for row in rows]
+        return jnp.asarray(found[0]) if len(found) == 1 else jnp.concatenate(found)
+
+    def put(self, row: int, entry: jax.Array, on_device: int) -> None:
+        """Keeps the entry [1, ...] of the next row: of the first `on_device` rows on the device."""
+        if row < on_device:
+            self.on_device.append(entry)
+        else:
+            self.on_host[row - on_device] = np.asarray(entry[0])
+
+
 TargetsOf = Callable[[np.ndarray], Kept | Recomputed]  # of rows by their numbers [B]
 
 
 def _kept_targets(
-    run: Run, layers: list[AttentionLayer], x: list[np.ndarray], share: list[jax.Array], see: Callable[[float], object]
+    run: Run,
+    layers: list[AttentionLayer],
+    states: list[Rows],
+    share: list[jax.Array],
+    on_device: int,
+    see: Callable[[float], object],
 ) -> TargetsOf:
-    (count, length), dtype = run.tokens.shape, x[0].dtype
-    kept, entropies = run.allocate((count, length, length), dtype), np.empty(count, np.float32)
+    (count, length), dtype = run.tokens.shape, states[0].on_host.dtype
+    kept, entropies = Rows([], run.allocate((count - on_device, length, length), dtype)), np.empty(count, np.float32)
     for row in range(count):
         target, entropy = jnp.zeros((1, length, length), jnp.float32), jnp.zeros(1, jnp.float32)
-        for layer, states, weight in zip(layers, x, share, strict=True):
-            target, entropy = _add_target(target, entropy, layer, states[row : row + 1], weight, run.config)
-        kept[row], entropies[row] = np.asarray(target[0].astype(dtype)), np.asarray(entropy[0])
+        for layer, x, weight in zip(layers, states, share, strict=True):
+            target, entropy = _add_target(target, entropy, layer, x.of([row]), weight, run.config)
+        kept.put(row, target.astype(dtype), on_device)
+        entropies[row] = np.asarray(entropy[0])
         see(target_work(run) * len(layers))
-    return lambda rows: Kept(jnp.asarray(kept[rows]), jnp.asarray(entropies[rows]))
+    return lambda rows: Kept(kept.of(rows), jnp.asarray(entropies[rows]))
 
 
 def _recomputed_targets(
-    run: Run, layers: list[AttentionLayer], x: list[np.ndarray], share: list[jax.Array], see: Callable[[float], object]
+    run: Run,
+    layers: list[AttentionLayer],
+    states: list[Rows],
+    share: list[jax.Array],
+    on_device: int,
+    see: Callable[[float], object],
 ) -> TargetsOf:
     count, length = run.tokens.shape
-    lse = [np.empty((count, run.config.num_heads, length), np.float32) for _ in layers]
+    lse = [Rows([], np.empty((count - on_device, run.config.num_heads, length), np.float32)) for _ in layers]
+    states = states[:]
     for row in range(count):
-        for layer, states, kept in zip(layers, x, lse, strict=True):
-            kept[row] = np.asarray(_denominators(layer, states[row : row + 1], run.config)[0])
+        for layer, x, kept in zip(layers, states, lse, strict=True):
+            kept.put(row, _denominators(layer, x.of([row]), run.config), on_device)
         see(target_work(run) * len(layers))
     return lambda rows: Recomputed(
-        tuple(layers), tuple(jnp.asarray(a[rows]) for a in x), tuple(jnp.asarray(a[rows]) for a in lse), tuple(share)
+        tuple(layers), tuple(x.of(rows) for x in states), tuple(kept.of(rows) for kept in lse), tuple(share)
     )
 
 
@@ -658,7 +758,7 @@ def step_work(run: Run, layers: int) -> float:
     projections += 2 * s * c.hidden_size * (c.index_head_dim + c.index_n_heads)
     scores = 3 * s * (s + 1) / 2 * c.index_n_heads * (c.index_head_dim + 1)
     again = 0.0 if run.keeps_targets else layers * target_work(run)
-    return run.stage.sequences * (2.0 * (projections + scores * (1 if run.keeps_targets else layers)) + again)
+    return run.stage.sequences * (2.0 * (projections + scores) + again)
 
 
 def work(run: Run, finished: Collection[int] = ()) -> float:

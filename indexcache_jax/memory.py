@@ -205,6 +205,9 @@ def training_need(
     return Need({"weights": tree_bytes(tree, jnp.float32, mesh, rules), "gradients": most, "moments": 2 * most})
 
 
+ROW_TARGET_BYTES = 8 * 2**30  # of one sequence's float32 targets on the device; of longer ones only a block's are there
+
+
 def streamed_indexers_need(
     config: Config,
     schedule: Schedule,
@@ -247,6 +250,7 @@ def streamed_indexers_need(
         step = rows * length * (length + c.hidden_size) * s + factors + 2 * scores
     else:
         step = group * rows * length * (c.hidden_size * s + 4 * c.num_heads) + heads + factors + 2 * scores
+        step += 10 * length**2 if 4 * length**2 <= ROW_TARGET_BYTES else 0
     return Need(
         {
             "layers": 2 * max(size(tree, layer) for layer in every),

@@ -107,54 +107,84 @@ def moe(p: MoE, x: jax.Array, config: Config) -> jax.Array:
     return out if p.shared is None else out + mlp(p.shared, x)
 
 
-def routed(p: HasMatrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, config: Config) -> jax.Array:
-    """The weighted sum [..., D] float32 over the experts [..., k] of tokens [B, S, D] or [N, D].
+def routed(
+    p: HasMatrices,
+    tokens: jax.Array | Scaled,
+    experts: jax.Array,
+    weights: jax.Array,
+    config: Config,
+    added: tuple[jax.Array, ...] = (),
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The weighted sum over the experts [..., k] of tokens [B, S, D] or [N, D], plus arrays of their shape, in `dtype`.
 
-    experts, weights: both as `choose` gives them. Where devices exchange tokens, they do so in the dtype of the tokens.
+    Everything is added up in float32. experts, weights: both as `choose` gives them. Tokens are in 8 bits only where the
+    matrices are. Where devices exchange sums, they do so in the dtype of the tokens.
     """
     axes = ("batch", "queries")[: tokens.ndim - 1]
     exchange = sharding.exchange(tokens.shape, axes, "expert", p.gate_up.shape[0])
     on_each = sharding.on_each_device(
-        functools.partial(_on_each_device, config=config, exchange=exchange),
-        inputs=(("expert",), axes, axes, axes),
+        functools.partial(_on_each_device, config=config, exchange=exchange, dtype=dtype),
+        inputs=(("expert",), axes, axes, axes, axes),
         outputs=axes,
     )
-    return on_each(Matrices(p.gate_up, p.down), tokens, experts, weights)
+    return on_each(Matrices(p.gate_up, p.down), tokens, experts, weights, added)
 
 
 def _on_each_device(
     p: Matrices,
-    tokens: jax.Array,
+    tokens: jax.Array | Scaled,
     experts: jax.Array,
     weights: jax.Array,
+    added: tuple[jax.Array, ...],
     config: Config,
     exchange: sharding.Exchange | None,
+    dtype: Any,
 ) -> jax.Array:
     """`routed` for a device's own tokens, with its own experts and, where there is an exchange, those of the others."""
     shape = tokens.shape
-    tokens, experts, weights = (x.reshape(-1, x.shape[-1]) for x in (tokens, experts, weights))
+    tokens, experts, weights, added = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (tokens, experts, weights, added))
     if exchange is None:
-        return _multiply(p, tokens, experts, weights, config).reshape(shape)
-    tokens, experts, weights = (exchange.gather(x) for x in (tokens, experts, weights))
+        return _multiply(p, tokens, experts, weights, config, added, dtype).reshape(shape)
+    tokens, experts, weights = jax.tree.map(exchange.gather, (tokens, experts, weights))
     own = experts - exchange.index() * p.gate_up.shape[0]
     # A choice that is no expert of this device's counts as one after the last: it sorts behind all others.
     own = jnp.where((own >= 0) & (own < p.gate_up.shape[0]), own, p.gate_up.shape[0])
-    sums = _multiply(p, tokens, own, weights, config, exchange.devices)
-    return exchange.add_up(sums.astype(tokens.dtype)).astype(jnp.float32).reshape(shape)
+    exchanged = jnp.bfloat16 if isinstance(tokens, Scaled) else tokens.dtype
+    if not isinstance(tokens, Scaled) and _few(p, experts, config):
+        sums = _multiply(p, tokens, own, weights, config, (), exchanged)
+    else:
+        sums = _pieces_sorted_by_expert(p, tokens, own, weights, exchange.devices, exchanged)
+    return _added_up(exchange.add_up(sums), added, dtype).reshape(shape)
+
+
+def _added_up(sums: jax.Array, added: tuple[jax.Array, ...], dtype: Any) -> jax.Array:
+    for other in added:
+        sums = sums.astype(jnp.float32) + other.astype(jnp.float32)
+    return sums.astype(dtype)
+
+
+def _few(p: Matrices, experts: jax.Array, config: Config) -> bool:
+    return _few_experts(config) or _few_rows(p, experts)
 
 
 def _multiply(
-    p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, config: Config, devices: int = 1
+    p: Matrices,
+    tokens: jax.Array | Scaled,
+    experts: jax.Array,
+    weights: jax.Array,
+    config: Config,
+    added: tuple[jax.Array, ...],
+    dtype: Any,
 ) -> jax.Array:
-    """The weighted sum [N, D] over those experts [N, k] of tokens [N, D] that are below E, of `p`'s E experts.
+    """The weighted sum [N, D] over those experts [N, k] of tokens [N, D] that are below E, of `p`'s E experts, plus `added`.
 
-    devices: among how many the experts are split. With one, all choices are below E and the sum is float32.
+    Where sorting pays, all experts have to be below E.
     """
-    if _few_experts(config):
-        return _every_expert(p, tokens, experts, weights)
-    if not isinstance(p.gate_up, Scaled) and _few_rows(experts, p.gate_up.shape[0]):
-        return _matrix_by_matrix(p, tokens, experts, weights)
-    return _sorted_by_expert(p, tokens, experts, weights, devices)
+    if isinstance(tokens, Scaled) or not _few(p, experts, config):
+        return _sorted_by_expert(p, tokens, experts, weights, added, dtype)
+    few = _every_expert if _few_experts(config) else _matrix_by_matrix
+    return _added_up(few(p, tokens, experts, weights), added, dtype)
 
 
 def _few_experts(config: Config) -> bool:
@@ -162,10 +192,10 @@ def _few_experts(config: Config) -> bool:
     return ops.platform() != "cpu" and config.n_routed_experts <= 4 * config.num_experts_per_tok
 
 
-def _few_rows(experts: jax.Array, num_experts: int) -> bool:
+def _few_rows(p: Matrices, experts: jax.Array) -> bool:
     # Then a matrix for every row is less than what a TPU's grouped product reads. Hopper's reads the chosen ones alone, and so
     # does that of matrices in 8 bits.
-    return ops.platform() == "tpu" and 4 * experts.size <= num_experts
+    return ops.platform() == "tpu" and not isinstance(p.gate_up, Scaled) and 4 * experts.size <= p.gate_up.shape[0]
 
 
 def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
@@ -179,16 +209,15 @@ def _every_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: j
 
 
 def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-    """The chosen experts of a few tokens [N, D], one after the other -> [N, D] float32.
+    """The chosen experts of a few tokens [N, D], one after the other -> [N, D] float32. The matrices are not in 8 bits.
 
     On a TPU XLA reads one slice of a stack in place but copies what a gather or a reshape of it makes.
     """
     weights = jnp.where(experts < p.gate_up.shape[0], weights, 0.0)  # beyond, a slice is that of the last expert
 
     def apply(token: jax.Array, expert: jax.Array) -> jax.Array:  # [D] -> [D]
-        stacks = Matrices(p.gate_up, p.down)
-        own = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False), stacks)
-        matrix, down = _decoded(own, token.dtype)
+        stacks = p.gate_up, p.down
+        matrix, down = (jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False) for stack in stacks)
         gate_up = jnp.einsum("d,dgi->gi", token, matrix)
         return jnp.einsum("i,id->d", swiglu(gate_up[0], gate_up[1]), down)
 
@@ -197,21 +226,39 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     return jnp.sum(rows * weights[..., None], axis=1)
 
 
-def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weights: jax.Array, devices: int = 1) -> jax.Array:
-    """The chosen experts of tokens [N, D]: pairs sorted by expert, two grouped products -> [N, D] float32.
-
-    With several devices the result has the dtype of the tokens, in which it is exchanged. A device that shares the experts
-    with others makes room for somewhat more pairs than its even share, SPARE times as many, and where more are its own, it
-    multiplies them in further pieces of the same size.
-    """
-    (n, k), groups = experts.shape, p.gate_up.shape[0]
+def _order(experts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pairs of a token and an expert [N, k], sorted by expert, as [N k], and the place [N, k] of every pair there."""
     order = jnp.argsort(experts.reshape(-1), stable=True)
-    sizes = tokens_per_expert(experts, groups)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-    if devices == 1:
-        rows = ops.grouped_mlp(tokens[order // k], p.gate_up, p.down, sizes)[back].reshape(n, k, -1).astype(jnp.float32)
-        return jnp.sum(rows * weights[..., None], axis=1)
+    return order, back.reshape(experts.shape)
 
+
+def _sorted_by_expert(
+    p: Matrices,
+    tokens: jax.Array | Scaled,
+    experts: jax.Array,
+    weights: jax.Array,
+    added: tuple[jax.Array, ...] = (),
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """The chosen experts of tokens [N, D], plus `added`: pairs sorted by expert, two grouped products -> [N, D] in `dtype`."""
+    order, back = _order(experts)
+    rows = ops.gather_rows(tokens, order // experts.shape[1])
+    products = ops.grouped_mlp(rows, p.gate_up, p.down, tokens_per_expert(experts, p.gate_up.shape[0]))
+    return ops.sum_rows(products, back, weights, added, dtype)
+
+
+def _pieces_sorted_by_expert(
+    p: Matrices, tokens: jax.Array | Scaled, experts: jax.Array, weights: jax.Array, devices: int, dtype: Any
+) -> jax.Array:
+    """As `_sorted_by_expert` on a device that shares the experts with others: choices that are not its own are E.
+
+    It makes room for somewhat more pairs than its even share, SPARE times as many, and where more are its own, it multiplies
+    them in further pieces of the same size.
+    """
+    n, k = experts.shape
+    order, back = _order(experts)
+    sizes = tokens_per_expert(experts, p.gate_up.shape[0])
     room = room_for(n * k, devices)
     pieces = -(-n * k // room)
     order = jnp.pad(order, (0, pieces * room - n * k))
@@ -222,8 +269,9 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
         """The part of the sum that the pairs first .. first + room - 1 make, [N, D]."""
         pairs = jax.lax.dynamic_slice(order, (first,), (room,))
         filled = jnp.clip(ends - first, 0, room)
-        products = ops.grouped_mlp(tokens[pairs // k], p.gate_up, p.down, jnp.diff(filled, prepend=0))
-        row = (back - first).reshape(n, k)
+        rows = ops.gather_rows(tokens, pairs // k)
+        products = ops.grouped_mlp(rows, p.gate_up, p.down, jnp.diff(filled, prepend=0))
+        row = back - first
         here = (row >= 0) & (row < jnp.minimum(total - first, room))
         rows = jnp.where(here[..., None], products[jnp.clip(row, 0, room - 1)], 0).astype(jnp.float32)
         return jnp.sum(rows * weights[..., None], axis=1)
@@ -233,10 +281,10 @@ def _sorted_by_expert(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
         def add(sums: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
             return sums + jax.checkpoint(piece)(first), None
 
-        return jax.lax.scan(add, jnp.zeros(tokens.shape, jnp.float32), jnp.arange(pieces) * room)[0].astype(tokens.dtype)
+        return jax.lax.scan(add, jnp.zeros(tokens.shape, jnp.float32), jnp.arange(pieces) * room)[0].astype(dtype)
 
     def single_piece() -> jax.Array:
-        return piece(0).astype(tokens.dtype)
+        return piece(0).astype(dtype)
 
     return single_piece() if pieces == 1 else jax.lax.cond(total > room, pieces_in_turn, single_piece)
 

@@ -19,14 +19,22 @@ from indexcache_jax import split_cache
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
 from indexcache_jax.sharding import Axes, on_each_device, split_over
+from pallas_kernels import attention_denominators as attention_denominators
+from pallas_kernels import attention_target as attention_target
 from pallas_kernels import bits, device, dispatch, hopper, quant
+from pallas_kernels import index_cross_entropy as index_cross_entropy
 from pallas_kernels import index_divergence as index_divergence
 from pallas_kernels import selected_attention as selected_attention
+from pallas_kernels.attention_denominators import api as denominators_api
+from pallas_kernels.attention_target import api as target_api
 from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for serving.fused
+from pallas_kernels.grouped_matmul import api as grouped_matmul_api
+from pallas_kernels.index_cross_entropy import api as cross_entropy_api
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.quant import Scaled
 from pallas_kernels.routed_mlp import api as routed_mlp  # noqa: F401  for serving.few_rows
 from pallas_kernels.routing import api as routing  # noqa: F401  for serving.few_rows
+from pallas_kernels.scaled_matmul import api as scaled_matmul_api
 from pallas_kernels.selected_attention import api as selected_attention_api
 
 # The logical axes that arrays are split by: their rows; these and their cached positions, their queries, or queries and heads.
@@ -111,6 +119,25 @@ def trains_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bo
     return "xla" not in {choice.name for choice in training_choices(batch, length, dtype, config).values()}
 
 
+def distils_by_kernels(batch: int, length: int, dtype: Any, config: Config) -> bool:
+    """Whether the kernels that make targets and what index scores miss of them run for activations of this shape."""
+
+    def shape(*sizes: int, dtype: Any = dtype) -> Any:
+        return jax.ShapeDtypeStruct((batch, *sizes), dtype)
+
+    queries = shape(length, config.num_heads, config.qk_head_dim)
+    index_queries = shape(length, config.index_n_heads, config.index_head_dim)
+    index = index_queries, shape(length, config.index_head_dim), shape(length, config.index_n_heads, dtype=jnp.float32)
+    words = shape(bits.num_words(length), length, dtype=jnp.int32)
+    target, lse = shape(length, length, dtype=jnp.float32), shape(config.num_heads, length, dtype=jnp.float32)
+    names = (
+        dispatch.best(denominators_api.BACKENDS, queries, queries, words, scale=1.0),
+        dispatch.best(target_api.BACKENDS, target, queries, queries, lse, words, 1.0, scale=1.0),
+        dispatch.best(cross_entropy_api.BACKENDS, *index, target, words),
+    )
+    return "xla" not in names
+
+
 def training_choices(batch: int, length: int, dtype: Any, config: Config) -> dict[str, dispatch.Choice]:
     """The implementations of selected attention and of the index divergence for activations of this shape, by operation."""
 
@@ -140,13 +167,67 @@ def rounded_rows() -> Iterator[None]:
         yield
 
 
-def _rows(rows: jax.Array, matrix: jax.Array | Scaled) -> jax.Array:
-    if isinstance(matrix, Scaled) and _ROUNDED_ROWS.value:
+def _rows(rows: jax.Array | Scaled, matrix: jax.Array | Scaled) -> jax.Array | Scaled:
+    if isinstance(matrix, Scaled) and not isinstance(rows, Scaled) and _ROUNDED_ROWS.value:
         return quant.dequantise(quant.quantise_rows(rows), rows.dtype)
     return rows
 
 
-def grouped_mlp(rows: jax.Array, gate_up: jax.Array | Scaled, down: jax.Array | Scaled, group_sizes: jax.Array) -> jax.Array:
+def quantises(x: jax.Array, matrix: jax.Array | Scaled | None, copies: int = 1) -> bool:
+    """Whether the tokens of x [B, S, ...] would be rounded to 8 bits for a product with `matrix`.
+
+    Then whoever makes what is multiplied may do so in 8 bits, by `normalise` or `swiglu`. matrix: [N, K] of `scaled_matmul`,
+    or gate_up of `grouped_mlp`, for which every token is so many rows.
+    """
+    if not isinstance(matrix, Scaled):
+        return False
+    rows = jax.ShapeDtypeStruct((copies * x.size // x.shape[-1], matrix.shape[-1]), x.dtype)
+    if matrix.ndim == 2:
+        return scaled_matmul_api.quantises(rows, matrix)
+    return grouped_matmul_api.quantises(rows, matrix, jax.ShapeDtypeStruct(matrix.shape[:1], jnp.int32))
+
+
+def _flat(x: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), x)
+
+
+def _on_tokens(function: Callable[..., Any], x: jax.Array, *others: jax.Array) -> Any:
+    """`function` of the rows [M, K] of x [B, S, K] and of `others`; its result's arrays [M, ...] as [B, S, ...]."""
+
+    def call(x: jax.Array, *others: jax.Array) -> Any:
+        return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), function(_flat(x), *others))
+
+    return on_each_device(call, (QUERIES, *((),) * len(others)), QUERIES)(x, *others)
+
+
+def normalise(x: jax.Array, weight: jax.Array, eps: float, *, plain: bool = True, in_8_bits: bool = True) -> Any:
+    """rms_norm by weight [K] of the first K numbers of x [B, S, W >= K], in the dtype of `weight`, and in 8 bits.
+
+    A pair, in which what is not asked for is None.
+    """
+    return _on_tokens(functools.partial(pallas_kernels.normalise_rows, eps=eps, plain=plain, in_8_bits=in_8_bits), x, weight)
+
+
+def swiglu(gate_up: jax.Array) -> Scaled:
+    """silu(gate) * up of gate_up [B, S, 2 F], gate first, in 8 bits [B, S, F]."""
+    return _on_tokens(pallas_kernels.quantise_swiglu, gate_up)
+
+
+def gather_rows(rows: jax.Array | Scaled, index: jax.Array) -> Any:
+    """rows [N, K] at index [M]."""
+    return pallas_kernels.gather_rows(rows, index)
+
+
+def sum_rows(
+    rows: jax.Array, places: jax.Array, weights: jax.Array, added: tuple[jax.Array, ...] = (), dtype: Any = jnp.float32
+) -> jax.Array:
+    """The sums over j of weights[n, j] * rows[places[n, j]] and of `added` [N, D]: [N, D] in `dtype`, added up in float32."""
+    return pallas_kernels.sum_rows(rows, places, weights, added, dtype=dtype)
+
+
+def grouped_mlp(
+    rows: jax.Array | Scaled, gate_up: jax.Array | Scaled, down: jax.Array | Scaled, group_sizes: jax.Array
+) -> jax.Array:
     """SwiGLU layers of rows [M, D] in groups of group_sizes [E] -> [M, D]; undefined for rows after the last group.
 
     gate_up [E, D, 2, I] and down [E, I, D], or in 8 bits [E, 2, I, D] and [E, D, I].
@@ -157,16 +238,16 @@ def grouped_mlp(rows: jax.Array, gate_up: jax.Array | Scaled, down: jax.Array | 
     return pallas_kernels.grouped_mlp(rows, gate_up, down, group_sizes)
 
 
-def scaled_matmul(x: jax.Array, matrix: Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
-    """x [B, S, K] or [M, K] times a matrix in 8 bits [N, K] -> [..., N] in `dtype` or that of x.
+def scaled_matmul(x: jax.Array | Scaled, matrix: Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
+    """x [B, S, K] or [M, K] times a matrix in 8 bits [N, K] -> [..., N] in `dtype` or that of x, bfloat16 for x in 8 bits.
 
     inputs: the logical axis of K, along which devices that split it add up their products.
     """
     axes = ("batch", "queries")[: x.ndim - 1]
+    dtype = dtype or (None if isinstance(x, Scaled) else x.dtype)
 
-    def multiply(x: jax.Array, matrix: Scaled) -> jax.Array:
-        rows = _rows(x.reshape(-1, x.shape[-1]), matrix)
-        product = pallas_kernels.scaled_matmul(rows, matrix, dtype=dtype or x.dtype)
+    def multiply(x: jax.Array | Scaled, matrix: Scaled) -> jax.Array:
+        product = pallas_kernels.scaled_matmul(_rows(_flat(x), matrix), matrix, dtype=dtype)
         product = jax.lax.psum(product, split) if split else product
         return product.reshape(*x.shape[:-1], -1)
 

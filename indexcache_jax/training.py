@@ -44,6 +44,8 @@ class Stage:
     clip_norm: largest norm of the gradient, of the model's and of the indexers' apart.
     weight_decay: of matrices; not of norms, biases and the embedding.
     balance_speed: by how much an update moves the router's bias towards equally loaded experts; 0 leaves it as it is.
+    neighbour_decay: of the attention's and the indexers' matrices, drawn to those of the layers below and above as weight
+        decay draws to 0 (`neighbour_decay`); with it neighbouring layers select alike.
     cross_layer: an F layer's indexer learns from all layers that it serves, not from its own alone.
 
     Raises ValueError, naming the field, for values out of range.
@@ -62,6 +64,7 @@ class Stage:
     clip_norm: float = 1.0
     weight_decay: float = 0.1
     balance_speed: float = 0.0
+    neighbour_decay: float = 0.0
     cross_layer: bool = True
     compute_dtype: str = "bfloat16"
 
@@ -69,7 +72,8 @@ class Stage:
         arguments.choice("kind", self.kind, KINDS)
         for field, least in (("steps", 0), ("rows", 1), ("context", 1), ("accumulate", 1), ("lr_warmup_steps", 0)):
             arguments.integer(field, getattr(self, field), least)
-        for field in ("model_learning_rate", "indexer_learning_rate", "final_lr_fraction", "weight_decay", "balance_speed"):
+        fractions = "final_lr_fraction", "weight_decay", "balance_speed", "neighbour_decay"
+        for field in ("model_learning_rate", "indexer_learning_rate", *fractions):
             value = getattr(self, field)
             if not (arguments.is_real(value) and 0 <= value < float("inf")):
                 raise ValueError(f"{field}: {arguments.described(value)} is not a number of at least 0")
@@ -112,10 +116,37 @@ def learning_rate(stage: Stage, peak: float, steps: jax.Array | int) -> optax.Sc
     return at
 
 
-def adamw(stage: Stage, peak: float, steps: jax.Array | int, decayed: Any) -> optax.GradientTransformation:
-    """AdamW at a peak learning rate, for a stage of `steps` updates; decayed: a tree of booleans, which weights decay."""
-    rule = optax.adamw(learning_rate(stage, peak, steps), b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(stage.clip_norm), rule)
+def neighbour_decay(rate: float) -> optax.GradientTransformation:
+    """Adds the gradient of rate/4 sum_l |w_l - w_(l+1)|^2 to the updates of stacks of weights w [L, ...].
+
+    Before the learning rate, as `optax.add_decayed_weights` stands in AdamW. Adam would scale such a gradient to the size of
+    the losses' own, however strong the pull is.
+    """
+
+    def pull(update: jax.Array, weights: jax.Array) -> jax.Array:
+        steps = jnp.diff(weights, axis=0)  # from each layer to the next
+        none = jnp.zeros_like(weights[:1])
+        return update + 0.5 * rate * (jnp.concatenate([none, steps]) - jnp.concatenate([steps, none]))
+
+    return optax.stateless(lambda updates, params: jax.tree.map(pull, updates, params))
+
+
+def adamw(stage: Stage, peak: float, steps: jax.Array | int, decayed: Any, alike: Any = None) -> optax.GradientTransformation:
+    """AdamW at a peak learning rate, for a stage of `steps` updates.
+
+    decayed, alike: trees of booleans, which weights decay, and to which stacks stage.neighbour_decay applies.
+    """
+    rate = learning_rate(stage, peak, steps)
+    clip = optax.clip_by_global_norm(stage.clip_norm)
+    if not stage.neighbour_decay or alike is None:
+        return optax.chain(clip, optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=stage.weight_decay, mask=decayed))
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(stage.weight_decay, decayed),
+        optax.masked(neighbour_decay(stage.neighbour_decay), alike),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def optimiser(
@@ -129,9 +160,12 @@ def optimiser(
     length = stage.steps if steps is None else steps
     tree = abstract(config, schedule, weights)
     labels = distill.trainable(tree, stage.kind)
-    decayed = split(jax.tree.map(lambda t: t.init == "normal", tree), labels)[0]
+    matrices = jax.tree.map(lambda t: t.init == "normal", tree)
+    nothing: Params = jax.tree.map(lambda _: False, tree)
+    attending = dataclasses.replace(nothing, attention=matrices.attention, indexer=matrices.indexer)
+    decayed, alike = (split(which, labels)[0] for which in (matrices, attending))
     peaks = {"model": stage.model_learning_rate, "indexer": stage.indexer_learning_rate}
-    rules = {name: adamw(stage, peak, length, decayed) for name, peak in peaks.items()}
+    rules = {name: adamw(stage, peak, length, decayed, alike) for name, peak in peaks.items()}
     return optax.multi_transform(rules, split(labels, labels)[0])
 
 
@@ -255,7 +289,8 @@ def flops_per_token(config: Config, schedule: Schedule, stage: Stage) -> float:
 
     Nothing counts that is computed twice or masked out. A matrix counts once forward, and once each backward for its
     input's and its own gradient where these are needed. Attention and divergence count over the keys attended to, the
-    selection over all visible ones.
+    selection over all visible ones. Index scores and their gradient count once for each indexer, however many layers it serves:
+    the divergences of these have the gradient of that from their mean target.
     """
     c, k, s = config, min(config.index_topk, stage.context), stage.context
     visible = (s + 1) / 2
@@ -271,7 +306,7 @@ def flops_per_token(config: Config, schedule: Schedule, stage: Stage) -> float:
     scores = c.index_n_heads * (c.index_head_dim + 1)
     total: float = model * (1 if stage.kind == "warmup" else 3)
     if stage.kind != "dense":
-        total += 2 * schedule.num_full * projections + 3 * c.num_layers * attended * scores
+        total += schedule.num_full * (2 * projections + 3 * attended * scores)
     if stage.kind == "sparse":
         total += schedule.num_full * visible * scores
     return 2.0 * total

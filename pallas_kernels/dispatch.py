@@ -67,18 +67,18 @@ def recorded() -> Iterator[dict[str, Choice]]:
         yield log.choices
 
 
-def imported(module: str, name: str) -> Backend:
-    """Function `name` and `why_not` of a module that is imported at the first call: not every JAX has what kernels import."""
+def imported(module: str, name: str, why_not: str = "why_not") -> Backend:
+    """Functions `name` and `why_not` of a module that is imported at the first call: not every JAX has what kernels import."""
 
     def attribute(name: str) -> Callable[..., Any]:
         return lambda *args, **options: getattr(importlib.import_module(module), name)(*args, **options)
 
-    return Backend(attribute(name), attribute("why_not"))
+    return Backend(attribute(name), attribute(why_not))
 
 
-def hopper_backend(module: str, name: str) -> Backend:
+def hopper_backend(module: str, name: str, why_not: str = "why_not") -> Backend:
     """`imported` for a module that is imported only where kernels for Hopper can run."""
-    backend = imported(module, name)
+    backend = imported(module, name, why_not)
     return Backend(backend.run, lambda *args, **options: hopper.why_not() or backend.why_not(*args, **options))
 
 

@@ -194,16 +194,22 @@ def float_scales(scales: jax.Array) -> jax.Array:
 def quantise_rows(x: jax.Array) -> Scaled:
     """Activations x [..., K] in 8 bits, with a float32 scale for every 128 numbers of a row: max(|x|, 1e-4) / 448.
 
-    A group that is not finite has the scale NaN, so that products with it are NaN too.
+    A group that is not finite has the scale NaN, so that products with it are NaN too. Both divisions are written as products
+    with an inverse, so that kernels, for which a division is many instructions, give the same bits.
     """
     *rows, width = x.shape
     groups = -(-width // BLOCK)
     wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(rows) + [(0, groups * BLOCK - width)])
     wide = wide.reshape(*rows, groups, BLOCK)
     largest = jnp.max(jnp.abs(wide), axis=-1)  # NaN where a number is
-    scales = jnp.where(jnp.isfinite(largest), jnp.maximum(largest, MIN_MAGNITUDE) / E4M3_MAX, jnp.nan)
-    codes = jnp.clip(wide / scales[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    scales = row_scales(largest)
+    codes = jnp.clip(wide * (1.0 / scales)[..., None], -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
     return Scaled(codes.reshape(*rows, groups * BLOCK)[..., :width], scales)
+
+
+def row_scales(largest: jax.Array) -> jax.Array:
+    """The scales of groups of 128 activations whose largest magnitudes these are; NaN where they are not finite."""
+    return jnp.where(largest < jnp.inf, jnp.maximum(largest, MIN_MAGNITUDE) * jnp.float32(1 / E4M3_MAX), jnp.nan)
 
 
 def quantise_matrix(w: jax.Array) -> Scaled:

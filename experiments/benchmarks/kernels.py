@@ -343,8 +343,9 @@ def attention(
 
     def stages(q: Any, indices: Any, kv: Any, leave_out: str) -> Any:
         from pallas_kernels.sparse_mla import mosaic_gpu_attention
+        from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import PAIR, Tasks
 
-        tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=k // mosaic_gpu_attention.PAIR)
+        tasks = Tasks(b, s, heads, t, pairs=k // PAIR)
         flat = q.reshape(-1, LATENT), kv.reshape(-1, LATENT), indices.reshape(-1, k), None
         return mosaic_gpu_attention.attend(*flat, tasks, scale=LATENT**-0.5, leave_out=leave_out)
 

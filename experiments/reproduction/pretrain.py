@@ -1,11 +1,14 @@
 """Trains the models that this repository studies: dense language modelling, indexer warm-up, sparse training.
 
-Both are GlmMoeDsas of 12 layers. "demo", the shipped checkpoint, reads bytes of Python source; "medium" reads tokens of
-whatever code and prose the machine's Python packages hold, in a vocabulary made from them, with retrieval tasks woven in,
-at twice the context. The first stage runs on short, the second on full context without indexers; then the indexers alone
-learn the attention distributions they will stand for; last, the model trains on what they select. Files are split by
-name, and the model card beside the weights says how the result compares on the held-out side with its own dense form,
-with random selections and, for bytes, with an n-gram model.
+All are GlmMoeDsas. "demo", the shipped checkpoint, has 12 layers and reads bytes of Python source; "medium", of 12 layers
+too, reads tokens of whatever code and prose the machine's Python packages hold, in a vocabulary made from them, with
+retrieval tasks woven in, at twice the context. "deep" reads the same and has 24 layers that select more alike, as those of
+large models do: its layers' attention starts equal, and is drawn together while it trains (`Stage.neighbour_decay`).
+
+The first stage runs on short, the second on full context without indexers; then the indexers alone learn the attention
+distributions they will stand for; last, the model trains on what they select. Files are split by name, and the model card
+beside the weights says how the result compares on the held-out side with its own dense form, with random selections and, for
+bytes, with an n-gram model, and how much its layers' selections overlap.
 """
 
 from __future__ import annotations
@@ -26,17 +29,18 @@ import checkpoints_convert
 from experiments.common import data, devices, journal, options, processes, runs, text
 from experiments.common.report import Output, command, device, markdown_table, versions
 from experiments.common.runs import Saving, TrainingRun
-from experiments.reproduction import ngram, retrieval
+from experiments.reproduction import ngram, retrieval, scoring
+from experiments.reproduction.scoring import Sample
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, abstract, init, shape_structs
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import layerwise
+from indexcache_jax.search import layer_overlap, layerwise
 from indexcache_jax.sharding import TRAINING, to_host
 from indexcache_jax.tensors import count
 from indexcache_jax.training import Stage
 from pallas_kernels.indexer_topk.reference import select
 
-_RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium"], "the model and how it is trained")
+_RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium", "deep"], "the model and how it is trained")
 _SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
 for _name in ("text", "woven", "resume", "time_limit", "mesh"):
     flags.declare_key_flag(_name)
@@ -44,11 +48,16 @@ for _name in ("text", "woven", "resume", "time_limit", "mesh"):
 PLAN = "plan.json"
 NGRAM = 6  # order of the baseline
 PROMPTS = 16  # of each retrieval task
+OVERLAP_SEQUENCES = 4
+PULL = 100.0  # Stage.neighbour_decay of the deep recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A model, its text and its stages; shares[i] of --time_limit go to stage i."""
+    """A model, its text and its stages; shares[i] of --time_limit go to stage i.
+
+    alike: the attention and the indexers of all layers start as those of the first.
+    """
 
     fields: dict[str, Any]
     stages: tuple[Stage, ...]
@@ -57,6 +66,7 @@ class Recipe:
     corpus: str = "standard-library"
     vocabulary: int | None = None  # of a tokenizer made from the corpus; None: bytes
     woven: float = 0.0  # share of the text with retrieval tasks in it
+    alike: bool = False
     held_out: int = 64  # sequences to evaluate on
     finish_seconds: float = 20.0  # of --time_limit, kept for evaluation and saving
 
@@ -120,6 +130,15 @@ MEDIUM: dict[str, Any] = DEMO | {
     "pad_token_id": None,
 }
 
+DEEP: dict[str, Any] = MEDIUM | {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 24,
+    "first_k_dense_replace": 24,
+    "index_topk": 256,
+    "max_position_embeddings": 4096,
+}
+
 RECIPES = {
     "demo": Recipe(
         DEMO,
@@ -148,6 +167,22 @@ RECIPES = {
         woven=0.5,
         held_out=16,
     ),
+    "deep": Recipe(
+        DEEP,
+        (
+            Stage("dense, short context", "dense", 2000, 32, 1024, 2e-3, 0.0, final_lr_fraction=0.4, neighbour_decay=PULL),
+            Stage("dense, full context", "dense", 2000, 8, 4096, 8e-4, 0.0, final_lr_fraction=0.1, neighbour_decay=PULL),
+            Stage("indexer warm-up", "warmup", 200, 8, 4096, 0.0, 3e-3, final_lr_fraction=0.1, neighbour_decay=PULL),
+            Stage("sparse", "sparse", 200, 8, 4096, 1e-4, 1e-3, final_lr_fraction=0.05, neighbour_decay=PULL),
+        ),
+        shares=(0.36, 0.44, 0.07, 0.13),
+        separator=0,
+        corpus="standard-library,installed-code,installed-prose",
+        vocabulary=4096,
+        woven=0.5,
+        alike=True,
+        held_out=32,
+    ),
 }
 
 
@@ -169,24 +204,24 @@ def random_selection_loss(params: Params, tokens: jax.Array, config: Config, sch
     )
 
 
-def evaluate(params: Params, cuts: np.ndarray, config: Config, schedule: Schedule, seed: int) -> dict[str, float]:
-    """Mean held-out losses of cuts [N, S+1]: sparse as trained, dense, and with random selections (of at most 4 cuts)."""
+def evaluate(params: Params, on: Sample, config: Config, schedule: Schedule, seed: int) -> dict[str, Any]:
+    """Held-out losses of a sample (sparse as trained, dense, and with random selections, of at most 4 cuts), the shares of
+    its prompts that are solved, by task, and how much the layers' selections overlap."""
+    cuts = on.cuts
     key = jax.random.key(seed)
     randomly = [
         random_selection_loss(params, jnp.asarray(cut[None]), config, schedule, jax.random.fold_in(key, i))
         for i, cut in enumerate(cuts[:4])
     ]
-    full = jnp.array(schedule.is_full)
-    sparse = []
-    for cut in cuts:
-        tokens = jnp.asarray(cut[None])
-        state = layerwise.start(params, tokens[:, :-1], config)
-        sparse.append(layerwise.finish(params, state, jnp.int32(0), full, tokens[:, 1:], config, schedule))
-    return {
-        "sparse": float(np.mean(np.array(sparse))),
+    scores = scoring.score(params, config, schedule, schedule, on).means
+    losses = {
+        "sparse": scores["loss"],
         "dense": runs.evaluate(params, cuts, config, schedule, "bfloat16", sparse=False).language,
         "random selection": float(np.mean(np.array(randomly))),
     }
+    solved = {task: scores[task] for task in retrieval.TASKS}
+    overlap = layer_overlap(params, config, schedule, [cut[None] for cut in cuts[:OVERLAP_SEQUENCES]])
+    return {"held_out_loss": losses, "retrieval": solved, "overlap": scoring.neighbours_and_pairs(overlap)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,19 +296,21 @@ def within_the_limit(
     return [dataclasses.replace(stage, steps=n) for stage, n in zip(stages, steps, strict=True)]
 
 
-def compile_evaluation(config: Config, schedule: Schedule) -> None:
-    """Compiles what `evaluate` runs, while something else goes on."""
+def compile_evaluation(recipe: Recipe) -> None:
+    """Compiles what `evaluate` runs and is not small, while something else goes on."""
+    config, schedule = recipe.shape()
     params = shape_structs(config, schedule, jnp.bfloat16)
     s, layers = config.max_position_embeddings, config.num_layers
     tokens, number = jax.ShapeDtypeStruct((1, s), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    choice, choices = jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((layers,), bool)
+    choice = jax.ShapeDtypeStruct((), bool)
+    choices = jax.ShapeDtypeStruct((layers,), bool)
     state = jax.eval_shape(layerwise.start, params, tokens, config)
     cut = jax.ShapeDtypeStruct((1, s + 1), jnp.int32)
     for lowered in (
         layerwise.finish.lower(params, state, number, choices, tokens, config, schedule),
         layerwise.advance.lower(params, state, number, choice, config, schedule),
-        layerwise.hidden_states.lower(params, tokens, choices, config, schedule),
         runs.held_out.lower(params, cut, config, schedule, False, "bfloat16"),
+        scoring.lower(params, config, schedule, recipe.held_out + PROMPTS * len(retrieval.TASKS), s, scoring.TAIL),
     ):
         lowered.compile()
 
@@ -289,6 +326,7 @@ def model_card(metrics: dict[str, Any], stages: list[Stage], found: Data, config
     if metrics["ngram_loss"] is not None:
         losses.insert(0, [f"{NGRAM}-gram, Witten-Bell, same training files", f"{metrics['ngram_loss']:.4f}"])
     answered = ", ".join(f"{task} {share:.2f}" for task, share in metrics["retrieval"].items())
+    adjacent, pairs = metrics["overlap"].values()
     context = config.max_position_embeddings
     reads = "byte-level (token = byte;" if unit == "byte" else f"{config.vocab_size} tokens (tokenizer.json;"
     return f"""# A small DSA model of Python {"source" if unit == "byte" else "packages, code and prose"}
@@ -306,7 +344,8 @@ Held-out loss, nats per {unit}, {len(found.cuts)} sequences of {context}:
 {markdown_table(["", "loss"], losses)}
 
 Sparse over dense: {100 * (loss["sparse"] / loss["dense"] - 1):+.2f} %. Share of {PROMPTS} retrieval prompts answered at the
-full context, by task: {answered}. Seed {metrics["seed"]}; training took {metrics["seconds"]:.0f} s.
+full context, by task: {answered}. Overlap of the layers' selections: adjacent ones {adjacent:.3f}, all pairs {pairs:.3f}.
+Seed {metrics["seed"]}; training took {metrics["seconds"]:.0f} s.
 
 `{command()}`
 
@@ -334,11 +373,23 @@ class Inputs:
     params: Params
 
 
+def alike(params: Params) -> Params:
+    """Params whose layers all have the first one's attention and indexer."""
+
+    def first(stack: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(stack[:1], stack.shape)
+
+    attention, indexer = (jax.tree.map(first, part) for part in (params.attention, params.indexer))
+    return dataclasses.replace(params, attention=attention, indexer=indexer)
+
+
 def read_inputs(recipe: Recipe, output: Output, seed: int) -> Inputs:
     """Reads and encodes the text, and makes the weights."""
     config, schedule = recipe.shape()
     found = prepare(recipe, config, output, seed)
     params = init(jax.random.key(seed), config, schedule, jnp.float32)
+    if recipe.alike:
+        params = alike(params)
     return Inputs(recipe, config, schedule, found, baseline(found), params)
 
 
@@ -349,8 +400,7 @@ class Result:
     stages: list[Stage]
     trained: runs.Trained
     stored: Params
-    losses: dict[str, float]
-    retrieval: dict[str, float]
+    evaluated: dict[str, Any]  # as `evaluate` returns it
 
 
 def pretrain(
@@ -376,9 +426,9 @@ def pretrain(
     target = output.directory / "checkpoint"
     journal.remove(target)  # of an earlier --resume
     checkpoints_convert.save(target, stored, config, schedule, companions_of=output.directory)
-    losses = evaluate(stored, given.data.cuts, config, schedule, seed)
     asked = retrieval.prompts(given.data.cuts, given.data.encoder, config.max_position_embeddings, PROMPTS, seed)
-    return Result(stages, trained, stored, losses, retrieval.accuracy(stored, config, schedule, schedule, asked))
+    sample = Sample(given.data.cuts, np.zeros_like(given.data.cuts[:, 1:], bool), asked)
+    return Result(stages, trained, stored, evaluate(stored, sample, config, schedule, seed))
 
 
 def report(result: Result, given: Inputs, output: Output, layout: devices.Layout, seed: int) -> None:
@@ -388,10 +438,9 @@ def report(result: Result, given: Inputs, output: Output, layout: devices.Layout
         "corpus": options.TEXT.value or given.recipe.corpus,
         "stages": [dataclasses.asdict(stage) for stage in result.stages],
         "tokens_per_second": result.trained.tokens_per_second,
-        "held_out_loss": result.losses,
+        **result.evaluated,
         "held_out_sequences": len(given.data.cuts),
         "ngram_loss": given.ngram_loss,
-        "retrieval": result.retrieval,
         "seconds": result.trained.seconds,
         "seed": seed,
     }
@@ -412,7 +461,7 @@ def run(output_dir: str, seed: int) -> None:
         with devices.in_force(layout, TRAINING):
             compile_steps = runs.in_a_thread(runs.compile_steps)
         steps = pool.submit(compile_steps, plan(recipe), *recipe.shape())
-        evaluation = pool.submit(compile_evaluation, *recipe.shape())
+        evaluation = pool.submit(compile_evaluation, recipe)
         given = read_inputs(recipe, output, seed)
         steps.result()
         print(f"text and programs ready after {time.perf_counter() - began:.0f} s")

@@ -12,18 +12,11 @@ import functools
 import math
 import random
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.common.text import Bytes, FromFile
-from indexcache_jax import model
-from indexcache_jax.config import Config
-from indexcache_jax.params import Params
-from indexcache_jax.schedule import Schedule
-from indexcache_jax.search import layerwise
 
 Parts = tuple[str, ...]
 Word = Callable[[], str]  # makes or draws a random word
@@ -89,30 +82,47 @@ def _encoded(encode: Callable[[str], np.ndarray], parts: Sequence[str]) -> np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A haystack with something to find: tokens [S+1], of which those marked in answer [S+1] must be predicted."""
+    """A haystack with something to find for each of some tasks, which are asked at its end.
+
+    tokens [S+1]. answers [S+1] int32: n where a token must be predicted to solve the nth task, counted from 1; else 0.
+    """
 
     tokens: np.ndarray
-    answer: np.ndarray
+    answers: np.ndarray
+    tasks: tuple[str, ...]
+
+    @property
+    def tail(self) -> int:
+        """How many of the S targets there are from the first that must be predicted on."""
+        return self.answers.size - int(np.argmax(self.answers > 0))
+
+    def solved(self, hits: np.ndarray) -> list[bool]:
+        """By task whether all of its answer is the likeliest continuation, token by token; hits [W]: of the last W targets."""
+        answers = self.answers[self.answers.size - hits.size :]
+        return [bool(hits[answers == number].all()) for number in range(1, len(self.tasks) + 1)]
 
 
-def prompt(task: str, haystack: np.ndarray, encoder: Bytes | FromFile, context: int, rng: random.Random) -> Prompt:
+def prompt(tasks: Sequence[str], haystack: np.ndarray, encoder: Bytes | FromFile, context: int, rng: random.Random) -> Prompt:
     """A prompt of context + 1 tokens: what is hidden stands at random places of the first nine tenths of the haystack.
 
-    ValueError where the context has no room for what is asked.
+    The tasks are asked in their order. ValueError where the context has no room for what is asked.
     """
-    found = TASKS[task](rng, functools.partial(new_word, rng))
     encode = functools.partial(_encode_one, encoder)
-    asked, marks = [], []
-    for question, answer in found.asked:
-        q, a = _encoded(encode, question), encode(answer)
-        asked += [q, a]
-        marks += [np.zeros(q.size, bool), np.ones(a.size, bool)]
-    end, needles = np.concatenate(asked), [_encoded(encode, parts) for parts in found.hidden]
+    asked, marks, needles = [], [], []
+    for number, task in enumerate(tasks, start=1):
+        found = TASKS[task](rng, functools.partial(new_word, rng))
+        needles += [_encoded(encode, parts) for parts in found.hidden]
+        for question, answer in found.asked:
+            q, a = _encoded(encode, question), encode(answer)
+            asked += [q, a]
+            marks += [np.zeros(q.size, np.int32), np.full(a.size, number, np.int32)]
+    end = np.concatenate(asked)
     room = context + 1 - end.size - sum(needle.size for needle in needles)
     if room < len(needles):
-        raise ValueError(f"--context={context}: no room for the retrieval task {task!r}")
+        raise ValueError(f"--context={context}: no room for the retrieval tasks {', '.join(tasks)}")
     tokens = np.concatenate([*_scattered(haystack[:room], needles, max(1, room * 9 // 10), rng), end])
-    return Prompt(tokens.astype(np.int32), np.concatenate([np.zeros(context + 1 - end.size, bool), *marks]))
+    answers = np.concatenate([np.zeros(context + 1 - end.size, np.int32), *marks])
+    return Prompt(tokens.astype(np.int32), answers, tuple(tasks))
 
 
 def _encode_one(encoder: Bytes | FromFile, part: str) -> np.ndarray:
@@ -165,31 +175,20 @@ def weave(tokens: np.ndarray, encoder: Bytes | FromFile, share: float, seed: int
     return np.concatenate(parts).astype(np.int32)
 
 
-def prompts(haystacks: np.ndarray, encoder: Bytes | FromFile, context: int, count: int, seed: int) -> dict[str, list[Prompt]]:
-    """`count` prompts of every task in haystacks [N, S+1], taken in turn."""
+def prompts(
+    haystacks: np.ndarray, encoder: Bytes | FromFile, context: int, count: int, seed: int, together: int = 1
+) -> list[Prompt]:
+    """Prompts in haystacks [N, S+1], taken in turn, that ask every task `count` times, `together` tasks in each."""
     rng = random.Random(f"prompts {seed}")
-    return {task: [prompt(task, haystacks[i % len(haystacks)], encoder, context, rng) for i in range(count)] for task in TASKS}
+    tasks = [*TASKS] * count
+    groups = [tasks[start : start + together] for start in range(0, len(tasks), together)]
+    return [prompt(group, haystacks[i % len(haystacks)], encoder, context, rng) for i, group in enumerate(groups)]
 
 
-@jax.jit
-def hits(params: Params, x: jax.Array, targets: jax.Array, config: Config) -> jax.Array:
-    """Where the likeliest token after x [1, W, D] is the target [1, W]."""
-    return jnp.argmax(model.unembed(params, x, config), axis=-1) == targets
-
-
-def accuracy(
-    params: Params, config: Config, base: Schedule, schedule: Schedule, asked: Mapping[str, Sequence[Prompt]]
-) -> dict[str, float]:
-    """By task the share of prompts whose whole answer is the likeliest continuation, token by token."""
-    full = jnp.array(schedule.is_full)
-    found = {}
-    for task, prompts_of in asked.items():
-        right = []
-        for one in prompts_of:
-            tokens, answer = jnp.asarray(one.tokens[None]), one.answer[1:]
-            tail = answer.size - int(np.argmax(answer))
-            tail = min(answer.size, -(-tail // 64) * 64)  # few different widths to compile
-            x = layerwise.hidden_states(params, tokens[:, :-1], full, config, base)[:, -tail:]
-            right.append((hits(params, x, tokens[:, -tail:], config), answer[-tail:]))
-        found[task] = float(np.mean([np.asarray(hit)[0][marks].all() for hit, marks in right]))
+def by_task(asked: Sequence[Prompt], solved: Sequence[Sequence[bool]]) -> dict[str, list[list[int]]]:
+    """Of every task, by prompt, 1 for each time it was solved there and 0 for each that it was not."""
+    found: dict[str, list[list[int]]] = {task: [[] for _ in asked] for task in TASKS}
+    for number, (one, outcomes) in enumerate(zip(asked, solved, strict=True)):
+        for task, outcome in zip(one.tasks, outcomes, strict=True):
+            found[task][number].append(int(outcome))
     return found

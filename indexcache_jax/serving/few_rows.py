@@ -23,7 +23,7 @@ from indexcache_jax.serving.layer import attend, linear, mlp, select
 from indexcache_jax.serving.weights import Dense, Experts, Layer, Weights
 from pallas_kernels.quant import Scaled
 
-MAX_ROWS = 32
+MAX_ROWS = 16
 
 
 def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, config: Config) -> str | None:

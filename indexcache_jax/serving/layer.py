@@ -22,18 +22,21 @@ from indexcache_jax.serving.cache import LayerCache, append, formats
 from indexcache_jax.serving.weights import Dense, Layer
 from pallas_kernels.quant import Scaled
 
+MANY_TOKENS = 128  # the rows of a tile of products
 FEW_SUMS = 4096  # so many numbers of a product are sums in one kernel, and no call of a library
 
 
-def linear(x: jax.Array, weight: jax.Array | Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
+def linear(x: jax.Array | Scaled, weight: jax.Array | Scaled, dtype: Any = None, inputs: str | None = None) -> jax.Array:
     """x [..., K] times weight [N, K] -> [..., N], accumulated in float32, in `dtype` or that of x.
 
+    x is in 8 bits, for a result in bfloat16, only where the weight is.
     inputs: the logical axis of K, where a mesh may split it.
     On a GPU a single row, and few numbers in all such as the router's, are written as the sums that they are: a library's
     product would be a kernel that nothing fuses with, and for float32 results of bfloat16 it would first convert the matrix.
     """
     if isinstance(weight, Scaled):
         return ops.scaled_matmul(x, weight, dtype, inputs)
+    assert not isinstance(x, Scaled)
     rows = x.size // x.shape[-1]
     if ops.platform() == "gpu" and (rows == 1 or rows * weight.shape[0] <= FEW_SUMS):
         products = x.astype(jnp.float32)[..., None, :] * weight.astype(jnp.float32)
@@ -47,49 +50,67 @@ def by_head(x: jax.Array, matrices: jax.Array) -> jax.Array:
     """x [B, S, H, K] times the heads' matrices [H, N, K] -> [B, S, H, N].
 
     Of a decode step the product has the rows before N. einsum puts the rows last, and where they are no multiple of 8
-    cuBLAS has slow kernels only for such a product.
+    cuBLAS has slow kernels only for such a product. With many rows they are one axis: of two XLA would write the product
+    head by head and turn it.
     """
     if x.shape[1] > 1:
-        return jnp.einsum("bshk,hnk->bshn", x, matrices)
+        product = jnp.einsum("thk,hnk->thn", x.reshape(-1, *x.shape[2:]), matrices)
+        return product.reshape(*x.shape[:3], -1)
     product = jax.lax.dot_general(x[:, 0], matrices, (((2,), (2,)), ((1,), (0,))))
     return product.swapaxes(0, 1)[:, None]
 
 
-def _absorbed_queries(p: Layer, q_latent: jax.Array, positions: Positions, config: Config) -> jax.Array:
+def _absorbed_queries(p: Layer, q_latent: jax.Array | Scaled, positions: Positions, config: Config) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of query latents [B, S, R]."""
     inputs = ("heads",), ("heads",), ("batch", "queries"), ("batch", "queries")
     on_each = sharding.on_each_device(functools.partial(_absorb, config=config), inputs, ("batch", "queries", "heads"))
     return on_each(p.up, p.k_up, q_latent, positions.cos_sin)
 
 
-def _absorb(up: jax.Array | Scaled, k_up: jax.Array, q_latent: jax.Array, cos_sin: CosSin, config: Config) -> jax.Array:
+def _absorb(
+    up: jax.Array | Scaled, k_up: jax.Array, q_latent: jax.Array | Scaled, cos_sin: CosSin, config: Config
+) -> jax.Array:
     """The absorbed queries [B, S, H, C + dr] of the H heads whose matrices are given, up [H dq, R] and k_up [H, C, dn].
 
-    With one token a row a single product is cut into its parts. With many tokens, slicing the weights is cheaper than
-    slicing the product, and the absorbing product leaves room for the rope part, which then is written into it: cutting
-    and joining the queries themselves are two passes over them and a transposition. A matrix in 8 bits is not cut: parts of
-    heads begin within its blocks.
+    With one token a row a single product is cut into its parts. With many tokens the absorbing product leaves room for the
+    rope part, which then is written into it: cutting and joining the queries themselves are two passes over them and a
+    transposition. Slicing the weights is cheaper too. But a matrix in 8 bits is not cut, since parts of heads begin within its
+    blocks: there the absorbing product takes whole heads, and brings the rope part to its place by a block of ones.
     """
     c, (b, s, _), heads = config, q_latent.shape, k_up.shape[0]
-    if s == 1 or isinstance(up, Scaled):
+    if s == 1:
         # XLA would make one product of this and that with `index_up`, and join the two matrices at every step for it.
         q_latent = jax.lax.optimization_barrier(q_latent)
         product = linear(q_latent, up).reshape(b, s, heads, c.qk_head_dim)
         nope, rope = finish_queries(product, cos_sin, c)
         return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
-    matrices, tokens = up.reshape(heads, c.qk_head_dim, -1), q_latent.reshape(b * s, -1)
-    nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
     wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
-    absorbed = jnp.einsum("thn,hcn->thc", nope.reshape(b * s, heads, -1), wide).reshape(b, s, heads, -1)
-    # XLA would make one product of two small ones again.
-    tokens = jax.lax.optimization_barrier(tokens)
-    rope = linear(tokens, matrices[:, c.qk_nope_head_dim :].reshape(-1, tokens.shape[1])).reshape(b, s, heads, -1)
+    tokens = jax.tree.map(lambda x: x.reshape(b * s, -1), q_latent)
+    if isinstance(up, Scaled):
+        ones = jnp.eye(c.latent_dim, c.qk_rope_head_dim, -c.kv_lora_rank, dtype=k_up.dtype)
+        wide = jnp.concatenate([wide, jnp.broadcast_to(ones, (heads, *ones.shape))], axis=-1)
+        product = linear(tokens, up).reshape(b * s, heads, -1)
+        absorbed = jnp.einsum("thd,hcd->thc", product, wide).reshape(b, s, heads, -1)
+        rope = absorbed[..., c.kv_lora_rank :]
+    else:
+        matrices = up.reshape(heads, c.qk_head_dim, -1)
+        nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
+        absorbed = jnp.einsum("thn,hcn->thc", nope.reshape(b * s, heads, -1), wide).reshape(b, s, heads, -1)
+        # XLA would make one product of two small ones again.
+        tokens = jax.lax.optimization_barrier(tokens)
+        rope = linear(tokens, matrices[:, c.qk_nope_head_dim :].reshape(-1, tokens.shape[1])).reshape(b, s, heads, -1)
     rope = rotate(rope, *cos_sin, interleaved=True)
     return absorbed.at[..., c.kv_lora_rank :].set(rope)
 
 
 def select(
-    p: Layer, q_latent: jax.Array, weights: jax.Array, cache: LayerCache, positions: Positions, kv_length: int, config: Config
+    p: Layer,
+    q_latent: jax.Array | Scaled,
+    weights: jax.Array,
+    cache: LayerCache,
+    positions: Positions,
+    kv_length: int,
+    config: Config,
 ) -> jax.Array:
     """The indices [B, S, k] of an F layer; `weights` [B, S, Hi] are the product that the head weights are made from."""
     assert cache.index_keys is not None  # an F layer's cache has them
@@ -111,11 +132,15 @@ def attention(
     """
     c, dtype = config, x.dtype
     with jax.named_scope("project"):
-        h = rms_norm(x, p.norm, c.rms_norm_eps)
-        ends = [c.q_lora_rank, c.q_lora_rank + c.latent_dim]
-        q_product, kv_product, index_product = jnp.split(linear(h, p.down, jnp.float32), ends, axis=-1)
+        (h,) = _normalised(x, p.norm, c.rms_norm_eps)
+        ends, product = [c.q_lora_rank, c.q_lora_rank + c.latent_dim], linear(h, p.down, jnp.float32)
+        q_product, kv_product, index_product = jnp.split(product, ends, axis=-1)
         q_bias, kv_bias = (None, None) if p.down_bias is None else jnp.split(p.down_bias, ends[:1])
-        q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
+        q_latent: jax.Array | Scaled
+        if q_bias is None and ops.quantises(h, p.up):
+            _, q_latent = ops.normalise(product, p.q_norm, c.latent_norm_eps, plain=False)
+        else:
+            q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
         latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
         absorbed = _absorbed_queries(p, q_latent, positions, c)
 
@@ -146,20 +171,32 @@ def attend(
 
 
 def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
+    if ops.quantises(gate_up, down):
+        return linear(ops.swiglu(gate_up), down)
     return linear(moe.swiglu(*jnp.split(gate_up, 2, axis=-1)), down)
+
+
+def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> list[jax.Array | Scaled]:
+    """norm(x), and once more for every value of in_8_bits, where it holds in 8 bits."""
+    if x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
+        return [rms_norm(x, weight, eps)] * (1 + len(in_8_bits))
+    h, codes = ops.normalise(x, weight, eps, in_8_bits=any(in_8_bits))
+    return [h, *(codes if wanted else h for wanted in in_8_bits)]
 
 
 def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
     """x + mlp(norm(x)) of hidden states x [B, S, D]."""
     with jax.named_scope("mlp"):
-        h, m = rms_norm(x, p.mlp_norm, config.rms_norm_eps), p.mlp
+        m, c = p.mlp, config
         if isinstance(m, Dense):
+            _, h = _normalised(x, p.mlp_norm, c.rms_norm_eps, ops.quantises(x, m.gate_up))
             return x + _down_of_swiglu(linear(h, m.gate_up), m.down)
-        logits = linear(h, m.router, jnp.float32)
-        out = moe.routed(m, h, *moe.choose(logits, m.router_bias, config), config)
-        if m.shared_down is not None:
-            out = out + _down_of_swiglu(linear(h, m.shared_gate_up), m.shared_down)
-        return sharding.constrain((x + out).astype(x.dtype), "batch", "queries", None)
+        in_8_bits = ops.quantises(x, m.gate_up, c.num_experts_per_tok), ops.quantises(x, m.shared_gate_up)
+        h, of_experts, of_shared = _normalised(x, p.mlp_norm, c.rms_norm_eps, *in_8_bits)
+        experts, weights = moe.choose(linear(h, m.router, jnp.float32), m.router_bias, c)
+        others = (x,) if m.shared_down is None else (_down_of_swiglu(linear(of_shared, m.shared_gate_up), m.shared_down), x)
+        out = moe.routed(m, of_experts, experts, weights, c, others, x.dtype)
+        return sharding.constrain(out, "batch", "queries", None)
 
 
 def layer(

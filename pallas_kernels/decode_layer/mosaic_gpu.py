@@ -154,11 +154,11 @@ def _bfloat16_pair(base: Value, load: Callable[[Value], Value]) -> Callable[[Val
 
 def _half_of(word: Value, i: Value) -> Value:
     low, high = ptx.from_bfloat16_pair(word)
-    return ptx.select(ptx.compare("eq", ptx.bit_and(i, 1), 0), low, high)
+    return ptx.select((i & 1).equals(0), low, high)
 
 
 def _load_bfloat16(base: Value, i: Value, load: Callable[[Value], Value]) -> Value:
-    return _half_of(load(ptx.offset(base, ptx.shift_right(i, 1), 4)), i)
+    return _half_of(load(ptx.offset(base, i >> 1, 4)), i)
 
 
 def _load_float32(base: Value, i: Value) -> Value:
@@ -215,7 +215,7 @@ class MatrixProduct:
         """Stores load(row) + sum, in bfloat16, as number `row` at `target`; codes load before they sum."""
 
         def store(row: Value, x: Value, total: Value, stores: Value) -> None:
-            ptx.store_global_bfloat16(ptx.offset(target, row, 2), ptx.plus(x, ptx.rounded(total)), stores)
+            ptx.store_global_bfloat16(ptx.offset(target, row, 2), x + ptx.rounded(total), stores)
 
         if isinstance(self.product, CodesProduct):
             rows = self.product.rows_of_thread()
@@ -281,7 +281,7 @@ class Up(Stage):
         ptx.block_barrier()
         self.product.finish(_rounded_sink(ptx.offset(a["up_out"], self.rows.offset, 4)))
         with ptx.when(thread.is_block_from_end(ROPE_BLOCK)):
-            self.token.write(ptx.minimum(ptx.load_global(a["position"]), p.max_len - 1))
+            self.token.write(ptx.min_s32(ptx.load_global(a["position"]), p.max_len - 1))
 
 
 class Token:
@@ -309,15 +309,15 @@ class Token:
                 ptx.store_global(ptx.offset(row, i, 4), word, exists)
         else:
             row, rotary = ptx.offset(a["latent_rotary"], position, 2 * ROTARY), 0
-        with ptx.when(ptx.compare("eq", thread.warp, 0)):
-            rotated_pair = rotate_pair(a, thread.lane, *pair(ptx.add(thread.lane, VALUE_DIM // 2)))
+        with ptx.when(thread.warp.equals(0)):
+            rotated_pair = rotate_pair(a, thread.lane, *pair(thread.lane + VALUE_DIM // 2))
             word = ptx.to_bfloat16_pair(*rotated_pair)
             if scale is not None:
-                word = ptx.to_bfloat16_pair(*(ptx.divide_as_xla(x, scale) for x in ptx.from_bfloat16_pair(word)))
-            at = ptx.offset(row, ptx.add(thread.lane, rotary), 4)
-            ptx.store_global(at, word, ptx.compare("sge", thread.lane, 0))
+                word = ptx.to_bfloat16_pair(*(ptx.div_full(x, scale) for x in ptx.from_bfloat16_pair(word)))
+            at = ptx.offset(row, thread.lane + rotary, 4)
+            ptx.store_global(at, word, thread.lane.signed >= 0)
         if p.index_heads:
-            with ptx.when(ptx.compare("eq", thread.warp, parts.WARPS - 1)):
+            with ptx.when(thread.warp.equals(parts.WARPS - 1)):
                 self.write_index_key(position)
 
     def write_codes(self, words: Sequence[tuple[Value, Value, Value]], position: Value) -> Value:
@@ -326,13 +326,13 @@ class Token:
         pairs = [ptx.from_bfloat16_pair(word) for _, word, _ in words]
         largest = parts.block_maximum(thread, [x for pair in pairs for x in pair], self.sizes)
         # XLA multiplies by the inverse of a constant that it divides by.
-        scale = ptx.times(ptx.maximum_floats(largest, ptx.number(quant.MIN_MAGNITUDE)), ptx.number(1 / quant.E4M3_MAX))
-        is_even = ptx.compare("eq", ptx.bit_and(thread.lane, 1), 0)
+        scale = ptx.max_nan_f32(largest, ptx.number(quant.MIN_MAGNITUDE)) * (1 / quant.E4M3_MAX)
+        is_even = (thread.lane & 1).equals(0)
         row = ptx.offset(a["latent_codes"], position, VALUE_DIM)
         for (i, _, exists), pair in zip(words, pairs, strict=True):
-            four = [ptx.divide_as_xla(x, scale) for x in (*pair, *(ptx.lane_distant(x, 1) for x in pair))]
-            ptx.store_global(ptx.offset(row, ptx.shift_right(i, 1), 4), ptx.to_e4m3_word(four), ptx.both(exists, is_even))
-        is_first = ptx.compare("eq", thread.index, 0)
+            four = [ptx.div_full(x, scale) for x in (*pair, *(ptx.lane_distant(x, 1) for x in pair))]
+            ptx.store_global(ptx.offset(row, i >> 1, 4), ptx.to_e4m3_word(four), exists & is_even)
+        is_first = thread.index.equals(0)
         ptx.store_global(ptx.offset(a["latent_scales"], position, 4), ptx.bits_of(scale), is_first)
         return scale
 
@@ -340,13 +340,13 @@ class Token:
         p, a, lane = self.p, self.a, self.thread.lane
         at = ptx.offset(ptx.offset(a["down_out"], ptx.constant(p.latent_end), 4), lane, 16)
         key = [ptx.float_of(word) for word in ptx.load_fresh_words(at)]
-        mean = ptx.times(parts.warp_sum(ptx.plus(*key)), ptx.number(1 / INDEX_WIDTH))
-        key = [ptx.minus(x, mean) for x in key]
-        squares = ptx.plus(*(ptx.times(x, x) for x in key))
-        variance = ptx.times(parts.warp_sum(squares), ptx.number(1 / INDEX_WIDTH))
-        factor = ptx.rsqrt(ptx.plus(variance, ptx.number(1e-6)))
+        mean = parts.warp_sum(ptx.total(key)) * (1 / INDEX_WIDTH)
+        key = [x - mean for x in key]
+        squares = ptx.total(x * x for x in key)
+        variance = parts.warp_sum(squares) * (1 / INDEX_WIDTH)
+        factor = ptx.rsqrt(variance + 1e-6)
         weights, biases = _load_lane_values(a["key_norm"], lane), _load_lane_values(a["key_norm_bias"], lane)
-        key = [ptx.plus(ptx.times(ptx.times(x, factor), w), b) for x, w, b in zip(key, weights, biases, strict=True)]
+        key = [x * factor * w + b for x, w, b in zip(key, weights, biases, strict=True)]
         key = _rotate_front(p, a, lane, key)
         _store_index_vector(p, key, lane, a["index_keys"], position, a.get("index_scales"))
 
@@ -368,22 +368,22 @@ class Absorb(Stage):
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
         # A share is below VALUE_DIM rows, so it is of one head or two.
-        head = ptx.minimum(ptx.div(self.first, VALUE_DIM), p.heads - 1)
+        head = ptx.min_s32(self.first // VALUE_DIM, p.heads - 1)
         pairs = p.nope // 2
 
         def pair(i: Value) -> tuple[Value, Value]:
-            which = ptx.minimum(ptx.add(head, ptx.div(i, pairs)), p.heads - 1)
-            return parts.fresh_pair(a["up_out"])(ptx.add(ptx.mul(which, p.head_dim // 2), ptx.rem(i, pairs)))
+            which = ptx.min_s32(head + i // pairs, p.heads - 1)
+            return parts.fresh_pair(a["up_out"])(which * (p.head_dim // 2) + i % pairs)
 
         _write_bfloat16(thread, 2 * pairs, pair, parts.to_shared(self.vectors))
         ptx.block_barrier()
 
         def vector(row: Value) -> Value:
-            local = ptx.minimum(ptx.sub(ptx.div(row, VALUE_DIM), head), 1)
-            return ptx.add(self.vectors, ptx.mul(local, 2 * p.nope))
+            local = ptx.min_s32(row // VALUE_DIM - head, 1)
+            return self.vectors + local * (2 * p.nope)
 
         def emit(row: Value, total: Value, stores: Value) -> None:
-            at = ptx.add(row, ptx.mul(ptx.div(row, VALUE_DIM), ROTARY))
+            at = row + row // VALUE_DIM * ROTARY
             ptx.store_global_bfloat16(ptx.offset(a["queries"], at, 2), total, stores)
 
         self.product.finish(vector, emit)
@@ -396,10 +396,10 @@ class Absorb(Stage):
     def rotate(self) -> None:
         p, a = self.p, self.a
         for i, exists in parts.indices_of_thread(self.thread, p.heads * ROTARY // 2):
-            head, j = ptx.shift_right(i, 5), ptx.bit_and(i, 31)
-            source = ptx.add(ptx.mul(head, p.head_dim // 2), p.nope // 2, j)
+            head, j = i >> 5, i & 31
+            source = head * (p.head_dim // 2) + p.nope // 2 + j
             rotated_pair = rotate_pair(a, j, *parts.fresh_pair(a["up_out"])(source))
-            target = ptx.add(ptx.mul(head, WIDTH // 2), VALUE_DIM // 2, j)
+            target = head * (WIDTH // 2) + VALUE_DIM // 2 + j
             ptx.store_global(ptx.offset(a["queries"], target, 4), ptx.to_bfloat16_pair(*rotated_pair), exists)
 
     def index_queries(self) -> None:
@@ -407,22 +407,22 @@ class Absorb(Stage):
         queries = ptx.offset(a["up_out"], ptx.constant(p.heads * p.head_dim), 4)
         weights = ptx.offset(a["down_out"], ptx.constant(p.latent_end + INDEX_WIDTH), 4)
         for r in range(-(-p.index_heads // parts.WARPS)):
-            head = ptx.add(thread.warp, r * parts.WARPS)
-            with ptx.when(ptx.compare("slt", head, p.index_heads)):
+            head = thread.warp + r * parts.WARPS
+            with ptx.when(head.signed < p.index_heads):
                 at = ptx.offset(ptx.offset(queries, head, 4 * INDEX_WIDTH), thread.lane, 16)
                 query = [ptx.float_of(word) for word in ptx.load_fresh_words(at)]
                 query = _rotate_front(p, a, thread.lane, query)
                 scale = _store_index_vector(p, query, thread.lane, a["index_queries"], head, None)
-                weight = ptx.times(_load_float32(weights, head), ptx.number(p.index_scale))
+                weight = _load_float32(weights, head) * p.index_scale
                 if scale is not None:
-                    weight = ptx.times(weight, scale)
-                leads = ptx.compare("eq", thread.lane, 0)
+                    weight = weight * scale
+                leads = thread.lane.equals(0)
                 ptx.store_global(ptx.offset(a["index_weights"], head, 4), ptx.bits_of(weight), leads)
 
 
 def _load_lane_values(base: Value, lane: Value) -> list[Value]:
     """The four bfloat16 values of this lane, elements 4 lane .. 4 lane + 3, as float32."""
-    words = [ptx.load_global(ptx.offset(base, ptx.add(ptx.shift_left(lane, 1), i), 4)) for i in range(2)]
+    words = [ptx.load_global(ptx.offset(base, (lane << 1) + i, 4)) for i in range(2)]
     return [x for word in words for x in ptx.from_bfloat16_pair(word)]
 
 
@@ -432,8 +432,8 @@ def _load_cos_sin(a: Mapping[str, Value], j: Value) -> tuple[Value, Value]:
 
 
 def _rotate(first: Value, second: Value, cos: Value, sin: Value) -> tuple[Value, Value]:
-    rotated_pair = ptx.minus(ptx.times(first, cos), ptx.times(second, sin))
-    return rotated_pair, ptx.plus(ptx.times(second, cos), ptx.times(first, sin))
+    rotated_pair = first * cos - second * sin
+    return rotated_pair, second * cos + first * sin
 
 
 def rotate_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -> tuple[Value, Value]:
@@ -442,17 +442,17 @@ def rotate_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -
 
 def _rotate_front(p: Inputs, a: Mapping[str, Value], lane: Value, vector: Sequence[Value]) -> list[Value]:
     """Rope on the first 64 of a vector's 128 numbers, of which a lane has four; all are rounded to bfloat16."""
-    rotated = ptx.compare("slt", lane, ROTARY // 4)
+    rotated = lane.signed < ROTARY // 4
     out: list[Value] = []
     if p.index_interleaved:
         for i in range(2):
-            j = ptx.bit_and(ptx.add(ptx.shift_left(lane, 1), i), ROTARY // 2 - 1)
+            j = ((lane << 1) + i) & (ROTARY // 2 - 1)
             out += rotate_pair(a, j, *vector[2 * i : 2 * i + 2])
     else:
-        in_front = ptx.compare("eq", ptx.bit_and(lane, ROTARY // 8), 0)
+        in_front = (lane & (ROTARY // 8)).equals(0)
         for i, x in enumerate(vector):
             other = ptx.lane_distant(x, ROTARY // 8)
-            j = ptx.bit_and(ptx.add(ptx.shift_left(lane, 2), i), ROTARY // 2 - 1)
+            j = ((lane << 2) + i) & (ROTARY // 2 - 1)
             cos, sin = _load_cos_sin(a, j)
             first, second = _rotate(x, other, cos, sin)[0], _rotate(other, x, cos, sin)[1]
             out.append(ptx.select(in_front, first, second))
@@ -463,24 +463,24 @@ def _store_index_vector(
     p: Inputs, vector: Sequence[Value], lane: Value, base: Value, row: Value, scales: Value | None
 ) -> Value | None:
     """Stores a vector as row `row` of [.., 128], in the index cache's format; returns its scale if that is e4m3."""
-    always = ptx.compare("sge", lane, 0)
+    always = lane.signed >= 0
     if not p.index_scaled:
         for i in range(2):
-            at = ptx.offset(ptx.offset(base, row, 2 * INDEX_WIDTH), ptx.add(ptx.shift_left(lane, 1), i), 4)
+            at = ptx.offset(ptx.offset(base, row, 2 * INDEX_WIDTH), (lane << 1) + i, 4)
             ptx.store_global(at, ptx.to_bfloat16_pair(*vector[2 * i : 2 * i + 2]), always)
         return None
     # As quant.quantise_index does: max(|x|, 1e-4) / 448 rounded up to a power of two.
-    sizes = [ptx.bit_and(ptx.bits_of(x), 0x7FFFFFFF) for x in vector]
-    top = ptx.reduce_warp("max", ptx.maximum(ptx.maximum(sizes[0], sizes[1]), ptx.maximum(sizes[2], sizes[3])))
-    finite = ptx.compare("slt", top, 0x7F800000)
-    largest = ptx.maximum_floats(ptx.float_of(top), ptx.number(1e-4))
-    bits = ptx.bit_and(ptx.add(ptx.bits_of(ptx.divide_floats(largest, ptx.number(448.0))), 0x7FFFFF), 0x7F800000)
+    sizes = [ptx.bits_of(x) & 0x7FFFFFFF for x in vector]
+    top = ptx.reduce_warp("max", ptx.max_s32(ptx.max_s32(sizes[0], sizes[1]), ptx.max_s32(sizes[2], sizes[3])))
+    finite = top.signed < 0x7F800000
+    largest = ptx.max_nan_f32(ptx.float_of(top), ptx.number(1e-4))
+    bits = (ptx.bits_of(ptx.div_rn(largest, ptx.number(448.0))) + 0x7FFFFF) & 0x7F800000
     scale = ptx.float_of(ptx.select(finite, bits, 0x7FC00000))
-    inverse = ptx.float_of(ptx.select(finite, ptx.sub(254 << 23, bits), 0x7FC00000))
-    word = ptx.to_e4m3_word([ptx.times(x, inverse) for x in vector])
+    inverse = ptx.float_of(ptx.select(finite, (254 << 23) - bits, 0x7FC00000))
+    word = ptx.to_e4m3_word([x * inverse for x in vector])
     ptx.store_global(ptx.offset(ptx.offset(base, row, INDEX_WIDTH), lane, 4), word, always)
     if scales is not None:
-        ptx.store_global(ptx.offset(scales, row, 4), ptx.bits_of(scale), ptx.compare("eq", lane, 0))
+        ptx.store_global(ptx.offset(scales, row, 4), ptx.bits_of(scale), lane.equals(0))
     return scale
 
 
@@ -504,17 +504,17 @@ class Values(Stage):
     def run(self) -> None:
         p = self.p
         # A share has at most `value` rows, so it is of one head or two.
-        head = ptx.minimum(ptx.div(self.first, p.value), p.heads - 1)
+        head = ptx.min_s32(self.first // p.value, p.heads - 1)
         last = p.heads * VALUE_DIM // 2 - 1
         sink = parts.to_shared(self.vectors)
         for i, exists in parts.indices_of_thread(self.thread, VALUE_DIM):
-            word = ptx.minimum(ptx.add(ptx.mul(head, VALUE_DIM // 2), i), last)
+            word = ptx.min_s32(head * (VALUE_DIM // 2) + i, last)
             sink(i, ptx.load_global(ptx.offset(self.a["context"], word, 4)), exists)
         ptx.block_barrier()
 
         def vector(row: Value) -> Value:
-            local = ptx.minimum(ptx.sub(ptx.div(row, p.value), head), 1)
-            return ptx.add(self.vectors, ptx.mul(local, 2 * VALUE_DIM))
+            local = ptx.min_s32(row // p.value - head, 1)
+            return self.vectors + local * (2 * VALUE_DIM)
 
         self.product.finish(vector, _float32_sink(self.a["values"]))
 
@@ -538,7 +538,7 @@ class Out(Stage):
         ptx.block_barrier()
 
         def load(row: Value) -> Value:
-            return _load_bfloat16(a["x"], ptx.minimum(row, p.hidden - 1), ptx.load_global)
+            return _load_bfloat16(a["x"], ptx.min_s32(row, p.hidden - 1), ptx.load_global)
 
         self.product.add_to(load, a["middle"])
 
@@ -605,7 +605,7 @@ class First(Stage):
                 self.of_bfloat16.finish(lambda row: self.vector, emit)
         if self.of_codes is not None:
             assert self.groups is not None
-            is_second = None if self.of_bfloat16 is None else ptx.compare("eq", ptx.select(is_first, 1, 0), 0)
+            is_second = None if self.of_bfloat16 is None else ptx.select(is_first, 1, 0).equals(0)
             with contextlib.nullcontext() if is_second is None else ptx.when(is_second):
                 self.of_codes.finish(self.groups, emit)
 
@@ -616,30 +616,30 @@ class RoutedExperts:
     def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread):
         scores, keys = [], []
         for start in range(0, p.experts, 32):
-            number = ptx.add(thread.lane, start)
+            number = thread.lane + start
             score = parts.sigmoid(_load_float32(a["first"], number))
             bias = ptx.float_of(ptx.load_global(ptx.offset(a["router_bias"], number, 4)))
             scores.append(score)
-            keys.append(parts.sortable_bits(ptx.plus(score, bias)))
+            keys.append(parts.sortable_bits(score + bias))
         self.experts = parts.largest_keys(thread, keys, p.num_experts_per_token)
         self.weights = []
         for expert in self.experts:
             bits = ptx.constant(0)
             for i, score in enumerate(scores):
-                is_it = ptx.compare("eq", ptx.add(thread.lane, 32 * i), expert)
+                is_it = (thread.lane + 32 * i).equals(expert)
                 bits = ptx.select(is_it, ptx.bits_of(score), bits)
             self.weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
         if p.normalised:
-            total = ptx.plus(*self.weights, ptx.number(1e-20))
-            self.weights = [ptx.divide_floats(w, total) for w in self.weights]
-        self.weights = [ptx.times(w, ptx.number(p.scale)) for w in self.weights]
+            total = ptx.total(self.weights) + ptx.number(1e-20)
+            self.weights = [ptx.div_rn(w, total) for w in self.weights]
+        self.weights = [w * p.scale for w in self.weights]
 
 
 def _select_value(number: Value, values: Sequence[Value]) -> Value:
     """values[number], by selects."""
     selected = values[0]
     for i, value in enumerate(values[1:], 1):
-        selected = ptx.select(ptx.compare("eq", number, i), value, selected)
+        selected = ptx.select(number.equals(i), value, selected)
     return selected
 
 
@@ -661,26 +661,26 @@ class ExpertsFirst(Stage):
         round_bytes = parts.WARPS * 32 * EXPERT_LANES  # bytes of sums
 
         def factor(row: Value) -> Value:
-            return _half_of(ptx.load_shared(ptx.add(self.vector, ptx.shift_left(ptx.shift_right(row, 1), 2))), row)
+            return _half_of(ptx.load_shared(self.vector + ((row >> 1) << 2)), row)
 
         def sum_unit(unit: Value, sums: Value) -> None:
-            expert = _select_value(ptx.div(unit, of_expert), experts)
+            expert = _select_value(unit // of_expert, experts)
             base = ptx.offset(a["gate_up"], expert, p.hidden * row_bytes)
-            base = ptx.offset(base, ptx.rem(unit, of_expert), 2 * self.columns)
+            base = ptx.offset(base, unit % of_expert, 2 * self.columns)
             columns = parts.Columns(thread, [parts.WeightedRows(base, factor)], p.hidden, row_bytes, EXPERT_LANES)
             parts.store_column_sums(thread, columns.finish(), EXPERT_LANES, sums)
 
         for r in range(self.rounds):
-            unit = ptx.add(thread.block, r * parts.BLOCKS)
-            with ptx.when(ptx.compare("slt", unit, self.units)):
-                sum_unit(unit, ptx.add(self.sums, r * round_bytes))
+            unit = thread.block + r * parts.BLOCKS
+            with ptx.when(unit.signed < self.units):
+                sum_unit(unit, self.sums + r * round_bytes)
         ptx.block_barrier()
         for column, exists in parts.indices_of_thread(thread, self.rounds * self.columns):
-            which, local = ptx.div(column, self.columns), ptx.rem(column, self.columns)
-            unit = ptx.add(thread.block, ptx.mul(which, parts.BLOCKS))
-            total = parts.load_column_sum(local, EXPERT_LANES, ptx.add(self.sums, ptx.mul(which, round_bytes)))
-            stores = ptx.both(exists, ptx.compare("slt", unit, self.units))
-            at = ptx.add(ptx.mul(unit, self.columns), local)
+            which, local = column // self.columns, column % self.columns
+            unit = thread.block + which * parts.BLOCKS
+            total = parts.load_column_sum(local, EXPERT_LANES, self.sums + which * round_bytes)
+            stores = exists & (unit.signed < self.units)
+            at = unit * self.columns + local
             ptx.store_global(ptx.offset(a["hidden"], at, 4), ptx.bits_of(total), stores)
 
 
@@ -702,25 +702,25 @@ class ExpertsSecond(Stage):
 
     def first(self, r: int) -> Value:
         """The first column of the block's 16 in round r; blocks without any read the last ones."""
-        unit = ptx.add(self.thread.block, r * parts.BLOCKS)
-        return ptx.mul(ptx.minimum(unit, self.units - 1), self.width)
+        unit = self.thread.block + r * parts.BLOCKS
+        return ptx.min_s32(unit, self.units - 1) * self.width
 
     def exists(self, r: int) -> Value:
-        return ptx.compare("slt", ptx.add(self.thread.block, r * parts.BLOCKS), self.units)
+        return (self.thread.block + r * parts.BLOCKS).signed < self.units
 
     def product(self, r: int) -> Product:
         first = self.first(r)
-        end = ptx.select(self.exists(r), ptx.add(first, self.width), first)
+        end = ptx.select(self.exists(r), first + self.width, first)
         return Product(self.thread, self.a["shared_down"], self.p.shared, first, end, self.width)
 
     def columns(self, r: int) -> parts.Columns:
         p, pieces = self.p, []
         for slot, expert in enumerate(self.before.routed.experts):
             base = ptx.offset(self.a["expert_down"], expert, 2 * p.width * p.hidden)
-            vector = ptx.add(self.vector, 4 * p.width * slot)
+            vector = self.vector + 4 * p.width * slot
 
             def factor(row: Value, vector: Value = vector) -> Value:
-                return ptx.float_of(ptx.load_shared(ptx.add(vector, ptx.shift_left(row, 2))))
+                return ptx.float_of(ptx.load_shared(vector + (row << 2)))
 
             pieces.append(parts.WeightedRows(ptx.offset(base, self.first(r), 2), factor))
         return parts.Columns(self.thread, pieces, p.width, 2 * p.hidden, OUTPUT_LANES)
@@ -740,9 +740,9 @@ class ExpertsSecond(Stage):
         for i, exists in parts.indices_of_thread(thread, p.num_experts_per_token * p.width // 4):
             slot, hidden = _hidden_of_experts(p, a, i)
             weight = _select_value(slot, self.before.routed.weights)
-            words = [ptx.bits_of(ptx.times(x, weight)) for x in hidden]
+            words = [ptx.bits_of(x * weight) for x in hidden]
             with ptx.when(exists):
-                ptx.store_shared_words(ptx.add(self.vector, ptx.shift_left(i, 4)), words)
+                ptx.store_shared_words(self.vector + (i << 4), words)
         ptx.block_barrier()
         for r in range(self.rounds):
             self.unit(r)
@@ -756,20 +756,20 @@ class ExpertsSecond(Stage):
 
             def emit(row: Value, total: Value, stores: Value) -> None:
                 with ptx.when(stores):
-                    at = ptx.add(self.shared_sums, ptx.shift_left(ptx.sub(row, first), 2))
+                    at = self.shared_sums + ((row - first) << 2)
                     ptx.store_shared(at, ptx.bits_of(ptx.rounded(total)))
 
             if r:
                 self.products[r].begin()
             self.products[r].finish(lambda row: self.shared_vector, emit)
         ptx.block_barrier()
-        with ptx.when(ptx.both(exists, ptx.compare("slt", thread.index, self.width))):
+        with ptx.when(exists & (thread.index.signed < self.width)):
             total = ptx.rounded(parts.load_column_sum(thread.index, OUTPUT_LANES, self.sums))
             if p.shared:
-                at = ptx.add(self.shared_sums, ptx.shift_left(thread.index, 2))
-                total = ptx.rounded(ptx.plus(total, ptx.float_of(ptx.load_shared(at))))
-            row = ptx.add(first, thread.index)
-            total = ptx.plus(_load_bfloat16(a["middle"], row, ptx.load_fresh), total)
+                at = self.shared_sums + (thread.index << 2)
+                total = ptx.rounded(total + ptx.float_of(ptx.load_shared(at)))
+            row = first + thread.index
+            total = _load_bfloat16(a["middle"], row, ptx.load_fresh) + total
             ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), total, exists)
         if r + 1 < self.rounds:
             ptx.block_barrier()
@@ -802,8 +802,8 @@ class RowsOfExperts:
     experts: Sequence[Value]
 
     def piece(self, row: Value, piece: Value, step: int) -> tuple[Value, Value]:
-        expert = _select_value(ptx.div(row, self.rows), self.experts)
-        return self.all_matrices.piece(ptx.add(ptx.mul(expert, self.rows), ptx.rem(row, self.rows)), piece, step)
+        expert = _select_value(row // self.rows, self.experts)
+        return self.all_matrices.piece(expert * self.rows + row % self.rows, piece, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -815,9 +815,9 @@ class ColumnsOfExperts:
     experts: Sequence[Value]
 
     def piece(self, row: Value, piece: Value, step: int) -> tuple[Value, Value]:
-        pieces, piece = self.all_matrices.width // parts.SCALE_BLOCK, ptx.add(piece, step)
-        expert = _select_value(ptx.div(piece, pieces), self.experts)
-        return self.all_matrices.piece(ptx.add(ptx.mul(expert, self.rows), row), ptx.rem(piece, pieces), 0)
+        pieces, piece = self.all_matrices.width // parts.SCALE_BLOCK, piece + step
+        expert = _select_value(piece // pieces, self.experts)
+        return self.all_matrices.piece(expert * self.rows + row, piece % pieces, 0)
 
 
 class ExpertsSecondInCodes(Stage):
@@ -859,40 +859,40 @@ class ExpertsSecondInCodes(Stage):
         self.write_hidden()
         ptx.block_barrier()
         rows = self.product.rows_of_thread()
-        before = [_load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh) for row, _ in rows]
+        before = [_load_bfloat16(a["middle"], ptx.min_s32(row, p.hidden - 1), ptx.load_fresh) for row, _ in rows]
         totals = [ptx.rounded(total) for total in self.product.totals(self.vector)]
         if self.of_shared:
             of_shared = self.of_shared.totals(self.shared_vector)
-            totals = [ptx.rounded(ptx.plus(x, ptx.rounded(y))) for x, y in zip(totals, of_shared, strict=True)]
+            totals = [ptx.rounded(x + ptx.rounded(y)) for x, y in zip(totals, of_shared, strict=True)]
         for (row, exists), x, total in zip(rows, before, totals, strict=True):
-            ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), ptx.plus(x, total), exists)
+            ptx.store_global_bfloat16(ptx.offset(a["y"], row, 2), x + total, exists)
 
     def write_hidden(self) -> None:
         """silu(gate) * up of the experts, one after the other, each multiplied by the expert's weight: by its factors."""
         p, thread = self.p, self.thread
         for i, exists in parts.indices_of_thread(thread, self.split.width // 4):
             slot, hidden = _hidden_of_experts(p, self.a, i)
-            top = functools.reduce(ptx.maximum, map(ptx.magnitude_bits, hidden))
+            top = functools.reduce(ptx.max_s32, map(ptx.magnitude_bits, hidden))
             scale, factor = ptx.float16_scale(ptx.reduce_warp("max", top))
-            factor = ptx.bits_of(ptx.times(factor, _select_value(slot, self.before.routed.weights)))
+            factor = factor * _select_value(slot, self.before.routed.weights)
             with ptx.when(exists):
                 for half in range(2):
-                    pair = [ptx.times(x, scale) for x in hidden[2 * half : 2 * half + 2]]
-                    at = ptx.add(self.vector.numbers, ptx.shift_left(i, 3), 4 * half)
+                    pair = [x * scale for x in hidden[2 * half : 2 * half + 2]]
+                    at = self.vector.numbers + (i << 3) + 4 * half
                     ptx.store_shared(at, ptx.to_float16_pair(*pair))
-                with ptx.when(ptx.compare("slt", thread.lane, 2)):  # 128 numbers of a warp are two groups
-                    group = ptx.add(ptx.shift_left(ptx.shift_right(i, 5), 1), thread.lane)
-                    ptx.store_shared(ptx.add(self.vector.factors, ptx.shift_left(group, 2)), factor)
+                with ptx.when(thread.lane.signed < 2):  # 128 numbers of a warp are two groups
+                    group = ((i >> 5) << 1) + thread.lane
+                    ptx.store_shared(self.vector.factors + (group << 2), ptx.bits_of(factor))
 
 
 def _hidden_of_experts(p: Outputs, a: Mapping[str, Value], i: Value) -> tuple[Value, list[Value]]:
     """The i-th four of silu(gate) * up of the token's experts, and whose they are, by number among the token's experts."""
-    slot, four = ptx.div(i, p.width // 4), ptx.rem(i, p.width // 4)
+    slot, four = i // (p.width // 4), i % (p.width // 4)
     at = ptx.offset(ptx.offset(a["hidden"], slot, 8 * p.width), four, 16)
     gates = [ptx.rounded(ptx.float_of(word)) for word in ptx.load_fresh_words(at)]
-    ups = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
-    ups = [ptx.rounded(ptx.float_of(word)) for word in ups]
-    return slot, [ptx.rounded(ptx.times(parts.silu(g), u)) for g, u in zip(gates, ups, strict=True)]
+    words = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
+    ups = [ptx.rounded(ptx.float_of(word)) for word in words]
+    return slot, [ptx.rounded(parts.silu(g) * u) for g, u in zip(gates, ups, strict=True)]
 
 
 class DenseSecond(Stage):
@@ -913,7 +913,7 @@ class DenseSecond(Stage):
         ptx.block_barrier()
 
         def load(row: Value) -> Value:
-            return _load_bfloat16(a["middle"], ptx.minimum(row, p.hidden - 1), ptx.load_fresh)
+            return _load_bfloat16(a["middle"], ptx.min_s32(row, p.hidden - 1), ptx.load_fresh)
 
         self.product.add_to(load, a["y"])
 
@@ -923,7 +923,7 @@ def _activated(gate: Value, width: int) -> Callable[[Value], tuple[Value, Value]
 
     def pair(i: Value) -> tuple[Value, Value]:
         gates, ups = parts.fresh_pair(gate)(i), parts.fresh_pair(ptx.offset(gate, ptx.constant(width), 4))(i)
-        low, high = (ptx.times(parts.silu(ptx.rounded(g)), ptx.rounded(u)) for g, u in zip(gates, ups, strict=True))
+        low, high = (parts.silu(ptx.rounded(g)) * ptx.rounded(u) for g, u in zip(gates, ups, strict=True))
         return low, high
 
     return pair

@@ -42,11 +42,11 @@ class Thread:
     @staticmethod
     def current(block: Value) -> Thread:
         thread = ptx.thread()
-        return Thread(block, thread, ptx.bit_and(thread, 31), ptx.shift_right(thread, 5))
+        return Thread(block, thread, thread & 31, thread >> 5)
 
     def is_block_from_end(self, number: int) -> Value:
         """Whether this thread is of the block with this number counted from the end, 1 for the last."""
-        return ptx.compare("eq", self.block, BLOCKS - number)
+        return self.block.equals(BLOCKS - number)
 
 
 class SharedMemory:
@@ -57,15 +57,15 @@ class SharedMemory:
 
     def allocate(self, size: int) -> Value:
         start, self.used = self.used, self.used + -(-size // 16) * 16
-        return None if self.base is None else ptx.add(self.base, start)
+        return None if self.base is None else self.base + start
 
 
 def block_share(thread: Thread, count: int, spared: int = 0) -> tuple[Value, Value]:
     """The rows first .. end - 1 of `count` that this thread block takes: even shares, none for the last `spared` blocks."""
     blocks = BLOCKS - spared
-    first = ptx.div(ptx.mul(thread.block, count), blocks)
-    end = ptx.div(ptx.mul(ptx.add(thread.block, 1), count), blocks)
-    return ptx.minimum(first, count), ptx.minimum(end, count)
+    first = thread.block * count // blocks
+    end = (thread.block + 1) * count // blocks
+    return ptx.min_s32(first, count), ptx.min_s32(end, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,10 @@ class BlockRows:
             return BlockRows(address, *block_share(thread, count, spared), ptx.constant(0), largest_block_share(count, spared))
         ((address2, count2),) = second
         border, most = _border((count, count2), blocks, row_bytes)
-        is_first = ptx.compare("slt", thread.block, border)
-        block = ptx.select(is_first, thread.block, ptx.sub(thread.block, border))
+        is_first = thread.block.signed < border
+        block = ptx.select(is_first, thread.block, thread.block - border)
         rows, sharing = ptx.select(is_first, count, count2), ptx.select(is_first, border, blocks - border)
-        first, end = (ptx.minimum(ptx.div(ptx.mul(ptx.add(block, i), rows), sharing), rows) for i in range(2))
+        first, end = (ptx.min_s32((block + i) * rows // sharing, rows) for i in range(2))
         matrix, offset = ptx.select(is_first, address, address2), ptx.select(is_first, 0, count)
         return BlockRows(matrix, first, end, offset, max(most), is_first)
 
@@ -132,7 +132,7 @@ def warp_sum(x: Value, lanes: int = 32) -> Value:
     """The sum over groups of `lanes` neighbouring lanes, in every lane of the group, always added in the same order."""
     distance = lanes // 2
     while distance:
-        x = ptx.plus(x, ptx.lane_distant(x, distance))
+        x = x + ptx.lane_distant(x, distance)
         distance //= 2
     return x
 
@@ -140,29 +140,29 @@ def warp_sum(x: Value, lanes: int = 32) -> Value:
 def block_sum(thread: Thread, x: Value, sums: Value) -> Value:
     """The sum over all threads of a block, in every thread. `sums`: 64 bytes of shared memory that nothing else uses."""
     total = ptx.bits_of(warp_sum(x))
-    with ptx.when(ptx.compare("eq", thread.lane, 0)):
-        ptx.store_shared(ptx.add(sums, ptx.shift_left(thread.warp, 2)), total)
+    with ptx.when(thread.lane.equals(0)):
+        ptx.store_shared(sums + (thread.warp << 2), total)
     ptx.block_barrier()
-    parts = [ptx.float_of(word) for i in range(WARPS // 4) for word in ptx.load_shared_words(ptx.add(sums, 16 * i))]
-    return ptx.plus(*parts)
+    parts = [ptx.float_of(word) for i in range(WARPS // 4) for word in ptx.load_shared_words(sums + 16 * i)]
+    return ptx.total(parts)
 
 
 def block_maximum(thread: Thread, xs: Sequence[Value], sizes: Value) -> Value:
     """The largest |x| of all threads of a block, NaN where one is. `sizes`: 64 bytes of shared memory only for this."""
-    top = ptx.reduce_warp("max", functools.reduce(ptx.maximum, map(ptx.magnitude_bits, xs)))
-    with ptx.when(ptx.compare("eq", thread.lane, 0)):
-        ptx.store_shared(ptx.add(sizes, ptx.shift_left(thread.warp, 2)), top)
+    top = ptx.reduce_warp("max", functools.reduce(ptx.max_s32, map(ptx.magnitude_bits, xs)))
+    with ptx.when(thread.lane.equals(0)):
+        ptx.store_shared(sizes + (thread.warp << 2), top)
     ptx.block_barrier()
-    tops = [word for i in range(WARPS // 4) for word in ptx.load_shared_words(ptx.add(sizes, 16 * i))]
-    return ptx.float_of(functools.reduce(ptx.maximum, tops))
+    tops = [word for i in range(WARPS // 4) for word in ptx.load_shared_words(sizes + 16 * i)]
+    return ptx.float_of(functools.reduce(ptx.max_s32, tops))
 
 
 def indices_of_thread(thread: Thread, count: int) -> list[tuple[Value, Value]]:
     """(i, whether i < count) of the indices that this thread takes: thread t takes t, t + THREADS, ..."""
     indices = []
     for start in range(0, count, THREADS):
-        index = ptx.add(thread.index, start)
-        indices.append((ptx.minimum(index, count - 1), ptx.compare("slt", index, count)))
+        index = thread.index + start
+        indices.append((ptx.min_s32(index, count - 1), index.signed < count))
     return indices
 
 
@@ -184,16 +184,16 @@ def normalise(
     mine = [(i, exists, *pair(i)) for i, exists in indices_of_thread(thread, pairs)]
     total = ptx.number(0.0)
     for _, exists, low, high in mine:
-        square = ptx.plus(ptx.times(low, low), ptx.times(high, high))
-        total = ptx.plus(total, ptx.select(exists, square, ptx.number(0.0)))
-    mean = ptx.times(block_sum(thread, total, sums), ptx.number(1 / (2 * pairs)))
-    factor = ptx.rsqrt(ptx.plus(mean, ptx.number(eps)))
+        square = low * low + high * high
+        total = total + ptx.select(exists, square, ptx.number(0.0))
+    mean = block_sum(thread, total, sums) * (1 / (2 * pairs))
+    factor = ptx.rsqrt(mean + eps)
     for i, exists, *numbers in mine:
         of_pair = ptx.from_bfloat16_pair(ptx.load_global(ptx.offset(weights, i, 4)))
-        scaled = [ptx.times(x, factor) for x in numbers]
+        scaled = [x * factor for x in numbers]
         if in_bfloat16:
             scaled = [ptx.rounded(x) for x in scaled]
-        low, high = (ptx.times(x, w) for x, w in zip(scaled, of_pair, strict=True))
+        low, high = (x * w for x, w in zip(scaled, of_pair, strict=True))
         sink(i, ptx.to_bfloat16_pair(low, high), exists)
 
 
@@ -202,7 +202,7 @@ def to_shared(address: Value) -> Callable[[Value, Value, Value], None]:
 
     def sink(i: Value, word: Value, exists: Value) -> None:
         with ptx.when(exists):
-            ptx.store_shared(ptx.add(address, ptx.shift_left(i, 2)), word)
+            ptx.store_shared(address + (i << 2), word)
 
     return sink
 
@@ -218,26 +218,26 @@ def fresh_pair(base: Value) -> Callable[[Value], tuple[Value, Value]]:
 
 
 def silu(x: Value) -> Value:
-    return ptx.times(x, sigmoid(x))
+    return x * sigmoid(x)
 
 
 def sigmoid(x: Value) -> Value:
-    powers = ptx.exp2(ptx.times(x, ptx.number(-1.4426950408889634)))
-    return ptx.divide_floats(ptx.number(1.0), ptx.plus(powers, ptx.number(1.0)))
+    powers = ptx.exp2(x * -1.4426950408889634)
+    return ptx.div_rn(ptx.number(1.0), powers + 1.0)
 
 
 def prefetch(thread: Thread, matrix: Value, row_bytes: int, first: Value, end: Value) -> None:
     """Copies rows first .. end - 1 of a matrix to L2, where a later stage or kernel finds them."""
-    size = ptx.mul(ptx.sub(end, first), row_bytes)
-    start = ptx.mul(ptx.minimum(thread.index, MAX_PREFETCHES), PREFETCH_BYTES)
-    piece = ptx.minimum(ptx.sub(size, start), PREFETCH_BYTES)
-    exists = ptx.both(ptx.compare("sgt", piece, 0), ptx.compare("slt", thread.index, MAX_PREFETCHES))
-    ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.maximum(start, 0), 1), piece, exists)
+    size = (end - first) * row_bytes
+    start = ptx.min_s32(thread.index, MAX_PREFETCHES) * PREFETCH_BYTES
+    piece = ptx.min_s32(size - start, PREFETCH_BYTES)
+    exists = (piece.signed > 0) & (thread.index.signed < MAX_PREFETCHES)
+    ptx.prefetch(ptx.offset(ptx.offset(matrix, first, row_bytes), ptx.max_s32(start, 0), 1), piece, exists)
 
 
 def prefetch_vectors(thread: Thread, vectors: Sequence[tuple[Value, int]]) -> None:
     """The first thread block copies short arrays, given as addresses and bytes, to L2."""
-    with ptx.when(ptx.compare("eq", thread.block, 0)):
+    with ptx.when(thread.block.equals(0)):
         for address, size in vectors:
             for i, exists in indices_of_thread(thread, -(-size // 128)):
                 ptx.prefetch_line(ptx.offset(address, i, 128), exists)
@@ -266,8 +266,8 @@ class Product:
         self.chunks = width // (8 * self.lanes)
         of_warp = 32 // self.lanes
         self.rounds = -(-most // (WARPS * of_warp))
-        self.lane = ptx.bit_and(thread.lane, self.lanes - 1)
-        self.first_row = ptx.add(first, ptx.mul(thread.warp, of_warp), ptx.div(thread.lane, self.lanes))
+        self.lane = thread.lane & (self.lanes - 1)
+        self.first_row = first + thread.warp * of_warp + thread.lane // self.lanes
         self.rows = WARPS * of_warp  # of a round
         self.lane_matrix = ptx.offset(matrix, self.lane, 16)
         pieces = [(r, chunk) for r in range(self.rounds) for chunk in range(self.chunks)]
@@ -275,15 +275,15 @@ class Product:
         self.in_flight: list[list[Value]] = []
 
     def row(self, r: int) -> Value:
-        return ptx.add(self.first_row, r * self.rows)
+        return self.first_row + r * self.rows
 
     def _load(self, batch: int) -> list[list[Value]]:
         loaded = []
         for r, chunk in self.batches[batch]:
             row = self.row(r)
-            exists = ptx.select(ptx.compare("slt", row, self.end), 1, 0)
+            exists = ptx.select(row.signed < self.end, 1, 0)
             address = ptx.offset(ptx.offset(self.lane_matrix, row, 2 * self.width), ptx.constant(chunk), 16 * self.lanes)
-            loaded.append(ptx.load_words_or_zeros(address, exists, 4))
+            loaded.append(ptx.load_global_words_or_zeros(address, exists, 4))
         return loaded
 
     def begin(self) -> None:
@@ -299,7 +299,7 @@ class Product:
         vector(row): the shared address of the vector that this row is multiplied by.
         emit(row, sum, stores): receives a row's sum in every lane; `stores` is set in the one lane that is to store it.
         """
-        leads = ptx.select(ptx.compare("eq", self.lane, 0), 1, 0)
+        leads = ptx.select(self.lane.equals(0), 1, 0)
         total = ptx.number(0.0)
         for batch, pieces in enumerate(self.batches):
             words = self.in_flight if batch == 0 else self._load(batch)
@@ -307,11 +307,11 @@ class Product:
                 row = self.row(r)
                 if chunk == 0:
                     total = ptx.number(0.0)
-                at = ptx.add(vector(row), ptx.shift_left(ptx.add(self.lane, chunk * self.lanes), 4))
+                at = vector(row) + ((self.lane + chunk * self.lanes) << 4)
                 total = ptx.add_dot(total, piece, ptx.load_shared_words(at))
                 if chunk == self.chunks - 1:
-                    stores = ptx.bit_and(leads, ptx.select(ptx.compare("slt", row, self.end), 1, 0))
-                    emit(row, warp_sum(total, self.lanes), ptx.compare("ne", stores, 0))
+                    stores = leads & ptx.select(row.signed < self.end, 1, 0)
+                    emit(row, warp_sum(total, self.lanes), stores.differs(0))
         self.in_flight = []
 
 
@@ -320,11 +320,11 @@ class Product:
 
 def prefetch_scales(thread: Thread, scales: Value, row_bytes: int, first: Value, end: Value, most: int) -> None:
     """Copies the scales of rows first .. end - 1, at most `most`, of a matrix of codes to L2."""
-    first_byte = ptx.mul(ptx.div(first, SCALE_BLOCK), row_bytes)
-    end_byte = ptx.mul(ptx.div(ptx.add(end, SCALE_BLOCK - 1), SCALE_BLOCK), row_bytes)
+    first_byte = first // SCALE_BLOCK * row_bytes
+    end_byte = (end + (SCALE_BLOCK - 1)) // SCALE_BLOCK * row_bytes
     for i, exists in indices_of_thread(thread, -(-(-(-most // SCALE_BLOCK) + 1) * row_bytes // 128)):
-        at = ptx.add(first_byte, ptx.shift_left(i, 7))
-        ptx.prefetch_line(ptx.offset(scales, at, 1), ptx.both(exists, ptx.compare("slt", at, end_byte)))
+        at = first_byte + (i << 7)
+        ptx.prefetch_line(ptx.offset(scales, at, 1), exists & (at.signed < end_byte))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,12 +347,12 @@ def to_groups(thread: Thread, vector: GroupedVector) -> Callable[[Value, Value, 
 
     def sink(i: Value, word: Value, exists: Value) -> None:
         pair = ptx.from_bfloat16_pair(word)
-        scale, factor = ptx.float16_scale(ptx.reduce_warp("max", ptx.maximum(*map(ptx.magnitude_bits, pair))))
+        scale, factor = ptx.float16_scale(ptx.reduce_warp("max", ptx.max_s32(*map(ptx.magnitude_bits, pair))))
         with ptx.when(exists):
-            scaled = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
-            ptx.store_shared(ptx.add(vector.numbers, ptx.shift_left(i, 2)), scaled)
-            with ptx.when(ptx.compare("eq", thread.lane, 0)):
-                ptx.store_shared(ptx.add(vector.factors, ptx.shift_left(ptx.shift_right(i, 5), 2)), ptx.bits_of(factor))
+            scaled = ptx.to_float16_pair(*(x * scale for x in pair))
+            ptx.store_shared(vector.numbers + (i << 2), scaled)
+            with ptx.when(thread.lane.equals(0)):
+                ptx.store_shared(vector.factors + ((i >> 5) << 2), ptx.bits_of(factor))
 
     return sink
 
@@ -375,7 +375,7 @@ class Codes:
     def piece(self, row: Value, piece: Value, step: int) -> tuple[Value, Value]:
         pieces = self.width // SCALE_BLOCK
         codes = ptx.offset(ptx.offset(self.address, row, self.width), piece, SCALE_BLOCK)
-        scales = ptx.offset(ptx.offset(self.scales, ptx.div(row, SCALE_BLOCK), 4 * pieces), piece, 4)
+        scales = ptx.offset(ptx.offset(self.scales, row // SCALE_BLOCK, 4 * pieces), piece, 4)
         return ptx.offset(codes, ptx.constant(step), SCALE_BLOCK), ptx.offset(scales, ptx.constant(step), 4)
 
     def prefetch(self, thread: Thread, first: Value, end: Value, most: int) -> None:
@@ -444,16 +444,16 @@ class CodesProduct:
     ):
         self.thread, self.matrix, self.split, self.first, self.end, self.sums = thread, matrix, split, first, end, sums
         self.depth, self.across = in_flight, split.across
-        self.piece = ptx.bit_and(thread.warp, self.across - 1)  # of the first step
-        self.tile = ptx.div(thread.warp, self.across)
-        self.quad_lane = ptx.bit_and(thread.lane, 3)
+        self.piece = thread.warp & (self.across - 1)  # of the first step
+        self.tile = thread.warp // self.across
+        self.quad_lane = thread.lane & 3
         tiles, pieces = split.rounds(self.across)
         self.steps = [(tile * (WARPS // self.across), step * self.across) for tile in range(tiles) for step in range(pieces)]
         self.in_flight: list[tuple[list[list[Value]], list[Value]]] = []
 
     def row(self, tile: int, half: int) -> Value:
-        local = ptx.add(ptx.shift_left(ptx.add(self.tile, tile), 4), ptx.shift_right(self.thread.lane, 2), 8 * half)
-        return ptx.add(self.first, local)
+        local = ((self.tile + tile) << 4) + (self.thread.lane >> 2) + 8 * half
+        return self.first + local
 
     def _is_whole(self, step: int) -> bool:
         """Whether every warp has a piece in this step."""
@@ -464,14 +464,14 @@ class CodesProduct:
         codes, scales = [], []
         for half in range(2):
             row = self.row(tile, half)
-            exists = ptx.compare("slt", row, self.end)
+            exists = row.signed < self.end
             if not self._is_whole(step):
-                exists = ptx.both(exists, ptx.compare("slt", self.piece, self.split.pieces - step))
+                exists = exists & (self.piece.signed < self.split.pieces - step)
             exists = ptx.select(exists, 1, 0)
             address, scale = self.matrix.piece(row, self.piece, step)
             address = ptx.offset(address, self.quad_lane, 16)
-            codes += [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), GROUP), exists, 4) for i in range(2)]
-            scales.append(ptx.load_float_or_zero(scale, exists))
+            codes += [ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), GROUP), exists, 4) for i in range(2)]
+            scales.append(ptx.load_global_float_or_zero(scale, exists))
         return codes, scales
 
     def begin(self, pieces: int | None = None) -> None:
@@ -484,16 +484,16 @@ class CodesProduct:
 
     def _sums(self, step: int, codes: list[list[Value]], vector: GroupedVector) -> list[Value]:
         """The sums over 128 codes of the two rows, without their scales."""
-        piece = ptx.add(self.piece, step)
+        piece = self.piece + step
         if not self._is_whole(step):
-            piece = ptx.minimum(piece, self.split.pieces - 1)
-        factors = ptx.load_shared_floats(ptx.add(vector.factors, ptx.shift_left(piece, 3)))
-        numbers = ptx.add(vector.numbers, ptx.shift_left(piece, 8), ptx.shift_left(self.quad_lane, 5))
+            piece = ptx.min_s32(piece, self.split.pieces - 1)
+        factors = ptx.load_shared_floats(vector.factors + (piece << 3))
+        numbers = vector.numbers + (piece << 8) + (self.quad_lane << 5)
         totals = []
         for i, factor in enumerate(factors):
-            words = [word for at in (0, 16) for word in ptx.load_shared_words(ptx.add(numbers, 2 * GROUP * i + at))]
-            totals.append([ptx.times(x, factor) for x in ptx.products_of_codes(codes[i], codes[2 + i], words)])
-        return [ptx.plus(*halves) for halves in zip(*totals, strict=True)]
+            words = [word for at in (0, 16) for word in ptx.load_shared_words(numbers + (2 * GROUP * i + at))]
+            totals.append([x * factor for x in ptx.products_of_codes(codes[i], codes[2 + i], words)])
+        return [ptx.total(halves) for halves in zip(*totals, strict=True)]
 
     def finish(self, vector: GroupedVector, emit: Callable[[Value, Value, Value], None]) -> None:
         """Sums the rows' products and passes them on; all threads of the block take part.
@@ -507,8 +507,8 @@ class CodesProduct:
         """(row, whether it exists) of the rows whose sums this thread has at the end."""
         rows = []
         for i, exists in indices_of_thread(self.thread, TILE_ROWS * self.split.tiles):
-            row = ptx.add(self.first, i)
-            rows.append((row, ptx.both(exists, ptx.compare("slt", row, self.end))))
+            row = self.first + i
+            rows.append((row, exists & (row.signed < self.end)))
         return rows
 
     def totals(self, vector: GroupedVector) -> list[Value]:
@@ -518,7 +518,7 @@ class CodesProduct:
         for n, (tile, step) in enumerate(self.steps):
             codes, scales = self.in_flight.pop(0)
             sums = self._sums(step, codes, vector)
-            totals = [ptx.times_plus(x, scale, total) for x, scale, total in zip(sums, scales, totals, strict=True)]
+            totals = [ptx.fma(x, scale, total) for x, scale, total in zip(sums, scales, totals, strict=True)]
             if n + self.depth < len(self.steps):
                 self.in_flight.append(self._load(*self.steps[n + self.depth]))
             if step == last * self.across:
@@ -529,22 +529,20 @@ class CodesProduct:
 
     def _at(self, tile: Value, warp: Value | int, row: Value) -> Value:
         """Where the sum of a row of a tile over the pieces of one of the warps that share it is kept."""
-        return ptx.add(
-            self.sums, ptx.shift_left(ptx.add(ptx.mul(ptx.add(ptx.mul(tile, self.across), warp), TILE_ROWS), row), 2)
-        )
+        return self.sums + (((tile * self.across + warp) * TILE_ROWS + row) << 2)
 
     def _store(self, tile: int, totals: Sequence[Value]) -> None:
-        tile_of_warp = ptx.add(self.tile, tile)
-        stores = ptx.both(ptx.compare("eq", self.quad_lane, 0), ptx.compare("slt", tile_of_warp, self.split.tiles))
-        at = self._at(tile_of_warp, self.piece, ptx.shift_right(self.thread.lane, 2))
+        tile_of_warp = self.tile + tile
+        stores = self.quad_lane.equals(0) & (tile_of_warp.signed < self.split.tiles)
+        at = self._at(tile_of_warp, self.piece, self.thread.lane >> 2)
         with ptx.when(stores):
             for half, total in enumerate(totals):
-                ptx.store_shared(ptx.add(at, 4 * 8 * half), ptx.bits_of(total))
+                ptx.store_shared(at + 4 * 8 * half, ptx.bits_of(total))
 
     def _total(self, i: Value) -> Value:
-        tile, row = ptx.shift_right(i, 4), ptx.bit_and(i, TILE_ROWS - 1)
+        tile, row = i >> 4, i & (TILE_ROWS - 1)
         first = self._at(tile, 0, row)
-        return ptx.plus(*(ptx.float_of(ptx.load_shared(ptx.add(first, 4 * TILE_ROWS * warp))) for warp in range(self.across)))
+        return ptx.total(ptx.float_of(ptx.load_shared(first + 4 * TILE_ROWS * warp)) for warp in range(self.across))
 
 
 # ---- sums down the columns of bfloat16 matrices
@@ -569,18 +567,18 @@ class Columns:
         at_once = THREADS // lanes
         if rows % at_once:
             raise ValueError(f"{rows} rows are not a multiple of {at_once}")
-        self.first_row = ptx.add(ptx.mul(thread.warp, 32 // lanes), ptx.div(thread.lane, lanes))
+        self.first_row = thread.warp * (32 // lanes) + thread.lane // lanes
         self.row_bytes = row_bytes
         steps = []
         for matrix in matrices:
-            address = ptx.offset(ptx.offset(matrix.base, self.first_row, row_bytes), ptx.bit_and(thread.lane, lanes - 1), 16)
+            address = ptx.offset(ptx.offset(matrix.base, self.first_row, row_bytes), thread.lane & (lanes - 1), 16)
             steps += [(address, matrix.factor, start) for start in range(0, rows, at_once)]
         self.batches = [steps[i : i + COLUMN_LOADS_IN_FLIGHT] for i in range(0, len(steps), COLUMN_LOADS_IN_FLIGHT)]
         self.in_flight: list[list[Value]] = []
 
     def _load(self, batch: int) -> list[list[Value]]:
         starts = [(address, ptx.constant(start)) for address, _, start in self.batches[batch]]
-        return [ptx.load_words(ptx.offset(address, start, self.row_bytes)) for address, start in starts]
+        return [ptx.load_global_words(ptx.offset(address, start, self.row_bytes)) for address, start in starts]
 
     def begin(self) -> None:
         self.in_flight = self._load(0)
@@ -591,7 +589,7 @@ class Columns:
         for i, batch in enumerate(self.batches):
             words = self.in_flight if i == 0 and self.in_flight else self._load(i)
             for (_, factor, start), piece in zip(batch, words, strict=True):
-                totals = ptx.add_multiples(totals, piece, factor(ptx.add(self.first_row, start)))
+                totals = ptx.add_multiples(totals, piece, factor(self.first_row + start))
         return totals
 
 
@@ -600,20 +598,20 @@ def store_column_sums(thread: Thread, totals: Sequence[Value], lanes: int, targe
     totals = list(totals)
     distance = 16
     while distance >= lanes:
-        totals = [ptx.plus(x, ptx.lane_distant(x, distance)) for x in totals]
+        totals = [x + ptx.lane_distant(x, distance) for x in totals]
         distance //= 2
-    address = ptx.add(target, ptx.mul(thread.warp, 32 * lanes), ptx.shift_left(thread.lane, 5))
-    with ptx.when(ptx.compare("slt", thread.lane, lanes)):
+    address = target + thread.warp * (32 * lanes) + (thread.lane << 5)
+    with ptx.when(thread.lane.signed < lanes):
         for half in range(2):
             words = [ptx.bits_of(x) for x in totals[4 * half : 4 * half + 4]]
-            ptx.store_shared_words(ptx.add(address, 16 * half), words)
+            ptx.store_shared_words(address + 16 * half, words)
 
 
 def load_column_sum(column: Value, lanes: int, source: Value) -> Value:
     """The sum of a column over the warps' sums that `store_column_sums` stored at `source`; needs a barrier between them."""
-    address = ptx.add(source, ptx.shift_left(column, 2))
-    parts = [ptx.float_of(ptx.load_shared(ptx.add(address, 32 * lanes * warp))) for warp in range(WARPS)]
-    return ptx.plus(*parts)
+    address = source + (column << 2)
+    parts = [ptx.float_of(ptx.load_shared(address + 32 * lanes * warp)) for warp in range(WARPS)]
+    return ptx.total(parts)
 
 
 def largest_keys(thread: Thread, keys: Sequence[Value], count: int) -> list[Value]:
@@ -626,9 +624,9 @@ def largest_keys(thread: Thread, keys: Sequence[Value], count: int) -> list[Valu
         top = ptx.reduce_warp("max", _largest(keys))
         number = ptx.constant(0x7FFFFFFF)
         for i, key in reversed(list(enumerate(keys))):
-            number = ptx.select(ptx.compare("eq", key, top), ptx.add(thread.lane, 32 * i), number)
+            number = ptx.select(key.equals(top), thread.lane + 32 * i, number)
         number = ptx.reduce_warp("min", number)
-        keys = [ptx.select(ptx.compare("eq", ptx.add(thread.lane, 32 * i), number), 0, key) for i, key in enumerate(keys)]
+        keys = [ptx.select((thread.lane + 32 * i).equals(number), 0, key) for i, key in enumerate(keys)]
         numbers.append(number)
     return numbers
 
@@ -636,12 +634,12 @@ def largest_keys(thread: Thread, keys: Sequence[Value], count: int) -> list[Valu
 def _largest(keys: Sequence[Value]) -> Value:
     top = keys[0]
     for key in keys[1:]:
-        top = ptx.select(ptx.compare("ult", top, key), key, top)
+        top = ptx.select(top < key, key, top)
     return top
 
 
 def sortable_bits(x: Value) -> Value:
     """An unsigned number above 0 for a float32, so that both are ordered alike; that of NaN is the largest."""
     bits = ptx.bits_of(x)
-    negative = ptx.compare("slt", bits, 0)
-    return ptx.select(negative, ptx.bit_xor(bits, -1), ptx.bit_xor(bits, -0x80000000))
+    negative = bits.signed < 0
+    return ptx.select(negative, bits ^ -1, bits ^ -0x80000000)

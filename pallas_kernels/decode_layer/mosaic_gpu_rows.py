@@ -67,7 +67,7 @@ class Row:
         pair = parts.fresh_pair(a["down_out"])
         parts.normalise(thread, p.q_rank // 2, pair, a["q_norm"], p.latent_eps, self.sums, sink, in_bfloat16=False)
         position = ptx.load_global(a["position"])
-        with ptx.when(ptx.both(ptx.compare("sge", position, 0), ptx.compare("slt", position, p.max_len))):
+        with ptx.when((position.signed >= 0) & (position.signed < p.max_len)):
             self.token.write(position)
 
 
@@ -92,13 +92,13 @@ class Absorb:
 
     def __init__(self, p: Absorption, a: Mapping[str, Value], thread: Thread):
         self.p, self.a, self.thread = p, a, thread
-        self.head, self.part = ptx.div(thread.block, ABSORB_BLOCKS), ptx.rem(thread.block, ABSORB_BLOCKS)
-        self.row_of_8, self.quad_lane = ptx.shift_right(thread.lane, 2), ptx.bit_and(thread.lane, 3)
+        self.head, self.part = thread.block // ABSORB_BLOCKS, thread.block % ABSORB_BLOCKS
+        self.row_of_8, self.quad_lane = thread.lane >> 2, thread.lane & 3
 
     def run(self) -> None:
         p = self.p
-        first = ptx.add(ptx.mul(self.part, ABSORB_COLUMNS), ptx.shift_left(self.thread.warp, 4))
-        columns = [[self._column(ptx.add(first, 8 * tile), i) for i in range(p.nope // 32)] for tile in range(2)]
+        first = self.part * ABSORB_COLUMNS + (self.thread.warp << 4)
+        columns = [[self._column(first + 8 * tile, i) for i in range(p.nope // 32)] for tile in range(2)]
         for start in range(0, p.rows, 16):
             halves = [[self._row(start + 8 * half, i) for i in range(p.nope // 32)] for half in range(2)]
             for tile, of_tile in enumerate(columns):
@@ -106,43 +106,43 @@ class Absorb:
                 for row, other, column in zip(*halves, of_tile, strict=True):
                     sums = ptx.add_products(sums, row, other, column)
                 for half in range(2):
-                    self._store(start + 8 * half, ptx.add(first, 8 * tile), sums[2 * half : 2 * half + 2])
-        with ptx.when(ptx.compare("eq", self.part, 0)):
+                    self._store(start + 8 * half, first + 8 * tile, sums[2 * half : 2 * half + 2])
+        with ptx.when(self.part.equals(0)):
             self._rotate()
 
     def _column(self, first: Value, i: int) -> list[Value]:
         """Of column first + l / 4 of the head's matrix the numbers 32 i + 8 (l % 4) and following."""
-        column = ptx.add(ptx.mul(self.head, VALUE_DIM), first, self.row_of_8)
+        column = self.head * VALUE_DIM + first + self.row_of_8
         address = ptx.offset(ptx.offset(self.a["k_up"], column, 2 * self.p.nope), self.quad_lane, 16)
-        return ptx.load_words(ptx.offset(address, ptx.constant(i), 64))
+        return ptx.load_global_words(ptx.offset(address, ptx.constant(i), 64))
 
     def _row(self, first: int, i: int) -> list[Value]:
         """The same numbers of row first + l / 4, zeros where there is none."""
         p = self.p
-        row = ptx.add(self.row_of_8, first)
-        exists = ptx.select(ptx.compare("slt", row, p.rows), 1, 0)
-        at = ptx.add(ptx.mul(ptx.minimum(row, p.rows - 1), p.heads), self.head)
+        row = self.row_of_8 + first
+        exists = ptx.select(row.signed < p.rows, 1, 0)
+        at = ptx.min_s32(row, p.rows - 1) * p.heads + self.head
         address = ptx.offset(ptx.offset(self.a["product"], at, 2 * p.head_dim), self.quad_lane, 16)
-        return ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), 64), exists, 4)
+        return ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), 64), exists, 4)
 
     def _store(self, first_row: int, first: Value, pair: Sequence[Value]) -> None:
-        p, row = self.p, ptx.add(self.row_of_8, first_row)
-        at = ptx.offset(self.a["queries"], ptx.add(ptx.mul(row, p.heads), self.head), 2 * WIDTH)
-        at = ptx.offset(at, ptx.add(ptx.shift_right(first, 1), self.quad_lane), 4)
-        ptx.store_global(at, ptx.to_bfloat16_pair(*pair), ptx.compare("slt", row, p.rows))
+        p, row = self.p, self.row_of_8 + first_row
+        at = ptx.offset(self.a["queries"], row * p.heads + self.head, 2 * WIDTH)
+        at = ptx.offset(at, (first >> 1) + self.quad_lane, 4)
+        ptx.store_global(at, ptx.to_bfloat16_pair(*pair), row.signed < p.rows)
 
     def _rotate(self) -> None:
         p, a = self.p, self.a
         count = p.rows * ROTARY // 2
         for start in range(0, count, ABSORB_THREADS):
-            i = ptx.add(self.thread.index, start)
-            exists, i = ptx.compare("slt", i, count), ptx.minimum(i, count - 1)
-            row, j = ptx.div(i, ROTARY // 2), ptx.rem(i, ROTARY // 2)
-            at = ptx.add(ptx.mul(row, p.heads), self.head)
-            word = ptx.load_global(ptx.offset(ptx.offset(a["product"], at, 2 * p.head_dim), ptx.add(j, p.nope // 2), 4))
+            i = self.thread.index + start
+            exists, i = i.signed < count, ptx.min_s32(i, count - 1)
+            row, j = i // (ROTARY // 2), i % (ROTARY // 2)
+            at = row * p.heads + self.head
+            word = ptx.load_global(ptx.offset(ptx.offset(a["product"], at, 2 * p.head_dim), j + p.nope // 2, 4))
             angles = {name: ptx.offset(a[name], row, 2 * ROTARY) for name in ("cos", "sin")}
             rotated = rotate_pair(angles, j, *ptx.from_bfloat16_pair(word))
-            target = ptx.offset(ptx.offset(a["queries"], at, 2 * WIDTH), ptx.add(j, VALUE_DIM // 2), 4)
+            target = ptx.offset(ptx.offset(a["queries"], at, 2 * WIDTH), j + VALUE_DIM // 2, 4)
             ptx.store_global(target, ptx.to_bfloat16_pair(*rotated), exists)
 
 

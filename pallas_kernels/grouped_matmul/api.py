@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device, dispatch
-from pallas_kernels.grouped_matmul import mosaic_gpu, mosaic_gpu_codes, mosaic_tpu, mosaic_tpu_codes, per_row, reference
+from pallas_kernels.grouped_matmul import (
+    mosaic_gpu,
+    mosaic_gpu_codes,
+    mosaic_gpu_prefill,
+    mosaic_tpu,
+    mosaic_tpu_codes,
+    per_row,
+    reference,
+)
 from pallas_kernels.quant import Scaled, dequantise
 
 
@@ -116,6 +124,12 @@ def grouped_swiglu(
     if isinstance(gate_up, Scaled):
         backends, gate_up = CODES_SWIGLU_BACKENDS, jax.lax.stop_gradient(gate_up)
     return dispatch.call("grouped_swiglu", backends, implementation, rows, gate_up, group_sizes.astype(jnp.int32))
+
+
+def quantises(rows: jax.Array | jax.ShapeDtypeStruct, gate_up: Scaled, group_sizes: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether grouped_swiglu would quantise rows [M, K]: then codes may be brought to their groups instead of them."""
+    served = dispatch.best(CODES_SWIGLU_BACKENDS, rows, gate_up, group_sizes) == "mosaic_gpu"
+    return served and mosaic_gpu_prefill.serves(rows.shape[0], gate_up.shape[0])
 
 
 def _one_after_the_other(

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul import mosaic_gpu_codes_few_rows, mosaic_gpu_codes_prefill, reference
 from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import serves
-from pallas_kernels.quant import BLOCK, Scaled, dequantise, quantise_rows
+from pallas_kernels.quant import BLOCK, Scaled, dequantise
+from pallas_kernels.quantised.api import quantise_rows
 
 COLUMNS = 64  # those of a matrix are a multiple
 Rows = jax.Array | Scaled

@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, SHARED_MEMORY, tiles_of
-from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled, float_scales
+from pallas_kernels.quant import BLOCK, Scaled, float_scales, row_scales
 
 BLOCK_K = BLOCK  # 128 bytes, one swizzled line, and the codes that share a scale
 WAVE = BLOCK  # columns that share scales
@@ -64,11 +64,6 @@ def tiling_for(columns: int, gated: bool = False, coded: bool = False) -> Tiling
     """The fastest tiling for a result of so many columns; docs/kernels.md has the measurements."""
     tiles = -(-columns // (WAVES * WAVE // (1 + gated)))
     return Tiling(cluster=2 - tiles % 2, gated=gated, coded=coded)
-
-
-def _scales(largest: jax.Array) -> jax.Array:
-    """Of rows whose largest magnitudes these are; NaN where they are not finite."""
-    return jnp.where(largest < jnp.inf, jnp.maximum(largest, MIN_MAGNITUDE) / E4M3_MAX, jnp.nan)
 
 
 def multiply(
@@ -278,7 +273,7 @@ def multiply(
 
         def store_codes(result, begin, start, end, column):
             """As `store_directly`, in 8 bits, and the scales."""
-            scales = _scales(jnp.max(jnp.abs(result), axis=1))
+            scales = row_scales(jnp.max(jnp.abs(result), axis=1))
             store_directly(result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0]), begin, start, end, column)
             place = lax.div(column, WAVE) * m + begin
             if not interpret:

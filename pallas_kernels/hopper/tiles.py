@@ -22,15 +22,15 @@ MEMORY_REGISTERS = 24
 
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def smem(*shape: int) -> Any:
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TILED)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED)
 
 
 def streamed(rows: int, width: int, index_map: Any) -> Any:
-    return plgpu.BlockSpec((rows, width), index_map, transforms=_TILED)
+    return plgpu.BlockSpec((rows, width), index_map, transforms=TILED)
 
 
 def by_row(vector: jax.Array, columns: int) -> jax.Array:
@@ -53,18 +53,6 @@ def product(a: Any, b: Any, rows: int, columns: int) -> jax.Array:
         return acc[...]
 
     return pl.run_scoped(run, plgpu.ACC((rows, columns), jnp.float32))
-
-
-def products(first: tuple[Any, Any], second: tuple[Any, Any], rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """The products of two pairs, computed at the same time."""
-
-    def run(acc: Any, acc2: Any) -> tuple[jax.Array, jax.Array]:
-        plgpu.wgmma(acc, *first)
-        plgpu.wgmma(acc2, *second)
-        return acc[...], acc2[...]
-
-    acc = plgpu.ACC((rows, columns), jnp.float32)
-    return pl.run_scoped(run, acc, acc)
 
 
 def add_products(totals: tuple[jax.Array, jax.Array], first: tuple[Any, Any], second: tuple[Any, Any]) -> Any:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,12 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import vector
 
 from pallas_kernels import hopper
+from pallas_kernels.hopper import ptx
+from pallas_kernels.indexer_topk import mosaic_gpu_scores_epilogue as epilogue
 from pallas_kernels.indexer_topk.mosaic_gpu_select import BLOCK
 
 WIDTH = 128  # Di of the kernel
@@ -52,7 +55,8 @@ STAGES = ("product", "epilogue", "stores", "copies")
 # By math warpgroups; the copying one helps.
 _REGISTERS = {split.workers: split for split in map(hopper.RegisterSplit, (2, 3, 4), (240, 160, 112), (24, 32, 32))}
 _ACC = plgpu.Layout.WGMMA
-_LOW = float("-inf")
+_BY_ROW, _BY_COLUMN = _ACC.reduce(1), _ACC.reduce(0)
+_PER_THREAD, _SCALAR = plgpu.Layout.WG_STRIDED((128,), vec_size=1), plgpu.Layout.WG_SPLAT(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,389 +128,361 @@ def default_config(batch: int, queries: int, heads: int, keys: int, dtype: jnp.d
     )
 
 
-# ---- the epilogue, on the registers of one thread
-
-
-def _i32(x: int) -> Any:
-    kind = ir.IntegerType.get_signless(32)
-    return arith.constant(kind, ir.IntegerAttr.get(kind, x))
-
-
-def _f32(x: float) -> Any:
-    kind = ir.F32Type.get()
-    return arith.constant(kind, ir.FloatAttr.get(kind, x))
-
-
-def _element(x: Any, i: int) -> Any:
-    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-
-
-def _lane_bit(lane: Any, bit: int) -> Any:
-    return arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, _i32(bit)), _i32(0))
-
-
-def _lane_and_warp() -> tuple[Any, Any]:
-    thread = utils.thread_idx()
-    return arith.andi(thread, _i32(31)), arith.andi(arith.shrui(thread, _i32(5)), _i32(3))
-
-
-def _saturates(column_tile: int) -> bool:
-    return column_tile % 4 < 2
-
-
-def _scaled_for_saturation(weights: Any) -> Any:
-    """relu(x) = 2^25 saturate(2^-25 x): the weights of the columns treated so carry the 2^25."""
-    kind = ir.VectorType.get((2,), ir.F32Type.get())
-    scale = arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(ir.F32Type.get(), 2.0**25)))
-    registers = weights.registers.copy().reshape(-1)
-    for tile in range(registers.shape[0]):
-        if _saturates(tile):
-            registers[tile] = arith.mulf(registers[tile], scale)
-    return fragmented_array.FragmentedArray(
-        _registers=registers.reshape(weights.registers.shape), _layout=weights.layout, _is_signed=weights.is_signed
-    )
-
-
-def _relu(x: Any, saturate: bool) -> Any:
-    if saturate:
-        return utils.inline_ptx("mul.rn.sat.f32 $0, $1, 0f33000000;", x, result_types=x.type)  # 2^-25
-    return arith.maximumf(x, _f32(0.0))  # NaN stays
-
-
-def _sums_of_lane(acc: Any, weights: Any, queries: int, saturate: bool, lane: Any) -> list[Any]:
-    """The head sums that are this lane's; `_Place` tells which, of its query in the two rows 8 apart that it has.
-
-    Heads 8 i + 2 part + (0, 1) are a part of four, the parts (0 + 2) + (1 + 3) are the sum.
-    """
-    tiles = acc.shape[1] // 8
-    products = acc.registers.reshape(tiles, 2)
-    columns = [[_element(w, e) for e in range(2)] for w in weights.registers.reshape(tiles)]
-
-    sums = []
-    for half in range(2):
-        parts = []
-        for first in range(queries):
-            total = None
-            for tile in range(first, tiles, queries):
-                for e in range(2):
-                    x = _relu(_element(products[tile, half], e), saturate and _saturates(tile))
-                    x = fragmented_array.mulf(x, columns[tile][e])
-                    total = x if total is None else fragmented_array.addf(total, x)
-            parts.append(total)
-        while (n := len(parts) // 2) > 0:
-            parts = [fragmented_array.addf(parts[i], parts[n + i]) for i in range(n)]
-        sums += parts
-    for step in {4: (), 2: (1,), 1: (2, 1)}[queries]:  # the distance of lanes that have other heads of the same query
-        if len(sums) == 1:
-            sums = [fragmented_array.addf(sums[0], utils.shfl_bfly(sums[0], step))]
-        else:  # a row for each of the two lanes
-            upper, (low, high) = _lane_bit(lane, step), sums
-            mine, other = arith.select(upper, high, low), arith.select(upper, low, high)
-            sums = [fragmented_array.addf(mine, utils.shfl_bfly(other, step))]
-    return sums
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Which query and row half the sums of `_sums_of_lane` belong to."""
-
-    queries: int
-
-    def query(self, lane: Any) -> Any:
-        shift = {4: 0, 2: 1, 1: 2}[self.queries]
-        return arith.shrui(arith.andi(lane, _i32(3)), _i32(shift))
-
-    def half(self, lane: Any) -> Any:
-        """Of the lane's first sum; with 4 queries there are two sums, of halves 0 and 1."""
-        if self.queries == 4:
-            return _i32(0)
-        return arith.andi(arith.shrui(lane, _i32(self.queries == 1)), _i32(1))
-
-    @property
-    def lanes_of_block(self) -> list[int]:
-        """The lane distances over which the scores of a query's 16 keys lie."""
-        return {4: [], 2: [1], 1: [2]}[self.queries] + [4, 8, 16]
-
-    def is_first(self, lane: Any) -> Any:
-        """Whether the lane comes first among those that hold the same query's keys."""
-        others = sum(self.lanes_of_block) | (self.queries == 1)
-        return arith.cmpi(arith.CmpIPredicate.eq, arith.andi(lane, _i32(others)), _i32(0))
-
-
-def _limit_of_lane(place: _Place, limits: list[Any]) -> Any:
-    """How many keys the lane's query sees, of the tile's queries' numbers."""
-    lane, _ = _lane_and_warp()
-    query = place.query(lane)
-    limit = limits[0]
-    for i in range(1, len(limits)):
-        limit = arith.select(arith.cmpi(arith.CmpIPredicate.eq, query, _i32(i)), limits[i], limit)
-    return limit
-
-
-def _never(x: Any) -> Any:
-    """False for whatever is computed here, which the compiler cannot know: it keeps all that x depends on."""
-    return arith.cmpf(arith.CmpFPredicate.OEQ, x, _f32(-1e30))
-
-
-def _finish(
-    acc: Any, weights: Any, key_scales: Any, limit: Any, first: Any, scores: Any, maxima: Any, config: ScoresConfig
-) -> None:
-    """acc [64, queries * heads] of keys `first` on -> scores [queries, 64], maxima [queries, 4]."""
-    index = ir.IndexType.get()
-    if config.leave_out == "epilogue":
-        used, zero = _element(acc.registers.reshape(-1)[0], 0), arith.constant(index, 0)
-        with utils.when(_never(used)):
-            memref.store(used, scores, [zero, zero])
-        return
-    place = _Place(config.queries)
-    lane, warp = _lane_and_warp()
-    sums = _sums_of_lane(acc, weights, config.queries, config.saturate, lane)
-    query, half = place.query(lane), place.half(lane)
-    row = arith.addi(arith.addi(arith.shli(warp, _i32(4)), arith.shrui(lane, _i32(2))), arith.shli(half, _i32(3)))
-    seen = arith.subi(limit, arith.addi(first, row))  # keys from this one on that the query sees
-    best = None
-    for i, score in enumerate(sums):
-        if key_scales is not None:
-            low, high = (_element(x, 0) for x in key_scales.registers.reshape(2))
-            scale = (low, high)[i] if len(sums) == 2 else arith.select(_lane_bit(half, 1), high, low)
-            score = fragmented_array.mulf(score, scale)
-        score = arith.maxnumf(score, _f32(_LOW))
-        score = arith.select(arith.cmpi(arith.CmpIPredicate.sgt, seen, _i32(8 * i)), score, _f32(_LOW))
-        column = arith.addi(row, _i32(8 * i))
-        if config.leave_out != "stores":
-            memref.store(score, scores, [arith.index_castui(index, query), arith.index_castui(index, column)])
-        best = score if best is None else arith.maxnumf(best, score)
-    for distance in place.lanes_of_block:
-        best = arith.maxnumf(best, utils.shfl_bfly(best, distance))
-    with utils.when(_never(best) if config.leave_out == "stores" else place.is_first(lane)):
-        memref.store(best, maxima, [arith.index_castui(index, query), arith.index_castui(index, warp)])
-
-
 # ---- the kernel
 
 
-def _build(batch: int, queries: int, heads: int, keys: int, dtype: jnp.dtype, take_all: int, config: ScoresConfig) -> Any:
-    """f(queries [B, S * Hi, Di], keys [B, T, Di], weights [B, S * Hi], positions [B, S], lengths [B], key scales [B, T])."""
-    itemsize = jnp.dtype(dtype).itemsize
-    scaled = itemsize == 1
-    columns, tile_keys = config.queries * heads, config.keys
-    if config.tiles > 1 and columns % 32:  # TMA writes a tile's weights to a multiple of 128 bytes
-        raise ValueError(f"ScoresConfig: {config.tiles} tiles of {columns} columns, which is not a multiple of 32")
-    query_groups, key_tiles = -(-queries // config.unit_queries), -(-keys // tile_keys)
-    runs = -(-key_tiles // config.run)
-    units = batch * runs * query_groups
-    blocks = min(hopper.NUM_SMS, units)
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static facts of a launch. take_all: queries that see at most so many keys need no scores."""
+
+    batch: int
+    queries: int
+    heads: int
+    keys: int
+    dtype: jnp.dtype
+    take_all: int
+    config: ScoresConfig
+
+    def __post_init__(self) -> None:
+        if self.config.tiles > 1 and self.columns % 32:  # TMA writes a tile's weights to a multiple of 128 bytes
+            raise ValueError(
+                f"ScoresConfig: {self.config.tiles} tiles of {self.columns} columns, which is not a multiple of 32"
+            )
+
+    @property
+    def scaled(self) -> bool:
+        """Whether keys and queries have 8 bits, and keys scales."""
+        return jnp.dtype(self.dtype).itemsize == 1
+
+    @property
+    def columns(self) -> int:
+        """Of a tile of queries: queries x heads."""
+        return self.config.queries * self.heads
+
+    @property
+    def query_groups(self) -> int:
+        """Units' queries: how many groups of them a batch row has."""
+        return -(-self.queries // self.config.unit_queries)
+
+    @property
+    def key_tiles(self) -> int:
+        return -(-self.keys // self.config.keys)
+
+    @property
+    def runs(self) -> int:
+        return -(-self.key_tiles // self.config.run)
+
+    @property
+    def units(self) -> int:
+        return self.batch * self.runs * self.query_groups
+
+    @property
+    def blocks(self) -> int:
+        """Of the grid."""
+        return min(hopper.NUM_SMS, self.units)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Refs:
+    """The kernel's references. C: columns of a tile, U: tiles of a unit, K: keys of a key tile."""
+
+    # Input
+    queries: Any  # [B, S' * Hi, 128], `in_columns`
+    keys: Any  # [B, T, 128]
+    weights: Any  # [B, S' * Hi] float32, `in_columns`
+    positions: Any  # [B, S] int32
+    lengths: Any  # [B] int32
+    key_scales: Any  # [B, T] float32, None for bfloat16
+    # Output
+    scores: Any  # [B, S', T'] float32
+    maxima: Any  # [B, S', T' / 16] float32
+    # Scratch
+    unit_queries: Any  # [query_slots, U * C, 128]
+    tile_keys: Any  # [stages, K, 128]
+    unit_weights: Any  # [query_slots, U * C] float32
+    tile_scales: Any  # [stages, K] float32, None for bfloat16
+    # Barriers
+    queries_full: Any  # [query_slots]: a unit's queries and weights have come
+    queries_empty: Any  # [query_slots]: all math warpgroups have done with them
+    keys_full: Any  # [stages]: a tile's keys and scales have come
+    keys_empty: Any  # [stages]: all math warpgroups have multiplied by them
+
+    @staticmethod
+    def of(p: Problem, refs: tuple[Any, ...]) -> Refs:
+        """In the kernel's order, which has no scales of keys in bfloat16 among its inputs."""
+        return Refs(*refs) if p.scaled else Refs(*refs[:5], None, *refs[5:])
+
+
+def _scratch(p: Problem) -> list[Any]:
+    """In the order of `Refs`."""
+    config, itemsize = p.config, jnp.dtype(p.dtype).itemsize
     transforms = (plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128))
-    place = _Place(config.queries)
-    per_thread = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
-    scalar = plgpu.Layout.WG_SPLAT(())
-    registers = _REGISTERS[config.math]
+    return [
+        plgpu.SMEM((config.query_slots, config.tiles * p.columns, WIDTH), p.dtype, transforms=transforms),
+        plgpu.SMEM((config.stages, config.keys, WIDTH), p.dtype, transforms=transforms),
+        plgpu.SMEM((config.query_slots, config.tiles * p.columns), jnp.float32),
+        plgpu.SMEM((config.stages, config.keys), jnp.float32) if p.scaled else None,
+        plgpu.Barrier(num_arrivals=2 * config.tiles, num_barriers=config.query_slots),
+        plgpu.Barrier(num_arrivals=config.math, num_barriers=config.query_slots),
+        plgpu.Barrier(num_arrivals=1 + p.scaled, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=config.math, num_barriers=config.stages),
+    ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unit:
+    """Queries from `query` on of batch row `row`, and key tiles `first` .. `first + count - 1`."""
+
+    row: Any
+    query: Any
+    first: Any
+    count: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """A block of the grid, as one of its warpgroups has it."""
+
+    p: Problem
+    refs: Refs
+    block: Any
+
+    @property
+    def config(self) -> ScoresConfig:
+        return self.p.config
+
+    def slot_of(self, tiles: Any) -> Any:
+        """Where the key tile lies before which so many have come."""
+        power = self.config.stages & (self.config.stages - 1) == 0
+        return tiles & (self.config.stages - 1) if power else lax.rem(tiles, self.config.stages)
+
+    def limits(self, row: Any, query: Any, number: int) -> list[Any]:
+        """How many keys each of so many queries sees; the last one's if they are beyond it."""
+        length = jnp.minimum(self.refs.lengths[row], self.p.keys)
+        positions = (self.refs.positions[row, jnp.minimum(query + i, self.p.queries - 1)] for i in range(number))
+        return [jnp.minimum(position + 1, length) for position in positions]
+
+    def for_units(self, start: Any, work: Callable[[_Unit, Any], Any]) -> None:
+        """carry = work(unit, carry) for the block's units that see keys."""
+        p, config = self.p, self.config
+
+        def one(u: Any, carry: Any) -> Any:
+            number = self.block + u * p.blocks
+            group, rest = lax.rem(number, p.query_groups), lax.div(number, p.query_groups)
+            run, row = lax.rem(rest, p.runs), lax.div(rest, p.runs)
+            query = group * config.unit_queries
+            furthest = functools.reduce(jnp.maximum, self.limits(row, query, config.unit_queries))
+            first = run * config.run
+            seen = lax.div(furthest + (config.keys - 1), config.keys)
+            count = jnp.minimum(seen - first, config.run)
+            # A query that sees no more keys than it may take needs no scores.
+            needed = jnp.logical_and(furthest > p.take_all, count > 0)
+            unit = _Unit(row, query, first, count)
+            return lax.cond(needed, lambda carry: work(unit, carry), lambda carry: carry, carry)
+
+        lax.fori_loop(0, lax.div(p.units - 1 - self.block, p.blocks) + 1, one, start)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Copies(_Block):
+    """The warpgroup that copies queries, weights, keys and scales to shared memory."""
+
+    def run(self) -> None:
+        self.for_units((jnp.int32(0), jnp.int32(0)), self.copy_unit)
+
+    def copy_unit(self, unit: _Unit, carry: Any) -> Any:
+        done, tiles = carry
+        self.copy_queries(unit, done)
+        return done + 1, lax.fori_loop(0, unit.count, lambda t, tiles: self.copy_keys(unit, t, tiles), tiles)
+
+    def copy_queries(self, unit: _Unit, done: Any) -> None:
+        refs, columns = self.refs, self.p.columns
+        slot = lax.rem(done, self.config.query_slots)
+
+        @pl.when(done >= self.config.query_slots)
+        def _() -> None:
+            plgpu.barrier_wait(refs.queries_empty.at[slot])
+
+        for tile in range(self.config.tiles):
+            rows, to = pl.ds(unit.query * self.p.heads + tile * columns, columns), pl.ds(tile * columns, columns)
+            full = refs.queries_full.at[slot]
+            plgpu.copy_gmem_to_smem(refs.queries.at[unit.row, rows], refs.unit_queries.at[slot, to], full)
+            plgpu.copy_gmem_to_smem(refs.weights.at[unit.row, rows], refs.unit_weights.at[slot, to], full)
+
+    def copy_keys(self, unit: _Unit, t: Any, tiles: Any) -> Any:
+        """Of the unit's t-th key tile, before which so many tiles have come in all; returns that number afterwards."""
+        refs, config = self.refs, self.config
+        slot = self.slot_of(tiles)
+
+        @pl.when(tiles >= config.stages)
+        def _() -> None:
+            plgpu.barrier_wait(refs.keys_empty.at[slot])
+
+        def copy() -> None:
+            rows = pl.ds((unit.first + t) * config.keys, config.keys)
+            plgpu.copy_gmem_to_smem(refs.keys.at[unit.row, rows], refs.tile_keys.at[slot], refs.keys_full.at[slot])
+            if self.p.scaled:
+                full = refs.keys_full.at[slot]
+                plgpu.copy_gmem_to_smem(refs.key_scales.at[unit.row, rows], refs.tile_scales.at[slot], full)
+
+        def only_arrive() -> None:
+            for _ in range(1 + self.p.scaled):
+                plgpu.barrier_arrive(refs.keys_full.at[slot])
+
+        if config.leave_out == "copies":
+            lax.cond(tiles < config.stages, copy, only_arrive)
+        else:
+            copy()
+        return tiles + 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Math(_Block):
+    """A warpgroup that multiplies: own_tile of a unit's tiles of queries by the keys from own_keys on of every key tile."""
+
+    own_tile: Any
+    own_keys: Any
+    own_columns: Any  # of the unit's queries
+    own_rows: Any  # of a key tile
+
+    def run(self) -> None:
+        kept = None
+        if self.config.leave_out == "product":  # carried, else its sums would leave the loop
+            kept = plgpu.layout_cast(jnp.zeros((KEYS, self.p.columns), jnp.float32), _ACC)
+        self.for_units((jnp.int32(0), jnp.int32(0), kept), self.multiply_unit)
+
+    def multiply_unit(self, unit: _Unit, carry: Any) -> Any:
+        refs = self.refs
+        done, tiles, kept = carry
+        query_slot = lax.rem(done, self.config.query_slots)
+        plgpu.barrier_wait(refs.queries_full.at[query_slot])
+        weights = plgpu.load(refs.unit_weights.at[query_slot, self.own_columns], layout=_BY_COLUMN, optimized=False)
+        weights = self.weights_for_epilogue(weights)
+        query = unit.query + self.own_tile * self.config.queries
+        limit = self.limit_of_thread(self.limits(unit.row, query, self.config.queries))
+
+        def step(t: Any, carry: Any) -> Any:
+            tiles, kept = carry
+            slot, scales = self.slot_of(tiles), None
+            plgpu.barrier_wait(refs.keys_full.at[slot])
+            if self.p.scaled:
+                scales = plgpu.load(refs.tile_scales.at[slot, self.own_rows], layout=_BY_ROW, optimized=False)
+            acc = kept = self.product(slot, query_slot, tiles, kept)
+            plgpu.barrier_arrive(refs.keys_empty.at[slot])
+            key = (unit.first + t) * self.config.keys + self.own_keys
+            self.finish(acc, weights, scales, limit, unit.row, query, key)
+            return tiles + 1, kept if self.config.leave_out == "product" else None
+
+        tiles, kept = lax.fori_loop(0, unit.count, step, (tiles, kept))
+        plgpu.barrier_arrive(refs.queries_empty.at[query_slot])
+        return done + 1, tiles, kept
+
+    def product(self, slot: Any, query_slot: Any, tiles: Any, kept: Any) -> jax.Array:
+        """[KEYS, columns] float32 of the key tile and the queries in these slots."""
+
+        # With nothing between the fresh accumulator and wgmma the compiler drops its zeroing.
+        def multiply(acc: Any) -> Any:
+            queries = self.refs.unit_queries.at[query_slot, self.own_columns].transpose((1, 0))
+            plgpu.wgmma(acc, self.refs.tile_keys.at[slot, self.own_rows], queries)
+            return acc[...]
+
+        accumulator = plgpu.ACC((KEYS, self.p.columns), jnp.float32)
+        if self.config.leave_out == "product":
+            return lax.cond(tiles == 0, lambda: pl.run_scoped(multiply, accumulator), lambda: kept)
+        return pl.run_scoped(multiply, accumulator)
+
+    # -- registers
+
+    def limit_of_thread(self, limits: list[Any]) -> Any:
+        """How many keys this thread's query sees, [128] int32."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(_SCALAR,) * len(limits), return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=_PER_THREAD)
+        )
+        def run(ctx: Any, *limits: Any) -> Any:
+            limit = epilogue.limit_of_lane(epilogue.Place(self.config.queries), [ptx.scalar(x) for x in limits])
+            one = vector.broadcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), limit)
+            registers = np.empty((1,), dtype=object)
+            registers[0] = one
+            return fragmented_array.FragmentedArray(_registers=registers, _layout=_PER_THREAD.to_mgpu(), _is_signed=True)
+
+        return run(*limits)
+
+    def weights_for_epilogue(self, weights: Any) -> Any:
+        if not self.config.saturate:
+            return weights
+
+        @plgpu.inline_mgpu(
+            arg_types=(_BY_COLUMN,),
+            return_type=plgpu.ShapeDtypeStruct((self.p.columns,), jnp.float32, layout=_BY_COLUMN),
+        )
+        def run(ctx: Any, weights: Any) -> Any:
+            return epilogue.scaled_for_saturation(weights)
+
+        return run(weights)
+
+    def finish(self, acc: Any, weights: Any, scales: Any, limit: Any, row: Any, query: Any, key: Any) -> None:
+        """Writes the scores of an accumulator, whose first key is `key`, and their maxima."""
+        config, ref = self.config, plgpu.RefType()
+        scores = self.refs.scores.at[row, pl.ds(query, config.queries), pl.ds(key, KEYS)]
+        maxima = self.refs.maxima.at[row, pl.ds(query, config.queries), pl.ds(lax.div(key, BLOCK), KEYS // BLOCK)]
+        kinds = (_ACC, _BY_COLUMN, *((_BY_ROW,) if self.p.scaled else ()), _PER_THREAD, _SCALAR, ref, ref)
+
+        @plgpu.inline_mgpu(arg_types=kinds)
+        def run(ctx: Any, acc: Any, weights: Any, *rest: Any) -> None:
+            scales = rest[0] if self.p.scaled else None
+            limit, first, scores, maxima = rest[-4:]
+            limit = ptx.Word(epilogue.element(limit.registers.reshape(-1)[0], 0))
+            epilogue.finish(
+                acc,
+                weights,
+                scales,
+                limit,
+                ptx.scalar(first),
+                scores,
+                maxima,
+                queries=config.queries,
+                saturate=config.saturate,
+                leave_out=config.leave_out,
+            )
+
+        run(acc, weights, *((scales,) if self.p.scaled else ()), limit, key, scores, maxima)
+
+
+def _kernel(p: Problem) -> Any:
+    """f(*inputs of `Refs`) -> scores, maxima."""
+    config, registers = p.config, _REGISTERS[p.config.math]
 
     def indexer_scores(*refs: Any) -> None:
-        q_gm, k_gm, w_gm, positions_gm, lengths_gm = refs[:5]
-        scales_gm: Any = None
-        scales_gm, refs = (refs[5], refs[6:]) if scaled else (None, refs[5:])
-        scores_gm, maxima_gm, q_sm, k_sm, w_sm, scales_sm, q_full, q_empty, k_full, k_empty = refs
-        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        # The tile of queries and the keys of a key tile that are the warpgroup's.
+        given, warpgroup = Refs.of(p, refs), lax.axis_index("warpgroup")
+        block = lax.axis_index("block")
         own_tile, own_keys = lax.rem(warpgroup, config.tiles), lax.div(warpgroup, config.tiles) * KEYS
-
-        def slot_of(tiles: Any) -> Any:
-            power = config.stages & (config.stages - 1) == 0
-            return tiles & (config.stages - 1) if power else lax.rem(tiles, config.stages)
-
-        def limits(b: Any, query: Any, number: int) -> list[Any]:
-            """How many keys each of so many queries sees; the last one's if they are beyond it."""
-            length = jnp.minimum(lengths_gm[b], keys)
-            positions = (positions_gm[b, jnp.minimum(query + i, queries - 1)] for i in range(number))
-            return [jnp.minimum(position + 1, length) for position in positions]
-
-        def for_units(start: Any, work: Any) -> None:
-            """carry = work(batch row, first query, first key tile, key tiles, carry) for units that see keys."""
-
-            def unit(u: Any, carry: Any) -> Any:
-                number = block + u * blocks
-                group, rest = lax.rem(number, query_groups), lax.div(number, query_groups)
-                run, b = lax.rem(rest, runs), lax.div(rest, runs)
-                query = group * config.unit_queries
-                furthest = functools.reduce(jnp.maximum, limits(b, query, config.unit_queries))
-                first = run * config.run
-                seen = lax.div(furthest + (tile_keys - 1), tile_keys)
-                count = jnp.minimum(seen - first, config.run)
-                # A query that sees no more keys than it may take needs no scores.
-                needed = jnp.logical_and(furthest > take_all, count > 0)
-                return lax.cond(
-                    needed,
-                    lambda carry: work(b, query, first, count, carry),
-                    lambda carry: carry,
-                    carry,
-                )
-
-            lax.fori_loop(0, lax.div(units - 1 - block, blocks) + 1, unit, start)
-
-        def limit_of_thread(limits: list[Any]) -> Any:
-            @plgpu.inline_mgpu(
-                arg_types=(scalar,) * len(limits), return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=per_thread)
-            )
-            def run(ctx: Any, *limits: Any) -> Any:
-                limit = _limit_of_lane(place, [x.registers.item() for x in limits])
-                one = vector.broadcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), limit)
-                registers = np.empty((1,), dtype=object)
-                registers[0] = one
-                return fragmented_array.FragmentedArray(_registers=registers, _layout=per_thread.to_mgpu(), _is_signed=True)
-
-            return run(*limits)
-
-        def weights_for_epilogue(weights: Any) -> Any:
-            if not config.saturate:
-                return weights
-
-            @plgpu.inline_mgpu(
-                arg_types=(_ACC.reduce(0),),
-                return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=_ACC.reduce(0)),
-            )
-            def run(ctx: Any, weights: Any) -> Any:
-                return _scaled_for_saturation(weights)
-
-            return run(weights)
-
-        def epilogue(acc: Any, weights: Any, scales: Any, limit: Any, b: Any, query: Any, key: Any) -> None:
-            scores = scores_gm.at[b, pl.ds(query, config.queries), pl.ds(key, KEYS)]
-            maxima = maxima_gm.at[b, pl.ds(query, config.queries), pl.ds(lax.div(key, BLOCK), KEYS // BLOCK)]
-            ref = plgpu.RefType()
-            kinds = (_ACC, _ACC.reduce(0), *((_ACC.reduce(1),) if scaled else ()), per_thread, scalar, ref, ref)
-
-            @plgpu.inline_mgpu(arg_types=kinds)
-            def run(ctx: Any, acc: Any, weights: Any, *rest: Any) -> None:
-                scales = rest[0] if scaled else None
-                limit, first, scores, maxima = rest[-4:]
-                limit = _element(limit.registers.reshape(-1)[0], 0)
-                _finish(acc, weights, scales, limit, first.registers.item(), scores, maxima, config)
-
-            run(acc, weights, *((scales,) if scaled else ()), limit, key, scores, maxima)
 
         @pl.when(warpgroup < config.math)
         def _multiply() -> None:
             plgpu.set_max_registers(registers.worker, action="increase")
-            rows, own_columns = pl.ds(own_keys, KEYS), pl.ds(own_tile * columns, columns)
-
-            def work(b: Any, query: Any, first: Any, count: Any, carry: Any) -> Any:
-                done, tiles, kept = carry
-                q_slot = lax.rem(done, config.query_slots)
-                plgpu.barrier_wait(q_full.at[q_slot])
-                weights = plgpu.load(w_sm.at[q_slot, own_columns], layout=_ACC.reduce(0), optimized=False)
-                weights = weights_for_epilogue(weights)
-                query += own_tile * config.queries
-                limit = limit_of_thread(limits(b, query, config.queries))
-
-                def step(t: Any, carry: Any) -> Any:
-                    tiles, kept = carry
-                    slot = slot_of(tiles)
-                    plgpu.barrier_wait(k_full.at[slot])
-                    scales = plgpu.load(scales_sm.at[slot, rows], layout=_ACC.reduce(1), optimized=False) if scaled else None
-
-                    # With nothing between the fresh accumulator and wgmma the compiler drops its zeroing.
-                    def product(acc: Any) -> Any:
-                        plgpu.wgmma(acc, k_sm.at[slot, rows], q_sm.at[q_slot, own_columns].transpose((1, 0)))
-                        return acc[...]
-
-                    acc_type = plgpu.ACC((KEYS, columns), jnp.float32)
-                    if config.leave_out == "product":
-                        acc = kept = lax.cond(tiles == 0, lambda: pl.run_scoped(product, acc_type), lambda: kept)
-                    else:
-                        acc = pl.run_scoped(product, acc_type)
-                    plgpu.barrier_arrive(k_empty.at[slot])
-                    epilogue(acc, weights, scales, limit, b, query, (first + t) * tile_keys + own_keys)
-                    return tiles + 1, kept
-
-                tiles, kept = lax.fori_loop(0, count, step, (tiles, kept))
-                plgpu.barrier_arrive(q_empty.at[q_slot])
-                return done + 1, tiles, kept
-
-            kept = None
-            if config.leave_out == "product":  # carried, else its sums would leave the loop
-                kept = plgpu.layout_cast(jnp.zeros((KEYS, columns), jnp.float32), _ACC)
-            for_units((jnp.int32(0), jnp.int32(0), kept), work)
+            own_columns = pl.ds(own_tile * p.columns, p.columns)
+            _Math(p, given, block, own_tile, own_keys, own_columns, pl.ds(own_keys, KEYS)).run()
 
         @pl.when(warpgroup == config.math)
         def _copy() -> None:
             plgpu.set_max_registers(registers.helper, action="decrease")
+            _Copies(p, given, block).run()
 
-            def work(b: Any, query: Any, first: Any, count: Any, carry: Any) -> Any:
-                done, tiles = carry
-                q_slot = lax.rem(done, config.query_slots)
-
-                @pl.when(done >= config.query_slots)
-                def _() -> None:
-                    plgpu.barrier_wait(q_empty.at[q_slot])
-
-                for tile in range(config.tiles):
-                    rows, to = pl.ds(query * heads + tile * columns, columns), pl.ds(tile * columns, columns)
-                    plgpu.copy_gmem_to_smem(q_gm.at[b, rows], q_sm.at[q_slot, to], q_full.at[q_slot])
-                    plgpu.copy_gmem_to_smem(w_gm.at[b, rows], w_sm.at[q_slot, to], q_full.at[q_slot])
-
-                def step(t: Any, tiles: Any) -> Any:
-                    slot = slot_of(tiles)
-
-                    @pl.when(tiles >= config.stages)
-                    def _() -> None:
-                        plgpu.barrier_wait(k_empty.at[slot])
-
-                    def copy() -> None:
-                        rows = pl.ds((first + t) * tile_keys, tile_keys)
-                        plgpu.copy_gmem_to_smem(k_gm.at[b, rows], k_sm.at[slot], k_full.at[slot])
-                        if scaled:
-                            plgpu.copy_gmem_to_smem(scales_gm.at[b, rows], scales_sm.at[slot], k_full.at[slot])
-
-                    def only_arrive() -> None:
-                        for _ in range(1 + scaled):
-                            plgpu.barrier_arrive(k_full.at[slot])
-
-                    if config.leave_out == "copies":
-                        lax.cond(tiles < config.stages, copy, only_arrive)
-                    else:
-                        copy()
-                    return tiles + 1
-
-                return done + 1, lax.fori_loop(0, count, step, tiles)
-
-            for_units((jnp.int32(0), jnp.int32(0)), work)
-
-    rows, width = query_groups * config.unit_queries, key_tiles * tile_keys
+    rows, width = p.query_groups * config.unit_queries, p.key_tiles * config.keys
     return plgpu.kernel(
         indexer_scores,
         out_type=[
-            jax.ShapeDtypeStruct((batch, rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((batch, rows, width // BLOCK), jnp.float32),
+            jax.ShapeDtypeStruct((p.batch, rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((p.batch, rows, width // BLOCK), jnp.float32),
         ],
-        scratch_types=[
-            plgpu.SMEM((config.query_slots, config.tiles * columns, WIDTH), dtype, transforms=transforms),
-            plgpu.SMEM((config.stages, tile_keys, WIDTH), dtype, transforms=transforms),
-            plgpu.SMEM((config.query_slots, config.tiles * columns), jnp.float32),
-            plgpu.SMEM((config.stages, tile_keys), jnp.float32) if scaled else None,
-            plgpu.Barrier(num_arrivals=2 * config.tiles, num_barriers=config.query_slots),
-            plgpu.Barrier(num_arrivals=config.math, num_barriers=config.query_slots),
-            plgpu.Barrier(num_arrivals=1 + scaled, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=config.math, num_barriers=config.stages),
-        ],
-        grid=(blocks,),
+        scratch_types=_scratch(p),
+        grid=(p.blocks,),
         grid_names=("block",),
         num_threads=config.math + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=512),
     )
-
-
-def _in_columns(x: jax.Array, queries: int, multiple: int = 1) -> jax.Array:
-    """[B, S, Hi, ...] -> [B, S' * Hi, ...], as the columns of tiles of `queries`, S' whole multiples of so many tiles.
-
-    Of every 8 columns each query has 8 / queries, neighbouring heads: with 4 queries, column 8 t + 2 i + e is head 2 t + e of
-    query i.
-    """
-    b, s, heads, *rest = x.shape
-    x = jnp.pad(x, [(0, -s % (queries * multiple) if axis == 1 else 0) for axis in range(x.ndim)])
-    x = x.reshape(b, -1, queries, heads * queries // 8, 8 // queries, *rest)
-    return jnp.swapaxes(x, 2, 3).reshape(b, -1, *rest)
 
 
 def scores(
@@ -541,11 +517,11 @@ def scores(
     if config.saturate:  # saturation makes 0 of a NaN
         is_nan = jnp.any(lax.bitcast_convert_type(queries, jnp.uint8) & 0x7F == 0x7F, axis=-1)
         head_weights = jnp.where(is_nan, jnp.nan, head_weights)
-    kernel = _build(b, s, heads, t, queries.dtype, take_all, config)
+    kernel = _kernel(Problem(b, s, heads, t, queries.dtype, take_all, config))
     arguments = (
-        _in_columns(queries, config.queries, config.tiles),
+        epilogue.in_columns(queries, config.queries, config.tiles),
         keys,
-        _in_columns(head_weights, config.queries, config.tiles),
+        epilogue.in_columns(head_weights, config.queries, config.tiles),
         q_positions,
         kv_lengths,
         *((key_scales,) if key_scales is not None else ()),

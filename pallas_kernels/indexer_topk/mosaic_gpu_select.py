@@ -29,16 +29,14 @@ get 1024 threads each, which shortens the chain of dependent loads that bounds t
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import mosaic_gpu_words
+from pallas_kernels.hopper import ptx
 
 BLOCK = 16  # scores per block maximum
 MAX_K = 4096
@@ -199,10 +197,10 @@ class Problem:
 
 
 class _Row:
-    """One row's program. `m` is the machine: `mosaic_gpu_words`, or what a test puts in its place."""
+    """One row's program."""
 
-    def __init__(self, m: ModuleType, p: Problem, shared: Any, thread: Any):
-        self.m, self.p, self.threads = m, p, p.config.threads
+    def __init__(self, p: Problem, shared: Any, thread: Any):
+        self.p, self.threads = p, p.config.threads
         self.log_threads = self.threads.bit_length() - 1
         self.warps = self.threads // 32
         group = thread >> self.log_threads
@@ -210,7 +208,7 @@ class _Row:
         self.number = group + 1  # of the row's barrier; barrier 0 is the whole block's
         self.thread = thread & (self.threads - 1)
         self.lane, self.warp = self.thread & 31, self.thread >> 5
-        self.earlier_lanes = (m.word(1) << self.lane) - 1
+        self.earlier_lanes = (ptx.constant(1) << self.lane) - 1
         shared = shared + group * p.row_bytes
         self.buffer, self.histogram = shared + p.buffer, shared
         self.list, self.sums = shared + p.block_list, shared + p.sums
@@ -219,7 +217,7 @@ class _Row:
     # -- small parts
 
     def barrier(self) -> None:
-        self.m.barrier(self.number, self.threads)
+        ptx.barrier_aligned(self.number, self.threads)
 
     def line(self, number: int) -> Any:
         return self.sums + 4 * _WARP_SUMS * number
@@ -230,26 +228,24 @@ class _Row:
 
     def warp_sums(self, line: Any) -> Any:
         """Lane i gets what warp i stored, 0 where there is none."""
-        m = self.m
-        stored = m.load_shared(line + ((self.lane & (self.warps - 1)) << 2))
-        return m.select(self.lane < self.warps, stored, 0)
+        stored = ptx.load_shared(line + ((self.lane & (self.warps - 1)) << 2))
+        return ptx.select(self.lane < self.warps, stored, 0)
 
     def before_and_total(self, line: Any, mine: Any) -> Pair:
         """Each warp brings a number: the sum of the earlier warps', and of all. One barrier."""
-        m = self.m
-        with m.when(self.lane.equals(0)):
-            m.store_shared(line + (self.warp << 2), mine)
+        with ptx.when(self.lane.equals(0)):
+            ptx.store_shared(line + (self.warp << 2), mine)
         self.barrier()
         sums = self.warp_sums(line)
-        return m.reduce_lanes("add", m.select(self.lane < self.warp, sums, 0)), m.reduce_lanes("add", sums)
+        return ptx.reduce_warp("add", ptx.select(self.lane < self.warp, sums, 0)), ptx.reduce_warp("add", sums)
 
     def key(self, bits: Any) -> Any:
         """float32 bits -> unsigned integers in the same order; -0 and 0 are equal."""
-        bits = self.m.select(bits.equals(0x80000000), 0, bits)
-        return bits ^ (self.m.sign_mask(bits) | 0x80000000)
+        bits = ptx.select(bits.equals(0x80000000), 0, bits)
+        return bits ^ ((bits.signed >> 31) | 0x80000000)
 
     def number_of_key(self, key: Any) -> Any:
-        return self.m.float_of(key ^ ((self.m.sign_mask(key) ^ 0xFFFFFFFF) | 0x80000000))
+        return ptx.float_of(key ^ (((key.signed >> 31) ^ 0xFFFFFFFF) | 0x80000000))
 
     # -- the search for the value of a rank
 
@@ -259,60 +255,59 @@ class _Row:
         `visit_keys(add)` calls add(key, valid) for every key. Returns lo, hi and how many of the range's members the
         `rank` largest keys take, given that all keys above it are taken.
         """
-        m, per_thread = self.m, _BINS // self.threads
+        per_thread = _BINS // self.threads
 
         def one(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
             lo, hi, need = carry
             width = hi - lo
-            used = m.word(32) - m.leading_zeros(width)
-            shift = m.select(used > _LOG_BINS, used - _LOG_BINS, 0)
+            used = ptx.constant(32) - ptx.leading_zeros(width)
+            shift = ptx.select(used > _LOG_BINS, used - _LOG_BINS, 0)
             for j in range(per_thread):
-                m.store_shared(self.histogram + ((self.thread + j * self.threads) << 2), 0)
+                ptx.store_shared(self.histogram + ((self.thread + j * self.threads) << 2), 0)
             self.barrier()
 
             def add(key: Any, valid: Any = None) -> None:
                 below = hi - key  # wraps for keys above the range, so one comparison sees both ends
                 inside = below <= width
                 inside = inside if valid is None else valid & inside
-                m.increment_shared_if(inside, self.histogram + ((below >> shift) << 2))
+                ptx.increment_shared(self.histogram + ((below >> shift) << 2), inside)
 
             visit_keys(add)
             self.barrier()
             mine = self.histogram + self.thread * (4 * per_thread)
-            counts = [m.load_shared(mine + 4 * j) for j in range(per_thread)]
-            total = functools.reduce(lambda a, b: a + b, counts)
-            scanned = m.scan_lanes(total)
-            with m.when(self.lane.equals(31)):
-                m.store_shared(self.line(2) + (self.warp << 2), scanned)
+            counts = [ptx.load_shared(mine + 4 * j) for j in range(per_thread)]
+            total = ptx.total(counts)
+            scanned = ptx.sum_of_lanes_up_to(total)
+            with ptx.when(self.lane.equals(31)):
+                ptx.store_shared(self.line(2) + (self.warp << 2), scanned)
             self.barrier()
             sums = self.warp_sums(self.line(2))
-            before = m.reduce_lanes("add", m.select(self.lane < self.warp, sums, 0)) + scanned - total
+            before = ptx.reduce_warp("add", ptx.select(self.lane < self.warp, sums, 0)) + scanned - total
             for j, count in enumerate(counts):
                 hit = (before < need) & (before + count >= need)
-                m.store_shared_if(hit, self.line(3), self.thread * per_thread + j)
-                m.store_shared_if(hit, self.line(3) + 4, before)
-                m.store_shared_if(hit, self.line(3) + 8, count)
+                ptx.store_shared(self.line(3), self.thread * per_thread + j, hit)
+                ptx.store_shared(self.line(3) + 4, before, hit)
+                ptx.store_shared(self.line(3) + 8, count, hit)
                 before = before + count
             self.barrier()
-            number, above, members = (m.load_shared(self.line(3) + 4 * i) for i in range(3))
+            number, above, members = (ptx.load_shared(self.line(3) + 4 * i) for i in range(3))
             new_hi = hi - (number << shift)
-            bin_width = m.word(1) << shift
-            new_lo = m.select(new_hi - lo < bin_width, lo, new_hi - (bin_width - 1))
+            bin_width = ptx.constant(1) << shift
+            new_lo = ptx.select(new_hi - lo < bin_width, lo, new_hi - (bin_width - 1))
             need = need - above
             more = (shift > 0) & (members - need > slack)
             return [new_lo, new_hi, need], [], more
 
-        return m.repeat([lo, hi, rank], one, 0)
+        return ptx.repeat([lo, hi, rank], one, 0)
 
     # -- 1. threshold
 
     def load_values(self, index: Any, count: Any, address: Any) -> list[Any]:
         """Four values of the sample or the maxima, NO_VALUE from `count` on."""
-        m = self.m
-        xs = m.load_global_floats_if(index < count, address)
+        xs = ptx.load_global_floats_or_nan(address, index < count)
         if not self.p.clean:
-            xs = [m.number_or_lowest(x) for x in xs]
-        return [m.float_of(m.select(index + e < count, m.bits(x), NO_VALUE)) for e, x in enumerate(xs)]
+            xs = [ptx.number_or_lowest(x) for x in xs]
+        return [ptx.float_of(ptx.select(index + e < count, ptx.bits_of(x), NO_VALUE)) for e, x in enumerate(xs)]
 
     def fold_values(
         self,
@@ -322,58 +317,54 @@ class _Row:
         visit: Callable[[Any, list[Any], list[Any]], list[Any]],
     ) -> list[Any]:
         """carry = visit(index, four values, carry) over all values, a thread's in the same order each time."""
-        m = self.m
 
         def step(i: Any, carry: list[Any]) -> list[Any]:
             index = (i * self.threads + self.thread) << 2
             if self.p.keeps_values:
-                return visit(index, m.load_shared_floats(self.buffer + (index << 2)), carry)
+                return visit(index, ptx.load_shared_floats(self.buffer + (index << 2), 4), carry)
             return visit(index, self.load_values(index, count, address(index)), carry)
 
-        return m.loop(self.rounds((count + 3) >> 2), carry, step)
+        return ptx.loop(self.rounds((count + 3) >> 2), carry, step)
 
     def keep_values(self, count: Any, address: Callable[[Any], Any]) -> None:
         """Copies the values into the buffer. A thread reads back what it wrote itself, so there is no barrier."""
-        m = self.m
 
         def step(i: Any, carry: list[Any]) -> list[Any]:
             index = (i * self.threads + self.thread) << 2
-            m.store_shared_floats(self.buffer + (index << 2), self.load_values(index, count, address(index)))
+            ptx.store_shared_floats(self.buffer + (index << 2), self.load_values(index, count, address(index)))
             return carry
 
         if self.p.keeps_values:
-            m.loop(self.rounds((count + 3) >> 2), [], step)
+            ptx.loop(self.rounds((count + 3) >> 2), [], step)
 
     def range_of_values(self, count: Any, address: Callable[[Any], Any]) -> Pair:
-        m = self.m
 
         def visit(index: Any, xs: list[Any], carry: list[Any]) -> list[Any]:
             least, most = carry
             for x in xs:
-                key = self.key(m.bits(x))
-                least, most = m.smaller(least, key), m.larger(most, m.select(key.equals(KEY_OF_NONE), 0, key))
+                key = self.key(ptx.bits_of(x))
+                least, most = ptx.min_u32(least, key), ptx.max_u32(most, ptx.select(key.equals(KEY_OF_NONE), 0, key))
             return [least, most]
 
-        least, most = self.fold_values(count, address, [m.word(KEY_OF_NONE), m.word(0)], visit)
-        least, most = m.reduce_lanes("min", least), m.reduce_lanes("max", most)
-        with m.when(self.lane.equals(0)):
-            m.store_shared(self.line(4) + (self.warp << 2), least)
-            m.store_shared(self.line(5) + (self.warp << 2), most)
+        least, most = self.fold_values(count, address, [ptx.constant(KEY_OF_NONE), ptx.constant(0)], visit)
+        least, most = ptx.reduce_warp("min", least), ptx.reduce_warp("max", most)
+        with ptx.when(self.lane.equals(0)):
+            ptx.store_shared(self.line(4) + (self.warp << 2), least)
+            ptx.store_shared(self.line(5) + (self.warp << 2), most)
         self.barrier()
         there = (self.lane & (self.warps - 1)) << 2
-        least, most = m.load_shared(self.line(4) + there), m.load_shared(self.line(5) + there)
-        return m.reduce_lanes("min", least), m.reduce_lanes("max", most)
+        least, most = ptx.load_shared(self.line(4) + there), ptx.load_shared(self.line(5) + there)
+        return ptx.reduce_warp("min", least), ptx.reduce_warp("max", most)
 
     def threshold(self, count: Any, rank: Any, slack: Any, address: Callable[[Any], Any]) -> list[Any]:
         """A key that at least `rank` of the values reach, at most about `slack` more, and the largest value's key."""
-        m = self.m
         self.keep_values(count, address)
         least, most = self.range_of_values(count, address)
 
         def visit_keys(add: Callable[..., None]) -> None:
             def visit(index: Any, xs: list[Any], carry: list[Any]) -> list[Any]:
                 for x in xs:
-                    add(self.key(m.bits(x)))
+                    add(self.key(ptx.bits_of(x)))
                 return carry
 
             self.fold_values(count, address, [], visit)
@@ -384,118 +375,113 @@ class _Row:
 
     def list_blocks(self, count: Any, threshold: Any, address: Callable[[Any], Any]) -> Any:
         """Lists, in order, the blocks whose maximum reaches the threshold, as far as the list goes; returns how many."""
-        m = self.m
         limit = self.number_of_key(threshold)
 
         def visit(index: Any, xs: list[Any], carry: list[Any]) -> list[Any]:
             listed, line = carry
-            hits = [m.float_at_least(x, limit) for x in xs]
-            mine = functools.reduce(lambda a, b: a + b, [m.as_number(hit) for hit in hits])
-            scanned = m.scan_lanes(mine)
-            before, total = self.before_and_total(self.sums + (line << 7), m.from_lane(scanned, 31))
+            hits = [x >= limit for x in xs]
+            mine = ptx.total([ptx.as_number(hit) for hit in hits])
+            scanned = ptx.sum_of_lanes_up_to(mine)
+            before, total = self.before_and_total(self.sums + (line << 7), ptx.from_lane(scanned, 31))
             place = listed + before + scanned - mine
             for e, hit in enumerate(hits):
                 fits = hit & (place < self.p.list_capacity)
-                m.store_shared_short_if(fits, self.list + (place << 1), index + e)
-                place = place + m.as_number(hit)
+                ptx.store_shared_short(self.list + (place << 1), index + e, fits)
+                place = place + ptx.as_number(hit)
             return [listed + total, line ^ 1]
 
-        return self.fold_values(count, address, [m.word(0), m.word(0)], visit)[0]
+        return self.fold_values(count, address, [ptx.constant(0), ptx.constant(0)], visit)[0]
 
     # -- 3. stream
 
     def visit_buffer(self, count: Any) -> Callable[[Callable[..., None]], None]:
-        m = self.m
 
         def visit_keys(add: Callable[..., None]) -> None:
             def step(i: Any, carry: list[Any]) -> list[Any]:
                 place = i * self.threads + self.thread
-                add(self.key(m.load_shared(self.buffer + (place << 3))), place < count)
+                add(self.key(ptx.load_shared(self.buffer + (place << 3))), place < count)
                 return carry
 
-            m.loop(self.rounds(count), [], step)
+            ptx.loop(self.rounds(count), [], step)
 
         return visit_keys
 
     def largest(self, count: Any) -> Any:
         """The largest key in the buffer."""
-        m = self.m
 
         def step(i: Any, carry: list[Any]) -> list[Any]:
             place = i * self.threads + self.thread
-            return [m.larger(carry[0], m.select(place < count, self.key(m.load_shared(self.buffer + (place << 3))), 0))]
+            return [ptx.max_u32(carry[0], ptx.select(place < count, self.key(ptx.load_shared(self.buffer + (place << 3))), 0))]
 
-        mine = m.reduce_lanes("max", m.loop(self.rounds(count), [m.word(0)], step)[0])
-        with m.when(self.lane.equals(0)):
-            m.store_shared(self.line(4) + (self.warp << 2), mine)
+        mine = ptx.reduce_warp("max", ptx.loop(self.rounds(count), [ptx.constant(0)], step)[0])
+        with ptx.when(self.lane.equals(0)):
+            ptx.store_shared(self.line(4) + (self.warp << 2), mine)
         self.barrier()
-        return m.reduce_lanes("max", m.load_shared(self.line(4) + ((self.lane & (self.warps - 1)) << 2)))
+        return ptx.reduce_warp("max", ptx.load_shared(self.line(4) + ((self.lane & (self.warps - 1)) << 2)))
 
     def in_order(self, count: Any, lo: Any, hi: Any, room: Any, sink: Callable[[Any, Any, Any, Any], None]) -> None:
         """sink(chosen, rank, score bits, position) over the buffer: chosen are the candidates above `hi` and the first
         `room` within [lo, hi], ranks count them in order."""
-        m = self.m
 
         def step(i: Any, carry: list[Any]) -> list[Any]:
             above_before, within_before, line = carry
             place = i * self.threads + self.thread
-            score, position = m.load_shared_pair(self.buffer + (place << 3))
+            score, position = ptx.load_shared_pair(self.buffer + (place << 3))
             key = self.key(score)
             real = place < count
             above, within = real & (key > hi), real & (key >= lo) & (key <= hi)
-            lanes_above, lanes_within = m.ballot(above), m.ballot(within)
-            mine = m.count_bits(lanes_above) | (m.count_bits(lanes_within) << 16)
+            lanes_above, lanes_within = ptx.ballot(above), ptx.ballot(within)
+            mine = ptx.population(lanes_above) | (ptx.population(lanes_within) << 16)
             before, total = self.before_and_total(self.sums + (line << 7), mine)
-            rank_above = above_before + (before & 0xFFFF) + m.count_bits(lanes_above & self.earlier_lanes)
-            rank_within = within_before + (before >> 16) + m.count_bits(lanes_within & self.earlier_lanes)
+            rank_above = above_before + (before & 0xFFFF) + ptx.population(lanes_above & self.earlier_lanes)
+            rank_within = within_before + (before >> 16) + ptx.population(lanes_within & self.earlier_lanes)
             chosen = above | (within & (rank_within < room))
-            sink(chosen, rank_above + m.smaller(rank_within, room), score, position)
+            sink(chosen, rank_above + ptx.min_u32(rank_within, room), score, position)
             return [above_before + (total & 0xFFFF), within_before + (total >> 16), line ^ 1]
 
-        m.loop(self.rounds(count), [m.word(0), m.word(0), m.word(0)], step)
+        ptx.loop(self.rounds(count), [ptx.constant(0), ptx.constant(0), ptx.constant(0)], step)
 
     def compact(self, count: Any, threshold: Any, top: Any) -> list[Any]:
         """Keeps the best k of a full buffer. Returns how many are in it and the threshold a score now has to reach."""
-        m = self.m
         self.barrier()
-        lo, hi, room = self.narrow(self.visit_buffer(count), self.below(threshold), top, m.word(self.p.k), 0)
+        lo, hi, room = self.narrow(self.visit_buffer(count), self.below(threshold), top, ptx.constant(self.p.k), 0)
 
         def sink(chosen: Any, rank: Any, score: Any, position: Any) -> None:
             # Ranks are at most the place read, and in_order's barrier stands between this round's reads and the writes.
-            m.store_shared_pair_if(chosen, self.buffer + (rank << 3), score, position)
+            ptx.store_shared_pair(self.buffer + (rank << 3), (score, position), chosen)
 
         self.in_order(count, lo, hi, room, sink)
         self.barrier()
         # Of a single value the first ones were kept, and later ones cannot replace them.
-        return [m.word(self.p.k), m.select(lo.equals(hi), lo + 1, lo)]
+        return [ptx.constant(self.p.k), ptx.select(lo.equals(hi), lo + 1, lo)]
 
     def below(self, threshold: Any) -> Any:
         """A bound of the keys in the buffer: after compaction its worst may sit one below the threshold."""
-        return threshold - self.m.as_number(threshold > 0)
+        return threshold - ptx.as_number(threshold > 0)
 
     # -- a row in shared memory
 
     def choose_resident(self, visible: Any, scores: Any, out: Any) -> None:
         """The result of a row of more than k scores that lies in the buffer and what follows it, whole."""
-        m = self.m
         pieces = (visible + 3) >> 2  # of 16 bytes; a thread reads back what it copied itself, so there is no barrier
 
         def bring(i: Any, carry: list[Any]) -> list[Any]:
             piece = i * self.threads + self.thread
-            m.copy_to_shared_if(piece < pieces, self.buffer + (piece << 4), m.global_address(scores, piece << 2))
+            real = piece < pieces
+            ptx.copy_async_where(self.buffer + (piece << 4), ptx.offset(scores, piece << 2, 4), real)
             return carry
 
-        m.loop(self.rounds(pieces), [], bring)
-        m.close_copies()
-        m.await_copies(0)
+        ptx.loop(self.rounds(pieces), [], bring)
+        ptx.copies_commit()
+        ptx.copies_done(0)
 
         def keys_of(i: Any) -> tuple[Any, list[Any], list[Any]]:
             """First position, keys and whether there are such of a thread's piece in round i."""
             piece = i * self.threads + self.thread
-            position, xs = piece << 2, m.load_shared_floats(self.buffer + (piece << 4))
+            position, xs = piece << 2, ptx.load_shared_floats(self.buffer + (piece << 4), 4)
             if not self.p.clean:
-                xs = [m.number_or_lowest(x) for x in xs]
-            return position, [self.key(m.bits(x)) for x in xs], [position + e < visible for e in range(4)]
+                xs = [ptx.number_or_lowest(x) for x in xs]
+            return position, [self.key(ptx.bits_of(x)) for x in xs], [position + e < visible for e in range(4)]
 
         def visit_keys(add: Callable[..., None]) -> None:
             def step(i: Any, carry: list[Any]) -> list[Any]:
@@ -504,46 +490,49 @@ class _Row:
                     add(key, valid)
                 return carry
 
-            m.loop(self.rounds(pieces), [], step)
+            ptx.loop(self.rounds(pieces), [], step)
 
-        lo, hi, room = self.narrow(visit_keys, m.word(KEY_OF_LOWEST), m.word(KEY_OF_INFINITY), m.word(self.p.k), 0)
+        lo, hi, room = self.narrow(
+            visit_keys, ptx.constant(KEY_OF_LOWEST), ptx.constant(KEY_OF_INFINITY), ptx.constant(self.p.k), 0
+        )
 
         def write(i: Any, carry: list[Any]) -> list[Any]:
             above_before, within_before, line = carry
             position, keys, real = keys_of(i)
             above = [valid & (key > hi) for key, valid in zip(keys, real, strict=True)]
             within = [valid & (key >= lo) & (key <= hi) for key, valid in zip(keys, real, strict=True)]
-            counts = [m.as_number(a) | (m.as_number(w) << 16) for a, w in zip(above, within, strict=True)]
-            mine = functools.reduce(lambda a, b: a + b, counts)
-            scanned = m.scan_lanes(mine)
-            before, total = self.before_and_total(self.sums + (line << 7), m.from_lane(scanned, 31))
+            counts = [ptx.as_number(a) | (ptx.as_number(w) << 16) for a, w in zip(above, within, strict=True)]
+            mine = ptx.total(counts)
+            scanned = ptx.sum_of_lanes_up_to(mine)
+            before, total = self.before_and_total(self.sums + (line << 7), ptx.from_lane(scanned, 31))
             before = before + scanned - mine
             for e, (a, w, count) in enumerate(zip(above, within, counts, strict=True)):
                 rank_within = within_before + (before >> 16)
-                rank = above_before + (before & 0xFFFF) + m.smaller(rank_within, room)
-                m.store_global_if(a | (w & (rank_within < room)), m.global_address(out, rank), position + e)
+                rank = above_before + (before & 0xFFFF) + ptx.min_u32(rank_within, room)
+                chosen = a | (w & (rank_within < room))
+                ptx.store_global(ptx.offset(out, rank, 4), position + e, chosen)
                 before = before + count
             return [above_before + (total & 0xFFFF), within_before + (total >> 16), line ^ 1]
 
-        m.loop(self.rounds(pieces), [m.word(0), m.word(0), m.word(0)], write)
+        ptx.loop(self.rounds(pieces), [ptx.constant(0), ptx.constant(0), ptx.constant(0)], write)
 
     # -- the whole
 
     def take_all(self, visible: Any, out: Any) -> None:
         """Writes 0, 1, ... visible - 1, then -1."""
-        m = self.m
 
         def step(i: Any, carry: list[Any]) -> list[Any]:
             place = i * self.threads + self.thread
-            value = m.select(place < visible, place, 0xFFFFFFFF)
-            m.store_global_if(place < self.p.k, m.global_address(out, place), value)
+            value = ptx.select(place < visible, place, 0xFFFFFFFF)
+            real = place < self.p.k
+            ptx.store_global(ptx.offset(out, place, 4), value, real)
             return carry
 
-        m.loop(self.rounds(m.word(self.p.k)), [], step)
+        ptx.loop(self.rounds(ptx.constant(self.p.k)), [], step)
 
     def choose(self, visible: Any, scores: Any, maxima: Any, out: Any) -> None:
         """Steps 1 to 5 of a row that sees more than k keys and is too long for shared memory."""
-        m, p = self.m, self.p
+        p = self.p
         blocks = (visible + (BLOCK - 1)) >> (BLOCK.bit_length() - 1)
         if not p.has_maxima:  # what is read is known, so it may already come while a threshold is looked for
             stream = _Stream(self, scores, visible, None, blocks)
@@ -552,47 +541,48 @@ class _Row:
         stride = (visible >> 7) & 0xFFFFFFF8  # between the sample's lines of 32 scores
 
         def address(index: Any) -> Any:
-            of_sample = m.global_address(scores, (index >> 5) * stride + (index & 31))
+            of_sample = ptx.offset(scores, (index >> 5) * stride + (index & 31), 4)
             if not p.has_maxima:
                 return of_sample
-            return m.choose_address(by_maxima, m.global_address(maxima, index), of_sample)
+            return ptx.select(by_maxima, ptx.offset(maxima, index, 4), of_sample)
 
         # The whole row fits into the buffer, or a threshold is needed.
-        count = m.select(by_maxima, blocks, _SAMPLE)
+        count = ptx.select(by_maxima, blocks, _SAMPLE)
         expected = ((visible - 1) + _SAMPLE * p.k) // visible
-        guess = m.smaller(expected * 2, expected + (expected >> 2) + _SAMPLE_MARGIN)
-        slack = m.word(_SAMPLE * (p.capacity // 8)) // visible
-        rank, slack = m.select(by_maxima, p.k, guess), m.select(by_maxima, _SLACK, slack)
+        guess = ptx.min_u32(expected * 2, expected + (expected >> 2) + _SAMPLE_MARGIN)
+        slack = ptx.constant(_SAMPLE * (p.capacity // 8)) // visible
+        rank, slack = ptx.select(by_maxima, p.k, guess), ptx.select(by_maxima, _SLACK, slack)
         needed = by_maxima | (visible > p.capacity)
-        start = [m.word(KEY_OF_LOWEST), m.word(KEY_OF_INFINITY)]
-        threshold, most = m.otherwise_keep(needed, start, lambda: self.threshold(count, rank, slack, address))
-        top = m.select(by_maxima, most, KEY_OF_INFINITY)
+        start = [ptx.constant(KEY_OF_LOWEST), ptx.constant(KEY_OF_INFINITY)]
+        threshold, most = ptx.choose(needed, lambda: self.threshold(count, rank, slack, address), start)
+        top = ptx.select(by_maxima, most, KEY_OF_INFINITY)
 
         if p.has_maxima:
-            found = m.otherwise_keep(by_maxima, [blocks], lambda: [self.list_blocks(count, threshold, address)])[0]
+            found = ptx.choose(by_maxima, lambda: [self.list_blocks(count, threshold, address)], [blocks])[0]
             listed = by_maxima & (found <= p.list_capacity)  # a plateau may exceed the list: the whole row is read then
             self.barrier()  # the list is complete
-            stream = _Stream(self, scores, visible, listed, m.select(listed, found, blocks))
+            stream = _Stream(self, scores, visible, listed, ptx.select(listed, found, blocks))
             stream.begin()
         self.barrier()  # the values make way for candidates
 
         def attempt(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
             limit, again = carry
-            m.branch(again > 0, stream.begin)
+            ptx.branch(again > 0, stream.begin)
             count, reached = stream.fill(limit, top)
-            return [m.word(KEY_OF_LOWEST), m.word(1)], [count, reached], (count < p.k) & again.equals(0)
+            return [ptx.constant(KEY_OF_LOWEST), ptx.constant(1)], [count, reached], (count < p.k) & again.equals(0)
 
         if p.config.leave_out:
             count = stream.fill(threshold, top)[0]
-            m.store_global_if(self.thread.equals(0), m.global_address(out, self.thread), count)
+            leads = self.thread.equals(0)
+            ptx.store_global(ptx.offset(out, self.thread, 4), count, leads)
             return
-        count, threshold = m.repeat([threshold, m.word(0)], attempt, 2)[2:]
+        count, threshold = ptx.repeat([threshold, ptx.constant(0)], attempt, 2)[2:]
         if not p.has_maxima:
             top = self.largest(count)  # a closer bound than infinity saves a pass
-        lo, hi, room = self.narrow(self.visit_buffer(count), self.below(threshold), top, m.word(p.k), 0)
+        lo, hi, room = self.narrow(self.visit_buffer(count), self.below(threshold), top, ptx.constant(p.k), 0)
 
         def sink(chosen: Any, rank: Any, score: Any, position: Any) -> None:
-            m.store_global_if(chosen, m.global_address(out, rank), position)
+            ptx.store_global(ptx.offset(out, rank, 4), position, chosen)
 
         self.in_order(count, lo, hi, room, sink)
 
@@ -604,7 +594,7 @@ class _Stream:
     """
 
     def __init__(self, row: _Row, scores: Any, visible: Any, listed: Any, blocks: Any):
-        self.row, self.m, self.p = row, row.m, row.p
+        self.row, self.p = row, row.p
         self.scores, self.visible, self.listed, self.blocks = scores, visible, listed, blocks
         blocks_per_load = 128 // BLOCK  # of a warp: 32 lanes, 4 scores each
         self.loads, self.lanes_per_block = self.p.config.loads, BLOCK // 4
@@ -617,58 +607,58 @@ class _Stream:
 
     def place(self, chunk: Any, load: int) -> Pair:
         """Whether there is anything for this thread's load in a chunk, and its first position."""
-        m = self.m
         slot = chunk * (self.p.chunk // BLOCK) + self.slots[load]
         real, block = slot < self.blocks, slot
         if self.p.has_maxima:
-            entry = m.load_shared_short_if(real & self.listed, self.row.list + (slot << 1))
-            block = m.select(self.listed, entry, slot)
+            in_list = real & self.listed
+            entry = ptx.load_shared_short(self.row.list + (slot << 1), in_list)
+            block = ptx.select(self.listed, entry, slot)
         return real, block * BLOCK + self.within_block
 
     def arrival(self, stage: Any, load: int) -> Any:
         return self.row.staging + stage + load * 16 * self.row.threads
 
     def fetch(self, chunk: Any, stage: Any) -> None:
-        m = self.m
         for load in range(self.loads):
             real, position = self.place(chunk, load)
-            m.copy_to_shared_if(real, self.arrival(stage, load), m.global_address(self.scores, position))
-        m.close_copies()
+            ptx.copy_async_where(self.arrival(stage, load), ptx.offset(self.scores, position, 4), real)
+        ptx.copies_commit()
 
     def begin(self) -> None:
         for ahead in range(self.p.stages):
-            self.fetch(self.m.word(ahead), self.m.word(ahead * self.p.stage_bytes))
+            self.fetch(ptx.constant(ahead), ptx.constant(ahead * self.p.stage_bytes))
 
     def arrived(self, stage: Any, load: int, position: Any) -> list[Any]:
-        m = self.m
-        xs = m.load_shared_floats(self.arrival(stage, load))
+        xs = ptx.load_shared_floats(self.arrival(stage, load), 4)
         if self.p.clean:
             return xs
-        keys = [m.select(position + e < self.visible, m.bits(m.number_or_lowest(x)), NO_VALUE) for e, x in enumerate(xs)]
-        return [m.float_of(key) for key in keys]
+        keys = [
+            ptx.select(position + e < self.visible, ptx.bits_of(ptx.number_or_lowest(x)), NO_VALUE) for e, x in enumerate(xs)
+        ]
+        return [ptx.float_of(key) for key in keys]
 
     def until_full(self, chunk: Any, count: Any, chunks: Any, limit: Any) -> list[Any]:
         """Appends chunks until one does not fit or all have: [the next one's number, how many scores there are]."""
-        m, row, loads, stages = self.m, self.row, self.loads, self.p.stages
+        row, loads, stages = self.row, self.loads, self.p.stages
 
         def one(carry: list[Any]) -> tuple[list[Any], list[Any], Any]:
             chunk, count = carry
             stage = (chunk & (stages - 1)) * self.p.stage_bytes
-            m.await_copies(stages - 1)
+            ptx.copies_done(stages - 1)
             places = [self.place(chunk, load) for load in range(loads)]
             values = [self.arrived(stage, load, position) for load, (_, position) in enumerate(places)]
-            limits = [m.float_of(m.select(real, m.bits(limit), NO_VALUE)) for real, _ in places]
-            packed = m.word(0)  # a byte per load, at most 4 x 32 lanes each
+            limits = [ptx.float_of(ptx.select(real, ptx.bits_of(limit), NO_VALUE)) for real, _ in places]
+            packed = ptx.constant(0)  # a byte per load, at most 4 x 32 lanes each
             for load in range(loads):
-                packed = m.count_at_least(values[load], limits[load], packed, 1 << (8 * load))
+                packed = ptx.count_at_least(values[load], limits[load], packed, 1 << (8 * load))
             if self.p.config.leave_out == "append":
                 self.fetch(chunk + stages, stage)
                 chunk = chunk + 1
                 return [chunk, count + packed], [], chunk < chunks
-            scanned = m.scan_lanes(packed)
-            of_warp, before_lane = m.from_lane(scanned, 31), scanned - packed
+            scanned = ptx.sum_of_lanes_up_to(packed)
+            of_warp, before_lane = ptx.from_lane(scanned, 31), scanned - packed
             parts = [(of_warp >> (8 * load)) & 255 for load in range(loads)]
-            mine = functools.reduce(lambda a, b: a + b, parts)
+            mine = ptx.total(parts)
             before, total = row.before_and_total(row.sums + ((chunk & 1) << 7), mine)
             fits = count + total <= self.p.capacity
 
@@ -677,21 +667,21 @@ class _Stream:
                 first = count + before
                 for load in range(loads):
                     address = row.buffer + ((first + ((before_lane >> (8 * load)) & 255)) << 3)
-                    m.append_at_least(values[load], limits[load], address, places[load][1])
+                    ptx.append_at_least(values[load], limits[load], address, places[load][1])
                     first = first + parts[load]
 
-            m.branch(fits, append)
-            chunk, count = chunk + m.as_number(fits), m.select(fits, count + total, count)
+            ptx.branch(fits, append)
+            chunk, count = chunk + ptx.as_number(fits), ptx.select(fits, count + total, count)
             return [chunk, count], [], fits & (chunk < chunks)
 
-        return m.repeat([chunk, count], one, 0)
+        return ptx.repeat([chunk, count], one, 0)
 
     def fill(self, threshold: Any, top: Any) -> list[Any]:
         """Fills the buffer with the scores that reach the threshold: how many, and the new threshold. No key is above `top`.
 
         Compaction stands outside the loop over chunks: rare as it is, within it it would cost registers.
         """
-        m, row = self.m, self.row
+        row = self.row
         blocks_per_chunk = self.p.chunk // BLOCK
         chunks = (self.blocks + (blocks_per_chunk - 1)) // blocks_per_chunk
 
@@ -699,11 +689,11 @@ class _Stream:
             chunk, count, threshold = carry
             chunk, count = self.until_full(chunk, count, chunks, row.number_of_key(threshold))
             left = chunk < chunks
-            count, threshold = m.otherwise_keep(left, [count, threshold], lambda: row.compact(count, threshold, top))
+            count, threshold = ptx.choose(left, lambda: row.compact(count, threshold, top), [count, threshold])
             return [chunk, count, threshold], [], left
 
-        count, threshold = m.repeat([m.word(0), m.word(0), threshold], fill_and_compact, 0)[1:]
-        m.await_copies(0)  # of the groups that found nothing left to copy
+        count, threshold = ptx.repeat([ptx.constant(0), ptx.constant(0), threshold], fill_and_compact, 0)[1:]
+        ptx.copies_done(0)  # of the groups that found nothing left to copy
         row.barrier()
         return [count, threshold]
 
@@ -719,25 +709,25 @@ class Arrays:
     out: Any
 
 
-def select_rows(m: ModuleType, p: Problem, block: Any, arrays: Arrays, shared: Any) -> None:
-    """The program of one thread block: its number and the address of its shared memory are words of machine `m`."""
-    row_program = _Row(m, p, shared, m.thread())
+def select_rows(p: Problem, block: ptx.Word, arrays: Arrays, shared: ptx.Word) -> None:
+    """The program of one thread block, from its number and the address of its shared memory."""
+    row_program = _Row(p, shared, ptx.thread())
     row = block * p.config.rows + row_program.group
 
     def program() -> None:
         batch = row // p.batch_rows
-        last = m.load_global(m.global_address(arrays.positions, row)) + 1
-        length = m.load_global(m.global_address(arrays.lengths, batch))
-        visible = m.smaller(m.signed_larger(m.signed_smaller(last, length), 0), p.keys)
+        last = ptx.load_global(ptx.offset(arrays.positions, row, 4)) + 1
+        length = ptx.load_global(ptx.offset(arrays.lengths, batch, 4))
+        visible = ptx.min_u32(ptx.max_s32(ptx.min_s32(last, length), 0), p.keys)
         score_row = batch * p.pitch + (row - batch * p.batch_rows)
-        scores = m.global_address(arrays.scores, score_row, 4 * p.width)
-        maxima = m.global_address(arrays.maxima, score_row, 4 * p.width // BLOCK) if p.has_maxima else None
-        out = m.global_address(arrays.out, row, 4 * p.k)
-        m.branch(visible <= p.k, lambda: row_program.take_all(visible, out))
-        m.branch((visible > p.k) & (visible <= p.resident), lambda: row_program.choose_resident(visible, scores, out))
-        m.branch((visible > p.k) & (visible > p.resident), lambda: row_program.choose(visible, scores, maxima, out))
+        scores = ptx.offset(arrays.scores, score_row, 4 * p.width)
+        maxima = ptx.offset(arrays.maxima, score_row, 4 * p.width // BLOCK) if p.has_maxima else None
+        out = ptx.offset(arrays.out, row, 4 * p.k)
+        ptx.branch(visible <= p.k, lambda: row_program.take_all(visible, out))
+        ptx.branch((visible > p.k) & (visible <= p.resident), lambda: row_program.choose_resident(visible, scores, out))
+        ptx.branch((visible > p.k) & (visible > p.resident), lambda: row_program.choose(visible, scores, maxima, out))
 
-    m.branch(row < p.rows, program)
+    ptx.branch(row < p.rows, program)
 
 
 def select(
@@ -782,11 +772,10 @@ def select(
 
         @plgpu.inline_mgpu(arg_types=(ref,) * len(refs) + (scalar,))
         def program(ctx: Any, *values: Any) -> None:
-            m = mosaic_gpu_words
             *inputs, out, shared, block = values
-            scores, *given, positions, lengths = (m.base_of_global(x) for x in inputs)
-            arrays = Arrays(scores, given[0] if given else None, positions, lengths, m.base_of_global(out))
-            select_rows(m, problem, m.Word(block.registers.item()), arrays, m.base_of_shared(shared))
+            scores, *given, positions, lengths = (ptx.global_address(x) for x in inputs)
+            arrays = Arrays(scores, given[0] if given else None, positions, lengths, ptx.global_address(out))
+            select_rows(problem, ptx.scalar(block), arrays, ptx.shared_address(shared))
 
         program(*refs, jax.lax.axis_index("block"))
 

@@ -38,7 +38,7 @@ TILE = 64  # rows of a matrix
 PIECES_BYTES = WARPGROUPS * TILE * BLOCK  # of the pieces of 128 codes of a tile's rows that the warpgroups have at a time
 IN_FLIGHT = range(2, 7)  # so many of these are copied ahead, at least and at most
 ROW_LOADS = 2  # of 2 x 16 bytes, by a lane, of the rows
-SHARED_BYTES = 227 * 1024
+SHARED_BYTES = 226 * 1024  # Mosaic needs some of a block's 227 KB
 SUMS_PITCH = TILE + 4  # numbers from one column's sums to the next one's: no two lanes use the same bank
 
 Value = Any
@@ -78,7 +78,7 @@ class Rows:
         self.numbers, self.factors = shared.allocate(2 * BLOCK * columns * pieces), shared.allocate(4 * columns * pieces)
 
     def operand(self, piece: Value) -> Value:
-        return ptx.matrix(ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * self.columns)))
+        return ptx.matrix(self.numbers + piece * (2 * BLOCK * self.columns))
 
     def write(self, thread: Thread, source: Callable[[Value], tuple[Value, Value]]) -> None:
         """Writes all rows in the order that `ptx.multiply_codes` reads; source(row): its address, and whether it exists.
@@ -89,16 +89,17 @@ class Rows:
         tasks = fours * self.pieces
 
         def some(step: Value, _: Sequence[Value]) -> Sequence[Value]:
-            starts = [ptx.add(ptx.mul(step, ROW_LOADS * parts.WARPS), thread.warp, i * parts.WARPS) for i in range(ROW_LOADS)]
+            starts = [step * (ROW_LOADS * parts.WARPS) + thread.warp + i * parts.WARPS for i in range(ROW_LOADS)]
             loaded = []
             for task in starts:
-                piece, four = ptx.div(task, fours), ptx.rem(task, fours)
-                row = ptx.add(ptx.shift_left(four, 2), ptx.shift_right(thread.lane, 3))
-                exists = ptx.compare("slt", piece, self.pieces)
+                piece, four = task // fours, task % fours
+                row = (four << 2) + (thread.lane >> 3)
+                exists = piece.signed < self.pieces
                 address, has_row = source(row)
-                loads = ptx.select(ptx.both(exists, has_row), 1, 0)
-                address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), ptx.bit_and(thread.lane, 7), 16)
-                halves = [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
+                loads = ptx.select(exists & has_row, 1, 0)
+                address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), thread.lane & 7, 16)
+                parts_of_row = [ptx.offset(address, ptx.constant(i), BLOCK) for i in range(2)]
+                halves = [ptx.load_global_words_or_zeros(at, loads, 4) for at in parts_of_row]
                 loaded.append((row, piece, exists, halves))
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
@@ -108,26 +109,26 @@ class Rows:
         ptx.loop(ptx.constant(-(-tasks // (ROW_LOADS * parts.WARPS))), [], some)
 
     def _write(self, thread: Thread, row: Value, piece: Value, halves: Sequence[Sequence[Value]]) -> None:
-        columns, in_eight = self.columns, ptx.bit_and(thread.lane, 7)
+        columns, in_eight = self.columns, thread.lane & 7
         pairs = [[ptx.from_bfloat16_pair(word) for word in words] for words in halves]
         top = ptx.constant(0)
         for x in (x for of_half in pairs for pair in of_half for x in pair):
-            top = ptx.maximum(top, ptx.magnitude_bits(x))
+            top = ptx.max_s32(top, ptx.magnitude_bits(x))
         for distance in (1, 2, 4):
-            top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+            top = ptx.max_s32(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
         scale, factor = ptx.float16_scale(top)
-        at = ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * columns), ptx.shift_left(row, 7))
-        word_at = ptx.shift_left(ptx.shift_right(in_eight, 1), 2)
-        line = ptx.bit_and(row, 7)
+        at = self.numbers + piece * (2 * BLOCK * columns) + (row << 7)
+        word_at = (in_eight >> 1) << 2
+        line = row & 7
         for half, of_half in enumerate(pairs):
             for i, pair in enumerate(of_half):
                 # Pair 4 in_eight + i of 32: of the 16 bytes with its number modulo 8 one word.
-                chunk = ptx.add(ptx.shift_left(ptx.bit_and(in_eight, 1), 2), i)
-                swizzled = ptx.shift_left(ptx.bit_xor(chunk, line), 4)
-                value = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
-                ptx.store_shared(ptx.add(at, swizzled, word_at, half * BLOCK * columns), value)
-        with ptx.when(ptx.compare("eq", in_eight, 0)):
-            factor_at = ptx.add(self.factors, ptx.shift_left(ptx.add(ptx.mul(piece, columns), row), 2))
+                chunk = ((in_eight & 1) << 2) + i
+                swizzled = (chunk ^ line) << 4
+                value = ptx.to_float16_pair(*(x * scale for x in pair))
+                ptx.store_shared(at + swizzled + word_at + half * BLOCK * columns, value)
+        with ptx.when(in_eight.equals(0)):
+            factor_at = self.factors + ((piece * columns + row) << 2)
             ptx.store_shared(factor_at, ptx.bits_of(factor))
 
 
@@ -159,57 +160,55 @@ class Tiles:
         self.groups = shared.allocate(4 * sizes.groups)
         self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns * WARPGROUPS)
         if a:
-            self.warpgroup, self.warp_of_tile = ptx.shift_right(thread.warp, 2), ptx.bit_and(thread.warp, 3)
-            self.quad_lane, self.row_of_8 = ptx.bit_and(thread.lane, 3), ptx.shift_right(thread.lane, 2)
-            self.own_codes = ptx.add(self.codes, ptx.shift_left(thread.warp, 11), ptx.shift_left(thread.lane, 4))
-            self.own_scales = ptx.add(self.scales, ptx.shift_left(thread.index, 2))
+            self.warpgroup, self.warp_of_tile = thread.warp >> 2, thread.warp & 3
+            self.quad_lane, self.row_of_8 = thread.lane & 3, thread.lane >> 2
+            self.own_codes = self.codes + (thread.warp << 11) + (thread.lane << 4)
+            self.own_scales = self.scales + (thread.index << 2)
 
     def begin(self) -> None:
         """Starts the first copies."""
         a, thread = self.a, self.thread
         for i, exists in parts.indices_of_thread(thread, self.sizes.groups):
             with ptx.when(exists):
-                ptx.store_shared(ptx.add(self.groups, ptx.shift_left(i, 2)), ptx.load_global(ptx.offset(a["groups"], i, 4)))
-        total = ptx.mul(ptx.load_global(a["num_groups"]), self.of_group)
-        self.first, end = (ptx.div(ptx.mul(ptx.add(thread.block, i), total), BLOCKS) for i in range(2))
-        self.count = ptx.sub(end, self.first)
+                ptx.store_shared(self.groups + (i << 2), ptx.load_global(ptx.offset(a["groups"], i, 4)))
+        total = ptx.load_global(a["num_groups"]) * self.of_group
+        self.first, end = ((thread.block + i) * total // BLOCKS for i in range(2))
+        self.count = end - self.first
         ptx.block_barrier()
         for i in range(self.in_flight):
             self._copy(ptx.constant(i), ptx.constant(i))
 
     def group_and_tile(self, number: Value) -> tuple[Value, Value]:
         """The group, an expert's number, of this block's tile with that number, and the tile's number in the group."""
-        tile = ptx.add(self.first, number)
-        place = ptx.minimum(ptx.div(tile, self.of_group), self.sizes.groups - 1)
-        return ptx.load_shared(ptx.add(self.groups, ptx.shift_left(place, 2))), ptx.rem(tile, self.of_group)
+        tile = self.first + number
+        place = ptx.min_s32(tile // self.of_group, self.sizes.groups - 1)
+        return ptx.load_shared(self.groups + (place << 2)), tile % self.of_group
 
     def _piece(self, step: Value) -> Value:
-        return ptx.add(ptx.mul(step, WARPGROUPS), self.warpgroup)
+        return step * WARPGROUPS + self.warpgroup
 
     def _copy(self, i: Value, slot: Value) -> None:
         """Starts copying this lane's codes of the warpgroup's piece i and their scale; zeros where there is none."""
         a, width = self.a, self.width
-        number, piece = ptx.div(i, self.steps), self._piece(ptx.rem(i, self.steps))
-        exists = ptx.both(ptx.compare("slt", number, self.count), ptx.compare("slt", piece, self.pieces))
-        size, piece = ptx.select(exists, 16, 0), ptx.minimum(piece, self.pieces - 1)
-        group, tile = self.group_and_tile(ptx.minimum(number, ptx.maximum(ptx.sub(self.count, 1), 0)))
-        is_shared = ptx.compare("eq", group, self.sizes.experts)
+        number, piece = i // self.steps, self._piece(i % self.steps)
+        exists = (number.signed < self.count) & (piece.signed < self.pieces)
+        size, piece = ptx.select(exists, 16, 0), ptx.min_s32(piece, self.pieces - 1)
+        group, tile = self.group_and_tile(ptx.min_s32(number, ptx.max_s32(self.count - 1, 0)))
+        is_shared = group.equals(self.sizes.experts)
         # A list of no groups has no first one.
-        group = ptx.select(is_shared, 0, ptx.minimum(ptx.maximum(group, 0), self.sizes.experts - 1))
+        group = ptx.select(is_shared, 0, ptx.min_s32(ptx.max_s32(group, 0), self.sizes.experts - 1))
         codes, scales = (
             ptx.select(is_shared, a[f"shared_{self.name}{kind}"], a[f"{self.name}{kind}"]) for kind in ("", "_scales")
         )
-        first = ptx.add(ptx.mul(group, self.rows), self.matrix_row(tile, self.warp_of_tile))
-        source = ptx.offset(
-            ptx.offset(ptx.offset(codes, ptx.add(first, self.row_of_8), width), piece, BLOCK), self.quad_lane, 16
-        )
-        target = ptx.add(self.own_codes, ptx.mul(slot, PIECES_BYTES))
+        first = group * self.rows + self.matrix_row(tile, self.warp_of_tile)
+        source = ptx.offset(ptx.offset(ptx.offset(codes, first + self.row_of_8, width), piece, BLOCK), self.quad_lane, 16)
+        target = self.own_codes + slot * PIECES_BYTES
         for quarter in range(4):
             half, other = divmod(quarter, 2)
             own = ptx.offset(source, ptx.constant(1), 8 * other * width + half * BLOCK // 2)
-            ptx.copy_async(ptx.add(target, 512 * quarter), own, size, 1, 0, 0)
-        scale = ptx.offset(ptx.offset(scales, ptx.div(first, BLOCK), 4 * self.pieces), piece, 4)
-        ptx.copy_async_word(ptx.add(self.own_scales, ptx.mul(slot, 4 * parts.THREADS)), scale, ptx.shift_right(size, 2))
+            ptx.copy_async(target + 512 * quarter, own, size, 1, 0, 0)
+        scale = ptx.offset(ptx.offset(scales, first // BLOCK, 4 * self.pieces), piece, 4)
+        ptx.copy_async_word(self.own_scales + slot * (4 * parts.THREADS), scale, size >> 2)
         ptx.copies_commit()
 
     def each(
@@ -227,22 +226,22 @@ class Tiles:
         def one_tile(number: Value, carry: list[Value]) -> list[Value]:
             last, *carry = carry
             group, tile = self.group_and_tile(number)
-            loaded = start(group, ptx.compare("ne", group, last))
+            loaded = start(group, group.differs(last))
 
             def one_piece(step: Value, carry: list[Value]) -> list[Value]:
                 slot, *totals = carry
-                piece = ptx.minimum(self._piece(step), self.pieces - 1)
+                piece = ptx.min_s32(self._piece(step), self.pieces - 1)
                 totals = self._add_piece(rows, piece, slot, totals)
-                self._copy(ptx.add(ptx.mul(number, self.steps), step, self.in_flight), slot)
-                following = ptx.add(slot, 1)
-                return [ptx.select(ptx.compare("eq", following, self.in_flight), 0, following), *totals]
+                self._copy(number * self.steps + step + self.in_flight, slot)
+                following = slot + 1
+                return [ptx.select(following.equals(self.in_flight), 0, following), *totals]
 
             zeros = [ptx.number(0.0)] * (columns // 2)
             slot, *totals = ptx.loop(ptx.constant(self.steps), [*carry, *zeros], one_piece)
             for eight in range(columns // 8):
                 for at in range(4):
-                    row = ptx.add(ptx.shift_left(self.warp_of_tile, 4), self.row_of_8, 8 * (at // 2))
-                    column = ptx.add(ptx.shift_left(self.quad_lane, 1), 8 * eight + at % 2)
+                    row = (self.warp_of_tile << 4) + self.row_of_8 + 8 * (at // 2)
+                    column = (self.quad_lane << 1) + (8 * eight + at % 2)
                     ptx.store_shared(self._sum_at(self.warpgroup, row, column), ptx.bits_of(totals[4 * eight + at]))
             ptx.block_barrier()
             end(tile, loaded)
@@ -253,30 +252,28 @@ class Tiles:
 
     def _sum_at(self, warpgroup: Value | int, row: Value, column: Value) -> Value:
         """Where the sum of one of the tile's rows and a column over a warpgroup's pieces is in shared memory."""
-        columns = ptx.add(
-            column, ptx.mul(ptx.constant(warpgroup) if isinstance(warpgroup, int) else warpgroup, self.sizes.columns)
-        )
-        return ptx.add(self.sums, ptx.shift_left(ptx.add(ptx.mul(columns, SUMS_PITCH), row), 2))
+        columns = column + (ptx.constant(warpgroup) if isinstance(warpgroup, int) else warpgroup) * self.sizes.columns
+        return self.sums + ((columns * SUMS_PITCH + row) << 2)
 
     def pair(self, row: Value, column: Value) -> list[Value]:
         """The sums of a row and the next one."""
         pairs = [ptx.load_shared_floats(self._sum_at(ptx.constant(i), row, column)) for i in range(WARPGROUPS)]
-        return [ptx.plus(*sums) for sums in zip(*pairs, strict=True)]
+        return [ptx.total(sums) for sums in zip(*pairs, strict=True)]
 
     def _add_piece(self, rows: Rows, piece: Value, slot: Value, totals: list[Value]) -> list[Value]:
         columns = rows.columns
         ptx.copies_done(self.in_flight - 1)
-        own_codes = ptx.add(self.own_codes, ptx.mul(slot, PIECES_BYTES))
-        codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
-        scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, ptx.mul(slot, 4 * parts.THREADS))))
+        own_codes = self.own_codes + slot * PIECES_BYTES
+        codes = [ptx.load_shared_words(own_codes + 512 * quarter) for quarter in range(4)]
+        scale = ptx.float_of(ptx.load_shared(self.own_scales + slot * (4 * parts.THREADS)))
         sums = ptx.multiply_codes(codes, rows.operand(piece), BLOCK * columns, columns)
-        factors_at = ptx.add(rows.factors, ptx.mul(piece, 4 * columns), ptx.shift_left(self.quad_lane, 3))
+        factors_at = rows.factors + piece * (4 * columns) + (self.quad_lane << 3)
         new = []
         for eight in range(columns // 8):
-            factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
+            factors = ptx.load_shared_floats(factors_at + 32 * eight)
             for at, factor in enumerate(factors * 2, 4 * eight):
                 # The product of a factor and a scale might be too small for a float32.
-                new.append(ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at]))
+                new.append(ptx.fma(sums[at] * factor, scale, totals[at]))
         return new
 
 
@@ -288,8 +285,8 @@ class First:
         half = TILE // 2
 
         def matrix_row(tile: Value, warp: Value) -> Value:
-            part, within = ptx.shift_right(warp, 1), ptx.bit_and(warp, 1)
-            return ptx.add(ptx.mul(part, sizes.width), ptx.mul(tile, half), ptx.shift_left(within, 4))
+            part, within = warp >> 1, warp & 1
+            return part * sizes.width + tile * half + (within << 4)
 
         self.rows = Rows(shared, sizes.columns, sizes.hidden // BLOCK)
         of_group = sizes.width // half
@@ -300,7 +297,7 @@ class First:
         self.tiles.begin()
 
         def source(row: Value) -> tuple[Value, Value]:
-            return ptx.offset(a["rows"], row, 2 * sizes.hidden), ptx.compare("slt", row, sizes.rows)
+            return ptx.offset(a["rows"], row, 2 * sizes.hidden), row.signed < sizes.rows
 
         self.rows.write(self.thread, source)
         ptx.proxy_fence()
@@ -310,9 +307,9 @@ class First:
     def store(self, tile: Value, slots: Sequence[Value]) -> None:
         width, half = self.sizes.width, TILE // 2
         for column, row, slot, stores in _pairs(self.sizes, self.thread, half // 2, slots):
-            gates, ups = (self.tiles.pair(ptx.add(row, part * half), column) for part in range(2))
-            word = ptx.to_bfloat16_pair(*(ptx.times(parts.silu(g), u) for g, u in zip(gates, ups, strict=True)))
-            at = ptx.add(ptx.mul(slot, width), ptx.mul(tile, half), row)
+            gates, ups = (self.tiles.pair(row + part * half, column) for part in range(2))
+            word = ptx.to_bfloat16_pair(*(parts.silu(g) * u for g, u in zip(gates, ups, strict=True)))
+            at = slot * width + tile * half + row
             ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, stores)
 
 
@@ -324,7 +321,7 @@ class Second:
         self.rows = Rows(shared, sizes.columns, sizes.width // BLOCK)
 
         def matrix_row(tile: Value, warp: Value) -> Value:
-            return ptx.add(ptx.mul(tile, TILE), ptx.shift_left(warp, 4))
+            return tile * TILE + (warp << 4)
 
         of_group = sizes.hidden // TILE
         self.tiles = Tiles(sizes, a, thread, shared, in_flight, "down", sizes.hidden, sizes.width, of_group, matrix_row)
@@ -337,9 +334,9 @@ class Second:
         sizes, a = self.sizes, self.a
 
         def source(row: Value) -> tuple[Value, Value]:
-            slot = _slot(sizes, a, group, ptx.minimum(row, sizes.rows - 1))
-            exists = ptx.both(ptx.compare("slt", row, sizes.rows), ptx.compare("sge", slot, 0))
-            return ptx.offset(a["hidden"], ptx.maximum(slot, 0), 2 * sizes.width), exists
+            slot = _slot(sizes, a, group, ptx.min_s32(row, sizes.rows - 1))
+            exists = (row.signed < sizes.rows) & (slot.signed >= 0)
+            return ptx.offset(a["hidden"], ptx.max_s32(slot, 0), 2 * sizes.width), exists
 
         with ptx.when(is_new):
             self.rows.write(self.thread, source)
@@ -350,26 +347,26 @@ class Second:
     def store(self, tile: Value, slots: Sequence[Value]) -> None:
         for column, row, slot, stores in _pairs(self.sizes, self.thread, TILE // 2, slots):
             word = ptx.to_bfloat16_pair(*self.tiles.pair(row, column))
-            at = ptx.add(ptx.mul(slot, self.sizes.hidden), ptx.mul(tile, TILE), row)
+            at = slot * self.sizes.hidden + tile * TILE + row
             ptx.store_global(ptx.offset(self.a["out"], at, 2), word, stores)
 
 
 def _slot(sizes: Sizes, a: Mapping[str, Value], group: Value, row: Value) -> Value:
     """The place of the pair of a row and a group among all pairs, -1 where the row did not choose it."""
-    return ptx.load_global(ptx.offset(a["slots"], ptx.add(ptx.mul(group, sizes.rows), row), 4))
+    return ptx.load_global(ptx.offset(a["slots"], group * sizes.rows + row, 4))
 
 
 def _slots(sizes: Sizes, a: Mapping[str, Value], thread: Thread, group: Value, pairs: int) -> list[Value]:
     """Of every column of which this thread has one of `pairs` pairs of rows, the place of its row and the group."""
-    return [_slot(sizes, a, group, ptx.div(i, pairs)) for i, _ in parts.indices_of_thread(thread, sizes.rows * pairs)]
+    return [_slot(sizes, a, group, i // pairs) for i, _ in parts.indices_of_thread(thread, sizes.rows * pairs)]
 
 
 def _pairs(sizes: Sizes, thread: Thread, pairs: int, slots: Sequence[Value]) -> list[tuple[Value, Value, Value, Value]]:
     """(column, first row of a pair, place of the column's row, whether there is one) of this thread's pairs of rows."""
     found = []
     for (i, exists), slot in zip(parts.indices_of_thread(thread, sizes.rows * pairs), slots, strict=True):
-        stores = ptx.both(exists, ptx.compare("sge", slot, 0))
-        found.append((ptx.div(i, pairs), ptx.shift_left(ptx.rem(i, pairs), 1), ptx.maximum(slot, 0), stores))
+        stores = exists & (slot.signed >= 0)
+        found.append((i // pairs, (i % pairs) << 1, ptx.max_s32(slot, 0), stores))
     return found
 
 
@@ -418,7 +415,7 @@ def _call(
 
 
 def aligned(address: Value) -> SharedMemory:
-    return SharedMemory(ptx.bit_and(ptx.add(address, 1023), -1024))
+    return SharedMemory((address + 1023) & -1024)
 
 
 def _matrices(name: str, matrix: Scaled, shared: Scaled | None) -> dict[str, jax.Array]:

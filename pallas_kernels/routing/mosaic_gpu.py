@@ -48,66 +48,66 @@ class Program:
         p, thread = self.p, self.thread
         for i, exists in parts.indices_of_thread(thread, p.experts):
             with ptx.when(exists):
-                ptx.store_shared(ptx.add(self.used, ptx.shift_left(i, 2)), ptx.constant(0))
+                ptx.store_shared(self.used + (i << 2), ptx.constant(0))
         for i, exists in parts.indices_of_thread(thread, p.experts * p.rows):
             ptx.store_global(ptx.offset(self.a["slots"], i, 4), ptx.constant(-1), exists)
         for i, exists in parts.indices_of_thread(thread, p.experts + 1):
             ptx.store_global(ptx.offset(self.a["groups"], i, 4), ptx.constant(-1), exists)
         ptx.block_barrier()
         for start in range(0, p.rows, parts.WARPS):
-            row = ptx.add(thread.warp, start)
-            with ptx.when(ptx.compare("slt", row, p.rows)):
+            row = thread.warp + start
+            with ptx.when(row.signed < p.rows):
                 self.choose(row)
         ptx.block_barrier()
-        with ptx.when(ptx.compare("eq", thread.warp, 0)):
+        with ptx.when(thread.warp.equals(0)):
             self.list_groups()
         for i, exists in parts.indices_of_thread(thread, p.rows):
-            place = ptx.add(i, p.rows * p.choices) if p.shared else ptx.constant(-1)
-            ptx.store_global(ptx.offset(self.a["slots"], ptx.add(i, p.experts * p.rows), 4), place, exists)
+            place = i + p.rows * p.choices if p.shared else ptx.constant(-1)
+            ptx.store_global(ptx.offset(self.a["slots"], i + p.experts * p.rows, 4), place, exists)
 
     def choose(self, row: Value) -> None:
         p, a, lane = self.p, self.a, self.thread.lane
         scores, keys = [], []
         for start in range(0, p.experts, 32):
-            number = ptx.add(lane, start)
-            at = ptx.add(ptx.mul(row, p.experts), number)
+            number = lane + start
+            at = row * p.experts + number
             score = parts.sigmoid(ptx.float_of(ptx.load_global(ptx.offset(a["logits"], at, 4))))
             bias = ptx.float_of(ptx.load_global(ptx.offset(a["bias"], number, 4)))
             scores.append(score)
-            keys.append(parts.sortable_bits(ptx.plus(score, bias)))
+            keys.append(parts.sortable_bits(score + bias))
         experts = parts.largest_keys(self.thread, keys, p.choices)
         weights = []
         for expert in experts:
             bits = ptx.constant(0)
             for i, score in enumerate(scores):
-                bits = ptx.select(ptx.compare("eq", ptx.add(lane, 32 * i), expert), ptx.bits_of(score), bits)
+                bits = ptx.select((lane + 32 * i).equals(expert), ptx.bits_of(score), bits)
             weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
         if p.normalised:
-            total = ptx.plus(*weights, ptx.number(1e-20))
-            weights = [ptx.divide_floats(w, total) for w in weights]
-        weights = [ptx.times(w, ptx.number(p.scale)) for w in weights]
-        leads = ptx.compare("eq", lane, 0)
+            total = ptx.total(weights) + ptx.number(1e-20)
+            weights = [ptx.div_rn(w, total) for w in weights]
+        weights = [w * p.scale for w in weights]
+        leads = lane.equals(0)
         for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            place = ptx.add(ptx.mul(row, p.choices), j)
+            place = row * p.choices + j
             ptx.store_global(ptx.offset(a["experts"], place, 4), expert, leads)
             ptx.store_global(ptx.offset(a["weights"], place, 4), ptx.bits_of(weight), leads)
-            ptx.store_global(ptx.offset(a["slots"], ptx.add(ptx.mul(expert, p.rows), row), 4), place, leads)
+            ptx.store_global(ptx.offset(a["slots"], expert * p.rows + row, 4), place, leads)
             with ptx.when(leads):
-                ptx.store_shared(ptx.add(self.used, ptx.shift_left(expert, 2)), ptx.constant(1))
+                ptx.store_shared(self.used + (expert << 2), ptx.constant(1))
 
     def list_groups(self) -> None:
         """Of the first warp: the groups that rows are of, ascending, after that of the shared experts."""
         p, a, lane = self.p, self.a, self.thread.lane
-        leads = ptx.compare("eq", lane, 0)
+        leads = lane.equals(0)
         count = ptx.constant(1 if p.shared else 0)
         if p.shared:
             ptx.store_global(a["groups"], ptx.constant(p.experts), leads)
         for start in range(0, p.experts, 32):
-            number = ptx.add(lane, start)
-            used = ptx.load_shared(ptx.add(self.used, ptx.shift_left(number, 2)))
-            at = ptx.add(count, ptx.sum_of_lanes_below(used))
-            ptx.store_global(ptx.offset(a["groups"], at, 4), number, ptx.compare("ne", used, 0))
-            count = ptx.add(count, ptx.sum_of_warp(used))
+            number = lane + start
+            used = ptx.load_shared(self.used + (number << 2))
+            at = count + ptx.sum_of_lanes_below(used)
+            ptx.store_global(ptx.offset(a["groups"], at, 4), number, used.differs(0))
+            count = count + ptx.sum_of_warp(used)
         ptx.store_global(a["num_groups"], count, leads)
 
 

@@ -33,3 +33,8 @@ def scaled_matmul(
         raise ValueError(f"scaled_matmul: expected rows [M, K] and a matrix [N, K], got {rows.shape} and {matrix.shape}")
     matrix = jax.lax.stop_gradient(matrix)
     return dispatch.call("scaled_matmul", BACKENDS, implementation, rows, matrix, dtype=dtype)
+
+
+def quantises(rows: jax.Array | jax.ShapeDtypeStruct, matrix: Scaled, dtype: Any = None) -> bool:
+    """Whether scaled_matmul would quantise rows [M, K], as codes that several products may share."""
+    return dispatch.best(BACKENDS, rows, matrix, dtype=dtype) == "mosaic_gpu" and mosaic_gpu.quantises(rows)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import mosaic_gpu_codes
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import serves
 from pallas_kernels.quant import Scaled, dequantise, single_group
 
 
@@ -15,6 +16,10 @@ def why_not(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> str 
     if dtype not in (None, jnp.bfloat16):
         return f"its result is bfloat16, not {jnp.dtype(dtype)}"
     return mosaic_gpu_codes.why_not(rows, *single_group(rows, matrix))
+
+
+def quantises(rows: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return serves(rows.shape[0], 1)
 
 
 def scaled_matmul(rows: jax.Array | Scaled, matrix: Scaled, dtype: Any = None) -> jax.Array:

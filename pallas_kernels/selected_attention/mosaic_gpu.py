@@ -39,7 +39,6 @@ from pallas_kernels.hopper.tiles import (
     filled,
     first_seeing,
     product,
-    products,
     selected_by_column,
     selected_by_row,
     smem,
@@ -75,6 +74,19 @@ def why_not(
     if 0 in queries.shape or 0 in keys.shape:
         return "there is nothing to attend"
     return None
+
+
+def products(first: tuple[Any, Any], second: tuple[Any, Any], use: Any, rows: int, columns: int) -> Any:
+    """use(the product of the first pair) and the product of the second, which is computed meanwhile."""
+
+    def run(acc: Any, acc2: Any) -> Any:
+        plgpu.wgmma(acc, *first)
+        plgpu.wgmma(acc2, *second)
+        used = use(plgpu.wgmma_accumulator_load(acc, wait_n=1))
+        return used, plgpu.wgmma_accumulator_load(acc2, wait_n=0)
+
+    acc = plgpu.ACC((rows, columns), jnp.float32)
+    return pl.run_scoped(run, acc, acc)
 
 
 def _last_first(axis: str, tiles: int) -> jax.Array:
@@ -183,8 +195,11 @@ def _of_queries(q, k, v, words, seen, lse, delta, out_grad, scale: float, interp
         def step(_, k_sm, v_sm, words_sm, carry):
             dq, lse, delta = carry
             of_key, of_value = (q_sm.at[group], k_sm.transpose((1, 0))), (grad_sm.at[group], v_sm.transpose((1, 0)))
-            logits, of_p = products(of_key, of_value, ROWS, STREAMED)
-            p = jnp.exp2(logits * (scale * LOG2E) - by_row(lse, STREAMED))
+
+            def probabilities(logits: jax.Array) -> jax.Array:
+                return jnp.exp2(logits * (scale * LOG2E) - by_row(lse, STREAMED))
+
+            p, of_p = products(of_key, of_value, probabilities, ROWS, STREAMED)
             of_logits = p * (of_p - by_row(delta, STREAMED))
             of_logits = jnp.where(selected_by_row(words_sm, group * ROWS, STREAMED), of_logits, 0.0)
             return add_product(dq, of_logits.astype(k_sm.dtype), k_sm), lse, delta

@@ -23,8 +23,8 @@ import numpy as np
 from pallas_kernels import hopper, quant
 from pallas_kernels.latents import VALUE_DIM, WIDTH
 from pallas_kernels.sparse_mla import gradient
+from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import MAX_PACKED, MAX_SPLITS, OWNER_SHIFT, PAIR, TILE, Tasks
 
-TILE, PAIR = 64, 128
 PACKED_QUERIES = 2 * hopper.NUM_SMS  # B * S from which the unions pay for the kernel that builds them
 
 # Key blocks of the unions for each key block of the lists, below which tiles of several queries are faster
@@ -62,11 +62,11 @@ def padded_heads(heads: int) -> int:
 
 def queries_per_tile(batch: int, queries: int, heads: int, keys: int) -> int:
     """How many neighbouring queries share a tile."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
+    from pallas_kernels.sparse_mla import mosaic_gpu_union
 
-    if batch * queries < PACKED_QUERIES or keys > 1 << mosaic_gpu_attention.OWNER_SHIFT:
+    if batch * queries < PACKED_QUERIES or keys > 1 << OWNER_SHIFT:
         return 1
-    fitting = min(TILE // heads, queries, mosaic_gpu_attention.MAX_PACKED, mosaic_gpu_union.most_queries(keys))
+    fitting = min(TILE // heads, queries, MAX_PACKED, mosaic_gpu_union.most_queries(keys))
     return max(1, fitting)
 
 
@@ -83,7 +83,7 @@ def unions_pay(indices: jax.Array, heads: int, keys: int, packed: int) -> jax.Ar
     Returns:
       [] bool, a function of the indices alone.
     """
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_few_heads, mosaic_gpu_union
+    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads, mosaic_gpu_union
 
     b, s, k = indices.shape
     of_batch_row = s // packed  # whole tiles
@@ -91,7 +91,7 @@ def unions_pay(indices: jax.Array, heads: int, keys: int, packed: int) -> jax.Ar
     tile = np.arange(sampled) * (b * of_batch_row) // sampled
     first = tile // of_batch_row * s + tile % of_batch_row * packed
     lists = indices.reshape(b * s, k)[(first[:, None] + np.arange(packed)).reshape(-1)]
-    tasks = mosaic_gpu_attention.Tasks(1, sampled * packed, heads, keys, pairs=-(-packed * k // PAIR), packed=packed)
+    tasks = Tasks(1, sampled * packed, heads, keys, pairs=-(-packed * k // PAIR), packed=packed)
     _, pairs = mosaic_gpu_union.unite(lists, tasks)
     of_unions = jnp.sum(pairs) * (PAIR // mosaic_gpu_few_heads.KEYS)
     return of_unions < UNION_PAYS * jnp.sum(blocks_to_visit(lists, mosaic_gpu_few_heads.KEYS))
@@ -99,9 +99,7 @@ def unions_pay(indices: jax.Array, heads: int, keys: int, packed: int) -> jax.Ar
 
 def splits_of(tiles: int, pairs: int) -> int:
     """Into how many even parts lists of `pairs` pairs of key blocks are split, so that the device is full."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention
-
-    most = min(mosaic_gpu_attention.MAX_SPLITS, max(1, hopper.NUM_SMS // tiles))
+    most = min(MAX_SPLITS, max(1, hopper.NUM_SMS // tiles))
     return max(parts for parts in range(1, pairs + 1) if pairs % parts == 0 and parts <= most)
 
 
@@ -158,12 +156,12 @@ def _in_tiles(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, sca
 
     counts: jax.Array | None
     if packed > 1:
-        tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=-(-packed * k // PAIR), packed=packed)
+        tasks = Tasks(b, s, heads, t, pairs=-(-packed * k // PAIR), packed=packed)
         lists, counts = mosaic_gpu_union.unite(indices, tasks)
     else:
         pairs = -(-k // PAIR)
         splits = splits_of(b * s * max(1, heads // TILE), pairs)
-        tasks = mosaic_gpu_attention.Tasks(b, s, heads, t, pairs=pairs, splits=splits)
+        tasks = Tasks(b, s, heads, t, pairs=pairs, splits=splits)
         lists, counts = _in_blocks(indices, PAIR), None
 
     out = mosaic_gpu_attention.attend(

@@ -14,10 +14,10 @@ second multiplies the values of the block before, the third gathers those after.
 
 - Units of 128 value columns of a key block, 16 KB, in a ring of 10 or 11, so that 2 1/2 key blocks are there or on their
   way: full[unit], an arrival of every gathering thread after its copies; empty[unit], one of every thread of the
-  values' warpgroup after its wgmma on it has ended. The rotary columns of a block have one of two places and come with its
-  last unit: the ring is so short that the place is free by then, see `Memory`.
-- The weights of a block, in one of two places, with the factors by which the values so far are rescaled, and after the
-  last block the sums of the weights: ready[place] and free[place], arrivals of every thread.
+  values' warpgroup after its wgmma on it has ended. The rotary columns of a block have one of two buffers and come with its
+  last unit: the ring is so short that the buffer is free by then, see `Memory`.
+- The weights of a block, in one of two buffers, with the factors by which the values so far are rescaled, and after the
+  last block the sums of the weights: p_ready[buffer] and p_free[buffer], arrivals of every thread.
 
 Arrivals are every thread's and copies are waited for once a key block, because compute-sanitizer's racecheck takes sparser
 forms for races; docs/kernels.md has the times of both and what limits the kernel.
@@ -31,6 +31,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,20 +40,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.columns import (
+    KEYS,
+    MAXIMA_BARRIER,
+    PIECE,
+    SHARED_BYTES,
+    Buffers,
+    ColumnSoftmax,
+    Ring,
+    Thread,
+    copied_line,
+    in_tiles,
+    inverses_of,
+    times_by_column,
+)
 from pallas_kernels.latents import VALUE_DIM, WIDTH
-from pallas_kernels.softmax import LAZY, LOG2E, MASKED, START
+from pallas_kernels.softmax import LOG2E, MASKED, START
 
 ROW_BYTES = 2 * WIDTH
-KEYS = 64  # of a block
 MAX_HEADS = 32
-PIECE = KEYS * 128  # bytes of 64 columns of a key block
 UNIT_PIECES = 2  # 128 bytes wide pieces of a unit
 UNITS = VALUE_DIM // (64 * UNIT_PIECES)  # of a key block
 UNIT = UNIT_PIECES * PIECE
-SHARED_BYTES = 226 * 1024  # a block may have 227 KB, but Mosaic rounds up to whole KB and adds a static byte
-VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the first warpgroup
+MAX_UNITS = 3 * UNITS - 1  # of the ring: `Memory` says why
+TILES = VALUE_DIM // 64  # of 64 value columns
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
+Values = list[ptx.Value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +95,16 @@ class Tasks:
     def grid(self) -> int:
         return min(hopper.NUM_SMS, self.count)
 
-
-MOST_UNITS = 3 * UNITS - 1  # of the ring: `Memory` says why
+    def of_block(self, block: ptx.Value) -> ptx.Value:
+        """How many tasks a block of the grid has: `block`, `block` + grid, ..."""
+        return ptx.div(ptx.sub(self.count + self.grid - 1, block), self.grid)
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Where things are in shared memory, in bytes. Matrices come first and are tiles of 8 lines of 128 bytes.
 
-    ring: how many units there are. Few enough for two places of rotary columns: when the gathering warpgroup fills the last
+    ring: how many units there are. Few enough for two buffers of rotary columns: when the gathering warpgroup fills the last
     unit of block b + 2, the first one of block b or a later one is free, so the logits of b have been made.
     """
 
@@ -105,411 +120,396 @@ class Memory:
     raised: int  # [2], whether factors are to be applied
     full: int  # barriers
     empty: int
-    ready: int
-    free: int
+    p_ready: int
+    p_free: int
     end: int
 
     @staticmethod
     def of(columns: int) -> Memory:
-        row, barriers = 4 * columns, 8 * MOST_UNITS
+        row, barriers = 4 * columns, 8 * MAX_UNITS
         rest = [2 * PIECE, ROW_BYTES * columns, 2 * 128 * columns, 2 * row, 8 * row, 4 * row, 8, barriers, barriers, 16, 16]
-        ring = min((SHARED_BYTES - sum(rest)) // UNIT, MOST_UNITS)
+        ring = min((SHARED_BYTES - sum(rest)) // UNIT, MAX_UNITS)
         return Memory(columns, ring, *itertools.accumulate([0, ring * UNIT, *rest]))
 
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """The addresses of what is in shared memory."""
+
+    memory: Memory
+    base: ptx.Value
+
+    @staticmethod
+    def of(memory: Memory, ref: ptx.Value) -> _Shared:
+        return _Shared(memory, ptx.shared_address(ref))
+
     @property
-    def of_weights(self) -> int:
-        return 128 * self.columns
+    def buffers(self) -> Buffers:
+        return Buffers(self.memory, self.base)
+
+    def unit(self, ring: Ring) -> ptx.Value:
+        return ptx.add(ptx.add(self.base, ptx.mul(ring.place, UNIT)), self.memory.units)
+
+    def rotary(self, buffer: ptx.Value) -> ptx.Value:
+        return ptx.add(self.base, self.memory.rotary, ptx.mul(buffer, PIECE))
+
+    def full(self, ring: Ring) -> ptx.Value:
+        """An arrival of every gathering thread after its copies."""
+        return ptx.add(self.base, self.memory.full, ptx.shift_left(ring.place, 3))
+
+    def empty(self, ring: Ring) -> ptx.Value:
+        """An arrival of every thread of the values' warpgroup after its products."""
+        return ptx.add(self.base, self.memory.empty, ptx.shift_left(ring.place, 3))
+
+    def init_barriers(self) -> None:
+        for i in range(self.memory.ring):
+            ptx.barrier_init(ptx.add(self.base, self.memory.full + 8 * i), 128)
+            ptx.barrier_init(ptx.add(self.base, self.memory.empty + 8 * i), 128)
+        self.buffers.init(consumers=128)
 
 
-class _Ring:
-    """A place in the ring of units and how often the ring went round, as values of a loop's carry."""
-
-    def __init__(self, memory: Memory, place: ptx.Value, round_: ptx.Value):
-        self.memory, self.place, self.round = memory, place, round_
-
-    @property
-    def carry(self) -> list[ptx.Value]:
-        return [self.place, self.round]
-
-    def unit(self, base: ptx.Value) -> ptx.Value:
-        return ptx.add(base, ptx.mul(self.place, UNIT))
-
-    def barrier(self, base: ptx.Value, kind: int) -> ptx.Value:
-        return ptx.add(base, kind, ptx.shift_left(self.place, 3))
-
-    def next(self) -> _Ring:
-        following = ptx.add(self.place, 1)
-        around = ptx.compare("eq", following, self.memory.ring)
-        round_ = ptx.select(around, ptx.bit_xor(self.round, 1), self.round)
-        return _Ring(self.memory, ptx.select(around, 0, following), round_)
-
-
-def _start(memory: Memory) -> _Ring:
-    return _Ring(memory, ptx.constant(0), ptx.constant(0))
-
-
-def _line(thread: ptx.Value) -> tuple[ptx.Value, ptx.Value]:
-    """(16-byte chunk of a line, line) of a thread whose warpgroup copies 16 lines at once."""
-    return ptx.bit_and(thread, 7), ptx.shift_right(thread, 3)
-
-
-def _in_tiles(line: ptx.Value, chunk: ptx.Value) -> ptx.Value:
-    """Where a chunk of a line is in a matrix of swizzled tiles."""
-    within = ptx.bit_and(line, 7)
-    return ptx.add(ptx.shift_left(line, 7), ptx.shift_left(ptx.bit_xor(chunk, within), 4))
-
-
-def _init_barriers(memory: Memory, ref) -> None:
+def _init_barriers(memory: Memory, scratch: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(_REF,))
-    def init(ctx, ref):
-        base = ptx.shared_address(ref)
+    def init(ctx, scratch):
+        shared = _Shared.of(memory, scratch)
         with ptx.when(ptx.compare("eq", ptx.thread(), 0)):
-            for i in range(memory.ring):
-                ptx.barrier_init(ptx.add(base, memory.full + 8 * i), 128)
-                ptx.barrier_init(ptx.add(base, memory.empty + 8 * i), 128)
-            for place in range(2):
-                ptx.barrier_init(ptx.add(base, memory.ready + 8 * place), 128)
-                ptx.barrier_init(ptx.add(base, memory.free + 8 * place), 128)
+            shared.init_barriers()
             ptx.barrier_init_done()
         ptx.block_barrier()
 
-    init(ref)
+    init(scratch)
 
 
-def _gather(tasks: Tasks, memory: Memory, latents, lists, counts, ref, block) -> None:
-    """The third warpgroup: 8 lanes copy 128 bytes of a row with cp.async into the tiles that wgmma reads."""
+# ---- the gathering warpgroup
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF, _REF))
-    def gather(ctx, block, latents, lists, counts, ref):
-        base = ptx.shared_address(ref)
-        chunk, row = _line(ptx.bit_and(ptx.thread(), 127))
-        to = ptx.add(base, _in_tiles(row, chunk))
+
+@dataclasses.dataclass(frozen=True)
+class _Gatherer:
+    """A thread of the third warpgroup: 8 lanes copy 128 bytes of a row with cp.async into the tiles that wgmma reads."""
+
+    tasks: Tasks
+    shared: _Shared
+    to: ptx.Value  # this thread's chunk of a tile, from the start of shared memory
+    source: ptx.Value  # the same of the latents
+    own_entry: ptx.Value
+    counts: ptx.Value
+
+    @staticmethod
+    def of(tasks: Tasks, memory: Memory, latents: ptx.Value, lists: ptx.Value, counts: ptx.Value, scratch) -> _Gatherer:
+        shared = _Shared.of(memory, scratch)
+        chunk, row = copied_line(ptx.bit_and(ptx.thread(), 127))
+        to = ptx.add(shared.base, in_tiles(row, chunk))
         source = ptx.offset(ptx.global_address(latents), chunk, 16)
         own_entry = ptx.offset(ptx.global_address(lists), row, 4)
-        count_at = ptx.global_address(counts)
-        block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
+        return _Gatherer(tasks, shared, to, source, own_entry, ptx.global_address(counts))
 
-        def entries(task, key_block):
-            """Of this thread's four rows of a key block."""
-            at = ptx.offset(own_entry, ptx.add(ptx.mul(task, tasks.blocks), key_block), 4 * KEYS)
-            return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
-
-        def one_task(i, carry):
-            task = ptx.add(block, ptx.mul(i, tasks.grid))
-            following = ptx.minimum(ptx.add(task, tasks.grid), tasks.count - 1)
-            rows_at = ptx.offset(source, ptx.div(task, tasks.queries), tasks.keys * ROW_BYTES)
-            blocks = carry[0]
-            blocks_after = ptx.load_global(ptx.offset(count_at, following, 4))
-
-            def one_block(b, carry):
-                ring, done, current = _Ring(memory, *carry[:2]), carry[2], carry[3:]
-                is_last = ptx.compare("eq", ptx.add(b, 1), blocks)
-                after = entries(ptx.select(is_last, following, task), ptx.select(is_last, 0, ptx.add(b, 1)))
-                rows = []
-                for entry in current:
-                    used = ptx.select(ptx.compare("sge", entry, 0), 16, 0)
-                    key = ptx.minimum(ptx.maximum(entry, 0), tasks.keys - 1)
-                    rows.append((ptx.offset(rows_at, key, ROW_BYTES), used))
-                rotary = ptx.add(to, memory.rotary, ptx.mul(ptx.bit_and(done, 1), PIECE))
-                for unit in range(UNITS):
-                    ptx.barrier_wait(ring.barrier(base, memory.empty), ptx.bit_xor(ring.round, 1))
-                    if unit == memory.ring - 2 * UNITS:  # what is overwritten from here on was copied two blocks ago
-                        ptx.copies_done(pending=1)
-                    target = ptx.add(ring.unit(to), memory.units)
-                    for j, (at, used) in enumerate(rows):
-                        at_unit = ptx.offset(at, ptx.constant(unit), 128 * UNIT_PIECES)
-                        ptx.copy_async(ptx.add(target, 2048 * j), at_unit, used, UNIT_PIECES, PIECE, 128)
-                        if unit == UNITS - 1:
-                            at_rotary = ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM)
-                            ptx.copy_async(ptx.add(rotary, 2048 * j), at_rotary, used, 1, 0, 0)
-                    ptx.barrier_arrive_after_copies(ring.barrier(base, memory.full))
-                    ring = ring.next()
-                ptx.copies_commit()
-                return [*ring.carry, ptx.add(done, 1), *after]
-
-            return [blocks_after, *ptx.loop(blocks, carry[1:], one_block)]
-
-        first = ptx.load_global(ptx.offset(count_at, block, 4))
-        carry = [first, *_start(memory).carry, ptx.constant(0), *entries(block, ptx.constant(0))]
-        ptx.loop(num_tasks, carry, one_task)
+    def run(self, block: ptx.Value) -> None:
+        num_tasks = self.tasks.of_block(block)
+        first = ptx.load_global(ptx.offset(self.counts, block, 4))
+        start = Ring.start(self.shared.memory.ring)
+        carry = [first, *start.carry, ptx.constant(0), *self._entries(block, ptx.constant(0))]
+        ptx.loop(num_tasks, carry, lambda i, carry: self._task(ptx.add(block, ptx.mul(i, self.tasks.grid)), carry))
         ptx.copies_done()
 
-    gather(block, latents, lists, counts, ref)
+    def _entries(self, task: ptx.Value, key_block: ptx.Value) -> Values:
+        """Of this thread's four rows of a key block."""
+        at = ptx.offset(self.own_entry, ptx.add(ptx.mul(task, self.tasks.blocks), key_block), 4 * KEYS)
+        return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
 
+    def _task(self, task: ptx.Value, carry: Values) -> Values:
+        tasks = self.tasks
+        following = ptx.minimum(ptx.add(task, tasks.grid), tasks.count - 1)
+        rows_at = ptx.offset(self.source, ptx.div(task, tasks.queries), tasks.keys * ROW_BYTES)
+        blocks = carry[0]
+        blocks_after = ptx.load_global(ptx.offset(self.counts, following, 4))
 
-def _tasks_of(tasks: Tasks, block: ptx.Value) -> ptx.Value:
-    """How many tasks a block of the grid has."""
-    return ptx.div(ptx.sub(tasks.count + tasks.grid - 1, block), tasks.grid)
+        def one_block(b, carry):
+            ring, done, current = Ring(self.shared.memory.ring, *carry[:2]), carry[2], carry[3:]
+            is_last = ptx.compare("eq", ptx.add(b, 1), blocks)
+            after = self._entries(ptx.select(is_last, following, task), ptx.select(is_last, 0, ptx.add(b, 1)))
+            ring = self._copy_block(ring, done, rows_at, current)
+            return [*ring.carry, ptx.add(done, 1), *after]
 
+        return [blocks_after, *ptx.loop(blocks, carry[1:], one_block)]
 
-def _weigh(tasks: Tasks, memory: Memory, scale: float, queries, lists, counts, ref, block) -> None:
-    """The first warpgroup: logits and weights.
-
-    A thread has rows g and g + 8 of its warp's 16 keys, g = lane / 4, and columns 2 (lane % 4) and the next of every 8.
-    """
-    groups = tasks.columns // 8  # of 8 columns, 4 logits a thread each: two columns of row g, the same of g + 8
-    to_logits = scale * LOG2E
-
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF, _REF))
-    def weigh(ctx, block, queries, lists, counts, ref):
-        base = ptx.shared_address(ref)
-        thread = ptx.bit_and(ptx.thread(), 127)
-        lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
-        in_group = ptx.shift_right(lane, 2)
-        first_column = ptx.shift_left(ptx.bit_and(lane, 3), 1)
-        speaks = ptx.compare("eq", in_group, 0)  # for its columns, where all lanes have the same
-        own_entry = ptx.offset(ptx.global_address(lists), ptx.add(ptx.shift_left(warp, 4), in_group), 4)
-        block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
-        query_matrix = ptx.matrix(ptx.add(base, memory.queries))
-
-        chunk, line = _line(thread)
-        queries_at = ptx.offset(ptx.global_address(queries), chunk, 16)
-        to_queries = ptx.add(base, memory.queries, _in_tiles(line, chunk))
-
-        def load_queries(task) -> None:
-            """By cp.async, because a TMA copy into tiles of 8 lines would have to start at a multiple of 8."""
-            for first in range(0, tasks.columns, 16):
-                here = ptx.add(line, first)
-                size = ptx.select(ptx.compare("slt", here, tasks.heads), 16, 0)
-                # A line that does not count is not read, but its address has to be one of the array.
-                head = ptx.add(ptx.mul(task, tasks.heads), ptx.minimum(here, tasks.heads - 1))
-                at = ptx.offset(queries_at, head, ROW_BYTES)
-                with ptx.when(ptx.compare("slt", here, tasks.columns)):
-                    ptx.copy_async(ptx.add(to_queries, 128 * first), at, size, WIDTH // 64, tasks.columns * 128, 128)
-
-        def entries(task, key_block):
-            at = ptx.offset(own_entry, ptx.add(ptx.mul(task, tasks.blocks), key_block), 4 * KEYS)
-            return [ptx.load_global(ptx.offset(at, ptx.constant(i), 32)) for i in range(2)]
-
-        def issue(ring: _Ring, done):
-            """Starts the logits of a block, the `done`-th of all."""
-            logits = [[ptx.number(0.0)] * (4 * groups)]
-            for unit in range(UNITS):
-                ptx.barrier_wait(ring.barrier(base, memory.full), ring.round)
-                ptx.proxy_fence()
-                steps = [
-                    (0, piece * PIECE + 32 * i, (unit * UNIT_PIECES + piece) * tasks.columns * 128 + 32 * i)
-                    for piece in range(UNIT_PIECES)
-                    for i in range(4)
-                ]
-                latents = ptx.matrix(ptx.add(ring.unit(base), memory.units))
-                logits = ptx.multiply(
-                    logits, latents, query_matrix, steps, fresh=unit == 0, columns=tasks.columns, transposed=False
-                )
+    def _copy_block(self, ring: Ring, done: ptx.Value, rows_at: ptx.Value, entries: Values) -> Ring:
+        """The `done`-th block of all; returns the ring after it."""
+        memory = self.shared.memory
+        rows = []
+        for entry in entries:
+            used = ptx.select(ptx.compare("sge", entry, 0), 16, 0)
+            key = ptx.minimum(ptx.maximum(entry, 0), self.tasks.keys - 1)
+            rows.append((ptx.offset(rows_at, key, ROW_BYTES), used))
+        rotary = ptx.add(self.to, memory.rotary, ptx.mul(ptx.bit_and(done, 1), PIECE))
+        for unit in range(UNITS):
+            ptx.barrier_wait(self.shared.empty(ring), ptx.bit_xor(ring.parity, 1))
+            if unit == memory.ring - 2 * UNITS:  # what is overwritten from here on was copied two blocks ago
+                ptx.copies_done(pending=1)
+            target = ptx.add(ptx.add(self.to, ptx.mul(ring.place, UNIT)), memory.units)
+            for j, (at, used) in enumerate(rows):
+                at_unit = ptx.offset(at, ptx.constant(unit), 128 * UNIT_PIECES)
+                ptx.copy_async(ptx.add(target, 2048 * j), at_unit, used, UNIT_PIECES, PIECE, 128)
                 if unit == UNITS - 1:
-                    rotary = ptx.matrix(ptx.add(base, memory.rotary, ptx.mul(ptx.bit_and(done, 1), PIECE)))
-                    steps = [(0, 32 * i, VALUE_DIM // 64 * tasks.columns * 128 + 32 * i) for i in range(4)]
-                    logits = ptx.multiply(
-                        logits, rotary, query_matrix, steps, fresh=False, columns=tasks.columns, transposed=False
-                    )
-                ring = ring.next()
-            ptx.multiply_commit()
-            return logits, ring
+                    at_rotary = ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM)
+                    ptx.copy_async(ptx.add(rotary, 2048 * j), at_rotary, used, 1, 0, 0)
+            ptx.barrier_arrive_after_copies(self.shared.full(ring))
+            ring = ring.next()
+        ptx.copies_commit()
+        return ring
 
-        def raise_maxima(scaled, tops, totals, place):
-            """New maxima where a block's are too far above, and what follows from them."""
-            own = [ptx.larger(scaled[4 * j + c], scaled[4 * j + 2 + c]) for j in range(groups) for c in range(2)]
-            for distance in (4, 8, 16):
-                own = [ptx.larger(x, ptx.lane_distant(x, distance)) for x in own]
-            maxima = ptx.add(base, memory.maxima, ptx.shift_left(first_column, 2))
-            with ptx.when(speaks):
-                for j in range(groups):
-                    at = ptx.add(maxima, ptx.mul(warp, 4 * tasks.columns), 32 * j)
-                    ptx.store_shared_floats(at, own[2 * j : 2 * j + 2])
-            ptx.barrier(MAXIMA_BARRIER, 128)
-            new_tops, factors = [], []
-            for j in range(groups):
-                by_warp = [ptx.load_shared_floats(ptx.add(maxima, 4 * tasks.columns * w + 32 * j)) for w in range(4)]
-                for c in range(2):
-                    top = tops[2 * j + c]
-                    block_top = functools.reduce(ptx.larger, [pair[c] for pair in by_warp])
-                    exceeds = ptx.above(block_top, ptx.plus(top, ptx.number(LAZY)))
-                    new_tops.append(ptx.either(exceeds, block_top, top))
-                    factors.append(ptx.exp2(ptx.minus(top, new_tops[-1])))
-            with ptx.when(ptx.compare("slt", thread, 4)):
-                to = ptx.add(base, memory.factors, ptx.mul(place, 4 * tasks.columns), ptx.shift_left(first_column, 2))
-                for j in range(groups):
-                    ptx.store_shared_floats(ptx.add(to, 32 * j), factors[2 * j : 2 * j + 2])
-            return [*new_tops, *map(ptx.times, totals, factors)]
 
-        def publish(logits, marks, tops, totals, done, after_meeting=None, last=False):
-            """The weights of a block, the `done`-th of all, for the second warpgroup."""
-            place, turn = ptx.bit_and(done, 1), ptx.shift_right(done, 1)
-            masks = [
-                ptx.either(ptx.compare("slt", mark, 0), ptx.number(MASKED), ptx.number(0.0)) for mark in marks
-            ]  # of rows g and g + 8
-            scaled = [ptx.times_plus(x, ptx.number(to_logits), masks[i % 4 // 2]) for i, x in enumerate(logits)]
-            column = [i // 4 * 2 + i % 2 for i in range(4 * groups)]
-            over = [ptx.minus(x, tops[column[i]]) for i, x in enumerate(scaled)]
-            exceeds = ptx.above(functools.reduce(ptx.larger, over), ptx.number(LAZY))
-            ptx.barrier_wait(ptx.add(base, memory.free, ptx.shift_left(place, 3)), ptx.bit_xor(ptx.bit_and(turn, 1), 1))
-            raised = ptx.barrier_any(VOTE_BARRIER, 128, exceeds)
-            if after_meeting is not None:
-                after_meeting()
-            found = ptx.choose(
-                ptx.compare("ne", raised, 0), lambda: raise_maxima(scaled, tops, totals, place), [*tops, *totals]
-            )
-            tops, totals = found[: 2 * groups], found[2 * groups :]
-            with ptx.when(ptx.compare("eq", thread, 0)):
-                ptx.store_shared(ptx.add(base, memory.raised, ptx.shift_left(place, 2)), raised)
-            weights = [ptx.exp2(ptx.minus(x, tops[column[i]])) for i, x in enumerate(scaled)]
-            totals = [
-                ptx.plus(total, ptx.plus(weights[i // 2 * 4 + i % 2], weights[i // 2 * 4 + 2 + i % 2]))
-                for i, total in enumerate(totals)
+# ---- the warpgroup of logits and weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """What the first warpgroup has of a key block and of those before it, as values of a loop's carry."""
+
+    ring: Ring
+    done: ptx.Value  # blocks before this one, of all tasks
+    marks: Values  # entries of this thread's two keys
+    logits: Values
+    tops: Values  # running maxima, by column
+    totals: Values  # sums of weights, by column
+
+    @property
+    def carry(self) -> Values:
+        return [*self.ring.carry, self.done, *self.marks, *self.logits, *self.tops, *self.totals]
+
+    @staticmethod
+    def of(size: int, groups: int, carry: Values) -> _Block:
+        tops, totals = 5 + 4 * groups, 5 + 6 * groups
+        return _Block(Ring(size, *carry[:2]), carry[2], carry[3:5], carry[5:tops], carry[tops:totals], carry[totals:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weigher:
+    """A thread of the first warpgroup: logits and weights."""
+
+    tasks: Tasks
+    shared: _Shared
+    softmax: ColumnSoftmax
+    to_logits: float
+    block: ptx.Value
+    num_tasks: ptx.Value
+    queries: ptx.Value
+    counts: ptx.Value
+    own_entry: ptx.Value
+    query_matrix: ptx.Value
+
+    @staticmethod
+    def of(tasks: Tasks, memory: Memory, scale: float, block, queries, lists, counts, scratch) -> _Weigher:
+        shared, thread = _Shared.of(memory, scratch), Thread.of(ptx.thread())
+        softmax = ColumnSoftmax.of(shared.buffers, thread)
+        own_entry = ptx.offset(ptx.global_address(lists), ptx.add(ptx.shift_left(thread.warp, 4), thread.row), 4)
+        num_tasks = tasks.of_block(block)
+        matrix = ptx.matrix(ptx.add(shared.base, memory.queries))
+        return _Weigher(tasks, shared, softmax, scale * LOG2E, block, num_tasks, queries, counts, own_entry, matrix)
+
+    @property
+    def groups(self) -> int:
+        return self.softmax.groups
+
+    def run(self) -> None:
+        self._load_queries(self.block)
+        carry = [*Ring.start(self.shared.memory.ring).carry, ptx.constant(0)]
+        grid = self.tasks.grid
+        ptx.loop(self.num_tasks, carry, lambda i, carry: self._task(ptx.add(self.block, ptx.mul(i, grid)), carry))
+
+    def _load_queries(self, task: ptx.Value) -> None:
+        """By cp.async, because a TMA copy into tiles of 8 lines would have to start at a multiple of 8."""
+        tasks = self.tasks
+        chunk, line = copied_line(self.softmax.thread.index)
+        queries_at = ptx.offset(ptx.global_address(self.queries), chunk, 16)
+        to = ptx.add(self.shared.base, self.shared.memory.queries, in_tiles(line, chunk))
+        for first in range(0, tasks.columns, 16):
+            here = ptx.add(line, first)
+            size = ptx.select(ptx.compare("slt", here, tasks.heads), 16, 0)
+            # A line that does not count is not read, but its address has to be one of the array.
+            head = ptx.add(ptx.mul(task, tasks.heads), ptx.minimum(here, tasks.heads - 1))
+            at = ptx.offset(queries_at, head, ROW_BYTES)
+            with ptx.when(ptx.compare("slt", here, tasks.columns)):
+                ptx.copy_async(ptx.add(to, 128 * first), at, size, WIDTH // 64, tasks.columns * 128, 128)
+
+    def _task(self, task: ptx.Value, carry: Values) -> Values:
+        ring, done = Ring(self.shared.memory.ring, *carry[:2]), carry[2]
+        blocks = ptx.load_global(ptx.offset(ptx.global_address(self.counts), task, 4))
+        marks = self._entries(task, ptx.constant(0))
+        ptx.copies_done()
+        ptx.proxy_fence()
+        ptx.barrier(MAXIMA_BARRIER, 128)  # all of the query is there
+        begun, ring = self._issue(ring, done)
+        (logits,) = ptx.multiplied(begun)
+        tops, totals = ([ptx.number(x)] * (2 * self.groups) for x in (START, 0.0))
+
+        def one_block(b, carry):
+            block = self._block(carry)
+            following = ptx.add(block.done, 1)
+            tops, totals = self._publish(block)
+            begun, ring = self._issue(block.ring, following)
+            marks = self._entries(task, ptx.add(b, 1))  # not sooner: a fence would wait for it
+            (logits,) = ptx.multiplied(begun)
+            return _Block(ring, following, marks, logits, tops, totals).carry
+
+        first = _Block(ring, done, marks, logits, tops, totals)
+        last = self._block(ptx.loop(ptx.sub(blocks, 1), first.carry, one_block))
+
+        def load_next():
+            """All warps' logits have been made: the query's place is free."""
+            following = ptx.add(task, self.tasks.grid)
+            with ptx.when(ptx.compare("slt", following, self.tasks.count)):
+                self._load_queries(following)
+
+        self._publish(last, load_next)
+        return [*last.ring.carry, ptx.add(last.done, 1)]
+
+    def _block(self, carry: Values) -> _Block:
+        return _Block.of(self.shared.memory.ring, self.groups, carry)
+
+    def _entries(self, task: ptx.Value, key_block: ptx.Value) -> Values:
+        at = ptx.offset(self.own_entry, ptx.add(ptx.mul(task, self.tasks.blocks), key_block), 4 * KEYS)
+        return [ptx.load_global(ptx.offset(at, ptx.constant(i), 32)) for i in range(2)]
+
+    def _issue(self, ring: Ring, done: ptx.Value) -> tuple[list[Values], Ring]:
+        """Starts the logits of a block, the `done`-th of all."""
+        columns = self.tasks.columns
+        multiply = functools.partial(ptx.multiply, columns=columns, transposed=False)
+        logits = [[ptx.number(0.0)] * (4 * self.groups)]
+        for unit in range(UNITS):
+            ptx.barrier_wait(self.shared.full(ring), ring.parity)
+            ptx.proxy_fence()
+            steps = [
+                (0, piece * PIECE + 32 * i, (unit * UNIT_PIECES + piece) * columns * 128 + 32 * i)
+                for piece in range(UNIT_PIECES)
+                for i in range(4)
             ]
-            # Lines of the stored matrix are heads, 16 bytes of them 8 keys.
-            block_of_8 = ptx.add(ptx.shift_left(warp, 1), ptx.bit_and(ptx.shift_right(lane, 3), 1))
-            to = ptx.add(base, memory.weights, ptx.mul(place, memory.of_weights), _in_tiles(ptx.bit_and(lane, 7), block_of_8))
-            for j in range(groups):
-                a, b, c, d = weights[4 * j : 4 * j + 4]
-                words = [ptx.to_bfloat16_pair(a, b), ptx.to_bfloat16_pair(c, d)]
-                ptx.store_shared_transposed(ptx.add(to, 1024 * j), words)
-            if last:
-                sums = totals
-                for distance in (4, 8, 16):
-                    sums = [ptx.plus(x, ptx.lane_distant(x, distance)) for x in sums]
-                to = ptx.add(
-                    base,
-                    memory.sums,
-                    ptx.mul(ptx.add(ptx.shift_left(place, 2), warp), 4 * tasks.columns),
-                    ptx.shift_left(first_column, 2),
-                )
-                with ptx.when(speaks):
-                    for j in range(groups):
-                        ptx.store_shared_floats(ptx.add(to, 32 * j), sums[2 * j : 2 * j + 2])
-            ptx.proxy_fence()
-            ptx.barrier_arrive(ptx.add(base, memory.ready, ptx.shift_left(place, 3)))
-            return tops, totals
+            latents = ptx.matrix(self.shared.unit(ring))
+            logits = multiply(logits, latents, self.query_matrix, steps, fresh=unit == 0)
+            if unit == UNITS - 1:
+                rotary = ptx.matrix(self.shared.rotary(ptx.bit_and(done, 1)))
+                steps = [(0, 32 * i, VALUE_DIM // 64 * columns * 128 + 32 * i) for i in range(4)]
+                logits = multiply(logits, rotary, self.query_matrix, steps, fresh=False)
+            ring = ring.next()
+        ptx.multiply_commit()
+        return logits, ring
 
-        def one_task(i, carry):
-            task = ptx.add(block, ptx.mul(i, tasks.grid))
-            ring, done = _Ring(memory, *carry[:2]), carry[2]
-            blocks = ptx.load_global(ptx.offset(ptx.global_address(counts), task, 4))
-            marks = entries(task, ptx.constant(0))
-            ptx.copies_done()
-            ptx.proxy_fence()
-            ptx.barrier(MAXIMA_BARRIER, 128)  # all of the query is there
-            logits, ring = issue(ring, done)
-            (logits,) = ptx.multiplied(logits)
+    def _publish(self, block: _Block, load_next: Any = None) -> tuple[Values, Values]:
+        """The weights of a block for the second warpgroup; after a list's last block, for which load_next is, also the sums.
 
-            def one_block(b, carry):
-                ring, done, marks = _Ring(memory, *carry[:2]), carry[2], carry[3:5]
-                logits = carry[5 : 5 + 4 * groups]
-                tops, totals = carry[5 + 4 * groups : 5 + 6 * groups], carry[5 + 6 * groups :]
-                following = ptx.add(done, 1)
-                tops, totals = publish(logits, marks, tops, totals, done)
-                begun, ring = issue(ring, following)
-                marks_after = entries(task, ptx.add(b, 1))  # not sooner: a fence would wait for it
-                (logits,) = ptx.multiplied(begun)
-                return [*ring.carry, following, *marks_after, *logits, *tops, *totals]
-
-            start = [ptx.number(START)] * (2 * groups) + [ptx.number(0.0)] * (2 * groups)
-            carry = ptx.loop(ptx.sub(blocks, 1), [*ring.carry, done, *marks, *logits, *start], one_block)
-            ring, done, marks = carry[:2], carry[2], carry[3:5]
-            logits = carry[5 : 5 + 4 * groups]
-            tops, totals = carry[5 + 4 * groups : 5 + 6 * groups], carry[5 + 6 * groups :]
-
-            def load_next():
-                """All warps' logits have been made: the query's place is free."""
-                following = ptx.add(task, tasks.grid)
-                with ptx.when(ptx.compare("slt", following, tasks.count)):
-                    load_queries(following)
-
-            publish(logits, marks, tops, totals, done, after_meeting=load_next, last=True)
-            return [*ring, ptx.add(done, 1)]
-
-        load_queries(block)
-        ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
-
-    weigh(block, queries, lists, counts, ref)
+        Returns the maxima and sums so far.
+        """
+        softmax, buffer, turn = self.softmax, ptx.bit_and(block.done, 1), ptx.shift_right(block.done, 1)
+        masks = [
+            ptx.either(ptx.compare("slt", mark, 0), ptx.number(MASKED), ptx.number(0.0)) for mark in block.marks
+        ]  # of rows g and g + 8
+        scaled = [ptx.times_plus(x, ptx.number(self.to_logits), masks[i % 4 // 2]) for i, x in enumerate(block.logits)]
+        tops, totals = softmax.update_maxima(scaled, block.tops, block.totals, buffer, turn, load_next)
+        weights = softmax.weights(scaled, tops)
+        totals = [
+            ptx.plus(total, ptx.plus(weights[i // 2 * 4 + i % 2], weights[i // 2 * 4 + 2 + i % 2]))
+            for i, total in enumerate(totals)
+        ]
+        softmax.store_weights(weights, buffer, ptx.to_bfloat16_pair)
+        if load_next is not None:
+            softmax.store_sums(totals, buffer)
+        softmax.publish(buffer)
+        return tops, totals
 
 
-def _sum_values(tasks: Tasks, memory: Memory, counts, ref, out, block) -> None:
-    """The second warpgroup: values times weights, in 8 tiles of 64 value columns."""
-    groups, tiles = tasks.columns // 8, VALUE_DIM // 64
+# ---- the values' warpgroup
 
-    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF))
-    def sum_values(ctx, block, counts, ref, out):
-        base = ptx.shared_address(ref)
-        thread = ptx.bit_and(ptx.thread(), 127)
-        lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
-        in_group = ptx.shift_right(lane, 2)
-        pair = ptx.shift_left(ptx.bit_and(lane, 3), 1)
-        block = ptx.scalar(block)
-        num_tasks = _tasks_of(tasks, block)
 
-        def of_columns(kind: int, row) -> list[ptx.Value]:
-            """This thread's two of every 8 columns of a row of float32."""
-            at = ptx.add(base, kind, ptx.mul(row, 4 * tasks.columns), ptx.shift_left(pair, 2))
-            return [x for j in range(groups) for x in ptx.load_shared_floats(ptx.add(at, 32 * j))]
+@dataclasses.dataclass(frozen=True)
+class _Summer:
+    """A thread of the second warpgroup: values times weights, in 8 tiles of 64 value columns."""
 
-        def by_column(values, factors):
-            return [ptx.times(x, factors[i % (4 * groups) // 4 * 2 + i % 2]) for i, x in enumerate(values)]
+    tasks: Tasks
+    shared: _Shared
+    thread: Thread
+    counts: ptx.Value
+    out: ptx.Value
 
-        def one_task(i, carry):
-            task = ptx.add(block, ptx.mul(i, tasks.grid))
-            blocks = ptx.load_global(ptx.offset(ptx.global_address(counts), task, 4))
+    @staticmethod
+    def of(tasks: Tasks, memory: Memory, counts: ptx.Value, scratch: ptx.Value, out: ptx.Value) -> _Summer:
+        return _Summer(tasks, _Shared.of(memory, scratch), Thread.of(ptx.thread()), counts, out)
 
-            def one_block(b, carry):
-                ring, done = _Ring(memory, *carry[:2]), carry[2]
-                totals, sums = carry[3 : 3 + 2 * groups], carry[3 + 2 * groups :]
-                place, turn = ptx.bit_and(done, 1), ptx.shift_right(done, 1)
-                ptx.barrier_wait(ptx.add(base, memory.ready, ptx.shift_left(place, 3)), ptx.bit_and(turn, 1))
-                ptx.proxy_fence()
-                raised = ptx.load_shared(ptx.add(base, memory.raised, ptx.shift_left(place, 2)))
-                sums = ptx.choose(
-                    ptx.compare("ne", raised, 0), lambda: by_column(sums, of_columns(memory.factors, place)), sums
-                )
-                by_tile = [sums[i : i + 4 * groups] for i in range(0, len(sums), 4 * groups)]
-                weights = ptx.matrix(ptx.add(base, memory.weights, ptx.mul(place, memory.of_weights)))
-                steps = [(j, j * PIECE + 2048 * k, 32 * k) for k in range(4) for j in range(UNIT_PIECES)]
-                emptied = []
-                for unit in range(UNITS):
-                    tiles_of_unit = slice(unit * UNIT_PIECES, (unit + 1) * UNIT_PIECES)
-                    latents = ptx.matrix(ptx.add(ring.unit(base), memory.units))
-                    by_tile[tiles_of_unit] = ptx.multiply(
-                        by_tile[tiles_of_unit], latents, weights, steps, fresh=False, columns=tasks.columns, transposed=True
-                    )
-                    ptx.multiply_commit()
-                    emptied.append(ring.barrier(base, memory.empty))
-                    ring = ring.next()
-                for unit, address in enumerate(emptied):
-                    ptx.multiply_wait(UNITS - 1 - unit)
-                    ptx.barrier_arrive(address)
-                sums = [x for tile in ptx.multiplied(by_tile) for x in tile]
+    @property
+    def groups(self) -> int:
+        return self.tasks.columns // 8
 
-                def add_totals():
-                    by_warp = [of_columns(memory.sums, ptx.add(ptx.shift_left(place, 2), w)) for w in range(4)]
-                    return [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
+    def run(self, block: ptx.Value) -> None:
+        tasks, num_tasks = self.tasks, self.tasks.of_block(block)
+        carry = [*Ring.start(self.shared.memory.ring).carry, ptx.constant(0)]
+        ptx.loop(num_tasks, carry, lambda i, carry: self._task(ptx.add(block, ptx.mul(i, tasks.grid)), carry))
 
-                totals = ptx.choose(ptx.compare("eq", ptx.add(b, 1), blocks), add_totals, totals)
-                ptx.barrier_arrive(ptx.add(base, memory.free, ptx.shift_left(place, 3)))
-                return [*ring.carry, ptx.add(done, 1), *totals, *sums]
+    def _task(self, task: ptx.Value, carry: Values) -> Values:
+        groups = self.groups
+        blocks = ptx.load_global(ptx.offset(ptx.global_address(self.counts), task, 4))
+        zeros = [ptx.number(0.0)] * ((2 + 4 * TILES) * groups)
+        carry = ptx.loop(blocks, [*carry, *zeros], lambda b, carry: self._add_block(b, blocks, carry))
+        totals, sums = carry[3 : 3 + 2 * groups], carry[3 + 2 * groups :]
+        self._store(task, times_by_column(sums, inverses_of(totals)))
+        return carry[:3]
 
-            zeros = [ptx.number(0.0)] * ((2 + 4 * tiles) * groups)
-            carry = ptx.loop(blocks, [*carry, *zeros], one_block)
-            totals, sums = carry[3 : 3 + 2 * groups], carry[3 + 2 * groups :]
-            zero = ptx.number(0.0)
-            inverses = [ptx.either(ptx.above(x, zero), ptx.inverse(x), zero) for x in totals]
-            sums = by_column(sums, inverses)
-            # After a transposition a thread has head lane / 4 of every 8, and two of 8 value columns side by side.
-            to = ptx.offset(ptx.global_address(out), ptx.add(ptx.mul(task, tasks.heads), in_group), 2 * VALUE_DIM)
-            to = ptx.offset(to, ptx.add(ptx.shift_left(warp, 4), pair), 2)
-            for j in range(groups):
-                counts_ = ptx.compare("slt", ptx.add(in_group, 8 * j), tasks.heads)
-                for tile in range(tiles):
-                    for half in range(2):  # rows g and g + 8 of the warp's 16
-                        x, y = sums[4 * (tile * groups + j) + 2 * half :][:2]
-                        word = ptx.transposed_block(ptx.to_bfloat16_pair(x, y))
-                        at = ptx.offset(to, ptx.constant(1), 16 * VALUE_DIM * j + 128 * tile + 16 * half)
-                        ptx.store_global(at, word, counts_)
-            return carry[:3]
+    def _row(self, kind: int, row: ptx.Value) -> Values:
+        """This thread's two of every 8 columns of a row of float32."""
+        at = ptx.add(self.shared.base, kind, ptx.mul(row, 4 * self.tasks.columns), ptx.shift_left(self.thread.column, 2))
+        return [x for j in range(self.groups) for x in ptx.load_shared_floats(ptx.add(at, 32 * j))]
 
-        ptx.loop(num_tasks, [*_start(memory).carry, ptx.constant(0)], one_task)
+    def _add_block(self, number: ptx.Value, blocks: ptx.Value, carry: Values) -> Values:
+        """Adds a block's weighted values to the sums, and after a list's last one reads the sums of weights."""
+        groups, memory, buffers = self.groups, self.shared.memory, self.shared.buffers
+        ring, done = Ring(memory.ring, *carry[:2]), carry[2]
+        totals, sums = carry[3 : 3 + 2 * groups], carry[3 + 2 * groups :]
+        buffer, turn = ptx.bit_and(done, 1), ptx.shift_right(done, 1)
+        ptx.barrier_wait(buffers.p_ready(buffer), ptx.bit_and(turn, 1))
+        ptx.proxy_fence()
+        raised = ptx.load_shared(buffers.raised(buffer))
+        sums = ptx.choose(ptx.compare("ne", raised, 0), lambda: times_by_column(sums, self._row(memory.factors, buffer)), sums)
+        by_tile = [sums[i : i + 4 * groups] for i in range(0, len(sums), 4 * groups)]
+        by_tile, ring = self._multiply(by_tile, ring, buffer)
+        sums = [x for tile in by_tile for x in tile]
 
-    sum_values(block, counts, ref, out)
+        def add_totals():
+            by_warp = [self._row(memory.sums, ptx.add(ptx.shift_left(buffer, 2), w)) for w in range(4)]
+            return [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
+
+        totals = ptx.choose(ptx.compare("eq", ptx.add(number, 1), blocks), add_totals, totals)
+        ptx.barrier_arrive(buffers.p_free(buffer))
+        return [*ring.carry, ptx.add(done, 1), *totals, *sums]
+
+    def _multiply(self, by_tile: list[Values], ring: Ring, buffer: ptx.Value) -> tuple[list[Values], Ring]:
+        """Adds the products of a block's values and weights, and frees its units."""
+        weights = ptx.matrix(self.shared.buffers.weights(buffer))
+        steps = [(j, j * PIECE + 2048 * k, 32 * k) for k in range(4) for j in range(UNIT_PIECES)]
+        emptied = []
+        for unit in range(UNITS):
+            tiles_of_unit = slice(unit * UNIT_PIECES, (unit + 1) * UNIT_PIECES)
+            latents = ptx.matrix(self.shared.unit(ring))
+            by_tile[tiles_of_unit] = ptx.multiply(
+                by_tile[tiles_of_unit], latents, weights, steps, fresh=False, columns=self.tasks.columns, transposed=True
+            )
+            ptx.multiply_commit()
+            emptied.append(self.shared.empty(ring))
+            ring = ring.next()
+        for unit, address in enumerate(emptied):
+            ptx.multiply_wait(UNITS - 1 - unit)
+            ptx.barrier_arrive(address)
+        return ptx.multiplied(by_tile), ring
+
+    def _store(self, task: ptx.Value, sums: Values) -> None:
+        """After a transposition a thread has head lane / 4 of every 8, and two of 8 value columns side by side."""
+        tasks, thread = self.tasks, self.thread
+        to = ptx.offset(ptx.global_address(self.out), ptx.add(ptx.mul(task, tasks.heads), thread.row), 2 * VALUE_DIM)
+        to = ptx.offset(to, ptx.add(ptx.shift_left(thread.warp, 4), thread.column), 2)
+        for j in range(self.groups):
+            counts = ptx.compare("slt", ptx.add(thread.row, 8 * j), tasks.heads)
+            for tile in range(TILES):
+                for half in range(2):  # rows g and g + 8 of the warp's 16
+                    x, y = sums[4 * (tile * self.groups + j) + 2 * half :][:2]
+                    word = ptx.transposed_block(ptx.to_bfloat16_pair(x, y))
+                    at = ptx.offset(to, ptx.constant(1), 16 * VALUE_DIM * j + 128 * tile + 16 * half)
+                    ptx.store_global(at, word, counts)
 
 
 def attend(
@@ -528,21 +528,43 @@ def attend(
     """
     memory = Memory.of(tasks.columns)
 
-    def sparse_mla_few_heads(queries, latents, lists, counts, out, ref):
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF, _REF))
+    def weigh(ctx, block, queries, lists, counts, scratch):
+        _Weigher.of(tasks, memory, scale, ptx.scalar(block), queries, lists, counts, scratch).run()
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF))
+    def sum_values(ctx, block, counts, scratch, out):
+        _Summer.of(tasks, memory, counts, scratch, out).run(ptx.scalar(block))
+
+    @plgpu.inline_mgpu(arg_types=(_SCALAR, _REF, _REF, _REF, _REF))
+    def gather(ctx, block, latents, lists, counts, scratch):
+        _Gatherer.of(tasks, memory, latents, lists, counts, scratch).run(ptx.scalar(block))
+
+    def sparse_mla_few_heads(
+        # Input
+        queries,  # [B * S * H, 576] bfloat16
+        latents,  # [B * T, 576] bfloat16
+        lists,  # [B * S, tasks.blocks * 64] int32
+        counts,  # [B * S] int32
+        # Output
+        out,  # [B * S * H, 512] bfloat16
+        # Scratch and barriers
+        scratch,  # `Memory`
+    ):
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
-        _init_barriers(memory, ref)
+        _init_barriers(memory, scratch)
 
         @pl.when(warpgroup == 0)
         def _():
-            _weigh(tasks, memory, scale, queries, lists, counts, ref, block)
+            weigh(block, queries, lists, counts, scratch)
 
         @pl.when(warpgroup == 1)
         def _():
-            _sum_values(tasks, memory, counts, ref, out, block)
+            sum_values(block, counts, scratch, out)
 
         @pl.when(warpgroup == 2)
         def _():
-            _gather(tasks, memory, latents, lists, counts, ref, block)
+            gather(block, latents, lists, counts, scratch)
 
     kernel = plgpu.kernel(
         sparse_mla_few_heads,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import ptx
-from pallas_kernels.sparse_mla.mosaic_gpu_attention import OWNER_SHIFT, PAIR, Tasks
+from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import OWNER_SHIFT, PAIR, Tasks
 
 WARPGROUPS = 4
 THREADS = 128 * WARPGROUPS

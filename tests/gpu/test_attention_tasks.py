@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
+from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
 from pallas_kernels.sparse_mla import mosaic_gpu_scaled as scaled
+from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import OWNER_SHIFT, PAIR, Tasks
 from tests.support.attention_cases import numpy_attention, relative_error
 
 pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
@@ -48,12 +50,12 @@ def united(lists: np.ndarray, pairs: int) -> tuple[np.ndarray, int]:
     keys, places = np.unique(lists, return_inverse=True)
     owners = np.zeros(len(keys), np.int64)
     np.bitwise_or.at(owners, places.reshape(lists.shape), 1 << np.arange(len(lists))[:, None])
-    entries = np.zeros(pairs * attention.PAIR, np.int32)
-    entries[: len(keys)] = keys | owners << attention.OWNER_SHIFT
-    return entries, -(-len(keys) // attention.PAIR)
+    entries = np.zeros(pairs * PAIR, np.int32)
+    entries[: len(keys)] = keys | owners << OWNER_SHIFT
+    return entries, -(-len(keys) // PAIR)
 
 
-def lists_of(indices: np.ndarray, tasks: attention.Tasks) -> tuple[np.ndarray, np.ndarray | None]:
+def lists_of(indices: np.ndarray, tasks: Tasks) -> tuple[np.ndarray, np.ndarray | None]:
     """Indices [b, s, k] as the kernel takes them: its lists, and how many pairs of key blocks each packed one has."""
     if tasks.packed == 1:
         return indices.reshape(-1, SELECTED), None
@@ -65,20 +67,20 @@ def lists_of(indices: np.ndarray, tasks: attention.Tasks) -> tuple[np.ndarray, n
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
 def test_equals_numpy_and_repeats_itself(launch):
     rng, (b, s, heads) = np.random.default_rng(0), (launch.b, launch.s, launch.heads)
-    queries = rng.normal(size=(b, s, heads, attention.WIDTH)).astype(BF16)
-    latents = rng.normal(size=(b, KEYS, attention.WIDTH)).astype(BF16)
+    queries = rng.normal(size=(b, s, heads, WIDTH)).astype(BF16)
+    latents = rng.normal(size=(b, KEYS, WIDTH)).astype(BF16)
     indices = np.sort(rng.permuted(np.tile(np.arange(KEYS), (b, s, 1)), axis=-1)[..., :SELECTED]).astype(np.int32)
     if launch.packed == 1:  # lists of every length: the kernel visits no more than they have
         indices = np.where(np.arange(SELECTED) < np.resize([SELECTED, 300, 1, 0, 129], (b, s, 1)), indices, -1)
-    pairs = launch.packed * SELECTED // attention.PAIR
-    tasks = attention.Tasks(b, s, heads, KEYS, pairs=pairs, packed=launch.packed, splits=launch.splits)
-    flat = queries.reshape(-1, attention.WIDTH), latents.reshape(-1, attention.WIDTH)
+    pairs = launch.packed * SELECTED // PAIR
+    tasks = Tasks(b, s, heads, KEYS, pairs=pairs, packed=launch.packed, splits=launch.splits)
+    flat = queries.reshape(-1, WIDTH), latents.reshape(-1, WIDTH)
     given = jax.device_put((*flat, *lists_of(indices, tasks)))
 
     run = jax.jit(lambda *given: attention.attend(*given, tasks, scale=SCALE))
     with mock.patch.object(hopper, "NUM_SMS", 2):  # several tasks for each persistent block
         out, again = np.asarray(run(*given)), np.asarray(run(*given))
-    expected = numpy_attention(queries, latents, indices, SCALE, attention.VALUE_DIM)
+    expected = numpy_attention(queries, latents, indices, SCALE, VALUE_DIM)
     np.testing.assert_array_equal(out, again)
     assert relative_error(out.reshape(expected.shape), expected) < 1e-2
 
@@ -89,9 +91,9 @@ def test_equals_numpy_and_repeats_itself(launch):
 def test_latents_in_8_bits(b, s, heads, splits):
     """Several tasks for each persistent block, more key blocks than slots, lists of every length."""
     rng = np.random.default_rng(0)
-    queries = rng.normal(size=(b, s, heads, scaled.WIDTH)).astype(BF16)
-    codes = rng.normal(size=(b, KEYS, scaled.VALUE_DIM)).astype(jnp.float8_e4m3fn)
-    rotary = rng.normal(size=(b, KEYS, scaled.ROTARY)).astype(BF16)
+    queries = rng.normal(size=(b, s, heads, WIDTH)).astype(BF16)
+    codes = rng.normal(size=(b, KEYS, VALUE_DIM)).astype(jnp.float8_e4m3fn)
+    rotary = rng.normal(size=(b, KEYS, ROTARY)).astype(BF16)
     scales = rng.uniform(0.5, 2, (b, KEYS)).astype(np.float32)
     exact = np.concatenate([codes.astype(np.float32), rotary.astype(np.float32)], -1) * scales[..., None]
     indices = np.sort(rng.permuted(np.tile(np.arange(KEYS), (b, s, 1)), axis=-1)[..., :SELECTED]).astype(np.int32)
@@ -100,11 +102,11 @@ def test_latents_in_8_bits(b, s, heads, splits):
     counts = np.maximum(-(-(lists >= 0).sum(-1) // scaled.KEYS), 1).astype(np.int32) if splits == 1 else None
     tasks = scaled.Tasks(b, s, heads, KEYS, SELECTED // scaled.KEYS, splits)
     flat = [x.reshape(b * KEYS, *x.shape[2:]) for x in (codes, rotary, scales)]
-    given = jax.device_put((queries.reshape(-1, scaled.WIDTH), *flat, lists, counts))
+    given = jax.device_put((queries.reshape(-1, WIDTH), *flat, lists, counts))
 
     run = jax.jit(lambda *given: scaled.attend(*given, tasks, scale=SCALE))
     with mock.patch.object(hopper, "NUM_SMS", 2):
         out, again = np.asarray(run(*given)), np.asarray(run(*given))
-    expected = numpy_attention(queries, exact, indices, SCALE, scaled.VALUE_DIM)
+    expected = numpy_attention(queries, exact, indices, SCALE, VALUE_DIM)
     np.testing.assert_array_equal(out, again)
     assert relative_error(out.reshape(expected.shape), expected) < 1e-2

@@ -46,7 +46,7 @@ def test_equal_the_written_out_form_and_repeat_themselves(case):
         found, again = (jax.device_get(run(given, words)) for _ in range(2))
         for name, x in found.items():
             np.testing.assert_array_equal(np.asarray(x), np.asarray(again[name]), err_msg=f"{kind} {name}")
-        assert_close(found, written_out(given, 0.5), 1.2e-2)
+        assert_close(found, written_out(given, 0.5), 1.2e-2, rounded=2e-3)
 
 
 def test_blocks_of_queries_do_not_change_the_divergence(monkeypatch):
@@ -69,4 +69,4 @@ def test_queries_at_any_ascending_positions_see_their_own_keys():
         words = bits.pack(jnp.asarray(indices_of(given.mask)), case.s)
         attend, diverge = (functools.partial(kernel, q_positions=jnp.asarray(queries)) for kernel in kernels)
         found = jax.jit(lambda *given, by=(attend, diverge): computed(*by, *given, 0.5))(given, words)
-        assert_close(found, written_out(given, 0.5), 1.2e-2)
+        assert_close(found, written_out(given, 0.5), 1.2e-2, rounded=2e-3)

@@ -129,11 +129,12 @@ def test_few_heads_whether_or_not_neighbours_share(heads):
 @needs_hopper
 @pytest.mark.parametrize("kind", KINDS)
 def test_unions_hold_every_key_once_with_its_owners(kind):
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
+    from pallas_kernels.sparse_mla import mosaic_gpu_union
+    from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import Tasks
 
     case = Case(2, 50, 20, 70_000, 150)
     indices = selections(case, kind)
-    tasks = mosaic_gpu_attention.Tasks(case.b, case.s, case.h, case.t, pairs=4, packed=3)
+    tasks = Tasks(case.b, case.s, case.h, case.t, pairs=4, packed=3)
     lists, counts = map(np.asarray, mosaic_gpu_union.unite(jnp.asarray(indices.reshape(-1, case.k)), tasks))
     assert_unions(lists, counts, indices, 3, ascending=kind != "scattered")
 

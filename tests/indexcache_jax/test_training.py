@@ -169,7 +169,25 @@ def test_flops_count_what_a_token_needs():
 
     dense = dataclasses.replace(WARMUP, kind="dense")
     assert count(dense) == pytest.approx(3 * model(attended["dense"]))
-    expected = model(attended["dense"]) + 2 * indexer + 3 * 2 * score * attended["dense"]
+    expected = model(attended["dense"]) + 2 * indexer + 3 * score * attended["dense"]
     assert count(WARMUP) == pytest.approx(expected)
-    expected = 3 * model(attended["sparse"]) + 2 * indexer + 3 * 2 * score * attended["sparse"] + score * attended["dense"]
+    expected = 3 * model(attended["sparse"]) + 2 * indexer + 3 * score * attended["sparse"] + score * attended["dense"]
     assert count(SPARSE) == pytest.approx(expected)
+
+
+def test_neighbours_are_drawn_together_by_the_gradient_of_their_differences():
+    weights = jax.random.normal(jax.random.key(0), (4, 3, 2))
+    decay = training.neighbour_decay(0.6)
+    found, _ = decay.update({"w": jnp.ones_like(weights)}, decay.init({"w": weights}), {"w": weights})
+    expected = jax.grad(lambda w: 0.6 / 4 * jnp.sum((w[1:] - w[:-1]) ** 2))(weights)
+    np.testing.assert_allclose(found["w"], 1 + expected, rtol=1e-5, atol=1e-6)
+
+
+def test_neighbour_decay_is_of_matrices_that_attend():
+    drawn = dataclasses.replace(SPARSE, neighbour_decay=100.0)
+    (alone, _, _), (together, _, _) = (take_steps(stage, batches(SPARSE, 2)) for stage in (SPARSE, drawn))
+    matrices = {f".attention.{name}" for name in ("q_down", "q_up", "kv_down", "k_up", "v_up", "out")}
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), alone, together)
+    assert {jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal} == matrices
+    apart = [float(jnp.linalg.norm(jnp.diff(p.attention.q_down, axis=0))) for p in (CASE.params, alone, together)]
+    assert apart[2] < 0.95 * apart[1] and abs(apart[1] / apart[0] - 1) < 0.02

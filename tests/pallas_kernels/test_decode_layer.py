@@ -19,7 +19,7 @@ from indexcache_jax.serving import layer as layers
 from pallas_kernels import hopper, quant
 from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts
 from pallas_kernels.hopper import ptx
-from tests.support import ptx_emulator
+from tests.support.emulated import lockstep
 from tests.support.serving_cases import in_codes
 
 SMALL = dict(
@@ -70,7 +70,7 @@ def emulated_kernel_call(monkeypatch):
         def of_block(addresses, block, shared):
             return stages(addresses, mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared))
 
-        ptx_emulator.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
+        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
         made = {n: jnp.asarray(arrays[n].view(kind).reshape(shape)) for n, (shape, kind) in shapes.items()}
         for n, reference in references.items():
             reference.value = made[n]
@@ -339,7 +339,7 @@ def codes_times_vector(monkeypatch, matrix, vector):
         thread, memory = mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared)
         return [ProductOfCodes(a, thread, memory, rows, width)]
 
-    ptx_emulator.run_grid(monkeypatch, arrays, 3, mosaic_gpu_parts.THREADS, sizes.used, of_block)
+    lockstep.run_grid(monkeypatch, arrays, 3, mosaic_gpu_parts.THREADS, sizes.used, of_block)
     return out.view(np.float32)
 
 

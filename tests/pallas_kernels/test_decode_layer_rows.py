@@ -19,7 +19,7 @@ from indexcache_jax.serving import CacheFormat, fused, init_cache
 from indexcache_jax.serving.cache import append
 from indexcache_jax.serving.weights import abstract
 from pallas_kernels.decode_layer import arrays, mosaic_gpu_parts, mosaic_gpu_rows
-from tests.support import ptx_emulator
+from tests.support.emulated import lockstep
 
 CONFIG = Config.from_hf(preset("30b") | {"num_hidden_layers": 1, "q_lora_rank": 96, "index_n_heads": 4, "hidden_size": 64})
 MAX_LEN = 6
@@ -40,7 +40,7 @@ def emulated(monkeypatch, product, layer):
         row = mosaic_gpu_rows.Row(p, a, thread, mosaic_gpu_parts.SharedMemory(shared))
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=row.run)]
 
-    ptx_emulator.run_grid(monkeypatch, words, rows, mosaic_gpu_parts.THREADS, counted.used, stages)
+    lockstep.run_grid(monkeypatch, words, rows, mosaic_gpu_parts.THREADS, counted.used, stages)
     made = {n: jnp.asarray(words[n].view(x.dtype).reshape(x.shape)) for n, x in given.items()}
     caches = {n: made[n] for n in layer.caches()}
     return made["q_latents"], arrays.latents_of(caches), caches.get("index_keys"), caches.get("index_scales")
@@ -105,7 +105,7 @@ def test_queries_are_absorbed_and_rotated_as_in_xla(monkeypatch, rows):
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
 
     blocks = heads * mosaic_gpu_rows.ABSORB_BLOCKS
-    ptx_emulator.run_grid(monkeypatch, words, blocks, mosaic_gpu_rows.ABSORB_THREADS, 4, stages)
+    lockstep.run_grid(monkeypatch, words, blocks, mosaic_gpu_rows.ABSORB_THREADS, 4, stages)
     ours = words["queries"].view(ml_dtypes.bfloat16).reshape(out.shape)
     parts = product.reshape(rows, 1, heads, -1)
     exact = jnp.einsum("bshn,hcn->bshc", parts[..., :nope], k_up, preferred_element_type=jnp.float32)

@@ -8,7 +8,8 @@ import pytest
 from pallas_kernels import indexer_topk, select_topk
 from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, reference, triton
 from tests.support import indexer_topk_properties as properties
-from tests.support.emulated_words import Machine
+from tests.support.emulated.lockstep import GARBAGE, Block, take_turn
+from tests.support.emulated.registers import PURE, arrays, of_registers, put_in_place, registers
 
 FORMATS = list(properties.FORMATS)
 
@@ -133,7 +134,7 @@ def test_default_units_of_the_scores_kernel_fit_a_multiprocessor(queries, heads)
 # ---- the Hopper selection, its program run on NumPy
 
 
-def _emulate(scores, maxima, visible, k, config, machine=Machine):
+def _emulate(scores, maxima, visible, k, config, kind=Block):
     """scores [rows, T'], maxima [rows, T' / 16] or None, visible [rows] -> positions [rows, k] and races seen."""
     rows, width = scores.shape
     problem = mosaic_gpu_select.Problem(
@@ -148,14 +149,19 @@ def _emulate(scores, maxima, visible, k, config, machine=Machine):
         config=config,
     )
     out = np.full((rows, k), -7, np.int32)
-    arrays = [scores, visible - 1, np.full(rows, width, np.int32), out, scores if maxima is None else maxima]
+    lengths = np.full(rows, width, np.int32)
+    arrays = [scores, scores if maxima is None else maxima, np.asarray(visible - 1, np.int32), lengths, out]
     races = 0
     for row in range(rows):
-        m = machine(config.threads, problem.row_bytes, arrays)
-        scores_at, positions_at, lengths_at, out_at, maxima_at = m.addresses()
-        addresses = mosaic_gpu_select.Arrays(scores_at, maxima_at, positions_at, lengths_at, out_at)
-        mosaic_gpu_select.select_rows(m, problem, m.word(row), addresses, m.word(0))
-        races += m.races
+        block, shared = kind(config.threads), np.full(-(-problem.row_bytes // 4), GARBAGE, np.int32)
+        block.count_races(shared)
+
+        def program(block=block, row=row, shared=shared):
+            addresses = mosaic_gpu_select.Arrays(*(registers(block.address(array)) for array in arrays))
+            mosaic_gpu_select.select_rows(problem, registers(block.spread(row)), addresses, registers(block.address(shared)))
+
+        take_turn(pytest.MonkeyPatch(), block, program)
+        races += block.races
     return out, races
 
 
@@ -242,8 +248,8 @@ def test_rows_longer_than_shared_memory_are_emulated_too():
 
 
 def test_the_emulator_sees_a_missing_barrier():
-    class WithoutBarriers(Machine):
-        def barrier(self, number, threads):
+    class WithoutBarriers(Block):
+        def barrier_aligned(self, identity, threads):
             pass
 
     scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)
@@ -251,8 +257,8 @@ def test_the_emulator_sees_a_missing_barrier():
 
 
 def test_the_emulator_sees_a_copy_that_is_not_awaited():
-    class WithoutWaiting(Machine):
-        def await_copies(self, groups):
+    class WithoutWaiting(Block):
+        def copies_done(self, pending=None):
             pass
 
     scores = np.random.default_rng(1).standard_normal((1, 1024)).astype(np.float32)
@@ -303,22 +309,17 @@ def test_interpreted_triton_selection():
 @pytest.mark.parametrize("heads", [8, 32, 64])
 def test_head_sums_of_hoppers_tiles_have_one_order_whatever_the_number_of_queries(heads, monkeypatch):
     """The epilogue of a warp, on arrays of its 32 lanes, where wgmma puts 16 keys and the columns of 1, 2 and 4 queries."""
-    from pallas_kernels.indexer_topk import mosaic_gpu_scores as kernel
+    from pallas_kernels.indexer_topk import mosaic_gpu_scores_epilogue as epilogue
 
     lanes = np.arange(32)
-    numpy = types.SimpleNamespace(
-        andi=np.bitwise_and,
-        shrui=np.right_shift,
-        select=np.where,
-        cmpi=lambda predicate, a, b: predicate(a, b),
-        CmpIPredicate=types.SimpleNamespace(ne=np.not_equal),
-    )
-    monkeypatch.setattr(kernel, "arith", numpy)
-    monkeypatch.setattr(kernel, "_i32", int)
-    monkeypatch.setattr(kernel, "_element", lambda x, i: x[i])
-    monkeypatch.setattr(kernel, "_relu", lambda x, saturate: np.maximum(x, 0))
-    monkeypatch.setattr(kernel, "fragmented_array", types.SimpleNamespace(mulf=np.multiply, addf=np.add))
-    monkeypatch.setattr(kernel, "utils", types.SimpleNamespace(shfl_bfly=lambda x, distance: x[lanes ^ distance]))
+    put_in_place(monkeypatch, {name: of_registers(word) for name, word in PURE.items()})
+    monkeypatch.setattr(epilogue.ptx, "constant", lambda value: registers(np.full(32, value)))
+    monkeypatch.setattr(epilogue, "element", lambda x, i: x[i])
+    monkeypatch.setattr(epilogue, "relu", lambda x, saturate: np.maximum(x, 0))
+    operators = {"mulf": of_registers(np.multiply), "addf": of_registers(np.add)}
+    monkeypatch.setattr(epilogue, "fragmented_array", types.SimpleNamespace(**operators))
+    shuffle = of_registers(lambda x, distance: x[lanes ^ distance])
+    monkeypatch.setattr(epilogue, "utils", types.SimpleNamespace(shfl_bfly=shuffle))
 
     rng = np.random.default_rng(0)
     products = rng.standard_normal((4, heads, 16)).astype(np.float32)
@@ -330,19 +331,21 @@ def test_head_sums_of_hoppers_tiles_have_one_order_whatever_the_number_of_querie
         found = np.full((4, 16), np.nan, np.float32)
         for first in range(0, 4, queries):
             tile = slice(first, first + queries)
-            by_column = np.asarray(kernel._in_columns(products[None, tile], queries))[0]
-            weight = np.asarray(kernel._in_columns(weights[None, tile], queries))[0]
+            by_column = np.asarray(epilogue.in_columns(products[None, tile], queries))[0]
+            weight = np.asarray(epilogue.in_columns(weights[None, tile], queries))[0]
             acc, of_columns = np.empty((queries * heads // 8, 2), object), np.empty(queries * heads // 8, object)
             for i in range(len(acc)):
                 columns = [8 * i + 2 * (lanes % 4) + e for e in range(2)]
                 of_columns[i] = [weight[c] for c in columns]
                 for half in range(2):
                     acc[i, half] = [by_column[c, lanes // 4 + 8 * half] for c in columns]
-            registers = types.SimpleNamespace(shape=(64, queries * heads), registers=acc)
-            sums = kernel._sums_of_lane(registers, types.SimpleNamespace(registers=of_columns), queries, False, lanes)
-            place = kernel._Place(queries)
+            tile_of_64 = types.SimpleNamespace(shape=(64, queries * heads), registers=acc)
+            of_tile = types.SimpleNamespace(registers=of_columns)
+            sums = epilogue.sums_of_lane(tile_of_64, of_tile, queries, False, registers(lanes))
+            place = epilogue.Place(queries)
+            query, half = arrays(place.query(registers(lanes))), arrays(place.half(registers(lanes)))
             for i, x in enumerate(sums):
-                found[first + place.query(lanes), lanes // 4 + 8 * (place.half(lanes) + i)] = x
+                found[first + query, lanes // 4 + 8 * (half + i)] = arrays(x)
         return found
 
     alone = scores(1)

@@ -10,8 +10,8 @@ import pytest
 
 from pallas_kernels import hopper, quant
 from pallas_kernels.sparse_mla import mosaic_gpu
-from tests.support import warpgroup_emulator
 from tests.support.attention_cases import Case, inputs, numpy_attention, relative_error, selections
+from tests.support.emulated import warpgroups
 
 kernel = pytest.importorskip("pallas_kernels.sparse_mla.mosaic_gpu_scaled")
 pytestmark = pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
@@ -30,7 +30,7 @@ def emulated(monkeypatch, queries, latents, indices, *, splits=1, seed=0, num_sm
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)
         flat = np.asarray(queries).reshape(-1, width), *parts, lists, counts
-        out = warpgroup_emulator.run(patch, kernel, kernel.attend, *flat, tasks, scale=SCALE, seed=seed)
+        out = warpgroups.run(patch, kernel, kernel.attend, *flat, tasks, scale=SCALE, seed=seed)
     return np.asarray(out, np.float32).reshape(b, s, h, -1)
 
 
@@ -111,7 +111,7 @@ def test_queries_are_sums_of_two_codes_exactly():
     words = [x.astype(np.int64) for x in numbers.view(np.int32).reshape(128 // 2, 4).T]
     high, low = (
         np.stack(x, 1).astype(np.int32).view(jnp.float8_e4m3fn)
-        for x in warpgroup_emulator.PURE["to_e4m3_sum"](words, np.ones(64, np.float32))
+        for x in warpgroups.PURE["to_e4m3_sum"](words, np.ones(64, np.float32))
     )
     np.testing.assert_array_equal((high.astype(np.float32) + low.astype(np.float32)).reshape(-1), numbers.astype(np.float32))
 

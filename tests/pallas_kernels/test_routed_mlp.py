@@ -11,7 +11,7 @@ from pallas_kernels import hopper, quant
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.routed_mlp import api, mosaic_gpu, reference
 from pallas_kernels.routing import reference as routing
-from tests.support import ptx_emulator
+from tests.support.emulated import lockstep
 
 HIDDEN, WIDTH, EXPERTS, CHOICES = 640, 384, 8, 2
 
@@ -35,7 +35,7 @@ def emulated(monkeypatch):
             return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=program.run)]
 
         memory = mosaic_gpu._shared_bytes(sizes, kernel, in_flight)
-        ptx_emulator.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, memory, stages)
+        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, memory, stages)
         return jnp.asarray(arrays[result].view(like.dtype).reshape(like.shape))
 
     monkeypatch.setattr(mosaic_gpu, "_call", call)

@@ -11,7 +11,7 @@ from indexcache_jax import moe
 from pallas_kernels import hopper
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.routing import api, mosaic_gpu, reference
-from tests.support import ptx_emulator
+from tests.support.emulated import lockstep
 
 
 def emulated(monkeypatch, logits, bias, **options):
@@ -28,7 +28,7 @@ def emulated(monkeypatch, logits, bias, **options):
         program = mosaic_gpu.Program(p, a, parts.Thread.current(block), parts.SharedMemory(shared))
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=program.run)]
 
-    ptx_emulator.run_grid(monkeypatch, arrays, 1, parts.THREADS, counted.used, stages)
+    lockstep.run_grid(monkeypatch, arrays, 1, parts.THREADS, counted.used, stages)
     return {n: arrays[n].view(out.dtype).reshape(out.shape) for n, out in outs.items()}
 
 

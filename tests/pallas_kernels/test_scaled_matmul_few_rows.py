@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import hopper, quant
 from pallas_kernels.scaled_matmul import mosaic_gpu_few_rows as few_rows
-from tests.support import ptx_emulator
+from tests.support.emulated import lockstep
 
 
 def emulated(monkeypatch, rows, matrix, cluster):
@@ -30,7 +30,7 @@ def emulated(monkeypatch, rows, matrix, cluster):
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=part) for part in parts]
 
     blocks = split.tiles * cluster
-    ptx_emulator.run_grid(monkeypatch, arrays, blocks, few_rows.THREADS, split.shared_bytes, stages, cluster)
+    lockstep.run_grid(monkeypatch, arrays, blocks, few_rows.THREADS, split.shared_bytes, stages, cluster)
     return arrays["out"].view(ml_dtypes.bfloat16)[: out.size].reshape(out.shape)
 
 

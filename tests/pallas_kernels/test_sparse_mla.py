@@ -8,9 +8,10 @@ import pytest
 
 from pallas_kernels import hopper, quant, sparse_mla
 from pallas_kernels.hopper import ptx
+from pallas_kernels.softmax import START
 from pallas_kernels.sparse_mla import gradient, mosaic_gpu, reference, triton
-from tests.support import ptx_emulator, warpgroup_emulator
 from tests.support.attention_cases import Case, assert_unions, inputs, numpy_attention, numpy_lse, relative_error, selections
+from tests.support.emulated import lockstep, warpgroups
 from tests.support.interpreted_products import multiply_plainly
 
 SCALE = 0.11
@@ -313,28 +314,30 @@ def test_blocks_to_visit_end_with_the_last_index():
 
 def test_tasks_that_cannot_be_launched():
     from pallas_kernels.sparse_mla import mosaic_gpu_attention as kernel
+    from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import Tasks
 
     with pytest.raises(ValueError, match="more than 64 heads must be a multiple of 64, not 65"):
-        kernel.Tasks(1, 1, 65, 1000, pairs=1)
+        Tasks(1, 1, 65, 1000, pairs=1)
     with pytest.raises(ValueError, match="4 queries of 20 heads do not fit a tile"):
-        kernel.Tasks(1, 4, 20, 1000, pairs=1, packed=4)
+        Tasks(1, 4, 20, 1000, pairs=1, packed=4)
     with pytest.raises(ValueError, match="lists of 3 queries are not split, here into 2"):
-        kernel.Tasks(1, 3, 20, 1000, pairs=2, packed=3, splits=2)
+        Tasks(1, 3, 20, 1000, pairs=2, packed=3, splits=2)
     with pytest.raises(ValueError, match="packed lists have counts and others do not: 3 queries a tile, counts None"):
-        kernel.attend(None, None, None, None, kernel.Tasks(1, 3, 20, 1000, pairs=2, packed=3), scale=1.0)
+        kernel.attend(None, None, None, None, Tasks(1, 3, 20, 1000, pairs=2, packed=3), scale=1.0)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys, packed", [(300, 2), (20_000, 3), (40_000, 7)])
 def test_unions_hold_every_key_with_its_owners(kind, keys, packed, monkeypatch):
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention, mosaic_gpu_union
+    from pallas_kernels.sparse_mla import mosaic_gpu_union
+    from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import Tasks
 
     case = Case(2, 2 * packed - 1, 64 // packed, keys, 150)
     indices = selections(case, kind)
-    tasks = mosaic_gpu_attention.Tasks(case.b, case.s, case.h, case.t, pairs=-(-packed * case.k // 128), packed=packed)
+    tasks = Tasks(case.b, case.s, case.h, case.t, pairs=-(-packed * case.k // 128), packed=packed)
     rows = indices.reshape(-1, case.k)
-    lists, counts = ptx_emulator.run(monkeypatch, mosaic_gpu_union, mosaic_gpu_union.unite, rows, tasks)
+    lists, counts = lockstep.run(monkeypatch, mosaic_gpu_union, mosaic_gpu_union.unite, rows, tasks)
     assert_unions(lists, counts, indices, packed, ascending=kind != "scattered")
 
 
@@ -345,7 +348,7 @@ def unions_pay_emulated(monkeypatch, indices, heads, keys, packed):
 
     def emulated(lists, tasks):
         with monkeypatch.context() as patch:
-            return ptx_emulator.run(patch, mosaic_gpu_union, unite, np.asarray(lists), tasks)
+            return lockstep.run(patch, mosaic_gpu_union, unite, np.asarray(lists), tasks)
 
     with monkeypatch.context() as patch:
         patch.setattr(mosaic_gpu_union, "unite", emulated)
@@ -405,7 +408,7 @@ def few_heads_emulated(monkeypatch, queries, latents, indices, seed, num_sms=2):
     flat = np.asarray(queries).reshape(-1, width), np.asarray(latents).reshape(-1, width), lists, counts
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)
-        out = warpgroup_emulator.run(patch, few, few.attend, *flat, tasks, scale=SCALE, seed=seed)
+        out = warpgroups.run(patch, few, few.attend, *flat, tasks, scale=SCALE, seed=seed)
     return out.reshape(b, s, h, -1)
 
 
@@ -451,13 +454,13 @@ def tiled(rows):
 
 def query_tile_emulated(monkeypatch, queries, row, rows, through_registers, seed):
     """What the query tile of a block holds once it was waited for, both halves and the rotary columns."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention_rows as attention
 
     def body(queries, out, columns, rotary, barriers):
-        attention._init_barriers(barriers)
+        attention.init_barriers(barriers)
         warpgroup = jax.lax.axis_index("warpgroup")
-        attention._load_queries(queries, columns, rotary, row, rows, warpgroup, through_registers=through_registers)
-        attention._await_queries(barriers, 0)
+        attention.load_queries(queries, columns, rotary, row, rows, warpgroup, through_registers=through_registers)
+        attention.await_queries(barriers, 0)
         everywhere = ptx.compare("sge", ptx.thread(), 0)
         for i in range(18):
             at = 16 * ptx.thread() + 4096 * i
@@ -470,12 +473,12 @@ def query_tile_emulated(monkeypatch, queries, row, rows, through_registers, seed
         return plgpu.kernel(
             body,
             out_type=jax.ShapeDtypeStruct((64 * 576,), jnp.bfloat16),
-            scratch_types=(*tile, plgpu.SMEM((attention.BARRIER_WORDS,), jnp.uint32)),
+            scratch_types=(*tile, plgpu.SMEM((attention.Barriers.WORDS,), jnp.uint32)),
             grid=(1,),
             num_threads=2,
         )(queries)
 
-    return warpgroup_emulator.run(monkeypatch, attention, load, queries, seed=seed)
+    return warpgroups.run(monkeypatch, attention, load, queries, seed=seed)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
@@ -493,14 +496,14 @@ def test_a_query_tile_holds_its_rows_and_zeros_emulated(row, rows, through_regis
 
 def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
     """What clusters make of their blocks' results [clusters, splits, 2, 64, 256], stored where queries were loaded before."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+    from pallas_kernels.sparse_mla import mosaic_gpu_attention_rows as attention
 
     def body(queries, parts, logs, out, columns, rotary, sums, barriers):
         cluster, split, warpgroup = map(jax.lax.axis_index, ("block", "split", "warpgroup"))
-        attention._init_barriers(barriers)
+        attention.init_barriers(barriers)
         row = cluster * tasks.heads
-        attention._load_queries(queries, columns, rotary, row, tasks.heads, warpgroup, through_registers=True)
-        attention._await_queries(barriers, 0)
+        attention.load_queries(queries, columns, rotary, row, tasks.heads, warpgroup, through_registers=True)
+        attention.await_queries(barriers, 0)
         ptx.block_barrier()
         thread, task = ptx.thread(), ptx.constant(cluster * tasks.splits + split)
         for i in range(16):
@@ -510,7 +513,7 @@ def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
         with ptx.when(ptx.compare("slt", thread, 64)):
             log = ptx.load_global(ptx.add(ptx.offset(ptx.global_address(logs), task, 256), 4 * thread))
             ptx.store_shared(ptx.add(ptx.shared_address(sums), 4 * thread), log)
-        attention._combine(columns, sums, out, tasks, row, tasks.heads, split, warpgroup)
+        attention.combine(columns, sums, out, tasks, row, tasks.heads, split, warpgroup)
 
     def combine(*arrays):
         plgpu = attention.plgpu
@@ -518,7 +521,7 @@ def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
         return plgpu.kernel(
             body,
             out_type=jax.ShapeDtypeStruct((tasks.rows, 512), jnp.bfloat16),
-            scratch_types=(*tile, plgpu.SMEM((64,), jnp.float32), plgpu.SMEM((attention.BARRIER_WORDS,), jnp.uint32)),
+            scratch_types=(*tile, plgpu.SMEM((64,), jnp.float32), plgpu.SMEM((attention.Barriers.WORDS,), jnp.uint32)),
             grid=(tasks.batch,),
             cluster=(tasks.splits,),
             cluster_names=("split",),
@@ -526,21 +529,21 @@ def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
         )(*arrays)
 
     images = np.stack([tiled(half) for half in parts.reshape(-1, 64, 256)])
-    return warpgroup_emulator.run(monkeypatch, attention, combine, queries, images, logs, seed=seed)
+    return warpgroups.run(monkeypatch, attention, combine, queries, images, logs, seed=seed)
 
 
 @pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 @pytest.mark.parametrize("heads, splits", [(64, 2), (64, 8), (20, 8), (20, 3), (5, 4)])
 def test_a_cluster_combines_what_it_stored_in_the_query_tiles_place_emulated(heads, splits, monkeypatch):
     """Every row that counts, of blocks with and without keys, and none of the others."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
+    from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import Tasks
 
     rng = np.random.default_rng(0)
-    tasks = attention.Tasks(2, 1, heads, 1000, pairs=splits, splits=splits)
+    tasks = Tasks(2, 1, heads, 1000, pairs=splits, splits=splits)
     queries = rng.normal(size=(tasks.rows, 576)).astype(jnp.bfloat16)
     parts = rng.normal(size=(tasks.batch, splits, 2, 64, 256)).astype(jnp.bfloat16)
     logs = 3 * rng.normal(size=(tasks.batch, splits, 64)).astype(np.float32)
-    parts[:, -1, :, 1::2], logs[:, -1, 1::2] = 0, attention.START
+    parts[:, -1, :, 1::2], logs[:, -1, 1::2] = 0, START
     weights = np.exp2(logs - logs.max(1, keepdims=True))
     weights /= weights.sum(1, keepdims=True)
     expected = np.einsum("bsr,bshrc->brhc", weights, parts.astype(np.float32))[:, :heads].reshape(tasks.rows, 512)

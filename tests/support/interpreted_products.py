@@ -14,11 +14,25 @@ def _product(a: Any, b: Any, *_: int) -> jax.Array:
     return jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32), precision="highest")
 
 
+def _fold_products(pairs: list[tuple[Any, Any]], fold: Any, start: jax.Array, *_: int) -> jax.Array:
+    for i, (a, b) in enumerate(pairs):
+        start = fold(start, _product(a, b), i)
+    return start
+
+
+def _add_chained(total: jax.Array, pairs: list[tuple[Any, Any]], between: Any, seconds: list[Any], *_: int) -> jax.Array:
+    for i, ((a, b), second) in enumerate(zip(pairs, seconds, strict=True)):
+        total = total + _product(between(_product(a, b), i), second)
+    return total
+
+
 PLAIN = {
     "product": _product,
-    "products": lambda first, second, *_: (_product(*first), _product(*second)),
+    "products": lambda first, second, use, *_: (use(_product(*first)), _product(*second)),
     "add_product": lambda total, a, b: total + _product(a, b),
     "add_products": lambda totals, first, second: (totals[0] + _product(*first), totals[1] + _product(*second)),
+    "fold_products": _fold_products,
+    "add_chained": _add_chained,
 }
 
 

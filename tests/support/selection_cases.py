@@ -110,7 +110,7 @@ def written_out(given: Inputs, cotangent: float) -> dict[str, jax.Array]:
 
     out, pull = jax.vjp(attend, *attention)
     kl, pull_index = jax.vjp(diverge, *index)
-    found = {"out": out, "lse": lse, "kl": kl}
+    found = {"out": out, "lse": lse, "kl": kl, "target": p}
     found |= dict(zip(("dq", "dk", "dv"), pull(_float32(given.out_grad)), strict=True))
     return found | dict(zip(("index dq", "index dk", "dw"), pull_index(jnp.float32(cotangent)), strict=True))
 
@@ -125,9 +125,29 @@ def computed(attend: Any, diverge: Any, given: Inputs, words: jax.Array, cotange
     return found | dict(zip(("index dq", "index dk", "dw"), pull_index(jnp.float32(cotangent)), strict=True))
 
 
-def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: float, exact: float = 1e-4) -> None:
-    """Relative to the largest number of each; `exact` for the sums, which are float32 in every implementation."""
-    for name, b in expected.items():
-        a, b = np.asarray(found[name], np.float32), np.asarray(b, np.float32)
-        bound = exact if name in ("lse", "kl") else tolerance
-        assert np.abs(a - b).max() <= bound * np.abs(b).max() + 1e-6, (name, np.abs(a - b).max(), np.abs(b).max())
+def computed_by_parts(
+    denominators: Any, add_target: Any, miss: Any, given: Inputs, words: jax.Array, cotangent: float
+) -> dict[str, jax.Array]:
+    """The divergence of denominators, targets of two layers that are the same one, and what index scores miss of their sum."""
+    q, k, _ = given.attention
+    lse = denominators(q, k, words)
+    nothing = jnp.zeros((q.shape[0], q.shape[1], k.shape[1]), jnp.float32)
+    total, _ = add_target(nothing, q, k, lse, words, share=0.25)
+    total, entropy = add_target(total, q, k, lse, words, share=jnp.float32(0.75))
+    missed, pull = jax.vjp(lambda *index: miss(*index, total, words), *given.index)
+    found = {"lse": lse, "target": total, "kl": missed - jnp.sum(entropy)}
+    return found | dict(zip(("index dq", "index dk", "dw"), pull(jnp.float32(cotangent)), strict=True))
+
+
+def assert_close(
+    found: dict[str, Any], expected: dict[str, Any], tolerance: float, exact: float = 1e-4, rounded: float | None = None
+) -> None:
+    """Relative to the largest number of each; `exact` for the sums, which are float32 in every implementation.
+
+    rounded: for the divergence, where targets are rounded to bfloat16 before it is taken.
+    """
+    bounds = {"lse": exact, "kl": exact if rounded is None else rounded}
+    for name in found:
+        a, b = np.asarray(found[name], np.float32), np.asarray(expected[name], np.float32)
+        bound = bounds.get(name, tolerance) * np.abs(b).max() + 1e-6
+        assert np.abs(a - b).max() <= bound, (name, np.abs(a - b).max(), np.abs(b).max())

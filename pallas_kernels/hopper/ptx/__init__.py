@@ -4,55 +4,34 @@ The modules are the ISA's families of instructions; all their names are here.
 """
 
 from pallas_kernels.hopper.ptx.arithmetic import (
-    above as above,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    add as add,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
     add_dot as add_dot,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     add_multiples as add_multiples,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    bit_and as bit_and,
+    as_number as as_number,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    bit_or as bit_or,
+    count_at_least as count_at_least,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    bit_xor as bit_xor,
+    div_full as div_full,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    both as both,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    compare as compare,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    div as div,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    divide_as_xla as divide_as_xla,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    divide_floats as divide_floats,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    either as either,
+    div_rn as div_rn,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     exp2 as exp2,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    inverse as inverse,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    larger as larger,
+    fma as fma,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     larger_magnitudes as larger_magnitudes,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
+    leading_zeros as leading_zeros,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     log2 as log2,
@@ -61,28 +40,34 @@ from pallas_kernels.hopper.ptx.arithmetic import (
     lowest_bit as lowest_bit,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    maximum as maximum,
+    max_f32 as max_f32,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    maximum_floats as maximum_floats,
+    max_nan_f32 as max_nan_f32,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    minimum as minimum,
+    max_s32 as max_s32,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    minus as minus,
+    max_u32 as max_u32,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    mul as mul,
+    maxnum_f32 as maxnum_f32,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    plus as plus,
+    min_s32 as min_s32,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
+    min_u32 as min_u32,
+)
+from pallas_kernels.hopper.ptx.arithmetic import (
+    number_or_lowest as number_or_lowest,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     population as population,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    rem as rem,
+    rcp as rcp,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
     rsqrt as rsqrt,
@@ -91,22 +76,13 @@ from pallas_kernels.hopper.ptx.arithmetic import (
     select as select,
 )
 from pallas_kernels.hopper.ptx.arithmetic import (
-    shift_left as shift_left,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    shift_right as shift_right,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    sub as sub,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    times as times,
-)
-from pallas_kernels.hopper.ptx.arithmetic import (
-    times_plus as times_plus,
+    total as total,
 )
 from pallas_kernels.hopper.ptx.barriers import (
     barrier as barrier,
+)
+from pallas_kernels.hopper.ptx.barriers import (
+    barrier_aligned as barrier_aligned,
 )
 from pallas_kernels.hopper.ptx.barriers import (
     barrier_any as barrier_any,
@@ -145,10 +121,16 @@ from pallas_kernels.hopper.ptx.barriers import (
     proxy_fence as proxy_fence,
 )
 from pallas_kernels.hopper.ptx.control import (
+    branch as branch,
+)
+from pallas_kernels.hopper.ptx.control import (
     choose as choose,
 )
 from pallas_kernels.hopper.ptx.control import (
     loop as loop,
+)
+from pallas_kernels.hopper.ptx.control import (
+    repeat as repeat,
 )
 from pallas_kernels.hopper.ptx.control import (
     when as when,
@@ -199,6 +181,9 @@ from pallas_kernels.hopper.ptx.copies import (
     copy_async as copy_async,
 )
 from pallas_kernels.hopper.ptx.copies import (
+    copy_async_where as copy_async_where,
+)
+from pallas_kernels.hopper.ptx.copies import (
     copy_async_word as copy_async_word,
 )
 from pallas_kernels.hopper.ptx.copies import (
@@ -208,10 +193,13 @@ from pallas_kernels.hopper.ptx.copies import (
     prefetch_line as prefetch_line,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
+    append_at_least as append_at_least,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
     global_address as global_address,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
-    load_float_or_zero as load_float_or_zero,
+    increment_shared as increment_shared,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
     load_fresh as load_fresh,
@@ -229,6 +217,18 @@ from pallas_kernels.hopper.ptx.ld_st import (
     load_global_float as load_global_float,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
+    load_global_float_or_zero as load_global_float_or_zero,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
+    load_global_floats_or_nan as load_global_floats_or_nan,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
+    load_global_words as load_global_words,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
+    load_global_words_or_zeros as load_global_words_or_zeros,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
     load_peer_float as load_peer_float,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
@@ -244,13 +244,13 @@ from pallas_kernels.hopper.ptx.ld_st import (
     load_shared_floats as load_shared_floats,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
+    load_shared_pair as load_shared_pair,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
+    load_shared_short as load_shared_short,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
     load_shared_words as load_shared_words,
-)
-from pallas_kernels.hopper.ptx.ld_st import (
-    load_words as load_words,
-)
-from pallas_kernels.hopper.ptx.ld_st import (
-    load_words_or_zeros as load_words_or_zeros,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
     offset as offset,
@@ -286,13 +286,124 @@ from pallas_kernels.hopper.ptx.ld_st import (
     store_shared_products as store_shared_products,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
+    store_shared_short as store_shared_short,
+)
+from pallas_kernels.hopper.ptx.ld_st import (
     store_shared_words as store_shared_words,
 )
 from pallas_kernels.hopper.ptx.ld_st import (
     store_shared_zeros as store_shared_zeros,
 )
+from pallas_kernels.hopper.ptx.old_names import (
+    above as above,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    add as add,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    approximate_inverse as approximate_inverse,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    bit_and as bit_and,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    bit_or as bit_or,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    bit_xor as bit_xor,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    both as both,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    compare as compare,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    div as div,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    divide_as_xla as divide_as_xla,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    divide_floats as divide_floats,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    either as either,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    inverse as inverse,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    larger as larger,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    load_float_or_zero as load_float_or_zero,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    load_words as load_words,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    load_words_or_zeros as load_words_or_zeros,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    maximum as maximum,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    maximum_floats as maximum_floats,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    minimum as minimum,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    minus as minus,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    mul as mul,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    plus as plus,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    rem as rem,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    shift_left as shift_left,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    shift_right as shift_right,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    sub as sub,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    times as times,
+)
+from pallas_kernels.hopper.ptx.old_names import (
+    times_plus as times_plus,
+)
+from pallas_kernels.hopper.ptx.registers import (
+    Address as Address,
+)
+from pallas_kernels.hopper.ptx.registers import (
+    Float as Float,
+)
+from pallas_kernels.hopper.ptx.registers import (
+    Predicate as Predicate,
+)
+from pallas_kernels.hopper.ptx.registers import (
+    Signed as Signed,
+)
 from pallas_kernels.hopper.ptx.registers import (
     Value as Value,
+)
+from pallas_kernels.hopper.ptx.registers import (
+    Word as Word,
+)
+from pallas_kernels.hopper.ptx.registers import (
+    as_float as as_float,
+)
+from pallas_kernels.hopper.ptx.registers import (
+    as_value as as_value,
 )
 from pallas_kernels.hopper.ptx.registers import (
     asm as asm,
@@ -318,8 +429,17 @@ from pallas_kernels.hopper.ptx.registers import (
 from pallas_kernels.hopper.ptx.registers import (
     scalar as scalar,
 )
+from pallas_kernels.hopper.ptx.registers import (
+    typed as typed,
+)
+from pallas_kernels.hopper.ptx.warp import (
+    ballot as ballot,
+)
 from pallas_kernels.hopper.ptx.warp import (
     cluster_rank as cluster_rank,
+)
+from pallas_kernels.hopper.ptx.warp import (
+    from_lane as from_lane,
 )
 from pallas_kernels.hopper.ptx.warp import (
     lane_distant as lane_distant,
@@ -329,6 +449,9 @@ from pallas_kernels.hopper.ptx.warp import (
 )
 from pallas_kernels.hopper.ptx.warp import (
     sum_of_lanes_below as sum_of_lanes_below,
+)
+from pallas_kernels.hopper.ptx.warp import (
+    sum_of_lanes_up_to as sum_of_lanes_up_to,
 )
 from pallas_kernels.hopper.ptx.warp import (
     sum_of_warp as sum_of_warp,

@@ -1,156 +1,137 @@
-"""Arithmetic, comparisons and selection on registers: 32-bit integers and float32, and bfloat16 numbers in pairs."""
+"""What operators do not say: minima and maxima, choices, sums of several, bits, and products of bfloat16 numbers in pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.hopper.ptx.registers import Value, as_value, asm, f32, i32, number
-
-
-def add(a: Value, *others: Value | int) -> Value:
-    for other in others:
-        a = arith.addi(a, as_value(other))
-    return a
+from pallas_kernels.hopper.ptx.registers import Float, Predicate, Value, Word, as_float, as_value, asm, f32, i32, number, typed
 
 
-def sub(a: Value | int, b: Value | int) -> Value:
-    return arith.subi(as_value(a), as_value(b))
+def select(condition: Predicate, a: Any, b: Any) -> Any:
+    """a where the condition holds, else b: words, floats or addresses."""
+    of = as_float if any(isinstance(x, (Float, float)) for x in (a, b)) else as_value
+    return typed(arith.select(condition, of(a), of(b)))
 
 
-def mul(a: Value, b: Value | int) -> Value:
-    return arith.muli(a, as_value(b))
+def total(parts: Iterable[Any]) -> Any:
+    """The sum of words or floats, from the first on."""
+    return functools.reduce(operator.add, parts)
 
 
-def div(a: Value, b: Value | int) -> Value:
-    return arith.divui(a, as_value(b))
+# ---- words
 
 
-def rem(a: Value, b: Value | int) -> Value:
-    return arith.remui(a, as_value(b))
+def min_u32(a: Value, b: Value | int) -> Word:
+    return Word(arith.minui(a, as_value(b)))
 
 
-def minimum(a: Value, b: Value | int) -> Value:
-    return arith.minsi(a, as_value(b))
+def max_u32(a: Value, b: Value | int) -> Word:
+    return Word(arith.maxui(a, as_value(b)))
 
 
-def maximum(a: Value, b: Value | int) -> Value:
-    return arith.maxsi(a, as_value(b))
+def min_s32(a: Value, b: Value | int) -> Word:
+    return Word(arith.minsi(a, as_value(b)))
 
 
-def shift_left(a: Value | int, bits: Value | int) -> Value:
-    return arith.shli(as_value(a), as_value(bits))
+def max_s32(a: Value, b: Value | int) -> Word:
+    return Word(arith.maxsi(a, as_value(b)))
 
 
-def shift_right(a: Value, bits: Value | int) -> Value:
-    return arith.shrui(a, as_value(bits))
+def as_number(condition: Predicate) -> Word:
+    """1 where the condition holds, else 0."""
+    return Word(arith.extui(i32(), condition))
 
 
-def bit_and(a: Value, b: Value | int) -> Value:
-    return arith.andi(a, as_value(b))
-
-
-def bit_or(a: Value, b: Value | int) -> Value:
-    return arith.ori(a, as_value(b))
-
-
-def bit_xor(a: Value, b: Value | int) -> Value:
-    return arith.xori(a, as_value(b))
-
-
-def compare(relation: str, a: Value, b: Value | int) -> Value:
-    """`relation` is one of eq, ne, slt, sle, sgt, sge, ult."""
-    return arith.cmpi(getattr(arith.CmpIPredicate, relation), a, as_value(b))
-
-
-def select(condition: Value, a: Value | int, b: Value | int) -> Value:
-    return arith.select(condition, as_value(a), as_value(b))
-
-
-def both(a: Value, b: Value) -> Value:
-    """Of two conditions."""
-    return arith.andi(a, b)
-
-
-def population(bits: Value) -> Value:
+def population(bits: Value) -> Word:
     return asm("popc.b32 $0, $1;", [bits], "=r,r", i32())
 
 
-def lowest_bit(bits: Value) -> Value:
+def leading_zeros(bits: Value) -> Word:
+    return asm("clz.b32 $0, $1;", [bits], "=r,r", i32())
+
+
+def lowest_bit(bits: Value) -> Word:
     """The position of the lowest set bit."""
     return asm("{\n.reg .b32 r;\nbrev.b32 r, $1;\nclz.b32 $0, r;\n}", [bits], "=r,r", i32())
 
 
-def exp2(x: Value) -> Value:
-    return asm("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", ir.F32Type.get())
+# ---- floats
 
 
-def log2(x: Value) -> Value:
-    return asm("lg2.approx.ftz.f32 $0, $1;", [x], "=f,f", ir.F32Type.get())
+def max_f32(a: Value, b: Value) -> Float:
+    """The larger one; of a NaN and a number the number."""
+    return asm("max.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
 
 
-def larger_magnitudes(a: Value, b: Value) -> Value:
+def max_nan_f32(a: Value, b: Value) -> Float:
+    """The larger one; NaN if either is."""
+    return Float(arith.maximumf(a, b))
+
+
+def maxnum_f32(a: Value, b: Value) -> Float:
+    """As max_f32, for the compiler to move and merge."""
+    return Float(arith.maxnumf(a, b))
+
+
+def number_or_lowest(x: Value) -> Float:
+    """-inf for NaN."""
+    return Float(arith.maxnumf(x, number(float("-inf"))))
+
+
+def fma(a: Value, b: Value, c: Value) -> Float:
+    """a * b + c, rounded once."""
+    return asm("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "=f,f,f,f", f32())
+
+
+def div_rn(a: Value, b: Value) -> Float:
+    """a / b, rounded to nearest whatever the compiler is told of divisions."""
+    return asm("div.rn.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
+
+
+def div_full(a: Value, b: Value) -> Float:
+    """a / b within two units of the last place, with the instruction that XLA divides with."""
+    return asm("div.full.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
+
+
+def rcp(x: Value) -> Float:
+    """1 / x to within the last bit, by the instruction that XLA takes for it."""
+    return asm("rcp.approx.f32 $0, $1;", [x], "=f,f", f32())
+
+
+def rsqrt(x: Value) -> Float:
+    return asm("rsqrt.approx.f32 $0, $1;", [x], "=f,f", f32())
+
+
+def exp2(x: Value) -> Float:
+    return asm("ex2.approx.ftz.f32 $0, $1;", [x], "=f,f", f32())
+
+
+def log2(x: Value) -> Float:
+    return asm("lg2.approx.ftz.f32 $0, $1;", [x], "=f,f", f32())
+
+
+def count_at_least(xs: Sequence[Value], threshold: Value, start: Value, unit: int) -> Word:
+    """start + unit * (how many of four floats are >= threshold), in one piece of predicated code."""
+    counts = "".join(f"setp.ge.f32 p, ${3 + i}, $2;\n@p add.u32 $0, $0, {unit};\n" for i in range(4))
+    text = "{\n.reg .pred p;\nmov.b32 $0, $1;\n" + counts + "}"
+    return asm(text, [start, threshold, *xs], "=&r,r,f,f,f,f,f", i32())
+
+
+# ---- bfloat16 numbers in pairs
+
+
+def larger_magnitudes(a: Value, b: Value) -> Word:
     """The larger of |a| and |b|, of both bfloat16 numbers of a word."""
     ptx = "{\n.reg .b32 x, y;\nand.b32 x, $1, 0x7fff7fff;\nand.b32 y, $2, 0x7fff7fff;\nmax.bf16x2 $0, x, y;\n}"
     return asm(ptx, [a, b], "=r,r,r", i32())
 
 
-def plus(a: Value, *others: Value) -> Value:
-    for other in others:
-        a = arith.addf(a, other)
-    return a
-
-
-def minus(a: Value, b: Value) -> Value:
-    return arith.subf(a, b)
-
-
-def times(a: Value, b: Value) -> Value:
-    return arith.mulf(a, b)
-
-
-def times_plus(a: Value, b: Value, c: Value) -> Value:
-    """a * b + c, rounded once."""
-    return asm("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], "=f,f,f,f", f32())
-
-
-def larger(a: Value, b: Value) -> Value:
-    return asm("max.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
-
-
-def above(a: Value, b: Value) -> Value:
-    """Whether a > b, false for NaN."""
-    return arith.cmpf(arith.CmpFPredicate.OGT, a, b)
-
-
-def either(condition: Value, a: Value, b: Value) -> Value:
-    return arith.select(condition, a, b)
-
-
-def inverse(x: Value) -> Value:
-    return arith.divf(number(1.0), x)
-
-
-def divide_as_xla(a: Value, b: Value) -> Value:
-    """a / b within two units of the last place, with the instruction that XLA divides with."""
-    return asm("div.full.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
-
-
-def divide_floats(a: Value, b: Value) -> Value:
-    return asm("div.rn.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
-
-
-def maximum_floats(a: Value, b: Value) -> Value:
-    return arith.maximumf(a, b)
-
-
-def rsqrt(x: Value) -> Value:
-    return asm("rsqrt.approx.f32 $0, $1;", [x], "=f,f", f32())
-
-
-def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
+def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Float:
     """total + the dot product of 8 bfloat16 numbers with 8 others, four words each."""
     lines = [".reg .f32 x, y, odd;", "mov.f32 $0, $1;", "mov.f32 odd, 0f00000000;"]
     for i in range(4):
@@ -160,13 +141,11 @@ def add_dot(total: Value, a: Sequence[Value], b: Sequence[Value]) -> Value:
     return asm("{\n" + "\n".join(lines) + "\n}", [total, *a, *b], "=&f,f" + ",r" * 8, f32())
 
 
-def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value) -> list[Value]:
+def add_multiples(totals: Sequence[Value], words: Sequence[Value], factor: Value) -> list[Any]:
     """totals[i] + factor * the i-th of the 8 bfloat16 numbers in four words."""
     lines = [".reg .f32 x;"]
     for i in range(4):
         lines += [f"shl.b32 x, ${16 + i}, 16;", f"fma.rn.f32 ${2 * i}, x, $20, ${8 + 2 * i};"]
         lines += [f"and.b32 x, ${16 + i}, 0xffff0000;", f"fma.rn.f32 ${2 * i + 1}, x, $20, ${9 + 2 * i};"]
-    kind = ir.Type.parse("!llvm.struct<(" + ", ".join(["f32"] * 8) + ")>")
     constraints = ",".join(["=&f"] * 8 + ["f"] * 8 + ["r"] * 4 + ["f"])
-    out = asm("{\n" + "\n".join(lines) + "\n}", [*totals, *words, factor], constraints, kind)
-    return [llvm.extractvalue(f32(), out, [i]) for i in range(8)]
+    return asm("{\n" + "\n".join(lines) + "\n}", [*totals, *words, factor], constraints, f32(), 8)

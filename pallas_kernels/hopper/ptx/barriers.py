@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pallas_kernels.hopper.ptx.arithmetic import add, compare, div, mul
 from pallas_kernels.hopper.ptx.control import when
-from pallas_kernels.hopper.ptx.registers import Value, asm, i32
+from pallas_kernels.hopper.ptx.registers import Predicate, Value, Word, asm, i32
 from pallas_kernels.hopper.ptx.warp import thread
 
 
@@ -21,7 +20,7 @@ def barrier_init_done() -> None:
     asm("fence.mbarrier_init.release.cluster;")
 
 
-def barrier_arrive(address: Value, predicate: Value | None = None) -> None:
+def barrier_arrive(address: Value, predicate: Predicate | None = None) -> None:
     """An arrival of every thread, or of those for which `predicate` holds."""
     arrive = "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];"
     if predicate is None:
@@ -64,7 +63,12 @@ def barrier(identity: int, threads: int) -> None:
     asm(f"barrier.cta.sync {identity}, {threads};")
 
 
-def barrier_any(identity: int, threads: int, predicate: Value) -> Value:
+def barrier_aligned(identity: Word, threads: int) -> None:
+    """The same with a number from a register, which whole warps take together."""
+    asm(f"bar.sync $0, {threads};", [identity], "r")
+
+
+def barrier_any(identity: int, threads: int, predicate: Predicate) -> Word:
     """A named barrier of `threads` threads that returns 1 to all of them if the predicate holds for any, else 0."""
     return asm(
         f"{{\n.reg .pred p;\nbarrier.cta.red.or.pred p, {identity}, {threads}, $1;\nselp.b32 $0, 1, 0, p;\n}}",
@@ -74,7 +78,7 @@ def barrier_any(identity: int, threads: int, predicate: Value) -> Value:
     )
 
 
-def grid_arrive(counter: Value, blocks: int) -> Value:
+def grid_arrive(counter: Value, blocks: int) -> Word:
     """This block has written what others wait for. Returns what `grid_wait` waits for.
 
     The counter is zero when the first grid of a sequence starts, and every grid adds `blocks` to it at each barrier.
@@ -85,12 +89,12 @@ def grid_arrive(counter: Value, blocks: int) -> Value:
         "@p atom.add.release.gpu.global.u32 old, [$1], 1;\nmov.b32 $0, old;\n}"
     )
     old = asm(ptx, [counter, thread()], "=r,l,r", i32())
-    return mul(add(div(old, blocks), 1), blocks)
+    return (old // blocks + 1) * blocks
 
 
 def grid_wait(counter: Value, target: Value) -> None:
     """Waits until all blocks have arrived; what they wrote before is then seen by `load_fresh`."""
-    with when(compare("eq", thread(), 0)):
+    with when(thread().equals(0)):
         asm(
             "{\n.reg .pred done;\n.reg .b32 seen;\nAGAIN:\nld.acquire.gpu.global.u32 seen, [$0];\n"
             "sub.s32 seen, seen, $1;\nsetp.ge.s32 done, seen, 0;\n@!done bra AGAIN;\n}",

@@ -3,50 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.hopper.ptx.arithmetic import bit_and, maximum, minimum, shift_left, sub
-from pallas_kernels.hopper.ptx.registers import Value, asm, f32, i32
+from pallas_kernels.hopper.ptx.arithmetic import max_s32, min_s32
+from pallas_kernels.hopper.ptx.registers import Float, Value, Word, asm, f32, i32
 
 
 def float16_pairs(word: Value) -> list[Value]:
     """4 e4m3 numbers as two vectors of two float16."""
     f16 = ir.F16Type.get()
     ptx = "{\n.reg .b16 a0, a1;\nmov.b32 {a0, a1}, $2;\ncvt.rn.f16x2.e4m3x2 $0, a0;\ncvt.rn.f16x2.e4m3x2 $1, a1;\n}"
-    pairs = asm(ptx, [word], "=r,=r,r", ir.Type.parse("!llvm.struct<(i32, i32)>"))
-    return [llvm.bitcast(ir.VectorType.get((2,), f16), llvm.extractvalue(i32(), pairs, [i])) for i in range(2)]
+    return [llvm.bitcast(ir.VectorType.get((2,), f16), pair) for pair in asm(ptx, [word], "=r,=r,r", i32(), 2)]
 
 
-def from_bfloat16_pair(word: Value) -> tuple[Value, Value]:
+def from_bfloat16_pair(word: Word) -> tuple[Float, Float]:
     """The low and the high half of a word as float32."""
-    f32 = ir.F32Type.get()
-    return arith.bitcast(f32, shift_left(word, 16)), arith.bitcast(f32, bit_and(word, -0x10000))
+    return float_of(word << 16), float_of(word & -0x10000)
 
 
-def to_bfloat16_pair(low: Value, high: Value) -> Value:
+def to_bfloat16_pair(low: Value, high: Value) -> Word:
     return asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
 
 
-def to_float16_pair(low: Value, high: Value) -> Value:
+def to_float16_pair(low: Value, high: Value) -> Word:
     return asm("cvt.rn.f16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
 
 
-def bits_of(x: Value) -> Value:
-    return arith.bitcast(i32(), x)
+def bits_of(x: Value) -> Word:
+    return Word(arith.bitcast(i32(), x))
 
 
-def float_of(bits: Value) -> Value:
-    return arith.bitcast(f32(), bits)
+def float_of(bits: Value) -> Float:
+    return Float(arith.bitcast(f32(), bits))
 
 
-def rounded(x: Value) -> Value:
+def rounded(x: Value) -> Float:
     """The nearest bfloat16, as float32."""
     return from_bfloat16_pair(to_bfloat16_pair(x, x))[0]
 
 
-def to_e4m3_word(xs: Sequence[Value]) -> Value:
+def to_e4m3_word(xs: Sequence[Value]) -> Word:
     """Four numbers as e4m3; what is too large becomes the largest."""
     ptx = (
         "{\n.reg .b16 a, b;\ncvt.rn.satfinite.e4m3x2.f32 a, $2, $1;\n"
@@ -55,17 +54,16 @@ def to_e4m3_word(xs: Sequence[Value]) -> Value:
     return asm(ptx, list(xs), "=r,f,f,f,f", i32())
 
 
-def float16_from_e4m3(word: Value) -> list[Value]:
+def float16_from_e4m3(word: Value) -> list[Any]:
     """The first and third of four e4m3 numbers as a pair of float16, exactly, and the second and fourth."""
     ptx = (
         "{\n.reg .b32 t;\n.reg .b16 a, b;\nprmt.b32 t, $2, 0, 0x3120;\nmov.b32 {a, b}, t;\n"
         "cvt.rn.f16x2.e4m3x2 $0, a;\ncvt.rn.f16x2.e4m3x2 $1, b;\n}"
     )
-    pair = asm(ptx, [word], "=r,=r,r", ir.Type.parse("!llvm.struct<(i32, i32)>"))
-    return [llvm.extractvalue(i32(), pair, [i]) for i in range(2)]
+    return asm(ptx, [word], "=r,=r,r", i32(), 2)
 
 
-def to_e4m3_sum(words: Sequence[Value], factor: Value) -> tuple[list[Value], list[Value]]:
+def to_e4m3_sum(words: Sequence[Value], factor: Value) -> tuple[list[Word], list[Word]]:
     """8 bfloat16 numbers (four words) times a factor as sums of two e4m3 numbers: two words of the larger, two of the others.
 
     The product is rounded to float16. Where it has at most 8 significant bits and is at least 2**-2, the sum is exact; else
@@ -78,22 +76,21 @@ def to_e4m3_sum(words: Sequence[Value], factor: Value) -> tuple[list[Value], lis
         lines += [f"cvt.rn.satfinite.e4m3x2.f16x2 h{i}, a;", f"cvt.rn.f16x2.e4m3x2 b, h{i};"]
         lines += ["sub.f16x2 a, a, b;", f"cvt.rn.satfinite.e4m3x2.f16x2 l{i}, a;"]
     lines += ["mov.b32 $0, {h0, h1};", "mov.b32 $1, {h2, h3};", "mov.b32 $2, {l0, l1};", "mov.b32 $3, {l2, l3};"]
-    kind = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    out = asm("{\n" + "\n".join(lines) + "\n}", [*words, factor], ",".join(["=&r"] * 4 + ["r"] * 4 + ["f"]), kind)
-    parts = [llvm.extractvalue(i32(), out, [i]) for i in range(4)]
+    constraints = ",".join(["=&r"] * 4 + ["r"] * 4 + ["f"])
+    parts = asm("{\n" + "\n".join(lines) + "\n}", [*words, factor], constraints, i32(), 4)
     return parts[:2], parts[2:]
 
 
-def magnitude_bits(x: Value) -> Value:
+def magnitude_bits(x: Value) -> Word:
     """The bits of |x|, which are ordered as |x| is."""
-    return bit_and(bits_of(x), 0x7FFFFFFF)
+    return bits_of(x) & 0x7FFFFFFF
 
 
-def float16_scale(top: Value) -> tuple[Value, Value]:
+def float16_scale(top: Word) -> tuple[Float, Float]:
     """A power of two that numbers are multiplied by to be float16, and its inverse.
 
     top: `magnitude_bits` of the largest of them, which becomes at least 2^14. So numbers that are bfloat16 stay exact, but for
     those below 2^-31 of the largest.
     """
-    exponent = minimum(maximum(bit_and(top, 0x7F800000), 16 << 23), 254 << 23)
-    return float_of(sub((127 + 127 + 14) << 23, exponent)), float_of(sub(exponent, 14 << 23))
+    exponent = min_s32(max_s32(top & 0x7F800000, 16 << 23), 254 << 23)
+    return float_of((127 + 127 + 14 << 23) - exponent), float_of(exponent - (14 << 23))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.hopper.ptx.registers import Value, asm
+from pallas_kernels.hopper.ptx.registers import Predicate, Value, asm
 
 
 def copy_async(target: Value, source: Value, size: Value, pieces: int, target_step: int, source_step: int) -> None:
@@ -11,6 +11,11 @@ def copy_async(target: Value, source: Value, size: Value, pieces: int, target_st
         f"cp.async.cg.shared.global.L2::128B [$0+{i * target_step}], [$1+{i * source_step}], 16, $2;" for i in range(pieces)
     ]
     asm("\n".join(lines), [target, source, size], "r,l,r")
+
+
+def copy_async_where(target: Value, source: Value, predicate: Predicate) -> None:
+    """One cp.async of 16 bytes, in the threads of the predicate."""
+    asm("@$2 cp.async.cg.shared.global [$0], [$1], 16;", [target, source, predicate], "r,l,b")
 
 
 def copy_async_word(target: Value, source: Value, size: Value) -> None:
@@ -23,16 +28,16 @@ def copies_commit() -> None:
     asm("cp.async.commit_group;")
 
 
-def copies_done(pending: int = 0) -> None:
-    """This thread waits until its cp.async have landed, all but those of its last `pending` groups."""
-    asm(f"cp.async.wait_group {pending};" if pending else "cp.async.wait_all;")
+def copies_done(pending: int | None = None) -> None:
+    """This thread waits until its cp.async have landed: without `pending` all, else all but its last so many groups."""
+    asm("cp.async.wait_all;" if pending is None else f"cp.async.wait_group {pending};")
 
 
-def prefetch(address: Value, size: Value, predicate: Value) -> None:
+def prefetch(address: Value, size: Value, predicate: Predicate) -> None:
     """Asks for `size` bytes, a multiple of 16, to be brought to L2; nothing waits for them."""
     asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
 
 
-def prefetch_line(address: Value, predicate: Value) -> None:
+def prefetch_line(address: Value, predicate: Predicate) -> None:
     """Asks for the 128 bytes around an address to be brought to L2; nothing waits for them."""
     asm("@$1 prefetch.global.L2 [$0];", [address, predicate], "l,b")

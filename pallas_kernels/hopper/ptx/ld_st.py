@@ -1,55 +1,95 @@
-"""Addresses, loads and stores: shared memory, that of other blocks of a cluster, and global memory (ld, st)."""
+"""Addresses, loads and stores: shared memory, that of other blocks of a cluster, and global memory (ld, st, red, atom).
+
+Of several registers at once: words are four, pairs two; where it says so, `count`. A predicate says which threads do it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jax.experimental.mosaic.gpu import utils
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.hopper.ptx.registers import Value, as_value, asm, f32, i32, i64
+from pallas_kernels.hopper.ptx.registers import Address, Float, Predicate, Value, Word, as_value, asm, f32, i32, i64
 
 
-def offset(base: Value, index: Value, scale: int) -> Value:
-    """The 64-bit address `base` + `index` (32 bits, not negative) * `scale` bytes."""
+def offset(base: Value, index: Value, scale: int) -> Address:
+    """The address `base` + `index` (a word, not negative) * `scale` bytes."""
     wide = arith.extui(i64(), index)
-    return arith.addi(base, arith.muli(wide, arith.constant(i64(), scale)))
+    return Address(arith.addi(base, arith.muli(wide, arith.constant(i64(), scale))))
 
 
-def shared_address(ref: Value) -> Value:
-    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
+def shared_address(ref: Value) -> Word:
+    return Word(llvm.ptrtoint(i32(), utils.memref_ptr(ref)))
 
 
-def global_address(ref: Value) -> Value:
-    return llvm.ptrtoint(i64(), utils.memref_ptr(ref))
+def global_address(ref: Value) -> Address:
+    return Address(llvm.ptrtoint(i64(), utils.memref_ptr(ref)))
 
 
-def load_global(address: Value) -> Value:
+def load_global(address: Value) -> Word:
     """A 32-bit load of what nothing writes during the kernel."""
     return asm("ld.global.nc.b32 $0, [$1];", [address], "=r,l", i32())
 
 
-def load_global_float(address: Value) -> Value:
+def load_global_float(address: Value) -> Float:
     """A float32 of what nothing writes during the kernel."""
-    return asm("ld.global.nc.f32 $0, [$1];", [address], "=f,l", ir.F32Type.get())
+    return asm("ld.global.nc.f32 $0, [$1];", [address], "=f,l", f32())
 
 
-def store_global(address: Value, value: Value, predicate: Value) -> None:
+def store_global(address: Value, value: Value, predicate: Predicate) -> None:
     asm("@$2 st.global.b32 [$0], $1;", [address, value, predicate], "l,r,b")
 
 
-def load_shared(address: Value) -> Value:
+def load_shared(address: Value) -> Word:
     return asm("ld.shared.b32 $0, [$1];", [address], "=r,r", i32())
 
 
-def store_shared(address: Value, value: Value) -> None:
-    asm("st.shared.b32 [$0], $1;", [address, value], "r,r")
-
-
-def store_shared_pair(address: Value, pair: Sequence[Value]) -> None:
+def load_shared_pair(address: Value) -> list[Any]:
     """Two words that lie side by side."""
-    asm("st.shared.v2.b32 [$0], {$1, $2};", [address, *pair], "r,r,r")
+    return asm("ld.shared.v2.b32 {$0, $1}, [$2];", [address], "=r,=r,r", i32(), 2)
+
+
+def load_shared_short(address: Value, predicate: Predicate) -> Word:
+    """A 16-bit number, 0 without the predicate."""
+    text = "{\n.reg .b16 h;\nmov.b16 h, 0;\n@$2 ld.shared.u16 h, [$1];\ncvt.u32.u16 $0, h;\n}"
+    return asm(text, [address, predicate], "=r,r,b", i32())
+
+
+def _where(text: str, arguments: Sequence[Value], constraints: str, predicate: Predicate | None) -> None:
+    if predicate is None:
+        asm(text, arguments, constraints)
+    else:
+        asm(f"@${len(arguments)} {text}", [*arguments, predicate], f"{constraints},b")
+
+
+def store_shared(address: Value, value: Value | int, predicate: Predicate | None = None) -> None:
+    _where("st.shared.b32 [$0], $1;", [address, as_value(value)], "r,r", predicate)
+
+
+def store_shared_pair(address: Value, pair: Sequence[Value], predicate: Predicate | None = None) -> None:
+    """Two words that lie side by side."""
+    _where("st.shared.v2.b32 [$0], {$1, $2};", [address, *pair], "r,r,r", predicate)
+
+
+def store_shared_short(address: Value, value: Value, predicate: Predicate) -> None:
+    """The lower 16 bits."""
+    asm("{\n.reg .b16 h;\ncvt.u16.u32 h, $1;\n@$2 st.shared.b16 [$0], h;\n}", [address, value, predicate], "r,r,b")
+
+
+def append_at_least(xs: Sequence[Value], threshold: Value, address: Value, position: Value) -> None:
+    """Stores (bits, position + i) of the floats xs[i] >= threshold, i < 4, one after the other from the shared address on."""
+    text = "{\n.reg .pred p;\n.reg .b32 a, q;\nmov.b32 a, $0;\n"
+    for i in range(4):
+        text += f"add.u32 q, $1, {i};\nsetp.ge.f32 p, ${3 + i}, $2;\n@p st.shared.v2.b32 [a], {{${3 + i}, q}};\n"
+        text += "@p add.u32 a, a, 8;\n"
+    asm(text + "}", [address, position, threshold, *xs], "r,r,f,f,f,f,f")
+
+
+def increment_shared(address: Value, predicate: Predicate) -> None:
+    """Adds 1 atomically."""
+    asm("@$1 red.shared.add.u32 [$0], 1;", [address, predicate], "r,b")
 
 
 def store_shared_zeros(address: Value) -> None:
@@ -57,34 +97,32 @@ def store_shared_zeros(address: Value) -> None:
     asm("{\n.reg .b32 z;\nmov.b32 z, 0;\nst.shared.v4.b32 [$0], {z, z, z, z};\n}", [address], "r")
 
 
-def or_shared(address: Value, bits: Value) -> Value:
+def or_shared(address: Value, bits: Value) -> Word:
     """Sets bits of a shared word atomically and returns the word as it was."""
     return asm("atom.shared.or.b32 $0, [$1], $2;", [address, bits], "=r,r,r", i32())
 
 
-def peer_address(address: Value, rank: Value | int) -> Value:
+def peer_address(address: Value, rank: Value | int) -> Word:
     """The address of the same shared memory in block `rank` of the cluster."""
     return asm("mapa.shared::cluster.u32 $0, $1, $2;", [address, as_value(rank)], "=r,r,r", i32())
 
 
-def load_peer_float(address: Value) -> Value:
-    return asm("ld.shared::cluster.f32 $0, [$1];", [address], "=f,r", ir.F32Type.get())
+def load_peer_float(address: Value) -> Float:
+    return asm("ld.shared::cluster.f32 $0, [$1];", [address], "=f,r", f32())
 
 
-def load_peer_words(address: Value) -> list[Value]:
+def load_peer_words(address: Value) -> list[Any]:
     """16 bytes as four words."""
-    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    loaded = asm("ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", words)
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+    return asm("ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", i32(), 4)
 
 
-def store_global_words(address: Value, words: Sequence[Value], predicate: Value, *, passing: bool = False) -> None:
+def store_global_words(address: Value, words: Sequence[Value], predicate: Predicate, *, passing: bool = False) -> None:
     """16 bytes; `passing` ones are the first that L2 gives up, so that it keeps what this kernel reads again."""
     how = ".cs" if passing else ""
     asm(f"@$5 st.global{how}.v4.b32 [$0], {{$1, $2, $3, $4}};", [address, *words, predicate], "l,r,r,r,r,b")
 
 
-def load_words_or_zeros(address: Value, predicate: Value, count: int) -> list[Value]:
+def load_global_words_or_zeros(address: Value, predicate: Value, count: int) -> list[Any]:
     """4 or 2 words of what nothing writes during the kernel, zeros where the predicate (0 or not) says so."""
     outputs = ", ".join(f"${i}" for i in range(count))
     zeros = "\n".join(f"mov.b32 ${i}, 0;" for i in range(count))
@@ -92,14 +130,12 @@ def load_words_or_zeros(address: Value, predicate: Value, count: int) -> list[Va
         f"{{\n.reg .pred p;\nsetp.ne.b32 p, ${count + 1}, 0;\n{zeros}\n"
         f"@p ld.global.nc.L2::128B.v{count}.b32 {{{outputs}}}, [${count}];\n}}"
     )
-    words = ir.Type.parse("!llvm.struct<(" + ", ".join(["i32"] * count) + ")>")
-    loaded = asm(ptx, [address, predicate], ",".join(["=&r"] * count + ["l", "r"]), words)
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(count)]
+    return asm(ptx, [address, predicate], ",".join(["=&r"] * count + ["l", "r"]), i32(), count)
 
 
-def load_float_or_zero(address: Value, predicate: Value) -> Value:
+def load_global_float_or_zero(address: Value, predicate: Predicate) -> Float:
     ptx = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0f00000000;\n@p ld.global.nc.f32 $0, [$1];\n}"
-    return asm(ptx, [address, predicate], "=&f,l,r", ir.F32Type.get())
+    return asm(ptx, [address, predicate], "=&f,l,r", f32())
 
 
 def store_shared_products(address: Value, pair: Sequence[Value], scale: Value) -> None:
@@ -114,58 +150,60 @@ def store_shared_products(address: Value, pair: Sequence[Value], scale: Value) -
     asm("{\n" + "\n".join(lines) + "\n}", [address, *pair, scale], "r,r,r,f")
 
 
-def load_shared_float(address: Value) -> Value:
+def load_shared_float(address: Value) -> Float:
     return asm("ld.shared.f32 $0, [$1];", [address], "=f,r", f32())
 
 
-def load_shared_floats(address: Value) -> list[Value]:
-    """Two that lie side by side."""
-    pair = ir.Type.parse("!llvm.struct<(f32, f32)>")
-    loaded = asm("ld.shared.v2.f32 {$0, $1}, [$2];", [address], "=f,=f,r", pair)
-    return [llvm.extractvalue(f32(), loaded, [i]) for i in range(2)]
+def load_shared_floats(address: Value, count: int = 2) -> list[Any]:
+    """2 or 4 that lie side by side."""
+    outputs = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.shared.v{count}.f32 {{{outputs}}}, [${count}];"
+    return asm(text, [address], ",".join(["=f"] * count + ["r"]), f32(), count)
 
 
-def store_shared_floats(address: Value, pair: Sequence[Value]) -> None:
-    asm("st.shared.v2.f32 [$0], {$1, $2};", [address, *pair], "r,f,f")
+def store_shared_floats(address: Value, floats: Sequence[Value]) -> None:
+    """2 or 4 that lie side by side."""
+    inputs = ", ".join(f"${i + 1}" for i in range(len(floats)))
+    asm(f"st.shared.v{len(floats)}.f32 [$0], {{{inputs}}};", [address, *floats], "r" + ",f" * len(floats))
 
 
-def load_words(address: Value) -> list[Value]:
+def load_global_words(address: Value) -> list[Any]:
     """16 bytes, as four words, of what is read once and nothing writes during the kernel."""
-    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
     text = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];"
-    loaded = asm(text, [address], "=r,=r,=r,=r,l", words)
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+    return asm(text, [address], "=r,=r,=r,=r,l", i32(), 4)
 
 
-def load_shared_words(address: Value) -> list[Value]:
+def load_shared_words(address: Value) -> list[Any]:
     """16 bytes as four words."""
-    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    loaded = asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", words)
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+    return asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,r", i32(), 4)
 
 
 def store_shared_words(address: Value, words: Sequence[Value]) -> None:
     asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", [address, *words], "r,r,r,r,r")
 
 
-def store_global_bfloat16(address: Value, x: Value, predicate: Value) -> None:
+def store_global_bfloat16(address: Value, x: Value, predicate: Predicate) -> None:
     ptx = "{\n.reg .b16 h;\ncvt.rn.bf16.f32 h, $1;\n@$2 st.global.b16 [$0], h;\n}"
     asm(ptx, [address, x, predicate], "l,f,b")
 
 
-def load_fresh(address: Value) -> Value:
+def load_fresh(address: Value) -> Word:
     """A 32-bit load of what another block wrote before the grid met: not through L1."""
     return asm("ld.global.cg.b32 $0, [$1];", [address], "=r,l", i32())
 
 
-def load_fresh_pair(address: Value) -> list[Value]:
+def load_fresh_pair(address: Value) -> list[Any]:
     """8 bytes of the same as two words."""
-    loaded = asm("ld.global.cg.v2.b32 {$0, $1}, [$2];", [address], "=r,=r,l", ir.Type.parse("!llvm.struct<(i32, i32)>"))
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(2)]
+    return asm("ld.global.cg.v2.b32 {$0, $1}, [$2];", [address], "=r,=r,l", i32(), 2)
 
 
-def load_fresh_words(address: Value) -> list[Value]:
+def load_fresh_words(address: Value) -> list[Any]:
     """16 bytes of the same as four words."""
-    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    loaded = asm("ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,l", words)
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+    return asm("ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];", [address], "=r,=r,=r,=r,l", i32(), 4)
+
+
+def load_global_floats_or_nan(address: Value, predicate: Predicate) -> list[Any]:
+    """Four floats from a 16-byte boundary of what nothing writes during the kernel, NaN without the predicate."""
+    fill = "".join(f"mov.b32 ${i}, 0x7fffffff;\n" for i in range(4))
+    load = "@$5 ld.global.nc.L1::no_allocate.v4.f32 {$0, $1, $2, $3}, [$4];\n"
+    return asm("{\n" + fill + load + "}", [address, predicate], "=&f,=&f,=&f,=&f,l,b", f32(), 4)

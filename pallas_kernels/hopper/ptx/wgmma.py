@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
-
-from pallas_kernels.hopper.ptx.registers import Value, asm, constant, floats, i32, i64, unpacked
+from pallas_kernels.hopper.ptx.registers import Value, Word, asm, constant, f32, i32, i64
 
 # Instructions by the numbers of both matrices: how many of them are 32 bytes, types, and whether lines may lie along either
 # dimension, which takes two more operands.
@@ -34,7 +32,7 @@ def multiply(
     transposed: bool,
     fresh: bool,
     kind: str = "bf16",
-) -> list[list[Value]]:
+) -> list[list[Any]]:
     """Starts sums[i] [64, columns] += A [64, 16] B [16, columns] for every (i, bytes into a, bytes into b) of `steps`.
 
     a: descriptor; lines are rows of A, or with `transposed` its columns.
@@ -61,13 +59,13 @@ def multiply(
         ]
     constraints = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["l", "l", "n"])
     text = "{\n" + "\n".join(lines) + "\n}"
-    results = unpacked(asm(text, [*flat, a, b, constant(1)], constraints, floats(total)), total)
+    results = asm(text, [*flat, a, b, constant(1)], constraints, f32(), total)
     return [results[i : i + each] for i in range(0, total, each)]
 
 
 def multiply_fragments(
     sums: Sequence[Value], fragments: Sequence[Sequence[Value]], b: Value, into_b: Sequence[int], *, columns: int
-) -> list[Value]:
+) -> list[Any]:
     """Starts sums [64, columns] += A [64, 16] B [16, columns] in float16 for every fragment and its bytes into b.
 
     fragments: A, four words a thread: rows g, g + 8, g, g + 8 of a warp's 16, g = lane / 4, and of these columns
@@ -87,7 +85,7 @@ def multiply_fragments(
         ]
     constraints = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["r"] * len(words) + ["l", "n"])
     text = "{\n" + "\n".join(lines) + "\n}"
-    return unpacked(asm(text, [*sums, *words, b, constant(1)], constraints, floats(total)), total)
+    return asm(text, [*sums, *words, b, constant(1)], constraints, f32(), total)
 
 
 def multiply_commit() -> None:
@@ -100,12 +98,12 @@ def multiply_wait(pending: int) -> None:
     asm(f"wgmma.wait_group.sync.aligned {pending};")
 
 
-def multiplied(sums: Sequence[Sequence[Value]]) -> list[list[Value]]:
+def multiplied(sums: Sequence[Sequence[Value]]) -> list[list[Any]]:
     """The sums, once everything that was started has ended."""
     flat = [value for values in sums for value in values]
     each, count = len(sums[0]), len(flat)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)])
-    ended = unpacked(asm("wgmma.wait_group.sync.aligned 0;", flat, constraints, floats(count)), count)
+    ended = asm("wgmma.wait_group.sync.aligned 0;", flat, constraints, f32(), count)
     return [ended[i : i + each] for i in range(0, count, each)]
 
 
@@ -117,23 +115,21 @@ def store_shared_transposed(address: Value, words: Sequence[Value]) -> None:
     asm("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};", [address, *words], "r,r,r")
 
 
-def load_shared_transposed(address: Value) -> list[Value]:
+def load_shared_transposed(address: Value) -> list[Any]:
     """Four 8 x 8 blocks of 16-bit numbers as fragments of their transposes.
 
     Lanes 0 to 7 have the addresses of the first block's lines, the next 8 those of the second's, and so on.
     """
-    words = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
     text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
-    loaded = asm(text, [address], "=r,=r,=r,=r,r", words)
-    return [llvm.extractvalue(i32(), loaded, [i]) for i in range(4)]
+    return asm(text, [address], "=r,=r,=r,=r,r", i32(), 4)
 
 
-def transposed_block(word: Value) -> Value:
+def transposed_block(word: Value) -> Word:
     """The fragment of the transpose of an 8 x 8 block of 16-bit numbers."""
     return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [word], "=r,r", i32())
 
 
-def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: Sequence[Value]) -> list[Value]:
+def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: Sequence[Value]) -> list[Any]:
     """The products of 16 rows of 64 e4m3 codes with 64 float16 numbers, by tensor cores: of rows l / 4 and l / 4 + 8 in lane l.
 
     row, other_row: 16 codes of each of the two rows, those from 16 (l % 4) on, as four words. vector: the 16 numbers of the
@@ -152,12 +148,10 @@ def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: 
         ]
     lines += ["mov.f32 $0, even;", "mov.f32 $1, odd;"]
     text = "{\n" + "\n".join(lines) + "\n}"
-    return unpacked(asm(text, [*row, *other_row, *vector], "=f,=f" + ",r" * 16, floats(2)), 2)
+    return asm(text, [*row, *other_row, *vector], "=f,=f" + ",r" * 16, f32(), 2)
 
 
-def add_products(
-    sums: Sequence[Value], row: Sequence[Value], other_row: Sequence[Value], column: Sequence[Value]
-) -> list[Value]:
+def add_products(sums: Sequence[Value], row: Sequence[Value], other_row: Sequence[Value], column: Sequence[Value]) -> list[Any]:
     """sums + the products of 16 rows and 8 columns of 32 bfloat16 numbers each, by the tensor cores of a warp.
 
     row, other_row, column: of rows l / 4 and l / 4 + 8 and of column l / 4, the 8 numbers from 8 (l % 4) on, four words each.
@@ -171,10 +165,10 @@ def add_products(
         before = "$4, $5, $6, $7" if i == 0 else "$0, $1, $2, $3"
         lines += [f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {{{a}}}, {{{b}}}, {{{before}}};"]
     constraints = "=&f,=&f,=&f,=&f" + ",f" * 4 + ",r" * 12
-    return unpacked(asm("\n".join(lines), [*sums, *row, *other_row, *column], constraints, floats(4)), 4)
+    return asm("\n".join(lines), [*sums, *row, *other_row, *column], constraints, f32(), 4)
 
 
-def multiply_codes(codes: Sequence[Sequence[Value]], b: Value, chunk: int, columns: int) -> list[Value]:
+def multiply_codes(codes: Sequence[Sequence[Value]], b: Value, chunk: int, columns: int) -> list[Any]:
     """The product of 64 rows of 128 e4m3 codes and a float16 matrix [128, columns] in shared memory, by a warpgroup.
 
     codes: 16 codes each, as four words, of rows l / 4 and l / 4 + 8 of the warp's 16, for lane l: those from 16 (l % 4) on of
@@ -203,4 +197,4 @@ def multiply_codes(codes: Sequence[Sequence[Value]], b: Value, chunk: int, colum
         ]
     lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
     constraints = ",".join(["=&f"] * sums + ["r"] * 16 + ["l", "n"])
-    return unpacked(asm("{\n" + "\n".join(lines) + "\n}", [*inputs, b, constant(1)], constraints, floats(sums)), sums)
+    return asm("{\n" + "\n".join(lines) + "\n}", [*inputs, b, constant(1)], constraints, f32(), sums)

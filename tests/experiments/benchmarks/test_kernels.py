@@ -97,12 +97,13 @@ def test_rows_that_miss_their_target_are_measured_with_stages_left_out(tmp_path,
 def test_a_stage_that_the_kernels_do_not_know_is_named():
     from pallas_kernels.indexer_topk import mosaic_gpu_scores, mosaic_gpu_select
     from pallas_kernels.sparse_mla import mosaic_gpu_attention
+    from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import Tasks
 
     with pytest.raises(ValueError, match="leave_out 'sums'"):
         mosaic_gpu_select.SelectConfig(leave_out="sums")
     with pytest.raises(ValueError, match="leave_out 'sums'"):
         mosaic_gpu_scores.ScoresConfig(queries=4, leave_out="sums")
-    tasks = mosaic_gpu_attention.Tasks(1, 1, 64, 1024, pairs=1)
+    tasks = Tasks(1, 1, 64, 1024, pairs=1)
     with pytest.raises(ValueError, match="leave_out 'sums'"):
         mosaic_gpu_attention.attend(None, None, None, None, tasks, scale=1.0, leave_out="sums")
 

@@ -17,7 +17,9 @@ from experiments.common import options, runs, text
 from experiments.common.report import Output
 from experiments.reproduction import pretrain, retrieval
 from indexcache_jax.config import Config
+from indexcache_jax.params import abstract
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.tensors import count
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
@@ -51,6 +53,18 @@ def test_the_shipped_model_is_the_one_described():
     config, schedule, params = checkpoints_convert.load(options.DEMO)
     assert config == Config.from_hf(pretrain.DEMO) and schedule == Schedule.all_full(12)
     assert params.embedding.dtype == jnp.bfloat16
+
+
+def test_the_layers_of_the_deep_model_begin_alike():
+    config, schedule = pretrain.RECIPES["deep"].shape()
+    assert config.num_layers >= 24 and 20e6 < count(abstract(config, schedule)) < 100e6
+    assert all(stage.neighbour_decay for stage in pretrain.RECIPES["deep"].stages)
+    case = Case(FIELDS, "FF", 0)
+    params = pretrain.alike(case.params)
+    for name in ("attention", "indexer"):
+        found, first = getattr(params, name), getattr(case.params, name)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.stack([b[0]] * 2)), found, first)
+    np.testing.assert_array_equal(params.moe.down, case.params.moe.down)
 
 
 def test_a_resumed_run_keeps_to_the_steps_it_began_with(tmp_path, monkeypatch):
@@ -105,6 +119,7 @@ def test_a_run_trains_all_stages_and_leaves_a_checkpoint_with_its_card(tmp_path,
     card = (tmp_path / "out" / "checkpoint" / "README.md").read_text()
     for part in ("| dense | 20 | 8 | 32 |", f"{metrics['held_out_loss']['sparse']:.4f}", f"{metrics['ngram_loss']:.4f}"):
         assert part in card
+    assert 0 < metrics["overlap"]["adjacent"] <= 1 and f"adjacent ones {metrics['overlap']['adjacent']:.3f}" in card
     assert set(metrics["retrieval"]) == set(retrieval.TASKS) and metrics["stages"][0]["steps"] == 20
 
 

@@ -5,22 +5,15 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 import checkpoints_convert
-from experiments.common import runs
-from experiments.common.report import Output
 from experiments.reproduction import quality, retrieval
-from indexcache_jax import forward
-from indexcache_jax.params import with_schedule
-from indexcache_jax.schedule import Schedule
-from indexcache_jax.training import Stage
+from experiments.reproduction.quality_tables import WAYS
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -30,140 +23,83 @@ FIELDS = GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2, "voca
 BASE = Case(FIELDS, "FFF", 0)
 
 
-def test_intervals_are_students():
-    mean, half = quality.interval([1.0, 2.0, 3.0])
-    assert mean == 2.0 and half == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
-    assert np.isnan(quality.interval([1.0])[1])
-    assert quality.shown([1.0], 2) == "1.00" and quality.shown([1.0, 1.0], 2) == "1.00 ± 0.00"
-
-
-def test_changes_are_paired_with_the_same_seed():
-    scores = {
-        "all F": {0: {"loss": 1.0, "one key": 1.0}, 1: {"loss": 2.0, "one key": 0.5}},
-        "1/2 uniform": {0: {"loss": 1.1, "one key": 0.0}, 1: {"loss": 2.2, "one key": 0.0}},
-        "1/4 uniform": {1: {"loss": 2.4, "one key": 0.0}},
-    }
-    patterns = {"all F": {0: "FF", 1: "FF"}, "1/2 uniform": {0: "FS", 1: "FS"}, "1/4 uniform": {1: "FS"}}
-    header, rows = quality.score_table(scores, patterns, quality.PAPER)
-    assert header == ["", "indexers", "loss", "change, %", "one key", "paper, Long"]
-    assert rows[1][1] == "1" and rows[1][3].startswith("10.00 ± 0.00") and rows[1][-1] == "47.4"
-    assert rows[2][3] == "20.00"  # of the one seed that there is
-
-
-def test_similarity_is_held_against_the_loss_step_by_step():
-    steps = [
-        {"full": 4, "similarity": [3.0, 2.0, 1.0], "loss": [1.0, 1.1, 1.2]},
-        {"full": 3, "similarity": [1.0, 2.0], "loss": [1.0, 2.0]},
-    ]
-    turned = [{"full": 4, "similarity": [1.0, 2.0, 3.0], "loss": [1.0, 1.1, 1.2]}, steps[1]]
-    found = [quality.Found({}, {}, s) for s in (steps, turned)]
-    rows = quality.proxy_table(found)[1]
-    assert len(rows) == 1 and rows[0][0] == "4"  # two flips have no order worth the name
-    assert rows[0][1].startswith("0.00 ±") and rows[0][2].startswith("20.00 ± 0.00") and rows[0][3].startswith("10.00 ±")
-    assert quality.proxy_table(found[:1])[1][0][1] == "-1.00"
-
-
-def test_rows_survive_a_kill_and_are_not_made_twice(tmp_path):
-    path, about = tmp_path / "rows.jsonl", {"flags": {"context": 3}}
-    rows = quality.Rows(path, about, resume=False)
-    assert rows.once("free", 0, "all F", lambda: {"loss": 1.5}) == {"loss": 1.5}
-    rows.close()
-    with open(path, "ab") as file:
-        file.write(b'{"part": "free", "seed": 1, "na')
-    with pytest.raises(ValueError, match="holds an earlier run; --resume"):
-        quality.Rows(path, about, resume=False)
-    with pytest.raises(ValueError, match=r"another flags\.context: 3 there, 4 here"):
-        quality.Rows(path, {"flags": {"context": 4}}, resume=True)
-    rows = quality.Rows(path, about, resume=True)
-    assert rows.once("free", 0, "all F", lambda: pytest.fail("made twice")) == {"loss": 1.5}
-    assert not rows.has("free", 1, "all F") and rows.once("free", 1, "all F", lambda: [2]) == [2]
-    rows.close()
-    assert len(path.read_text().splitlines()) == 3
-
-
 @pytest.mark.parametrize(
     "given, message",
     [
         (dict(retention="none"), "--retention=none"),
         (dict(retentions=["1/2", "0"]), "--retentions=0"),
         (dict(batch_size=2, sequences=2, held_out_sequences=3), "--batch_size=2: does not divide --held_out_sequences=3"),
-        (
-            dict(retentions=["1/3"], distilled=["all F", "1/2 uniform"]),
-            "--distilled: '1/2 uniform' is not one of 'all F', '1/3 u",
-        ),
+        (dict(ways=["untrained", "all"]), "--ways: 'all' is not one of 'untrained', 'indexers'"),
+        (dict(ways=["untrained", "own", "everything-own"]), "--ways=.*'everything-own' is compared with 'everything'"),
+        (dict(retentions=["1/3"], everything_for=["all F", "1/2 uniform"]), "--everything_for: '1/2 uniform' is not one of"),
+        (dict(everything_for=["1/2 uniform"]), "--everything_for=1/2 uniform: they are compared with 'all F'"),
+        (dict(warmup_steps=0), "--warmup_steps=0: must be at least 1"),
+        (dict(beside=["nowhere/results.json"]), "nowhere"),
     ],
 )
 def test_flags_are_looked_at_before_anything_takes_long(given, message):
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
         quality.check_flags()
+        quality.overlaps_beside()
     quality.check_flags()
 
 
-def test_a_resumed_run_trains_as_long_as_the_rows_that_are_there(tmp_path, monkeypatch):
+def test_rows_come_for_all_seeds_before_those_that_train_everything():
     flags.FLAGS.mark_as_parsed()
-    stages = [Stage(kind, kind, 100, 1, 24, 1e-3, 1e-3) for kind in ("warmup", "sparse")]
-    monkeypatch.setattr(runs, "seconds_per_step", lambda *_: 1.0)
-    studied, output = quality.Model(*[None] * 6), Output.create(str(tmp_path))
-    monkeypatch.setattr(quality, "traced_schedule", lambda base: None)
-    ends = time.perf_counter() + quality.FINISH_SECONDS
-
-    def steps(count, begun, seconds, resume=True):
-        with flagsaver.flagsaver(resume=resume):
-            fitted = quality.within_the_limit(studied, stages, count, begun, 0.0, output, ends + seconds)
-        return [stage.steps for stage in fitted]
-
-    with flagsaver.flagsaver(time_limit=41.0):
-        assert steps(2, False, 30, resume=False) == []  # so little time distils nothing
-    cut = steps(2, False, 61, resume=False)
-    assert sum(cut) == pytest.approx(30, abs=2)
-    assert steps(1, True, np.inf) == steps(1, True, 900) == steps(0, True, np.inf) == cut
-    assert steps(2, False, np.inf, resume=False) == [100, 100]
-    assert steps(1, True, 61) == [100, 100]  # the rows that are there were not cut
+    with flagsaver.flagsaver(retentions=["1/2"], everything_for=["all F", "1/2 uniform", "1/2 greedy"]):
+        found = list(quality.jobs([0, 1]))
+        assert quality.names_of("own") == ["1/2 uniform", "1/2 greedy", "1/2 floating", "1/2 similarity"]
+    ways = [way for way, _, _ in found]
+    assert ways == [
+        *["untrained"] * 10,
+        *(["indexers"] * 5 + ["own"] * 4 + ["once"] * 5) * 2,
+        *["everything"] * 6,
+        *["everything-own"] * 2,
+    ]
+    assert found[-8:-4] == [("everything", seed, name) for name in ("all F", "1/2 uniform") for seed in (0, 1)]
+    assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("pattern", ["FFF", "FSF"])
-def test_measures_are_those_of_the_forward_pass(pattern):
-    schedule = Schedule(pattern)
-    rng = np.random.default_rng(0)
-    cuts = rng.integers(97, 123, (2, 41)).astype(np.int32)
-    far = rng.random((2, 40)) < 0.3
-    own = forward(with_schedule(BASE.params, BASE.schedule, schedule), cuts[:, :-1], BASE.config, schedule)
-    logp = np.asarray(jax.nn.log_softmax(own))
-    losses = -np.take_along_axis(logp, cuts[:, 1:, None], axis=-1)[..., 0]
-    found = quality.measure(BASE.params, BASE.config, BASE.schedule, schedule, quality.Sample(cuts, far, {}))
-    assert found["loss"] == pytest.approx(losses.mean(), rel=1e-4)
-    assert found["long-range loss"] == pytest.approx(losses[far].mean(), rel=1e-4)
-
-
-@pytest.mark.slow
-def test_a_run_in_small(tmp_path):
+def arguments(tmp_path, **changes):
+    """The command line of a whole run in small."""
     checkpoints_convert.save(tmp_path / "base", BASE.params, BASE.config, BASE.schedule)
     rng = np.random.default_rng(0)
     for folder in ("code", "prose"):
         (tmp_path / folder).mkdir()
         for i in range(24):
             (tmp_path / folder / f"{i}.txt").write_bytes(rng.integers(97, 101, 1500).astype(np.uint8).tobytes())
-    flags = {
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "results.json").write_text('{"metrics": {"overlap": {"adjacent": 0.875, "all pairs": 0.75}}}')
+    given = {
         "experiment": "quality",
         "checkpoint": tmp_path / "base",
         "text": tmp_path / "code" / "*.txt",
         "other_text": tmp_path / "prose" / "*.txt",
         "output_dir": tmp_path / "out",
         "context": 200,
-        "sequences": 1,
+        "sequences": 2,
         "held_out_sequences": 1,
         "retentions": "2/3,1/3",
         "retention": "2/3",
-        "distilled": "all F,2/3 searched,2/3 uniform (own layer only)",
+        "everything_for": "all F,2/3 uniform",
         "seeds": 2,
-        "retrieval_prompts": 1,
+        "retrieval_prompts": 2,
+        "retrieval_together": 2,
         "ngram_order": 3,
         "long_range": 20,
+        "training_sequences": 2,
+        "most_span": 2,
         "warmup_steps": 2,
         "sparse_steps": 2,
         "woven": 0.5,
+        "beside": tmp_path / "deeper" / "results.json",
     }
+    return [f"--{name}={value}" for name, value in (given | changes).items()]
+
+
+@pytest.mark.slow
+def test_a_run_in_small(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -171,32 +107,63 @@ def test_a_run_in_small(tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "experiments.run", *(f"--{name}={value}" for name, value in flags.items())]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
-    assert found.returncode == 0, found.stderr[-3000:]
-    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
-    assert list(metrics["training_free"]) == ["all F"] + [
-        f"{share} {kind}" for share in ("2/3", "1/3") for kind in ("uniform", "searched", "similarity")
-    ]
-    assert list(metrics["distilled"]) == ["all F", "2/3 searched", "2/3 uniform (own layer only)"]
-    for entries in [*metrics["training_free"].values(), *metrics["distilled"].values()]:
-        assert len(entries) == 2 and set(entries["0"]) == {"loss", "long-range loss", *retrieval.TASKS}
-        assert all(np.isfinite(list(entry.values())).all() for entry in entries.values())
-    assert metrics["training_free"]["all F"] != metrics["distilled"]["all F"]
-    assert len(metrics["domains"]) == 2 and list(metrics["domains"][0]) == [
+    command = [sys.executable, "-m", "experiments.run", *arguments(tmp_path)]
+
+    def run(*more):
+        found = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+        assert found.returncode == 0, found.stderr[-3000:]
+        return found.stdout
+
+    stdout = run("--time_limit=1")  # reads and compiles, and has no time for a row
+    assert (
+        "no time was left for" in stdout
+        and json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["rows"] == {}
+    )
+    run("--resume")
+    results = (tmp_path / "out" / "results.json").read_text()
+    rows = json.loads(results)["metrics"]["rows"]
+    names = ["all F"] + [f"{share} {kind}" for share in ("2/3", "1/3") for kind in quality.KINDS]
+    assert {way: list(of_way) for way, of_way in rows.items()} == {
+        "untrained": names,
+        "indexers": names,
+        "own": names[1:],
+        "once": names,
+        "everything": ["all F", "2/3 uniform"],
+        "everything-own": ["2/3 uniform"],
+    }
+    for of_way in rows.values():
+        for name, entries in of_way.items():
+            for entry in entries.values():
+                assert set(entry) == {"pattern", "loss", "long-range loss", "sequence_losses", *retrieval.TASKS}
+                assert all(np.isfinite(value) for key, value in entry.items() if key not in ("pattern", "sequence_losses"))
+                assert entry["pattern"].count("F") == {"all": 3, "2/3": 2, "1/3": 1}[name.split()[0]]
+            assert list(entries) == ["0", "1"]
+    losses = {way: of_way["2/3 uniform"]["0"]["loss"] for way, of_way in rows.items()}
+    assert len(set(losses.values())) == len(WAYS)  # each way has other indexers or weights
+    domains = json.loads(results)["metrics"]["domains"]
+    assert len(domains) == 2 and list(domains[0]) == [
         "all F",
         "uniform",
-        "searched on code",
-        "searched on prose",
-        "searched on both",
+        *(f"searched on {o}" for o in ("code", "prose", "both")),
     ]
-    assert all(p.count("F") == 2 for p in metrics["patterns"]["2/3 searched"].values())
-    # After a kill that took the last row: what is there is not made again.
+    # After a kill that took some rows: what is there is not made again, what is missing is.
     path = tmp_path / "out" / "rows.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]))
-    found = subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert path.read_text() == "".join(lines) and found.stdout.count("distilled") == 1
+    lost = [number for number, line in enumerate(lines) if json.loads(line).get("part") in ("own", "everything-own")]
+    path.write_text("".join(line for number, line in enumerate(lines) if number not in lost))
+    stdout = run("--resume")
+    assert stdout.count("\nseed ") == len(lost) > 2
+
+    def parts(text):
+        fields = "part", "seed", "name"
+        return {tuple(map(entry.get, fields)): entry.get("value") for entry in map(json.loads, text.splitlines())}
+
+    before, after = parts("".join(lines)), parts(path.read_text())
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        for field in ("losses", "long_range") if key[0] in ("own", "everything-own") else ():
+            np.testing.assert_allclose(after[key][field], value[field], rtol=1e-5)
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "## Distilled" in report and "±" in report and (tmp_path / "out" / "overlap.png").stat().st_size > 1000
+    assert "## Everything distilled, own layer only" in report and "deeper 0.875 and 0.750" in report
+    for picture in ("overlap.png", "training.png"):
+        assert f"]({picture})" in report and (tmp_path / "out" / picture).stat().st_size > 1000

@@ -2,21 +2,11 @@
 
 import random
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.common import text
 from experiments.reproduction import retrieval
-from indexcache_jax import forward
-from indexcache_jax.params import with_schedule
-from indexcache_jax.schedule import Schedule
-from tests.support.tiny_models import GLM_FIELDS, Case
-
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-FIELDS = GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2, "vocab_size": 258, "eos_token_id": 256}
-BASE = Case(FIELDS, "FFF", 0)
 
 
 def decoded(tokens):
@@ -26,14 +16,14 @@ def decoded(tokens):
 @pytest.mark.parametrize("task", retrieval.TASKS)
 def test_a_prompt_hides_what_it_asks_for(task):
     haystack = np.full(400, ord("."), np.int32)
-    prompts = [retrieval.prompt(task, haystack, text.Bytes(), 300, random.Random(seed)) for seed in range(5)]
+    prompts = [retrieval.prompt([task], haystack, text.Bytes(), 300, random.Random(seed)) for seed in range(5)]
     for found in prompts:
         whole = decoded(found.tokens)
-        assert found.tokens.shape == found.answer.shape == (301,)
+        assert found.tokens.shape == found.answers.shape == (301,) and found.tasks == (task,)
         end = whole.rindex("." * 4)
-        answers = decoded(found.tokens[found.answer])
+        answers = decoded(found.tokens[found.answers == 1])
         words = [answers[i : i + 6] for i in range(0, len(answers), 6)]
-        assert len(words) == (3 if task == "several values" else 1) and not found.answer[:end].any()
+        assert len(words) == (3 if task == "several values" else 1) and not found.answers[:end].any()
         for word in words:
             assert f" = '{word}'" in whole[:end] and word in whole[end:]
         if task == "two hops":
@@ -46,15 +36,38 @@ def test_a_prompt_hides_what_it_asks_for(task):
 
 def test_a_context_without_room_is_refused():
     with pytest.raises(ValueError, match="--context=40"):
-        retrieval.prompt("several keys", np.zeros(100, np.int32), text.Bytes(), 40, random.Random(0))
+        retrieval.prompt(["several keys"], np.zeros(100, np.int32), text.Bytes(), 40, random.Random(0))
 
 
 def test_prompts_are_seeded():
     cuts = np.full((2, 301), ord("."), np.int32)
     first, again, other = (retrieval.prompts(cuts, text.Bytes(), 300, 2, seed) for seed in (0, 0, 1))
-    assert list(first) == list(retrieval.TASKS)
-    np.testing.assert_array_equal(first["two hops"][1].tokens, again["two hops"][1].tokens)
-    assert not np.array_equal(first["two hops"][1].tokens, other["two hops"][1].tokens)
+    assert [prompt.tasks for prompt in first] == [(task,) for task in retrieval.TASKS] * 2
+    np.testing.assert_array_equal(first[5].tokens, again[5].tokens)
+    assert not np.array_equal(first[5].tokens, other[5].tokens)
+
+
+def test_tasks_asked_together_are_each_as_if_asked_alone():
+    prompts = retrieval.prompts(np.full((3, 901), ord("."), np.int32), text.Bytes(), 900, 6, 0, together=8)
+    assert [prompt.tasks for prompt in prompts] == [(*retrieval.TASKS,) * 2] * 3
+    for prompt in prompts:
+        assert prompt.tail == np.count_nonzero(np.cumsum(prompt.answers))
+        whole = decoded(prompt.tokens)
+        for number, task in enumerate(prompt.tasks, start=1):
+            answer = decoded(prompt.tokens[prompt.answers == number])
+            words = [answer[i : i + 6] for i in range(0, len(answer), 6)]
+            assert len(words) == (3 if task == "several values" else 1)
+            assert all(whole.count(word) == 2 for word in words)  # hidden once, asked once
+        hits = np.ones(prompt.tail + 5, bool)
+        assert prompt.solved(hits) == [True] * 8
+        hits[np.flatnonzero(prompt.answers[-hits.size :] == 3)[0]] = False
+        assert prompt.solved(hits) == [number != 2 for number in range(8)]
+
+
+def test_outcomes_are_gathered_by_task():
+    asked = [retrieval.Prompt(np.zeros(3), np.zeros(3), tasks) for tasks in (("one key", "two hops", "one key"), ("two hops",))]
+    found = retrieval.by_task(asked, [[True, False, False], [True]])
+    assert found == {"one key": [[1, 0], []], "several keys": [[], []], "several values": [[], []], "two hops": [[0], [1]]}
 
 
 def test_weaving_keeps_the_text_and_asks_for_what_it_hid():
@@ -82,22 +95,3 @@ def test_weaving_keeps_the_text_and_asks_for_what_it_hid():
 def test_nothing_is_woven_into_nothing():
     plain = np.arange(500, dtype=np.int32) % 100
     np.testing.assert_array_equal(retrieval.weave(plain, text.Bytes(), 0.0, 0), plain)
-
-
-@pytest.mark.parametrize("pattern", ["FFF", "FSF"])
-def test_an_answer_counts_where_all_of_it_is_likeliest(pattern):
-    schedule = Schedule(pattern)
-    tokens = np.random.default_rng(0).integers(97, 123, 41).astype(np.int32)
-    own = forward(with_schedule(BASE.params, BASE.schedule, schedule), tokens[None, :-1], BASE.config, schedule)
-    likeliest = np.asarray(jnp.argmax(own, axis=-1))[0]
-    # One prompt whose answer is what the model would say, and one that differs from it in one place.
-    answer = np.zeros(41, bool)
-    answer[-3] = True
-    right = np.concatenate([tokens[:-3], [likeliest[-3]], tokens[-2:]]).astype(np.int32)
-    wrong = right.copy()
-    wrong[-3] = (right[-3] + 1) % 256
-    asked = {
-        "said": [retrieval.Prompt(right, answer)],
-        "half": [retrieval.Prompt(right, answer), retrieval.Prompt(wrong, answer)],
-    }
-    assert retrieval.accuracy(BASE.params, BASE.config, BASE.schedule, schedule, asked) == {"said": 1.0, "half": 0.5}

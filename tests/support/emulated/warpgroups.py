@@ -1,4 +1,4 @@
-"""Runs a Mosaic GPU kernel whose warpgroups do different things, written in `pallas_kernels.hopper.ptx` words, on NumPy.
+"""Runs a Mosaic GPU kernel whose warpgroups do different things, written in `ptx` words, on NumPy.
 
 The threads of a warpgroup take every step together; the warpgroups take turns at random, and change only where they wait
 or arrive. Copies land and products of matrices are made as late or as early as chance has it: what a copy will overwrite is
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.support.ptx_emulator import put_in_place
+from tests.support.emulated.registers import PURE, arrays, floats, of_registers, put_in_place, registers, words32
 
 SEGMENT = 40  # bits of an address below the number of its array; the first ones are the blocks' shared memories
 Name = tuple[int, int]  # of a warpgroup: the rank of its block in the cluster, and its number there
@@ -126,7 +126,7 @@ class Warpgroup:
         self.under_way: list[list[Callable[[], None]]] = [[]]  # groups of products
 
     def spread(self, x):
-        return np.broadcast_to(np.asarray(x), (128,))
+        return np.broadcast_to(np.asarray(arrays(x)), (128,))
 
     def uniform(self, x) -> int:
         assert self.active.all(), "not all threads take part"
@@ -142,7 +142,7 @@ class Warpgroup:
         assert (address >> SEGMENT == self.rank).all() and rank < self.chip.blocks
         return address + (rank - self.rank << SEGMENT)
 
-    def load_words_or_zeros(self, address, predicate, count):
+    def load_global_words_or_zeros(self, address, predicate, count):
         with self.when(self.spread(predicate) != 0):
             return self.load(address, np.int32, count)
 
@@ -233,9 +233,10 @@ class Warpgroup:
         self.groups.append(self.group)
         self.group = []
 
-    def copies_done(self, pending=0):
-        if not pending:
+    def copies_done(self, pending=None):
+        if pending is None:
             self.copies_commit()
+            pending = 0
         waited_for, self.groups = self.groups[: len(self.groups) - pending], self.groups[len(self.groups) - pending :]
         self.chip.wait(self.name, lambda: all(landed for group in waited_for for (landed,) in group))
 
@@ -319,7 +320,7 @@ class Warpgroup:
         def left(fragment):
             out = np.zeros((64, 16), np.float32)
             for i, word in enumerate(fragment):
-                for half, numbers in enumerate(_words(word).view(np.float16).reshape(128, 2).T):
+                for half, numbers in enumerate(words32(word).view(np.float16).reshape(128, 2).T):
                     out[16 * warp + lane // 4 + i % 2 * 8, lane % 4 * 2 + i // 2 * 8 + half] = numbers
             return out
 
@@ -384,123 +385,44 @@ class Warpgroup:
         yield
         self.active = before
 
+    def branch(self, condition, body):
+        if self.uniform(condition):
+            body()
+
     def loop(self, count, carry, body):
         carry = list(carry)
         for i in range(int(self.uniform(count))):
-            carry = list(body(self.spread(np.int64(i)), carry))
+            carry = list(body(registers(self.spread(np.int64(i))), carry))
         return carry
 
     def choose(self, condition, body, otherwise):
         return list(body()) if self.uniform(condition) else list(otherwise)
 
 
-def _halves(word):
-    bits = np.asarray(word, np.int64).astype(np.uint32)
-    return (bits << 16).view(np.float32), (bits & 0xFFFF0000).view(np.float32)
-
-
-def _words(word) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(word, np.int64).astype(np.uint32))
-
-
-def _pair_of(dtype):
-    def pair(low, high):
-        halves = [np.asarray(x, np.float32).astype(dtype).view(np.uint16).astype(np.uint32) for x in (low, high)]
-        return (halves[0] | halves[1] << 16).view(np.int32).astype(np.int64)
-
-    return pair
-
-
-_pair = _pair_of(jnp.bfloat16)
-
-
-def _float16_from_e4m3(word):
-    numbers = _words(word).view(jnp.float8_e4m3fn).reshape(128, 4).astype(np.float32)
-    return [_pair_of(np.float16)(numbers[:, i], numbers[:, i + 2]) for i in range(2)]
-
-
-def _to_e4m3_sum(words, factor):
-    with np.errstate(all="ignore"):
-        numbers = np.stack([x for word in words for x in _halves(word)], 1) * np.asarray(factor)[:, None]
-        exact = numbers.astype(np.float16).astype(np.float32)
-        high = np.clip(exact, -448, 448).astype(jnp.float8_e4m3fn)
-        low = np.clip(exact - high.astype(np.float32), -448, 448).astype(jnp.float8_e4m3fn)
-    return tuple(list(x.view(np.int32).astype(np.int64).T) for x in (high, low))
-
-
-def _larger_magnitudes(a, b):
-    halves = zip(_halves(a), _halves(b), strict=True)
-    return _pair(*(np.fmax(np.abs(x), np.abs(y)) for x, y in halves))
-
-
-def _floats(function):
-    def call(*arguments):
-        with np.errstate(all="ignore"):
-            return np.asarray(function(*(np.asarray(x, np.float32) for x in arguments)), np.float32)
-
-    return call
-
-
-RELATIONS = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "slt": np.less,
-    "sle": np.less_equal,
-    "sgt": np.greater,
-    "sge": np.greater_equal,
-}
-
 # What needs no memory.
-PURE: dict[str, Callable] = {
+OF_THREADS: dict[str, Callable] = PURE | {
     "constant": lambda x: np.full(128, x, np.int64),
-    "add": lambda a, *others: a + sum(others),
-    "sub": lambda a, b: np.subtract(a, b),
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a // b,
-    "rem": lambda a, b: a % b,
-    "minimum": np.minimum,
-    "maximum": np.maximum,
-    "shift_left": np.left_shift,
-    "shift_right": np.right_shift,
-    "bit_and": np.bitwise_and,
-    "bit_or": np.bitwise_or,
-    "bit_xor": np.bitwise_xor,
-    "compare": lambda relation, a, b: RELATIONS[relation](a, b),
-    "select": np.where,
-    "offset": lambda base, index, scale: base + index * scale,
     "number": lambda x: np.full(128, x, np.float32),
-    "plus": _floats(lambda a, *others: functools.reduce(np.add, others, a)),
-    "minus": _floats(np.subtract),
-    "times": _floats(np.multiply),
-    "times_plus": _floats(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
-    "larger": _floats(np.fmax),
-    "above": np.greater,
-    "either": np.where,
-    "inverse": _floats(lambda x: 1 / x),
-    "exp2": _floats(np.exp2),
+    "scalar": lambda x: np.full(128, x, np.int64),
+    "offset": lambda base, index, scale: base + index * scale,
     "lane_distant": lambda x, distance: x[np.arange(128) ^ distance],
-    "log2": _floats(np.log2),
-    "bits_of": lambda x: np.broadcast_to(np.asarray(x, np.float32), (128,)).view(np.int32).astype(np.int64),
-    "float_of": lambda bits: np.asarray(bits, np.int64).astype(np.int32).view(np.float32),
-    "both": np.logical_and,
-    "larger_magnitudes": _larger_magnitudes,
-    "to_e4m3_sum": _to_e4m3_sum,
-    "float16_from_e4m3": _float16_from_e4m3,
-    "to_float16_pair": _pair_of(np.float16),
-    "to_bfloat16_pair": _pair,
-    "from_bfloat16_pair": _halves,
-    "matrix": lambda address: address,
-    "proxy_fence": lambda: None,
-    "barrier_init_done": lambda: None,
-    "opaque": lambda x: x,
     "barrier": lambda identity, threads: None,
     "uniform": lambda x: np.broadcast_to(x, (128,))[np.arange(128) // 32 * 32],
     "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
 }
 
+
+def _floats(function):
+    return lambda *given: of_registers(floats(function))(*given)
+
+
 # What kernels take from the MLIR dialect of the same name.
 ARITHMETIC = types.SimpleNamespace(
-    addf=_floats(np.add), subf=_floats(np.subtract), mulf=_floats(np.multiply), divf=_floats(np.divide), maximumf=np.maximum
+    addf=_floats(np.add),
+    subf=_floats(np.subtract),
+    mulf=_floats(np.multiply),
+    divf=_floats(np.divide),
+    maximumf=_floats(np.maximum),
 )
 
 # What is done by the warpgroup that asks for it.
@@ -509,7 +431,7 @@ OWN: dict[str, Callable] = {
     for word in (
         Warpgroup.shared_address,
         Warpgroup.peer_address,
-        Warpgroup.load_words_or_zeros,
+        Warpgroup.load_global_words_or_zeros,
         Warpgroup.copy_async,
         Warpgroup.copy_async_word,
         Warpgroup.prefetch,
@@ -529,9 +451,6 @@ OWN: dict[str, Callable] = {
         Warpgroup.store_shared_transposed,
         Warpgroup.load_shared_transposed,
         Warpgroup.transposed_block,
-        Warpgroup.when,
-        Warpgroup.loop,
-        Warpgroup.choose,
     )
 } | {
     "thread": lambda self: self.threads,
@@ -544,14 +463,17 @@ OWN: dict[str, Callable] = {
     "load_peer_words": lambda self, address: self.load(address, np.int32, 4),
     "load_shared_words": lambda self, address: self.load(address, np.int32, 4),
     "store_shared_words": lambda self, address, words: self.store(address, words, np.int32),
-    "load_words": lambda self, address: self.load(address, np.int32, 4),
+    "load_global_words": lambda self, address: self.load(address, np.int32, 4),
     "store_global_words": lambda self, address, words, predicate: self.store(address, words, np.int32, predicate),
     "store_shared_pair": lambda self, address, words: self.store(address, words, np.int32),
     "load_shared_float": lambda self, address: self.load(address, np.float32)[0],
-    "load_shared_floats": lambda self, address: self.load(address, np.float32, 2),
+    "load_shared_floats": lambda self, address, count=2: self.load(address, np.float32, count),
     "store_shared_floats": lambda self, address, pair: self.store(address, pair, np.float32),
-    "scalar": lambda self, x: np.full(128, x, np.int64),
     "global_address": lambda self, number: np.full(128, number << SEGMENT, np.int64),
+}
+
+CONTROL: dict[str, Callable] = {
+    word.__name__: word for word in (Warpgroup.when, Warpgroup.branch, Warpgroup.loop, Warpgroup.choose)
 }
 
 
@@ -606,9 +528,11 @@ def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
         set_max_registers=lambda count, action: None,
     )
     with monkeypatch.context() as patch:
-        put_in_place(patch, PURE | {name: dispatched(word) for name, word in OWN.items()})
+        words = OF_THREADS | {name: dispatched(word) for name, word in OWN.items()}
+        words = {name: of_registers(word) for name, word in words.items()}
+        put_in_place(patch, words | {name: dispatched(word) for name, word in CONTROL.items()})
         patch.setattr(jax.lax, "axis_index", lambda name: here.axes[name])
         patch.setattr(module, "plgpu", fake)
-        patch.setattr(module, "pl", fake_pallas)
+        patch.setattr(module, "pl", fake_pallas, raising=False)
         patch.setattr(module, "arith", ARITHMETIC, raising=False)
         return function(*arguments, **options)

@@ -1,0 +1,68 @@
+"""quantise_rows: activations in 8 bits, as products with matrices in 8 bits take them.
+
+quantise_swiglu is that of a SwiGLU activation, normalise_rows that of a normalised input, which it returns too.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.quant import Scaled
+from pallas_kernels.quantised import reference
+
+_KERNELS = "pallas_kernels.quantised.mosaic_gpu"
+
+BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_KERNELS, "quantise_rows"),
+    "xla": dispatch.Backend(reference.quantise_rows),
+}
+SWIGLU_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_KERNELS, "quantise_swiglu", "why_not_swiglu"),
+    "xla": dispatch.Backend(reference.quantise_swiglu),
+}
+NORMALISE_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_KERNELS, "normalise_rows", "why_not_normalise"),
+    "xla": dispatch.Backend(reference.normalise_rows),
+}
+
+
+def quantise_rows(rows: jax.Array, *, implementation: str | None = None) -> Scaled:
+    """rows [M, K] in 8 bits, with a float32 scale for every 128 numbers: max(|x|, 1e-4) / 448 (quant.quantise_rows).
+
+    `implementation` None picks "mosaic_gpu" on Hopper for bfloat16 rows with a K that is a multiple of 128, else "xla", the
+    reference. Codes and scales are the same bit for bit. There is no gradient. Raises ValueError for other than two axes,
+    NotImplementedError where a named implementation cannot serve.
+    """
+    if rows.ndim != 2:
+        raise ValueError(f"quantise_rows: expected rows [M, K], got {rows.shape}")
+    return dispatch.call("quantise_rows", BACKENDS, implementation, rows)
+
+
+def quantise_swiglu(gate_up: jax.Array, *, implementation: str | None = None) -> Scaled:
+    """silu(gate) * up of gate_up [M, 2 F], gate first, in 8 bits [M, F]: in float32 up to the codes. As quantise_rows."""
+    if gate_up.ndim != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"quantise_swiglu: expected gate and up [M, 2 F], got {gate_up.shape}")
+    return dispatch.call("quantise_swiglu", SWIGLU_BACKENDS, implementation, gate_up)
+
+
+def normalise_rows(
+    rows: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    *,
+    plain: bool = True,
+    in_8_bits: bool = True,
+    implementation: str | None = None,
+) -> tuple[jax.Array | None, Scaled | None]:
+    """weight [K] times the first K numbers of rows [M, W >= K] over their root mean square: [M, K], and the same in 8 bits.
+
+    The quotient is rounded to the dtype of `rows`, the product to that of `weight`. A result that is not asked for, by
+    `plain` and `in_8_bits`, is None. As quantise_rows, but that sums of squares are added in another order.
+    """
+    if rows.ndim != 2 or weight.ndim != 1 or not 0 < weight.shape[0] <= rows.shape[1]:
+        raise ValueError(f"normalise_rows: expected rows [M, W] and weight [K], K <= W, got {rows.shape} and {weight.shape}")
+    if not (plain or in_8_bits):
+        raise ValueError("normalise_rows: neither plain nor in_8_bits is asked for")
+    options = {"plain": plain, "in_8_bits": in_8_bits}
+    return dispatch.call("normalise_rows", NORMALISE_BACKENDS, implementation, rows, weight, eps, **options)

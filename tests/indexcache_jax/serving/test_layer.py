@@ -1,0 +1,50 @@
+"""A layer whose activations are rounded to 8 bits once, by whoever makes them, computes what it does where products do so."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from indexcache_jax import ops, serving
+from indexcache_jax.positions import whole_rows
+from indexcache_jax.serving import layer
+from pallas_kernels.quant import Scaled, dequantise, quantise_rows
+from tests.support.eight_bits import RAGGED
+
+CONFIG = dataclasses.replace(RAGGED.config, num_layers=2, moe_layers=(False, True))
+
+
+@pytest.fixture(scope="module")
+def weights() -> serving.Weights:
+    return serving.random_weights(jax.random.key(0), CONFIG, jnp.float32, weights="fp8")
+
+
+@pytest.fixture
+def in_8_bits(monkeypatch):
+    monkeypatch.setattr(ops, "quantises", lambda x, matrix, copies=1: isinstance(matrix, Scaled))
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["dense", "experts"])
+def test_mlp_quantises_what_products_would(weights, monkeypatch, request, number):
+    p, x = weights.layers[number], jax.random.normal(jax.random.key(1), (2, 5, CONFIG.hidden_size))
+    with ops.rounded_rows():
+        expected = layer.mlp(p, x, CONFIG) - x
+    request.getfixturevalue("in_8_bits")
+    found = layer.mlp(p, x, CONFIG) - x  # products of rows in 8 bits are bfloat16
+    size = float(jnp.max(jnp.abs(expected)))
+    assert size > 0.01
+    np.testing.assert_allclose(found, expected, atol=0.03 * size)
+
+
+def test_absorbed_queries_of_a_matrix_in_8_bits_are_those_of_the_decoded_one(weights):
+    p, x = weights.layers[1], jnp.zeros((2, 5, CONFIG.hidden_size))
+    positions = whole_rows(x, CONFIG)
+    q_latent = jax.random.normal(jax.random.key(2), (2, 5, CONFIG.q_lora_rank))
+    expected = layer._absorb(dequantise(p.up, jnp.float32), p.k_up, q_latent, positions.cos_sin, CONFIG)
+    found = layer._absorb(p.up, p.k_up, q_latent, positions.cos_sin, CONFIG)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
+    codes = jax.tree.map(lambda leaf: leaf.reshape(2, 5, -1), quantise_rows(q_latent.reshape(10, -1)))
+    found = layer._absorb(p.up, p.k_up, codes, positions.cos_sin, CONFIG)
+    np.testing.assert_allclose(found, expected, atol=0.1 * float(jnp.max(jnp.abs(expected))))

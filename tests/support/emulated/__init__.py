@@ -1,0 +1,5 @@
+"""Kernels that are written in `pallas_kernels.hopper.ptx` words, run on NumPy.
+
+registers.py has the vocabulary: registers of all threads as arrays, and what needs neither memory nor other threads.
+lockstep.py runs the threads of a block step by step together, warpgroups.py lets a block's warpgroups take turns.
+"""
