@@ -1,7 +1,7 @@
 """Rows in another order on Hopper, and weighted sums of rows that stand apart.
 
-A warp moves two rows, or adds up 512 numbers of a token: all loads of what it needs are under way before the first is used. XLA's
-gather of rows in 8 bits moves single bytes.
+A warp moves two rows, or adds up 512 numbers of a token: all loads of what it needs are under way before the first is used.
+XLA's gather of rows in 8 bits moves single bytes.
 """
 
 from __future__ import annotations

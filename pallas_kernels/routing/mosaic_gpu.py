@@ -130,7 +130,8 @@ def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
-    p = Options(*logits.shape, choices, normalised, scale, shared)
+    rows, experts = logits.shape
+    p = Options(rows, experts, choices, normalised, scale, shared)
     outs, counted = outputs(p), SharedMemory()
     Program(p, {}, None, counted)
     names = ["logits", "bias", *outs]

@@ -469,6 +469,9 @@ from pallas_kernels.hopper.ptx.warp import (
     uniform as uniform,
 )
 from pallas_kernels.hopper.ptx.wgmma import (
+    add_products as add_products,
+)
+from pallas_kernels.hopper.ptx.wgmma import (
     load_shared_transposed as load_shared_transposed,
 )
 from pallas_kernels.hopper.ptx.wgmma import (
