@@ -12,6 +12,8 @@ from pallas_kernels.index_divergence.api import index_divergence
 from pallas_kernels.indexer_topk.api import indexer_topk, select_topk
 from pallas_kernels.permuted.api import gather_rows, sum_rows
 from pallas_kernels.quantised.api import normalise_rows, quantise_rows, quantise_swiglu
+from pallas_kernels.routed_mlp.api import routed_mlp
+from pallas_kernels.routing.api import route
 from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.selected_attention.api import selected_attention
 from pallas_kernels.sparse_mla.api import sparse_mla
@@ -29,6 +31,8 @@ __all__ = [
     "normalise_rows",
     "quantise_rows",
     "quantise_swiglu",
+    "route",
+    "routed_mlp",
     "scaled_matmul",
     "select_topk",
     "selected_attention",

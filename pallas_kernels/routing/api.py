@@ -1,7 +1,4 @@
-"""routing: which experts rows are given to, and in what order.
-
-`route` is for the few rows of a decode step, `sort_by_group` for any number of pairs of a row and an expert.
-"""
+"""routing: which experts the rows of a decode step are given to, and the tables by which kernels go through them."""
 
 from __future__ import annotations
 
@@ -47,14 +44,3 @@ def route(
         )
     options = {"choices": choices, "normalised": normalised, "scale": scale, "shared": shared}
     return dispatch.call("route", BACKENDS, implementation, logits.astype(jnp.float32), bias.astype(jnp.float32), **options)
-
-
-def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """groups [M] int32 from 0 to `num_groups` sorted, stable; `num_groups` stands for none and comes last.
-
-    Returns order [M] int32, whose element i is which of the groups is i-th; its inverse [M] int32; and how many there are of
-    each group [num_groups] int32.
-    """
-    if groups.ndim != 1:
-        raise ValueError(f"sort_by_group: expected groups [M], got {groups.shape}")
-    return reference.sort_by_group(groups, num_groups)
