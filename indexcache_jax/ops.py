@@ -33,6 +33,7 @@ from pallas_kernels.index_cross_entropy import api as cross_entropy_api
 from pallas_kernels.index_divergence import api as index_divergence_api
 from pallas_kernels.latent_cache import api as latent_cache
 from pallas_kernels.quant import Scaled
+from pallas_kernels.routed_mlp import api as routed_mlp  # noqa: F401  for serving.few_rows
 from pallas_kernels.routing import api as routing
 from pallas_kernels.scaled_matmul import api as scaled_matmul_api
 from pallas_kernels.selected_attention import api as selected_attention_api

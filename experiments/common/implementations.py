@@ -6,6 +6,7 @@ Nothing is computed: a layer is traced on shapes, and `pallas_kernels.dispatch` 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from indexcache_jax import ops, serving, sharding, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions, make_positions
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.serving import CacheFormat, fused
-from indexcache_jax.serving.layer import layer
+from indexcache_jax.serving import CacheFormat, few_rows, fused
+from indexcache_jax.serving.layer import LayerFunction, layer
 from pallas_kernels import device, dispatch
 from pallas_kernels.dispatch import Choice
 
@@ -60,8 +61,8 @@ def shapes(
     return Shapes(config, tree, cache, rows, length, dtype)
 
 
-def of_layers(given: Shapes, width: int) -> dict[str, Choice]:
-    """The choice of every operation of a layer over `width` new tokens a row, by its name."""
+def of_layers(given: Shapes, width: int, layer: LayerFunction = layer) -> dict[str, Choice]:
+    """The choice of every operation of a layer over `width` new tokens a row, by its name. layer: runs one."""
     x, positions = given.hidden(width)
     selected = (given.rows, width, min(given.config.index_topk, given.length))
     indices = jax.ShapeDtypeStruct(selected, jnp.int32)
@@ -78,25 +79,27 @@ def of_layers(given: Shapes, width: int) -> dict[str, Choice]:
     return choices
 
 
-def of_single_tokens(given: Shapes) -> Choice:
-    """Whether one kernel computes what stands between two attentions of a decode step ("mosaic_gpu"), or XLA."""
+def reason_against(given: Shapes, why_not: Callable[..., str | None]) -> str | None:
+    """What the `why_not` of `fused` or `few_rows` says of a decode step."""
     found: list[str | None] = []
 
     def ask(weights: serving.Weights, x: jax.Array, cache: serving.Cache, positions: Positions) -> jax.Array:
-        found.append(fused.why_not(weights, x, cache, positions, given.config))
+        found.append(why_not(weights, x, cache, positions, given.config))
         return x
 
     if sharding.computes_alone():
         ask = sharding.on_each_device(ask, ((), ("batch",), ("batch",), ("batch",)), ("batch",))
     x, positions = given.hidden(1)
     jax.eval_shape(ask, given.weights, x, given.cache, positions)
-    return Choice("xla", {"mosaic_gpu": found[0]}) if found[0] else Choice("mosaic_gpu", {})
+    return found[0]
 
 
 def of_model(given: Shapes, chunk: int) -> dict[str, dict[str, Choice]]:
     """The choices by kind of work and operation: a prompt's chunk of `chunk` tokens a row, a decode step, and training."""
-    single = of_single_tokens(given)
-    decode = of_layers(given, 1)
+    reason = reason_against(given, fused.why_not)
+    # Whether one kernel computes what stands between two attentions of a decode step.
+    single = Choice("xla", {"mosaic_gpu": reason}) if reason else Choice("mosaic_gpu", {})
+    decode = of_layers(given, 1, layer if reason_against(given, few_rows.why_not) else few_rows.layer)
     if single.name != "xla":
         decode = {name: choice for name, choice in decode.items() if name in BESIDE_DECODE_LAYER}
     training = ops.training_choices(1, chunk, given.dtype, given.config)

@@ -104,7 +104,7 @@ def _absorb(
     return absorbed.at[..., c.kv_lora_rank :].set(rope)
 
 
-def _select(
+def select(
     p: Layer,
     q_latent: jax.Array | Scaled,
     weights: jax.Array,
@@ -168,18 +168,25 @@ def attention(
             key_product, weights = jnp.split(index_product, [c.index_head_dim], axis=-1)
             keys = indexer.finish_keys(key_product, p.key_norm, p.key_norm_bias, positions.cos_sin, c, dtype)
             cache = append(cache, latents, keys, positions.queries)
-            indices = _select(p, q_latent, weights, cache, positions, kv_length, c)
+            indices = select(p, q_latent, weights, cache, positions, kv_length, c)
     else:
         cache = append(cache, latents, None, positions.queries)
     assert indices is not None  # the first layer is F
 
+    return attend(p, x, absorbed, indices, cache, kv_length, c), indices, cache
+
+
+def attend(
+    p: Layer, x: jax.Array, absorbed: jax.Array, indices: jax.Array, cache: LayerCache, kv_length: int, config: Config
+) -> jax.Array:
+    """x + the output of attention with absorbed queries [B, S, H, C + dr] to selected latents."""
     with jax.named_scope("attend"):
-        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, c)
+        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, config)
         split = "batch", "queries", "heads"
         heads = sharding.on_each_device(by_head, (split, ("heads",)), split)(context, p.v_up)
         out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")
         x = x + (out if p.out_bias is None else out + p.out_bias)
-        return sharding.constrain(x, "batch", "queries", None), indices, cache
+        return sharding.constrain(x, "batch", "queries", None)
 
 
 def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:

@@ -22,7 +22,7 @@ from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Params
 from indexcache_jax.positions import Positions, even_order, make_positions
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.serving import fused
+from indexcache_jax.serving import few_rows, fused
 from indexcache_jax.serving.cache import Cache, check_cache, formats
 from indexcache_jax.serving.layer import LayerFunction, linear, run_layer, run_layer_in_place
 from indexcache_jax.serving.weights import Weights, weights_for
@@ -138,11 +138,12 @@ def step(
 def _single_tokens(
     weights: Weights, x: jax.Array, cache: Cache, positions: Positions, kv_length: int, config: Config
 ) -> tuple[jax.Array, Cache]:
-    """`walk` over one token a row, x [B, 1, D], by the kernels for a single token where they serve."""
-    if fused.why_not(weights, x, cache, positions, config) is not None:
-        return walk(weights, x, cache, positions, kv_length, config)
-    x, layers = fused.layers(weights, x, cache, positions, kv_length, config)
-    return x, Cache(layers, positions.kv_lengths)
+    """`walk` over one token a row, x [B, 1, D], by the kernels for a single token or for few rows where they serve."""
+    if fused.why_not(weights, x, cache, positions, config) is None:
+        x, layers = fused.layers(weights, x, cache, positions, kv_length, config)
+        return x, Cache(layers, positions.kv_lengths)
+    serves_rows = few_rows.why_not(weights, x, cache, positions, config) is None
+    return walk(weights, x, cache, positions, kv_length, config, few_rows.run_layer if serves_rows else run_layer)
 
 
 def _check_room(cache: Cache, lengths: jax.Array | np.ndarray) -> None:

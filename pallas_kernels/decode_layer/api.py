@@ -20,6 +20,7 @@ from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeigh
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import BLOCK, Latents, Scaled
 
+MAX_NOPE = 192  # of a head: all its loads are in registers at once
 MAX_HEADS = 128  # a thread block's share of the value and key matrices is of one head or two
 # Matrices that may be `Scaled`: those of a group all or none.
 IN_CODES = (("up", "index_up"), ("out",), ("gate_up", "expert_down", "shared_gate_up", "shared_down"))
@@ -85,31 +86,67 @@ def layer_outputs(
     )
 
 
+def latents_of_rows(
+    product: jax.Array, layer: AttentionWeights
+) -> tuple[jax.Array, jax.Array | Latents, jax.Array | None, jax.Array | None]:
+    """Of the projections down of few rows: query latents [N, 1, R] bfloat16, and the caches with the rows' tokens in them.
+
+    The caches are the layer's latents, index keys and their scales.
+
+    Args:
+      product: [N, 1, R + C + dr (+ Di + Hi)] float32.
+      layer: weights, of which the norms are used, caches of N rows, positions [N, 1] and angles [N, 1, dr / 2]. Tokens outside
+        0 .. T - 1 are dropped.
+    """
+    from pallas_kernels.decode_layer import mosaic_gpu_rows
+
+    return mosaic_gpu_rows.latents_of_rows(product, layer)
+
+
+def absorbed_queries(product: jax.Array, k_up: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Queries [N, 1, H, C + dr] bfloat16 of few rows: a head's part without rope times its key matrix, and the rotated part.
+
+    product: [N, 1, H (dn + dr)] bfloat16, the queries' projection up. k_up: [H, C, dn] bfloat16. cos_sin: of the rope angles,
+    [N, 1, dr / 2] float32 each.
+    """
+    from pallas_kernels.decode_layer import mosaic_gpu_rows
+
+    return mosaic_gpu_rows.absorbed_queries(product, k_up, cos_sin)
+
+
+def why_not_rows(layer: AttentionWeights) -> str | None:
+    """Why `latents_of_rows` and `absorbed_queries` cannot serve a layer, None where they can."""
+    if reason := hopper.why_not():
+        return reason
+    if layer.position.shape[1] != 1:
+        return f"it takes a token a row, not {layer.position.shape[1]}"
+    kinds = {layer.weights[name].dtype for name in ("q_norm", "kv_norm", "k_up")}
+    if kinds != {jnp.dtype(jnp.bfloat16)}:
+        return f"it takes norms and key matrices in bfloat16, not in {sorted(map(str, kinds))}"
+    if (nope := layer.weights["k_up"].shape[2]) % 32 or nope > MAX_NOPE:
+        return f"it takes up to {MAX_NOPE} numbers without rope by 32, not {nope}"
+    if (width := layer.weights["down"].shape[0]) % 4:
+        return f"it reads projections in pieces of 4 numbers, not {width}"
+    return _why_not_caches(layer)
+
+
 def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array | Scaled], groups: int = 1) -> str | None:
     """Why these kernels cannot serve a layer, None where they can.
 
     groups: into how many the experts are divided, of which a token's experts come from a few (n_group).
     """
-    latents, index_keys, weights = layer.latents, layer.index_keys, {**layer.weights, **outputs}
+    weights = {**layer.weights, **outputs}
     if reason := hopper.why_not():
         return reason
     if (count := device.num_sms() or hopper.NUM_SMS) < hopper.NUM_SMS:
         return f"it needs {hopper.NUM_SMS} SMs at once, this device has {count}"
     if x.shape[:2] != (1, 1):
         return f"it is for a single token, not for {x.shape[0]} rows of {x.shape[1]}"
-    kinds = {x.dtype, latents.rotary.dtype if isinstance(latents, Latents) else latents.dtype} | {
-        w.dtype for name, w in weights.items() if not isinstance(w, Scaled) and name != "router_bias"
-    }
+    kinds = {x.dtype} | {w.dtype for name, w in weights.items() if not isinstance(w, Scaled) and name != "router_bias"}
     if kinds != {jnp.dtype(jnp.bfloat16)}:
-        return f"it takes activations, latents and weights in bfloat16, not {sorted(map(str, kinds))}"
-    if isinstance(latents, Latents) and latents.dtype != jnp.float8_e4m3fn:
-        return f"it keeps latents in bfloat16 or float8_e4m3fn, not in {latents.dtype}"
-    if reason := _why_not_codes(weights):
+        return f"it takes activations and weights in bfloat16, not {sorted(map(str, kinds))}"
+    if reason := _why_not_codes(weights) or _why_not_caches(layer):
         return reason
-    if latents.shape[2] != WIDTH or weights["kv_norm"].shape != (VALUE_DIM,):
-        return f"it is laid out for C+R = {VALUE_DIM}+{ROTARY}, these are {weights['kv_norm'].shape[0]} of {latents.shape[2]}"
-    if index_keys is not None and (index_keys.shape[2] != 128 or index_keys.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn)):
-        return f"it keeps index keys of 128 in bfloat16 or float8_e4m3fn, not of {index_keys.shape[2]} in {index_keys.dtype}"
     heads, _, nope = weights["k_up"].shape
     value = weights["v_up"].shape[1]
     if heads > MAX_HEADS:
@@ -130,6 +167,22 @@ def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Arr
             return f"it takes experts by 32, widths by {multiple} and hidden sizes by 128, not {experts}, {width} and {hidden}"
         if groups > 1:
             return f"it chooses among all experts, not within {groups} groups"
+    return None
+
+
+def _why_not_caches(layer: AttentionWeights) -> str | None:
+    """Why these kernels cannot write to a layer's caches, None where they can."""
+    latents, index_keys, compressed = layer.latents, layer.index_keys, layer.weights["kv_norm"].shape[0]
+    if isinstance(latents, Latents):
+        in_16_bits, kind = latents.rotary.dtype, latents.dtype
+    else:
+        in_16_bits = kind = latents.dtype
+    if in_16_bits != jnp.bfloat16 or kind not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        return f"it keeps latents in bfloat16 or float8_e4m3fn, not in {kind}"
+    if latents.shape[2] != WIDTH or compressed != VALUE_DIM:
+        return f"it is laid out for C+R = {VALUE_DIM}+{ROTARY}, these are {compressed} of {latents.shape[2]}"
+    if index_keys is not None and (index_keys.shape[2] != 128 or index_keys.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn)):
+        return f"it keeps index keys of 128 in bfloat16 or float8_e4m3fn, not of {index_keys.shape[2]} in {index_keys.dtype}"
     return None
 
 

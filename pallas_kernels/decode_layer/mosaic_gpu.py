@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import quant
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
-from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
+from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights, latents_of
 from pallas_kernels.decode_layer.mosaic_gpu_parts import (
     BlockRows,
     Codes,
@@ -266,8 +266,7 @@ class Up(Stage):
         names = [name for name, count in counts.items() if count]
         most = max(parts.largest_block_shares([counts[name] for name in names], ROPE_BLOCK))
         self.product = MatrixProduct(shared, p.q_rank, most, codes=p.codes)
-        self.sums, self.own_sums = shared.allocate(64), shared.allocate(64)
-        self.sizes = shared.allocate(64) if p.latents_scaled else None
+        self.sums, self.token = shared.allocate(64), Token(p, a, thread, shared)
         if a:
             self.rows = rows = BlockRows.of(thread, [(a[name], counts[name]) for name in names], ROPE_BLOCK)
             self.product.of(thread, rows.matrix, _scales_of(a, names, rows), rows.first, rows.end)
@@ -282,18 +281,27 @@ class Up(Stage):
         ptx.block_barrier()
         self.product.finish(_rounded_sink(ptx.offset(a["up_out"], self.rows.offset, 4)))
         with ptx.when(thread.is_block_from_end(ROPE_BLOCK)):
-            self.write_latent()
+            self.token.write(ptx.min_s32(ptx.load_global(a["position"]), p.max_len - 1))
 
-    def write_latent(self) -> None:
+
+class Token:
+    """A token's place in the caches of a layer. down_out: the projections down of the token alone."""
+
+    def __init__(self, p: Inputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory):
+        self.p, self.a, self.thread = p, a, thread
+        self.sums = shared.allocate(64)
+        self.sizes = shared.allocate(64) if p.latents_scaled else None
+
+    def write(self, position: Value) -> None:
+        """Stores what the projections down made of the token; all threads of the block take part."""
         p, a, thread = self.p, self.a, self.thread
-        position = ptx.min_s32(ptx.load_global(a["position"]), p.max_len - 1)
         pair = parts.fresh_pair(ptx.offset(a["down_out"], ptx.constant(p.q_rank), 4))
         words: list[tuple[Value, Value, Value]] = []  # (i, numbers 2 i and 2 i + 1, whether it exists) of this thread
 
         def sink(i: Value, word: Value, exists: Value) -> None:
             words.append((i, word, exists))
 
-        parts.normalise(thread, VALUE_DIM // 2, pair, a["kv_norm"], p.latent_eps, self.own_sums, sink, in_bfloat16=False)
+        parts.normalise(thread, VALUE_DIM // 2, pair, a["kv_norm"], p.latent_eps, self.sums, sink, in_bfloat16=False)
         scale = self.write_codes(words, position) if p.latents_scaled else None
         if scale is None:
             row, rotary = ptx.offset(a["latents"], position, 2 * WIDTH), VALUE_DIM // 2
@@ -302,7 +310,7 @@ class Up(Stage):
         else:
             row, rotary = ptx.offset(a["latent_rotary"], position, 2 * ROTARY), 0
         with ptx.when(thread.warp.equals(0)):
-            rotated_pair = _rotate_pair(a, thread.lane, *pair(thread.lane + VALUE_DIM // 2))
+            rotated_pair = rotate_pair(a, thread.lane, *pair(thread.lane + VALUE_DIM // 2))
             word = ptx.to_bfloat16_pair(*rotated_pair)
             if scale is not None:
                 word = ptx.to_bfloat16_pair(*(ptx.div_full(x, scale) for x in ptx.from_bfloat16_pair(word)))
@@ -390,7 +398,7 @@ class Absorb(Stage):
         for i, exists in parts.indices_of_thread(self.thread, p.heads * ROTARY // 2):
             head, j = i >> 5, i & 31
             source = head * (p.head_dim // 2) + p.nope // 2 + j
-            rotated_pair = _rotate_pair(a, j, *parts.fresh_pair(a["up_out"])(source))
+            rotated_pair = rotate_pair(a, j, *parts.fresh_pair(a["up_out"])(source))
             target = head * (WIDTH // 2) + VALUE_DIM // 2 + j
             ptx.store_global(ptx.offset(a["queries"], target, 4), ptx.to_bfloat16_pair(*rotated_pair), exists)
 
@@ -428,7 +436,7 @@ def _rotate(first: Value, second: Value, cos: Value, sin: Value) -> tuple[Value,
     return rotated_pair, second * cos + first * sin
 
 
-def _rotate_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -> tuple[Value, Value]:
+def rotate_pair(a: Mapping[str, Value], j: Value, first: Value, second: Value) -> tuple[Value, Value]:
     return _rotate(first, second, *_load_cos_sin(a, j))
 
 
@@ -439,7 +447,7 @@ def _rotate_front(p: Inputs, a: Mapping[str, Value], lane: Value, vector: Sequen
     if p.index_interleaved:
         for i in range(2):
             j = ((lane << 1) + i) & (ROTARY // 2 - 1)
-            out += _rotate_pair(a, j, *vector[2 * i : 2 * i + 2])
+            out += rotate_pair(a, j, *vector[2 * i : 2 * i + 2])
     else:
         in_front = (lane & (ROTARY // 8)).equals(0)
         for i, x in enumerate(vector):
@@ -1089,10 +1097,9 @@ def _attention_operands(
     layer: AttentionWeights, operands: Mapping[str, Any], outs: Mapping[str, jax.Array]
 ) -> AttentionOperands:
     caches = {name: jax.freeze(operands[name]) for name in layer.caches()}
-    scaled = isinstance(layer.latents, quant.Latents)
     return AttentionOperands(
         outs["queries"],
-        quant.Latents(*(caches[f"latent_{name}"] for name in ("codes", "rotary", "scales"))) if scaled else caches["latents"],
+        latents_of(caches),
         outs.get("index_queries"),
         outs.get("index_weights"),
         caches.get("index_keys"),

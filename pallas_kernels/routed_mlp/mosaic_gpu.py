@@ -1,17 +1,20 @@
 """The experts of a decode step's rows on Hopper, in about the time of reading the matrices of those that are chosen.
 
-Two kernels: the experts' first matrices and the activation, and their second matrices. A thread block has a tile of an
-expert's matrix at a time: the tiles of all chosen experts, and of the shared ones, are one list that the thread blocks share
-evenly. Codes become float16 in registers, which is exact, and are wgmma's first operand, so a product is that of the matrix and
-the rows' transpose. A product has a column for every row of the step, whether or not it chose the expert: columns cost little
-beside the codes, and nothing is sorted or gathered. Rows are float16 in shared memory with a power-of-two factor for every 128
-numbers, applied in float32 with the codes' scales.
+One kernel of two stages: the experts' first matrices and the activation, and their second matrices. Between them is a
+barrier of all thread blocks, of which one is on every SM; meanwhile the first codes of the second matrices are on their way.
+
+A tile is 64 rows of an expert's matrix; the tiles of all chosen experts, and of the shared ones, are one list of which every
+thread block has an even and contiguous share. The warpgroups of a block divide the columns of a tile, and their sums are added
+through shared memory, always in the same order. Codes become float16 in registers, which is exact, and are wgmma's first
+operand, so a product is that of the matrix and the rows' transpose. A product has a column for every row of the step, whether
+or not it chose the expert: columns cost little beside the codes, and nothing is sorted or gathered. Rows are float16 in shared
+memory with a power-of-two factor for every 128 numbers, applied in float32 with the codes' scales.
 
 Every lane copies its own codes to shared memory several pieces of 128 ahead, beyond the end of a tile too, so that memory
 is read at all times.
 
-The first kernel has all rows in shared memory from the start. In the second one an expert's rows are what the first one
-made for it, and are written to shared memory before its tile.
+The first stage has all rows in shared memory from the start. In the second one an expert's rows are what the first one
+made for it; they are written to shared memory before the block's first tile of the expert.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.hopper import ptx
@@ -33,11 +36,11 @@ from pallas_kernels.routing.arrays import Routes
 
 BLOCKS = hopper.NUM_SMS
 WARPGROUPS = parts.THREADS // hopper.WARPGROUP
-TILE = 64 * WARPGROUPS  # rows of a matrix
-PIECE_BYTES = TILE * BLOCK
-PIECES_IN_FLIGHT = 4  # of TILE x 128 codes
+TILE = 64  # rows of a matrix
+PIECES_BYTES = WARPGROUPS * TILE * BLOCK  # of the pieces of 128 codes of a tile's rows that the warpgroups have at a time
+IN_FLIGHT = range(2, 7)  # so many of these are copied ahead, at least and at most
 ROW_LOADS = 2  # of 2 x 16 bytes, by a lane, of the rows
-SHARED_BYTES = 227 * 1024
+SHARED_BYTES = 226 * 1024  # Mosaic needs some of a block's 227 KB
 SUMS_PITCH = TILE + 4  # numbers from one column's sums to the next one's: no two lanes use the same bank
 
 Value = Any
@@ -79,8 +82,12 @@ class Rows:
     def operand(self, piece: Value) -> Value:
         return ptx.matrix(self.numbers + piece * (2 * BLOCK * self.columns))
 
-    def write(self, thread: Thread, source: Callable[[Value], tuple[Value, Value]]) -> None:
-        """Writes all rows in the order that `ptx.multiply_codes` reads; source(row): its address, and whether it exists.
+    def write(
+        self, thread: Thread, source: Callable[[Value], tuple[Value, Value]], load: Callable[[Value], Sequence[Value]]
+    ) -> None:
+        """Writes all rows in the order that `ptx.multiply_codes` reads; load(address): 16 bytes of a row.
+
+        source(row): the address of a row, of some row also where it does not exist, and whether it exists.
 
         A warp takes a piece of four rows at a time; eight lanes have 16 bytes each of either 64 numbers of a row.
         """
@@ -95,11 +102,9 @@ class Rows:
                 row = (four << 2) + (thread.lane >> 3)
                 exists = piece.signed < self.pieces
                 address, has_row = source(row)
-                loads = ptx.select(exists & has_row, 1, 0)
-                address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), thread.lane & 7, 16)
-                halves = [
-                    ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)
-                ]
+                address = ptx.offset(ptx.offset(address, ptx.min_s32(piece, self.pieces - 1), 2 * BLOCK), thread.lane & 7, 16)
+                words = [load(ptx.offset(address, ptx.constant(i), BLOCK)) for i in range(2)]
+                halves = [[ptx.select(has_row, word, 0) for word in half] for half in words]
                 loaded.append((row, piece, exists, halves))
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
@@ -133,10 +138,10 @@ class Rows:
 
 
 class Tiles:
-    """This thread block's tiles, of matrices [E, `rows`, `width`] in codes and a shared one: `each` goes through them.
+    """This thread block's tiles of matrices [E, `rows`, `width`] in codes and of a shared one: `each` goes through them.
 
-    Tile t of group g is tile t - g `of_group` of group number `groups[g]`. `matrix_row(tile)` is the matrix's row with which
-    this warpgroup's 64 begin.
+    Tile t of all is tile t % `of_group` of group number `groups[t / of_group]`. matrix_row(tile, warp): the row of the matrix
+    with which the 16 of one of a warpgroup's warps begin. in_flight: of IN_FLIGHT.
     """
 
     def __init__(
@@ -145,23 +150,22 @@ class Tiles:
         a: Mapping[str, Value],
         thread: Thread,
         shared: SharedMemory,
+        in_flight: int,
         name: str,
         rows: int,
         width: int,
         of_group: int,
         matrix_row: Callable[[Value, Value], Value],
     ):
-        self.sizes, self.a, self.thread = sizes, a, thread
+        self.sizes, self.a, self.thread, self.in_flight = sizes, a, thread, in_flight
         self.name, self.rows, self.width, self.of_group, self.matrix_row = name, rows, width, of_group, matrix_row
         self.pieces = width // BLOCK
-        self.codes, self.scales = (
-            shared.allocate(PIECES_IN_FLIGHT * PIECE_BYTES),
-            shared.allocate(PIECES_IN_FLIGHT * 4 * parts.THREADS),
-        )
+        self.steps = -(-self.pieces // WARPGROUPS)  # pieces of a tile that a warpgroup has
+        self.codes, self.scales = shared.allocate(in_flight * PIECES_BYTES), shared.allocate(in_flight * 4 * parts.THREADS)
         self.groups = shared.allocate(4 * sizes.groups)
-        self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns)
+        self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns * WARPGROUPS)
         if a:
-            self.warpgroup = thread.warp >> 2
+            self.warpgroup, self.warp_of_tile = thread.warp >> 2, thread.warp & 3
             self.quad_lane, self.row_of_8 = thread.lane & 3, thread.lane >> 2
             self.own_codes = self.codes + (thread.warp << 11) + (thread.lane << 4)
             self.own_scales = self.scales + (thread.index << 2)
@@ -173,26 +177,27 @@ class Tiles:
             with ptx.when(exists):
                 ptx.store_shared(self.groups + (i << 2), ptx.load_global(ptx.offset(a["groups"], i, 4)))
         total = ptx.load_global(a["num_groups"]) * self.of_group
-        self.count = (total + (BLOCKS - 1) - ptx.min_s32(thread.block, total)) // BLOCKS
-        self.count = ptx.select(thread.block.signed < total, self.count, 0)
+        self.first, end = ((thread.block + i) * total // BLOCKS for i in range(2))
+        self.count = end - self.first
         ptx.block_barrier()
-        for i in range(PIECES_IN_FLIGHT):
-            self._copy(*self._place(ptx.constant(i)), ptx.constant(i))
-
-    def _place(self, i: Value) -> tuple[Value, Value]:
-        """The tile, by number among this block's, and the piece of it that piece i of this block is."""
-        return i // self.pieces, i % self.pieces
+        for i in range(self.in_flight):
+            self._copy(ptx.constant(i), ptx.constant(i))
 
     def group_and_tile(self, number: Value) -> tuple[Value, Value]:
         """The group, an expert's number, of this block's tile with that number, and the tile's number in the group."""
-        tile = self.thread.block + number * BLOCKS
+        tile = self.first + number
         place = ptx.min_s32(tile // self.of_group, self.sizes.groups - 1)
         return ptx.load_shared(self.groups + (place << 2)), tile % self.of_group
 
-    def _copy(self, number: Value, piece: Value, slot: Value) -> None:
-        """Starts copying this lane's codes of a piece and their scale, zeros after the last tile."""
+    def _piece(self, step: Value) -> Value:
+        return step * WARPGROUPS + self.warpgroup
+
+    def _copy(self, i: Value, slot: Value) -> None:
+        """Starts copying this lane's codes of the warpgroup's piece i and their scale; zeros where there is none."""
         a, width = self.a, self.width
-        size = ptx.select(number.signed < self.count, 16, 0)
+        number, piece = i // self.steps, self._piece(i % self.steps)
+        exists = (number.signed < self.count) & (piece.signed < self.pieces)
+        size, piece = ptx.select(exists, 16, 0), ptx.min_s32(piece, self.pieces - 1)
         group, tile = self.group_and_tile(ptx.min_s32(number, ptx.max_s32(self.count - 1, 0)))
         is_shared = group.equals(self.sizes.experts)
         # A list of no groups has no first one.
@@ -200,10 +205,9 @@ class Tiles:
         codes, scales = (
             ptx.select(is_shared, a[f"shared_{self.name}{kind}"], a[f"{self.name}{kind}"]) for kind in ("", "_scales")
         )
-        first = group * self.rows + self.matrix_row(tile, self.warpgroup)
-        row = first + ((self.thread.warp & 3) << 4) + self.row_of_8
-        source = ptx.offset(ptx.offset(ptx.offset(codes, row, width), piece, BLOCK), self.quad_lane, 16)
-        target = self.own_codes + slot * PIECE_BYTES
+        first = group * self.rows + self.matrix_row(tile, self.warp_of_tile)
+        source = ptx.offset(ptx.offset(ptx.offset(codes, first + self.row_of_8, width), piece, BLOCK), self.quad_lane, 16)
+        target = self.own_codes + slot * PIECES_BYTES
         for quarter in range(4):
             half, other = divmod(quarter, 2)
             own = ptx.offset(source, ptx.constant(1), 8 * other * width + half * BLOCK // 2)
@@ -212,43 +216,59 @@ class Tiles:
         ptx.copy_async_word(self.own_scales + slot * (4 * parts.THREADS), scale, size >> 2)
         ptx.copies_commit()
 
-    def each(self, rows: Rows, before: Callable[[Value], None], after: Callable[[Value, Value], None]) -> None:
-        """For every tile before(group), its sums with all of `rows`, and after(group, tile) once they are in shared memory."""
+    def each(
+        self,
+        rows: Rows,
+        start: Callable[[Value, Value], Sequence[Value]],
+        end: Callable[[Value, Sequence[Value]], None],
+    ) -> None:
+        """For every tile start(group, is_new), its sums with all of `rows`, and end(tile, what `start` returned).
+
+        is_new: whether it is another group than the last tile's. `end` finds the sums in shared memory.
+        """
         columns = self.sizes.columns
 
         def one_tile(number: Value, carry: list[Value]) -> list[Value]:
+            last, *carry = carry
             group, tile = self.group_and_tile(number)
-            before(group)
+            loaded = start(group, group.differs(last))
 
-            def one_piece(piece: Value, carry: list[Value]) -> list[Value]:
+            def one_piece(step: Value, carry: list[Value]) -> list[Value]:
                 slot, *totals = carry
+                piece = ptx.min_s32(self._piece(step), self.pieces - 1)
                 totals = self._add_piece(rows, piece, slot, totals)
-                self._copy(*self._place(number * self.pieces + piece + PIECES_IN_FLIGHT), slot)
+                self._copy(number * self.steps + step + self.in_flight, slot)
                 following = slot + 1
-                return [ptx.select(following.equals(PIECES_IN_FLIGHT), 0, following), *totals]
+                return [ptx.select(following.equals(self.in_flight), 0, following), *totals]
 
             zeros = [ptx.number(0.0)] * (columns // 2)
-            slot, *totals = ptx.loop(ptx.constant(self.pieces), [*carry, *zeros], one_piece)
+            slot, *totals = ptx.loop(ptx.constant(self.steps), [*carry, *zeros], one_piece)
             for eight in range(columns // 8):
                 for at in range(4):
-                    row = (self.thread.warp << 4) + self.row_of_8 + 8 * (at // 2)
+                    row = (self.warp_of_tile << 4) + self.row_of_8 + 8 * (at // 2)
                     column = (self.quad_lane << 1) + (8 * eight + at % 2)
-                    ptx.store_shared(self.sum_at(row, column), ptx.bits_of(totals[4 * eight + at]))
+                    ptx.store_shared(self._sum_at(self.warpgroup, row, column), ptx.bits_of(totals[4 * eight + at]))
             ptx.block_barrier()
-            after(group, tile)
+            end(tile, loaded)
             ptx.block_barrier()
-            return [slot]
+            return [group, slot]
 
-        ptx.loop(self.count, [ptx.constant(0)], one_tile)
+        ptx.loop(self.count, [ptx.constant(-1), ptx.constant(0)], one_tile)
 
-    def sum_at(self, row: Value, column: Value) -> Value:
-        """Where the sum of one of the tile's rows and a column is in shared memory."""
-        return self.sums + ((column * SUMS_PITCH + row) << 2)
+    def _sum_at(self, warpgroup: Value | int, row: Value, column: Value) -> Value:
+        """Where the sum of one of the tile's rows and a column over a warpgroup's pieces is in shared memory."""
+        columns = column + (ptx.constant(warpgroup) if isinstance(warpgroup, int) else warpgroup) * self.sizes.columns
+        return self.sums + ((columns * SUMS_PITCH + row) << 2)
+
+    def pair(self, row: Value, column: Value) -> list[Value]:
+        """The sums of a row and the next one."""
+        pairs = [ptx.load_shared_floats(self._sum_at(ptx.constant(i), row, column)) for i in range(WARPGROUPS)]
+        return [ptx.total(sums) for sums in zip(*pairs, strict=True)]
 
     def _add_piece(self, rows: Rows, piece: Value, slot: Value, totals: list[Value]) -> list[Value]:
         columns = rows.columns
-        ptx.copies_done(PIECES_IN_FLIGHT - 1)
-        own_codes = self.own_codes + slot * PIECE_BYTES
+        ptx.copies_done(self.in_flight - 1)
+        own_codes = self.own_codes + slot * PIECES_BYTES
         codes = [ptx.load_shared_words(own_codes + 512 * quarter) for quarter in range(4)]
         scale = ptx.float_of(ptx.load_shared(self.own_scales + slot * (4 * parts.THREADS)))
         sums = ptx.multiply_codes(codes, rows.operand(piece), BLOCK * columns, columns)
@@ -265,78 +285,78 @@ class Tiles:
 class First:
     """silu(gate) * up of every row and its experts -> hidden [slots, I] bfloat16. Half of a tile's rows are of the gate."""
 
-    def __init__(self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
+    def __init__(self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory, in_flight: int):
         self.sizes, self.a, self.thread = sizes, a, thread
-        of_part = WARPGROUPS // 2
+        half = TILE // 2
 
-        def matrix_row(tile: Value, warpgroup: Value) -> Value:
-            part, within = warpgroup // of_part, warpgroup % of_part
-            return part * sizes.width + tile * (TILE // 2) + (within << 6)
+        def matrix_row(tile: Value, warp: Value) -> Value:
+            part, within = warp >> 1, warp & 1
+            return part * sizes.width + tile * half + (within << 4)
 
         self.rows = Rows(shared, sizes.columns, sizes.hidden // BLOCK)
-        tiles = 2 * sizes.width // TILE
-        self.tiles = Tiles(sizes, a, thread, shared, "gate_up", 2 * sizes.width, sizes.hidden, tiles, matrix_row)
+        of_group = sizes.width // half
+        self.tiles = Tiles(sizes, a, thread, shared, in_flight, "gate_up", 2 * sizes.width, sizes.hidden, of_group, matrix_row)
 
     def run(self) -> None:
         sizes, a = self.sizes, self.a
         self.tiles.begin()
 
         def source(row: Value) -> tuple[Value, Value]:
-            return ptx.offset(a["rows"], row, 2 * sizes.hidden), row.signed < sizes.rows
+            return ptx.offset(a["rows"], ptx.min_s32(row, sizes.rows - 1), 2 * sizes.hidden), row.signed < sizes.rows
 
-        self.rows.write(self.thread, source)
+        self.rows.write(self.thread, source, ptx.load_global_words)
         ptx.proxy_fence()
         ptx.block_barrier()
-        self.tiles.each(self.rows, lambda group: None, self.store)
+        self.tiles.each(self.rows, lambda group, is_new: _slots(sizes, a, self.thread, group, TILE // 4), self.store)
+        ptx.copies_done()  # those of no tile write zeros to what the next stage uses otherwise
 
-    def store(self, group: Value, tile: Value) -> None:
-        sizes, half = self.sizes, TILE // 2
-        for i, exists in parts.indices_of_thread(self.thread, sizes.rows * half // 2):
-            column, pair = i // (half // 2), (i % (half // 2)) << 1
-            slot = _slot(sizes, self.a, group, column)
-            gates, ups = (ptx.load_shared_floats(self.tiles.sum_at(pair + part * half, column)) for part in range(2))
+    def store(self, tile: Value, slots: Sequence[Value]) -> None:
+        width, half = self.sizes.width, TILE // 2
+        for column, row, slot, stores in _pairs(self.sizes, self.thread, half // 2, slots):
+            gates, ups = (self.tiles.pair(row + part * half, column) for part in range(2))
             word = ptx.to_bfloat16_pair(*(parts.silu(g) * u for g, u in zip(gates, ups, strict=True)))
-            at = ptx.max_s32(slot, 0) * sizes.width + tile * half + pair
-            ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, exists & (slot.signed >= 0))
+            at = slot * width + tile * half + row
+            ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, stores)
 
 
 class Second:
     """The second products of every row and its experts -> out [slots, D] bfloat16."""
 
-    def __init__(self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
+    def __init__(self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory, in_flight: int):
         self.sizes, self.a, self.thread = sizes, a, thread
         self.rows = Rows(shared, sizes.columns, sizes.width // BLOCK)
 
-        def matrix_row(tile: Value, warpgroup: Value) -> Value:
-            return tile * TILE + (warpgroup << 6)
+        def matrix_row(tile: Value, warp: Value) -> Value:
+            return tile * TILE + (warp << 4)
 
-        self.tiles = Tiles(sizes, a, thread, shared, "down", sizes.hidden, sizes.width, sizes.hidden // TILE, matrix_row)
+        of_group = sizes.hidden // TILE
+        self.tiles = Tiles(sizes, a, thread, shared, in_flight, "down", sizes.hidden, sizes.width, of_group, matrix_row)
+
+    def begin(self) -> None:
+        self.tiles.begin()
 
     def run(self) -> None:
-        self.tiles.begin()
-        self.tiles.each(self.rows, self.write_rows, self.store)
+        self.tiles.each(self.rows, self.start, self.store)
 
-    def write_rows(self, group: Value) -> None:
+    def start(self, group: Value, is_new: Value) -> Sequence[Value]:
         sizes, a = self.sizes, self.a
 
         def source(row: Value) -> tuple[Value, Value]:
-            in_step = row.signed < sizes.rows
             slot = _slot(sizes, a, group, ptx.min_s32(row, sizes.rows - 1))
-            exists = in_step & (slot.signed >= 0)
+            exists = (row.signed < sizes.rows) & (slot.signed >= 0)
             return ptx.offset(a["hidden"], ptx.max_s32(slot, 0), 2 * sizes.width), exists
 
-        self.rows.write(self.thread, source)
-        ptx.proxy_fence()
-        ptx.block_barrier()
+        with ptx.when(is_new):
+            self.rows.write(self.thread, source, ptx.load_fresh_words)
+            ptx.proxy_fence()
+            ptx.block_barrier()
+        return _slots(sizes, a, self.thread, group, TILE // 2)
 
-    def store(self, group: Value, tile: Value) -> None:
-        sizes = self.sizes
-        for i, exists in parts.indices_of_thread(self.thread, sizes.rows * TILE // 2):
-            column, pair = i // (TILE // 2), (i % (TILE // 2)) << 1
-            slot = _slot(sizes, self.a, group, column)
-            word = ptx.to_bfloat16_pair(*ptx.load_shared_floats(self.tiles.sum_at(pair, column)))
-            at = ptx.max_s32(slot, 0) * sizes.hidden + tile * TILE + pair
-            ptx.store_global(ptx.offset(self.a["out"], at, 2), word, exists & (slot.signed >= 0))
+    def store(self, tile: Value, slots: Sequence[Value]) -> None:
+        for column, row, slot, stores in _pairs(self.sizes, self.thread, TILE // 2, slots):
+            word = ptx.to_bfloat16_pair(*self.tiles.pair(row, column))
+            at = slot * self.sizes.hidden + tile * TILE + row
+            ptx.store_global(ptx.offset(self.a["out"], at, 2), word, stores)
 
 
 def _slot(sizes: Sizes, a: Mapping[str, Value], group: Value, row: Value) -> Value:
@@ -344,43 +364,75 @@ def _slot(sizes: Sizes, a: Mapping[str, Value], group: Value, row: Value) -> Val
     return ptx.load_global(ptx.offset(a["slots"], group * sizes.rows + row, 4))
 
 
-# ---- the kernels
+def _slots(sizes: Sizes, a: Mapping[str, Value], thread: Thread, group: Value, pairs: int) -> list[Value]:
+    """Of every column of which this thread has one of `pairs` pairs of rows, the place of its row and the group."""
+    return [_slot(sizes, a, group, i // pairs) for i, _ in parts.indices_of_thread(thread, sizes.rows * pairs)]
 
 
-def _shared_bytes(sizes: Sizes, kernel: type[First] | type[Second]) -> int:
+def _pairs(sizes: Sizes, thread: Thread, pairs: int, slots: Sequence[Value]) -> list[tuple[Value, Value, Value, Value]]:
+    """(column, first row of a pair, place of the column's row, whether there is one) of this thread's pairs of rows."""
+    found = []
+    for (i, exists), slot in zip(parts.indices_of_thread(thread, sizes.rows * pairs), slots, strict=True):
+        stores = exists & (slot.signed >= 0)
+        found.append((i // pairs, (i % pairs) << 1, ptx.max_s32(slot, 0), stores))
+    return found
+
+
+# ---- the kernel
+
+
+def _shared_bytes(sizes: Sizes, stage: type[First] | type[Second], in_flight: int) -> int:
     counted = SharedMemory()
-    kernel(sizes, {}, None, counted)
+    stage(sizes, {}, None, counted, in_flight)
     return counted.used + 1024  # for the rows to begin at a multiple of 1024
 
 
-def _call(
-    name: str, kernel: type[First] | type[Second], sizes: Sizes, operands: Mapping[str, jax.Array], out: Any
-) -> jax.Array:
-    names = [*operands, *out, "shared"]
+def in_flight_of(sizes: Sizes, stage: type[First] | type[Second]) -> int:
+    """The most of IN_FLIGHT for which there is shared memory, 0 for none."""
+    return max((n for n in IN_FLIGHT if _shared_bytes(sizes, stage, n) <= SHARED_BYTES), default=0)
 
-    def body(*refs: Any) -> None:
+
+def shared_bytes(sizes: Sizes) -> int:
+    return max(_shared_bytes(sizes, stage, in_flight_of(sizes, stage)) for stage in (First, Second))
+
+
+def stages(sizes: Sizes, a: Mapping[str, Value], thread: Thread, memory: Value) -> tuple[First, Second]:
+    """Both use the same shared memory, one after the other."""
+    first = First(sizes, a, thread, aligned(memory), in_flight_of(sizes, First))
+    return first, Second(sizes, a, thread, aligned(memory), in_flight_of(sizes, Second))
+
+
+def _call(sizes: Sizes, operands: Mapping[str, jax.Array], outs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Calls the kernel: its outputs by name."""
+    names = [*operands, *outs]
+
+    def routed_mlp(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs) + (_SCALAR,))
         def program(ctx: Any, *values: Any) -> None:
-            *references, block = values
-            *arrays, memory = references
-            addresses = {n: ptx.global_address(v) for n, v in zip(names[:-1], arrays, strict=True)}
+            *arrays, memory, block = values
+            a = {n: ptx.global_address(v) for n, v in zip(names, arrays, strict=True)}
             thread = Thread.current(ptx.scalar(block))
-            kernel(sizes, addresses, thread, aligned(ptx.shared_address(memory))).run()
+            first, second = stages(sizes, a, thread, ptx.shared_address(memory))
+            first.run()
+            target = ptx.grid_arrive(a["barrier_count"], BLOCKS)
+            second.begin()
+            ptx.grid_wait(a["barrier_count"], target)
+            second.run()
 
         program(*refs, jax.lax.axis_index("block"))
 
-    body.__name__ = name
-    call = plgpu.kernel(
-        body,
-        out_type=tuple(out.values()),
-        scratch_types=(plgpu.SMEM((_shared_bytes(sizes, kernel) // 4,), jnp.int32),),
+    kernel = plgpu.kernel(
+        routed_mlp,
+        out_type=tuple(outs.values()),
+        scratch_types=(plgpu.SMEM((shared_bytes(sizes) // 4,), jnp.int32),),
         grid=(BLOCKS,),
         grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return call(*operands.values())[0]
+    given = {**operands, "barrier_count": jax.new_ref(operands["barrier_count"])}
+    return dict(zip(outs, kernel(*given.values()), strict=True))
 
 
 def aligned(address: Value) -> SharedMemory:
@@ -402,21 +454,13 @@ def routed_mlp(
     rows: jax.Array, routes: Routes, gate_up: Scaled, down: Scaled, shared_gate_up: Scaled | None, shared_down: Scaled | None
 ) -> jax.Array:
     sizes = sizes_of(rows, routes, gate_up)
-    tables = {"groups": routes.groups, "num_groups": routes.num_groups, "slots": routes.slots}
-    hidden = _call(
-        "routed_mlp_first",
-        First,
-        sizes,
-        {"rows": rows, **tables, **_matrices("gate_up", gate_up, shared_gate_up)},
-        {"hidden": jax.ShapeDtypeStruct((sizes.slots, sizes.width), jnp.bfloat16)},
-    )
-    products = _call(
-        "routed_mlp_second",
-        Second,
-        sizes,
-        {"hidden": hidden, **tables, **_matrices("down", down, shared_down)},
-        {"out": jax.ShapeDtypeStruct((sizes.slots, sizes.hidden), jnp.bfloat16)},
-    )
+    tables = {name: getattr(routes, name) for name in ("groups", "num_groups", "slots", "barrier_count")}
+    matrices = _matrices("gate_up", gate_up, shared_gate_up) | _matrices("down", down, shared_down)
+    outs = {
+        "hidden": jax.ShapeDtypeStruct((sizes.slots, sizes.width), jnp.bfloat16),
+        "out": jax.ShapeDtypeStruct((sizes.slots, sizes.hidden), jnp.bfloat16),
+    }
+    products = _call(sizes, {"rows": rows, **tables, **matrices}, outs)["out"]
     pairs = sizes.rows * sizes.choices
     of_experts = products[:pairs].reshape(sizes.rows, sizes.choices, -1).astype(jnp.float32)
     out = jnp.sum(of_experts * routes.weights[..., None], axis=1)
@@ -428,6 +472,8 @@ def why_not(
 ) -> str | None:
     if reason := hopper.why_not():
         return reason
+    if (count := device.num_sms() or BLOCKS) < BLOCKS:
+        return f"it needs {BLOCKS} SMs at once, this device has {count}"
     if rows.dtype != jnp.bfloat16:
         return f"it takes rows in bfloat16, not in {rows.dtype}"
     matrices = {"gate_up": gate_up, "down": down, "shared_gate_up": shared_gate_up, "shared_down": shared_down}
@@ -439,9 +485,8 @@ def why_not(
     sizes = sizes_of(rows, routes, gate_up)
     if shared_down is not None and shared_down.shape != (sizes.hidden, sizes.width):
         return f"it takes shared experts as wide as one routed expert, {sizes.width}, not of {shared_down.shape[1]}"
-    if sizes.hidden % TILE or sizes.width % (TILE // 2) or sizes.width % BLOCK:
-        return f"it takes hidden sizes by {TILE} and widths by {TILE // 2}, not {sizes.hidden} and {sizes.width}"
-    needed = max(_shared_bytes(sizes, kernel) for kernel in (First, Second))
-    if needed > SHARED_BYTES:
-        return f"{sizes.rows} rows of {sizes.hidden} and {sizes.width} numbers need {needed} bytes of shared memory"
+    if sizes.hidden % BLOCK or sizes.width % BLOCK:
+        return f"it takes hidden sizes and widths by {BLOCK}, not {sizes.hidden} and {sizes.width}"
+    if not all(in_flight_of(sizes, kernel) for kernel in (First, Second)):
+        return f"{sizes.rows} rows of {sizes.hidden} and {sizes.width} numbers do not fit shared memory"
     return None

@@ -13,7 +13,7 @@ from pallas_kernels.routed_mlp import api, mosaic_gpu, reference
 from pallas_kernels.routing import reference as routing
 from tests.support.emulated import lockstep
 
-HIDDEN, WIDTH, EXPERTS, CHOICES = 512, 256, 8, 2
+HIDDEN, WIDTH, EXPERTS, CHOICES = 640, 384, 8, 2
 
 
 @pytest.fixture
@@ -25,18 +25,19 @@ def emulated(monkeypatch):
         flat = np.asarray(x).reshape(-1).view(np.uint8)
         return np.pad(flat, (0, -flat.size % 4)).view(np.int32).copy()
 
-    def call(name, kernel, sizes, operands, out):
-        ((result, like),) = out.items()
+    def call(sizes, operands, outs):
         arrays = {n: words(x) for n, x in operands.items()}
-        arrays[result] = words(np.full(like.shape, np.nan, like.dtype))
+        arrays |= {n: words(np.full(like.shape, np.nan, like.dtype)) for n, like in outs.items()}
 
         def stages(a, block, shared):
-            program = kernel(sizes, a, parts.Thread.current(block), mosaic_gpu.aligned(shared))
-            return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=program.run)]
+            first, second = mosaic_gpu.stages(sizes, a, parts.Thread.current(block), shared)
+            return [
+                types.SimpleNamespace(begin=lambda: None, prefetches=(), run=first.run),
+                types.SimpleNamespace(begin=second.begin, prefetches=(), run=second.run),
+            ]
 
-        memory = mosaic_gpu._shared_bytes(sizes, kernel)
-        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, memory, stages)
-        return jnp.asarray(arrays[result].view(like.dtype).reshape(like.shape))
+        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, mosaic_gpu.shared_bytes(sizes), stages)
+        return {n: jnp.asarray(arrays[n].view(like.dtype).reshape(like.shape)) for n, like in outs.items()}
 
     monkeypatch.setattr(mosaic_gpu, "_call", call)
 
@@ -118,7 +119,7 @@ def test_the_reference_is_the_sum_over_the_chosen_experts():
 def test_what_does_not_fit_is_named(monkeypatch):
     given, x = matrices(np.random.default_rng(0)), jnp.zeros((2, HIDDEN), jnp.bfloat16)
     routes = routes_of([[0, 1], [1, 2]], np.ones((2, 2)))
-    with pytest.raises(ValueError, match=r"down \[E, D, I\], got \(3, 512\)"):
+    with pytest.raises(ValueError, match=r"down \[E, D, I\], got \(3, 640\)"):
         api.routed_mlp(jnp.zeros((3, HIDDEN)), routes, *given)
     with pytest.raises(ValueError, match="together"):
         api.routed_mlp(x, routes, *given[:3])

@@ -148,6 +148,7 @@ from pallas_kernels.hopper.ptx.warp import (
     uniform,
 )
 from pallas_kernels.hopper.ptx.wgmma import (
+    add_products,
     load_shared_transposed,
     matrix,
     multiplied,

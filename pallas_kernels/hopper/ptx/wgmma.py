@@ -151,6 +151,23 @@ def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: 
     return asm(text, [*row, *other_row, *vector], "=f,=f" + ",r" * 16, f32(), 2)
 
 
+def add_products(sums: Sequence[Value], row: Sequence[Value], other_row: Sequence[Value], column: Sequence[Value]) -> list[Any]:
+    """sums + the products of 16 rows and 8 columns of 32 bfloat16 numbers each, by the tensor cores of a warp.
+
+    row, other_row, column: of rows l / 4 and l / 4 + 8 and of column l / 4, the 8 numbers from 8 (l % 4) on, four words each.
+    sums: in lane l two of row l / 4, of columns 2 (l % 4) and the next, and the same two of row l / 4 + 8.
+    """
+    lines = []
+    for i in range(2):
+        # In which order the numbers are summed does not matter.
+        a = ", ".join(f"${8 + 4 * other + 2 * i + word}" for word in range(2) for other in range(2))
+        b = ", ".join(f"${16 + 2 * i + word}" for word in range(2))
+        before = "$4, $5, $6, $7" if i == 0 else "$0, $1, $2, $3"
+        lines += [f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{$0, $1, $2, $3}}, {{{a}}}, {{{b}}}, {{{before}}};"]
+    constraints = "=&f,=&f,=&f,=&f" + ",f" * 4 + ",r" * 12
+    return asm("\n".join(lines), [*sums, *row, *other_row, *column], constraints, f32(), 4)
+
+
 def multiply_codes(codes: Sequence[Sequence[Value]], b: Value, chunk: int, columns: int) -> list[Any]:
     """The product of 64 rows of 128 e4m3 codes and a float16 matrix [128, columns] in shared memory, by a warpgroup.
 

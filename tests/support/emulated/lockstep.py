@@ -327,6 +327,14 @@ class Block:
             sums = [x + self.lane_distant(x, distance) for x in sums]
         return sums
 
+    def add_products(self, sums, row, other_row, column):
+        def lines(words):  # of a warp's 8 rows or columns, 32 numbers each
+            return self._bytes_of(words, ml_dtypes.bfloat16).reshape(-1, 8, 32)
+
+        products = np.concatenate([lines(row), lines(other_row)], axis=1) @ lines(column).transpose(0, 2, 1)  # [warps, 16, 8]
+        products = products.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(self.threads, 4)
+        return [x + products[:, i] for i, x in enumerate(sums)]
+
     def _swizzled_matrix(self, address, chunk, columns):
         """The float16 matrix [128, columns] of two chunks of lines of 128 bytes, as `ptx.multiply_codes` orders them."""
         flat = self.memories[(address >> SEGMENT) - 1].reshape(-1).view(np.float16)
@@ -371,7 +379,7 @@ class Block:
             "prefetch", "prefetch_line", "copy_async_word",
             "copy_async", "copy_async_where", "copies_commit", "copies_done", "block_barrier", "barrier_aligned",
             "lane_distant", "alike_in_warp", "reduce_warp", "sum_of_lanes_up_to", "sum_of_lanes_below", "from_lane", "ballot",
-            "products_of_codes", "multiply_codes",
+            "products_of_codes", "add_products", "multiply_codes",
         )  # fmt: skip
         named = {
             "constant": self.spread,

@@ -1,0 +1,129 @@
+"""A token each of a few rows through its kernels on a Hopper GPU, against references and the layers in XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from indexcache_jax import serving
+from indexcache_jax.config import Config
+from indexcache_jax.presets import preset
+from indexcache_jax.schedule import Schedule
+from indexcache_jax.serving import few_rows
+from indexcache_jax.serving.cache import append
+from pallas_kernels import hopper, quant
+from pallas_kernels.routed_mlp.api import routed_mlp
+from pallas_kernels.routing import reference as routing
+from pallas_kernels.routing.api import route
+from tests.support.serving_cases import experts_by_bias
+
+pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.why_not()))
+
+EXPERTS, CHOICES, HIDDEN, WIDTH = 64, 4, 2048, 1536  # of the 30B shape
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 32])
+@pytest.mark.parametrize("kind", ["random", "tied", "same"])
+def test_routes_are_those_of_the_reference(rows, kind):
+    random = np.random.default_rng(rows)
+    logits = random.standard_normal((rows, EXPERTS))
+    logits = {"random": logits, "tied": np.round(logits), "same": np.broadcast_to(logits[:1], logits.shape)}[kind]
+    bias = jnp.asarray(random.standard_normal(EXPERTS) * (kind == "random"), jnp.float32)
+    options = dict(choices=CHOICES, normalised=True, scale=1.8, shared=True)
+    ours = jax.jit(functools.partial(route, implementation="mosaic_gpu", **options))(jnp.asarray(logits, jnp.float32), bias)
+    exact = jax.jit(functools.partial(routing.route, **options))(jnp.asarray(logits, jnp.float32), bias)
+    for name, array in vars(exact).items():
+        np.testing.assert_allclose(vars(ours)[name], array, rtol=1e-5 if name == "weights" else 0, err_msg=name)
+
+
+@functools.cache
+def matrices():
+    def codes(key, *shape):
+        made = jax.jit(lambda key: quant.quantise_matrix(jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5))
+        return made(jax.random.key(key))
+
+    routed = codes(0, EXPERTS, 2, WIDTH, HIDDEN), codes(1, EXPERTS, HIDDEN, WIDTH)
+    return *routed, codes(2, 2 * WIDTH, HIDDEN), codes(3, HIDDEN, WIDTH)
+
+
+@pytest.mark.parametrize("rows,alike", [(1, False), (2, False), (5, False), (9, True), (16, False), (16, True)])
+def test_few_rows_are_multiplied_by_their_experts(rows, alike):
+    """alike: all rows choose the same experts."""
+    random = np.random.default_rng(rows)
+    x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
+    experts = np.stack([np.random.default_rng(0 if alike else n).permutation(EXPERTS)[:CHOICES] for n in range(rows)])
+    weights = jnp.asarray(random.uniform(0.1, 1, experts.shape), jnp.float32)
+    routes = routing.tables(jnp.asarray(experts, jnp.int32), weights, EXPERTS, shared=True)
+    kernel = jax.jit(functools.partial(routed_mlp, implementation="mosaic_gpu"))
+    ours = np.asarray(kernel(x, routes, *matrices()))
+    for _ in range(3):
+        assert (np.asarray(kernel(x, routes, *matrices())) == ours).all()
+    exact = np.asarray(jax.jit(functools.partial(routed_mlp, implementation="xla"))(x, routes, *matrices()))
+    errors = np.linalg.norm(ours - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert errors.max() < 0.006, errors
+
+
+FIELDS = preset("30b") | {"num_hidden_layers": 3, "vocab_size": 512, "eos_token_id": None, "pad_token_id": None}
+CONFIG, SCHEDULE = Config.from_hf(FIELDS), Schedule("FSF")
+CONTEXT, MAX_LEN, STEPS = 700, 1024, 4
+
+
+@pytest.fixture(scope="module")
+def weights():
+    made = serving.random_weights(jax.random.key(0), CONFIG, weights="fp8")
+    return experts_by_bias(serving.restrict(made, CONFIG, SCHEDULE))
+
+
+def filled_cache(rows, form):
+    """`rows` contexts of random tokens, one shorter than the others."""
+    random = np.random.default_rng(0)
+
+    def numbers(buffer):
+        return jnp.asarray(random.normal(size=(rows, CONTEXT, buffer.shape[-1])), jnp.bfloat16)
+
+    def fill(layer):
+        keys = None if layer.index_keys is None else numbers(layer.index_keys)
+        return append(layer, numbers(layer.latents), keys, jnp.broadcast_to(jnp.arange(CONTEXT), (rows, CONTEXT)))
+
+    cache = serving.init_cache(CONFIG, SCHEDULE, rows, MAX_LEN, form)
+    return serving.Cache(tuple(map(fill, cache.layers)), jnp.full((rows,), CONTEXT, jnp.int32).at[0].set(CONTEXT - 9))
+
+
+def through(weights, rows, form):
+    """Logits of the steps, and the last cache."""
+    step = jax.jit(lambda weights, token, cache: serving.step(weights, token, cache, CONFIG), donate_argnums=2)
+    cache, found = filled_cache(rows, form), []
+    for i in range(STEPS):
+        logits, cache = step(weights, jnp.arange(rows) + 7 * i, cache)
+        found.append(np.asarray(logits))
+    return np.stack(found), cache
+
+
+@pytest.mark.parametrize("rows,form", [(2, serving.FP8), (5, jnp.bfloat16), (16, serving.FP8)])
+def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weights, rows, form, monkeypatch):
+    asked = []
+    why_not = few_rows.why_not
+    monkeypatch.setattr(few_rows, "why_not", lambda *given: asked.append(why_not(*given)) or asked[-1])
+    ours, cache = through(weights, rows, form)
+    again, _ = through(weights, rows, form)
+    assert asked == [None, None]
+    assert (again == ours).all()
+    monkeypatch.setattr(few_rows, "why_not", lambda *_: "left out for comparison")
+    exact, old = through(weights, rows, form)
+    assert np.std(exact) > 0.1
+    errors = np.linalg.norm(ours - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert errors.max() < (0.06 if form == serving.FP8 else 0.03), errors
+    new = slice(CONTEXT - 9, CONTEXT + STEPS)
+    for a, b in zip(cache.layers, old.layers, strict=True):
+        for name in ("latents", "index_keys"):
+            kept = [getattr(layer, name) for layer in (a, b)]
+            if kept[0] is None:
+                continue
+            if isinstance(kept[0], quant.Latents):
+                kept = [quant.dequantise_latents(x, jnp.float32) for x in kept]
+            elif a.index_scales is not None:
+                kept = [x.astype(jnp.float32) * layer.index_scales[..., None] for x, layer in zip(kept, (a, b), strict=True)]
+            one, other = (np.asarray(x[:, new], np.float32) for x in kept)
+            assert (np.linalg.norm(one - other, axis=-1) <= 0.08 * np.linalg.norm(other, axis=-1)).all(), name
