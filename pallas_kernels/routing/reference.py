@@ -44,3 +44,11 @@ def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: 
 def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
     experts, weights = choose(logits, bias, choices=choices, normalised=normalised, scale=scale)
     return tables(experts, weights, logits.shape[1], shared=shared)
+
+
+def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    order = jnp.argsort(groups, stable=True)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    # A sum: a histogram by scatter serialises on a GPU.
+    sizes = jnp.sum(groups[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
+    return order.astype(jnp.int32), back.astype(jnp.int32), sizes
