@@ -1,4 +1,7 @@
-"""routing: which experts the rows of a decode step are given to, and the tables by which kernels go through them."""
+"""routing: which experts rows are given to, and in what order.
+
+`route` is for the few rows of a decode step, `sort_by_group` for any number of pairs of a row and an expert.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,9 +77,20 @@ def test_routes_list_the_groups_that_rows_are_of():
     assert routes.slots.tolist() == [[1, -1], [-1, -1], [-1, 3], [0, 2], [4, 5]]
 
 
+@pytest.mark.parametrize("size,groups", [(0, 3), (1, 1), (50, 7), (200, 64)])
+def test_sorting_by_group_is_stable(size, groups):
+    given = np.random.default_rng(size).integers(0, groups + 1, size).astype(np.int32)
+    order, back, sizes = jax.jit(api.sort_by_group, static_argnums=1)(jnp.asarray(given), groups)
+    assert (order == np.argsort(given, kind="stable")).all()
+    assert (order[back] == np.arange(size)).all()
+    assert (sizes == np.bincount(given, minlength=groups + 1)[:groups]).all()
+
+
 def test_what_does_not_fit_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"bias \[E\] and 1 to E choices, got \(2, 32\), \(31,\), 4"):
         api.route(jnp.zeros((2, 32)), jnp.zeros(31), choices=4, normalised=True, scale=1.0)
+    with pytest.raises(ValueError, match="groups"):
+        api.sort_by_group(jnp.zeros((2, 2), jnp.int32), 4)
     monkeypatch.setattr(hopper, "why_not", lambda: None)
     assert mosaic_gpu.why_not(jnp.zeros((65, 64)), None, choices=4) is not None
     assert mosaic_gpu.why_not(jnp.zeros((64, 64)), None, choices=4) is None
