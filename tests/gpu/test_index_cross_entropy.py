@@ -58,7 +58,7 @@ def test_blocks_of_queries_do_not_change_the_gradient(monkeypatch):
     words = bits.pack(jnp.asarray(indices_of(given.mask)), case.s)
     whole = computed_by_parts(*kernels, given, words, 1.0)
     monkeypatch.setattr(mosaic_gpu, "BLOCK_BYTES", 4 * case.s * 128)
-    assert_close(computed_by_parts(*kernels, given, words, 1.0), whole, 1e-2, 1e-5)
+    assert_close(computed_by_parts(*kernels, given, words, 1.0), whole, 1e-2, 1e-5, rounded=1e-4)
 
 
 def test_queries_at_any_ascending_positions_see_their_own_keys():

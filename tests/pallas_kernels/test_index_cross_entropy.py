@@ -40,7 +40,7 @@ def test_references_equal_the_written_out_form(kind):
     given = inputs(SMALL, kind, jnp.float32)
     words = bits.pack(jnp.asarray(indices_of(given.mask)), SMALL.s)
     found = jax.jit(lambda: computed_by_parts(*xla, given, words, 0.7))()
-    assert_close(found, written_out(given, 0.7), 1e-5, 1e-5)
+    assert_close(found, written_out(given, 0.7), 1e-5, 1e-5, rounded=2e-4)
     if kind == "nothing":
         assert not any(np.any(x) for x in found.values())
 
@@ -51,7 +51,7 @@ def test_blocks_do_not_change_the_references(monkeypatch):
     row = 4 * SMALL.b * SMALL.s
     monkeypatch.setattr(denominators_reference, "LOGIT_BYTES", 5 * row * SMALL.heads)
     monkeypatch.setattr(cross_entropy_reference, "LOGIT_BYTES", 5 * row * (SMALL.index_heads + 1))
-    assert_close(computed_by_parts(*xla, given, words, 1.0), written_out(given, 1.0), 1e-5, 1e-5)
+    assert_close(computed_by_parts(*xla, given, words, 1.0), written_out(given, 1.0), 1e-5, 1e-5, rounded=2e-4)
 
 
 def test_a_mean_of_targets_has_the_gradient_of_the_mean_of_divergences():

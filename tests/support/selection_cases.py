@@ -144,7 +144,7 @@ def assert_close(
 ) -> None:
     """Relative to the largest number of each; `exact` for the sums, which are float32 in every implementation.
 
-    rounded: for the divergence, where targets are rounded to bfloat16 before it is taken.
+    rounded: for the divergence, where it is the difference of two sums, or of targets that are rounded to bfloat16.
     """
     bounds = {"lse": exact, "kl": exact if rounded is None else rounded}
     for name in found:
