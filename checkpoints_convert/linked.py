@@ -172,7 +172,7 @@ def _write(
                 _write_shard(partial / name, shards[name], (slab for entry in kept[file] for slab in entry.slabs(SLAB_BYTES)))
         _write_shard(partial / last, specs, (array for tensor in replaced for array in tensor.data(arrays)))
         with writing(partial / INDEX):
-            write_index(partial, shards)
+            write_index(partial, shards, sum(map(len, also_there.values())) if link else 0)
         finish(partial, companions, fields)
     written = {spec.name for spec in specs}
     mixed = sum(not written.isdisjoint(also) for also in also_there.values())

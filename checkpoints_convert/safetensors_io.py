@@ -23,6 +23,7 @@ from indexcache_jax.foreign import MAX_LARGE, check_no_pointer, escaped, is_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+UNLISTED = "unlisted_tensors"  # in the metadata of an index
 MAX_PATH = 1000  # characters of a message that begins with a path
 MAX_DIMENSIONS = 16  # beyond any tensor's, so that a shape's product stays cheap
 
@@ -101,13 +102,15 @@ class Stored:
     """The tensors of a directory by name, as its index lists them, and what lies beside them and is not read.
 
     unlisted: tensors of the index's files that it does not list, or lists in another file; files: other safetensors files.
-    listed_by: the file that says which tensors there are.
+    listed_by: the file that says which tensors there are. known: how many unlisted tensors it says that there are: of these
+    whoever wrote it has told the user.
     """
 
     entries: dict[str, Entry]
     unlisted: tuple[Entry, ...]
     files: tuple[pathlib.Path, ...]
     listed_by: pathlib.Path
+    known: int = 0
 
     def notes(self, kept: Iterable[Entry] = ()) -> list[str]:
         """A line for the files and one for the tensors that are not read, those of `kept` apart."""
@@ -118,7 +121,7 @@ class Stored:
         if files:
             names = _some([escaped(path.name) for path in files])
             lines.append(f"not read: {len(files)} files that {self.listed_by.name} does not name: {names}")
-        if tensors:
+        if tensors and len(self.unlisted) != self.known:
             names = _some([f"{entry.name} in {entry.file.name}" for entry in tensors])
             lines.append(f"not read: {len(tensors)} tensors that {self.listed_by.name} does not list there: {names}")
         return lines
@@ -150,7 +153,8 @@ def read_stored(directory: pathlib.Path) -> Stored:
     index = directory / INDEX
     if not is_there(index):
         return Stored(read_header(directory / SINGLE), (), _other_files(directory, {SINGLE}), directory / SINGLE)
-    weight_map = read_json(index, MAX_LARGE).get("weight_map")
+    fields = read_json(index, MAX_LARGE)
+    weight_map, metadata = fields.get("weight_map"), fields.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map is not an object with entries")
     for name, shard in weight_map.items():
@@ -174,7 +178,8 @@ def read_stored(directory: pathlib.Path) -> Stored:
     for name, shard in weight_map.items():
         if name not in entries:
             raise ValueError(f"{index}: places tensor {name} in {shard}, which does not hold it")
-    return Stored(entries, tuple(unlisted), _other_files(directory, set(shards)), index)
+    known = metadata.get(UNLISTED) if isinstance(metadata, dict) else None
+    return Stored(entries, tuple(unlisted), _other_files(directory, set(shards)), index, known if isinstance(known, int) else 0)
 
 
 def _other_files(directory: pathlib.Path, read: set[str]) -> tuple[pathlib.Path, ...]:
@@ -278,10 +283,11 @@ def write_shard(path: pathlib.Path, specs: Sequence[Spec], slabs: Iterable[np.nd
         os.fsync(file.fileno())
 
 
-def write_index(directory: pathlib.Path, shards: Mapping[str, Sequence[Spec]]) -> None:
-    """The index of a directory of several shards; a single file needs none."""
+def write_index(directory: pathlib.Path, shards: Mapping[str, Sequence[Spec]], unlisted: int = 0) -> None:
+    """The index of a directory of several shards; a single file needs none. unlisted: how many tensors they hold besides."""
     if len(shards) > 1:
         weight_map = {spec.name: file for file, specs in shards.items() for spec in specs}
         total = sum(spec.nbytes for specs in shards.values() for spec in specs)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        metadata = {"total_size": total} | ({UNLISTED: unlisted} if unlisted else {})
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
         (directory / INDEX).write_text(text + "\n", encoding="utf-8")

@@ -501,7 +501,7 @@ def train_indexers(output_dir: str, seed: int) -> None:
     groups = indexer_runs.train(given.training, given.output, options.RESUME.value)
     seconds = time.perf_counter() - began
     write_indexers(given, {group.layer: group.indexer for group in groups})
-    with warnings.catch_warnings(action="ignore"):  # linked files hold what is replaced too
+    with warnings.catch_warnings(action="ignore"):  # what is left out was said of the checkpoint that it comes from
         written = checkpoints_convert.Layers(checkpoint_folder(given.output), **form_of_layers(given.checkpoint))
     before = {options.ALL_F if layers.schedule.num_full == schedule.num_layers else "as it came": layers.schedule}
     if schedule != layers.schedule:

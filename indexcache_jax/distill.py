@@ -10,7 +10,8 @@ trains only indexers; selection is discrete, so the language loss never reaches 
 
 In XLA, probabilities exist for one block of queries at a time and are recomputed in the backward pass; a selection is kept
 as its indices, made once by the F layer. Where the kernels serve (Hopper, bfloat16, heads up to 192 wide, values and index
-heads up to 128), a selection is kept as bits, attention is fused, and the divergence's gradient is made in the forward pass.
+heads up to 128), a selection is kept as bits, attention is fused, and the divergence's gradient is made in the forward pass,
+once for all layers that an indexer serves, which add their targets up, as long as these fit in TARGET_BYTES.
 
 On a mesh every device computes what is per query for its own rows and queries. Where queries of a row are split, latents and
 index keys are gathered and every device makes the attention's keys and values from them; the queries are dealt so that all

@@ -595,7 +595,7 @@ def _steps(
     """The indexer and its divergence at every step."""
     gathered.layers[:] = jax.device_put(gathered.layers, device)
     share = [jnp.float32(share) for share in run.shares(group[0]).values()]
-    kept = _rows_on(device, run, len(group))
+    kept = rows_on_device(device, run, len(group))
     make = _kept_targets if run.keeps_targets else _recomputed_targets
     first, inputs = gathered.layers[0], _states(gathered.x[0], kept)
     others = (_states(x, 0 if run.keeps_targets else kept) for x in gathered.x[1:])
@@ -623,7 +623,7 @@ def _states(x: np.ndarray, on_device: int) -> Rows:
     return Rows([jnp.asarray(x[row : row + 1]) for row in range(on_device)], x[on_device:])
 
 
-def _rows_on(device: jax.Device | None, run: Run, layers: int) -> int:
+def rows_on_device(device: jax.Device | None, run: Run, layers: int) -> int:
     """Of how many rows a device keeps what the steps of a group of so many layers read. A CPU has the host's memory at hand."""
     stats = (device or jax.local_devices()[0]).memory_stats() if ops.platform() != "cpu" else None
     if stats is None or "bytes_limit" not in stats:

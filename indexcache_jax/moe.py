@@ -81,14 +81,15 @@ def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Arra
 
 def _choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """`choose` for a device's own tokens."""
+    if config.n_group == 1:
+        return ops.choose(logits, bias, config)
     scores = jax.nn.sigmoid(logits)
     choice = scores + bias
-    if config.n_group > 1:
-        groups = choice.reshape(*choice.shape[:-1], config.n_group, config.n_routed_experts // config.n_group)
-        quality = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
-        kept = jax.lax.top_k(quality, config.topk_group)[1]
-        kept = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=-2)
-        choice = jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice.shape)
+    groups = choice.reshape(*choice.shape[:-1], config.n_group, config.n_routed_experts // config.n_group)
+    quality = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+    kept = jax.lax.top_k(quality, config.topk_group)[1]
+    kept = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=-2)
+    choice = jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice.shape)
     experts = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
     weights = jnp.sum(jax.nn.one_hot(experts, config.n_routed_experts) * scores[..., None, :], axis=-1)
     if config.norm_topk_prob:
@@ -226,13 +227,6 @@ def _matrix_by_matrix(p: Matrices, tokens: jax.Array, experts: jax.Array, weight
     return jnp.sum(rows * weights[..., None], axis=1)
 
 
-def _order(experts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pairs of a token and an expert [N, k], sorted by expert, as [N k], and the place [N, k] of every pair there."""
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-    return order, back.reshape(experts.shape)
-
-
 def _sorted_by_expert(
     p: Matrices,
     tokens: jax.Array | Scaled,
@@ -242,10 +236,9 @@ def _sorted_by_expert(
     dtype: Any = jnp.float32,
 ) -> jax.Array:
     """The chosen experts of tokens [N, D], plus `added`: pairs sorted by expert, two grouped products -> [N, D] in `dtype`."""
-    order, back = _order(experts)
-    rows = ops.gather_rows(tokens, order // experts.shape[1])
-    products = ops.grouped_mlp(rows, p.gate_up, p.down, tokens_per_expert(experts, p.gate_up.shape[0]))
-    return ops.sum_rows(products, back, weights, added, dtype)
+    order, back, sizes = ops.sort_by_group(experts.reshape(-1), p.gate_up.shape[0])
+    products = ops.grouped_mlp(ops.gather_rows(tokens, order // experts.shape[1]), p.gate_up, p.down, sizes)
+    return ops.sum_rows(products, back.reshape(experts.shape), weights, added, dtype)
 
 
 def _pieces_sorted_by_expert(
@@ -257,8 +250,7 @@ def _pieces_sorted_by_expert(
     them in further pieces of the same size.
     """
     n, k = experts.shape
-    order, back = _order(experts)
-    sizes = tokens_per_expert(experts, p.gate_up.shape[0])
+    order, back, sizes = ops.sort_by_group(experts.reshape(-1), p.gate_up.shape[0])
     room = room_for(n * k, devices)
     pieces = -(-n * k // room)
     order = jnp.pad(order, (0, pieces * room - n * k))
@@ -271,7 +263,7 @@ def _pieces_sorted_by_expert(
         filled = jnp.clip(ends - first, 0, room)
         rows = ops.gather_rows(tokens, pairs // k)
         products = ops.grouped_mlp(rows, p.gate_up, p.down, jnp.diff(filled, prepend=0))
-        row = back - first
+        row = back.reshape(n, k) - first
         here = (row >= 0) & (row < jnp.minimum(total - first, room))
         rows = jnp.where(here[..., None], products[jnp.clip(row, 0, room - 1)], 0).astype(jnp.float32)
         return jnp.sum(rows * weights[..., None], axis=1)

@@ -18,7 +18,7 @@ import pallas_kernels
 from indexcache_jax import split_cache
 from indexcache_jax.config import Config
 from indexcache_jax.positions import Positions
-from indexcache_jax.sharding import Axes, on_each_device, split_over
+from indexcache_jax.sharding import Axes, current, on_each_device, split_over
 from pallas_kernels import attention_denominators as attention_denominators
 from pallas_kernels import attention_target as attention_target
 from pallas_kernels import bits, device, dispatch, hopper, quant
@@ -31,9 +31,10 @@ from pallas_kernels.decode_layer import api as decode_layer  # noqa: F401  for s
 from pallas_kernels.grouped_matmul import api as grouped_matmul_api
 from pallas_kernels.index_cross_entropy import api as cross_entropy_api
 from pallas_kernels.index_divergence import api as index_divergence_api
+from pallas_kernels.latent_cache import api as latent_cache
 from pallas_kernels.quant import Scaled
 from pallas_kernels.routed_mlp import api as routed_mlp  # noqa: F401  for serving.few_rows
-from pallas_kernels.routing import api as routing  # noqa: F401  for serving.few_rows
+from pallas_kernels.routing import api as routing
 from pallas_kernels.scaled_matmul import api as scaled_matmul_api
 from pallas_kernels.selected_attention import api as selected_attention_api
 
@@ -213,6 +214,23 @@ def swiglu(gate_up: jax.Array) -> Scaled:
     return _on_tokens(pallas_kernels.quantise_swiglu, gate_up)
 
 
+def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """The experts [..., k] of router logits [..., E] float32 of a model without groups of experts, and their weights."""
+    experts, weights = routing.choose(
+        _flat(logits),
+        bias,
+        choices=config.num_experts_per_tok,
+        normalised=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+    return experts.reshape(*logits.shape[:-1], -1), weights.reshape(*logits.shape[:-1], -1)
+
+
+def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """groups [M] from 0 to num_groups, which stands for none, sorted: the order [M], its inverse, and the groups' sizes."""
+    return routing.sort_by_group(groups, num_groups)
+
+
 def gather_rows(rows: jax.Array | Scaled, index: jax.Array) -> Any:
     """rows [N, K] at index [M]."""
     return pallas_kernels.gather_rows(rows, index)
@@ -258,6 +276,35 @@ def scaled_matmul(x: jax.Array | Scaled, matrix: Scaled, dtype: Any = None, inpu
 def quantise_latents(latents: jax.Array, value_dim: int) -> quant.Latents:
     """Latents [..., C + dr] in 8 bits, C = value_dim."""
     return quant.quantise_latents(latents, value_dim)
+
+
+def appends(cache: Any, product: jax.Array, norm: jax.Array, positions: Positions, start: int, eps: float) -> bool:
+    """Whether `append_latents` serves: a kernel, on a device that computes alone, for a cache in 8 bits."""
+    if not isinstance(cache, quant.Latents) or current()[0] is not None:
+        return False
+    arguments = cache, product, norm, *positions.cos_sin, positions.queries
+    return dispatch.best(latent_cache.BACKENDS, *arguments, start=start, eps=eps) != "xla"
+
+
+def append_latents(
+    cache: quant.Latents, product: jax.Array, norm: jax.Array, positions: Positions, start: int, eps: float
+) -> quant.Latents:
+    """The cache [B, T, C + dr] with new tokens' latents, whose projections are product[..., start : start + C + dr].
+
+    product [B, S, W] float32; norm [C].
+    """
+    return pallas_kernels.append_latents(cache, product, norm, *positions.cos_sin, positions.queries, start=start, eps=eps)
+
+
+def index_queries(product: jax.Array, positions: Positions, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Rotated index queries [B, S, Hi, Di] of their projection in float8_e4m3fn, and their scales [B, S, Hi] float32."""
+
+    def quantise(product: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
+        tokens = (x.reshape(-1, *x.shape[2:]) for x in (product, cos, sin))
+        found = pallas_kernels.quantise_index_queries(*tokens, interleaved=config.index_rope_interleave)
+        return jax.tree.map(lambda x: x.reshape(*product.shape[:2], *x.shape[1:]), found)
+
+    return on_each_device(quantise, (QUERIES,) * 3, QUERIES)(product, *positions.cos_sin)
 
 
 def quantise_index(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:

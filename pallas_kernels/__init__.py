@@ -10,17 +10,20 @@ from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_mlp, group
 from pallas_kernels.index_cross_entropy.api import index_cross_entropy
 from pallas_kernels.index_divergence.api import index_divergence
 from pallas_kernels.indexer_topk.api import indexer_topk, select_topk
+from pallas_kernels.latent_cache.api import append_latents
 from pallas_kernels.permuted.api import gather_rows, sum_rows
-from pallas_kernels.quantised.api import normalise_rows, quantise_rows, quantise_swiglu
+from pallas_kernels.quantised.api import normalise_rows, quantise_index_queries, quantise_rows, quantise_swiglu
 from pallas_kernels.routed_mlp.api import routed_mlp
-from pallas_kernels.routing.api import route
+from pallas_kernels.routing.api import choose, route, sort_by_group
 from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.selected_attention.api import selected_attention
 from pallas_kernels.sparse_mla.api import sparse_mla
 
 __all__ = [
+    "append_latents",
     "attention_denominators",
     "attention_target",
+    "choose",
     "gather_rows",
     "grouped_matmul",
     "grouped_mlp",
@@ -29,6 +32,7 @@ __all__ = [
     "index_divergence",
     "indexer_topk",
     "normalise_rows",
+    "quantise_index_queries",
     "quantise_rows",
     "quantise_swiglu",
     "route",
@@ -36,6 +40,7 @@ __all__ = [
     "scaled_matmul",
     "select_topk",
     "selected_attention",
+    "sort_by_group",
     "sparse_mla",
     "sum_rows",
 ]

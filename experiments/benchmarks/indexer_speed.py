@@ -4,7 +4,8 @@ A group is an F layer and the S layers that it serves. Its layers run once over 
 made (or the softmax's denominators, where targets are computed at every step), and the F layer's indexer takes some steps of a
 sequence each: what `--experiment=distill --train=indexers` does for every group of a checkpoint. One layer's experts at a time
 are on the device. FLOPs are those that the method needs; the rate they are held against is that of bfloat16 products of 8192 x
-8192 matrices in the same run.
+8192 matrices in the same run. For a whole model targets are taken to be computed at every step where those of all its sequences
+have no room on the device.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ _TIMED = flags.DEFINE_integer("timed_steps", 20, "steps of the group's indexer, 
 LAYERS = 4  # of a group, by default
 UNTIMED = 3  # calls of a program before those that are timed
 WHOLE = 64, 400  # sequences, and steps of a group, of the run that is estimated
+DEVICES = 1, 8  # of the run that is estimated
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomLayers:
-    """Equal layers of random weights, each made when it is read."""
+    """Layers that all have the same random weights, which are made once: making them is not what is measured."""
 
     config: Config
     weights: str | None
@@ -50,22 +52,23 @@ class RandomLayers:
     def schedule(self) -> Schedule:
         return Schedule.all_full(self.config.num_layers)
 
-    def _some(self, key: int, stacked: bool) -> Params:
+    def _some(self, stacked: bool) -> Params:
         one = dataclasses.replace(self.config, num_layers=1, moe_layers=self.config.moe_layers[:1])
-        return _random(jax.random.fold_in(jax.random.key(self.seed), key), one, self.weights, stacked)
+        return _random(one, self.weights, self.seed, stacked)
 
     def ends(self, shardings: Params | None = None) -> Params:
-        return self._some(self.config.num_layers, stacked=False)
+        return self._some(stacked=False)
 
     def layer(self, layer: int, shardings: Params | None = None) -> Params:
-        return self._some(layer, stacked=True)
+        return self._some(stacked=True)
 
 
-@functools.partial(jax.jit, static_argnames=("weights", "stacked"))
-def _random(key: jax.Array, config: Config, weights: str | None, stacked: bool) -> Params:
+@functools.cache
+def _random(config: Config, weights: str | None, seed: int, stacked: bool) -> Params:
     """Of random params those that belong to layers, or the others; None elsewhere."""
     tree = abstract(config, Schedule.all_full(1), weights)
-    return tensors.init(key, jax.tree.map(lambda tensor: tensor if tensor.stacked == stacked else None, tree), jnp.bfloat16)
+    tree = jax.tree.map(lambda tensor: tensor if tensor.stacked == stacked else None, tree)
+    return jax.jit(lambda key: tensors.init(key, tree, jnp.bfloat16))(jax.random.key(seed))
 
 
 class Clock:
@@ -126,6 +129,8 @@ def measure(run: Run) -> dict[str, Any]:
     step, target = clock.median("step", UNTIMED), clock.median("targets", 1) / len(group)
     layer = clock.median("layer", 1) / len(run.tokens)
     work = indexer_training.step_work(run, len(group))
+    whole = dataclasses.replace(run, tokens=np.zeros((WHOLE[0], run.tokens.shape[1]), np.int32))
+    fit_all = matmul is None or indexer_training.rows_on_device(None, whole, len(group)) == WHOLE[0]
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
         "seconds_per_step": step,
@@ -137,15 +142,21 @@ def measure(run: Run) -> dict[str, Any]:
         "matmul_tflops": None if matmul is None else matmul / 1e12,
         "peak_device_bytes": peak,
         "targets_kept": run.keeps_targets,
+        "all_targets_fit": fit_all,
         "divergence": trained.divergence.tolist(),
     }
 
 
-def whole_hours(found: dict[str, Any], layers: int, group: int) -> float:
-    """Hours for a whole model of so many layers on one device, reading its weights not counted."""
+def whole_hours(found: dict[str, Any], layers: int, group: int, devices: int) -> float:
+    """Hours for a whole model of so many layers, reading its weights not counted.
+
+    Its layers run on one device, one after the other; groups train on as many devices as there are.
+    """
     sequences, steps = WHOLE
-    seconds = layers * sequences * (found["seconds_per_layer"] + found["seconds_per_target"])
-    return (seconds + layers / group * steps * found["seconds_per_step"]) / 3600
+    again = found["targets_kept"] and not found["all_targets_fit"]
+    step = found["seconds_per_step"] + (group * found["seconds_per_target"] if again else 0.0)
+    of_groups = layers * sequences * found["seconds_per_target"] + layers / group * steps * step
+    return (layers * sequences * found["seconds_per_layer"] + of_groups / devices) / 3600
 
 
 def run(output_dir: str, seed: int) -> None:
@@ -155,7 +166,7 @@ def run(output_dir: str, seed: int) -> None:
     print(f"{options.PRESET.value}: {group} layers, {len(given.tokens)} x {context} tokens; {memory}", flush=True)
     found = measure(given)
     layers = inputs.preset_model(options.PRESET.value)[0].num_layers
-    hours = whole_hours(found, layers, group)
+    hours = {devices: whole_hours(found, layers, group, devices) for devices in DEVICES}
     header = ["s a step", "tokens/s", "model TFLOP/s", "of the matmul's rate", "s a layer", "s a target", "GB of the device"]
     cells = [
         f"{found['seconds_per_step']:.3f}",
@@ -167,10 +178,12 @@ def run(output_dir: str, seed: int) -> None:
         "-" if found["peak_device_bytes"] is None else f"{found['peak_device_bytes'] / 1e9:.1f}",
     ]
     kept = "kept" if found["targets_kept"] else "computed at every step"
+    on_devices = " and ".join(f"{of_devices:.2f} hours on {devices}" for devices, of_devices in hours.items())
+    again = "" if found["all_targets_fit"] else ", with targets computed at every step"
     estimate = (
-        f"For all {layers} layers in groups of {group}, {WHOLE[0]} sequences of {context} tokens and {WHOLE[1]} steps a group, "
-        f"this makes {hours:.2f} hours on one {device()['kind']}, reading the weights not counted. Targets are {kept}; "
-        "seconds a layer and a target are of one sequence."
+        f"Targets are {kept}; seconds a layer and a target are of one sequence. For all {layers} layers in groups of {group}, "
+        f"{WHOLE[0]} sequences of {context} tokens and {WHOLE[1]} steps a group, this makes {on_devices} {device()['kind']}"
+        f"{again}, reading the weights not counted."
     )
     about = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
     text = f"# Speed of training an indexer\n\n{about}\n\n{markdown_table(header, [cells])}\n\n{estimate}\n"

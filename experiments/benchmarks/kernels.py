@@ -34,7 +34,17 @@ from absl import flags
 from experiments.common import options
 from experiments.common.profiling import kernels_of
 from experiments.common.report import Output, command, device, markdown_table, time_left, versions
-from pallas_kernels import grouped_matmul, hopper, indexer_topk, quant, scaled_matmul, sparse_mla
+from pallas_kernels import (
+    grouped_matmul,
+    hopper,
+    indexer_topk,
+    normalise_rows,
+    quant,
+    quantise_rows,
+    quantise_swiglu,
+    scaled_matmul,
+    sparse_mla,
+)
 from pallas_kernels.indexer_topk import reference as indexer_reference
 
 _ROWS = flags.DEFINE_string(
@@ -153,10 +163,10 @@ def key_scales(shape: tuple[int, int], seed: int = 0) -> jax.Array:
 
 
 @functools.cache
-def scaled_normal(shape: tuple[int, ...], seed: int = 0, *, by_row: bool = False) -> quant.Scaled:
-    """Numbers in 8 bits, with scales by row or by block."""
+def scaled_normal(shape: tuple[int, ...], seed: int = 0) -> quant.Scaled:
+    """Numbers in 8 bits, with scales by block."""
     *stacked, rows, columns = shape
-    groups = (*stacked, rows if by_row else -(-rows // quant.BLOCK), -(-columns // quant.BLOCK))
+    groups = (*stacked, -(-rows // quant.BLOCK), -(-columns // quant.BLOCK))
     return quant.Scaled(normal(shape, FP8, seed), jax.device_put(np.abs(_drawn(groups, jnp.float32, seed))))
 
 
@@ -368,24 +378,31 @@ def attention(
     )
 
 
-def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int, *, scaled: bool = False) -> Case:
+def activations(shape: tuple[int, int], seed: int, in_codes: bool) -> Any:
+    """Rows [M, K], or as codes and scales [K / 128, M]: that is how the kernels that make them write scales."""
+    if not in_codes:
+        return normal(shape, seed=seed)
+    return normal(shape, FP8, seed), key_scales((-(-shape[1] // quant.BLOCK), shape[0]), seed)
+
+
+def rows_of(x: Any) -> Any:
+    return quant.Scaled(x[0], x[1].T) if isinstance(x, tuple) else x
+
+
+def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int, *, scaled: bool = False, in_codes: bool = False) -> Case:
     """grouped_matmul; few rows read only the matrices of groups that have any.
 
-    scaled: matrices in 8 bits; rows too, where the groups have many.
+    scaled: matrices in 8 bits. in_codes: rows too, which otherwise are quantised on the way where groups have many.
     """
     m, groups, k, n = sizes.queries(rows), sizes.batch(groups), sizes.width(k), sizes.width(n)
     counts = np.random.default_rng(0).multinomial(m, np.full(groups, 1 / groups)).astype(np.int32)
     many = rows >= 128 * groups
     read = (1 if scaled else 2) * k * n * int((counts > 0).sum())
     matrices = scaled_normal((groups, n, k)) if scaled else normal((groups, k, n))
-
-    def rows_of(seed: int) -> Any:
-        return scaled_normal((m, k), seed=seed, by_row=True) if scaled and many else normal((m, k), seed=seed)
-
-    sets = [(rows_of(seed), jax.device_put(counts)) for seed in sizes.seeds(read)]
+    sets = [(activations((m, k), seed, in_codes), jax.device_put(counts)) for seed in sizes.seeds(read)]
 
     def run(x: Any, counts: Any, matrices: Any, implementation: str | None = None) -> Any:
-        return grouped_matmul(x, matrices, counts, implementation=implementation)
+        return grouped_matmul(rows_of(x), matrices, counts, implementation=implementation)
 
     in_xla = functools.partial(run, implementation="decoded" if scaled else "ragged_dot")
     work: dict[str, Any] = dict(flops=2 * m * k * n) if many else dict(bytes=read)
@@ -393,20 +410,26 @@ def experts(sizes: Sizes, rows: int, groups: int, k: int, n: int, *, scaled: boo
     return Case(run, sets, common=(matrices,), reference=reference, **work)
 
 
-def scaled_product(sizes: Sizes, rows: int, k: int, n: int) -> Case:
-    """scaled_matmul of rows in 8 bits; few rows are bfloat16, and the matrix's bytes count."""
+def scaled_product(sizes: Sizes, rows: int, k: int, n: int, *, in_codes: bool = False) -> Case:
+    """scaled_matmul; `in_codes` of rows in 8 bits, which otherwise are quantised on the way where they are many."""
     m, k, n = sizes.queries(rows) if rows > 128 else rows, sizes.width(k), sizes.width(n)
-    many = rows >= 128
-    work: dict[str, Any] = dict(flops=2 * m * k * n) if many else dict(bytes=k * n)
-    seeds = sizes.seeds(m * k + n * k)
+    work: dict[str, Any] = dict(flops=2 * m * k * n) if rows >= 128 else dict(bytes=k * n)
+    sets = [(activations((m, k), seed, in_codes), scaled_normal((n, k), seed=seed)) for seed in sizes.seeds(m * k + n * k)]
 
-    def one(seed: int) -> Arguments:
-        rows = scaled_normal((m, k), seed=seed, by_row=True) if many else normal((m, k), seed=seed)
-        return rows, scaled_normal((n, k), seed=seed)
+    def run(x: Any, matrix: Any, implementation: str | None = None) -> Any:
+        return scaled_matmul(rows_of(x), matrix, implementation=implementation)
 
-    sets = [one(seed) for seed in seeds]
-    reference = (functools.partial(scaled_matmul, implementation="xla"), sets[0], 1) if on_hopper() else None
-    return Case(scaled_matmul, sets, reference=reference, **work)
+    reference = (functools.partial(run, implementation="xla"), sets[0], 1) if on_hopper() else None
+    return Case(run, sets, reference=reference, **work)
+
+
+def passes(sizes: Sizes, operation: Callable[..., Any], arguments: Callable[[Sizes, int], Arguments], written: float) -> Case:
+    """An operation that reads its arguments once and writes `written` times the bytes of the first."""
+    one = arguments(sizes, 0)
+    moved = sum(x.nbytes for x in one) + written * one[0].nbytes
+    sets = [arguments(sizes, seed) for seed in sizes.seeds(moved)]
+    reference = (functools.partial(operation, implementation="xla"), sets[0], 1) if on_hopper() else None
+    return Case(operation, sets, bytes=moved, reference=reference)
 
 
 def matmul(sizes: Sizes, dtype: Any) -> Case:
@@ -546,16 +569,42 @@ def expert_rows(sizes: Sizes) -> Iterator[Row]:
         "grouped matmul, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, public=(1.16, "JAX's ragged_dot_mgpu")
     )
     yield add("grouped matmul, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
-    add_scaled = functools.partial(add, scaled=True)
-    yield add_scaled("grouped matmul, fp8, 32768 x 2048 x 3072, 64 groups", experts, 32768, 64, 2048, 3072, target=0.43)
-    yield add_scaled("grouped matmul, fp8, 65536 x 6144 x 4096, 32 groups", experts, 65536, 32, 6144, 4096, target=2.87)
-    yield add_scaled("grouped matmul, fp8, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072)
+    for name, rows, groups, k, n, target in (
+        ("32768 x 2048 x 3072, 64 groups", 32768, 64, 2048, 3072, 0.43),
+        ("65536 x 6144 x 4096, 32 groups", 65536, 32, 6144, 4096, 2.87),
+    ):
+        note = "bfloat16 rows are quantised on the way"
+        yield add(f"grouped matmul, fp8, {name}", experts, rows, groups, k, n, scaled=True, target=target, note=note)
+        name = f"grouped matmul, fp8, {name}, rows in fp8"
+        yield add(name, experts, rows, groups, k, n, scaled=True, in_codes=True, target=target)
+    yield add("grouped matmul, fp8, 64 x 2048 x 3072, 64 groups", experts, 64, 64, 2048, 3072, scaled=True)
     yield add("scaled matmul, fp8, 4096 x 16384 x 7168", scaled_product, 4096, 16384, 7168, target=0.837)
+    name = "scaled matmul, fp8, 4096 x 16384 x 7168, rows in fp8"
+    yield add(name, scaled_product, 4096, 16384, 7168, in_codes=True, target=0.837)
+
+
+def activation_rows(sizes: Sizes) -> Iterator[Row]:
+    """What a prefill layer of the 30B shape does to its activations between products."""
+    add = functools.partial(_row, sizes)
+
+    def drawn(*shape: int) -> Callable[[Sizes, int], Arguments]:
+        return lambda sizes, seed: (normal((sizes.queries(shape[0]), sizes.width(shape[1])), seed=seed),)
+
+    def normalised(sizes: Sizes, seed: int) -> Arguments:
+        return *drawn(10240, 2048)(sizes, seed), normal((sizes.width(2048),))
+
+    def normalise(rows: Any, weight: Any, **options: Any) -> Any:
+        return normalise_rows(rows, weight, 1e-5, **options)
+
+    yield add("quantise rows, 10240 x 5120", passes, quantise_rows, drawn(10240, 5120), 0.5)
+    yield add("quantise SwiGLU, 10240 x 2 x 1536", passes, quantise_swiglu, drawn(10240, 3072), 0.25)
+    yield add("normalise rows, 10240 x 2048, also in fp8", passes, normalise, normalised, 1.5)
 
 
 def table(sizes: Sizes) -> list[Row]:
     """Every row of the report, in its order."""
-    parts = (score_rows, selection_rows, indexer_rows, prefill_attention_rows, decode_attention_rows, expert_rows)
+    attention_parts = score_rows, selection_rows, indexer_rows, prefill_attention_rows, decode_attention_rows
+    parts = (*attention_parts, expert_rows, activation_rows)
     return [row for part in parts for row in part(sizes)]
 
 

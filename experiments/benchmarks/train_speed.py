@@ -1,17 +1,16 @@
 """Speed of distillation: tokens/s of both stages on a model with random weights, and the share of a matmul's rate.
 
 A step is the whole of it: forward, backward, clipping and AdamW, on sequences of --train_context random tokens, one for
-every device of the mesh's data axis, weights in float32 and arithmetic in bfloat16. Model FLOPs count what the method
-needs, nothing that is computed twice or masked out (`training.flops_per_token`); the rate they are held against is that
-of bfloat16 products of 8192 x 8192 matrices in the same run, of all devices together. The model is a slice of dense
-layers in the proportions of the 30B shape: hidden 2048, 16 heads of 192 and 128, latents of 512, 16 index heads of 128,
-62 million weights a layer.
+every device of the mesh's data axis, weights in float32 and arithmetic in bfloat16. Steps follow each other as in training,
+which waits for none before it sends off the next. Model FLOPs count what the method needs, nothing that is computed twice or
+masked out (`training.flops_per_token`); the rate they are held against is that of bfloat16 products of 8192 x 8192 matrices
+in the same run, of all devices together. The model is a slice of dense layers in the proportions of the 30B shape: hidden
+2048, 16 heads of 192 and 128, latents of 512, 16 index heads of 128, 62 million weights a layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -70,8 +69,10 @@ FIELDS = {
 PARTS = {
     "selected_attention_forward": "attention",
     "selected_attention_d": "attention's gradient",
+    "denominators_kernel": "divergence",
     "target_kernel": "divergence",
     "scores_kernel": "divergence",
+    "slopes_kernel": "divergence",
     "index_dq_kernel": "divergence",
     "index_dk_kernel": "divergence",
     "mosaic": "selection",
@@ -162,7 +163,7 @@ def kernel_parts(step: Callable[[], Any]) -> tuple[dict[str, float], dict[str, f
 
 
 def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul: float | None, seed: int) -> Speed:
-    """The median of so many steps. matmul: FLOP/s to hold the step's against, or None."""
+    """The mean of so many steps. matmul: FLOP/s to hold the step's against, or None."""
     params = runs.random_params(jax.random.key(seed), config, schedule)
     state = training.init_optimiser_state(params, stage, config, schedule)
     rng = np.random.default_rng(seed)
@@ -178,12 +179,13 @@ def measure(config: Config, schedule: Schedule, stage: Stage, steps: int, matmul
         params, state, metrics = program(params, state, tokens, config, schedule)
         return metrics
 
-    times = []
-    for _ in range(UNTIMED + steps):
-        began = time.perf_counter()
+    for _ in range(UNTIMED):
         jax.block_until_ready(step())
-        times.append(time.perf_counter() - began)
-    seconds = statistics.median(times[UNTIMED:])
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    jax.block_until_ready(metrics)
+    seconds = (time.perf_counter() - began) / steps
     language, divergence = (float(x) for x in metrics[:2])
     if not np.isfinite([language, divergence]).all():
         raise ValueError(f"{stage.kind}: the losses are {language} and {divergence}")

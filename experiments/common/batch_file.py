@@ -1,6 +1,6 @@
 """The lines of a batch, however many: read through once to check them, then a window of them at a time.
 
-What is kept of a file is a byte a line and where every window begins.
+What is kept of a file is a byte a line, where every window begins and, while it is read through, 16 bytes a custom_id.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import os
 import pathlib
@@ -18,9 +19,12 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+import numpy as np
+
 from checkpoints_convert.ending import writing
 from experiments.common.batch_requests import Reader, Request
 from experiments.common.report import progress
+from indexcache_jax.foreign import shown
 
 MARK = b"\xef\xbb\xbf"  # of UTF-8, at the start of a file
 SHOWN = 100  # errors that are kept to be shown
@@ -79,7 +83,8 @@ class Scan:
 class RequestFile:
     """The requests of an open file, in its order, `window` at a time.
 
-    `scan` tells what is in it. ValueError, with `name`, for a file without lines, and for one that changes while it is read.
+    `scan` tells what is in it. ValueError, with `name`, for a file without lines, for one that changes while it is read, and
+    for one in which two requests of OpenAI's format have the same custom_id, by which their answers are told apart.
     """
 
     def __init__(self, file: BinaryIO, name: str, reader: Reader, window: int) -> None:
@@ -96,7 +101,7 @@ class RequestFile:
         return status.st_size, status.st_mtime_ns
 
     def _read_through(self) -> Scan:
-        scan = Scan(bytearray(), {})
+        scan, names, lines = Scan(bytearray(), {}), array.array("Q"), array.array("q")
         options = {"total": self._state[0], "unit": "B", "unit_scale": True, "desc": "reading", "delay": _BAR_AFTER}
         with progress(**options) as bar:
             for line in self._lines():
@@ -104,6 +109,9 @@ class RequestFile:
                     self._starts.append(line.start)
                     self._numbers.append(line.number)
                 request = self._reader.request(line.number, line.content)
+                if request.call is not None and request.call.custom_id is not None:
+                    names.append(_digest(request.call.custom_id))
+                    lines.append(line.number)
                 scan.bad.append(bool(request.error))
                 scan.checksum = zlib.crc32(request.tokens.tobytes(), zlib.crc32(line.content or b"", scan.checksum))
                 if request.error:
@@ -113,7 +121,21 @@ class RequestFile:
                     scan.longest = max(scan.longest, len(request.tokens))
                     scan.most_new = max(scan.most_new, request.drawing.max_new_tokens)
                 bar.update(line.start - bar.n)
+        self._check_unique(np.array(names, np.uint64), np.array(lines, np.int64))
         return scan
+
+    def _check_unique(self, names: np.ndarray, lines: np.ndarray) -> None:
+        """ValueError for the first custom_id that an earlier line has, by the digests of all and their lines."""
+        order = np.argsort(names, kind="stable")
+        again = order[1:][names[order[1:]] == names[order[:-1]]]
+        if again.size:
+            second = int(np.min(again))
+            first = int(np.flatnonzero(names == names[second])[0])
+            contents = (line.content for line in self._lines() if line.number == lines[second])
+            request = self._reader.request(0, next(contents))
+            assert request.call is not None
+            what = f"custom_id: {shown(request.call.custom_id)} is that of line {lines[first]} too"
+            raise ValueError(f"{self.name}: line {lines[second]}: {what}")
 
     def _lines(self, start: int = 0, number: int = 1) -> Iterator[Line]:
         return read_lines(self._file, self._reader.longest_line, start, number)
@@ -136,6 +158,11 @@ class RequestFile:
     def _check_unchanged(self) -> None:
         if self._now() != self._state:
             raise ValueError(f"{self.name}: was changed while it was read")
+
+
+def _digest(name: str) -> int:
+    """64 bits that tell names apart."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 @contextlib.contextmanager

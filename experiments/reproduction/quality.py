@@ -243,7 +243,7 @@ def training_tokens(given: Inputs, output: Output, seed: int) -> np.ndarray:
 
 def open_rows(given: Inputs, output: Output) -> Rows:
     """The rows that are finished; those of other weights, text or flags are refused."""
-    not_asked = ("resume", "seeds", "time_limit", "ways", "everything_for", "mesh", "beside")
+    not_asked = ("checkpoint", "resume", "seeds", "time_limit", "ways", "everything_for", "mesh", "beside")
     asked = {f.name: f.value for f in flags.FLAGS.get_key_flags_for_module(__name__) if f.name not in not_asked}
     weights = search.fingerprint(given.studied.params, [])["weights"]
     first = given.drawn[given.seeds[0]]
@@ -520,8 +520,8 @@ def _compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
 def report(result: Result, given: Inputs, output: Output, layout: devices.Layout) -> None:
     """Writes the plots, results.json and report.md, and prints the overview."""
     images = quality_tables.write_plots(output, result, given.studied.base, given.seeds[0])
-    metrics = {"checkpoint": given.checkpoint.directory, **quality_tables.metrics(result)}
-    title = f"Quality of {given.checkpoint.directory}"
+    metrics = {"checkpoint": given.checkpoint.name, **quality_tables.metrics(result)}
+    title = f"Quality of {given.checkpoint.name}"
     output.finish("quality", metrics, quality_tables.markdown(title, result, options.RETENTION.value, images), layout)
     print(f"\n{quality_tables.terminal(result)}\n\nwritten to {output.directory}/")
 

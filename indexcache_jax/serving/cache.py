@@ -219,13 +219,14 @@ def _write(buffer: jax.Array, new: jax.Array, positions: jax.Array, part: shardi
     return buffer.at[rows, columns].set(new.astype(buffer.dtype), mode="drop")
 
 
-def append(cache: LayerCache, latents: jax.Array, keys: jax.Array | None, positions: jax.Array) -> LayerCache:
-    """The cache with new latents [B, S, C + dr] and index keys [B, S, Di] (None on S layers) at positions [B, S]."""
-    index_keys, index_scales = cache.index_keys, cache.index_scales
-    new: jax.Array | quant.Latents = latents
-    if isinstance(cache.latents, quant.Latents):
-        new = ops.quantise_latents(latents, cache.latents.codes.shape[-1])
-    kept = jax.tree.map(lambda buffer, x: write(buffer, x, positions), cache.latents, new)
+def append(cache: LayerCache, latents: jax.Array | None, keys: jax.Array | None, positions: jax.Array) -> LayerCache:
+    """The cache with new latents [B, S, C + dr] and index keys [B, S, Di] at positions [B, S]; None for what is not written."""
+    kept, index_keys, index_scales = cache.latents, cache.index_keys, cache.index_scales
+    if latents is not None:
+        new: jax.Array | quant.Latents = latents
+        if isinstance(kept, quant.Latents):
+            new = ops.quantise_latents(latents, kept.codes.shape[-1])
+        kept = jax.tree.map(lambda buffer, x: write(buffer, x, positions), kept, new)
     if keys is not None and index_keys is not None:
         if index_scales is not None:
             keys, scales = ops.quantise_index(keys)

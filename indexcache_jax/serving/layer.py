@@ -5,6 +5,7 @@ The formulas are those of `attention`, `indexer` and `moe`; the products are wit
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -115,12 +116,35 @@ def select(
     """The indices [B, S, k] of an F layer; `weights` [B, S, Hi] are the product that the head weights are made from."""
     assert cache.index_keys is not None  # an F layer's cache has them
     product = linear(q_latent, p.index_up).reshape(*q_latent.shape[:2], config.index_n_heads, config.index_head_dim)
-    queries = indexer.finish_queries(product, positions.cos_sin, config)
     weights, key_scales = indexer.finish_head_weights(weights, config), None
-    if cache.index_scales is not None:
-        queries, query_scales = ops.quantise_index(queries)
+    if cache.index_scales is None:
+        queries = indexer.finish_queries(product, positions.cos_sin, config)
+    else:
+        queries, query_scales = ops.index_queries(product, positions, config)
         weights, key_scales = weights * query_scales, cache.index_scales[:, :kv_length]
     return ops.select(queries, cache.index_keys[:, :kv_length], weights, positions, config, key_scales)
+
+
+def _query_latent(p: Layer, product: jax.Array, config: Config, dtype: Any) -> jax.Array | Scaled:
+    """Query latents [B, S, R] from the product [B, S, R + ...] with `down`; in 8 bits where the product with `up` would be."""
+    of_queries = product[..., : config.q_lora_rank]
+    if p.down_bias is None and ops.quantises(of_queries.astype(dtype), p.up):
+        return ops.normalise(product, p.q_norm, config.latent_norm_eps, plain=False)[1]
+    bias = None if p.down_bias is None else p.down_bias[: config.q_lora_rank]
+    return finish_query_latent(of_queries, bias, p.q_norm, config, dtype)
+
+
+def _finish_latents(
+    p: Layer, product: jax.Array, cache: LayerCache, positions: Positions, config: Config, dtype: Any
+) -> tuple[LayerCache, jax.Array | None]:
+    """The cache with new latents from the product with `down` in it, and None; or the cache as it is and the latents."""
+    c, start = config, config.q_lora_rank
+    arguments = product, p.kv_norm, positions, start, c.latent_norm_eps
+    if p.down_bias is None and ops.appends(cache.latents, *arguments):
+        return dataclasses.replace(cache, latents=ops.append_latents(cache.latents, *arguments)), None
+    bias = None if p.down_bias is None else p.down_bias[start:]
+    latents = product[..., start : start + c.latent_dim]
+    return cache, finish_latent(latents, bias, p.kv_norm, positions.cos_sin, c, dtype)
 
 
 def attention(
@@ -132,20 +156,15 @@ def attention(
     """
     c, dtype = config, x.dtype
     with jax.named_scope("project"):
-        (h,) = _normalised(x, p.norm, c.rms_norm_eps)
-        ends, product = [c.q_lora_rank, c.q_lora_rank + c.latent_dim], linear(h, p.down, jnp.float32)
-        q_product, kv_product, index_product = jnp.split(product, ends, axis=-1)
-        q_bias, kv_bias = (None, None) if p.down_bias is None else jnp.split(p.down_bias, ends[:1])
-        q_latent: jax.Array | Scaled
-        if q_bias is None and ops.quantises(h, p.up):
-            _, q_latent = ops.normalise(product, p.q_norm, c.latent_norm_eps, plain=False)
-        else:
-            q_latent = finish_query_latent(q_product, q_bias, p.q_norm, c, dtype)
-        latents = finish_latent(kv_product, kv_bias, p.kv_norm, positions.cos_sin, c, dtype)
+        h, _ = _normalised(x, p.norm, c.rms_norm_eps)
+        product = linear(h, p.down, jnp.float32)
+        q_latent = _query_latent(p, product, c, dtype)
+        cache, latents = _finish_latents(p, product, cache, positions, c, dtype)
         absorbed = _absorbed_queries(p, q_latent, positions, c)
 
     if p.full:
         with jax.named_scope("index"):
+            index_product = product[..., c.q_lora_rank + c.latent_dim :]
             key_product, weights = jnp.split(index_product, [c.index_head_dim], axis=-1)
             keys = indexer.finish_keys(key_product, p.key_norm, p.key_norm_bias, positions.cos_sin, c, dtype)
             cache = append(cache, latents, keys, positions.queries)
@@ -176,12 +195,12 @@ def _down_of_swiglu(gate_up: jax.Array, down: jax.Array | Scaled) -> jax.Array:
     return linear(moe.swiglu(*jnp.split(gate_up, 2, axis=-1)), down)
 
 
-def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> list[jax.Array | Scaled]:
+def _normalised(x: jax.Array, weight: jax.Array, eps: float, *in_8_bits: bool) -> tuple[jax.Array, list[jax.Array | Scaled]]:
     """norm(x), and once more for every value of in_8_bits, where it holds in 8 bits."""
-    if x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
-        return [rms_norm(x, weight, eps)] * (1 + len(in_8_bits))
+    if not any(in_8_bits) and x.size // x.shape[-1] < MANY_TOKENS:  # XLA makes one kernel of a norm and what is around it
+        return (h := rms_norm(x, weight, eps)), [h] * len(in_8_bits)
     h, codes = ops.normalise(x, weight, eps, in_8_bits=any(in_8_bits))
-    return [h, *(codes if wanted else h for wanted in in_8_bits)]
+    return h, [codes if wanted else h for wanted in in_8_bits]
 
 
 def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
@@ -189,10 +208,10 @@ def mlp(p: Layer, x: jax.Array, config: Config) -> jax.Array:
     with jax.named_scope("mlp"):
         m, c = p.mlp, config
         if isinstance(m, Dense):
-            _, h = _normalised(x, p.mlp_norm, c.rms_norm_eps, ops.quantises(x, m.gate_up))
+            _, (h,) = _normalised(x, p.mlp_norm, c.rms_norm_eps, ops.quantises(x, m.gate_up))
             return x + _down_of_swiglu(linear(h, m.gate_up), m.down)
         in_8_bits = ops.quantises(x, m.gate_up, c.num_experts_per_tok), ops.quantises(x, m.shared_gate_up)
-        h, of_experts, of_shared = _normalised(x, p.mlp_norm, c.rms_norm_eps, *in_8_bits)
+        h, (of_experts, of_shared) = _normalised(x, p.mlp_norm, c.rms_norm_eps, *in_8_bits)
         experts, weights = moe.choose(linear(h, m.router, jnp.float32), m.router_bias, c)
         others = (x,) if m.shared_down is None else (_down_of_swiglu(linear(of_shared, m.shared_gate_up), m.shared_down), x)
         out = moe.routed(m, of_experts, experts, weights, c, others, x.dtype)

@@ -32,7 +32,7 @@ def attention_target(
     p is the mean over heads of exp(scale * q . k - lse) within the selection, zero elsewhere. No gradient flows through either.
 
     Args:
-      total: [B, S, T] float32, what other layers add up to; zeros before the first.
+      total: [B, S, T] float32, what other layers with the same selection add up to; zeros before the first.
       queries, keys, selection_bits, scale, q_positions: as `attention_denominators` takes them.
       lse: [B, H, S] float32, as `attention_denominators` and `selected_attention` return it.
       share: what this layer counts; may be traced.

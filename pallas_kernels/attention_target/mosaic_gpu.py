@@ -3,7 +3,7 @@
 A thread block keeps a tile of queries and keys: the heads' queries and keys stream past, and a tile of the heads' summed
 probabilities stays in registers, 64 numbers a thread beside as many logits. What other layers add up to is loaded before the
 first head, so that the copies of its queries and keys hide it, and the entropy is taken from the tile when it is done: a
-partial sum for each tile of keys. A pair of tiles that causality empties costs a copy.
+partial sum for each tile of keys. A pair of tiles that causality empties is filled with zeros.
 
 Two stages of queries and keys 128 long fill shared memory up to heads of 192; wider ones take keys 64 at a time.
 Every sum is one thread block's in the order of heads or tiles, or XLA's: the result repeats bit for bit.
@@ -92,18 +92,32 @@ def add_target(
         group = lax.axis_index("warpgroup")
         rows, tile = pl.ds(i * TILE + group * ROWS, ROWS), pl.ds(j * columns, columns)
 
+        sees = j < seen_ref[i] * (TILE // columns)
+
         def context(run: Any) -> None:
+            nothing = filled((ROWS, columns), 0)
+
+            def load() -> jax.Array:
+                return plgpu.load(total_ref.at[batch, rows, tile], layout=plgpu.Layout.WGMMA, optimized=False)
+
             source = words_ref.at[batch, pl.ds(j * (columns // WORD_BITS), columns // WORD_BITS), rows]
             plgpu.copy_gmem_to_smem(source, words_sm.at[group], barriers.at[group])
-            before = plgpu.load(total_ref.at[batch, rows, tile], layout=plgpu.Layout.WGMMA, optimized=False)
+            before = lax.cond(sees, load, lambda: nothing)
             plgpu.barrier_wait(barriers.at[group])
-            p = run(filled((ROWS, columns), 0)) * (1 / heads)
-            p = jnp.where(selected_by_row(words_sm.at[group], 0, columns), p, 0.0)
-            out_ref[batch, rows, tile] = before + share_ref[0] * p
-            entropy_sm[group] = jnp.where(p > 0, p * -jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(axis=1)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(entropy_sm.at[group], entropy_ref.at[batch, j, rows])
-            plgpu.wait_smem_to_gmem(0)
+            p = run(nothing)
+
+            @pl.when(sees)
+            def _store() -> None:
+                mean = jnp.where(selected_by_row(words_sm.at[group], 0, columns), p * (1 / heads), 0.0)
+                out_ref[batch, rows, tile] = before + share_ref[0] * mean
+                entropy_sm[group] = jnp.where(mean > 0, mean * -jnp.log(jnp.where(mean > 0, mean, 1.0)), 0.0).sum(axis=1)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(entropy_sm.at[group], entropy_ref.at[batch, j, rows])
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(~sees)
+            def _store_nothing() -> None:
+                out_ref[batch, rows, tile] = nothing
 
         def step(_, q_sm, k_sm, lse_sm, total):
             logits = product(q_sm.at[pl.ds(group * ROWS, ROWS)], k_sm.transpose((1, 0)), ROWS, columns)
@@ -117,8 +131,7 @@ def add_target(
             streamed(columns, width, lambda h: (j, h)),
             plgpu.BlockSpec((1, TILE), lambda h: (h, i)),
         ]
-        steps = jnp.where(j < seen_ref[i] * (TILE // columns), heads, 0)
-        stream(step, context, (steps,), specs, STAGES)(q_ref.at[batch], k_ref.at[batch], lse_ref.at[batch])
+        stream(step, context, (jnp.where(sees, heads, 0),), specs, STAGES)(q_ref.at[batch], k_ref.at[batch], lse_ref.at[batch])
 
     outputs = jax.ShapeDtypeStruct((b, r, t), jnp.float32), jax.ShapeDtypeStruct((b, t // columns, r), jnp.float32)
     scratch = (
@@ -129,7 +142,8 @@ def add_target(
     grid, names = (t // columns, r // TILE, b), ("keys", "queries", "batch")
     run = call_kernel(target_kernel, outputs, grid, names, scratch, interpret)
     out, entropies = run(seen, share, total, q, k, lse, words)
-    return out, jnp.sum(entropies, axis=1)
+    sees = jnp.arange(t // columns)[:, None] < jnp.repeat(seen * (TILE // columns), TILE)  # the rest was never written
+    return out, jnp.sum(jnp.where(sees, entropies, 0.0), axis=1)
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, SHARED_MEMORY, tiles_of
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, REGISTERS, SHARED_MEMORY, Work, tiles_of
 from pallas_kernels.quant import BLOCK, Scaled, float_scales, row_scales
 
 BLOCK_K = BLOCK  # 128 bytes, one swizzled line, and the codes that share a scale
@@ -23,7 +23,6 @@ WAVE = BLOCK  # columns that share scales
 WAVES = 2  # of a tile; with `gated` one of either half of a matrix's columns
 PIECE = 64  # columns stored by one copy; a matrix has a multiple of it
 CODES = jnp.float8_e4m3fn
-REGISTERS = hopper.RegisterSplit(workers=2, worker=232, helper=40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,6 @@ def multiply(
     width = matrices.shape[1] // (1 + gated)  # of the result
     columns, steps = pl.cdiv(width, tiling.columns * cluster), k // BLOCK_K  # columns of a cluster
     blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
-    shared = "member" if cluster > 1 else None
     down = matrices.scales.shape[1]  # blocks of a matrix's rows
     out_types = [jax.ShapeDtypeStruct((m, width), CODES if coded else jnp.bfloat16)]
     if coded:
@@ -96,19 +94,29 @@ def multiply(
     # 128 codes of a line are the same in memory whether 8 lines or 1 make a tile, as in mosaic_gpu_prefill.
     row_shape, result_shape = (stages, 2, HALF, BLOCK_K), (2, slots, HALF, PIECE)
 
-    def grouped_matmul_codes(tile_gmem, count_gmem, row_gmem, row_scale_gmem, matrix_gmem, matrix_scale_gmem, *others):
-        out_gmem, *out_scale_gmem = others[: len(out_types)]
-        (row_smem, row_lines), matrix_smem, result_smems, full, empty = others[len(out_types) :]
+    def grouped_matmul_codes(
+        # Input
+        tile_gmem,  # [3 + 2, tiles]
+        count_gmem,  # [1]
+        row_gmem,  # [M, K]
+        row_scale_gmem,  # [K / BLOCK_K, M]
+        matrix_gmem,  # [E, N, K]
+        matrix_scale_gmem,  # [E * N / WAVE * K / BLOCK_K]
+        # Output
+        out_gmem,  # [M, width]
+        *others,
+        # coded: out_scale_gmem [width / WAVE * M]
+        # Scratch: row_smems [stages, 2, HALF, BLOCK_K], as tiles and as lines; matrix_smem [stages, WAVES, WAVE, BLOCK_K];
+        #   result_smems [2, slots, HALF, PIECE], as tiles and as lines, and [2, HALF, PIECE]; None where gated
+        # Barriers: full, empty
+    ):
+        *out_scale_gmem, (row_smem, row_lines), matrix_smem, result_smems, full, empty = others
         if interpret:
             row_lines = row_smem
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        mine = lax.div(count_gmem[0] * columns - block + (blocks - 1), blocks)  # how many tiles this block has
-
-        def place(i):
-            index = block + i * blocks
-            tile = lax.div(index, columns)
-            column = index - tile * columns
-            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 else column) * tiling.columns
+        mine = lax.div(count_gmem[0] * columns - block + (blocks - 1), blocks)
+        sizes = blocks, cluster, columns, tiling.columns, steps, BLOCK_K, stages
+        work = Work(block, mine, *sizes, tile_gmem, row_gmem, row_lines, full, empty)
 
         def in_matrix(wave, column):
             """Where a wave of a tile's columns begins in a matrix."""
@@ -116,48 +124,12 @@ def multiply(
 
         @pl.when(warpgroup == 2)
         def _copy():
-            plgpu.set_max_registers(REGISTERS.helper, action="decrease")
+            def copy_matrices(slot, group, column, depth):
+                for wave in range(WAVES):
+                    source = matrix_gmem.at[group, pl.ds(in_matrix(wave, column), WAVE), depth]
+                    plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, wave], full.at[slot])
 
-            def one_tile(i, nothing):
-                tile, column = place(i)
-                group, first, second = (tile_gmem[j, tile] for j in range(3))
-
-                def step(j, nothing):
-                    done = i * steps + j
-                    slot = lax.rem(done, stages)
-
-                    @pl.when(done >= stages)
-                    def await_free():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    depth = pl.ds(j * BLOCK_K, BLOCK_K)
-
-                    def copy_rows(half, begin):
-                        source = row_gmem.at[pl.ds(begin, HALF), depth]
-                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=shared)
-
-                    copy_rows(0, first)
-
-                    @pl.when(second >= 0)
-                    def copy_second():
-                        copy_rows(1, second)
-
-                    @pl.when(second < 0)
-                    def leave_second():
-                        plgpu.barrier_arrive(full.at[slot])  # in place of the copy
-
-                    for wave in range(WAVES):
-                        source = matrix_gmem.at[group, pl.ds(in_matrix(wave, column), WAVE), depth]
-                        plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, wave], full.at[slot])
-
-                lax.fori_loop(0, steps, step, None)
-
-            lax.fori_loop(0, mine, one_tile, None)
-
-            def drain(done, nothing):
-                plgpu.barrier_wait(empty.at[lax.rem(done, stages)])
-
-            lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, None)
+            work.copy(copy_matrices)
 
         def product(i, half, waves, group, begin, column):
             """A [HALF, WAVE] float32 of each of `waves` and the rows from `begin` on, half `half` of the block's tile i."""
@@ -200,16 +172,6 @@ def multiply(
 
             zeros = plgpu.layout_cast(jnp.zeros((HALF, WAVE), jnp.float32), plgpu.Layout.WGMMA)
             return lax.fori_loop(0, steps, step, ((zeros,) * len(waves), scales(0)))[0]
-
-        def skip(i):
-            def step(j, nothing):
-                slot = lax.rem(i * steps + j, stages)
-                plgpu.barrier_wait(full.at[slot])
-                if cluster > 1:  # one thread arrives: no warp may be left behind by a whole round of the slots
-                    plgpu.commit_smem()
-                plgpu.barrier_arrive(empty.at[slot])
-
-            lax.fori_loop(0, steps, step, None)
 
         def store(results, begin, start, end):
             """Results [HALF, WAVE], by column, of rows from `begin` on, of which the group has those from start to end."""
@@ -287,7 +249,7 @@ def multiply(
             plgpu.set_max_registers(REGISTERS.worker, action="increase")
 
             def one_tile(i, nothing):
-                tile, column = place(i)
+                tile, column = work.place(i)
                 group, first, second, start, end = (tile_gmem[j, tile] for j in range(5))
 
                 def take(half, begin, waves):
@@ -312,9 +274,9 @@ def multiply(
 
                     @pl.when((second < 0) & (warpgroup == 1))
                     def sit_out():
-                        skip(i)
+                        work.skip(i)
 
-            lax.fori_loop(0, mine, one_tile, None)
+            work.for_each(one_tile)
             if not gated:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -18,6 +18,7 @@ what is stored is silu(a) * b.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,6 +105,103 @@ def tiles_of(group_sizes: jax.Array, rows: int, pieces: int = 2) -> tuple[jax.Ar
     return jnp.stack([group, *begins, start, end]).astype(jnp.int32), after[-1:].astype(jnp.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a thread block of either kernel for many rows has to do: its tiles, and the copies that bring their operands.
+
+    depth: of a step in K; columns: how many tiles of `width` columns a cluster has side by side of one tile of rows.
+    """
+
+    block: Any
+    mine: Any  # how many tiles this block has
+    blocks: int
+    cluster: int
+    columns: int
+    width: int
+    steps: int
+    depth: int
+    stages: int
+    # Input
+    tile_gmem: Any  # [3 + 2, tiles] int32, as `tiles_of` makes them
+    row_gmem: Any  # [M, K]
+    # Scratch
+    row_lines: Any  # [stages, 2, HALF, depth]
+    # Barriers, of every stage
+    full: Any  # its operands are there
+    empty: Any  # both warpgroups have read them
+
+    def place(self, i: Any) -> tuple[Any, Any]:
+        """The tile of rows of this block's tile i, and its first column."""
+        index = self.block + i * self.blocks
+        tile = lax.div(index, self.columns)
+        column = index - tile * self.columns
+        return tile, (column * self.cluster + lax.axis_index("member") if self.cluster > 1 else column) * self.width
+
+    def for_each(self, one_tile: Callable[..., Any]) -> None:
+        lax.fori_loop(0, self.mine, one_tile, None)
+
+    def copy(self, copy_matrices: Callable[..., None]) -> None:
+        """The copying warpgroup's part; copy_matrices(slot, group, column, depth) starts as many copies as there are parts."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        plgpu.set_max_registers(REGISTERS.helper, action="decrease")
+        shared = "member" if self.cluster > 1 else None
+
+        def one_tile(i, nothing):
+            tile, column = self.place(i)
+            group, first, second = (self.tile_gmem[j, tile] for j in range(3))
+
+            def step(j, nothing):
+                done = i * self.steps + j
+                slot = lax.rem(done, self.stages)
+
+                @pl.when(done >= self.stages)
+                def await_free():
+                    plgpu.barrier_wait(self.empty.at[slot])
+
+                depth = pl.ds(j * self.depth, self.depth)
+
+                def copy_rows(half, begin):
+                    source, target = self.row_gmem.at[pl.ds(begin, HALF), depth], self.row_lines.at[slot, half]
+                    plgpu.copy_gmem_to_smem(source, target, self.full.at[slot], collective_axes=shared)
+
+                copy_rows(0, first)
+
+                @pl.when(second >= 0)
+                def copy_second():
+                    copy_rows(1, second)
+
+                @pl.when(second < 0)
+                def leave_second():
+                    plgpu.barrier_arrive(self.full.at[slot])  # in place of the copy
+
+                copy_matrices(slot, group, column, depth)
+
+            lax.fori_loop(0, self.steps, step, None)
+
+        self.for_each(one_tile)
+
+        def drain(done, nothing):
+            plgpu.barrier_wait(self.empty.at[lax.rem(done, self.stages)])
+
+        all_steps = self.mine * self.steps
+        lax.fori_loop(jnp.maximum(all_steps - self.stages, 0), all_steps, drain, None)
+
+    def skip(self, i: Any) -> None:
+        """A multiplying warpgroup's part in a tile that has no rows for it."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        def step(j, nothing):
+            slot = lax.rem(i * self.steps + j, self.stages)
+            plgpu.barrier_wait(self.full.at[slot])
+            if self.cluster > 1:  # one thread arrives: no warp may be left behind by a whole round of the slots
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(self.empty.at[slot])
+
+        lax.fori_loop(0, self.steps, step, None)
+
+
 def multiply(
     rows: jax.Array, matrices: jax.Array, tiles: jax.Array, count: jax.Array, tiling: Tiling, interpret: Any = False
 ) -> jax.Array:
@@ -117,7 +215,6 @@ def multiply(
     cluster = tiling.cluster
     columns, steps = width // (n * cluster), k // BLOCK_K  # columns of a cluster
     blocks = min(hopper.NUM_SMS // cluster, tiles.shape[1] * columns)
-    shared = "member" if cluster > 1 else None
     parts = 1 + gated  # of the columns of a tile in a matrix
 
     def smem(shape, line_rows=8):
@@ -128,65 +225,38 @@ def multiply(
     row_shape, out_shape = (stages, 2, HALF, BLOCK_K), (2, slots, HALF, PIECE)
 
     def grouped_matmul_prefill(
-        tile_gmem, count_gmem, row_gmem, matrix_gmem, out_gmem, row_smems, matrix_smem, out_smems, full, empty
+        # Input
+        tile_gmem,  # [3 + 2, tiles]
+        count_gmem,  # [1]
+        row_gmem,  # [M, K]
+        matrix_gmem,  # [E, K, N]
+        # Output
+        out_gmem,  # [M, width]
+        # Scratch
+        row_smems,  # [stages, 2, HALF, BLOCK_K], as tiles and as lines
+        matrix_smem,  # [stages, parts, BLOCK_K, n]
+        out_smems,  # [2, slots, HALF, PIECE], as tiles and as lines; [HALF, PIECE]
+        # Barriers
+        full,
+        empty,
     ):
         row_smem, row_lines = row_smems
         out_smem, out_lines, out_plain = out_smems
         if interpret:
             row_lines, out_lines = row_smem, out_smem
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        mine = lax.div(count_gmem[0] * columns - block + (blocks - 1), blocks)  # how many tiles this block has
-
-        def place(i):
-            index = block + i * blocks
-            tile = lax.div(index, columns)
-            column = index - tile * columns
-            return tile, (column * cluster + lax.axis_index("member") if cluster > 1 else column) * n
+        mine = lax.div(count_gmem[0] * columns - block + (blocks - 1), blocks)
+        sizes = blocks, cluster, columns, n, steps, BLOCK_K, stages
+        work = Work(block, mine, *sizes, tile_gmem, row_gmem, row_lines, full, empty)
 
         @pl.when(warpgroup == 2)
         def _copy():
-            plgpu.set_max_registers(REGISTERS.helper, action="decrease")
+            def copy_matrices(slot, group, column, depth):
+                for part in range(parts):
+                    source = matrix_gmem.at[group, depth, pl.ds(part * width + column, n)]
+                    plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, part], full.at[slot])
 
-            def one_tile(i, nothing):
-                tile, column = place(i)
-                group, first, second = (tile_gmem[j, tile] for j in range(3))
-
-                def step(j, nothing):
-                    done = i * steps + j
-                    slot = lax.rem(done, stages)
-
-                    @pl.when(done >= stages)
-                    def await_free():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    depth = pl.ds(j * BLOCK_K, BLOCK_K)
-
-                    def copy_rows(half, begin):
-                        source = row_gmem.at[pl.ds(begin, HALF), depth]
-                        plgpu.copy_gmem_to_smem(source, row_lines.at[slot, half], full.at[slot], collective_axes=shared)
-
-                    copy_rows(0, first)
-
-                    @pl.when(second >= 0)
-                    def copy_second():
-                        copy_rows(1, second)
-
-                    @pl.when(second < 0)
-                    def leave_second():
-                        plgpu.barrier_arrive(full.at[slot])  # in place of the copy
-
-                    for part in range(parts):
-                        source = matrix_gmem.at[group, depth, pl.ds(part * width + column, n)]
-                        plgpu.copy_gmem_to_smem(source, matrix_smem.at[slot, part], full.at[slot])
-
-                lax.fori_loop(0, steps, step, None)
-
-            lax.fori_loop(0, mine, one_tile, None)
-
-            def drain(done, nothing):
-                plgpu.barrier_wait(empty.at[lax.rem(done, stages)])
-
-            lax.fori_loop(jnp.maximum(mine * steps - stages, 0), mine * steps, drain, None)
+            work.copy(copy_matrices)
 
         def product(i):
             """This warpgroup's half of its block's tile i: [HALF, n] float32."""
@@ -213,16 +283,6 @@ def multiply(
                 return gate / (1.0 + jnp.exp(-gate)) * up
 
             return pl.run_scoped(scope, *[plgpu.ACC((HALF, n), jnp.float32)] * parts)
-
-        def skip(i):
-            def step(j, nothing):
-                slot = lax.rem(i * steps + j, stages)
-                plgpu.barrier_wait(full.at[slot])
-                if cluster > 1:  # one thread arrives: no warp may be left behind by a whole round of the slots
-                    plgpu.commit_smem()
-                plgpu.barrier_arrive(empty.at[slot])
-
-            lax.fori_loop(0, steps, step, None)
 
         def store(result, begin, column):
             for piece in range(n // PIECE):
@@ -257,12 +317,12 @@ def multiply(
             plgpu.set_max_registers(REGISTERS.worker, action="increase")
 
             def one_tile(i, nothing):
-                tile, column = place(i)
+                tile, column = work.place(i)
                 begin, start, end = tile_gmem[1 + warpgroup, tile], tile_gmem[3, tile], tile_gmem[4, tile]
 
                 @pl.when(begin < 0)
                 def sit_out():
-                    skip(i)
+                    work.skip(i)
 
                 @pl.when(begin >= 0)
                 def take_part():
@@ -276,7 +336,7 @@ def multiply(
                     def short():
                         store_some(result, begin, start, end - start, column)
 
-            lax.fori_loop(0, mine, one_tile, None)
+            work.for_each(one_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(

@@ -41,7 +41,7 @@ def _number(register: Any) -> Any:
 
 
 def _is_odd() -> Any:
-    return ptx.compare("ne", ptx.bit_and(ptx.thread(), 1), 0)
+    return (ptx.thread() & 1).differs(0)
 
 
 def alternate(even: jax.Array, odd: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ def load(scales: Any, places: jax.Array, step: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _BY_THREAD, _SCALAR), return_type=_struct(jnp.float32))
     def run(ctx: Any, scales: Any, places: Any, step: Any) -> Any:
-        place = ptx.add(_number(places.registers.item()), ptx.scalar(step))
+        place = _number(places.registers.item()) + ptx.scalar(step)
         return _by_thread(ptx.load_global_float(ptx.offset(ptx.global_address(scales), place, 4)))
 
     return run(scales, places, step)
@@ -73,7 +73,7 @@ def products(rows: jax.Array, alternating: jax.Array) -> tuple[jax.Array, jax.Ar
     def run(ctx: Any, rows: Any, alternating: Any) -> Any:
         own = _number(alternating.registers.item())
         other, odd = ptx.lane_distant(own, 1), _is_odd()
-        both = ptx.either(odd, other, own), ptx.either(odd, own, other)
+        both = ptx.select(odd, other, own), ptx.select(odd, own, other)
         return tuple(rows * mgpu.FragmentedArray.splat(factor, rows.shape, rows.layout) for factor in both)
 
     return run(rows, alternating)
@@ -86,11 +86,11 @@ def store_some(target: Any, values: jax.Array, place: jax.Array, start: jax.Arra
     def run(ctx: Any, target: Any, values: Any, place: Any, start: Any, end: Any) -> None:
         lane = _lane()
         for i, register in enumerate(values.registers.reshape(-1)):
-            row = ptx.add(lane.row, 8 * i)
-            inside = ptx.both(ptx.compare("sge", row, ptx.scalar(start)), ptx.compare("slt", row, ptx.scalar(end)))
-            one_lane = ptx.compare("eq", lane.quarter, 0)
-            address = ptx.offset(ptx.global_address(target), ptx.maximum(ptx.add(ptx.scalar(place), row), 0), 4)
-            ptx.store_global(address, ptx.bits_of(_number(register)), ptx.both(inside, one_lane))
+            row = lane.row + 8 * i
+            inside = (row.signed >= ptx.scalar(start)) & (row.signed < ptx.scalar(end))
+            one_lane = lane.quarter.equals(0)
+            address = ptx.offset(ptx.global_address(target), ptx.max_s32(ptx.scalar(place) + row, 0), 4)
+            ptx.store_global(address, ptx.bits_of(_number(register)), inside & one_lane)
 
     run(target, values, place, start, end)
 
@@ -107,11 +107,11 @@ def float16_operand(codes: Any, half: int) -> jax.Array:
     @plgpu.inline_mgpu(arg_types=(kind,), return_type=result)
     def run(ctx: Any, codes: Any) -> Any:
         lane = _lane()
-        chunk = ptx.bit_xor(ptx.add(lane.quarter, 4 * half), ptx.bit_and(lane.row, 7))
-        address = ptx.add(ptx.shared_address(codes), ptx.mul(lane.row, 128), ptx.mul(chunk, 16))
+        chunk = (lane.quarter + 4 * half) ^ (lane.row & 7)
+        address = ptx.shared_address(codes) + lane.row * 128 + chunk * 16
         registers = np.empty((8, 2), dtype=object)
         for which in range(2):  # the row, and the one 8 further down: the next tile of 8 rows
-            for step, word in enumerate(ptx.load_shared_words(ptx.add(address, 1024 * which))):
+            for step, word in enumerate(ptx.load_shared_words(address + 1024 * which)):
                 for pair, numbers in enumerate(ptx.float16_pairs(word)):
                     registers[2 * step + pair, which] = numbers
         layout = plgpu.Layout.WGMMA.to_mgpu()
@@ -131,9 +131,9 @@ class _Lane:
 
 
 def _lane() -> _Lane:
-    thread = ptx.bit_and(ptx.thread(), hopper.WARPGROUP - 1)
-    lane = ptx.rem(thread, 32)
-    return _Lane(ptx.add(ptx.mul(ptx.div(thread, 32), 16), ptx.div(lane, 4)), ptx.rem(lane, 4))
+    thread = ptx.thread() & (hopper.WARPGROUP - 1)
+    lane = thread % 32
+    return _Lane(thread // 32 * 16 + lane // 4, lane % 4)
 
 
 def _numbers(register: Any) -> list[Any]:
@@ -155,8 +155,8 @@ def store_rows(target: Any, values: jax.Array, row: jax.Array, start: jax.Array,
         lane = _lane()
         tiles = values.registers.reshape(-1, 2)
         for which in range(2):
-            at = ptx.add(ptx.scalar(row), lane.row, 8 * which)
-            inside = ptx.both(ptx.compare("sge", at, ptx.scalar(start)), ptx.compare("slt", at, ptx.scalar(end)))
+            at = ptx.scalar(row) + lane.row + 8 * which
+            inside = (at.signed >= ptx.scalar(start)) & (at.signed < ptx.scalar(end))
             pairs = [_numbers(register) for register in tiles[:, which]]
             words = _code_words(pairs) if in_bytes else [ptx.to_bfloat16_pair(*pair) for pair in pairs]
             for first in range(0, len(words), 4):
@@ -164,10 +164,10 @@ def store_rows(target: Any, values: jax.Array, row: jax.Array, start: jax.Array,
                 if in_bytes:
                     own = _halves_joined(own)
                 piece = 16 if in_bytes else 8  # columns
-                place = ptx.add(ptx.scalar(column), ptx.mul(lane.quarter, piece), first * piece)
+                place = ptx.scalar(column) + lane.quarter * piece + first * piece
                 start_of_row = ptx.offset(ptx.global_address(target), at, width * (1 if in_bytes else 2))
                 address = ptx.offset(start_of_row, place, 1 if in_bytes else 2)
-                ptx.store_global_words(address, own, ptx.both(inside, ptx.compare("slt", place, width)))
+                ptx.store_global_words(address, own, inside & (place.signed < width))
 
     run(target, values, row, start, end, column)
 
@@ -180,8 +180,8 @@ def _code_words(pairs: list[Any]) -> list[Any]:
 def _halves_joined(words: list[Any]) -> list[Any]:
     """The low halves of four words, then their high halves."""
     a, b, c, d = words
-    low = [ptx.bit_or(ptx.bit_and(x, 0xFFFF), ptx.shift_left(y, 16)) for x, y in ((a, b), (c, d))]
-    high = [ptx.bit_or(ptx.shift_right(x, 16), ptx.bit_and(y, -0x10000)) for x, y in ((a, b), (c, d))]
+    low = [(x & 0xFFFF) | (y << 16) for x, y in ((a, b), (c, d))]
+    high = [(x >> 16) | (y & -0x10000) for x, y in ((a, b), (c, d))]
     return low + high
 
 
@@ -198,15 +198,15 @@ def store_transposed(
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), wgmma, _SCALAR, _SCALAR, _SCALAR, _SCALAR))
     def run(ctx: Any, target: Any, values: Any, row: Any, begin: Any, end: Any, column: Any) -> None:
         lane = _lane()
-        own_column = ptx.add(ptx.scalar(column), lane.row)
-        own_row = ptx.add(ptx.scalar(row), ptx.mul(lane.quarter, 2))
+        own_column = ptx.scalar(column) + lane.row
+        own_row = ptx.scalar(row) + lane.quarter * 2
         for tile, pair in enumerate(values.registers.reshape(-1, 2)):
             for which, register in enumerate(pair):
-                at = ptx.add(own_column, 8 * which)
+                at = own_column + 8 * which
                 for i, number in enumerate(_numbers(register)):
-                    line = ptx.add(own_row, 8 * tile + i)
-                    inside = ptx.both(ptx.compare("sge", line, ptx.scalar(begin)), ptx.compare("slt", line, ptx.scalar(end)))
-                    inside = ptx.both(inside, ptx.compare("slt", at, total))
+                    line = own_row + (8 * tile + i)
+                    inside = (line.signed >= ptx.scalar(begin)) & (line.signed < ptx.scalar(end))
+                    inside = inside & (at.signed < total)
                     address = ptx.offset(ptx.offset(ptx.global_address(target), line, 2 * total), at, 2)
                     ptx.store_global_bfloat16(address, number, inside)
 

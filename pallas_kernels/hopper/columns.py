@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from pallas_kernels.hopper import ptx
 from pallas_kernels.softmax import LAZY
@@ -20,36 +20,35 @@ PIECE = KEYS * 128  # bytes of 128 bytes of every key of a block
 SHARED_BYTES = 226 * 1024  # a block may have 227 KB, but Mosaic rounds up to whole KB and adds a static byte
 VOTE_BARRIER, MAXIMA_BARRIER = 8, 9  # named barriers of the softmax's warpgroup
 
-Value = ptx.Value
-Values = list[ptx.Value]
+Values = list[Any]  # registers
 
 
 @dataclasses.dataclass(frozen=True)
 class Thread:
     """Which thread of its warpgroup this is, and what it has of an accumulator."""
 
-    index: Value
-    lane: Value
-    warp: Value
-    row: Value  # g, of its warp's 16
-    column: Value  # the first of its two of every 8
+    index: ptx.Word
+    lane: ptx.Word
+    warp: ptx.Word
+    row: ptx.Word  # g, of its warp's 16
+    column: ptx.Word  # the first of its two of every 8
 
     @staticmethod
-    def of(thread: Value) -> Thread:
-        index = ptx.bit_and(thread, 127)
-        lane, warp = ptx.bit_and(index, 31), ptx.shift_right(index, 5)
-        return Thread(index, lane, warp, ptx.shift_right(lane, 2), ptx.shift_left(ptx.bit_and(lane, 3), 1))
+    def of(thread: ptx.Word) -> Thread:
+        index = thread & 127
+        lane, warp = index & 31, index >> 5
+        return Thread(index, lane, warp, lane >> 2, (lane & 3) << 1)
 
 
-def copied_line(thread: Value) -> tuple[Value, Value]:
+def copied_line(thread: ptx.Word) -> tuple[ptx.Word, ptx.Word]:
     """(16-byte chunk of a line of 128 bytes, line) of a thread whose warpgroup copies 16 lines at once."""
-    return ptx.bit_and(thread, 7), ptx.shift_right(thread, 3)
+    return thread & 7, thread >> 3
 
 
-def in_tiles(line: Value, chunk: Value) -> Value:
+def in_tiles(line: ptx.Word, chunk: ptx.Word) -> ptx.Word:
     """Where a chunk of a line is in a matrix of swizzled tiles of 8 lines, which wgmma reads."""
-    within = ptx.bit_and(line, 7)
-    return ptx.add(ptx.shift_left(line, 7), ptx.shift_left(ptx.bit_xor(chunk, within), 4))
+    within = line & 7
+    return (line << 7) + ((chunk ^ within) << 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Ring:
     """A place in a ring of `size`, and the parity of how often the ring went round, as values of a loop's carry."""
 
     size: int
-    place: Value
-    parity: Value
+    place: ptx.Word
+    parity: ptx.Word
 
     @staticmethod
     def start(size: int) -> Ring:
@@ -69,9 +68,9 @@ class Ring:
         return [self.place, self.parity]
 
     def next(self) -> Ring:
-        following = ptx.add(self.place, 1)
-        around = ptx.compare("eq", following, self.size)
-        parity = ptx.select(around, ptx.bit_xor(self.parity, 1), self.parity)
+        following = self.place + 1
+        around = following.equals(self.size)
+        parity = ptx.select(around, self.parity ^ 1, self.parity)
         return Ring(self.size, ptx.select(around, 0, following), parity)
 
 
@@ -101,18 +100,18 @@ class Buffers:
     """The addresses of what the softmax's warpgroup hands on."""
 
     layout: Layout
-    base: Value
+    base: ptx.Word
 
-    def p_ready(self, buffer: Value | int) -> Value:
+    def p_ready(self, buffer: ptx.Word | int) -> ptx.Word:
         return self._barrier(self.layout.p_ready, buffer)
 
-    def p_free(self, buffer: Value | int) -> Value:
+    def p_free(self, buffer: ptx.Word | int) -> ptx.Word:
         return self._barrier(self.layout.p_free, buffer)
 
-    def _barrier(self, first: int, buffer: Value | int) -> Value:
+    def _barrier(self, first: int, buffer: ptx.Word | int) -> ptx.Word:
         if isinstance(buffer, int):
-            return ptx.add(self.base, first + 8 * buffer)
-        return ptx.add(self.base, first, ptx.shift_left(buffer, 3))
+            return self.base + (first + 8 * buffer)
+        return self.base + first + (buffer << 3)
 
     def init(self, consumers: int) -> None:
         """By one thread. consumers: how many threads multiply by the weights."""
@@ -120,11 +119,11 @@ class Buffers:
             ptx.barrier_init(self.p_ready(buffer), 128)
             ptx.barrier_init(self.p_free(buffer), consumers)
 
-    def weights(self, buffer: Value) -> Value:
-        return ptx.add(self.base, self.layout.weights, ptx.mul(buffer, 128 * self.layout.columns))
+    def weights(self, buffer: ptx.Word) -> ptx.Word:
+        return self.base + self.layout.weights + buffer * (128 * self.layout.columns)
 
-    def raised(self, buffer: Value) -> Value:
-        return ptx.add(self.base, self.layout.raised, ptx.shift_left(buffer, 2))
+    def raised(self, buffer: ptx.Word) -> ptx.Word:
+        return self.base + self.layout.raised + (buffer << 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +136,11 @@ class ColumnSoftmax:
 
     buffers: Buffers
     thread: Thread
-    speaks: Value  # for its columns, where all lanes have the same
+    speaks: ptx.Predicate  # for its columns, where all lanes have the same
 
     @staticmethod
     def of(buffers: Buffers, thread: Thread) -> ColumnSoftmax:
-        return ColumnSoftmax(buffers, thread, ptx.compare("eq", thread.row, 0))
+        return ColumnSoftmax(buffers, thread, thread.row.equals(0))
 
     @property
     def layout(self) -> Layout:
@@ -156,18 +155,24 @@ class ColumnSoftmax:
         """Which of a thread's columns its number i is of."""
         return i // 4 * 2 + i % 2
 
-    def row_at(self, kind: int, row: Value) -> Value:
+    def row_at(self, kind: int, row: ptx.Word) -> ptx.Word:
         """The address of this thread's first two columns of a row [columns] of float32."""
-        own = ptx.shift_left(self.thread.column, 2)
-        return ptx.add(self.buffers.base, kind, ptx.mul(row, 4 * self.layout.columns), own)
+        own = self.thread.column << 2
+        return self.buffers.base + kind + row * (4 * self.layout.columns) + own
+
+    def rows_at(self, kind: int) -> Callable[[ptx.Word | int], ptx.Word]:
+        """`row_at` for several rows."""
+        start = self.buffers.base + kind + (self.thread.column << 2)
+        size = 4 * self.layout.columns
+        return lambda row: start + (size * row if isinstance(row, int) else row * size)
 
     def update_maxima(
         self,
         scaled: Values,
         tops: Values,
         totals: Values,
-        buffer: Value,
-        turn: Value,
+        buffer: ptx.Word,
+        turn: ptx.Word,
         after_vote: Callable[[], None] | None = None,
     ) -> tuple[Values, Values]:
         """The maxima and sums of weights so far, for base-2 logits `scaled` of a block.
@@ -175,78 +180,75 @@ class ColumnSoftmax:
         After it the block's buffer may be written, which `turn` blocks had before. after_vote() is called once all warps have
         their logits.
         """
-        over = [ptx.minus(x, tops[self.column(i)]) for i, x in enumerate(scaled)]
-        exceeds = ptx.above(functools.reduce(ptx.larger, over), ptx.number(LAZY))
-        ptx.barrier_wait(self.buffers.p_free(buffer), ptx.bit_xor(ptx.bit_and(turn, 1), 1))
+        over = [x - tops[self.column(i)] for i, x in enumerate(scaled)]
+        exceeds = functools.reduce(ptx.max_f32, over) > LAZY
+        ptx.barrier_wait(self.buffers.p_free(buffer), (turn & 1) ^ 1)
         raised = ptx.barrier_any(VOTE_BARRIER, 128, exceeds)
         if after_vote is not None:
             after_vote()
-        changed = ptx.choose(
-            ptx.compare("ne", raised, 0), lambda: self._raise_maxima(scaled, tops, totals, buffer), [*tops, *totals]
-        )
-        with ptx.when(ptx.compare("eq", self.thread.index, 0)):
+        changed = ptx.choose(raised.differs(0), lambda: self._raise_maxima(scaled, tops, totals, buffer), [*tops, *totals])
+        with ptx.when(self.thread.index.equals(0)):
             ptx.store_shared(self.buffers.raised(buffer), raised)
         return changed[: len(tops)], changed[len(tops) :]
 
-    def _raise_maxima(self, scaled: Values, tops: Values, totals: Values, buffer: Value) -> Values:
+    def _raise_maxima(self, scaled: Values, tops: Values, totals: Values, buffer: ptx.Word) -> Values:
         """New maxima where a block's are too far above, and sums of weights that refer to them."""
         layout, groups = self.layout, range(self.groups)
-        own = [ptx.larger(scaled[4 * j + c], scaled[4 * j + 2 + c]) for j in groups for c in range(2)]
+        own = [ptx.max_f32(scaled[4 * j + c], scaled[4 * j + 2 + c]) for j in groups for c in range(2)]
         for distance in (4, 8, 16):
-            own = [ptx.larger(x, ptx.lane_distant(x, distance)) for x in own]
-        maxima, row = ptx.add(self.buffers.base, layout.maxima, ptx.shift_left(self.thread.column, 2)), 4 * layout.columns
+            own = [ptx.max_f32(x, ptx.lane_distant(x, distance)) for x in own]
+        maxima_at = self.rows_at(layout.maxima)
         with ptx.when(self.speaks):
-            self._store_row(ptx.add(maxima, ptx.mul(self.thread.warp, row)), own)
+            self._store_row(maxima_at(self.thread.warp), own)
         ptx.barrier(MAXIMA_BARRIER, 128)
         new_tops, factors = [], []
         for j in groups:
-            by_warp = [ptx.load_shared_floats(ptx.add(maxima, row * w + 32 * j)) for w in range(4)]
+            by_warp = [ptx.load_shared_floats(maxima_at(w) + 32 * j) for w in range(4)]
             for c in range(2):
                 top = tops[2 * j + c]
-                block_top = functools.reduce(ptx.larger, [pair[c] for pair in by_warp])
-                exceeds = ptx.above(block_top, ptx.plus(top, ptx.number(LAZY)))
-                new_tops.append(ptx.either(exceeds, block_top, top))
-                factors.append(ptx.exp2(ptx.minus(top, new_tops[-1])))
-        with ptx.when(ptx.compare("slt", self.thread.index, 4)):
+                block_top = functools.reduce(ptx.max_f32, [pair[c] for pair in by_warp])
+                exceeds = block_top > (top + LAZY)
+                new_tops.append(ptx.select(exceeds, block_top, top))
+                factors.append(ptx.exp2(top - new_tops[-1]))
+        with ptx.when(self.thread.index.signed < 4):
             self._store_row(self.row_at(layout.factors, buffer), factors)
-        return [*new_tops, *map(ptx.times, totals, factors)]
+        return [*new_tops, *(total * factor for total, factor in zip(totals, factors, strict=True))]
 
     def weights(self, scaled: Values, tops: Values) -> Values:
-        return [ptx.exp2(ptx.minus(x, tops[self.column(i)])) for i, x in enumerate(scaled)]
+        return [ptx.exp2(x - tops[self.column(i)]) for i, x in enumerate(scaled)]
 
-    def store_weights(self, weights: Values, buffer: Value, to_pair: Callable[[Value, Value], Value]) -> None:
+    def store_weights(self, weights: Values, buffer: ptx.Word, to_pair: Callable[[ptx.Float, ptx.Float], ptx.Word]) -> None:
         """As a matrix whose lines are heads, 16 bytes of them 8 keys; to_pair makes a word of two numbers."""
         lane, warp = self.thread.lane, self.thread.warp
-        block_of_8 = ptx.add(ptx.shift_left(warp, 1), ptx.bit_and(ptx.shift_right(lane, 3), 1))
-        within = ptx.mul(buffer, 128 * self.layout.columns), in_tiles(ptx.bit_and(lane, 7), block_of_8)
-        to = ptx.add(self.buffers.base, self.layout.weights, *within)
+        block_of_8 = (warp << 1) + ((lane >> 3) & 1)
+        to = self.buffers.weights(buffer) + in_tiles(lane & 7, block_of_8)
         for j in range(self.groups):
             a, b, c, d = weights[4 * j : 4 * j + 4]
-            ptx.store_shared_transposed(ptx.add(to, 1024 * j), [to_pair(a, b), to_pair(c, d)])
+            ptx.store_shared_transposed(to + 1024 * j, [to_pair(a, b), to_pair(c, d)])
 
-    def store_sums(self, totals: Values, buffer: Value) -> None:
+    def store_sums(self, totals: Values, buffer: ptx.Word) -> None:
         """This warp's sums of weights, at the end of a list."""
         for distance in (4, 8, 16):
-            totals = [ptx.plus(x, ptx.lane_distant(x, distance)) for x in totals]
-        to = self.row_at(self.layout.sums, ptx.add(ptx.shift_left(buffer, 2), self.thread.warp))
+            totals = [x + ptx.lane_distant(x, distance) for x in totals]
+        to = self.row_at(self.layout.sums, (buffer << 2) + self.thread.warp)
         with ptx.when(self.speaks):
             self._store_row(to, totals)
 
-    def publish(self, buffer: Value) -> None:
+    def publish(self, buffer: ptx.Word) -> None:
         ptx.proxy_fence()
         ptx.barrier_arrive(self.buffers.p_ready(buffer))
 
-    def _store_row(self, to: Value, by_column: Sequence[Value]) -> None:
+    def _store_row(self, to: ptx.Word, by_column: Values) -> None:
         for j in range(self.groups):
-            ptx.store_shared_floats(ptx.add(to, 32 * j), by_column[2 * j : 2 * j + 2])
+            ptx.store_shared_floats(to + 32 * j, by_column[2 * j : 2 * j + 2])
 
 
 def times_by_column(values: Values, factors: Values) -> Values:
     """Accumulators of any number of tiles, one after the other, times a factor for every column."""
-    return [ptx.times(x, factors[i % (2 * len(factors)) // 4 * 2 + i % 2]) for i, x in enumerate(values)]
+    return [x * factors[i % (2 * len(factors)) // 4 * 2 + i % 2] for i, x in enumerate(values)]
 
 
 def inverses_of(totals: Values) -> Values:
     """1 / x, 0 where x is not above 0."""
     zero = ptx.number(0.0)
-    return [ptx.either(ptx.above(x, zero), ptx.inverse(x), zero) for x in totals]
+    return [ptx.select(x > zero, 1.0 / x, zero) for x in totals]

@@ -7,10 +7,12 @@ result is used. Importing this needs JAX's Mosaic GPU.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import ptx
@@ -20,18 +22,30 @@ WARPS = 4 * WARPGROUPS
 THREADS = 32 * WARPS
 
 Value = Any
-Program = Callable[..., None]  # of the addresses of all arrays, inputs first, and the number of a block
+# Of the addresses of all arrays, inputs first, and the number of a block; and of shared memory where there is any.
+Program = Callable[..., None]
 
 
-def call_kernel(program: Program, operands: Sequence[jax.Array], outputs: Sequence[jax.ShapeDtypeStruct], blocks: int) -> Any:
-    """Runs `program`, written in `ptx`, in every thread of so many blocks. The arrays that it writes."""
+def call_kernel(
+    program: Program,
+    operands: Sequence[jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    blocks: int,
+    shared_words: int = 0,
+) -> Any:
+    """Runs `program`, written in `ptx`, in every thread of so many blocks. The arrays that it writes.
+
+    shared_words: of shared memory, whose address then is the program's last argument.
+    """
     number, arrays = plgpu.Layout.WG_SPLAT(()), len(operands) + len(outputs)
+    memories = int(shared_words > 0)
 
     def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * arrays, number))
+        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * (arrays + memories), number))
         def run(ctx: Any, *values: Any) -> None:
-            *arrays, block = values
-            program(*map(ptx.global_address, arrays), ptx.scalar(block))
+            *refs, block = values
+            memory = map(ptx.shared_address, refs[arrays:])
+            program(*map(ptx.global_address, refs[:arrays]), ptx.scalar(block), *memory)
 
         run(*refs, jax.lax.axis_index("block"))
 
@@ -39,6 +53,7 @@ def call_kernel(program: Program, operands: Sequence[jax.Array], outputs: Sequen
     return plgpu.kernel(
         body,
         out_type=tuple(outputs),
+        scratch_types=(plgpu.SMEM((shared_words,), jnp.int32),) * memories,
         grid=(blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS,
@@ -47,10 +62,18 @@ def call_kernel(program: Program, operands: Sequence[jax.Array], outputs: Sequen
     )(*operands)
 
 
-def lane_and_warp() -> tuple[Value, Value]:
-    """This thread's lane, and the number of its warp in the block."""
-    thread = ptx.thread()
-    return ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
+@dataclasses.dataclass(frozen=True)
+class Thread:
+    """Its number in the block, its lane, and the number of its warp."""
+
+    index: Value
+    lane: Value
+    warp: Value
+
+    @classmethod
+    def current(cls) -> Thread:
+        index = ptx.thread()
+        return cls(index, index & 31, index >> 5)
 
 
 def floats_of(words: Sequence[Value]) -> list[Value]:
@@ -63,8 +86,13 @@ def bfloat16_words(numbers: Sequence[Value]) -> list[Value]:
     return [ptx.to_bfloat16_pair(*numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
 
 
+def rounded_numbers(numbers: Sequence[Value]) -> list[Value]:
+    """float32 numbers rounded to bfloat16, as float32."""
+    return floats_of(bfloat16_words(numbers))
+
+
 def sum_of_lanes(x: Value) -> Value:
     """The sum of a float32 over the warp, the same in all lanes."""
     for distance in (16, 8, 4, 2, 1):
-        x = ptx.plus(x, ptx.lane_distant(x, distance))
+        x = x + ptx.lane_distant(x, distance)
     return x

@@ -92,13 +92,22 @@ def selected_by_column(words: Any, first_word: Any, columns: int) -> jax.Array:
     return lax.shift_right_logical(jnp.where(key < WORD_BITS, low, high), key & (WORD_BITS - 1)) & 1 != 0
 
 
-def call_kernel(body: Any, outputs: Any, grid: tuple[int, ...], names: tuple[str, ...], scratch: Any, interpret: Any) -> Any:
+def call_kernel(
+    body: Any,
+    outputs: Any,
+    grid: tuple[int, ...],
+    names: tuple[str, ...],
+    scratch: Any,
+    interpret: Any,
+    copies: bool = True,
+) -> Any:
+    """A kernel of WARPGROUPS warpgroups a thread block, and one more that copies for `stream` unless `copies` is False."""
     return plgpu.kernel(
         body,
         out_type=outputs,
         grid=grid,
         grid_names=names,
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS + 1 if copies else WARPGROUPS,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),

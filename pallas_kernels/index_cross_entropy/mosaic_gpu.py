@@ -6,7 +6,8 @@ scores of one block of queries exist, float32 and at most BLOCK_BYTES, and their
 
     scores   a tile of keys stays, a tile's index queries stream past two heads at a time, so that the products of one are
              computed while the other's are weighted; what softmax and the loss need of a tile is summed in it
-    XLA      those sums united, g = q - p in bfloat16, and g transposed
+    XLA      those sums united
+    slopes   g = q - p in bfloat16 by tiles, and the same transposed
     queries  a tile of queries of one index head stays, keys and g stream past: dots again, where positive g k adds up. That
              sum times the query is the gradient of the head's weight, so no step has to add that up
     keys     a tile of keys stays, queries of two heads and g transposed stream past
@@ -54,7 +55,7 @@ from pallas_kernels.softmax import MASKED, START
 BLOCK_BYTES = 512 * 2**20  # of one block's float32 scores
 STAGES = 2
 MAX_INDEX_WIDTH = 128  # narrower ones are padded to a multiple of SWIZZLE_COLUMNS
-MIN_BLOCKS = 2 * hopper.NUM_SMS  # thread blocks that keep the device busy
+MIN_BLOCKS = 4 * hopper.NUM_SMS  # thread blocks that keep the device busy where some have little to do
 STATISTICS = 4  # of a row in a tile: the largest score, the sum of exponentials, that of target times score, the target's sum
 
 
@@ -213,6 +214,58 @@ def _scores(first, seen, q, k, w, words, target, rows_of_block: int, interpret: 
     return run(first, seen, q, k, w, words, target)
 
 
+def _slopes(first, seen, scores, lse, mass, target, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """g = mass * softmax - target [B, R, T] bfloat16 of a block's scores, 0 where not selected, and g transposed [B, T, R].
+
+    lse and mass [B, R] float32; else as `_scores`. Nothing is written to tiles that the block's queries do not see.
+    """
+    b, r, t = scores.shape
+
+    def slopes_kernel(
+        # Input
+        first_ref,  # [1]
+        seen_ref,  # [R / TILE]
+        scores_ref,  # [B, R, T]
+        lse_ref,  # [B, R]
+        mass_ref,  # [B, R]
+        target_ref,  # [B, S, T]
+        # Output
+        g_ref,  # [B, R, T]
+        transposed_ref,  # [B, T, R]
+        # Scratch
+        g_sm,  # [WARPGROUPS, ROWS, TILE]
+        transposed_sm,  # [WARPGROUPS, TILE, ROWS]
+    ):
+        batch, i, j = lax.axis_index("batch"), lax.axis_index("queries"), lax.axis_index("keys")
+        group = lax.axis_index("warpgroup")
+        given = pl.ds((first_ref[0] + i) * TILE + group * ROWS, ROWS)
+        rows, columns = pl.ds(i * TILE + group * ROWS, ROWS), pl.ds(j * TILE, TILE)
+
+        def load(ref: Any, layout: Any) -> jax.Array:
+            return plgpu.load(ref, layout=layout, optimized=False)
+
+        @pl.when(j < seen_ref[i])
+        def _sees() -> None:
+            scores = load(scores_ref.at[batch, rows, columns], plgpu.Layout.WGMMA)
+            p = load(target_ref.at[batch, given, columns], plgpu.Layout.WGMMA).astype(jnp.float32)
+            lse, mass = load(lse_ref.at[batch, rows], BY_ROW), load(mass_ref.at[batch, rows], BY_ROW)
+            q = jnp.exp(scores - by_row(lse, TILE)) * by_row(mass, TILE)
+            # All scores of a query that selects nothing are MASKED, and their softmax means nothing.
+            g = jnp.where(scores > START, q - p, 0.0).astype(jnp.bfloat16)
+            g_sm[group] = g
+            transposed_sm.at[group].transpose((1, 0))[...] = plgpu.layout_cast(g, plgpu.Layout.WGMMA_TRANSPOSED)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(g_sm.at[group], g_ref.at[batch, rows, columns])
+            plgpu.copy_smem_to_gmem(transposed_sm.at[group], transposed_ref.at[batch, columns, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+    outputs = jax.ShapeDtypeStruct((b, r, t), jnp.bfloat16), jax.ShapeDtypeStruct((b, t, r), jnp.bfloat16)
+    scratch = smem(WARPGROUPS, ROWS, TILE), smem(WARPGROUPS, TILE, ROWS)
+    grid, names = (t // TILE, r // TILE, b), ("keys", "queries", "batch")
+    run = call_kernel(slopes_kernel, outputs, grid, names, scratch, interpret, copies=False)
+    return run(first, seen, scores, lse, mass, target)
+
+
 def _of_queries(first, seen, q, k, w, g, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """The gradients of a block's index queries [B, R, Hi Di] and weights [B, Hi, R] from g [B, R, T] of its scores.
 
@@ -237,8 +290,8 @@ def _of_queries(first, seen, q, k, w, g, interpret: Any) -> tuple[jax.Array, jax
         # Barriers
         barriers,  # [WARPGROUPS]
     ):
-        batch, i, head = lax.axis_index("batch"), lax.axis_index("queries"), lax.axis_index("head")
-        group = lax.axis_index("warpgroup")
+        batch, head, group = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+        i = r // TILE - 1 - lax.axis_index("queries")  # those with most to do start first
         given, rows = pl.ds((first_ref[0] + i) * TILE + group * ROWS, ROWS), pl.ds(i * TILE + group * ROWS, ROWS)
         columns = pl.ds(head * width, width)
 
@@ -365,11 +418,9 @@ def _block(first, seen, q, k, w, words, target, rows: int, interpret: Any, gradi
     value, lse, mass = _united(seen, statistics)
     if not gradients:
         return value, None
-    p = lax.dynamic_slice_in_dim(target, first[0] * TILE, rows, axis=1).astype(jnp.float32)
-    # All scores of a query that selects nothing are MASKED, and their softmax means nothing.
-    g = jnp.where(scores > START, jnp.exp(scores - lse[..., None]) * mass[..., None] - p, 0.0).astype(jnp.bfloat16)
+    g, g_transposed = _slopes(first, seen, scores, lse, mass, target, interpret)
     dq, dw = _of_queries(first, seen, q, k, w, g, interpret)
-    return value, (dq, dw, _of_keys(first, seen, q, k, w, g.swapaxes(1, 2), interpret))
+    return value, (dq, dw, _of_keys(first, seen, q, k, w, g_transposed, interpret))
 
 
 def run_blocks(

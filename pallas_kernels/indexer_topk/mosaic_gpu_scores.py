@@ -210,7 +210,8 @@ class Refs:
     @staticmethod
     def of(p: Problem, refs: tuple[Any, ...]) -> Refs:
         """In the kernel's order, which has no scales of keys in bfloat16 among its inputs."""
-        return Refs(*refs) if p.scaled else Refs(*refs[:5], None, *refs[5:])
+        inputs, others = (refs[:6], refs[6:]) if p.scaled else ((*refs[:5], None), refs[5:])
+        return Refs(*inputs, *others)
 
 
 def _scratch(p: Problem) -> list[Any]:

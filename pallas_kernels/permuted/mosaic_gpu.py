@@ -1,7 +1,7 @@
 """Rows in another order on Hopper, and weighted sums of rows that stand apart.
 
-A warp moves a row, or adds up 512 numbers of a token: all loads of what it needs are under way before the first is used. XLA's
-gather of rows in 8 bits moves single bytes, and what it makes of the weighted sum reads the experts' results in float32.
+A warp moves two rows, or adds up 512 numbers of a token: all loads of what it needs are under way before the first is used.
+XLA's gather of rows in 8 bits moves single bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.hopper import ptx
-from pallas_kernels.hopper.lanes import WARPS, Value, bfloat16_words, call_kernel, floats_of, lane_and_warp
+from pallas_kernels.hopper.lanes import WARPS, Thread, Value, bfloat16_words, call_kernel, floats_of
 from pallas_kernels.permuted import reference
 from pallas_kernels.quant import Scaled
 
@@ -47,26 +47,26 @@ def gather_program(source_rows: int, rows: int, width: int, groups: int) -> Call
     """The kernel that moves rows of `width` bytes, and their scales [groups, source_rows] to [groups, rows]."""
 
     def gather_rows(index: Value, codes: Value, scales: Value, out_codes: Value, out_scales: Value, block: Value) -> None:
-        lane, warp = lane_and_warp()
-        first = ptx.mul(ptx.add(ptx.mul(block, WARPS), warp), ROWS)
+        thread = Thread.current()
+        first = (block * WARPS + thread.warp) * ROWS
         moved = []
         for i in range(ROWS):
-            row = ptx.add(first, i)
-            exists = ptx.compare("slt", row, rows)
-            moved.append((row, exists, ptx.load_global(ptx.offset(index, ptx.minimum(row, rows - 1), 4))))
+            row = first + i
+            exists = row.signed < rows
+            moved.append((row, exists, ptx.load_global(ptx.offset(index, ptx.min_s32(row, rows - 1), 4))))
         loaded = []
         for row, exists, source in moved:
             for start in range(0, width, 32 * PIECE):
-                column = ptx.add(ptx.mul(lane, PIECE), start)
-                inside = ptx.both(exists, ptx.compare("slt", column, width))
+                column = thread.lane * PIECE + start
+                inside = exists & (column.signed < width)
                 at = ptx.offset(ptx.offset(codes, source, width), column, 1)
-                words = ptx.load_words_or_zeros(at, ptx.select(inside, 1, 0), 4)
+                words = ptx.load_global_words_or_zeros(at, ptx.select(inside, 1, 0), 4)
                 loaded.append((ptx.offset(ptx.offset(out_codes, row, width), column, 1), words, inside))
             for start in range(0, groups, 32):
-                group = ptx.add(lane, start)
-                inside = ptx.both(exists, ptx.compare("slt", group, groups))
+                group = thread.lane + start
+                inside = exists & (group.signed < groups)
                 at = ptx.offset(ptx.offset(scales, group, 4 * source_rows), source, 4)
-                word = ptx.bits_of(ptx.load_float_or_zero(at, ptx.select(inside, 1, 0)))
+                word = ptx.bits_of(ptx.load_global_float_or_zero(at, ptx.select(inside, 1, 0)))
                 loaded.append((ptx.offset(ptx.offset(out_scales, group, 4 * rows), row, 4), [word], inside))
         for at, words, inside in loaded:
             if len(words) == 1:
@@ -127,31 +127,31 @@ def sum_program(tokens: int, k: int, width: int, others: int, in_float32: bool) 
 
     def sum_rows(places: Value, weights: Value, rows: Value, *others_out_block: Value) -> None:
         *added, out, block = others_out_block
-        lane, warp = lane_and_warp()
-        task = ptx.add(ptx.mul(block, WARPS), warp)
-        token, start = ptx.div(task, of_token), ptx.mul(ptx.rem(task, of_token), span)
-        exists = ptx.compare("slt", token, tokens)
-        first = ptx.mul(ptx.minimum(token, tokens - 1), k)
-        at = [ptx.add(first, j) for j in range(k)]
+        thread = Thread.current()
+        task = block * WARPS + thread.warp
+        token, start = task // of_token, task % of_token * span
+        exists = token.signed < tokens
+        first = ptx.min_s32(token, tokens - 1) * k
+        at = [first + j for j in range(k)]
         sources = [ptx.load_global(ptx.offset(places, i, 4)) for i in at]
         factors = [ptx.load_global_float(ptx.offset(weights, i, 4)) for i in at]
         pieces = []
         for i in range(SPANS):
-            column = ptx.add(start, ptx.mul(lane, NUMBERS), 32 * NUMBERS * i)
-            inside = ptx.both(exists, ptx.compare("slt", column, width))
+            column = start + thread.lane * NUMBERS + 32 * NUMBERS * i
+            inside = exists & (column.signed < width)
             loads = ptx.select(inside, 1, 0)
             lines = [(rows, source) for source in sources] + [(other, token) for other in added]
             read = [
-                ptx.load_words_or_zeros(ptx.offset(ptx.offset(array, line, 2 * width), column, 2), loads, 4)
+                ptx.load_global_words_or_zeros(ptx.offset(ptx.offset(array, line, 2 * width), column, 2), loads, 4)
                 for array, line in lines
             ]
             pieces.append((column, inside, read))
         for column, inside, read in pieces:
             sums = [ptx.number(0.0)] * NUMBERS
             for words, factor in zip(read, factors, strict=False):
-                sums = [ptx.times_plus(factor, x, total) for total, x in zip(sums, floats_of(words), strict=True)]
+                sums = [ptx.fma(factor, x, total) for total, x in zip(sums, floats_of(words), strict=True)]
             for words in read[k:]:
-                sums = [ptx.plus(total, x) for total, x in zip(sums, floats_of(words), strict=True)]
+                sums = [total + x for total, x in zip(sums, floats_of(words), strict=True)]
             target = ptx.offset(ptx.offset(out, token, itemsize * width), column, itemsize)
             result = list(map(ptx.bits_of, sums)) if in_float32 else bfloat16_words(sums)
             for i in range(0, len(result), 4):

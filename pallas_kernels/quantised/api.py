@@ -1,6 +1,7 @@
 """quantise_rows: activations in 8 bits, as products with matrices in 8 bits take them.
 
 quantise_swiglu is that of a SwiGLU activation, normalise_rows that of a normalised input, which it returns too.
+quantise_index_queries is for the indexer, whose queries have a scale a head.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ SWIGLU_BACKENDS = {
 NORMALISE_BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend(_KERNELS, "normalise_rows", "why_not_normalise"),
     "xla": dispatch.Backend(reference.normalise_rows),
+}
+
+INDEX_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.quantised.mosaic_gpu_index", "quantise_index_queries"),
+    "xla": dispatch.Backend(reference.quantise_index_queries),
 }
 
 
@@ -66,3 +72,19 @@ def normalise_rows(
         raise ValueError("normalise_rows: neither plain nor in_8_bits is asked for")
     options = {"plain": plain, "in_8_bits": in_8_bits}
     return dispatch.call("normalise_rows", NORMALISE_BACKENDS, implementation, rows, weight, eps, **options)
+
+
+def quantise_index_queries(
+    product: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Index queries in 8 bits from their projection [M, Hi, Di]: codes [M, Hi, Di] and scales [M, Hi] (quant.quantise_index).
+
+    The first R numbers of every head are rotated by cos and sin [M, R / 2] float32, and rounded to the dtype of `product`:
+    pairs of neighbours, or unless `interleaved` those of j and j + R / 2. As quantise_rows; "mosaic_gpu" serves neighbours in
+    heads of 128.
+    """
+    fits = product.ndim == 3 and cos.shape == sin.shape and cos.ndim == 2 and cos.shape[0] == product.shape[0]
+    if not fits or 2 * cos.shape[1] > product.shape[2]:
+        shapes = product.shape, cos.shape, sin.shape
+        raise ValueError(f"quantise_index_queries: expected a product [M, Hi, Di], cos and sin [M, R / 2], got {shapes}")
+    return dispatch.call("quantise_index_queries", INDEX_BACKENDS, implementation, product, cos, sin, interleaved=interleaved)

@@ -20,11 +20,11 @@ import numpy as np
 from pallas_kernels.hopper import ptx
 from pallas_kernels.hopper.lanes import (
     WARPS,
+    Thread,
     Value,
     bfloat16_words,
     call_kernel,
     floats_of,
-    lane_and_warp,
     sum_of_lanes,
 )
 from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled
@@ -32,7 +32,7 @@ from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled
 LANE = 16  # numbers of a lane: 16 bytes of codes
 LANES = BLOCK // LANE  # that share a scale
 SPAN = 32 * LANE  # numbers that a warp has at a time
-STEPS = 2  # times SPAN of a warp where rows are not normalised: loads that are under way
+STEPS = 1  # times SPAN of a warp where rows are not normalised
 KEPT = 6  # times SPAN of a row that a warp keeps in registers; a wider one it reads once more
 MAX_WIDTH = 16 * SPAN
 INFINITY_BITS = 0x7F800000
@@ -92,14 +92,14 @@ def groups_program(rows: int, width: int, numbers_at: Callable[..., Any]) -> tup
     of_warp = STEPS * SPAN // BLOCK
 
     def quantise_rows(source: Value, codes: Value, scales: Value, block: Value) -> None:
-        lane, warp = lane_and_warp()
-        first = ptx.add(ptx.mul(ptx.add(ptx.mul(block, WARPS), warp), of_warp), ptx.shift_right(lane, 3))
+        thread = Thread.current()
+        first = (block * WARPS + thread.warp) * of_warp + (thread.lane >> 3)
         tasks = []
         for step in range(STEPS):
-            group = ptx.add(first, step * SPAN // BLOCK)
-            exists = ptx.compare("slt", group, groups)
-            row, column = ptx.div(group, width // BLOCK), ptx.rem(group, width // BLOCK)
-            column = ptx.add(ptx.mul(column, BLOCK), ptx.mul(ptx.bit_and(lane, LANES - 1), LANE))
+            group = first + step * SPAN // BLOCK
+            exists = group.signed < groups
+            row, column = group // (width // BLOCK), group % (width // BLOCK)
+            column = column * BLOCK + (thread.lane & (LANES - 1)) * LANE
             tasks.append((row, column, exists, numbers_at(source, width, row, column, ptx.select(exists, 1, 0))))
         for row, column, exists, numbers in tasks:
             _store(codes, scales, rows, width, row, column, exists, numbers())
@@ -107,51 +107,57 @@ def groups_program(rows: int, width: int, numbers_at: Callable[..., Any]) -> tup
     return quantise_rows, -(-groups // (WARPS * of_warp))
 
 
-def _loaded(source: Value, width: int, row: Value, column: Value, exists: Value, itemsize: int = 2) -> list[Value]:
+def loaded(source: Value, width: int, row: Value, column: Value, exists: Value, itemsize: int = 2) -> list[Value]:
     """The words of LANE numbers in rows of `width`, zeros where they do not exist."""
     at = ptx.offset(ptx.offset(source, row, itemsize * width), column, itemsize)
     pieces = [ptx.offset(at, ptx.constant(16 * i), 1) for i in range(LANE * itemsize // 16)]
-    return [word for piece in pieces for word in ptx.load_words_or_zeros(piece, exists, 4)]
+    return [word for piece in pieces for word in ptx.load_global_words_or_zeros(piece, exists, 4)]
 
 
 def _plain(source: Value, width: int, row: Value, column: Value, exists: Value) -> Callable[[], list[Value]]:
-    words = _loaded(source, width, row, column, exists)
+    words = loaded(source, width, row, column, exists)
     return lambda: floats_of(words)
 
 
 def _swiglu(source: Value, width: int, row: Value, column: Value, exists: Value) -> Callable[[], list[Value]]:
-    halves = [_loaded(source, 2 * width, row, ptx.add(column, start), exists) for start in (0, width)]
+    halves = [loaded(source, 2 * width, row, column + start, exists) for start in (0, width)]
 
     def numbers() -> list[Value]:
         gates, ups = map(floats_of, halves)
-        return [ptx.times(ptx.times(gate, _sigmoid(gate)), up) for gate, up in zip(gates, ups, strict=True)]
+        return [gate * _sigmoid(gate) * up for gate, up in zip(gates, ups, strict=True)]
 
     return numbers
 
 
 def _sigmoid(x: Value) -> Value:
-    power = ptx.exp2(ptx.times(x, ptx.number(-np.log2(np.e))))
-    return ptx.approximate_inverse(ptx.plus(power, ptx.number(1.0)))
+    power = ptx.exp2(x * -np.log2(np.e))
+    return ptx.rcp(power + 1.0)
+
+
+def largest_of_group(numbers: Sequence[Value]) -> Value:
+    """The largest magnitude's bits among the numbers of LANES lanes."""
+    top = ptx.constant(0)
+    for number in numbers:
+        top = ptx.max_s32(top, ptx.magnitude_bits(number))
+    for distance in (1, 2, 4):
+        top = ptx.max_s32(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+    return top
 
 
 def _store(
     codes: Value, scales: Value, rows: int, width: int, row: Value, column: Value, exists: Value, numbers: Sequence[Value]
 ) -> None:
     """Writes LANE numbers in 8 bits, and a group's scale."""
-    top = ptx.constant(0)
-    for number in numbers:
-        top = ptx.maximum(top, ptx.magnitude_bits(number))
-    for distance in (1, 2, 4):
-        top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+    top = largest_of_group(numbers)
     least = int(np.float32(MIN_MAGNITUDE).view(np.int32))
-    scale = ptx.times(ptx.float_of(ptx.maximum(top, least)), ptx.number(float(np.float32(1 / E4M3_MAX))))
-    scale = ptx.either(ptx.compare("slt", top, INFINITY_BITS), scale, ptx.number(float("nan")))
-    inverse = ptx.approximate_inverse(scale)
-    products = [ptx.times(number, inverse) for number in numbers]
+    scale = ptx.float_of(ptx.max_s32(top, least)) * float(np.float32(1 / E4M3_MAX))
+    scale = ptx.select(top.signed < INFINITY_BITS, scale, ptx.number(float("nan")))
+    inverse = ptx.rcp(scale)
+    products = [number * inverse for number in numbers]
     words = [ptx.to_e4m3_word(products[i : i + 4]) for i in range(0, LANE, 4)]
     ptx.store_global_words(ptx.offset(ptx.offset(codes, row, width), column, 1), words, exists)
-    group = ptx.shift_right(column, BLOCK.bit_length() - 1)
-    writes = ptx.both(exists, ptx.compare("eq", ptx.bit_and(column, BLOCK - 1), 0))
+    group = column >> (BLOCK.bit_length() - 1)
+    writes = exists & (column & (BLOCK - 1)).equals(0)
     ptx.store_global(ptx.offset(ptx.offset(scales, group, 4 * rows), row, 4), ptx.bits_of(scale), writes)
 
 
@@ -176,45 +182,45 @@ def normalise_program(
 
     def normalise_rows(source: Value, weight: Value, *results_and_block: Value) -> None:
         *results, block = results_and_block
-        lane, warp = lane_and_warp()
-        row = ptx.add(ptx.mul(block, WARPS), warp)
-        in_rows = ptx.compare("slt", row, rows)
+        thread = Thread.current()
+        row = block * WARPS + thread.warp
+        in_rows = row.signed < rows
 
         def place(piece: Value | int) -> tuple[Value, Value]:
             """The column of this lane's numbers of a piece, and whether they exist."""
-            start = piece * SPAN if isinstance(piece, int) else ptx.mul(piece, SPAN)
-            column = ptx.add(ptx.mul(lane, LANE), start)
-            return column, ptx.both(in_rows, ptx.compare("slt", column, width))
+            column = thread.lane * LANE + piece * SPAN
+            return column, in_rows & (column.signed < width)
 
         def load(piece: Value | int) -> list[Value]:
             column, exists = place(piece)
-            return _loaded(source, of_row, row, column, ptx.select(exists, 1, 0), itemsize)
+            return loaded(source, of_row, row, column, ptx.select(exists, 1, 0), itemsize)
 
         def numbers(words: Sequence[Value]) -> list[Value]:
             return list(map(ptx.float_of, words)) if in_float32 else floats_of(words)
 
         def squares_added(total: Value, words: Sequence[Value]) -> Value:
             for x in numbers(words):
-                total = ptx.times_plus(x, x, total)
+                total = ptx.fma(x, x, total)
             return total
 
         def write(piece: Value | int, words: Sequence[Value], factor: Value) -> None:
             column, exists = place(piece)
-            weights = floats_of(_loaded(weight, width, ptx.constant(0), column, ptx.select(exists, 1, 0)))
-            scaled = [ptx.times(x, factor) for x in numbers(words)]
+            weights = floats_of(loaded(weight, width, ptx.constant(0), column, ptx.select(exists, 1, 0)))
+            scaled = [x * factor for x in numbers(words)]
             if not in_float32:
                 scaled = floats_of(bfloat16_words(scaled))
-            result = bfloat16_words([ptx.times(x, w) for x, w in zip(scaled, weights, strict=True)])
+            result = bfloat16_words([x * w for x, w in zip(scaled, weights, strict=True)])
             if plain:
                 at = ptx.offset(ptx.offset(results[0], row, 2 * width), column, 2)
                 for i in range(2):
                     ptx.store_global_words(ptx.offset(at, ptx.constant(16 * i), 1), result[4 * i : 4 * i + 4], exists)
             if in_8_bits:
-                _store(*results[-2:], rows, width, row, column, exists, floats_of(result))
+                codes, scales = results[-2:]
+                _store(codes, scales, rows, width, row, column, exists, floats_of(result))
 
         def factor_of(total: Value) -> Value:
-            mean = ptx.times(sum_of_lanes(total), ptx.number(1 / width))
-            return ptx.rsqrt(ptx.plus(mean, ptx.number(eps)))
+            mean = sum_of_lanes(total) * (1 / width)
+            return ptx.rsqrt(mean + eps)
 
         if pieces <= KEPT:
             kept, total = list(map(load, range(pieces))), ptx.number(0.0)

@@ -1,4 +1,7 @@
-"""routing: which experts the rows of a decode step are given to, and the tables by which kernels go through them."""
+"""routing: which experts rows are given to, and in what order.
+
+`route` is for the few rows of a decode step, `choose` and `sort_by_group` are for many rows.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +47,47 @@ def route(
         )
     options = {"choices": choices, "normalised": normalised, "scale": scale, "shared": shared}
     return dispatch.call("route", BACKENDS, implementation, logits.astype(jnp.float32), bias.astype(jnp.float32), **options)
+
+
+_MANY_ROWS = "pallas_kernels.routing.mosaic_gpu_many_rows"
+CHOOSE_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "choose"),
+    "xla": dispatch.Backend(reference.choose),
+}
+SORT_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "sort_by_group", "why_not_sort"),
+    "xla": dispatch.Backend(reference.sort_by_group),
+}
+
+
+def choose(
+    logits: jax.Array,
+    bias: jax.Array,
+    *,
+    choices: int,
+    normalised: bool,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The experts [N, k] of rows with router logits [N, E] float32, and their weights [N, k], as `route` has them.
+
+    Weights have the gradient of the reference. Arguments, `implementation` and errors as of `route`.
+    """
+    if logits.ndim != 2 or bias.shape != logits.shape[1:] or not 1 <= choices <= logits.shape[1]:
+        shapes = f"{logits.shape}, {bias.shape}, {choices}"
+        raise ValueError(f"choose: expected logits [N, E], bias [E] and 1 to E choices, got {shapes}")
+    options = {"choices": choices, "normalised": normalised, "scale": scale}
+    return dispatch.call("choose", CHOOSE_BACKENDS, implementation, logits, bias, **options)
+
+
+def sort_by_group(
+    groups: jax.Array, num_groups: int, *, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """groups [M] int32 from 0 to `num_groups` sorted, stable; `num_groups` stands for none and comes last.
+
+    Returns order [M] int32, whose element i is which of the groups is i-th; its inverse [M] int32; and how many there are of
+    each group [num_groups] int32.
+    """
+    if groups.ndim != 1:
+        raise ValueError(f"sort_by_group: expected groups [M], got {groups.shape}")
+    return dispatch.call("sort_by_group", SORT_BACKENDS, implementation, groups.astype(jnp.int32), num_groups)

@@ -37,6 +37,30 @@ class Options:
     shared: bool
 
 
+def choice_of(thread: Any, p: Options, logits: Value, bias: Value, row: Value) -> tuple[list[Value], list[Value]]:
+    """The experts of a row, and their weights, in all lanes of the warp that computes them."""
+    lane = thread.lane
+    scores, keys = [], []
+    for start in range(0, p.experts, 32):
+        number = lane + start
+        at = row * p.experts + number
+        score = parts.sigmoid(ptx.float_of(ptx.load_global(ptx.offset(logits, at, 4))))
+        of_bias = ptx.float_of(ptx.load_global(ptx.offset(bias, number, 4)))
+        scores.append(score)
+        keys.append(parts.sortable_bits(score + of_bias))
+    experts = parts.largest_keys(thread, keys, p.choices)
+    weights = []
+    for expert in experts:
+        bits = ptx.constant(0)
+        for i, score in enumerate(scores):
+            bits = ptx.select((lane + 32 * i).equals(expert), ptx.bits_of(score), bits)
+        weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
+    if p.normalised:
+        total = ptx.total(weights) + ptx.number(1e-20)
+        weights = [ptx.div_rn(w, total) for w in weights]
+    return experts, [w * p.scale for w in weights]
+
+
 class Program:
     """The one thread block. used: [E] words, whether a row chose the expert."""
 
@@ -67,25 +91,7 @@ class Program:
 
     def choose(self, row: Value) -> None:
         p, a, lane = self.p, self.a, self.thread.lane
-        scores, keys = [], []
-        for start in range(0, p.experts, 32):
-            number = lane + start
-            at = row * p.experts + number
-            score = parts.sigmoid(ptx.float_of(ptx.load_global(ptx.offset(a["logits"], at, 4))))
-            bias = ptx.float_of(ptx.load_global(ptx.offset(a["bias"], number, 4)))
-            scores.append(score)
-            keys.append(parts.sortable_bits(score + bias))
-        experts = parts.largest_keys(self.thread, keys, p.choices)
-        weights = []
-        for expert in experts:
-            bits = ptx.constant(0)
-            for i, score in enumerate(scores):
-                bits = ptx.select((lane + 32 * i).equals(expert), ptx.bits_of(score), bits)
-            weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
-        if p.normalised:
-            total = ptx.total(weights) + ptx.number(1e-20)
-            weights = [ptx.div_rn(w, total) for w in weights]
-        weights = [w * p.scale for w in weights]
+        experts, weights = choice_of(self.thread, p, a["logits"], a["bias"], row)
         leads = lane.equals(0)
         for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
             place = row * p.choices + j

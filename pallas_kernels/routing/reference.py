@@ -10,12 +10,18 @@ from pallas_kernels.routing.arrays import Routes
 
 def choose(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float) -> tuple[jax.Array, jax.Array]:
     """The experts [N, k] of largest sigmoid(logits) + bias, the lower number first among equals, and their weights [N, k]."""
+    experts = jax.lax.top_k(jax.nn.sigmoid(logits) + bias, choices)[1]
+    return experts, weights_of(logits, experts, normalised=normalised, scale=scale)
+
+
+def weights_of(logits: jax.Array, experts: jax.Array, *, normalised: bool, scale: float) -> jax.Array:
+    """The weights [N, k] of chosen experts [N, k]."""
     scores = jax.nn.sigmoid(logits)
-    experts = jax.lax.top_k(scores + bias, choices)[1]
-    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    # A sum: a gather's gradient would be a scatter.
+    weights = jnp.sum(jax.nn.one_hot(experts, logits.shape[-1]) * scores[..., None, :], axis=-1)
     if normalised:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return experts, weights * scale
+    return weights * scale
 
 
 def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: bool) -> Routes:
@@ -37,3 +43,11 @@ def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: 
 def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
     experts, weights = choose(logits, bias, choices=choices, normalised=normalised, scale=scale)
     return tables(experts, weights, logits.shape[1], shared=shared)
+
+
+def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    order = jnp.argsort(groups, stable=True)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    # A sum: a histogram by scatter serialises on a GPU.
+    sizes = jnp.sum(groups[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
+    return order.astype(jnp.int32), back.astype(jnp.int32), sizes

@@ -210,25 +210,22 @@ class Block:
         self.split, self.rows, self.codes, self.scales, self.out = split, rows, codes, scales, out
         self.tile, self.rank = tile, rank
         thread = ptx.thread()
-        self.thread, self.lane, self.warp = thread, ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
-        self.quad_lane, self.row_of_8 = ptx.bit_and(self.lane, 3), ptx.shift_right(self.lane, 2)
-        self.numbers = ptx.bit_and(ptx.add(memory, 1023), -1024)
-        codes_in_flight = ptx.add(self.numbers, 2 * BLOCK * split.columns * split.phase)
-        self.own_codes = ptx.add(codes_in_flight, ptx.shift_left(self.warp, 11), ptx.shift_left(self.lane, 4))
-        self.factors = ptx.add(codes_in_flight, PIECE_BYTES * split.in_flight)
-        self.sums = ptx.add(self.factors, 4 * split.columns * split.phase)
-        self.own_scales = ptx.add(self.sums, split.sums_bytes)
-        self.first_piece = ptx.mul(rank, split.pieces)
+        self.thread, self.lane, self.warp = thread, thread & 31, thread >> 5
+        self.quad_lane, self.row_of_8 = self.lane & 3, self.lane >> 2
+        self.numbers = (memory + 1023) & -1024
+        codes_in_flight = self.numbers + 2 * BLOCK * split.columns * split.phase
+        self.own_codes = codes_in_flight + (self.warp << 11) + (self.lane << 4)
+        self.factors = codes_in_flight + PIECE_BYTES * split.in_flight
+        self.sums = self.factors + 4 * split.columns * split.phase
+        self.own_scales = self.sums + split.sums_bytes
+        self.first_piece = rank * split.pieces
 
     def piece(self, i: Value) -> Value:
         """The i-th piece of this block; beyond the last of all, that one."""
-        return ptx.minimum(ptx.add(self.first_piece, i), self.split.all_pieces - 1)
+        return ptx.min_s32(self.first_piece + i, self.split.all_pieces - 1)
 
     def exists(self, i: Value) -> Value:
-        return ptx.both(
-            ptx.compare("slt", i, self.split.pieces),
-            ptx.compare("slt", ptx.add(self.first_piece, i), self.split.all_pieces),
-        )
+        return (i.signed < self.split.pieces) & ((self.first_piece + i).signed < self.split.all_pieces)
 
     # ---- the rows
 
@@ -241,7 +238,7 @@ class Block:
         tasks = fours * self.split.phase
 
         def some(step: Value, _: Sequence[Value]) -> Sequence[Value]:
-            starts = [ptx.add(ptx.mul(step, ROW_LOADS * WARPS), self.warp, i * WARPS) for i in range(ROW_LOADS)]
+            starts = [step * (ROW_LOADS * WARPS) + self.warp + i * WARPS for i in range(ROW_LOADS)]
             loaded = [self._load_row(task, first, fours) for task in starts]
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
@@ -252,37 +249,37 @@ class Block:
 
     def _load_row(self, task: Value, first: Value, fours: int) -> tuple[Value, Value, Value, list[list[Value]]]:
         split = self.split
-        piece, four = ptx.div(task, fours), ptx.rem(task, fours)
-        row = ptx.add(ptx.shift_left(four, 2), ptx.shift_right(self.lane, 3))
-        exists = ptx.compare("slt", piece, split.phase)
-        loads = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.rows)), 1, 0)
-        source = self.piece(ptx.add(first, piece))
+        piece, four = task // fours, task % fours
+        row = (four << 2) + (self.lane >> 3)
+        exists = piece.signed < split.phase
+        loads = ptx.select(exists & (row.signed < split.rows), 1, 0)
+        source = self.piece(first + piece)
         address = ptx.offset(ptx.offset(self.rows, row, 2 * split.width), source, 2 * BLOCK)
-        address = ptx.offset(address, ptx.bit_and(self.lane, 7), 16)
-        halves = [ptx.load_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
+        address = ptx.offset(address, self.lane & 7, 16)
+        halves = [ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), BLOCK), loads, 4) for i in range(2)]
         return row, piece, exists, halves
 
     def _write_row(self, row: Value, piece: Value, halves: Sequence[Sequence[Value]]) -> None:
-        columns, in_eight = self.split.columns, ptx.bit_and(self.lane, 7)
+        columns, in_eight = self.split.columns, self.lane & 7
         pairs = [[ptx.from_bfloat16_pair(word) for word in words] for words in halves]
         top = ptx.constant(0)
         for x in (x for of_half in pairs for pair in of_half for x in pair):
-            top = ptx.maximum(top, ptx.magnitude_bits(x))
+            top = ptx.max_s32(top, ptx.magnitude_bits(x))
         for distance in (1, 2, 4):
-            top = ptx.maximum(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+            top = ptx.max_s32(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
         scale, factor = ptx.float16_scale(top)
-        at = ptx.add(self.numbers, ptx.mul(piece, 2 * BLOCK * columns), ptx.shift_left(row, 7))
-        word_at = ptx.shift_left(ptx.shift_right(in_eight, 1), 2)
-        line = ptx.bit_and(row, 7)
+        at = self.numbers + piece * (2 * BLOCK * columns) + (row << 7)
+        word_at = (in_eight >> 1) << 2
+        line = row & 7
         for half, of_half in enumerate(pairs):
             for i, pair in enumerate(of_half):
                 # Pair 4 in_eight + i of 32: of the 16 bytes with its number modulo 8 one word.
-                chunk = ptx.add(ptx.shift_left(ptx.bit_and(in_eight, 1), 2), i)
-                swizzled = ptx.shift_left(ptx.bit_xor(chunk, line), 4)
-                value = ptx.to_float16_pair(*(ptx.times(x, scale) for x in pair))
-                ptx.store_shared(ptx.add(at, swizzled, word_at, half * BLOCK * columns), value)
-        with ptx.when(ptx.compare("eq", in_eight, 0)):
-            factor_at = ptx.add(self.factors, ptx.shift_left(ptx.add(ptx.mul(piece, columns), row), 2))
+                chunk = ((in_eight & 1) << 2) + i
+                swizzled = (chunk ^ line) << 4
+                value = ptx.to_float16_pair(*(x * scale for x in pair))
+                ptx.store_shared(at + swizzled + word_at + half * BLOCK * columns, value)
+        with ptx.when(in_eight.equals(0)):
+            factor_at = self.factors + ((piece * columns + row) << 2)
             ptx.store_shared(factor_at, ptx.bits_of(factor))
 
     # ---- the matrix
@@ -291,28 +288,28 @@ class Block:
         """Starts copying this lane's codes of piece i, zeros if it does not exist."""
         split = self.split
         piece, exists = self.piece(i), self.exists(i)
-        slot_at = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
+        slot_at = self.own_codes + slot * PIECE_BYTES
         for quarter in range(4):
             half, other = divmod(quarter, 2)
-            local = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * other)
-            row = ptx.add(ptx.mul(self.tile, TILE), local)
-            size = ptx.select(ptx.both(exists, ptx.compare("slt", row, split.outputs)), 16, 0)
-            row = ptx.minimum(row, split.outputs - 1)
+            local = (self.warp << 4) + self.row_of_8 + 8 * other
+            row = self.tile * TILE + local
+            size = ptx.select(exists & (row.signed < split.outputs), 16, 0)
+            row = ptx.min_s32(row, split.outputs - 1)
             source = ptx.offset(ptx.offset(ptx.offset(self.codes, row, split.width), piece, BLOCK), self.quad_lane, 16)
-            ptx.copy_async(ptx.add(slot_at, 512 * quarter), ptx.offset(source, ptx.constant(half), 64), size, 1, 0, 0)
+            ptx.copy_async(slot_at + 512 * quarter, ptx.offset(source, ptx.constant(half), 64), size, 1, 0, 0)
         ptx.copies_commit()
 
     def write_scales(self) -> None:
         """The scales of the tile's pieces, zero of those that do not exist, to shared memory."""
         split = self.split
         for start in range(0, split.pieces, THREADS):
-            i = ptx.add(self.thread, start)
-            piece = ptx.add(self.first_piece, i)
-            exists = ptx.both(ptx.compare("slt", i, split.pieces), ptx.compare("slt", piece, split.all_pieces))
-            at = ptx.offset(self.scales, ptx.add(ptx.mul(self.tile, split.all_pieces), piece), 4)
-            scale = ptx.load_float_or_zero(at, ptx.select(exists, 1, 0))
-            with ptx.when(ptx.compare("slt", i, split.pieces)):
-                ptx.store_shared(ptx.add(self.own_scales, ptx.shift_left(i, 2)), ptx.bits_of(scale))
+            i = self.thread + start
+            piece = self.first_piece + i
+            exists = (i.signed < split.pieces) & (piece.signed < split.all_pieces)
+            at = ptx.offset(self.scales, self.tile * split.all_pieces + piece, 4)
+            scale = ptx.load_global_float_or_zero(at, ptx.select(exists, 1, 0))
+            with ptx.when(i.signed < split.pieces):
+                ptx.store_shared(self.own_scales + (i << 2), ptx.bits_of(scale))
 
     def multiply(self) -> None:
         """The tile's sums over this block's pieces, to shared memory."""
@@ -322,63 +319,63 @@ class Block:
         self.write_scales()
 
         def one_phase(number: Value, carry: list[Value]) -> list[Value]:
-            first = ptx.mul(number, split.phase)
+            first = number * split.phase
             ptx.block_barrier()  # the rows of the phase before are not needed any more
             self.write_rows(first)
             ptx.proxy_fence()
             ptx.block_barrier()
-            count = ptx.minimum(ptx.sub(split.pieces, first), split.phase)
+            count = ptx.min_s32(split.pieces - first, split.phase)
 
             def one_piece(i: Value, carry: list[Value]) -> list[Value]:
                 slot, *totals = carry
-                totals = self.add_piece(i, ptx.add(first, i), slot, totals)
-                self.copy_codes(ptx.add(first, i, split.in_flight), slot)
-                following = ptx.add(slot, 1)
-                return [ptx.select(ptx.compare("eq", following, split.in_flight), 0, following), *totals]
+                totals = self.add_piece(i, first + i, slot, totals)
+                self.copy_codes(first + i + split.in_flight, slot)
+                following = slot + 1
+                return [ptx.select(following.equals(split.in_flight), 0, following), *totals]
 
             return ptx.loop(count, carry, one_piece)
 
         _, *totals = ptx.loop(ptx.constant(split.phases), [ptx.constant(0), *[ptx.number(0.0)] * (columns // 2)], one_phase)
         for eight in range(columns // 8):
             for at in range(4):
-                row = ptx.add(ptx.shift_left(self.warp, 4), self.row_of_8, 8 * (at // 2))
-                column = ptx.add(ptx.shift_left(self.quad_lane, 1), 8 * eight + at % 2)
+                row = (self.warp << 4) + self.row_of_8 + 8 * (at // 2)
+                column = (self.quad_lane << 1) + (8 * eight + at % 2)
                 ptx.store_shared(self._sum_at(row, column), ptx.bits_of(totals[4 * eight + at]))
 
     def add_piece(self, of_phase: Value, i: Value, slot: Value, totals: list[Value]) -> list[Value]:
         """totals + the product of piece i, which is number `of_phase` of its phase, and whose codes are in `slot`."""
         columns = self.split.columns
         ptx.copies_done(self.split.in_flight - 1)
-        own_codes = ptx.add(self.own_codes, ptx.mul(slot, PIECE_BYTES))
-        codes = [ptx.load_shared_words(ptx.add(own_codes, 512 * quarter)) for quarter in range(4)]
-        scale = ptx.float_of(ptx.load_shared(ptx.add(self.own_scales, ptx.shift_left(i, 2))))
-        b = ptx.matrix(ptx.add(self.numbers, ptx.mul(of_phase, 2 * BLOCK * columns)))
+        own_codes = self.own_codes + slot * PIECE_BYTES
+        codes = [ptx.load_shared_words(own_codes + 512 * quarter) for quarter in range(4)]
+        scale = ptx.float_of(ptx.load_shared(self.own_scales + (i << 2)))
+        b = ptx.matrix(self.numbers + of_phase * (2 * BLOCK * columns))
         sums = ptx.multiply_codes(codes, b, BLOCK * columns, columns)
-        factors_at = ptx.add(self.factors, ptx.mul(of_phase, 4 * columns), ptx.shift_left(self.quad_lane, 3))
+        factors_at = self.factors + of_phase * (4 * columns) + (self.quad_lane << 3)
         new = []
         for eight in range(columns // 8):
-            factors = ptx.load_shared_floats(ptx.add(factors_at, 32 * eight))
+            factors = ptx.load_shared_floats(factors_at + 32 * eight)
             for at, factor in enumerate(factors * 2, 4 * eight):
                 # The product of a factor and a scale might be too small for a float32.
-                new.append(ptx.times_plus(ptx.times(sums[at], factor), scale, totals[at]))
+                new.append(ptx.fma(sums[at] * factor, scale, totals[at]))
         return new
 
     def _sum_at(self, row: Value, column: Value) -> Value:
-        return ptx.add(self.sums, ptx.shift_left(ptx.add(ptx.mul(column, SUMS_PITCH), row), 2))
+        return self.sums + ((column * SUMS_PITCH + row) << 2)
 
     def add_sums(self) -> None:
         """Adds the cluster's sums and writes this block's share of the tile's rows."""
         split = self.split
         share = TILE // split.cluster
         for start in range(0, share * split.rows, THREADS):
-            i = ptx.add(self.thread, start)
-            column, row = ptx.minimum(ptx.div(i, share), split.rows - 1), ptx.add(ptx.mul(self.rank, share), ptx.rem(i, share))
+            i = self.thread + start
+            column, row = ptx.min_s32(i // share, split.rows - 1), self.rank * share + i % share
             at = self._sum_at(row, column)
             if split.cluster > 1:
                 sums = [ptx.load_peer_float(ptx.peer_address(at, rank)) for rank in range(split.cluster)]
             else:
                 sums = [ptx.float_of(ptx.load_shared(at))]
-            output = ptx.add(ptx.mul(self.tile, TILE), row)
-            stores = ptx.both(ptx.compare("slt", i, share * split.rows), ptx.compare("slt", output, split.outputs))
+            output = self.tile * TILE + row
+            stores = (i.signed < share * split.rows) & (output.signed < split.outputs)
             target = ptx.offset(ptx.offset(self.out, column, 2 * split.outputs), output, 2)
-            ptx.store_global_bfloat16(target, ptx.plus(*sums), stores)
+            ptx.store_global_bfloat16(target, ptx.total(sums), stores)

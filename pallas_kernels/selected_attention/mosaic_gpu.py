@@ -105,7 +105,22 @@ def _forward(
     value_width = v.shape[3]
     tiles = s // TILE
 
-    def selected_attention_forward(q_ref, k_ref, v_ref, words_ref, seen_ref, out_ref, lse_ref, q_sm, lse_sm, barriers):
+    def selected_attention_forward(
+        # Input
+        q_ref,  # [B, S, H, D]
+        k_ref,  # [B, T, H, D]
+        v_ref,  # [B, T, H, V]
+        words_ref,  # [B, T / 32, S]
+        seen_ref,  # [S / TILE]
+        # Output
+        out_ref,  # [B, S, H, V]
+        lse_ref,  # [B, H, S]
+        # Scratch
+        q_sm,  # [WARPGROUPS, ROWS, D]
+        lse_sm,  # [WARPGROUPS, ROWS]
+        # Barriers
+        barriers,  # [WARPGROUPS]
+    ):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), _last_first("tile", tiles)
         group = lax.axis_index("warpgroup")
         rows = pl.ds(tile * TILE + group * ROWS, ROWS)
@@ -158,20 +173,24 @@ def _of_queries(q, k, v, words, seen, lse, delta, out_grad, scale: float, interp
     tiles = s // TILE
 
     def selected_attention_dq(
-        q_ref,
-        k_ref,
-        v_ref,
-        grad_ref,
-        words_ref,
-        seen_ref,
-        lse_ref,
-        delta_ref,
-        dq_ref,
-        q_sm,
-        grad_sm,
-        lse_sm,
-        delta_sm,
-        barriers,
+        # Input
+        q_ref,  # [B, S, H, D]
+        k_ref,  # [B, T, H, D]
+        v_ref,  # [B, T, H, V]
+        grad_ref,  # [B, S, H, V]
+        words_ref,  # [B, T / 32, S]
+        seen_ref,  # [S / TILE]
+        lse_ref,  # [B, H, S]
+        delta_ref,  # [B, H, S]
+        # Output
+        dq_ref,  # [B, S, H, D]
+        # Scratch
+        q_sm,  # [WARPGROUPS, ROWS, D]
+        grad_sm,  # [WARPGROUPS, ROWS, V]
+        lse_sm,  # [WARPGROUPS, ROWS]
+        delta_sm,  # [WARPGROUPS, ROWS]
+        # Barriers
+        barriers,  # [WARPGROUPS]
     ):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), _last_first("tile", tiles)
         group = lax.axis_index("warpgroup")
@@ -230,7 +249,23 @@ def _of_keys(q, k, v, words, seen, lse, delta, out_grad, scale: float, interpret
     t, value_width = k.shape[1], v.shape[3]
 
     def selected_attention_dkv(
-        q_ref, k_ref, v_ref, grad_ref, words_ref, first_ref, lse_ref, delta_ref, dk_ref, dv_ref, k_sm, v_sm, barriers
+        # Input
+        q_ref,  # [B, S, H, D]
+        k_ref,  # [B, T, H, D]
+        v_ref,  # [B, T, H, V]
+        grad_ref,  # [B, S, H, V]
+        words_ref,  # [B, T / 32, S]
+        first_ref,  # [T / TILE]
+        lse_ref,  # [B, H, S]
+        delta_ref,  # [B, H, S]
+        # Output
+        dk_ref,  # [B, T, H, D]
+        dv_ref,  # [B, T, H, V]
+        # Scratch
+        k_sm,  # [WARPGROUPS, ROWS, D]
+        v_sm,  # [WARPGROUPS, ROWS, V]
+        # Barriers
+        barriers,  # [WARPGROUPS]
     ):
         batch, head, tile = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile")
         group = lax.axis_index("warpgroup")

@@ -83,7 +83,8 @@ def unions_pay(indices: jax.Array, heads: int, keys: int, packed: int) -> jax.Ar
     Returns:
       [] bool, a function of the indices alone.
     """
-    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads, mosaic_gpu_union
+    from pallas_kernels.hopper.columns import KEYS
+    from pallas_kernels.sparse_mla import mosaic_gpu_union
 
     b, s, k = indices.shape
     of_batch_row = s // packed  # whole tiles
@@ -93,8 +94,8 @@ def unions_pay(indices: jax.Array, heads: int, keys: int, packed: int) -> jax.Ar
     lists = indices.reshape(b * s, k)[(first[:, None] + np.arange(packed)).reshape(-1)]
     tasks = Tasks(1, sampled * packed, heads, keys, pairs=-(-packed * k // PAIR), packed=packed)
     _, pairs = mosaic_gpu_union.unite(lists, tasks)
-    of_unions = jnp.sum(pairs) * (PAIR // mosaic_gpu_few_heads.KEYS)
-    return of_unions < UNION_PAYS * jnp.sum(blocks_to_visit(lists, mosaic_gpu_few_heads.KEYS))
+    of_unions = jnp.sum(pairs) * (PAIR // KEYS)
+    return of_unions < UNION_PAYS * jnp.sum(blocks_to_visit(lists, KEYS))
 
 
 def splits_of(tiles: int, pairs: int) -> int:
@@ -116,32 +117,36 @@ def _in_blocks(indices: jax.Array, size: int) -> jax.Array:
 
 def _one_by_one(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float) -> jax.Array:
     """`forward` for at most 32 heads, by the kernel of mosaic_gpu_few_heads.py."""
+    from pallas_kernels.hopper.columns import KEYS
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
+    from pallas_kernels.sparse_mla.mosaic_gpu_few_heads_tasks import Tasks as FewHeadsTasks
 
     (b, s, h, width), t = queries.shape, latents.shape[1]
-    lists = _in_blocks(indices.reshape(b * s, -1), mosaic_gpu_few_heads.KEYS)
-    blocks = lists.shape[1] // mosaic_gpu_few_heads.KEYS
+    lists = _in_blocks(indices.reshape(b * s, -1), KEYS)
+    blocks = lists.shape[1] // KEYS
     # A decode step has full lists or short contexts, and another kernel would cost more than it saves.
-    counts = blocks_to_visit(lists, mosaic_gpu_few_heads.KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
-    tasks = mosaic_gpu_few_heads.Tasks(b, s, h, t, blocks)
+    counts = blocks_to_visit(lists, KEYS) if s > 1 else jnp.full((b,), blocks, jnp.int32)
+    tasks = FewHeadsTasks(b, s, h, t, blocks)
     flat = queries.reshape(b * s * h, width), latents.reshape(b * t, width), lists, counts
     return mosaic_gpu_few_heads.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
 
 
 def _in_8_bits(queries: jax.Array, latents: quant.Latents, indices: jax.Array, *, scale: float) -> jax.Array:
     """`forward` for latents in 8 bits."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_scaled as kernel
+    from pallas_kernels.hopper.columns import KEYS
+    from pallas_kernels.sparse_mla import mosaic_gpu_scaled
+    from pallas_kernels.sparse_mla import mosaic_gpu_scaled_tasks as scaled
 
     (b, s, h, width), t = queries.shape, latents.shape[1]
-    lists = _in_blocks(indices.reshape(b * s, -1), kernel.KEYS)
-    blocks = lists.shape[1] // kernel.KEYS
-    splits = kernel.splits_of(b * s * -(-h // kernel.MAX_COLUMNS), blocks)
+    lists = _in_blocks(indices.reshape(b * s, -1), KEYS)
+    blocks = lists.shape[1] // KEYS
+    splits = scaled.splits_of(b * s * -(-h // scaled.MAX_COLUMNS), blocks)
     # A decode step has full lists or short contexts, and another kernel would cost more than it saves.
-    counts = blocks_to_visit(lists, kernel.KEYS) if s > 1 and splits == 1 else None
-    tasks = kernel.Tasks(b, s, h, t, blocks, splits)
+    counts = blocks_to_visit(lists, KEYS) if s > 1 and splits == 1 else None
+    tasks = scaled.Tasks(b, s, h, t, blocks, splits)
     codes, rotary, scales = (x.reshape(b * t, *x.shape[2:]) for x in (latents.codes, latents.rotary, latents.scales))
     flat = queries.reshape(b * s * h, width), codes, rotary, scales, lists, counts
-    return kernel.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
+    return mosaic_gpu_scaled.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
 
 
 def _in_tiles(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, packed: int) -> jax.Array:
@@ -177,14 +182,14 @@ def _in_tiles(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, sca
 
 def forward(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, scale: float, value_dim: int) -> jax.Array:
     """queries [B, S, H, 576], bfloat16 latents [B, T, 576] and indices [B, S, k] -> [B, S, H, 512] bfloat16."""
-    from pallas_kernels.sparse_mla import mosaic_gpu_few_heads
+    from pallas_kernels.sparse_mla.mosaic_gpu_few_heads_tasks import MAX_HEADS
 
     b, s, h, _ = queries.shape
     t, k = latents.shape[1], indices.shape[2]
     packed = queries_per_tile(b, s, padded_heads(h), t)
     in_tiles = functools.partial(_in_tiles, scale=scale, packed=packed)
     is_split = splits_of(b * s, -(-k // PAIR)) > 1
-    if h > mosaic_gpu_few_heads.MAX_HEADS or is_split:
+    if h > MAX_HEADS or is_split:
         return in_tiles(queries, latents, indices)
     one_by_one = functools.partial(_one_by_one, scale=scale)
     if packed == 1:

@@ -50,8 +50,19 @@ from pallas_kernels.hopper import ptx
 from pallas_kernels.hopper.tiles import BY_COLUMN, BY_ROW, TILED, WGMMA, by_column, by_row, filled
 from pallas_kernels.latents import ROTARY, VALUE_DIM
 from pallas_kernels.softmax import LAZY, LOG2E, MASKED, START
-from pallas_kernels.sparse_mla import mosaic_gpu_attention_rows as moving
-from pallas_kernels.sparse_mla.mosaic_gpu_attention_rows import SCALAR, Barriers
+from pallas_kernels.sparse_mla.mosaic_gpu_attention_rows import (
+    SCALAR,
+    Barriers,
+    arrive,
+    await_queries,
+    combine,
+    gather,
+    init_barriers,
+    load_queries,
+    pairs_of_list,
+    store_rows,
+    wait,
+)
 from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import OWNER_SHIFT, TILE, Tasks
 
 HALF = VALUE_DIM // 2  # value columns that a warpgroup owns
@@ -96,7 +107,7 @@ def _rescale(x: jax.Array, factors: jax.Array) -> jax.Array:
             ptx.i32(),
         )
         registers = list(x.registers.flat)
-        branch = scf.IfOp(ptx.compare("ne", voted, 0), [r.type for r in registers], has_else=True)
+        branch = scf.IfOp(voted.differs(0), [r.type for r in registers], has_else=True)
         with ir.InsertionPoint(branch.then_block):
             scf.YieldOp(list((x * factors.broadcast_in_dim(x.shape, (0,), x.layout)).registers.flat))
         with ir.InsertionPoint(branch.else_block):
@@ -165,7 +176,7 @@ class _Worker:
 
     def load_queries(self, task: Any, half: Any) -> None:
         refs, (row, rows, _) = self.refs, self._place(task)
-        moving.load_queries(
+        load_queries(
             refs.queries, refs.query_columns, refs.query_rotary, row, rows, half, through_registers=self.tasks.splits > 1
         )
 
@@ -180,8 +191,8 @@ class _Worker:
             pairs = refs.counts[which]
         else:
             share = tasks.pairs_per_task
-            pairs = share if tasks.splits > 1 else moving.pairs_of_list(refs.lists, which, share)
-        moving.await_queries(refs.barriers, index & 1)
+            pairs = share if tasks.splits > 1 else pairs_of_list(refs.lists, which, share)
+        await_queries(refs.barriers, index & 1)
 
         def load_next_queries():
             @pl.when(index + 1 < num_tasks)
@@ -197,13 +208,13 @@ class _Worker:
         total = total + plgpu.load(refs.stats.at[1, 1 - warpgroup], layout=BY_ROW)
         o = o * by_row(jnp.where(total > 0, 1.0 / total, 0.0), HALF)
         if tasks.splits == 1:
-            moving.store_rows(o, refs.out, row, rows, warpgroup)
+            store_rows(o, refs.out, row, rows, warpgroup)
         else:  # other blocks read the result in the place of the queries, which both are done with now
             refs.query_columns[warpgroup] = o.astype(jnp.bfloat16)
             refs.stats[2, warpgroup] = jnp.where(total > 0, top + jnp.log2(total), START)
             plgpu.commit_smem()
             logs, split = refs.stats.at[2, warpgroup], task % tasks.splits
-            moving.combine(refs.query_columns, logs, refs.out, tasks, row, rows, split, warpgroup)
+            combine(refs.query_columns, logs, refs.out, tasks, row, rows, split, warpgroup)
         return visited + pairs
 
     def _place(self, task: Any) -> tuple[Any, Any, Any]:
@@ -338,10 +349,10 @@ class _Worker:
         return o
 
     def _wait(self, which: Callable[..., Any], *index: Any, parity: Any, fence: bool = False) -> None:
-        moving.wait(self.refs.barriers, which, *index, parity=parity, fence=fence)
+        wait(self.refs.barriers, which, *index, parity=parity, fence=fence)
 
     def _arrive(self, which: Callable[..., Any], *index: Any, fence: bool = False) -> None:
-        moving.arrive(self.refs.barriers, which, *index, fence=fence)
+        arrive(self.refs.barriers, which, *index, fence=fence)
 
 
 _LOGITS, _VALUES = plgpu.ACC((TILE, TILE), jnp.float32), plgpu.ACC((TILE, HALF), jnp.float32)
@@ -383,12 +394,12 @@ def attend(
         if splits > 1:
             block = block * splits + jax.lax.axis_index("split")
         num_tasks = (tasks.count - block + blocks - 1) // blocks
-        moving.init_barriers(refs.barriers)
+        init_barriers(refs.barriers)
 
         @pl.when(warpgroup == 2)
         def _():
             plgpu.set_max_registers(REGISTERS.helper, action="decrease")
-            moving.gather(tasks, refs, block, jnp.int32(num_tasks), copies=leave_out != "gather")
+            gather(tasks, refs, block, jnp.int32(num_tasks), copies=leave_out != "gather")
 
         @pl.when(warpgroup < 2)
         def _():

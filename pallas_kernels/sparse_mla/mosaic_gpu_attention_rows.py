@@ -39,29 +39,29 @@ class Barriers:
 
     WORDS: ClassVar[int] = 32
 
-    base: ptx.Value
+    base: ptx.Word
 
     @staticmethod
-    def of(ref: ptx.Value) -> Barriers:
+    def of(ref: Any) -> Barriers:
         return Barriers(ptx.shared_address(ref))
 
-    def full(self, slot: ptx.Value | int, half: ptx.Value | int) -> ptx.Value:
+    def full(self, slot: ptx.Word | int, half: ptx.Word | int) -> ptx.Word:
         """Latents were gathered: an arrival of every gathering thread after its copies."""
         return self._at(0, (slot, 4), (half, 3))
 
-    def empty(self, slot: ptx.Value | int, half: ptx.Value | int) -> ptx.Value:
+    def empty(self, slot: ptx.Word | int, half: ptx.Word | int) -> ptx.Word:
         """Half of a slot may be overwritten, with what belongs to it: an arrival of every thread of the half's warpgroup."""
         return self._at(32, (slot, 4), (half, 3))
 
-    def mask_ready(self, slot: ptx.Value | int) -> ptx.Value:
+    def mask_ready(self, slot: ptx.Word | int) -> ptx.Word:
         """An arrival of the gathering threads that hold entries."""
         return self._at(64, (slot, 3))
 
-    def queries_ready(self) -> ptx.Value:
+    def queries_ready(self) -> ptx.Word:
         """An arrival of every computing thread."""
         return self._at(80)
 
-    def p_ready(self, slot: ptx.Value | int) -> ptx.Value:
+    def p_ready(self, slot: ptx.Word | int) -> ptx.Word:
         """The softmax weights of a block: an arrival of every thread of the slot's warpgroup."""
         return self._at(88, (slot, 3))
 
@@ -75,13 +75,15 @@ class Barriers:
             ptx.barrier_init(self.p_ready(slot), 128)
         ptx.barrier_init(self.queries_ready(), 256)
 
-    def _at(self, first: int, *indices: tuple[ptx.Value | int, int]) -> ptx.Value:
+    def _at(self, first: int, *indices: tuple[ptx.Word | int, int]) -> ptx.Word:
         """`indices` are (number, shift by which it becomes bytes)."""
         numbers = [index << shift for index, shift in indices if isinstance(index, int)]
         if len(numbers) == len(indices):
-            return ptx.add(self.base, first + sum(numbers))
-        start = ptx.add(self.base, first)
-        return ptx.add(start, *(ptx.shift_left(index, shift) for index, shift in indices))
+            return self.base + (first + sum(numbers))
+        at = self.base + first
+        for index, shift in indices:
+            at = at + (index << shift)
+        return at
 
 
 def init_barriers(barriers: Any) -> None:
@@ -90,7 +92,7 @@ def init_barriers(barriers: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def init(ctx, barriers):
         named = Barriers.of(barriers)
-        with ptx.when(ptx.compare("eq", ptx.thread(), 0)):
+        with ptx.when(ptx.thread().equals(0)):
             named.init()
             ptx.barrier_init_done()
         ptx.block_barrier()
@@ -98,7 +100,7 @@ def init_barriers(barriers: Any) -> None:
     init(barriers)
 
 
-def wait(barriers: Any, which: Callable[..., ptx.Value], *index: Any, parity: Any, fence: bool = False) -> None:
+def wait(barriers: Any, which: Callable[..., ptx.Word], *index: Any, parity: Any, fence: bool = False) -> None:
     """A computing warpgroup waits for a barrier, such as Barriers.full, slot, half.
 
     fence: what cp.async wrote reaches wgmma, which reads through another proxy, after one.
@@ -114,7 +116,7 @@ def wait(barriers: Any, which: Callable[..., ptx.Value], *index: Any, parity: An
     run(barriers, *index, parity)
 
 
-def arrive(barriers: Any, which: Callable[..., ptx.Value], *index: Any, fence: bool = False) -> None:
+def arrive(barriers: Any, which: Callable[..., ptx.Word], *index: Any, fence: bool = False) -> None:
     """Every thread of a computing warpgroup arrives.
 
     racecheck does not see that one arrival a warp, after a warp barrier, stands for the other lanes.
@@ -131,11 +133,11 @@ def arrive(barriers: Any, which: Callable[..., ptx.Value], *index: Any, fence: b
     run(barriers, *index)
 
 
-def _pairs_to_visit(lists: ptx.Value, which: ptx.Value, pairs: int) -> ptx.Value:
+def _pairs_to_visit(lists: Any, which: ptx.Word, pairs: int) -> ptx.Word:
     """Pairs of key blocks of a list up to the last one with an entry that is set, at least 1: a warpgroup looks together."""
     thread = ptx.thread()
-    at = ptx.offset(ptx.global_address(lists), ptx.add(ptx.mul(which, pairs), pairs - 1), 4 * PAIR)
-    at = ptx.offset(at, ptx.bit_and(thread, 127), 4)
+    at = ptx.offset(ptx.global_address(lists), which * pairs + (pairs - 1), 4 * PAIR)
+    at = ptx.offset(at, thread & 127, 4)
     # The shuffle tells the compiler that the number is the same in a warp; loops over wgmma would be very slow without it.
     return ptx.asm(
         "{\n.reg .pred p;\n.reg .b32 entry, id, n;\n.reg .b64 a;\n"
@@ -161,15 +163,15 @@ def pairs_of_list(lists: Any, which: Any, pairs: int) -> jax.Array:
     return find(lists, which)
 
 
-def _line(thread: ptx.Value) -> tuple[ptx.Value, ptx.Value, ptx.Value]:
+def _line(thread: ptx.Word) -> tuple[ptx.Word, ptx.Word, ptx.Word]:
     """(16-byte chunk of a 128-byte line, row, row & 7) of a thread of a warpgroup whose 8 lanes take a row, 16 rows at once."""
-    chunk, row = ptx.bit_and(thread, 7), ptx.shift_right(thread, 3)
-    return chunk, row, ptx.bit_and(row, 7)
+    chunk, row = thread & 7, thread >> 3
+    return chunk, row, row & 7
 
 
-def _in_line(row_in_tile: ptx.Value, chunk: ptx.Value) -> ptx.Value:
+def _in_line(row_in_tile: ptx.Word, chunk: ptx.Word) -> ptx.Word:
     """Where a chunk of a row is in its tile of 8 rows of 128 bytes, which wgmma reads swizzled."""
-    return ptx.add(ptx.shift_left(row_in_tile, 7), ptx.shift_left(ptx.bit_xor(chunk, row_in_tile), 4))
+    return (row_in_tile << 7) + ((chunk ^ row_in_tile) << 4)
 
 
 # ---- latents
@@ -179,28 +181,28 @@ def _in_line(row_in_tile: ptx.Value, chunk: ptx.Value) -> ptx.Value:
 class _Rows:
     """How the gathering warpgroup moves latents: cp.async, so that nothing waits for them in registers."""
 
-    source: ptx.Value  # of the batch row, at this thread's chunk
-    to_columns: ptx.Value
-    to_rotary: ptx.Value
+    source: ptx.Address  # of the batch row, at this thread's chunk
+    to_columns: ptx.Word
+    to_rotary: ptx.Word
 
     @staticmethod
-    def place(latents: ptx.Value, columns: ptx.Value, rotary: ptx.Value, batch: ptx.Value, keys: int) -> _Rows:
-        chunk, row, in_tile = _line(ptx.bit_and(ptx.thread(), 127))
-        tile, swizzled = ptx.shift_right(row, 3), _in_line(in_tile, chunk)
+    def place(latents: Any, columns: Any, rotary: Any, batch: ptx.Word, keys: int) -> _Rows:
+        chunk, row, in_tile = _line(ptx.thread() & 127)
+        tile, swizzled = row >> 3, _in_line(in_tile, chunk)
         return _Rows(
             ptx.offset(ptx.offset(ptx.global_address(latents), chunk, 16), batch, keys * ROW_BYTES),
-            ptx.add(ptx.shared_address(columns), ptx.shift_left(tile, 12), swizzled),  # 8 rows of a half: 4 KB
-            ptx.add(ptx.shared_address(rotary), ptx.shift_left(tile, 10), swizzled),
+            ptx.shared_address(columns) + (tile << 12) + swizzled,  # 8 rows of a half: 4 KB
+            ptx.shared_address(rotary) + (tile << 10) + swizzled,
         )
 
-    def copy(self, rows: Sequence[tuple[ptx.Value, ptx.Value]], slot: int, half: int, with_rotary: bool) -> None:
+    def copy(self, rows: Sequence[tuple[ptx.Word, ptx.Word]], slot: int, half: int, with_rotary: bool) -> None:
         """rows: four of (latent row, 1 if it counts else 0)."""
         for i, (key, used) in enumerate(rows):
-            source, size = ptx.offset(self.source, key, ROW_BYTES), ptx.shift_left(used, 4)
-            target = ptx.add(self.to_columns, (slot * 2 + half) * HALF + i * 2 * HALF_TILE)
+            source, size = ptx.offset(self.source, key, ROW_BYTES), used << 4
+            target = self.to_columns + ((slot * 2 + half) * HALF + i * 2 * HALF_TILE)
             ptx.copy_async(target, ptx.offset(source, ptx.constant(half), HALF_ROW_BYTES), size, 4, 1024, 128)
             if with_rotary:
-                target = ptx.add(self.to_rotary, slot * ROTARY_PART + i * 2 * ROTARY_TILE)
+                target = self.to_rotary + (slot * ROTARY_PART + i * 2 * ROTARY_TILE)
                 ptx.copy_async(target, ptx.offset(source, ptx.constant(1), 2 * VALUE_DIM), size, 1, 0, 0)
 
 
@@ -210,31 +212,31 @@ class _Gatherer:
 
     tasks: Tasks
     copies: bool  # False leaves the copies out
-    latents: ptx.Value
-    lists: ptx.Value
-    counts: ptx.Value | None
-    columns: ptx.Value
-    rotary: ptx.Value
+    latents: Any
+    lists: Any
+    counts: Any
+    columns: Any
+    rotary: Any
     barriers: Barriers
-    to_marks: ptx.Value
-    holds_entries: ptx.Value
-    from_lists: ptx.Value  # at this thread's row
+    to_marks: ptx.Word
+    holds_entries: ptx.Predicate
+    from_lists: ptx.Address  # at this thread's row
 
     @staticmethod
     def of(tasks: Tasks, copies: bool, latents, lists, columns, rotary, marks, barriers, counts=None) -> _Gatherer:
         named = Barriers.of(barriers)
-        chunk, row, _ = _line(ptx.bit_and(ptx.thread(), 127))
-        to_marks = ptx.add(ptx.shared_address(marks), ptx.shift_left(row, 2))
-        holds_entries = ptx.compare("eq", chunk, 0)
+        chunk, row, _ = _line(ptx.thread() & 127)
+        to_marks = ptx.shared_address(marks) + (row << 2)
+        holds_entries = chunk.equals(0)
         from_lists = ptx.offset(ptx.global_address(lists), row, 4)
         return _Gatherer(tasks, copies, latents, lists, counts, columns, rotary, named, to_marks, holds_entries, from_lists)
 
-    def task(self, task: ptx.Value, carry: list[ptx.Value]) -> list[ptx.Value]:
+    def task(self, task: ptx.Word, carry: list[Any]) -> list[Any]:
         """All latents of a task. The carry is how many pairs of key blocks were gathered."""
         tasks, per_task = self.tasks, self.tasks.pairs_per_task
-        tile, split = ptx.div(task, tasks.splits), ptx.rem(task, tasks.splits)
-        which = ptx.div(tile, tasks.tiles_per_list)
-        batch = ptx.div(tile, tasks.tiles_per_batch)
+        tile, split = task // tasks.splits, task % tasks.splits
+        which = tile // tasks.tiles_per_list
+        batch = tile // tasks.tiles_per_batch
         rows = _Rows.place(self.latents, self.columns, self.rotary, batch, tasks.keys)
         entries_at = ptx.offset(ptx.offset(self.from_lists, which, 4 * PAIR * tasks.pairs), split, 4 * PAIR * per_task)
         first = self._entries(entries_at, ptx.constant(0))  # comes while the list's end is looked at
@@ -245,29 +247,29 @@ class _Gatherer:
 
         def step(pair, carry):
             done, *current = carry
-            following = self._entries(entries_at, ptx.minimum(ptx.add(pair, 1), ptx.sub(pairs, 1)))
-            self._fill(rows, current, ptx.bit_xor(ptx.bit_and(done, 1), 1))
-            return [ptx.add(done, 1), *following]
+            following = self._entries(entries_at, ptx.min_s32(pair + 1, pairs - 1))
+            self._fill(rows, current, (done & 1) ^ 1)
+            return [done + 1, *following]
 
         return ptx.loop(pairs, [carry[0], *first], step)[:1]
 
-    def _entries(self, at: ptx.Value, pair: ptx.Value) -> list[ptx.Value]:
+    def _entries(self, at: ptx.Address, pair: ptx.Word) -> list[Any]:
         """This thread's 8 of a pair."""
         at = ptx.offset(at, pair, 4 * PAIR)
         return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(8)]
 
-    def _read(self, entry: ptx.Value) -> tuple[tuple[ptx.Value, ptx.Value], ptx.Value]:
+    def _read(self, entry: ptx.Word) -> tuple[tuple[ptx.Word, ptx.Word], ptx.Word]:
         """((latent row, 1 if it counts else 0), mark) of an entry."""
         if self.tasks.packed > 1:
-            used = ptx.compare("ne", ptx.shift_right(entry, OWNER_SHIFT), 0)
-            key, mark = ptx.bit_and(entry, (1 << OWNER_SHIFT) - 1), entry
+            used = (entry >> OWNER_SHIFT).differs(0)
+            key, mark = entry & ((1 << OWNER_SHIFT) - 1), entry
         else:
-            used = ptx.compare("sge", entry, 0)
-            key = ptx.minimum(ptx.maximum(entry, 0), self.tasks.keys - 1)
+            used = entry.signed >= 0
+            key = ptx.min_s32(ptx.max_s32(entry, 0), self.tasks.keys - 1)
             mark = ptx.select(used, 0, int(np.float32(MASKED).view(np.int32)))
         return (key, ptx.select(used, 1, 0)), mark
 
-    def _fill(self, rows: _Rows, entries: Sequence[ptx.Value], parity: ptx.Value) -> None:
+    def _fill(self, rows: _Rows, entries: Sequence[ptx.Word], parity: ptx.Word) -> None:
         """Fills both slots by the entries of a pair.
 
         In the order in which the computing warpgroups need the halves. With the first half of a slot to become free, its
@@ -279,7 +281,7 @@ class _Gatherer:
             if slot == half:
                 with ptx.when(self.holds_entries):
                     for i in range(4):
-                        ptx.store_shared(ptx.add(self.to_marks, 4 * TILE * slot + 64 * i), labels[4 * slot + i])
+                        ptx.store_shared(self.to_marks + (4 * TILE * slot + 64 * i), labels[4 * slot + i])
                 ptx.barrier_arrive(self.barriers.mask_ready(slot), self.holds_entries)
             full = self.barriers.full(slot, half)
             if self.copies:
@@ -297,7 +299,7 @@ def gather(tasks: Tasks, refs: Any, block: Any, num_tasks: Any, *, copies: bool)
         gatherer, block = _Gatherer.of(tasks, copies, *refs), ptx.scalar(block)
 
         def task(i, carry):
-            return gatherer.task(ptx.add(block, ptx.mul(i, tasks.blocks)), carry)
+            return gatherer.task(block + i * tasks.blocks, carry)
 
         ptx.loop(ptx.scalar(num_tasks), [ptx.constant(0)], task)
         ptx.copies_done()
@@ -322,42 +324,42 @@ def load_queries(queries: Any, columns: Any, rotary: Any, row: Any, rows: Any, h
     @plgpu.inline_mgpu(arg_types=(_REF, _TILED_REF, _TILED_REF, SCALAR, SCALAR, SCALAR))
     def load(ctx, queries, columns, rotary, row, rows, half):
         # Else all these addresses are kept in registers through the loop over a list, at whose end the next tile is loaded.
-        thread, half = ptx.bit_and(ptx.opaque(ptx.thread()), 127), ptx.scalar(half)
+        thread, half = ptx.opaque(ptx.thread()) & 127, ptx.scalar(half)
         chunk, line, in_tile = _line(thread)
-        tile, swizzled = ptx.shift_right(line, 3), _in_line(in_tile, chunk)
+        tile, swizzled = line >> 3, _in_line(in_tile, chunk)
         source = ptx.offset(ptx.offset(ptx.global_address(queries), ptx.scalar(row), ROW_BYTES), chunk, 16)
 
         def place(here):
             """(address, 1 if it counts else 0) of a row; one that does not is not read, but its address is of the array."""
-            counts = ptx.select(ptx.compare("slt", here, ptx.scalar(rows)), 1, 0)
-            return ptx.offset(source, ptx.select(ptx.compare("ne", counts, 0), here, 0), ROW_BYTES), counts
+            counts = ptx.select(here.signed < ptx.scalar(rows), 1, 0)
+            return ptx.offset(source, ptx.select(counts.differs(0), here, 0), ROW_BYTES), counts
 
         runs = []  # (target, source, 1 if it counts else 0, pieces of 16 bytes), the pieces 1024 and 128 bytes apart
-        to_columns = ptx.add(ptx.shared_address(columns), ptx.shift_left(half, 15), ptx.shift_left(tile, 12), swizzled)
+        to_columns = ptx.shared_address(columns) + (half << 15) + (tile << 12) + swizzled
         for i in range(4):
-            at, counts = place(ptx.add(line, 16 * i))
-            runs.append((ptx.add(to_columns, 2 * HALF_TILE * i), ptx.offset(at, half, HALF_ROW_BYTES), counts, 4))
-        to_rotary = ptx.add(ptx.shared_address(rotary), ptx.shift_left(half, 12), ptx.shift_left(tile, 10), swizzled)
+            at, counts = place(line + 16 * i)
+            runs.append((to_columns + 2 * HALF_TILE * i, ptx.offset(at, half, HALF_ROW_BYTES), counts, 4))
+        to_rotary = ptx.shared_address(rotary) + (half << 12) + (tile << 10) + swizzled
         for i in range(2):
-            at, counts = place(ptx.add(line, ptx.shift_left(half, 5), 16 * i))
-            runs.append((ptx.add(to_rotary, 2 * ROTARY_TILE * i), ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM), counts, 1))
+            at, counts = place(line + (half << 5) + 16 * i)
+            runs.append((to_rotary + 2 * ROTARY_TILE * i, ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM), counts, 1))
 
         if through_registers:
             _copy_through_registers(runs)
         else:
             for target, at, counts, pieces in runs:
-                ptx.copy_async(target, at, ptx.shift_left(counts, 4), pieces, 1024, 128)
+                ptx.copy_async(target, at, counts << 4, pieces, 1024, 128)
 
     load(queries, columns, rotary, row, rows, half)
 
 
-def _copy_through_registers(runs: Sequence[tuple[ptx.Value, ptx.Value, ptx.Value, int]]) -> None:
+def _copy_through_registers(runs: Sequence[tuple[ptx.Word, ptx.Address, ptx.Word, int]]) -> None:
     """As ptx.copy_async: all of it is under way before the first is stored."""
     loaded = []
     for target, at, counts, pieces in runs:
         for i in range(pieces):
-            words = ptx.load_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts, 4)
-            loaded.append((ptx.add(target, 1024 * i), words))
+            words = ptx.load_global_words_or_zeros(ptx.offset(at, ptx.constant(i), 128), counts, 4)
+            loaded.append((target + 1024 * i, words))
     for target, words in loaded:
         ptx.store_shared_words(target, words)
 
@@ -389,13 +391,13 @@ def store_rows(values: jax.Array, out: Any, row: Any, rows: Any, column: Any) ->
     @plgpu.inline_mgpu(arg_types=(WGMMA, _REF, SCALAR, SCALAR, SCALAR))
     def store(ctx, values, out, row, rows, column):
         by_column_tile = values.registers.reshape(VALUE_DIM // 16, 2)
-        thread = ptx.bit_and(ptx.thread(), 127)
-        lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
+        thread = ptx.thread() & 127
+        lane, warp = thread & 31, thread >> 5
         to = ptx.offset(ptx.global_address(out), ptx.scalar(row), 2 * VALUE_DIM)
-        to = ptx.offset(ptx.offset(to, ptx.scalar(column), HALF_ROW_BYTES), ptx.bit_and(lane, 3), 16)
+        to = ptx.offset(ptx.offset(to, ptx.scalar(column), HALF_ROW_BYTES), lane & 3, 16)
         for half in range(2):
-            here = ptx.add(ptx.shift_left(warp, 4), ptx.shift_right(lane, 2), 8 * half)
-            inside, line = ptx.compare("slt", here, ptx.scalar(rows)), ptx.offset(to, here, 2 * VALUE_DIM)
+            here = (warp << 4) + (lane >> 2) + 8 * half
+            inside, line = here.signed < ptx.scalar(rows), ptx.offset(to, here, 2 * VALUE_DIM)
             for first in range(0, VALUE_DIM // 16, 4):
                 words = []
                 for pair in by_column_tile[first : first + 4, half]:
@@ -416,41 +418,38 @@ def combine(staged: Any, sums: Any, out: Any, tasks: Tasks, row: Any, rows: Any,
     @plgpu.inline_mgpu(arg_types=(_TILED_REF, _REF, _REF, SCALAR, SCALAR, SCALAR, SCALAR))
     def run(ctx, staged, sums, out, row, rows, split, warpgroup):
         ptx.cluster_barrier()
-        thread = ptx.add(ptx.bit_and(ptx.thread(), 127), ptx.shift_left(ptx.scalar(warpgroup), 7))
+        thread = (ptx.thread() & 127) + (ptx.scalar(warpgroup) << 7)
         parts_at, sums_at = ptx.shared_address(staged), ptx.shared_address(sums)
         to = ptx.offset(ptx.global_address(out), ptx.scalar(row), 2 * VALUE_DIM)
         for i in range(-(-share // 4)):  # 256 threads take 4 rows of 64 chunks of 16 bytes at a time
-            within = ptx.add(ptx.shift_right(thread, 6), 4 * i)
-            chunk = ptx.bit_and(thread, 63)
-            here = ptx.minimum(ptx.add(ptx.mul(ptx.scalar(split), share), within), TILE - 1)
-            words = _combined_words(
-                tasks.splits, _staged_chunk(parts_at, here, chunk), ptx.add(sums_at, ptx.shift_left(here, 2))
-            )
-            counts = ptx.bit_and(
-                ptx.select(ptx.compare("slt", within, share), 1, 0),
-                ptx.select(ptx.compare("slt", ptx.add(ptx.mul(ptx.scalar(split), share), within), ptx.scalar(rows)), 1, 0),
+            within = (thread >> 6) + 4 * i
+            chunk = thread & 63
+            here = ptx.min_s32(ptx.scalar(split) * share + within, TILE - 1)
+            words = _combined_words(tasks.splits, _staged_chunk(parts_at, here, chunk), sums_at + (here << 2))
+            counts = ptx.select(within.signed < share, 1, 0) & ptx.select(
+                (ptx.scalar(split) * share + within).signed < ptx.scalar(rows), 1, 0
             )
             target = ptx.offset(ptx.offset(to, here, 2 * VALUE_DIM), chunk, 16)
-            ptx.store_global_words(target, words, ptx.compare("ne", counts, 0))
+            ptx.store_global_words(target, words, counts.differs(0))
         ptx.cluster_barrier()  # no block leaves while others read its memory
 
     run(staged, sums, out, row, rows, split, warpgroup)
 
 
-def _staged_chunk(staged: ptx.Value, row: ptx.Value, chunk: ptx.Value) -> ptx.Value:
+def _staged_chunk(staged: ptx.Word, row: ptx.Word, chunk: ptx.Word) -> ptx.Word:
     """The address of 16 bytes, of 64, of a row of a staged result."""
-    line, column_tile = ptx.bit_and(row, 7), ptx.shift_right(chunk, 3)
-    return ptx.add(
-        staged,
-        ptx.shift_left(ptx.shift_right(column_tile, 2), 15),
-        ptx.shift_left(ptx.shift_right(row, 3), 12),
-        ptx.shift_left(ptx.bit_and(column_tile, 3), 10),
-        ptx.shift_left(line, 7),
-        ptx.shift_left(ptx.bit_xor(ptx.bit_and(chunk, 7), line), 4),
+    line, column_tile = row & 7, chunk >> 3
+    return (
+        staged
+        + ((column_tile >> 2) << 15)
+        + ((row >> 3) << 12)
+        + ((column_tile & 3) << 10)
+        + (line << 7)
+        + (((chunk & 7) ^ line) << 4)
     )
 
 
-def _combined_words(splits: int, part: ptx.Value, log: ptx.Value) -> list[ptx.Value]:
+def _combined_words(splits: int, part: ptx.Word, log: ptx.Word) -> list[Any]:
     """8 numbers of all blocks' results, weighed by their sums of weights; part and log are addresses in this block."""
     logs = [ptx.load_peer_float(ptx.peer_address(log, peer)) for peer in range(splits)]
     parts = [ptx.load_peer_words(ptx.peer_address(part, peer)) for peer in range(splits)]

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -38,13 +37,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
 from pallas_kernels.hopper import ptx
 from pallas_kernels.hopper.columns import (
     KEYS,
     MAXIMA_BARRIER,
     PIECE,
-    SHARED_BYTES,
     Buffers,
     ColumnSoftmax,
     Ring,
@@ -56,80 +53,19 @@ from pallas_kernels.hopper.columns import (
 )
 from pallas_kernels.latents import VALUE_DIM, WIDTH
 from pallas_kernels.softmax import LOG2E, MASKED, START
+from pallas_kernels.sparse_mla.mosaic_gpu_few_heads_tasks import (
+    ROW_BYTES,
+    UNIT,
+    UNIT_PIECES,
+    UNITS,
+    Memory,
+    Tasks,
+)
 
-ROW_BYTES = 2 * WIDTH
-MAX_HEADS = 32
-UNIT_PIECES = 2  # 128 bytes wide pieces of a unit
-UNITS = VALUE_DIM // (64 * UNIT_PIECES)  # of a key block
-UNIT = UNIT_PIECES * PIECE
-MAX_UNITS = 3 * UNITS - 1  # of the ring: `Memory` says why
 TILES = VALUE_DIM // 64  # of 64 value columns
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
-Values = list[ptx.Value]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tasks:
-    """B x S queries of H heads over T keys each, with lists of `blocks` key blocks."""
-
-    batch: int
-    queries: int
-    heads: int
-    keys: int
-    blocks: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.heads <= MAX_HEADS:
-            raise ValueError(f"between 1 and {MAX_HEADS} heads fit, not {self.heads}")
-
-    @property
-    def columns(self) -> int:
-        return -(-self.heads // 8) * 8
-
-    @property
-    def count(self) -> int:
-        return self.batch * self.queries
-
-    @property
-    def grid(self) -> int:
-        return min(hopper.NUM_SMS, self.count)
-
-    def of_block(self, block: ptx.Value) -> ptx.Value:
-        """How many tasks a block of the grid has: `block`, `block` + grid, ..."""
-        return ptx.div(ptx.sub(self.count + self.grid - 1, block), self.grid)
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Where things are in shared memory, in bytes. Matrices come first and are tiles of 8 lines of 128 bytes.
-
-    ring: how many units there are. Few enough for two buffers of rotary columns: when the gathering warpgroup fills the last
-    unit of block b + 2, the first one of block b or a later one is free, so the logits of b have been made.
-    """
-
-    columns: int
-    ring: int
-    units: int  # [ring][UNIT]
-    rotary: int  # [2][PIECE]
-    queries: int  # [9][columns][64] bfloat16
-    weights: int  # [2][columns][64] bfloat16
-    factors: int  # [2][columns] float32
-    sums: int  # [2][4 warps][columns] float32
-    maxima: int  # [4 warps][columns] float32
-    raised: int  # [2], whether factors are to be applied
-    full: int  # barriers
-    empty: int
-    p_ready: int
-    p_free: int
-    end: int
-
-    @staticmethod
-    def of(columns: int) -> Memory:
-        row, barriers = 4 * columns, 8 * MAX_UNITS
-        rest = [2 * PIECE, ROW_BYTES * columns, 2 * 128 * columns, 2 * row, 8 * row, 4 * row, 8, barriers, barriers, 16, 16]
-        ring = min((SHARED_BYTES - sum(rest)) // UNIT, MAX_UNITS)
-        return Memory(columns, ring, *itertools.accumulate([0, ring * UNIT, *rest]))
+Values = list[Any]  # registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,34 +73,34 @@ class _Shared:
     """The addresses of what is in shared memory."""
 
     memory: Memory
-    base: ptx.Value
+    base: ptx.Word
 
     @staticmethod
-    def of(memory: Memory, ref: ptx.Value) -> _Shared:
+    def of(memory: Memory, ref: Any) -> _Shared:
         return _Shared(memory, ptx.shared_address(ref))
 
     @property
     def buffers(self) -> Buffers:
         return Buffers(self.memory, self.base)
 
-    def unit(self, ring: Ring) -> ptx.Value:
-        return ptx.add(ptx.add(self.base, ptx.mul(ring.place, UNIT)), self.memory.units)
+    def unit(self, ring: Ring) -> ptx.Word:
+        return self.base + ring.place * UNIT + self.memory.units
 
-    def rotary(self, buffer: ptx.Value) -> ptx.Value:
-        return ptx.add(self.base, self.memory.rotary, ptx.mul(buffer, PIECE))
+    def rotary(self, buffer: ptx.Word) -> ptx.Word:
+        return self.base + self.memory.rotary + buffer * PIECE
 
-    def full(self, ring: Ring) -> ptx.Value:
+    def full(self, ring: Ring) -> ptx.Word:
         """An arrival of every gathering thread after its copies."""
-        return ptx.add(self.base, self.memory.full, ptx.shift_left(ring.place, 3))
+        return self.base + self.memory.full + (ring.place << 3)
 
-    def empty(self, ring: Ring) -> ptx.Value:
+    def empty(self, ring: Ring) -> ptx.Word:
         """An arrival of every thread of the values' warpgroup after its products."""
-        return ptx.add(self.base, self.memory.empty, ptx.shift_left(ring.place, 3))
+        return self.base + self.memory.empty + (ring.place << 3)
 
     def init_barriers(self) -> None:
         for i in range(self.memory.ring):
-            ptx.barrier_init(ptx.add(self.base, self.memory.full + 8 * i), 128)
-            ptx.barrier_init(ptx.add(self.base, self.memory.empty + 8 * i), 128)
+            ptx.barrier_init(self.base + (self.memory.full + 8 * i), 128)
+            ptx.barrier_init(self.base + (self.memory.empty + 8 * i), 128)
         self.buffers.init(consumers=128)
 
 
@@ -172,7 +108,7 @@ def _init_barriers(memory: Memory, scratch: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def init(ctx, scratch):
         shared = _Shared.of(memory, scratch)
-        with ptx.when(ptx.compare("eq", ptx.thread(), 0)):
+        with ptx.when(ptx.thread().equals(0)):
             shared.init_barriers()
             ptx.barrier_init_done()
         ptx.block_barrier()
@@ -189,69 +125,69 @@ class _Gatherer:
 
     tasks: Tasks
     shared: _Shared
-    to: ptx.Value  # this thread's chunk of a tile, from the start of shared memory
-    source: ptx.Value  # the same of the latents
-    own_entry: ptx.Value
-    counts: ptx.Value
+    to: ptx.Word  # this thread's chunk of a tile, from the start of shared memory
+    source: ptx.Address  # the same of the latents
+    own_entry: ptx.Address
+    counts: ptx.Address
 
     @staticmethod
-    def of(tasks: Tasks, memory: Memory, latents: ptx.Value, lists: ptx.Value, counts: ptx.Value, scratch) -> _Gatherer:
+    def of(tasks: Tasks, memory: Memory, latents, lists, counts, scratch) -> _Gatherer:
         shared = _Shared.of(memory, scratch)
-        chunk, row = copied_line(ptx.bit_and(ptx.thread(), 127))
-        to = ptx.add(shared.base, in_tiles(row, chunk))
+        chunk, row = copied_line(ptx.thread() & 127)
+        to = shared.base + in_tiles(row, chunk)
         source = ptx.offset(ptx.global_address(latents), chunk, 16)
         own_entry = ptx.offset(ptx.global_address(lists), row, 4)
         return _Gatherer(tasks, shared, to, source, own_entry, ptx.global_address(counts))
 
-    def run(self, block: ptx.Value) -> None:
+    def run(self, block: ptx.Word) -> None:
         num_tasks = self.tasks.of_block(block)
         first = ptx.load_global(ptx.offset(self.counts, block, 4))
         start = Ring.start(self.shared.memory.ring)
         carry = [first, *start.carry, ptx.constant(0), *self._entries(block, ptx.constant(0))]
-        ptx.loop(num_tasks, carry, lambda i, carry: self._task(ptx.add(block, ptx.mul(i, self.tasks.grid)), carry))
+        ptx.loop(num_tasks, carry, lambda i, carry: self._task(block + i * self.tasks.grid, carry))
         ptx.copies_done()
 
-    def _entries(self, task: ptx.Value, key_block: ptx.Value) -> Values:
+    def _entries(self, task: ptx.Word, key_block: ptx.Word) -> Values:
         """Of this thread's four rows of a key block."""
-        at = ptx.offset(self.own_entry, ptx.add(ptx.mul(task, self.tasks.blocks), key_block), 4 * KEYS)
+        at = ptx.offset(self.own_entry, task * self.tasks.blocks + key_block, 4 * KEYS)
         return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
 
-    def _task(self, task: ptx.Value, carry: Values) -> Values:
+    def _task(self, task: ptx.Word, carry: Values) -> Values:
         tasks = self.tasks
-        following = ptx.minimum(ptx.add(task, tasks.grid), tasks.count - 1)
-        rows_at = ptx.offset(self.source, ptx.div(task, tasks.queries), tasks.keys * ROW_BYTES)
+        following = ptx.min_s32(task + tasks.grid, tasks.count - 1)
+        rows_at = ptx.offset(self.source, task // tasks.queries, tasks.keys * ROW_BYTES)
         blocks = carry[0]
         blocks_after = ptx.load_global(ptx.offset(self.counts, following, 4))
 
         def one_block(b, carry):
             ring, done, current = Ring(self.shared.memory.ring, *carry[:2]), carry[2], carry[3:]
-            is_last = ptx.compare("eq", ptx.add(b, 1), blocks)
-            after = self._entries(ptx.select(is_last, following, task), ptx.select(is_last, 0, ptx.add(b, 1)))
+            is_last = (b + 1).equals(blocks)
+            after = self._entries(ptx.select(is_last, following, task), ptx.select(is_last, 0, b + 1))
             ring = self._copy_block(ring, done, rows_at, current)
-            return [*ring.carry, ptx.add(done, 1), *after]
+            return [*ring.carry, done + 1, *after]
 
         return [blocks_after, *ptx.loop(blocks, carry[1:], one_block)]
 
-    def _copy_block(self, ring: Ring, done: ptx.Value, rows_at: ptx.Value, entries: Values) -> Ring:
+    def _copy_block(self, ring: Ring, done: ptx.Word, rows_at: ptx.Address, entries: Values) -> Ring:
         """The `done`-th block of all; returns the ring after it."""
         memory = self.shared.memory
         rows = []
         for entry in entries:
-            used = ptx.select(ptx.compare("sge", entry, 0), 16, 0)
-            key = ptx.minimum(ptx.maximum(entry, 0), self.tasks.keys - 1)
+            used = ptx.select(entry.signed >= 0, 16, 0)
+            key = ptx.min_s32(ptx.max_s32(entry, 0), self.tasks.keys - 1)
             rows.append((ptx.offset(rows_at, key, ROW_BYTES), used))
-        rotary = ptx.add(self.to, memory.rotary, ptx.mul(ptx.bit_and(done, 1), PIECE))
+        rotary = self.to + memory.rotary + (done & 1) * PIECE
         for unit in range(UNITS):
-            ptx.barrier_wait(self.shared.empty(ring), ptx.bit_xor(ring.parity, 1))
+            ptx.barrier_wait(self.shared.empty(ring), ring.parity ^ 1)
             if unit == memory.ring - 2 * UNITS:  # what is overwritten from here on was copied two blocks ago
                 ptx.copies_done(pending=1)
-            target = ptx.add(ptx.add(self.to, ptx.mul(ring.place, UNIT)), memory.units)
+            target = self.to + ring.place * UNIT + memory.units
             for j, (at, used) in enumerate(rows):
                 at_unit = ptx.offset(at, ptx.constant(unit), 128 * UNIT_PIECES)
-                ptx.copy_async(ptx.add(target, 2048 * j), at_unit, used, UNIT_PIECES, PIECE, 128)
+                ptx.copy_async(target + 2048 * j, at_unit, used, UNIT_PIECES, PIECE, 128)
                 if unit == UNITS - 1:
                     at_rotary = ptx.offset(at, ptx.constant(1), 2 * VALUE_DIM)
-                    ptx.copy_async(ptx.add(rotary, 2048 * j), at_rotary, used, 1, 0, 0)
+                    ptx.copy_async(rotary + 2048 * j, at_rotary, used, 1, 0, 0)
             ptx.barrier_arrive_after_copies(self.shared.full(ring))
             ring = ring.next()
         ptx.copies_commit()
@@ -266,7 +202,7 @@ class _Block:
     """What the first warpgroup has of a key block and of those before it, as values of a loop's carry."""
 
     ring: Ring
-    done: ptx.Value  # blocks before this one, of all tasks
+    done: ptx.Word  # blocks before this one, of all tasks
     marks: Values  # entries of this thread's two keys
     logits: Values
     tops: Values  # running maxima, by column
@@ -290,20 +226,20 @@ class _Weigher:
     shared: _Shared
     softmax: ColumnSoftmax
     to_logits: float
-    block: ptx.Value
-    num_tasks: ptx.Value
-    queries: ptx.Value
-    counts: ptx.Value
-    own_entry: ptx.Value
-    query_matrix: ptx.Value
+    block: ptx.Word
+    num_tasks: ptx.Word
+    queries: Any
+    counts: Any
+    own_entry: ptx.Address
+    query_matrix: Any
 
     @staticmethod
     def of(tasks: Tasks, memory: Memory, scale: float, block, queries, lists, counts, scratch) -> _Weigher:
         shared, thread = _Shared.of(memory, scratch), Thread.of(ptx.thread())
         softmax = ColumnSoftmax.of(shared.buffers, thread)
-        own_entry = ptx.offset(ptx.global_address(lists), ptx.add(ptx.shift_left(thread.warp, 4), thread.row), 4)
+        own_entry = ptx.offset(ptx.global_address(lists), (thread.warp << 4) + thread.row, 4)
         num_tasks = tasks.of_block(block)
-        matrix = ptx.matrix(ptx.add(shared.base, memory.queries))
+        matrix = ptx.matrix(shared.base + memory.queries)
         return _Weigher(tasks, shared, softmax, scale * LOG2E, block, num_tasks, queries, counts, own_entry, matrix)
 
     @property
@@ -314,24 +250,24 @@ class _Weigher:
         self._load_queries(self.block)
         carry = [*Ring.start(self.shared.memory.ring).carry, ptx.constant(0)]
         grid = self.tasks.grid
-        ptx.loop(self.num_tasks, carry, lambda i, carry: self._task(ptx.add(self.block, ptx.mul(i, grid)), carry))
+        ptx.loop(self.num_tasks, carry, lambda i, carry: self._task(self.block + i * grid, carry))
 
-    def _load_queries(self, task: ptx.Value) -> None:
+    def _load_queries(self, task: ptx.Word) -> None:
         """By cp.async, because a TMA copy into tiles of 8 lines would have to start at a multiple of 8."""
         tasks = self.tasks
         chunk, line = copied_line(self.softmax.thread.index)
         queries_at = ptx.offset(ptx.global_address(self.queries), chunk, 16)
-        to = ptx.add(self.shared.base, self.shared.memory.queries, in_tiles(line, chunk))
+        to = self.shared.base + self.shared.memory.queries + in_tiles(line, chunk)
         for first in range(0, tasks.columns, 16):
-            here = ptx.add(line, first)
-            size = ptx.select(ptx.compare("slt", here, tasks.heads), 16, 0)
+            here = line + first
+            size = ptx.select(here.signed < tasks.heads, 16, 0)
             # A line that does not count is not read, but its address has to be one of the array.
-            head = ptx.add(ptx.mul(task, tasks.heads), ptx.minimum(here, tasks.heads - 1))
+            head = task * tasks.heads + ptx.min_s32(here, tasks.heads - 1)
             at = ptx.offset(queries_at, head, ROW_BYTES)
-            with ptx.when(ptx.compare("slt", here, tasks.columns)):
-                ptx.copy_async(ptx.add(to, 128 * first), at, size, WIDTH // 64, tasks.columns * 128, 128)
+            with ptx.when(here.signed < tasks.columns):
+                ptx.copy_async(to + 128 * first, at, size, WIDTH // 64, tasks.columns * 128, 128)
 
-    def _task(self, task: ptx.Value, carry: Values) -> Values:
+    def _task(self, task: ptx.Word, carry: Values) -> Values:
         ring, done = Ring(self.shared.memory.ring, *carry[:2]), carry[2]
         blocks = ptx.load_global(ptx.offset(ptx.global_address(self.counts), task, 4))
         marks = self._entries(task, ptx.constant(0))
@@ -344,33 +280,33 @@ class _Weigher:
 
         def one_block(b, carry):
             block = self._block(carry)
-            following = ptx.add(block.done, 1)
+            following = block.done + 1
             tops, totals = self._publish(block)
             begun, ring = self._issue(block.ring, following)
-            marks = self._entries(task, ptx.add(b, 1))  # not sooner: a fence would wait for it
+            marks = self._entries(task, b + 1)  # not sooner: a fence would wait for it
             (logits,) = ptx.multiplied(begun)
             return _Block(ring, following, marks, logits, tops, totals).carry
 
         first = _Block(ring, done, marks, logits, tops, totals)
-        last = self._block(ptx.loop(ptx.sub(blocks, 1), first.carry, one_block))
+        last = self._block(ptx.loop(blocks - 1, first.carry, one_block))
 
         def load_next():
             """All warps' logits have been made: the query's place is free."""
-            following = ptx.add(task, self.tasks.grid)
-            with ptx.when(ptx.compare("slt", following, self.tasks.count)):
+            following = task + self.tasks.grid
+            with ptx.when(following.signed < self.tasks.count):
                 self._load_queries(following)
 
         self._publish(last, load_next)
-        return [*last.ring.carry, ptx.add(last.done, 1)]
+        return [*last.ring.carry, last.done + 1]
 
     def _block(self, carry: Values) -> _Block:
         return _Block.of(self.shared.memory.ring, self.groups, carry)
 
-    def _entries(self, task: ptx.Value, key_block: ptx.Value) -> Values:
-        at = ptx.offset(self.own_entry, ptx.add(ptx.mul(task, self.tasks.blocks), key_block), 4 * KEYS)
+    def _entries(self, task: ptx.Word, key_block: ptx.Word) -> Values:
+        at = ptx.offset(self.own_entry, task * self.tasks.blocks + key_block, 4 * KEYS)
         return [ptx.load_global(ptx.offset(at, ptx.constant(i), 32)) for i in range(2)]
 
-    def _issue(self, ring: Ring, done: ptx.Value) -> tuple[list[Values], Ring]:
+    def _issue(self, ring: Ring, done: ptx.Word) -> tuple[list[Values], Ring]:
         """Starts the logits of a block, the `done`-th of all."""
         columns = self.tasks.columns
         multiply = functools.partial(ptx.multiply, columns=columns, transposed=False)
@@ -386,7 +322,7 @@ class _Weigher:
             latents = ptx.matrix(self.shared.unit(ring))
             logits = multiply(logits, latents, self.query_matrix, steps, fresh=unit == 0)
             if unit == UNITS - 1:
-                rotary = ptx.matrix(self.shared.rotary(ptx.bit_and(done, 1)))
+                rotary = ptx.matrix(self.shared.rotary(done & 1))
                 steps = [(0, 32 * i, VALUE_DIM // 64 * columns * 128 + 32 * i) for i in range(4)]
                 logits = multiply(logits, rotary, self.query_matrix, steps, fresh=False)
             ring = ring.next()
@@ -398,17 +334,14 @@ class _Weigher:
 
         Returns the maxima and sums so far.
         """
-        softmax, buffer, turn = self.softmax, ptx.bit_and(block.done, 1), ptx.shift_right(block.done, 1)
+        softmax, buffer, turn = self.softmax, block.done & 1, block.done >> 1
         masks = [
-            ptx.either(ptx.compare("slt", mark, 0), ptx.number(MASKED), ptx.number(0.0)) for mark in block.marks
+            ptx.select(mark.signed < 0, ptx.number(MASKED), ptx.number(0.0)) for mark in block.marks
         ]  # of rows g and g + 8
-        scaled = [ptx.times_plus(x, ptx.number(self.to_logits), masks[i % 4 // 2]) for i, x in enumerate(block.logits)]
+        scaled = [ptx.fma(x, ptx.number(self.to_logits), masks[i % 4 // 2]) for i, x in enumerate(block.logits)]
         tops, totals = softmax.update_maxima(scaled, block.tops, block.totals, buffer, turn, load_next)
         weights = softmax.weights(scaled, tops)
-        totals = [
-            ptx.plus(total, ptx.plus(weights[i // 2 * 4 + i % 2], weights[i // 2 * 4 + 2 + i % 2]))
-            for i, total in enumerate(totals)
-        ]
+        totals = [total + (weights[i // 2 * 4 + i % 2] + weights[i // 2 * 4 + 2 + i % 2]) for i, total in enumerate(totals)]
         softmax.store_weights(weights, buffer, ptx.to_bfloat16_pair)
         if load_next is not None:
             softmax.store_sums(totals, buffer)
@@ -426,23 +359,23 @@ class _Summer:
     tasks: Tasks
     shared: _Shared
     thread: Thread
-    counts: ptx.Value
-    out: ptx.Value
+    counts: Any
+    out: Any
 
     @staticmethod
-    def of(tasks: Tasks, memory: Memory, counts: ptx.Value, scratch: ptx.Value, out: ptx.Value) -> _Summer:
+    def of(tasks: Tasks, memory: Memory, counts, scratch, out) -> _Summer:
         return _Summer(tasks, _Shared.of(memory, scratch), Thread.of(ptx.thread()), counts, out)
 
     @property
     def groups(self) -> int:
         return self.tasks.columns // 8
 
-    def run(self, block: ptx.Value) -> None:
+    def run(self, block: ptx.Word) -> None:
         tasks, num_tasks = self.tasks, self.tasks.of_block(block)
         carry = [*Ring.start(self.shared.memory.ring).carry, ptx.constant(0)]
-        ptx.loop(num_tasks, carry, lambda i, carry: self._task(ptx.add(block, ptx.mul(i, tasks.grid)), carry))
+        ptx.loop(num_tasks, carry, lambda i, carry: self._task(block + i * tasks.grid, carry))
 
-    def _task(self, task: ptx.Value, carry: Values) -> Values:
+    def _task(self, task: ptx.Word, carry: Values) -> Values:
         groups = self.groups
         blocks = ptx.load_global(ptx.offset(ptx.global_address(self.counts), task, 4))
         zeros = [ptx.number(0.0)] * ((2 + 4 * TILES) * groups)
@@ -451,34 +384,34 @@ class _Summer:
         self._store(task, times_by_column(sums, inverses_of(totals)))
         return carry[:3]
 
-    def _row(self, kind: int, row: ptx.Value) -> Values:
+    def _row(self, kind: int, row: ptx.Word) -> Values:
         """This thread's two of every 8 columns of a row of float32."""
-        at = ptx.add(self.shared.base, kind, ptx.mul(row, 4 * self.tasks.columns), ptx.shift_left(self.thread.column, 2))
-        return [x for j in range(self.groups) for x in ptx.load_shared_floats(ptx.add(at, 32 * j))]
+        at = self.shared.base + kind + row * (4 * self.tasks.columns) + (self.thread.column << 2)
+        return [x for j in range(self.groups) for x in ptx.load_shared_floats(at + 32 * j)]
 
-    def _add_block(self, number: ptx.Value, blocks: ptx.Value, carry: Values) -> Values:
+    def _add_block(self, number: ptx.Word, blocks: ptx.Word, carry: Values) -> Values:
         """Adds a block's weighted values to the sums, and after a list's last one reads the sums of weights."""
         groups, memory, buffers = self.groups, self.shared.memory, self.shared.buffers
         ring, done = Ring(memory.ring, *carry[:2]), carry[2]
         totals, sums = carry[3 : 3 + 2 * groups], carry[3 + 2 * groups :]
-        buffer, turn = ptx.bit_and(done, 1), ptx.shift_right(done, 1)
-        ptx.barrier_wait(buffers.p_ready(buffer), ptx.bit_and(turn, 1))
+        buffer, turn = done & 1, done >> 1
+        ptx.barrier_wait(buffers.p_ready(buffer), turn & 1)
         ptx.proxy_fence()
         raised = ptx.load_shared(buffers.raised(buffer))
-        sums = ptx.choose(ptx.compare("ne", raised, 0), lambda: times_by_column(sums, self._row(memory.factors, buffer)), sums)
+        sums = ptx.choose(raised.differs(0), lambda: times_by_column(sums, self._row(memory.factors, buffer)), sums)
         by_tile = [sums[i : i + 4 * groups] for i in range(0, len(sums), 4 * groups)]
         by_tile, ring = self._multiply(by_tile, ring, buffer)
         sums = [x for tile in by_tile for x in tile]
 
         def add_totals():
-            by_warp = [self._row(memory.sums, ptx.add(ptx.shift_left(buffer, 2), w)) for w in range(4)]
-            return [functools.reduce(ptx.plus, parts) for parts in zip(*by_warp, strict=True)]
+            by_warp = [self._row(memory.sums, (buffer << 2) + w) for w in range(4)]
+            return [ptx.total(parts) for parts in zip(*by_warp, strict=True)]
 
-        totals = ptx.choose(ptx.compare("eq", ptx.add(number, 1), blocks), add_totals, totals)
+        totals = ptx.choose((number + 1).equals(blocks), add_totals, totals)
         ptx.barrier_arrive(buffers.p_free(buffer))
-        return [*ring.carry, ptx.add(done, 1), *totals, *sums]
+        return [*ring.carry, done + 1, *totals, *sums]
 
-    def _multiply(self, by_tile: list[Values], ring: Ring, buffer: ptx.Value) -> tuple[list[Values], Ring]:
+    def _multiply(self, by_tile: list[Values], ring: Ring, buffer: ptx.Word) -> tuple[list[Values], Ring]:
         """Adds the products of a block's values and weights, and frees its units."""
         weights = ptx.matrix(self.shared.buffers.weights(buffer))
         steps = [(j, j * PIECE + 2048 * k, 32 * k) for k in range(4) for j in range(UNIT_PIECES)]
@@ -497,13 +430,13 @@ class _Summer:
             ptx.barrier_arrive(address)
         return ptx.multiplied(by_tile), ring
 
-    def _store(self, task: ptx.Value, sums: Values) -> None:
+    def _store(self, task: ptx.Word, sums: Values) -> None:
         """After a transposition a thread has head lane / 4 of every 8, and two of 8 value columns side by side."""
         tasks, thread = self.tasks, self.thread
-        to = ptx.offset(ptx.global_address(self.out), ptx.add(ptx.mul(task, tasks.heads), thread.row), 2 * VALUE_DIM)
-        to = ptx.offset(to, ptx.add(ptx.shift_left(thread.warp, 4), thread.column), 2)
+        to = ptx.offset(ptx.global_address(self.out), task * tasks.heads + thread.row, 2 * VALUE_DIM)
+        to = ptx.offset(to, (thread.warp << 4) + thread.column, 2)
         for j in range(self.groups):
-            counts = ptx.compare("slt", ptx.add(thread.row, 8 * j), tasks.heads)
+            counts = (thread.row + 8 * j).signed < tasks.heads
             for tile in range(TILES):
                 for half in range(2):  # rows g and g + 8 of the warp's 16
                     x, y = sums[4 * (tile * self.groups + j) + 2 * half :][:2]

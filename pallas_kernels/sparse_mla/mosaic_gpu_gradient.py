@@ -56,15 +56,29 @@ def _denominators(q: jax.Array, kv: jax.Array, words: jax.Array, taken: jax.Arra
     """
     (b, m, width), t = q.shape, kv.shape[1]
 
-    def sparse_mla_denominators(q_ref, kv_ref, words_ref, taken_ref, top_ref, total_ref, words_sm, out_sm, barriers):
+    def sparse_mla_denominators(
+        # Input
+        q_ref,  # [B, M, W] bfloat16
+        kv_ref,  # [B, T, W] bfloat16
+        words_ref,  # [B, T / 32, M] int32
+        taken_ref,  # [B, M / TILE, T / TILE] int32
+        # Output
+        top_ref,  # [B, T / TILE, M] float32: the largest logit of a row in a tile of keys
+        total_ref,  # [B, T / TILE, M] float32: the sum of exp2(logit - largest)
+        # Scratch
+        words_sm,  # [2, TILE / 32, ROWS] int32, of either warpgroup's rows
+        out_sm,  # [2, 2, ROWS] float32: largest, sum
+        # Barriers
+        words_ready,  # [2]
+    ):
         batch, i, j = lax.axis_index("batch"), lax.axis_index("rows"), lax.axis_index("keys")
         group = lax.axis_index("warpgroup")
         rows = pl.ds(i * TILE + group * ROWS, ROWS)
 
         def context(run: Any) -> None:
             source = words_ref.at[batch, pl.ds(j * (TILE // WORD_BITS), TILE // WORD_BITS), rows]
-            plgpu.copy_gmem_to_smem(source, words_sm.at[group], barriers.at[group])
-            plgpu.barrier_wait(barriers.at[group])
+            plgpu.copy_gmem_to_smem(source, words_sm.at[group], words_ready.at[group])
+            plgpu.barrier_wait(words_ready.at[group])
             logits = run(filled((ROWS, TILE), 0))
             mine = selected_by_row(words_sm.at[group], 0, TILE)
             logits = jnp.where(mine, logits * (scale * LOG2E), MASKED)
@@ -101,14 +115,32 @@ def _pairs(q, kv, grad, words, taken, denominators, delta, scale: float, interpr
     """P and dS [B, M, T] bfloat16 of rows [B, M, W]; grad [B, M, W] is that of the output, zeros beyond its width."""
     (b, m, width), t = q.shape, kv.shape[1]
 
-    def sparse_mla_pairs(q_ref, kv_ref, grad_ref, words_ref, taken_ref, lse_ref, delta_ref, p_ref, ds_ref, *scratch):
-        words_sm, rows_sm, p_sm, ds_sm, barriers = scratch
+    def sparse_mla_pairs(
+        # Input
+        q_ref,  # [B, M, W] bfloat16
+        kv_ref,  # [B, T, W] bfloat16
+        grad_ref,  # [B, M, W] bfloat16
+        words_ref,  # [B, T / 32, M] int32
+        taken_ref,  # [B, M / TILE, T / TILE] int32
+        lse_ref,  # [B, M] float32, to base 2
+        delta_ref,  # [B, M] float32
+        # Output
+        p_ref,  # [B, M, T] bfloat16
+        ds_ref,  # [B, M, T] bfloat16
+        # Scratch
+        words_sm,  # [2, TILE / 32, ROWS] int32, of either warpgroup's rows
+        rows_sm,  # [2, 2, ROWS] float32: lse, delta
+        p_sm,  # [2, ROWS, TILE] bfloat16
+        ds_sm,  # [2, ROWS, TILE] bfloat16
+        # Barriers
+        rows_ready,  # [2]: words, lse and delta
+    ):
         batch, i, j = lax.axis_index("batch"), lax.axis_index("rows"), lax.axis_index("keys")
         group = lax.axis_index("warpgroup")
         rows, columns = pl.ds(i * TILE + group * ROWS, ROWS), pl.ds(j * TILE, TILE)
 
         def context(run: Any) -> None:
-            barrier = barriers.at[group]
+            barrier = rows_ready.at[group]
             source = words_ref.at[batch, pl.ds(j * (TILE // WORD_BITS), TILE // WORD_BITS), rows]
             plgpu.copy_gmem_to_smem(source, words_sm.at[group], barrier)
             plgpu.copy_gmem_to_smem(lse_ref.at[batch, rows], rows_sm.at[group, 0], barrier)

@@ -12,6 +12,12 @@ lists are written one after the other instead, which is the same attention over 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -37,6 +43,160 @@ def most_queries(keys: int) -> int:
     return SHARED_BYTES // (4 * bitmap_words(keys))  # and what clearing them in whole steps adds, at most 8 KB
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """A thread of the block that builds a tile's list, and where its inputs, outputs and shared memory are."""
+
+    tasks: Tasks
+    k: int  # entries of a query's list
+    words: int  # of a query's bitmap
+    index: ptx.Word  # of this thread
+    lane: ptx.Word
+    warp: ptx.Word
+    bitmaps: ptx.Word  # [packed][words]
+    sums: ptx.Word  # [WARPS], keys of a warp's words
+    repeats: ptx.Word  # whether a query selected a key twice
+    present: ptx.Word  # queries of this tile, fewer at the end of a batch row
+    source: ptx.Address  # the tile's first query's list
+    target: ptx.Address  # the tile's list
+    number: ptx.Word  # of the tile
+    counts: Any  # [tasks.lists] pairs of key blocks
+    always: ptx.Predicate
+
+    @staticmethod
+    def of(tasks: Tasks, k: int, tile: ptx.Word, indices, lists, counts, bitmaps, totals) -> _Tile:
+        thread = ptx.thread()
+        lane, warp = thread & 31, thread >> 5
+        maps, sums = ptx.shared_address(bitmaps), ptx.shared_address(totals)
+        repeats = sums + 4 * WARPS
+        batch, local = tile // tasks.tiles_per_batch, tile % tasks.tiles_per_batch
+        first = local * tasks.packed
+        present = ptx.min_s32(tasks.queries - first, tasks.packed)
+        source = ptx.offset(ptx.global_address(indices), batch * tasks.queries + first, 4 * k)
+        target = ptx.offset(ptx.global_address(lists), tile, 4 * tasks.pairs * PAIR)
+        always = ptx.constant(0).equals(0)
+        words = bitmap_words(tasks.keys)
+        where = maps, sums, repeats, present, source, target, tile, counts
+        return _Tile(tasks, k, words, thread, lane, warp, *where, always)
+
+    @property
+    def steps(self) -> int:
+        """Of a warp, which walks words // WARPS words in order, 32 at a time."""
+        return self.words // THREADS
+
+    def build(self, clears: int) -> None:
+        self._clear(clears)
+        self._each_index(self._mark)
+        ptx.block_barrier()
+        first_word = self.warp * (32 * self.steps) + self.lane
+        before, total = self._keys_before(first_word)
+        repeats = ptx.load_shared(self.repeats)
+        with ptx.when(repeats.equals(0)):
+            ptx.loop(ptx.constant(self.steps), [before], functools.partial(self._write_step, first_word))
+            self._finish(total)
+        with ptx.when(repeats.differs(0)):
+            self._each_index(self._chain)
+            self._finish(self.present * self.k)
+
+    def _each_index(self, visit: Callable[[int, ptx.Word, ptx.Word], None]) -> None:
+        """visit(query, position in its list, key) for every index, the threads side by side."""
+
+        def step(step, carry):
+            position = step * THREADS + self.index
+            inside = position.signed < self.k
+            for query in range(self.tasks.packed):
+                there = ptx.select(inside, 1, 0) & ptx.select(self.present.signed > query, 1, 0)
+                with ptx.when(there.differs(0)):
+                    row = ptx.offset(self.source, ptx.constant(query), 4 * self.k)
+                    visit(query, position, ptx.load_global(ptx.offset(row, position, 4)))
+            return carry
+
+        ptx.loop(ptx.constant(-(-self.k // THREADS)), [], step)
+
+    def _clear(self, clears: int) -> None:
+        def step(step, carry):
+            thread_of_all = step * THREADS + self.index
+            ptx.store_shared_zeros(self.bitmaps + (thread_of_all << 4))
+            return carry
+
+        ptx.loop(ptx.constant(clears), [], step)
+        with ptx.when(self.index.equals(0)):
+            ptx.store_shared(self.repeats, ptx.constant(0))
+        ptx.block_barrier()
+
+    def _mark(self, query: int, position: ptx.Word, key: ptx.Word) -> None:
+        """Sets a key's bit."""
+        with ptx.when(key.signed >= 0):
+            key = ptx.min_s32(key, self.tasks.keys - 1)
+            word = self.bitmaps + 4 * self.words * query + ((key >> 5) << 2)
+            bit = 1 << (key & 31)
+            before = ptx.or_shared(word, bit)
+            with ptx.when((before & bit).differs(0)):
+                ptx.store_shared(self.repeats, ptx.constant(1))
+
+    def _words_at(self, first_word: ptx.Word, step: ptx.Word) -> list[Any]:
+        """This lane's word of every query's bitmap; first_word is its first."""
+        at = self.bitmaps + ((first_word + step * 32) << 2)
+        return [ptx.load_shared(at + 4 * self.words * query) for query in range(self.tasks.packed)]
+
+    def _keys_before(self, first_word: ptx.Word) -> tuple[ptx.Word, ptx.Word]:
+        """Keys of the union in the words of the warps before this one, and of all."""
+
+        def count(step, carry):
+            return [carry[0] + ptx.population(functools.reduce(operator.or_, self._words_at(first_word, step)))]
+
+        (mine,) = ptx.loop(ptx.constant(self.steps), [ptx.constant(0)], count)
+        of_warp = ptx.sum_of_warp(mine)
+        with ptx.when(self.lane.equals(0)):
+            ptx.store_shared(self.sums + (self.warp << 2), of_warp)
+        ptx.block_barrier()
+        before, total = ptx.constant(0), ptx.constant(0)
+        for other in range(WARPS):
+            here = ptx.load_shared(self.sums + 4 * other)
+            before = before + ptx.select(self.warp.signed > other, here, 0)
+            total = total + here
+        return before, total
+
+    def _write_step(self, first_word: ptx.Word, step: ptx.Word, carry: list[Any]) -> list[Any]:
+        """The keys of 32 words, a word a lane, into the list from position carry[0] on."""
+        bits = self._words_at(first_word, step)
+        united = functools.reduce(operator.or_, bits)
+        size = ptx.population(united)
+        position = carry[0] + ptx.sum_of_lanes_below(size)
+        key = (first_word + step * 32) << 5
+
+        def write(i, rest):
+            bit = ptx.lowest_bit(rest[0])
+            owners = ptx.constant(0)
+            for query in range(self.tasks.packed):
+                owns = (bits[query] >> bit) & 1
+                owners = owners | (owns << (OWNER_SHIFT + query))
+            entry = (key + bit) | owners
+            self._write(position + i, entry)
+            return [rest[0] & (rest[0] - 1)]
+
+        ptx.loop(size, [united], write)
+        return [carry[0] + ptx.sum_of_warp(size)]
+
+    def _chain(self, query: int, position: ptx.Word, key: ptx.Word) -> None:
+        """Writes an index where it is if the lists follow one another."""
+        owned = ptx.min_s32(key, self.tasks.keys - 1) | ptx.constant(1 << (OWNER_SHIFT + query))
+        entry = ptx.select(key.signed >= 0, owned, 0)
+        self._write(position + query * self.k, entry)
+
+    def _write(self, position: ptx.Word, entry: ptx.Word) -> None:
+        ptx.store_global(ptx.offset(self.target, position, 4), entry, self.always)
+
+    def _finish(self, total: ptx.Word) -> None:
+        """Fills up the last pair of key blocks, and says how many pairs there are."""
+        pairs = ptx.max_s32((total + (PAIR - 1)) // PAIR, 1)
+        position = total + self.index
+        inside = position.signed < pairs * PAIR
+        ptx.store_global(ptx.offset(self.target, position, 4), ptx.constant(0), inside)
+        first_thread = self.index.equals(0)
+        ptx.store_global(ptx.offset(ptx.global_address(self.counts), self.number, 4), pairs, first_thread)
+
+
 def unite(indices: jax.Array, tasks: Tasks) -> tuple[jax.Array, jax.Array]:
     """The lists of tiles of `tasks.packed` queries.
 
@@ -53,127 +213,21 @@ def unite(indices: jax.Array, tasks: Tasks) -> tuple[jax.Array, jax.Array]:
     if packed * k > length:
         raise ValueError(f"a list of {length} entries does not hold {packed} queries of {k} keys")
 
-    def sparse_mla_union(index_gmem, list_gmem, count_gmem, bitmaps, totals):
-        @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _REF, _REF, _SCALAR))
-        def build(ctx, index_gmem, list_gmem, count_gmem, bitmaps, totals, tile):
-            tile = ptx.scalar(tile)
-            thread = ptx.thread()
-            lane, warp = ptx.bit_and(thread, 31), ptx.shift_right(thread, 5)
-            maps, sums = ptx.shared_address(bitmaps), ptx.shared_address(totals)
-            twice = ptx.add(sums, 4 * WARPS)  # set where a query selected a key twice
-            batch, local = ptx.div(tile, tasks.tiles_per_batch), ptx.rem(tile, tasks.tiles_per_batch)
-            first = ptx.mul(local, packed)
-            present = ptx.minimum(ptx.sub(tasks.queries, first), packed)  # queries of this tile, fewer at the end of a row
-            source = ptx.offset(ptx.global_address(index_gmem), ptx.add(ptx.mul(batch, tasks.queries), first), 4 * k)
-            target = ptx.offset(ptx.global_address(list_gmem), tile, 4 * length)
-            always = ptx.compare("eq", ptx.constant(0), 0)
+    @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _REF, _REF, _SCALAR))
+    def build(ctx, indices, lists, counts, bitmaps, totals, tile):
+        _Tile.of(tasks, k, ptx.scalar(tile), indices, lists, counts, bitmaps, totals).build(clears)
 
-            def each_index(visit) -> None:
-                """visit(query, place in its list, key) for every index, the threads side by side."""
-
-                def one(step, carry):
-                    place = ptx.add(ptx.mul(step, THREADS), thread)
-                    inside = ptx.compare("slt", place, k)
-                    for query in range(packed):
-                        there = ptx.bit_and(ptx.select(inside, 1, 0), ptx.select(ptx.compare("sgt", present, query), 1, 0))
-                        with ptx.when(ptx.compare("ne", there, 0)):
-                            row = ptx.offset(source, ptx.constant(query), 4 * k)
-                            visit(query, place, ptx.load_global(ptx.offset(row, place, 4)))
-                    return carry
-
-                ptx.loop(ptx.constant(-(-k // THREADS)), [], one)
-
-            def clear(step, carry):
-                ptx.store_shared_zeros(ptx.add(maps, ptx.shift_left(ptx.add(ptx.mul(step, THREADS), thread), 4)))
-                return carry
-
-            ptx.loop(ptx.constant(clears), [], clear)
-            with ptx.when(ptx.compare("eq", thread, 0)):
-                ptx.store_shared(twice, ptx.constant(0))
-            ptx.block_barrier()
-
-            def mark(query, place, key):
-                with ptx.when(ptx.compare("sge", key, 0)):
-                    key = ptx.minimum(key, tasks.keys - 1)
-                    word = ptx.add(maps, 4 * words * query, ptx.shift_left(ptx.shift_right(key, 5), 2))
-                    bit = ptx.shift_left(1, ptx.bit_and(key, 31))
-                    before = ptx.or_shared(word, bit)
-                    with ptx.when(ptx.compare("ne", ptx.bit_and(before, bit), 0)):
-                        ptx.store_shared(twice, ptx.constant(1))
-
-            each_index(mark)
-            ptx.block_barrier()
-
-            steps = words // THREADS  # of a warp, which walks words // WARPS words in order
-            first_word = ptx.add(ptx.mul(warp, 32 * steps), lane)
-
-            def words_at(step):
-                at = ptx.add(maps, ptx.shift_left(ptx.add(first_word, ptx.mul(step, 32)), 2))
-                return [ptx.load_shared(ptx.add(at, 4 * words * query)) for query in range(packed)]
-
-            def any_of(bits):
-                united = bits[0]
-                for other in bits[1:]:
-                    united = ptx.bit_or(united, other)
-                return united
-
-            def count(step, carry):
-                return [ptx.add(carry[0], ptx.population(any_of(words_at(step))))]
-
-            (mine,) = ptx.loop(ptx.constant(steps), [ptx.constant(0)], count)
-            of_warp = ptx.sum_of_warp(mine)
-            with ptx.when(ptx.compare("eq", lane, 0)):
-                ptx.store_shared(ptx.add(sums, ptx.shift_left(warp, 2)), of_warp)
-            ptx.block_barrier()
-            before, total = ptx.constant(0), ptx.constant(0)
-            for other in range(WARPS):
-                here = ptx.load_shared(ptx.add(sums, 4 * other))
-                before = ptx.add(before, ptx.select(ptx.compare("sgt", warp, other), here, 0))
-                total = ptx.add(total, here)
-
-            def write_step(step, carry):
-                bits = words_at(step)
-                united = any_of(bits)
-                size = ptx.population(united)
-                place = ptx.add(carry[0], ptx.sum_of_lanes_below(size))
-                key = ptx.shift_left(ptx.add(first_word, ptx.mul(step, 32)), 5)
-
-                def write(i, rest):
-                    position = ptx.lowest_bit(rest[0])
-                    owners = ptx.constant(0)
-                    for query in range(packed):
-                        owns = ptx.bit_and(ptx.shift_right(bits[query], position), 1)
-                        owners = ptx.bit_or(owners, ptx.shift_left(owns, OWNER_SHIFT + query))
-                    entry = ptx.bit_or(ptx.add(key, position), owners)
-                    ptx.store_global(ptx.offset(target, ptx.add(place, i), 4), entry, always)
-                    return [ptx.bit_and(rest[0], ptx.sub(rest[0], 1))]
-
-                ptx.loop(size, [united], write)
-                return [ptx.add(carry[0], ptx.sum_of_warp(size))]
-
-            def finish(total):
-                """Fills up the last pair of key blocks, and says how many pairs there are."""
-                pairs = ptx.maximum(ptx.div(ptx.add(total, PAIR - 1), PAIR), 1)
-                place = ptx.add(total, thread)
-                inside = ptx.compare("slt", place, ptx.mul(pairs, PAIR))
-                ptx.store_global(ptx.offset(target, place, 4), ptx.constant(0), inside)
-                first_thread = ptx.compare("eq", thread, 0)
-                ptx.store_global(ptx.offset(ptx.global_address(count_gmem), tile, 4), pairs, first_thread)
-
-            def chain(query, place, key):
-                owned = ptx.bit_or(ptx.minimum(key, tasks.keys - 1), ptx.constant(1 << (OWNER_SHIFT + query)))
-                entry = ptx.select(ptx.compare("sge", key, 0), owned, 0)
-                ptx.store_global(ptx.offset(target, ptx.add(place, query * k), 4), entry, always)
-
-            is_twice = ptx.load_shared(twice)
-            with ptx.when(ptx.compare("eq", is_twice, 0)):
-                ptx.loop(ptx.constant(steps), [before], write_step)
-                finish(total)
-            with ptx.when(ptx.compare("ne", is_twice, 0)):
-                each_index(chain)
-                finish(ptx.mul(present, k))
-
-        build(index_gmem, list_gmem, count_gmem, bitmaps, totals, jax.lax.axis_index("tile"))
+    def sparse_mla_union(
+        # Input
+        indices,  # [B * S, k] int32
+        # Output
+        lists,  # [tasks.lists, length] int32
+        counts,  # [tasks.lists] int32
+        # Scratch
+        bitmaps,  # [packed][words] int32 and what is left of the last clear
+        totals,  # [32] int32: keys of every warp's words, then whether a query selected a key twice
+    ):
+        build(indices, lists, counts, bitmaps, totals, jax.lax.axis_index("tile"))
 
     kernel = plgpu.kernel(
         sparse_mla_union,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -101,6 +102,17 @@ def test_linked_costs_the_new_indexers_and_links_lead_into_the_source_only(sourc
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS.indexer))
     assert not new.is_symlink() and size < new.stat().st_size < size + 5000
     assert len(notes) == 1 and f"of {len(needed)} linked files still hold old indexers" in notes[0]
+
+
+def test_what_was_said_of_linked_files_is_not_said_at_every_load(source, tmp_path):
+    save_indexers(tmp_path / "new", PARAMS, CONFIG, SCHEDULE, source)
+    with warnings.catch_warnings(action="error"):
+        load(tmp_path / "new")
+    index = json.loads((tmp_path / "new" / INDEX).read_text())
+    index["metadata"]["unlisted_tensors"] += 1  # another file than the one that was written
+    (tmp_path / "new" / INDEX).write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="does not list there"):
+        load(tmp_path / "new")
 
 
 def test_copies_hold_no_tensor_twice_and_files_without_indexers_as_they_were(source, tmp_path):

@@ -234,7 +234,7 @@ def test_a_file_of_30_mb_takes_a_few_of_memory(tmp_path):
     with open(path, "w") as file:
         for i in range(count):
             prompt = f"{i:<7900}"
-            file.write(json.dumps({"prompt": prompt} if i % 2 else call(prompt=prompt, n=1 + i % 4)) + "\n")
+            file.write(json.dumps({"prompt": prompt} if i % 2 else call(prompt=prompt, custom_id=str(i), n=1 + i % 4)) + "\n")
     assert path.stat().st_size > 29e6
     tracemalloc.start()
     try:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
+from pallas_kernels.hopper import columns
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.sparse_mla import mosaic_gpu_attention as attention
 from pallas_kernels.sparse_mla import mosaic_gpu_scaled as scaled
+from pallas_kernels.sparse_mla import mosaic_gpu_scaled_tasks as scaled_tasks
 from pallas_kernels.sparse_mla.mosaic_gpu_attention_tasks import OWNER_SHIFT, PAIR, Tasks
 from tests.support.attention_cases import numpy_attention, relative_error
 
@@ -99,8 +101,8 @@ def test_latents_in_8_bits(b, s, heads, splits):
     indices = np.sort(rng.permuted(np.tile(np.arange(KEYS), (b, s, 1)), axis=-1)[..., :SELECTED]).astype(np.int32)
     indices = np.where(np.arange(SELECTED) < np.resize([SELECTED, 300, 1, 0, 129], (b, s, 1)), indices, -1)
     lists = indices.reshape(b * s, SELECTED)
-    counts = np.maximum(-(-(lists >= 0).sum(-1) // scaled.KEYS), 1).astype(np.int32) if splits == 1 else None
-    tasks = scaled.Tasks(b, s, heads, KEYS, SELECTED // scaled.KEYS, splits)
+    counts = np.maximum(-(-(lists >= 0).sum(-1) // columns.KEYS), 1).astype(np.int32) if splits == 1 else None
+    tasks = scaled_tasks.Tasks(b, s, heads, KEYS, SELECTED // columns.KEYS, splits)
     flat = [x.reshape(b * KEYS, *x.shape[2:]) for x in (codes, rotary, scales)]
     given = jax.device_put((queries.reshape(-1, WIDTH), *flat, lists, counts))
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gather_rows, quant, sum_rows
-from pallas_kernels.hopper import device as hopper
+from pallas_kernels import gather_rows, hopper, quant, sum_rows
 from pallas_kernels.permuted import reference
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu" or hopper.why_not() is not None, reason=str(hopper.why_not()))

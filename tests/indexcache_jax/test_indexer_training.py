@@ -111,6 +111,29 @@ def test_the_gradient_of_a_group_is_that_of_the_whole_model_s_divergence(keeps_t
         assert_same_gradients(found[layer], of_layer)
 
 
+def test_what_hoppers_kernels_are_given_has_the_same_gradient(gradients, monkeypatch):
+    """Here with their references: targets layer by layer, then what the scores miss of their sum."""
+    monkeypatch.setattr(indexer_training.ops, "distils_by_kernels", lambda *_: True)
+    indexer_training._add_target.clear_cache()
+    try:
+        found = gradients(run())
+    finally:
+        indexer_training._add_target.clear_cache()
+    of_first = jax.tree.map(lambda a: a[0], gradient_of_the_whole_model())
+    assert_same_gradients(found[TARGET.full_layers[0]], of_first)
+
+
+@pytest.mark.parametrize("keeps_targets", [True, False], ids=["kept targets", "computed at every step"])
+def test_rows_on_the_device_are_those_on_the_host(keeps_targets, monkeypatch):
+    given = run(keeps_targets=keeps_targets, stage=dataclasses.replace(STAGE, rows=2))
+    on_host = trained(given)
+    monkeypatch.setattr(indexer_training, "rows_on_device", lambda *_: 2)
+    on_both = trained(given)
+    for layer in TARGET.full_layers:
+        assert_same(on_both[layer].indexer, on_host[layer].indexer)
+        np.testing.assert_array_equal(on_both[layer].divergence, on_host[layer].divergence)
+
+
 @pytest.mark.parametrize(
     ("pattern", "layer", "most", "spans"),
     [

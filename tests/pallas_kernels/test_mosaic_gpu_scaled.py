@@ -14,6 +14,8 @@ from tests.support.attention_cases import Case, inputs, numpy_attention, relativ
 from tests.support.emulated import warpgroups
 
 kernel = pytest.importorskip("pallas_kernels.sparse_mla.mosaic_gpu_scaled")
+scaled = pytest.importorskip("pallas_kernels.sparse_mla.mosaic_gpu_scaled_tasks")
+columns_of = pytest.importorskip("pallas_kernels.hopper.columns")
 pytestmark = pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11")
 
 SCALE = 0.11
@@ -23,9 +25,9 @@ KINDS = ["ascending", "causal", "scattered", "nothing", "mixed"]
 def emulated(monkeypatch, queries, latents, indices, *, splits=1, seed=0, num_sms=2):
     """What the kernel makes of a case, each multiprocessor doing every `num_sms`-th task, or a cluster a query."""
     (b, s, h, width), t = queries.shape, latents.shape[1]
-    lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % kernel.KEYS)), constant_values=-1)
-    tasks = kernel.Tasks(b, s, h, t, lists.shape[1] // kernel.KEYS, splits)
-    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), kernel.KEYS)) if splits == 1 else None
+    lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % columns_of.KEYS)), constant_values=-1)
+    tasks = scaled.Tasks(b, s, h, t, lists.shape[1] // columns_of.KEYS, splits)
+    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), columns_of.KEYS)) if splits == 1 else None
     parts = [np.asarray(x).reshape(b * t, *x.shape[2:]) for x in (latents.codes, latents.rotary, latents.scales)]
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)
@@ -117,11 +119,11 @@ def test_queries_are_sums_of_two_codes_exactly():
 
 
 def test_slots_fit_shared_memory():
-    for columns in range(8, kernel.MAX_COLUMNS + 1, 8):
-        memory = kernel.Memory.of(columns)
-        assert memory.end <= kernel.SHARED_BYTES and memory.slots >= 3
+    for columns in range(8, scaled.MAX_COLUMNS + 1, 8):
+        memory = scaled.Memory.of(columns)
+        assert memory.end <= columns_of.SHARED_BYTES and memory.slots >= 3
         assert memory.codes % 1024 == memory.rotary % 1024 == memory.queries % 1024 == memory.weights % 1024 == 0
-        assert columns * kernel.STAGED_LINE <= memory.weights - memory.queries
+        assert columns * scaled.STAGED_LINE <= memory.weights - memory.queries
 
 
 def test_registers_are_those_that_a_block_is_launched_with():
@@ -134,19 +136,19 @@ def test_registers_are_those_that_a_block_is_launched_with():
     [(1, 32, 8), (13, 32, 8), (14, 32, 4), (30, 32, 2), (67, 32, 1), (1, 5, 2), (1, 9, 2), (1, 1, 1)],
 )
 def test_splits_are_those_that_run_at_once(tiles, blocks, expected):
-    splits = kernel.splits_of(tiles, blocks)
+    splits = scaled.splits_of(tiles, blocks)
     assert splits == expected
-    kernel.Tasks(tiles, 1, 64, 1000, blocks, splits)
+    scaled.Tasks(tiles, 1, 64, 1000, blocks, splits)
 
 
 def test_tasks_that_cannot_be_launched():
     with pytest.raises(ValueError, match="6 key blocks do not divide into 4 of at most 8 splits"):
-        kernel.Tasks(1, 1, 64, 1000, blocks=6, splits=4)
+        scaled.Tasks(1, 1, 64, 1000, blocks=6, splits=4)
     with pytest.raises(ValueError, match="no task of 0 heads"):
-        kernel.Tasks(1, 1, 0, 1000, blocks=6)
+        scaled.Tasks(1, 1, 0, 1000, blocks=6)
     with pytest.raises(ValueError, match="lists that are split into 3 have no counts"):
-        kernel.attend(*[None] * 5, np.ones(1), kernel.Tasks(1, 1, 64, 1000, blocks=6, splits=3), scale=1.0)
-    assert [kernel.Tasks(1, 1, heads, 1000, 1).columns for heads in (1, 20, 64, 65, 96, 128)] == [8, 24, 64, 40, 48, 64]
+        kernel.attend(*[None] * 5, np.ones(1), scaled.Tasks(1, 1, 64, 1000, blocks=6, splits=3), scale=1.0)
+    assert [scaled.Tasks(1, 1, heads, 1000, 1).columns for heads in (1, 20, 64, 65, 96, 128)] == [8, 24, 64, 40, 48, 64]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import normalise_rows, quant, quantise_rows, quantise_swiglu
-from pallas_kernels.hopper import device as hopper
+from pallas_kernels import normalise_rows, quant, quantise_index_queries, quantise_rows, quantise_swiglu
 from pallas_kernels.quantised import reference
 from tests.support.rows import run_program
 
@@ -84,6 +83,34 @@ def test_hoppers_normalised_rows_are_those_of_the_reference(monkeypatch, width, 
     check_same(scaled(found, 9, width), quant.quantise_rows(jnp.asarray(normalised)))
 
 
+@interpreted
+@pytest.mark.parametrize("rows, heads, rotary", [(3, 5, 64), (40, 2, 32), (1, 1, 128)])
+def test_hoppers_index_queries_are_those_of_the_reference(monkeypatch, rows, heads, rotary):
+    from pallas_kernels.quantised import mosaic_gpu_index
+
+    random = np.random.default_rng(rows)
+    product = drawn(rows, heads * 128, seed=rows).at[-1, -1].set(jnp.inf)
+    angles = random.uniform(0, 6, (rows, rotary // 2))
+    cos, sin = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+    outputs = [np.zeros(rows * heads * 32, np.int32), np.zeros(rows * heads, np.int32)]
+    program, blocks = mosaic_gpu_index.index_program(rows, heads, rotary)
+    codes, scales = run_program(monkeypatch, program, blocks, [product, cos, sin], outputs)
+    product = product.reshape(rows, heads, 128)
+    expected, exact = quantise_index_queries(product, cos, sin, interleaved=True)
+    np.testing.assert_array_equal(scales.view(np.float32).reshape(rows, heads), exact)
+    assert np.isnan(exact[-1, -1])
+    found = codes.view(ml_dtypes.float8_e4m3fn).reshape(rows, heads, 128).astype(np.float32)
+    # Where a rotated number is about halfway between two others, its last bit decides.
+    assert np.mean((found != np.asarray(expected, np.float32)) & ~np.isnan(exact)[..., None]) < 0.01
+    halves = quantise_index_queries(_halves_first(product, rotary), cos, sin, interleaved=False)[0]
+    np.testing.assert_array_equal(_halves_first(expected.astype(jnp.float32), rotary), halves.astype(jnp.float32))
+
+
+def _halves_first(x: jax.Array, rotary: int) -> jax.Array:
+    """Every head's rotated numbers with the first of all pairs before the second ones."""
+    return x[..., np.r_[np.arange(0, rotary, 2), np.arange(1, rotary, 2), np.arange(rotary, 128)]]
+
+
 def test_rows_of_any_width_and_dtype_have_the_reference():
     x = drawn(3, 200, jnp.float32)
     found = quantise_rows(x)
@@ -103,15 +130,18 @@ def test_what_does_not_fit_is_named():
         quantise_rows(jnp.ones((2, 3, 128)))
     with pytest.raises(ValueError, match=r"\(2, 7\)"):
         quantise_swiglu(jnp.ones((2, 7)))
+    with pytest.raises(ValueError, match=r"\(2, 3, 6\), \(2, 4\), \(2, 4\)"):
+        quantise_index_queries(jnp.ones((2, 3, 6)), jnp.ones((2, 4)), jnp.ones((2, 4)), interleaved=True)
+    with pytest.raises(ValueError, match="neither"):
+        normalise_rows(x, weight, 1e-6, plain=False, in_8_bits=False)
     with pytest.raises(ValueError, match=r"got \(2, 64\) and \(128,\)"):
         normalise_rows(x[:, :64], weight, 1e-6)
 
 
 @interpreted
-def test_what_hoppers_kernels_do_not_take(monkeypatch):
+def test_what_hoppers_kernels_do_not_take():
     from pallas_kernels.quantised import mosaic_gpu
 
-    monkeypatch.setattr(hopper, "why_not", lambda: None)
     x, weight = jnp.ones((2, 256), jnp.bfloat16), jnp.ones((256,), jnp.bfloat16)
     assert mosaic_gpu.why_not(x) is None and mosaic_gpu.why_not_swiglu(x) is None
     assert mosaic_gpu.why_not_normalise(x, weight, 1e-6) is None

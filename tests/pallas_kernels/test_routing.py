@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,6 +75,15 @@ def test_routes_list_the_groups_that_rows_are_of():
     routes = reference.tables(jnp.array([[3, 0], [3, 2]]), jnp.ones((2, 2)), 4, shared=True)
     assert routes.groups.tolist() == [4, 0, 2, 3, -1] and routes.num_groups.tolist() == [4]
     assert routes.slots.tolist() == [[1, -1], [-1, -1], [-1, 3], [0, 2], [4, 5]]
+
+
+@pytest.mark.parametrize("size,groups", [(0, 3), (1, 1), (50, 7), (200, 64)])
+def test_sorting_by_group_is_stable(size, groups):
+    given = np.random.default_rng(size).integers(0, groups + 1, size).astype(np.int32)
+    order, back, sizes = jax.jit(api.sort_by_group, static_argnums=1)(jnp.asarray(given), groups)
+    assert (order == np.argsort(given, kind="stable")).all()
+    assert (order[back] == np.arange(size)).all()
+    assert (sizes == np.bincount(given, minlength=groups + 1)[:groups]).all()
 
 
 def test_what_does_not_fit_is_named(monkeypatch):

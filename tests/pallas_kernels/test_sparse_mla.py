@@ -399,12 +399,14 @@ def test_the_sample_for_the_unions_is_whole_tiles_all_over(monkeypatch):
 
 def few_heads_emulated(monkeypatch, queries, latents, indices, seed, num_sms=2):
     """What the kernel for few heads makes of a case, each multiprocessor doing every `num_sms`-th query."""
+    from pallas_kernels.hopper.columns import KEYS
     from pallas_kernels.sparse_mla import mosaic_gpu_few_heads as few
+    from pallas_kernels.sparse_mla.mosaic_gpu_few_heads_tasks import Tasks
 
     b, s, h, width = queries.shape
-    lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % few.KEYS)), constant_values=-1)
-    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), few.KEYS))
-    tasks = few.Tasks(b, s, h, latents.shape[1], lists.shape[1] // few.KEYS)
+    lists = np.pad(indices.reshape(b * s, -1), ((0, 0), (0, -indices.shape[2] % KEYS)), constant_values=-1)
+    counts = np.asarray(mosaic_gpu.blocks_to_visit(jnp.asarray(lists), KEYS))
+    tasks = Tasks(b, s, h, latents.shape[1], lists.shape[1] // KEYS)
     flat = np.asarray(queries).reshape(-1, width), np.asarray(latents).reshape(-1, width), lists, counts
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "NUM_SMS", num_sms)
@@ -461,11 +463,11 @@ def query_tile_emulated(monkeypatch, queries, row, rows, through_registers, seed
         warpgroup = jax.lax.axis_index("warpgroup")
         attention.load_queries(queries, columns, rotary, row, rows, warpgroup, through_registers=through_registers)
         attention.await_queries(barriers, 0)
-        everywhere = ptx.compare("sge", ptx.thread(), 0)
+        everywhere = ptx.thread().signed >= 0
         for i in range(18):
             at = 16 * ptx.thread() + 4096 * i
-            words = ptx.load_shared_words(ptx.add(ptx.shared_address(columns), at))
-            ptx.store_global_words(ptx.add(ptx.global_address(out), at), words, everywhere)
+            words = ptx.load_shared_words(ptx.shared_address(columns) + at)
+            ptx.store_global_words(ptx.global_address(out) + at, words, everywhere)
 
     def load(queries):
         plgpu = attention.plgpu
@@ -508,11 +510,11 @@ def combined_emulated(monkeypatch, queries, parts, logs, tasks, seed):
         thread, task = ptx.thread(), ptx.constant(cluster * tasks.splits + split)
         for i in range(16):
             at = 16 * thread + 4096 * i
-            words = ptx.load_words(ptx.add(ptx.offset(ptx.global_address(parts), task, 65536), at))
-            ptx.store_shared_words(ptx.add(ptx.shared_address(columns), at), words)
-        with ptx.when(ptx.compare("slt", thread, 64)):
-            log = ptx.load_global(ptx.add(ptx.offset(ptx.global_address(logs), task, 256), 4 * thread))
-            ptx.store_shared(ptx.add(ptx.shared_address(sums), 4 * thread), log)
+            words = ptx.load_global_words(ptx.offset(ptx.global_address(parts), task, 65536) + at)
+            ptx.store_shared_words(ptx.shared_address(columns) + at, words)
+        with ptx.when(thread.signed < 64):
+            log = ptx.load_global(ptx.offset(ptx.global_address(logs), task, 256) + 4 * thread)
+            ptx.store_shared(ptx.shared_address(sums) + 4 * thread, log)
         attention.combine(columns, sums, out, tasks, row, tasks.heads, split, warpgroup)
 
     def combine(*arrays):

@@ -19,7 +19,12 @@ def words(x: Any) -> np.ndarray:
 
 
 def run_program(
-    monkeypatch: pytest.MonkeyPatch, program: Any, blocks: int, inputs: Sequence[Any], outputs: list[np.ndarray]
+    monkeypatch: pytest.MonkeyPatch,
+    program: Any,
+    blocks: int,
+    inputs: Sequence[Any],
+    outputs: list[np.ndarray],
+    shared_words: int = 0,
 ) -> list[np.ndarray]:
     """The outputs, arrays of words, that so many blocks of a program have written."""
     from pallas_kernels.hopper import lanes
@@ -28,9 +33,9 @@ def run_program(
 
     def stages(addresses: dict[str, Any], block: Any, shared: Any) -> list[Any]:
         def run() -> None:
-            program(*addresses.values(), block)
+            program(*addresses.values(), block, *(shared,) * bool(shared_words))
 
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
 
-    lockstep.run_grid(monkeypatch, arrays, blocks, lanes.THREADS, 4, stages)
+    lockstep.run_grid(monkeypatch, arrays, blocks, lanes.THREADS, 4 * max(shared_words, 1), stages)
     return outputs

@@ -433,6 +433,9 @@ from pallas_kernels.hopper.ptx.registers import (
     typed as typed,
 )
 from pallas_kernels.hopper.ptx.warp import (
+    alike_in_warp as alike_in_warp,
+)
+from pallas_kernels.hopper.ptx.warp import (
     ballot as ballot,
 )
 from pallas_kernels.hopper.ptx.warp import (

@@ -93,14 +93,14 @@ def div_rn(a: Value, b: Value) -> Float:
     return asm("div.rn.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
 
 
-def div_full(a: Value, b: Value) -> Float:
-    """a / b within two units of the last place, with the instruction that XLA divides with."""
-    return asm("div.full.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
-
-
 def rcp(x: Value) -> Float:
     """1 / x to within the last bit, by the instruction that XLA takes for it."""
     return asm("rcp.approx.f32 $0, $1;", [x], "=f,f", f32())
+
+
+def div_full(a: Value, b: Value) -> Float:
+    """a / b within two units of the last place, with the instruction that XLA divides with."""
+    return asm("div.full.f32 $0, $1, $2;", [a, b], "=f,f,f", f32())
 
 
 def rsqrt(x: Value) -> Float:

@@ -55,6 +55,11 @@ def cluster_rank() -> Word:
     return asm("mov.u32 $0, %cluster_ctarank;", (), "=r", i32())
 
 
+def alike_in_warp(x: Value) -> Word:
+    """The lanes of the warp, as bits, that have the same number as this one."""
+    return asm("match.any.sync.b32 $0, $1, 0xffffffff;", [x], "=r,r", i32())
+
+
 def lane_distant(x: Value, distance: int) -> Float:
     """x of the lane whose number differs by the bit `distance`."""
     return asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [x], "=f,f", f32())

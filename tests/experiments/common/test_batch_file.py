@@ -8,7 +8,7 @@ import pytest
 
 from experiments.common import batch_file
 from experiments.common.batch_file import Line, RequestFile, read_lines, standard_input
-from tests.experiments.common.test_batch_requests import reader
+from tests.experiments.common.test_batch_requests import call, reader
 
 
 def opened(tmp_path, content, window=2):
@@ -48,6 +48,14 @@ def test_what_a_file_holds_is_known_before_it_is_read(tmp_path):
     assert [[r.line for r in window] for window in found.windows(0)] == [[1, 3], [4, 5], [6]]
     assert [[r.line for r in window] for window in found.windows(2)] == [[6]]
     assert list(found.windows(3)) == []
+
+
+def test_a_custom_id_that_is_there_twice_is_named_with_both_lines(tmp_path):
+    own = json.dumps({"prompt": "a", "custom_id": "x"}).encode()  # whose answers have their lines
+    lines = [json.dumps(call(prompt="a", custom_id=name)).encode() for name in ("x", "y", "z", "y", "x")]
+    assert opened(tmp_path, b"\n".join([own, own, *lines[:3]])).scan.failed == 0
+    with pytest.raises(ValueError, match=r"^prompts\.jsonl: line 6: custom_id: 'y' is that of line 3 too$"):
+        opened(tmp_path, b"\n".join([own, lines[0], lines[1], b"", lines[2], lines[3], lines[4]]))
 
 
 def test_the_checksum_is_of_lines_and_of_their_tokens(tmp_path, monkeypatch):

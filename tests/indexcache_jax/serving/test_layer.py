@@ -9,6 +9,7 @@ import pytest
 
 from indexcache_jax import ops, serving
 from indexcache_jax.positions import whole_rows
+from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import layer
 from pallas_kernels.quant import Scaled, dequantise, quantise_rows
 from tests.support.eight_bits import RAGGED
@@ -36,6 +37,25 @@ def test_mlp_quantises_what_products_would(weights, monkeypatch, request, number
     size = float(jnp.max(jnp.abs(expected)))
     assert size > 0.01
     np.testing.assert_allclose(found, expected, atol=0.03 * size)
+
+
+def test_attention_quantises_queries_and_latents_where_they_are_made(weights, monkeypatch, request):
+    schedule = Schedule("FS")
+    p = serving.restrict(weights, CONFIG, schedule).layers[1]
+    x = jax.random.normal(jax.random.key(3), (2, 5, CONFIG.hidden_size))
+    cache = serving.init_cache(CONFIG, schedule, 2, 8, serving.CacheFormat(jnp.float8_e4m3fn)).layers[1]
+    indices = jnp.where(jnp.arange(8) <= jnp.arange(5)[:, None], jnp.arange(8), -1)[None].repeat(2, axis=0)
+    arguments = p, x, indices, cache, whole_rows(x, CONFIG), 8, CONFIG
+    with ops.rounded_rows():
+        expected, _, filled = layer.attention(*arguments)
+    request.getfixturevalue("in_8_bits")
+    monkeypatch.setattr(ops, "appends", lambda *_: True)
+    found, _, appended = layer.attention(*arguments)
+    size = float(jnp.max(jnp.abs(expected - x)))
+    assert size > 0.01
+    np.testing.assert_allclose(found, expected, atol=0.05 * size)
+    for one, other in zip(jax.tree.leaves(appended), jax.tree.leaves(filled), strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=0.13, atol=1e-5)
 
 
 def test_absorbed_queries_of_a_matrix_in_8_bits_are_those_of_the_decoded_one(weights):

@@ -288,6 +288,10 @@ class Block:
     def lane_distant(self, x, distance):
         return self._by_warp(x)[:, np.arange(32) ^ distance].reshape(-1)
 
+    def alike_in_warp(self, x):
+        lanes = self._by_warp(x)
+        return wrapped(((lanes[:, :, None] == lanes[:, None]) << np.arange(32)).sum(2).reshape(-1))
+
     def reduce_warp(self, operation, x):
         function = {"add": np.sum, "max": np.max, "min": np.min, "or": np.bitwise_or.reduce}[operation]
         return wrapped(np.repeat(function(unsigned(self._by_warp(x)), axis=1), 32))
@@ -370,34 +374,13 @@ class Block:
     def words(self) -> dict[str, object]:
         """What stands for the functions of `ptx`."""
         own = (
-            "load_shared_short",
-            "store_shared_short",
-            "increment_shared",
-            "or_shared",
-            "append_at_least",
-            "load_global_words_or_zeros",
-            "load_global_floats_or_nan",
-            "load_global_float_or_zero",
-            "store_global_bfloat16",
-            "prefetch",
-            "prefetch_line",
-            "copy_async",
-            "copy_async_where",
-            "copy_async_word",
-            "copies_commit",
-            "copies_done",
-            "block_barrier",
-            "barrier_aligned",
-            "lane_distant",
-            "reduce_warp",
-            "sum_of_lanes_up_to",
-            "sum_of_lanes_below",
-            "from_lane",
-            "ballot",
-            "products_of_codes",
-            "add_products",
-            "multiply_codes",
-        )
+            "load_shared_short", "store_shared_short", "increment_shared", "or_shared", "append_at_least",
+            "load_global_words_or_zeros", "load_global_floats_or_nan", "load_global_float_or_zero", "store_global_bfloat16",
+            "prefetch", "prefetch_line", "copy_async_word",
+            "copy_async", "copy_async_where", "copies_commit", "copies_done", "block_barrier", "barrier_aligned",
+            "lane_distant", "alike_in_warp", "reduce_warp", "sum_of_lanes_up_to", "sum_of_lanes_below", "from_lane", "ballot",
+            "products_of_codes", "add_products", "multiply_codes",
+        )  # fmt: skip
         named = {
             "constant": self.spread,
             "number": self._floats,
@@ -408,8 +391,8 @@ class Block:
             "offset": lambda base, index, scale: base + self._counted(index) * scale,
             "peer_address": lambda address, rank: address + (self.spread(rank) + 1 << 50),
             "load_peer_float": lambda address: number(self.load_peer(address)),
-            "load_global_float": lambda address: number(self.load(address)),
             "load_shared_float": lambda address: number(self.load(address)),
+            "load_global_float": lambda address: number(self.load(address)),
             "load_shared_floats": lambda address, count=2: [number(word) for word in self.load_words(address, count)],
             "store_shared_floats": lambda address, floats: self.store_words(address, list(map(bits, floats))),
             "store_shared_zeros": lambda address: self.store_words(address, [0] * 4),

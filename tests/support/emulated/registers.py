@@ -256,7 +256,7 @@ PURE = {
     "fma": floats(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
     "div_rn": floats(np.divide),
     "div_full": floats(np.divide),
-    "rcp": floats(lambda x: 1 / x),
+    "rcp": floats(lambda x: np.float32(1) / x),
     "rsqrt": floats(lambda x: 1 / np.sqrt(x)),
     "exp2": floats(np.exp2),
     "log2": floats(np.log2),
