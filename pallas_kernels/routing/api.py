@@ -1,6 +1,6 @@
 """routing: which experts rows are given to, and in what order.
 
-`route` is for the few rows of a decode step, `choose` and `sort_by_group` are for many rows.
+`route` is for the few rows of a decode step, `sort_by_group` for any number of pairs of a row and an expert.
 """
 
 from __future__ import annotations

@@ -89,6 +89,8 @@ def test_sorting_by_group_is_stable(size, groups):
 def test_what_does_not_fit_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"bias \[E\] and 1 to E choices, got \(2, 32\), \(31,\), 4"):
         api.route(jnp.zeros((2, 32)), jnp.zeros(31), choices=4, normalised=True, scale=1.0)
+    with pytest.raises(ValueError, match="groups"):
+        api.sort_by_group(jnp.zeros((2, 2), jnp.int32), 4)
     monkeypatch.setattr(hopper, "why_not", lambda: None)
     assert mosaic_gpu.why_not(jnp.zeros((65, 64)), None, choices=4) is not None
     assert mosaic_gpu.why_not(jnp.zeros((64, 64)), None, choices=4) is None
