@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.
 EXPERTS, CHOICES, HIDDEN, WIDTH = 64, 4, 2048, 1536  # of the 30B shape
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16, 32])
+@pytest.mark.parametrize("rows", [7, 32])
 @pytest.mark.parametrize("kind", ["random", "tied", "same"])
 def test_routes_are_those_of_the_reference(rows, kind):
     random = np.random.default_rng(rows)
@@ -48,7 +48,7 @@ def matrices():
     return *routed, codes(2, 2 * WIDTH, HIDDEN), codes(3, HIDDEN, WIDTH)
 
 
-@pytest.mark.parametrize("rows,alike", [(1, False), (2, False), (5, False), (9, True), (16, False), (16, True)])
+@pytest.mark.parametrize("rows,alike", [(2, False), (9, True), (16, False)])
 def test_few_rows_are_multiplied_by_their_experts(rows, alike):
     """alike: all rows choose the same experts."""
     random = np.random.default_rng(rows)
@@ -65,8 +65,8 @@ def test_few_rows_are_multiplied_by_their_experts(rows, alike):
     assert errors.max() < 0.006, errors
 
 
-FIELDS = preset("30b") | {"num_hidden_layers": 3, "vocab_size": 512, "eos_token_id": None, "pad_token_id": None}
-CONFIG, SCHEDULE = Config.from_hf(FIELDS), Schedule("FSF")
+FIELDS = preset("30b") | {"num_hidden_layers": 2, "vocab_size": 512, "eos_token_id": None, "pad_token_id": None}
+CONFIG, SCHEDULE = Config.from_hf(FIELDS), Schedule("FS")
 CONTEXT, MAX_LEN, STEPS = 700, 1024, 4
 
 
@@ -91,9 +91,12 @@ def filled_cache(rows, form):
     return serving.Cache(tuple(map(fill, cache.layers)), jnp.full((rows,), CONTEXT, jnp.int32).at[0].set(CONTEXT - 9))
 
 
-def through(weights, rows, form):
+def new_step():
+    return jax.jit(lambda weights, token, cache: serving.step(weights, token, cache, CONFIG), donate_argnums=2)
+
+
+def through(step, weights, rows, form):
     """Logits of the steps, and the last cache."""
-    step = jax.jit(lambda weights, token, cache: serving.step(weights, token, cache, CONFIG), donate_argnums=2)
     cache, found = filled_cache(rows, form), []
     for i in range(STEPS):
         logits, cache = step(weights, jnp.arange(rows) + 7 * i, cache)
@@ -101,17 +104,18 @@ def through(weights, rows, form):
     return np.stack(found), cache
 
 
-@pytest.mark.parametrize("rows,form", [(2, serving.FP8), (5, jnp.bfloat16), (16, serving.FP8)])
+@pytest.mark.parametrize("rows,form", [(5, jnp.bfloat16), (16, serving.FP8)])
 def test_steps_equal_those_of_the_layers_in_xla_and_each_other_bit_for_bit(weights, rows, form, monkeypatch):
     asked = []
     why_not = few_rows.why_not
     monkeypatch.setattr(few_rows, "why_not", lambda *given: asked.append(why_not(*given)) or asked[-1])
-    ours, cache = through(weights, rows, form)
-    again, _ = through(weights, rows, form)
-    assert asked == [None, None]
+    step = new_step()
+    ours, cache = through(step, weights, rows, form)
+    again, _ = through(step, weights, rows, form)
+    assert asked == [None]
     assert (again == ours).all()
     monkeypatch.setattr(few_rows, "why_not", lambda *_: "left out for comparison")
-    exact, old = through(weights, rows, form)
+    exact, old = through(new_step(), weights, rows, form)
     assert np.std(exact) > 0.1
     errors = np.linalg.norm(ours - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
     assert errors.max() < (0.06 if form == serving.FP8 else 0.03), errors
