@@ -1,17 +1,19 @@
 """The experts of a decode step's rows on Hopper, in about the time of reading the matrices of those that are chosen.
 
-Two kernels: the experts' first matrices and the activation, and their second matrices. A tile is 64 rows of an expert's
-matrix; the tiles of all chosen experts, and of the shared ones, are one list of which every thread block has an even and
-contiguous share. The warpgroups of a block divide the columns of a tile, and their sums are added through shared memory,
-always in the same order. Codes become float16 in registers, which is exact, and are wgmma's first operand, so a product is
-that of the matrix and the rows' transpose. A product has a column for every row of the step, whether or not it chose the
-expert: columns cost little beside the codes, and nothing is sorted or gathered. Rows are float16 in shared memory with a
-power-of-two factor for every 128 numbers, applied in float32 with the codes' scales.
+One kernel of two stages: the experts' first matrices and the activation, and their second matrices. Between them is a
+barrier of all thread blocks, of which one is on every SM; meanwhile the first codes of the second matrices are on their way.
+
+A tile is 64 rows of an expert's matrix; the tiles of all chosen experts, and of the shared ones, are one list of which every
+thread block has an even and contiguous share. The warpgroups of a block divide the columns of a tile, and their sums are added
+through shared memory, always in the same order. Codes become float16 in registers, which is exact, and are wgmma's first
+operand, so a product is that of the matrix and the rows' transpose. A product has a column for every row of the step, whether
+or not it chose the expert: columns cost little beside the codes, and nothing is sorted or gathered. Rows are float16 in shared
+memory with a power-of-two factor for every 128 numbers, applied in float32 with the codes' scales.
 
 Every lane copies its own codes to shared memory several pieces of 128 ahead, beyond the end of a tile too, so that memory
 is read at all times.
 
-The first kernel has all rows in shared memory from the start. In the second one an expert's rows are what the first one
+The first stage has all rows in shared memory from the start. In the second one an expert's rows are what the first one
 made for it; they are written to shared memory before the block's first tile of the expert.
 """
 
@@ -25,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.hopper import ptx
@@ -80,8 +82,12 @@ class Rows:
     def operand(self, piece: Value) -> Value:
         return ptx.matrix(self.numbers + piece * (2 * BLOCK * self.columns))
 
-    def write(self, thread: Thread, source: Callable[[Value], tuple[Value, Value]]) -> None:
-        """Writes all rows in the order that `ptx.multiply_codes` reads; source(row): its address, and whether it exists.
+    def write(
+        self, thread: Thread, source: Callable[[Value], tuple[Value, Value]], load: Callable[[Value], Sequence[Value]]
+    ) -> None:
+        """Writes all rows in the order that `ptx.multiply_codes` reads; load(address): 16 bytes of a row.
+
+        source(row): the address of a row, of some row also where it does not exist, and whether it exists.
 
         A warp takes a piece of four rows at a time; eight lanes have 16 bytes each of either 64 numbers of a row.
         """
@@ -96,10 +102,9 @@ class Rows:
                 row = (four << 2) + (thread.lane >> 3)
                 exists = piece.signed < self.pieces
                 address, has_row = source(row)
-                loads = ptx.select(exists & has_row, 1, 0)
-                address = ptx.offset(ptx.offset(address, piece, 2 * BLOCK), thread.lane & 7, 16)
-                parts_of_row = [ptx.offset(address, ptx.constant(i), BLOCK) for i in range(2)]
-                halves = [ptx.load_global_words_or_zeros(at, loads, 4) for at in parts_of_row]
+                address = ptx.offset(ptx.offset(address, ptx.min_s32(piece, self.pieces - 1), 2 * BLOCK), thread.lane & 7, 16)
+                words = [load(ptx.offset(address, ptx.constant(i), BLOCK)) for i in range(2)]
+                halves = [[ptx.select(has_row, word, 0) for word in half] for half in words]
                 loaded.append((row, piece, exists, halves))
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
@@ -297,12 +302,13 @@ class First:
         self.tiles.begin()
 
         def source(row: Value) -> tuple[Value, Value]:
-            return ptx.offset(a["rows"], row, 2 * sizes.hidden), row.signed < sizes.rows
+            return ptx.offset(a["rows"], ptx.min_s32(row, sizes.rows - 1), 2 * sizes.hidden), row.signed < sizes.rows
 
-        self.rows.write(self.thread, source)
+        self.rows.write(self.thread, source, ptx.load_global_words)
         ptx.proxy_fence()
         ptx.block_barrier()
         self.tiles.each(self.rows, lambda group, is_new: _slots(sizes, a, self.thread, group, TILE // 4), self.store)
+        ptx.copies_done()  # those of no tile write zeros to what the next stage uses otherwise
 
     def store(self, tile: Value, slots: Sequence[Value]) -> None:
         width, half = self.sizes.width, TILE // 2
@@ -326,8 +332,10 @@ class Second:
         of_group = sizes.hidden // TILE
         self.tiles = Tiles(sizes, a, thread, shared, in_flight, "down", sizes.hidden, sizes.width, of_group, matrix_row)
 
-    def run(self) -> None:
+    def begin(self) -> None:
         self.tiles.begin()
+
+    def run(self) -> None:
         self.tiles.each(self.rows, self.start, self.store)
 
     def start(self, group: Value, is_new: Value) -> Sequence[Value]:
@@ -339,7 +347,7 @@ class Second:
             return ptx.offset(a["hidden"], ptx.max_s32(slot, 0), 2 * sizes.width), exists
 
         with ptx.when(is_new):
-            self.rows.write(self.thread, source)
+            self.rows.write(self.thread, source, ptx.load_fresh_words)
             ptx.proxy_fence()
             ptx.block_barrier()
         return _slots(sizes, a, self.thread, group, TILE // 2)
@@ -370,48 +378,61 @@ def _pairs(sizes: Sizes, thread: Thread, pairs: int, slots: Sequence[Value]) -> 
     return found
 
 
-# ---- the kernels
+# ---- the kernel
 
 
-def _shared_bytes(sizes: Sizes, kernel: type[First] | type[Second], in_flight: int) -> int:
+def _shared_bytes(sizes: Sizes, stage: type[First] | type[Second], in_flight: int) -> int:
     counted = SharedMemory()
-    kernel(sizes, {}, None, counted, in_flight)
+    stage(sizes, {}, None, counted, in_flight)
     return counted.used + 1024  # for the rows to begin at a multiple of 1024
 
 
-def in_flight_of(sizes: Sizes, kernel: type[First] | type[Second]) -> int:
+def in_flight_of(sizes: Sizes, stage: type[First] | type[Second]) -> int:
     """The most of IN_FLIGHT for which there is shared memory, 0 for none."""
-    return max((n for n in IN_FLIGHT if _shared_bytes(sizes, kernel, n) <= SHARED_BYTES), default=0)
+    return max((n for n in IN_FLIGHT if _shared_bytes(sizes, stage, n) <= SHARED_BYTES), default=0)
 
 
-def _call(
-    name: str, kernel: type[First] | type[Second], sizes: Sizes, operands: Mapping[str, jax.Array], out: Any
-) -> jax.Array:
-    names, in_flight = [*operands, *out, "shared"], in_flight_of(sizes, kernel)
+def shared_bytes(sizes: Sizes) -> int:
+    return max(_shared_bytes(sizes, stage, in_flight_of(sizes, stage)) for stage in (First, Second))
 
-    def body(*refs: Any) -> None:
+
+def stages(sizes: Sizes, a: Mapping[str, Value], thread: Thread, memory: Value) -> tuple[First, Second]:
+    """Both use the same shared memory, one after the other."""
+    first = First(sizes, a, thread, aligned(memory), in_flight_of(sizes, First))
+    return first, Second(sizes, a, thread, aligned(memory), in_flight_of(sizes, Second))
+
+
+def _call(sizes: Sizes, operands: Mapping[str, jax.Array], outs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Calls the kernel: its outputs by name."""
+    names = [*operands, *outs]
+
+    def routed_mlp(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs) + (_SCALAR,))
         def program(ctx: Any, *values: Any) -> None:
-            *references, block = values
-            *arrays, memory = references
-            addresses = {n: ptx.global_address(v) for n, v in zip(names[:-1], arrays, strict=True)}
+            *arrays, memory, block = values
+            a = {n: ptx.global_address(v) for n, v in zip(names, arrays, strict=True)}
             thread = Thread.current(ptx.scalar(block))
-            kernel(sizes, addresses, thread, aligned(ptx.shared_address(memory)), in_flight).run()
+            first, second = stages(sizes, a, thread, ptx.shared_address(memory))
+            first.run()
+            target = ptx.grid_arrive(a["barrier_count"], BLOCKS)
+            second.begin()
+            ptx.grid_wait(a["barrier_count"], target)
+            second.run()
 
         program(*refs, jax.lax.axis_index("block"))
 
-    body.__name__ = name
-    call = plgpu.kernel(
-        body,
-        out_type=tuple(out.values()),
-        scratch_types=(plgpu.SMEM((_shared_bytes(sizes, kernel, in_flight) // 4,), jnp.int32),),
+    kernel = plgpu.kernel(
+        routed_mlp,
+        out_type=tuple(outs.values()),
+        scratch_types=(plgpu.SMEM((shared_bytes(sizes) // 4,), jnp.int32),),
         grid=(BLOCKS,),
         grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return call(*operands.values())[0]
+    given = {**operands, "barrier_count": jax.new_ref(operands["barrier_count"])}
+    return dict(zip(outs, kernel(*given.values()), strict=True))
 
 
 def aligned(address: Value) -> SharedMemory:
@@ -433,21 +454,13 @@ def routed_mlp(
     rows: jax.Array, routes: Routes, gate_up: Scaled, down: Scaled, shared_gate_up: Scaled | None, shared_down: Scaled | None
 ) -> jax.Array:
     sizes = sizes_of(rows, routes, gate_up)
-    tables = {"groups": routes.groups, "num_groups": routes.num_groups, "slots": routes.slots}
-    hidden = _call(
-        "routed_mlp_first",
-        First,
-        sizes,
-        {"rows": rows, **tables, **_matrices("gate_up", gate_up, shared_gate_up)},
-        {"hidden": jax.ShapeDtypeStruct((sizes.slots, sizes.width), jnp.bfloat16)},
-    )
-    products = _call(
-        "routed_mlp_second",
-        Second,
-        sizes,
-        {"hidden": hidden, **tables, **_matrices("down", down, shared_down)},
-        {"out": jax.ShapeDtypeStruct((sizes.slots, sizes.hidden), jnp.bfloat16)},
-    )
+    tables = {name: getattr(routes, name) for name in ("groups", "num_groups", "slots", "barrier_count")}
+    matrices = _matrices("gate_up", gate_up, shared_gate_up) | _matrices("down", down, shared_down)
+    outs = {
+        "hidden": jax.ShapeDtypeStruct((sizes.slots, sizes.width), jnp.bfloat16),
+        "out": jax.ShapeDtypeStruct((sizes.slots, sizes.hidden), jnp.bfloat16),
+    }
+    products = _call(sizes, {"rows": rows, **tables, **matrices}, outs)["out"]
     pairs = sizes.rows * sizes.choices
     of_experts = products[:pairs].reshape(sizes.rows, sizes.choices, -1).astype(jnp.float32)
     out = jnp.sum(of_experts * routes.weights[..., None], axis=1)
@@ -459,6 +472,8 @@ def why_not(
 ) -> str | None:
     if reason := hopper.why_not():
         return reason
+    if (count := device.num_sms() or BLOCKS) < BLOCKS:
+        return f"it needs {BLOCKS} SMs at once, this device has {count}"
     if rows.dtype != jnp.bfloat16:
         return f"it takes rows in bfloat16, not in {rows.dtype}"
     matrices = {"gate_up": gate_up, "down": down, "shared_gate_up": shared_gate_up, "shared_down": shared_down}

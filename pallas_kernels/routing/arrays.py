@@ -19,4 +19,5 @@ class Routes:
     weights: jax.Array  # [N, k] float32
     groups: jax.Array  # [E + 1] int32: first those that rows are of, E before the others, then -1
     num_groups: jax.Array  # [1] int32: how many rows are of
+    barrier_count: jax.Array  # [1] int32: zero, in which thread blocks count their arrivals at a barrier of all of them
     slots: jax.Array  # [E + 1, N] int32: the place of the pair of a group and a row, -1 where the row is not of it

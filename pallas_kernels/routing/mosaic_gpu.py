@@ -115,6 +115,7 @@ class Program:
             ptx.store_global(ptx.offset(a["groups"], at, 4), number, used.differs(0))
             count = count + ptx.sum_of_warp(used)
         ptx.store_global(a["num_groups"], count, leads)
+        ptx.store_global(a["barrier_count"], ptx.constant(0), leads)
 
 
 def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
@@ -123,6 +124,7 @@ def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
         "weights": (p.rows, p.choices),
         "groups": (p.experts + 1,),
         "num_groups": (1,),
+        "barrier_count": (1,),
         "slots": (p.experts + 1, p.rows),
     }
     kinds = {"weights": jnp.float32}

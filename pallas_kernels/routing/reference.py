@@ -37,7 +37,8 @@ def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: 
     used = jnp.any(slots >= 0, axis=1)[order]
     place = jnp.where(used, jnp.cumsum(used) - 1, num_experts + 1)
     groups = jnp.full(num_experts + 1, -1, jnp.int32).at[place].set(order, mode="drop")
-    return Routes(experts, weights, groups, jnp.sum(used, dtype=jnp.int32)[None], slots)
+    num_groups, barrier_count = jnp.sum(used, dtype=jnp.int32)[None], jnp.zeros(1, jnp.int32)
+    return Routes(experts, weights, groups, num_groups, barrier_count, slots)
 
 
 def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:

@@ -25,18 +25,19 @@ def emulated(monkeypatch):
         flat = np.asarray(x).reshape(-1).view(np.uint8)
         return np.pad(flat, (0, -flat.size % 4)).view(np.int32).copy()
 
-    def call(name, kernel, sizes, operands, out):
-        ((result, like),), in_flight = out.items(), mosaic_gpu.in_flight_of(sizes, kernel)
+    def call(sizes, operands, outs):
         arrays = {n: words(x) for n, x in operands.items()}
-        arrays[result] = words(np.full(like.shape, np.nan, like.dtype))
+        arrays |= {n: words(np.full(like.shape, np.nan, like.dtype)) for n, like in outs.items()}
 
         def stages(a, block, shared):
-            program = kernel(sizes, a, parts.Thread.current(block), mosaic_gpu.aligned(shared), in_flight)
-            return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=program.run)]
+            first, second = mosaic_gpu.stages(sizes, a, parts.Thread.current(block), shared)
+            return [
+                types.SimpleNamespace(begin=lambda: None, prefetches=(), run=first.run),
+                types.SimpleNamespace(begin=second.begin, prefetches=(), run=second.run),
+            ]
 
-        memory = mosaic_gpu._shared_bytes(sizes, kernel, in_flight)
-        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, memory, stages)
-        return jnp.asarray(arrays[result].view(like.dtype).reshape(like.shape))
+        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, mosaic_gpu.shared_bytes(sizes), stages)
+        return {n: jnp.asarray(arrays[n].view(like.dtype).reshape(like.shape)) for n, like in outs.items()}
 
     monkeypatch.setattr(mosaic_gpu, "_call", call)
 
