@@ -8,9 +8,9 @@ from pallas_kernels import dispatch
 from pallas_kernels.latent_cache import reference
 from pallas_kernels.quant import Latents
 
-BACKENDS = {  # "mosaic_gpu" serves where it is named
-    "xla": dispatch.Backend(reference.append_latents),
+BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.latent_cache.mosaic_gpu", "append_latents"),
+    "xla": dispatch.Backend(reference.append_latents),
 }
 
 
@@ -35,8 +35,8 @@ def append_latents(
       cos, sin: [B, S, R / 2] float32, by which pairs of neighbours among the last R numbers are rotated.
       positions: [B, S] int32; tokens outside 0 .. T - 1 are dropped.
       eps: added to the mean of squares.
-      implementation: "mosaic_gpu" on Hopper, which writes in place where `cache` is not used again, or "xla", the
-        reference, which None picks.
+      implementation: "mosaic_gpu" on Hopper, which writes in place where `cache` is not used again, else "xla", the
+        reference; None picks.
 
     Raises:
       ValueError for shapes that do not fit, NotImplementedError where a named implementation cannot serve.
