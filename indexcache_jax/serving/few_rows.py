@@ -23,15 +23,13 @@ from indexcache_jax.serving.layer import attend, linear, mlp, select
 from indexcache_jax.serving.weights import Dense, Experts, Layer, Weights
 from pallas_kernels.quant import Scaled
 
-MAX_ROWS = 16
-
 
 def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, config: Config) -> str | None:
     """Why these kernels cannot serve x [B, 1, D] in all layers, None where they can."""
     if sharding.current()[0] is not None:
         return "they run on a device that computes alone"
-    if not 2 <= x.shape[0] <= MAX_ROWS:
-        return f"they take 2 to {MAX_ROWS} rows, not {x.shape[0]}"
+    if not 2 <= x.shape[0] <= ops.routed_mlp.MAX_ROWS:
+        return f"they take 2 to {ops.routed_mlp.MAX_ROWS} rows, not {x.shape[0]}"
     if config.n_group > 1:
         return f"they choose among all experts, not within {config.n_group} groups"
     for p, layer_cache in zip(weights.layers, cache.layers, strict=True):

@@ -9,6 +9,8 @@ from pallas_kernels.quant import Scaled
 from pallas_kernels.routed_mlp import reference
 from pallas_kernels.routing.arrays import Routes
 
+MAX_ROWS = 16  # of the kernel for Hopper, which does not launch with 24
+
 BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.routed_mlp.mosaic_gpu", "routed_mlp"),
     "xla": dispatch.Backend(reference.routed_mlp),
@@ -32,8 +34,8 @@ def routed_mlp(
     Args:
       routes: of the rows, made with `shared` where there are shared experts.
       gate_up: [E, 2, I, D], down: [E, D, I]; shared_gate_up: [2 Is, D], shared_down: [D, Is].
-      implementation: "mosaic_gpu" on Hopper reads the matrices of chosen experts once each; "xla", the reference, multiplies by
-        all of them. None picks.
+      implementation: "mosaic_gpu" on Hopper reads the matrices of chosen experts once each, for up to MAX_ROWS rows; "xla", the
+        reference, multiplies by all of them. None picks.
 
     Raises:
       ValueError for shapes that do not fit, NotImplementedError where the named implementation cannot serve.
@@ -49,6 +51,7 @@ def routed_mlp(
             f"got {rows.shape}, {gate_up.shape} and {down.shape}"
         )
     if (shared_gate_up is None) != (shared_down is None):
-        raise ValueError("routed_mlp: expected shared_gate_up and shared_down together")
+        missing = "shared_gate_up" if shared_gate_up is None else "shared_down"
+        raise ValueError(f"routed_mlp: expected shared_gate_up and shared_down together, {missing} is None")
     matrices = gate_up, down, shared_gate_up, shared_down
     return dispatch.call("routed_mlp", BACKENDS, implementation, rows, routes, *jax.lax.stop_gradient(matrices))

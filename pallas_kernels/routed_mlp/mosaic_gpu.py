@@ -32,6 +32,7 @@ from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.hopper import ptx
 from pallas_kernels.quant import BLOCK, Scaled, float_scales
+from pallas_kernels.routed_mlp.api import MAX_ROWS
 from pallas_kernels.routing.arrays import Routes
 
 BLOCKS = hopper.NUM_SMS
@@ -474,6 +475,8 @@ def why_not(
         return reason
     if (count := device.num_sms() or BLOCKS) < BLOCKS:
         return f"it needs {BLOCKS} SMs at once, this device has {count}"
+    if rows.shape[0] > MAX_ROWS:
+        return f"it takes up to {MAX_ROWS} rows, not {rows.shape[0]}"
     if rows.dtype != jnp.bfloat16:
         return f"it takes rows in bfloat16, not in {rows.dtype}"
     matrices = {"gate_up": gate_up, "down": down, "shared_gate_up": shared_gate_up, "shared_down": shared_down}

@@ -60,7 +60,7 @@ def check(ours, exact):
     assert np.abs(ours - exact).max() <= 2.0**-7 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("rows,shared", [(1, True), (2, False), (5, True), (16, True), (19, False)])
+@pytest.mark.parametrize("rows,shared", [(1, True), (2, False), (5, True), (11, False), (16, True)])
 def test_few_rows_are_multiplied_by_their_experts(emulated, rows, shared):
     random = np.random.default_rng(rows)
     x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
@@ -121,10 +121,12 @@ def test_what_does_not_fit_is_named(monkeypatch):
     routes = routes_of([[0, 1], [1, 2]], np.ones((2, 2)))
     with pytest.raises(ValueError, match=r"down \[E, D, I\], got \(3, 640\)"):
         api.routed_mlp(jnp.zeros((3, HIDDEN)), routes, *given)
-    with pytest.raises(ValueError, match="together"):
+    with pytest.raises(ValueError, match="together, shared_down is None"):
         api.routed_mlp(x, routes, *given[:3])
     monkeypatch.setattr(hopper, "why_not", lambda: None)
     assert mosaic_gpu.why_not(x, routes, *given) is None
+    many = jax.eval_shape(lambda: (jnp.zeros((17, HIDDEN), jnp.bfloat16), routes_of(np.zeros((17, 1)), np.ones((17, 1)))))
+    assert mosaic_gpu.why_not(*many, *given) == "it takes up to 16 rows, not 17"
     assert "bfloat16" in mosaic_gpu.why_not(x.astype(jnp.float32), routes, *given)
     wide = jax.eval_shape(lambda: quant.quantise_matrix(jnp.zeros((HIDDEN, 2 * WIDTH))))
     assert "shared experts as wide as" in mosaic_gpu.why_not(x, routes, *given[:3], wide)

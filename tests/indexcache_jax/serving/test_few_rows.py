@@ -92,7 +92,9 @@ def test_it_says_what_it_cannot_serve(monkeypatch):
         return few_rows.why_not(weights, x, cache, positions, config)
 
     assert reason() is None
-    assert "not 1" in reason(x=jax.ShapeDtypeStruct((1, 1, CONFIG.hidden_size), jnp.bfloat16))
+    for rows in (1, 17):
+        x_of_rows = jax.ShapeDtypeStruct((rows, 1, CONFIG.hidden_size), jnp.bfloat16)
+        assert reason(x=x_of_rows) == f"they take 2 to 16 rows, not {rows}"
     assert "groups" in reason(config=dataclasses.replace(CONFIG, n_group=4, topk_group=2))
     in_bfloat16 = jax.eval_shape(lambda: made(4, None)[0])
     assert reason(weights=in_bfloat16) == "they read experts in 8 bits"
