@@ -47,7 +47,7 @@ def why_not(queries: jax.Array, keys: jax.Array, *_: Any, **__: Any) -> str | No
     if queries.shape[3] > MAX_WIDTH:
         return f"it takes heads up to {MAX_WIDTH} wide, these are {queries.shape[3]}"
     if 0 in queries.shape or 0 in keys.shape:
-        return "there is nothing to attend"
+        return f"there is nothing to attend: queries are {queries.shape}, keys {keys.shape}"
     return None
 
 

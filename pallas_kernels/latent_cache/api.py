@@ -26,12 +26,12 @@ def append_latents(
     eps: float,
     implementation: str | None = None,
 ) -> Latents:
-    """The cache with the latents of new tokens at their positions, which are those of quant.quantise_latents.
+    """The cache with the latents of new tokens, in the codes of quant.quantise_latents, at their positions.
 
     Args:
       cache: [B, T, C + R].
       product: [B, S, W] float32, of which the C + R numbers from `start` on are the tokens' projections.
-      norm: [C], by which the first C numbers are normalised; its dtype is what latents are rounded to before the codes.
+      norm: [C], the weight with which the first C numbers are normalised; latents are rounded to its dtype before the codes.
       cos, sin: [B, S, R / 2] float32, by which pairs of neighbours among the last R numbers are rotated.
       positions: [B, S] int32; tokens outside 0 .. T - 1 are dropped.
       eps: added to the mean of squares.

@@ -47,8 +47,8 @@ def sum_rows(
 ) -> jax.Array:
     """The sums over j of weights[n, j] * rows[places[n, j]], and of `added`: [N, D] in `dtype`, added up in float32.
 
-    rows [M, D]; places [N, k] in [0, M); weights [N, k] float32; added: arrays [N, D]. Sums are in the order in which they
-    stand here, j ascending. `implementation` and errors as of gather_rows; "mosaic_gpu" serves bfloat16.
+    rows [M, D]; places [N, k] in [0, M); weights [N, k] float32; added: arrays [N, D]. Summands are added in the order in
+    which they stand here, j ascending. `implementation` and errors are those of gather_rows; "mosaic_gpu" serves bfloat16.
     """
     n, d = places.shape[0] if places.ndim == 2 else -1, rows.shape[-1]
     if rows.ndim != 2 or weights.shape != places.shape or any(other.shape != (n, d) for other in added):

@@ -27,10 +27,12 @@ SPANS = 2  # times 32 * NUMBERS of a token that a warp adds up
 
 def why_not(rows: jax.Array | Scaled, index: jax.Array) -> str | None:
     if not isinstance(rows, Scaled):
-        return "it moves rows in 8 bits"
+        return f"it moves rows in 8 bits, not in {rows.dtype}"
     if rows.scales.dtype != jnp.float32:
         return f"it moves float32 scales, not {rows.scales.dtype}"
-    if rows.shape[1] % PIECE or rows.shape[1] > MAX_BYTES or not index.size:
+    if not index.size:
+        return "there are no rows to move: the index is empty"
+    if rows.shape[1] % PIECE or rows.shape[1] > MAX_BYTES:
         return f"it moves rows of a multiple of {PIECE} and at most {MAX_BYTES} codes, they have {rows.shape[1]}"
     return None
 
@@ -81,10 +83,13 @@ def why_not_sum(
     rows: jax.Array, places: jax.Array, weights: jax.Array, added: tuple[jax.Array, ...] = (), dtype: Any = jnp.float32
 ) -> str | None:
     if any(x.dtype != jnp.bfloat16 for x in (rows, *added)) or weights.dtype != jnp.float32:
-        return "it adds up rows in bfloat16 with weights in float32"
+        kinds = [str(x.dtype) for x in (rows, *added, weights)]
+        return f"it adds up rows in bfloat16 with weights in float32, these are in {', '.join(kinds)}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"its sums are in bfloat16 or float32, not {jnp.dtype(dtype)}"
-    if rows.shape[1] % NUMBERS or not places.size:
+    if not places.size:
+        return f"there is nothing to add up: places are {places.shape}"
+    if rows.shape[1] % NUMBERS:
         return f"it reads rows of a multiple of {NUMBERS} numbers, they have {rows.shape[1]}"
     return None
 

@@ -1,6 +1,6 @@
 """routing: which experts rows are given to, and in what order.
 
-`route` is for the few rows of a decode step, `sort_by_group` for any number of pairs of a row and an expert.
+`route` is for the few rows of a decode step, `choose` and `sort_by_group` for any number of rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ BACKENDS = {
     "mosaic_gpu": dispatch.hopper_backend("pallas_kernels.routing.mosaic_gpu", "route"),
     "xla": dispatch.Backend(reference.route),
 }
+_MANY_ROWS = "pallas_kernels.routing.mosaic_gpu_many_rows"
+CHOOSE_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "choose"),
+    "xla": dispatch.Backend(reference.choose),
+}
+SORT_BACKENDS = {
+    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "sort_by_group", "why_not_sort"),
+    "xla": dispatch.Backend(reference.sort_by_group),
+}
 
 
 def route(
@@ -30,12 +39,14 @@ def route(
 ) -> Routes:
     """The experts of rows with router logits [N, E] float32, and the tables by which kernels go through them.
 
-    The `choices` experts of largest sigmoid(logits) + bias; the lower number comes first among equals, and NaN before all
-    others. A weight is the sigmoid, over the sum of a row's with `normalised`, times `scale`.
+    A row is given to the `choices` experts of largest sigmoid(logits) + bias. Among equals the lower number comes first,
+    and NaN comes before all others.
 
     Args:
-      bias: [E] float32, counts for the choice alone.
-      shared: whether there are shared experts too, of which all rows are.
+      bias: [E] float32, which counts for the choice alone.
+      normalised: whether a weight, the sigmoid, is divided by the sum of the row's chosen ones.
+      scale: by which weights are multiplied last.
+      shared: whether there are shared experts too, to which all rows are given.
       implementation: "mosaic_gpu" on Hopper, else "xla", the reference; None picks.
 
     Raises:
@@ -49,17 +60,6 @@ def route(
     return dispatch.call("route", BACKENDS, implementation, logits.astype(jnp.float32), bias.astype(jnp.float32), **options)
 
 
-_MANY_ROWS = "pallas_kernels.routing.mosaic_gpu_many_rows"
-CHOOSE_BACKENDS = {
-    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "choose"),
-    "xla": dispatch.Backend(reference.choose),
-}
-SORT_BACKENDS = {
-    "mosaic_gpu": dispatch.hopper_backend(_MANY_ROWS, "sort_by_group", "why_not_sort"),
-    "xla": dispatch.Backend(reference.sort_by_group),
-}
-
-
 def choose(
     logits: jax.Array,
     bias: jax.Array,
@@ -71,7 +71,7 @@ def choose(
 ) -> tuple[jax.Array, jax.Array]:
     """The experts [N, k] of rows with router logits [N, E] float32, and their weights [N, k], as `route` has them.
 
-    Weights have the gradient of the reference. Arguments, `implementation` and errors as of `route`.
+    Weights have the gradient of the reference. Arguments, `implementation` and errors are those of `route`.
     """
     if logits.ndim != 2 or bias.shape != logits.shape[1:] or not 1 <= choices <= logits.shape[1]:
         shapes = f"{logits.shape}, {bias.shape}, {choices}"
@@ -85,8 +85,8 @@ def sort_by_group(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """groups [M] int32 from 0 to `num_groups` sorted, stable; `num_groups` stands for none and comes last.
 
-    Returns order [M] int32, whose element i is which of the groups is i-th; its inverse [M] int32; and how many there are of
-    each group [num_groups] int32.
+    Returns the order [M] int32, element i of which is the index in `groups` of what comes i-th; its inverse [M] int32; and how
+    many there are of each group, [num_groups] int32. `implementation` and errors are those of `route`.
     """
     if groups.ndim != 1:
         raise ValueError(f"sort_by_group: expected groups [M], got {groups.shape}")

@@ -10,14 +10,14 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routes:
-    """The experts of N rows, k of E each. Group E, which all rows are of, stands for the shared experts.
+    """The experts of N rows, k of E for each. Group E stands for the shared experts, to which all rows are given.
 
-    A pair of row n and its j-th expert has the place n k + j, that of row n and the shared experts N k + n.
+    The pair of row n and its j-th expert has the number n k + j, the pair of row n and the shared experts N k + n.
     """
 
     experts: jax.Array  # [N, k] int32
     weights: jax.Array  # [N, k] float32
-    groups: jax.Array  # [E + 1] int32: first those that rows are of, E before the others, then -1
-    num_groups: jax.Array  # [1] int32: how many rows are of
-    barrier_count: jax.Array  # [1] int32: zero, in which thread blocks count their arrivals at a barrier of all of them
-    slots: jax.Array  # [E + 1, N] int32: the place of the pair of a group and a row, -1 where the row is not of it
+    groups: jax.Array  # [E + 1] int32: first those that have rows, E before the others, then -1
+    num_groups: jax.Array  # [1] int32: how many groups have rows
+    barrier_count: jax.Array  # [1] int32: zero; thread blocks count their arrivals at a grid barrier in it
+    slots: jax.Array  # [E + 1, N] int32: the number of the pair of a group and a row, -1 where the row is not in the group

@@ -21,7 +21,7 @@ from pallas_kernels.hopper.lanes import THREADS, WARPS, Thread, Value, call_kern
 from pallas_kernels.routing import reference
 from pallas_kernels.routing.mosaic_gpu import MAX_EXPERTS, Options, choice_of
 
-MAX_GROUPS = 1023  # with that of pairs of no group, whose counts fit the shared memory that needs no leave
+MAX_GROUPS = 1023  # their counts, and those of pairs of no group, fit the shared memory that needs no opt-in
 MAX_BLOCKS = 1024  # whose counts XLA compares block by block
 FEW = 256  # rows, or pairs: below, XLA's own are as fast
 

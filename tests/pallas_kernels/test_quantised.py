@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_named():
         quantise_swiglu(jnp.ones((2, 7)))
     with pytest.raises(ValueError, match=r"\(2, 3, 6\), \(2, 4\), \(2, 4\)"):
         quantise_index_queries(jnp.ones((2, 3, 6)), jnp.ones((2, 4)), jnp.ones((2, 4)), interleaved=True)
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="both False"):
         normalise_rows(x, weight, 1e-6, plain=False, in_8_bits=False)
     with pytest.raises(ValueError, match=r"got \(2, 64\) and \(128,\)"):
         normalise_rows(x[:, :64], weight, 1e-6)
