@@ -1,9 +1,9 @@
 """A token each of a few rows on Hopper: a layer in fewer kernels than XLA makes of `layer.layer`.
 
 With few rows a layer reads its weights once and computes little, so that its time is how fast weights stream and how many
-kernels it has. Here one kernel normalises latents and puts the tokens into the caches, one chooses experts and two apply
-them: of a layer with experts they take the place of forty. What else a layer has is as in `layer`. Where `why_not` has
-nothing against a model, `model.step` runs its rows through `run_layer`.
+kernels it has. Here one kernel normalises latents and puts the tokens into the caches, one makes absorbed queries, one chooses
+experts and one applies them. What else a layer has is as in `layer`. Where `why_not` has nothing against a model, `model.step`
+runs its rows through `run_layer`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, 
 
 
 def _why_not_layer(p: Layer, x: jax.Array, cache: LayerCache, positions: Positions, config: Config) -> str | None:
-    if p.down_bias is not None or x.dtype != jnp.bfloat16:
-        return "they take activations in bfloat16 and no biases of projections"
+    if x.dtype != jnp.bfloat16:
+        return f"they take activations in bfloat16, not in {x.dtype}"
+    if p.down_bias is not None:
+        return "they take no biases of projections, and this model has them (attention_bias)"
     if reason := ops.decode_layer.why_not_rows(fused.attention_weights(p, cache, positions, config)):
         return reason
     return None if isinstance(p.mlp, Dense) else _why_not_experts(p.mlp, x, config)
@@ -51,7 +53,8 @@ def _why_not_experts(m: Experts, x: jax.Array, config: Config) -> str | None:
     if any(matrix is not None and not isinstance(matrix, Scaled) for matrix in matrices):
         return "they read experts in 8 bits"
     if config.n_routed_experts <= 4 * config.num_experts_per_tok:
-        return "multiplying by every expert is faster for so few of them"
+        chosen = f"{config.num_experts_per_tok} of {config.n_routed_experts}"
+        return f"multiplying by every expert is faster where a row chooses {chosen}"
     rows = jax.ShapeDtypeStruct((x.shape[0], x.shape[2]), x.dtype)
     logits = jax.ShapeDtypeStruct((x.shape[0], m.router.shape[0]), jnp.float32)
     options = _options(m, config)
@@ -73,7 +76,7 @@ def _options(m: Experts, config: Config) -> dict[str, Any]:
 def attention(
     p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, kv_length: int, config: Config
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
-    """As `layer.attention`, of a token a row."""
+    """Does what `layer.attention` does, for a token a row: x [B, 1, D], the indices that it attended to, and the caches."""
     with jax.named_scope("project"):
         product = linear(rms_norm(x, p.norm, config.rms_norm_eps), p.down, jnp.float32)
         given = fused.attention_weights(p, cache, positions, config)
@@ -91,7 +94,7 @@ def attention(
 
 
 def experts(p: Layer, x: jax.Array, config: Config) -> jax.Array:
-    """As `layer.mlp`, of a layer with experts."""
+    """Does what `layer.mlp` does in a layer with experts, for x [B, 1, D]."""
     with jax.named_scope("mlp"):
         m = p.mlp
         assert isinstance(m, Experts) and isinstance(m.gate_up, Scaled) and isinstance(m.down, Scaled)
@@ -104,7 +107,7 @@ def experts(p: Layer, x: jax.Array, config: Config) -> jax.Array:
 def layer(
     p: Layer, x: jax.Array, indices: jax.Array | None, cache: LayerCache, positions: Positions, kv_length: int, config: Config
 ) -> tuple[jax.Array, jax.Array | None, LayerCache]:
-    """As `layer.layer`, of a token a row."""
+    """Does what `layer.layer` does, for a token a row."""
     x, indices, cache = attention(p, x, indices, cache, positions, kv_length, config)
     x = mlp(p, x, config) if isinstance(p.mlp, Dense) else experts(p, x, config)
     return x, indices if p.full else None, cache
