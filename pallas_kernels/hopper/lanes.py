@@ -96,3 +96,13 @@ def sum_of_lanes(x: Value) -> Value:
     for distance in (16, 8, 4, 2, 1):
         x = x + ptx.lane_distant(x, distance)
     return x
+
+
+def largest_of_group(numbers: Sequence[Value]) -> Value:
+    """The bits of the largest magnitude among the float32 numbers of eight neighbouring lanes, the same in all of them."""
+    top = ptx.constant(0)
+    for number in numbers:
+        top = ptx.max_s32(top, ptx.magnitude_bits(number))
+    for distance in (1, 2, 4):
+        top = ptx.max_s32(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
+    return top

@@ -25,6 +25,7 @@ from pallas_kernels.hopper.lanes import (
     bfloat16_words,
     call_kernel,
     floats_of,
+    largest_of_group,
     sum_of_lanes,
 )
 from pallas_kernels.quant import BLOCK, E4M3_MAX, MIN_MAGNITUDE, Scaled
@@ -132,16 +133,6 @@ def _swiglu(source: Value, width: int, row: Value, column: Value, exists: Value)
 def _sigmoid(x: Value) -> Value:
     power = ptx.exp2(x * -np.log2(np.e))
     return ptx.rcp(power + 1.0)
-
-
-def largest_of_group(numbers: Sequence[Value]) -> Value:
-    """The largest magnitude's bits among the numbers of LANES lanes."""
-    top = ptx.constant(0)
-    for number in numbers:
-        top = ptx.max_s32(top, ptx.magnitude_bits(number))
-    for distance in (1, 2, 4):
-        top = ptx.max_s32(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
-    return top
 
 
 def _store(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.hopper import ptx
-from pallas_kernels.hopper.lanes import WARPS, Thread, Value, call_kernel, floats_of, rounded_numbers
+from pallas_kernels.hopper.lanes import WARPS, Thread, Value, call_kernel, floats_of, largest_of_group, rounded_numbers
 from pallas_kernels.quant import E4M3_MAX, INDEX_GROUP, MIN_MAGNITUDE
-from pallas_kernels.quantised.mosaic_gpu import INFINITY_BITS, LANE, LANES, SPAN, largest_of_group, loaded
+from pallas_kernels.quantised.mosaic_gpu import INFINITY_BITS, LANE, LANES, SPAN, loaded
 
 STEPS = 2  # times SPAN of a warp
 EXPONENT, MANTISSA = 0x7F800000, 0x7FFFFF

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import float16_rows, ptx
 from pallas_kernels.quant import BLOCK, Scaled, float_scales
 from pallas_kernels.routed_mlp.api import MAX_ROWS
 from pallas_kernels.routing.arrays import Routes
@@ -109,33 +109,10 @@ class Rows:
                 loaded.append((row, piece, exists, halves))
             for row, piece, exists, halves in loaded:
                 with ptx.when(exists):
-                    self._write(thread, row, piece, halves)
+                    float16_rows.write_piece(thread.lane, row, piece, halves, self.columns, self.numbers, self.factors)
             return []
 
         ptx.loop(ptx.constant(-(-tasks // (ROW_LOADS * parts.WARPS))), [], some)
-
-    def _write(self, thread: Thread, row: Value, piece: Value, halves: Sequence[Sequence[Value]]) -> None:
-        columns, in_eight = self.columns, thread.lane & 7
-        pairs = [[ptx.from_bfloat16_pair(word) for word in words] for words in halves]
-        top = ptx.constant(0)
-        for x in (x for of_half in pairs for pair in of_half for x in pair):
-            top = ptx.max_s32(top, ptx.magnitude_bits(x))
-        for distance in (1, 2, 4):
-            top = ptx.max_s32(top, ptx.bits_of(ptx.lane_distant(ptx.float_of(top), distance)))
-        scale, factor = ptx.float16_scale(top)
-        at = self.numbers + piece * (2 * BLOCK * columns) + (row << 7)
-        word_at = (in_eight >> 1) << 2
-        line = row & 7
-        for half, of_half in enumerate(pairs):
-            for i, pair in enumerate(of_half):
-                # Pair 4 in_eight + i of 32: of the 16 bytes with its number modulo 8 one word.
-                chunk = ((in_eight & 1) << 2) + i
-                swizzled = (chunk ^ line) << 4
-                value = ptx.to_float16_pair(*(x * scale for x in pair))
-                ptx.store_shared(at + swizzled + word_at + half * BLOCK * columns, value)
-        with ptx.when(in_eight.equals(0)):
-            factor_at = self.factors + ((piece * columns + row) << 2)
-            ptx.store_shared(factor_at, ptx.bits_of(factor))
 
 
 class Tiles:
