@@ -468,7 +468,7 @@ def aim(training: indexer_training.Run) -> str:
 
 
 def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[list[float]]:
-    """Of a model under schedules, for every sequence, in nats a token."""
+    """The losses of a model under schedules, for every sequence, in nats a token."""
     total = len(schedules) * len(cuts) * layers.config.num_layers
     with progress(total=total, unit="layer", desc="held-out") as bar:
         losses = StreamedEvaluator(layers, cuts, progress=bar.update).sequence_losses(schedules)

@@ -165,7 +165,7 @@ def cross_entropy(target: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.
 
 
 def entropy(target: jax.Array) -> jax.Array:
-    """Of distributions [..., T], in nats: [...]."""
+    """The entropies [...] of distributions [..., T], in nats."""
     return -jnp.sum(jax.scipy.special.xlogy(target, target), axis=-1)
 
 
@@ -173,7 +173,7 @@ def averaged_divergence(targets: jax.Array, scores: jax.Array, mask: jax.Array) 
     """KL(mean of the targets [n, B, Q, T] || softmax of the scores within the mask): [B, Q] (paper 3.2, averaged form).
 
     Its gradient is that of the mean of `divergence` over the targets, which is larger by their Jensen-Shannon divergence.
-    It needs every served layer's target at once, so training takes the sum.
+    Training takes the sum of divergences, or where kernels run, adds targets up layer by layer and takes this.
     """
     return divergence(jnp.mean(targets, axis=0), scores, mask)
 
@@ -263,7 +263,7 @@ def _attend(
 
 
 def _gathered(x: jax.Array) -> jax.Array:
-    """Of every row all tokens' x [B, S, D] in the order of their positions, on all devices that share the row."""
+    """x [B, S, D] of all tokens of every row, in the order of their positions, on all devices that share the row."""
     return in_own_order(constrain(x, "batch", None, None), even_order(x.shape[1]))
 
 
@@ -553,7 +553,7 @@ def _language(params: Params, x: jax.Array, targets: jax.Array, config: Config) 
 
 
 def _slice(tree: Any, start: int, run: Run) -> Any:
-    """Of every array in the tree, as many entries of the first axis as the run has layers."""
+    """As many entries of the first axis of every array in the tree as the run has layers."""
     return jax.tree.map(lambda a: a[start : start + run.stop - run.start], tree)
 
 

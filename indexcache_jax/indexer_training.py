@@ -619,12 +619,15 @@ def _steps(
 
 
 def _states(x: np.ndarray, on_device: int) -> Rows:
-    """Hidden states [N, S, D], of the first rows on the device."""
+    """Hidden states [N, S, D], the first `on_device` rows of them on the device."""
     return Rows([jnp.asarray(x[row : row + 1]) for row in range(on_device)], x[on_device:])
 
 
 def rows_on_device(device: jax.Device | None, run: Run, layers: int) -> int:
-    """Of how many rows a device keeps what the steps of a group of so many layers read. A CPU has the host's memory at hand."""
+    """Of how many rows a device keeps what the steps of a group of `layers` layers read.
+
+    On a CPU there are none, since the host's memory is at hand.
+    """
     stats = (device or jax.local_devices()[0]).memory_stats() if ops.platform() != "cpu" else None
     if stats is None or "bytes_limit" not in stats:
         return 0

@@ -65,7 +65,7 @@ class RandomLayers:
 
 @functools.cache
 def _random(config: Config, weights: str | None, seed: int, stacked: bool) -> Params:
-    """Of random params those that belong to layers, or the others; None elsewhere."""
+    """Random params: those that belong to layers, or the others; the rest is None."""
     tree = abstract(config, Schedule.all_full(1), weights)
     tree = jax.tree.map(lambda tensor: tensor if tensor.stacked == stacked else None, tree)
     return jax.jit(lambda key: tensors.init(key, tree, jnp.bfloat16))(jax.random.key(seed))

@@ -620,7 +620,7 @@ def compiled(function: Callable[..., Any], arguments: ProgramArguments, pool: fu
 
 
 def milliseconds(program: Callable[..., Any], arguments: ProgramArguments) -> list[float]:
-    """Of one call, in each of WINDOWS windows."""
+    """How long one call takes, in each of WINDOWS windows."""
 
     def window(repeats: int) -> float:
         began = time.perf_counter()

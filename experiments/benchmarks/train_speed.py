@@ -106,7 +106,7 @@ def stage_of(kind: str, context: int, rows: int = 1) -> Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one stage. parts: milliseconds of a step's kernels by PARTS; slowest: those of the slowest kernels by name."""
+    """One stage's speed. parts: milliseconds of a step's kernels by PARTS; slowest: those of the slowest kernels by name."""
 
     seconds: float
     tokens_per_second: float

@@ -141,7 +141,7 @@ class RequestFile:
         return read_lines(self._file, self._reader.longest_line, start, number)
 
     def numbers(self) -> Iterator[tuple[int, bool]]:
-        """Of every request its line, and whether it cannot be done."""
+        """The line of every request, and whether it cannot be done."""
         self._check_unchanged()
         return ((line.number, bool(bad)) for line, bad in zip(self._lines(), self.scan.bad, strict=True))
 

@@ -160,7 +160,7 @@ def check_flags() -> None:
 
 
 def overlaps_beside() -> dict[str, tuple[float, float]]:
-    """By folder the overlap, of adjacent layers and of all pairs, in each results.json of --beside."""
+    """The overlap of adjacent layers and of all pairs in each results.json of --beside, by folder."""
     found = {}
     for name in _BESIDE.value:
         path = pathlib.Path(name)

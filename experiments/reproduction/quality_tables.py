@@ -120,6 +120,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def shown(values: Sequence[float], digits: int = 4) -> str:
+    """The mean and its interval, as tables have them."""
     mean, half = interval(values)
     return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
@@ -339,6 +340,7 @@ def metrics(result: Result) -> dict[str, Any]:
 
 
 def markdown(title: str, result: Result, retention: str, images: str) -> str:
+    """The report: all tables, each under its name, the note and the images."""
     sections = "\n\n".join(f"## {name}\n\n{markdown_table(header, rows)}" for name, header, rows in tables(result, retention))
     return f"# {title}\n\n{sections}\n\n{note(result)}\n\n{images}\n"
 

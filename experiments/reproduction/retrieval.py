@@ -97,7 +97,7 @@ class Prompt:
         return self.answers.size - int(np.argmax(self.answers > 0))
 
     def solved(self, hits: np.ndarray) -> list[bool]:
-        """By task whether all of its answer is the likeliest continuation, token by token; hits [W]: of the last W targets."""
+        """Whether each task's whole answer is the likeliest continuation, token by token; hits [W]: of the last W targets."""
         answers = self.answers[self.answers.size - hits.size :]
         return [bool(hits[answers == number].all()) for number in range(1, len(self.tasks) + 1)]
 
@@ -186,7 +186,7 @@ def prompts(
 
 
 def by_task(asked: Sequence[Prompt], solved: Sequence[Sequence[bool]]) -> dict[str, list[list[int]]]:
-    """Of every task, by prompt, 1 for each time it was solved there and 0 for each that it was not."""
+    """For every task and prompt, 1 for each time that it was solved there and 0 for each that it was not."""
     found: dict[str, list[list[int]]] = {task: [[] for _ in asked] for task in TASKS}
     for number, (one, outcomes) in enumerate(zip(asked, solved, strict=True)):
         for task, outcome in zip(one.tasks, outcomes, strict=True):

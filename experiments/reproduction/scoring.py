@@ -40,7 +40,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of a sample, sequence by sequence, so that two models can be compared on the same ones.
+    """What a sample scores, sequence by sequence, so that two models can be compared on the same ones.
 
     losses: means in nats a token. long_range: sums over the long-range tokens, and long_range_tokens how many these are.
     solved: by task, of every prompt, 1 for each time it was solved there and 0 for each that it was not.

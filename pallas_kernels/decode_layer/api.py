@@ -89,7 +89,7 @@ def layer_outputs(
 def latents_of_rows(
     product: jax.Array, layer: AttentionWeights
 ) -> tuple[jax.Array, jax.Array | Latents, jax.Array | None, jax.Array | None]:
-    """Of the projections down of few rows: query latents [N, 1, R] bfloat16, and the caches with the rows' tokens in them.
+    """Query latents [N, 1, R] bfloat16 of few rows' projections down, and the caches with the rows' tokens in them.
 
     The caches are the layer's latents, index keys and their scales.
 

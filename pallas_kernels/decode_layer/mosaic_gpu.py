@@ -776,7 +776,7 @@ class ExpertsSecond(Stage):
 
 
 class ExpertsFirstInCodes(Stage):
-    """As `ExpertsFirst`, with matrices [E, 2, I, D] in codes. `vector`: norm(middle), from `First`."""
+    """Does what `ExpertsFirst` does, with matrices [E, 2, I, D] in codes. `vector`: norm(middle), from `First`."""
 
     def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory, vector: GroupedVector):
         self.p, self.a, self.thread, self.vector = p, a, thread, vector
@@ -821,7 +821,7 @@ class ColumnsOfExperts:
 
 
 class ExpertsSecondInCodes(Stage):
-    """As `ExpertsSecond`, with matrices in codes: [E, D, I] of the experts, [D, Is] of the shared ones."""
+    """Does what `ExpertsSecond` does, with matrices in codes: [E, D, I] of the experts, [D, Is] of the shared ones."""
 
     def __init__(
         self, p: Outputs, a: Mapping[str, Value], thread: Thread, shared: SharedMemory, experts_first: ExpertsFirstInCodes

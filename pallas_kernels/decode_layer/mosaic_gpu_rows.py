@@ -111,13 +111,13 @@ class Absorb:
             self._rotate()
 
     def _column(self, first: Value, i: int) -> list[Value]:
-        """Of column first + l / 4 of the head's matrix the numbers 32 i + 8 (l % 4) and following."""
+        """Eight numbers of column first + l / 4 of the head's matrix, from number 32 i + 8 (l % 4) on, in lane l."""
         column = self.head * VALUE_DIM + first + self.row_of_8
         address = ptx.offset(ptx.offset(self.a["k_up"], column, 2 * self.p.nope), self.quad_lane, 16)
         return ptx.load_global_words(ptx.offset(address, ptx.constant(i), 64))
 
     def _row(self, first: int, i: int) -> list[Value]:
-        """The same numbers of row first + l / 4, zeros where there is none."""
+        """The same numbers of row first + l / 4, zeros where there is no such row."""
         p = self.p
         row = self.row_of_8 + first
         exists = ptx.select(row.signed < p.rows, 1, 0)

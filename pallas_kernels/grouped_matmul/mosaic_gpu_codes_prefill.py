@@ -50,7 +50,7 @@ class Tiling:
 
     @property
     def columns(self) -> int:
-        """Of the result that a tile has."""
+        """Columns of the result that a tile has."""
         return WAVES * WAVE // (1 + self.gated)
 
     @property
@@ -220,7 +220,7 @@ def multiply(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def store_directly(result, begin, start, end, column):
-            """As `store`, a single result, from registers to memory."""
+            """Stores a single result as `store` does, from registers to memory."""
             if not interpret:
                 return registers.store_rows(out_gmem, result, begin, start, end, column)
             row = begin + lax.iota(jnp.int32, HALF)
@@ -234,7 +234,7 @@ def multiply(
                     out_gmem[places] = jnp.where(inside, new, out_gmem[places])
 
         def store_codes(result, begin, start, end, column):
-            """As `store_directly`, in 8 bits, and the scales."""
+            """Stores a result as `store_directly` does, in 8 bits, and its scales."""
             scales = row_scales(jnp.max(jnp.abs(result), axis=1))
             store_directly(result * lax.broadcast_in_dim(1.0 / scales, (HALF, WAVE), [0]), begin, start, end, column)
             place = lax.div(column, WAVE) * m + begin

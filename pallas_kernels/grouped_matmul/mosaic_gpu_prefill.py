@@ -59,7 +59,7 @@ class Tiling:
 
     @property
     def columns(self) -> int:
-        """Of a matrix that a tile reads."""
+        """Columns of a matrix that a tile reads."""
         return self.n * (1 + self.gated)
 
     @property

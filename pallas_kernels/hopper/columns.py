@@ -114,7 +114,7 @@ class Buffers:
         return self.base + first + (buffer << 3)
 
     def init(self, consumers: int) -> None:
-        """By one thread. consumers: how many threads multiply by the weights."""
+        """Initialises the barriers, in one thread. consumers: how many threads multiply by the weights."""
         for buffer in range(2):
             ptx.barrier_init(self.p_ready(buffer), 128)
             ptx.barrier_init(self.p_free(buffer), consumers)
@@ -148,7 +148,7 @@ class ColumnSoftmax:
 
     @property
     def groups(self) -> int:
-        """Of 8 columns."""
+        """How many groups of 8 columns there are."""
         return self.layout.columns // 8
 
     def column(self, i: int) -> int:
@@ -218,7 +218,7 @@ class ColumnSoftmax:
         return [ptx.exp2(x - tops[self.column(i)]) for i, x in enumerate(scaled)]
 
     def store_weights(self, weights: Values, buffer: ptx.Word, to_pair: Callable[[ptx.Float, ptx.Float], ptx.Word]) -> None:
-        """As a matrix whose lines are heads, 16 bytes of them 8 keys; to_pair makes a word of two numbers."""
+        """Stores weights as a matrix whose lines are heads, 16 bytes of them 8 keys; to_pair makes a word of two numbers."""
         lane, warp = self.thread.lane, self.thread.warp
         block_of_8 = (warp << 1) + ((lane >> 3) & 1)
         to = self.buffers.weights(buffer) + in_tiles(lane & 7, block_of_8)

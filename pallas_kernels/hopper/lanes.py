@@ -33,9 +33,9 @@ def call_kernel(
     blocks: int,
     shared_words: int = 0,
 ) -> Any:
-    """Runs `program`, written in `ptx`, in every thread of so many blocks. The arrays that it writes.
+    """Runs `program`, written in `ptx`, in every thread of `blocks` blocks, and returns the arrays that it writes.
 
-    shared_words: of shared memory, whose address then is the program's last argument.
+    shared_words: words of shared memory, whose address then is the program's last argument.
     """
     number, arrays = plgpu.Layout.WG_SPLAT(()), len(operands) + len(outputs)
     memories = int(shared_words > 0)
@@ -64,7 +64,7 @@ def call_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Thread:
-    """Its number in the block, its lane, and the number of its warp."""
+    """A thread: its number in the block, its lane, and the number of its warp."""
 
     index: Value
     lane: Value

@@ -465,6 +465,7 @@ def scaled_gradients(gradients: tuple[jax.Array, ...], cotangent: jax.Array) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def miss(arrays: tuple[jax.Array, ...], q_positions: jax.Array | None, interpret: Any) -> jax.Array:
+    """The cross-entropy of `run_blocks`, whose gradients are made with it where they are wanted."""
     return run_blocks(arrays, q_positions, interpret, gradients=False)[0]
 
 

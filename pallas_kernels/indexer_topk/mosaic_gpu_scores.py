@@ -94,7 +94,7 @@ class ScoresConfig:
 
     @property
     def keys(self) -> int:
-        """Of a key tile."""
+        """Keys of a key tile."""
         return KEYS * self.math // self.tiles
 
     @property
@@ -156,7 +156,7 @@ class Problem:
 
     @property
     def columns(self) -> int:
-        """Of a tile of queries: queries x heads."""
+        """Columns of a tile of queries: queries x heads."""
         return self.config.queries * self.heads
 
     @property
@@ -178,7 +178,7 @@ class Problem:
 
     @property
     def blocks(self) -> int:
-        """Of the grid."""
+        """Thread blocks of the grid."""
         return min(hopper.NUM_SMS, self.units)
 
 
@@ -209,13 +209,13 @@ class Refs:
 
     @staticmethod
     def of(p: Problem, refs: tuple[Any, ...]) -> Refs:
-        """In the kernel's order, which has no scales of keys in bfloat16 among its inputs."""
+        """The references in the kernel's order, in which keys in bfloat16 have no scales."""
         inputs, others = (refs[:6], refs[6:]) if p.scaled else ((*refs[:5], None), refs[5:])
         return Refs(*inputs, *others)
 
 
 def _scratch(p: Problem) -> list[Any]:
-    """In the order of `Refs`."""
+    """Scratch and barriers in the order of `Refs`."""
     config, itemsize = p.config, jnp.dtype(p.dtype).itemsize
     transforms = (plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128))
     return [
@@ -311,7 +311,7 @@ class _Copies(_Block):
             plgpu.copy_gmem_to_smem(refs.weights.at[unit.row, rows], refs.unit_weights.at[slot, to], full)
 
     def copy_keys(self, unit: _Unit, t: Any, tiles: Any) -> Any:
-        """Of the unit's t-th key tile, before which so many tiles have come in all; returns that number afterwards."""
+        """Copies the unit's t-th key tile, before which `tiles` have come in all; returns that number afterwards."""
         refs, config = self.refs, self.config
         slot = self.slot_of(tiles)
 

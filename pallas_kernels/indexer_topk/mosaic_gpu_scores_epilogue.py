@@ -107,7 +107,7 @@ class Place:
         return (lane & 3) >> {4: 0, 2: 1, 1: 2}[self.queries]
 
     def half(self, lane: ptx.Word) -> ptx.Word:
-        """Of the lane's first sum; with 4 queries there are two sums, of halves 0 and 1."""
+        """Which half of the rows the lane's first sum is of; with 4 queries there are two sums, of halves 0 and 1."""
         return ptx.constant(0) if self.queries == 4 else (lane >> int(self.queries == 1)) & 1
 
     @property

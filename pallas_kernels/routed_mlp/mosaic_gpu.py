@@ -338,17 +338,17 @@ class Second:
 
 
 def _slot(sizes: Sizes, a: Mapping[str, Value], group: Value, row: Value) -> Value:
-    """The place of the pair of a row and a group among all pairs, -1 where the row did not choose it."""
+    """The number of the pair of a row and a group, -1 where the row did not choose the group."""
     return ptx.load_global(ptx.offset(a["slots"], group * sizes.rows + row, 4))
 
 
 def _slots(sizes: Sizes, a: Mapping[str, Value], thread: Thread, group: Value, pairs: int) -> list[Value]:
-    """Of every column of which this thread has one of `pairs` pairs of rows, the place of its row and the group."""
+    """The number of the pair of a row and the group, for each column of which this thread has one of `pairs` pairs of rows."""
     return [_slot(sizes, a, group, i // pairs) for i, _ in parts.indices_of_thread(thread, sizes.rows * pairs)]
 
 
 def _pairs(sizes: Sizes, thread: Thread, pairs: int, slots: Sequence[Value]) -> list[tuple[Value, Value, Value, Value]]:
-    """(column, first row of a pair, place of the column's row, whether there is one) of this thread's pairs of rows."""
+    """(column, first row of a pair, number of the column's pair, whether it exists) of this thread's pairs of rows."""
     found = []
     for (i, exists), slot in zip(parts.indices_of_thread(thread, sizes.rows * pairs), slots, strict=True):
         stores = exists & (slot.signed >= 0)

@@ -102,7 +102,7 @@ class Program:
                 ptx.store_shared(self.used + (expert << 2), ptx.constant(1))
 
     def list_groups(self) -> None:
-        """Of the first warp: the groups that rows are of, ascending, after that of the shared experts."""
+        """Lists, in the first warp, the groups that have rows: ascending, after that of the shared experts."""
         p, a, lane = self.p, self.a, self.thread.lane
         leads = lane.equals(0)
         count = ptx.constant(1 if p.shared else 0)

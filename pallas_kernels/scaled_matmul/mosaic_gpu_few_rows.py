@@ -77,7 +77,7 @@ class Split:
 
     @property
     def piece_bytes(self) -> int:
-        """Of the rows in shared memory: two chunks of 64 numbers a row, and factors."""
+        """Bytes of a piece of the rows in shared memory: two chunks of 64 numbers a row, and factors."""
         return (2 * BLOCK + 4) * self.columns
 
     @property

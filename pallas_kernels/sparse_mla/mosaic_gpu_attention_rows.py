@@ -87,7 +87,7 @@ class Barriers:
 
 
 def init_barriers(barriers: Any) -> None:
-    """By thread 0, for all of the block."""
+    """Initialises the barriers of the block, in thread 0."""
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def init(ctx, barriers):
@@ -354,7 +354,7 @@ def load_queries(queries: Any, columns: Any, rotary: Any, row: Any, rows: Any, h
 
 
 def _copy_through_registers(runs: Sequence[tuple[ptx.Word, ptx.Address, ptx.Word, int]]) -> None:
-    """As ptx.copy_async: all of it is under way before the first is stored."""
+    """Copies what ptx.copy_async would: all of it is under way before the first is stored."""
     loaded = []
     for target, at, counts, pieces in runs:
         for i in range(pieces):
@@ -365,7 +365,7 @@ def _copy_through_registers(runs: Sequence[tuple[ptx.Word, ptx.Address, ptx.Word
 
 
 def await_queries(barriers: Any, parity: Any) -> None:
-    """Until both computing warpgroups have what they loaded of the query tile, and wgmma may read it."""
+    """Waits until both computing warpgroups have what they loaded of the query tile, and wgmma may read it."""
 
     @plgpu.inline_mgpu(arg_types=(_REF, SCALAR))
     def run(ctx, barriers, parity):

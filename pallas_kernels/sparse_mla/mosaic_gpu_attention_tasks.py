@@ -71,10 +71,10 @@ class Tasks:
 
     @property
     def blocks(self) -> int:
-        """Of the grid: persistent ones, or one for each task of a cluster."""
+        """Thread blocks of the grid: persistent ones, or one for each task of a cluster."""
         return self.count if self.splits > 1 else min(hopper.NUM_SMS, self.count)
 
     @property
     def pairs_per_task(self) -> int:
-        """Of a list of full length."""
+        """Pairs of key blocks that a task has of a list of full length."""
         return self.pairs // self.splits

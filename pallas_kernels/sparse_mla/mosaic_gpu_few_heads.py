@@ -148,7 +148,7 @@ class _Gatherer:
         ptx.copies_done()
 
     def _entries(self, task: ptx.Word, key_block: ptx.Word) -> Values:
-        """Of this thread's four rows of a key block."""
+        """The entries of this thread's four rows of a key block."""
         at = ptx.offset(self.own_entry, task * self.tasks.blocks + key_block, 4 * KEYS)
         return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
 
@@ -253,7 +253,7 @@ class _Weigher:
         ptx.loop(self.num_tasks, carry, lambda i, carry: self._task(self.block + i * grid, carry))
 
     def _load_queries(self, task: ptx.Word) -> None:
-        """By cp.async, because a TMA copy into tiles of 8 lines would have to start at a multiple of 8."""
+        """Loads queries by cp.async, because a TMA copy into tiles of 8 lines would have to start at a multiple of 8."""
         tasks = self.tasks
         chunk, line = copied_line(self.softmax.thread.index)
         queries_at = ptx.offset(ptx.global_address(self.queries), chunk, 16)

@@ -97,7 +97,7 @@ class _Gatherer:
         sit_out_combine(self.tasks)
 
     def _entries(self, first_block: ptx.Word, key_block: ptx.Word) -> Values:
-        """Of this thread's four rows of a key block: row `row`, + 16, + 32 and + 48."""
+        """The entries of this thread's four rows of a key block: row `row`, + 16, + 32 and + 48."""
         at = ptx.offset(self.own_entry, first_block + key_block, 4 * KEYS)
         return [ptx.load_global(ptx.offset(at, ptx.constant(i), 64)) for i in range(4)]
 

@@ -45,7 +45,7 @@ class Tasks:
 
     @property
     def heads_per_tile(self) -> int:
-        """Of every tile but perhaps the last."""
+        """Heads of every tile but perhaps the last."""
         return -(-self.heads // self.tiles)
 
     @property

@@ -219,7 +219,7 @@ class Summer:
         return ptx.load_shared_transposed(codes + self.to_columns[tile % 2] + (piece * PIECE + 4096 * keys))
 
     def _store(self, task: Task, thread: Thread, sums: Values) -> None:
-        """To the output, or where the blocks of a cluster combine."""
+        """Stores to the output, or where the blocks of a cluster combine."""
         is_split = self.tasks.splits > 1
         column = (thread.warp << 4) + (thread.row << 1)  # of a tile, and the next one
         if is_split:

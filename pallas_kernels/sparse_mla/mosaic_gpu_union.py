@@ -81,7 +81,7 @@ class _Tile:
 
     @property
     def steps(self) -> int:
-        """Of a warp, which walks words // WARPS words in order, 32 at a time."""
+        """Steps of a warp, which walks words // WARPS words in order, 32 at a time."""
         return self.words // THREADS
 
     def build(self, clears: int) -> None:

@@ -74,7 +74,7 @@ def max_nan_f32(a: Value, b: Value) -> Float:
 
 
 def maxnum_f32(a: Value, b: Value) -> Float:
-    """As max_f32, for the compiler to move and merge."""
+    """The larger one, as max_f32 has it, by an instruction that the compiler may move and merge."""
     return Float(arith.maxnumf(a, b))
 
 

@@ -14,7 +14,7 @@ def copy_async(target: Value, source: Value, size: Value, pieces: int, target_st
 
 
 def copy_async_where(target: Value, source: Value, predicate: Predicate) -> None:
-    """One cp.async of 16 bytes, in the threads of the predicate."""
+    """Starts one cp.async of 16 bytes, in the threads of the predicate."""
     asm("@$2 cp.async.cg.shared.global [$0], [$1], 16;", [target, source, predicate], "r,l,b")
 
 

@@ -155,14 +155,14 @@ def load_shared_float(address: Value) -> Float:
 
 
 def load_shared_floats(address: Value, count: int = 2) -> list[Any]:
-    """2 or 4 that lie side by side."""
+    """Loads `count` floats, 2 or 4, that lie side by side."""
     outputs = ", ".join(f"${i}" for i in range(count))
     text = f"ld.shared.v{count}.f32 {{{outputs}}}, [${count}];"
     return asm(text, [address], ",".join(["=f"] * count + ["r"]), f32(), count)
 
 
 def store_shared_floats(address: Value, floats: Sequence[Value]) -> None:
-    """2 or 4 that lie side by side."""
+    """Stores 2 or 4 floats side by side."""
     inputs = ", ".join(f"${i + 1}" for i in range(len(floats)))
     asm(f"st.shared.v{len(floats)}.f32 [$0], {{{inputs}}};", [address, *floats], "r" + ",f" * len(floats))
 

@@ -163,7 +163,7 @@ class Float(ir.Value):
 
 
 class Address(ir.Value):
-    """Of global memory, 64 bits."""
+    """An address of global memory, 64 bits."""
 
 
 def typed(x: ir.Value) -> Any:
@@ -173,7 +173,7 @@ def typed(x: ir.Value) -> Any:
 
 
 def constant(value: int) -> Word:
-    """Of the value's lowest 32 bits."""
+    """A register with the value's lowest 32 bits."""
     value &= 0xFFFFFFFF
     return Word(arith.constant(i32(), value - (1 << 32) if value >> 31 else value))
 

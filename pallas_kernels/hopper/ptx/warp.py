@@ -79,6 +79,6 @@ def transposed_among_lanes(words: Sequence[Word], lane: Word) -> list[Any]:
 
 
 def reduce_warp(operation: str, x: Value) -> Word:
-    """`operation` is add, max or min, of unsigned numbers, or or."""
+    """What `operation` makes of the lanes' numbers, the same in all lanes: "add", "or", "max" or "min", unsigned."""
     kind = "b32" if operation == "or" else "u32"
     return asm(f"redux.sync.{operation}.{kind} $0, $1, 0xffffffff;", [x], "=r,r", i32())

@@ -94,7 +94,7 @@ def multiply_commit() -> None:
 
 
 def multiply_wait(pending: int) -> None:
-    """Until at most the last `pending` groups are under way."""
+    """Waits until at most the last `pending` groups are under way."""
     asm(f"wgmma.wait_group.sync.aligned {pending};")
 
 

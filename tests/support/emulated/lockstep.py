@@ -78,7 +78,7 @@ class Block:
         return self.spread(len(self.memories) << SEGMENT)
 
     def count_races(self, array: np.ndarray) -> None:
-        """In this shared memory."""
+        """Counts races in this shared memory."""
         self.address(array)
         self.tracked = next(i for i, known in enumerate(self.memories) if known is array)
         self.accesses = {kind: _Accesses(array.size) for kind in ("reads", "writes", "counts")}
