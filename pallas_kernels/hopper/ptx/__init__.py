@@ -109,7 +109,6 @@ from pallas_kernels.hopper.ptx.ld_st import (
     store_shared,
     store_shared_floats,
     store_shared_pair,
-    store_shared_products,
     store_shared_short,
     store_shared_words,
     store_shared_zeros,

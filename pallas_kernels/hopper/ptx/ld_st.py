@@ -138,18 +138,6 @@ def load_global_float_or_zero(address: Value, predicate: Predicate) -> Float:
     return asm(ptx, [address, predicate], "=&f,l,r", f32())
 
 
-def store_shared_products(address: Value, pair: Sequence[Value], scale: Value) -> None:
-    """8 e4m3 numbers (two words) times a float32 scale, as 8 bfloat16 (16 bytes) to a shared address."""
-    lines = [".reg .b16 a<4>;", ".reg .b16 h<8>;", ".reg .b32 w<4>;", ".reg .f32 f<8>;", ".reg .b32 r<4>;"]
-    lines += ["mov.b32 {a0, a1}, $1;", "mov.b32 {a2, a3}, $2;"]
-    lines += [f"cvt.rn.f16x2.e4m3x2 w{i}, a{i};" for i in range(4)]
-    lines += [f"mov.b32 {{h{2 * i}, h{2 * i + 1}}}, w{i};" for i in range(4)]
-    lines += [f"cvt.f32.f16 f{i}, h{i};\nmul.f32 f{i}, f{i}, $3;" for i in range(8)]
-    lines += [f"cvt.rn.bf16x2.f32 r{i}, f{2 * i + 1}, f{2 * i};" for i in range(4)]
-    lines += ["st.shared.v4.b32 [$0], {r0, r1, r2, r3};"]
-    asm("{\n" + "\n".join(lines) + "\n}", [address, *pair, scale], "r,r,r,f")
-
-
 def load_shared_float(address: Value) -> Float:
     return asm("ld.shared.f32 $0, [$1];", [address], "=f,r", f32())
 

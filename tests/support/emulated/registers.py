@@ -260,7 +260,7 @@ PURE = {
     "log2": floats(np.log2),
     "count_at_least": lambda xs, threshold, start, unit: wrapped(start + unit * sum((x >= threshold).astype(int) for x in xs)),
     "larger_magnitudes": larger_magnitudes,
-    "add_dot": floats(lambda total, a, b: total + sum(x * y for x, y in zip(eight(a), eight(b), strict=True))),
+    "add_dot": lambda total, a, b: total + sum(x * y for x, y in zip(eight(a), eight(b), strict=True)),
     "add_multiples": lambda totals, words, factor: [t + factor * x for t, x in zip(totals, eight(words), strict=True)],
     "bits_of": bits,
     "float_of": number,
@@ -275,4 +275,3 @@ PURE = {
     "proxy_fence": lambda: None,
     "barrier_init_done": lambda: None,
 }
-PURE["add_dot"] = lambda total, a, b: total + sum(x * y for x, y in zip(eight(a), eight(b), strict=True))
