@@ -51,7 +51,7 @@ def _why_not_layer(p: Layer, x: jax.Array, cache: LayerCache, positions: Positio
 def _why_not_experts(m: Experts, x: jax.Array, config: Config) -> str | None:
     matrices = m.gate_up, m.down, m.shared_gate_up, m.shared_down
     if any(matrix is not None and not isinstance(matrix, Scaled) for matrix in matrices):
-        return "they read experts in 8 bits"
+        return "they read experts in 8 bits, and these are not"
     if config.n_routed_experts <= 4 * config.num_experts_per_tok:
         chosen = f"{config.num_experts_per_tok} of {config.n_routed_experts}"
         return f"multiplying by every expert is faster where a row chooses {chosen}"

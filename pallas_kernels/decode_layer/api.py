@@ -97,6 +97,8 @@ def latents_of_rows(
       product: [N, 1, R + C + dr (+ Di + Hi)] float32.
       layer: weights, of which the norms are used, caches of N rows, positions [N, 1] and angles [N, 1, dr / 2]. Tokens outside
         0 .. T - 1 are dropped.
+
+    Arguments are those that `why_not_rows` has nothing against; they are not checked again.
     """
     from pallas_kernels.decode_layer import mosaic_gpu_rows
 
@@ -107,7 +109,7 @@ def absorbed_queries(product: jax.Array, k_up: jax.Array, cos_sin: tuple[jax.Arr
     """Queries [N, 1, H, C + dr] bfloat16 of few rows: a head's part without rope times its key matrix, and the rotated part.
 
     product: [N, 1, H (dn + dr)] bfloat16, the queries' projection up. k_up: [H, C, dn] bfloat16. cos_sin: of the rope angles,
-    [N, 1, dr / 2] float32 each.
+    [N, 1, dr / 2] float32 each. Arguments are those that `why_not_rows` has nothing against; they are not checked again.
     """
     from pallas_kernels.decode_layer import mosaic_gpu_rows
 
@@ -124,7 +126,7 @@ def why_not_rows(layer: AttentionWeights) -> str | None:
     if kinds != {jnp.dtype(jnp.bfloat16)}:
         return f"it takes norms and key matrices in bfloat16, not in {sorted(map(str, kinds))}"
     if (nope := layer.weights["k_up"].shape[2]) % 32 or nope > MAX_NOPE:
-        return f"it takes up to {MAX_NOPE} numbers without rope by 32, not {nope}"
+        return f"it takes up to {MAX_NOPE} numbers of a head without rope, in multiples of 32, not {nope}"
     if (width := layer.weights["down"].shape[0]) % 4:
         return f"it reads projections in pieces of 4 numbers, not {width}"
     return _why_not_caches(layer)

@@ -75,7 +75,7 @@ def why_not(
     if index_queries.shape[3] > MAX_INDEX_WIDTH:
         return f"it takes index heads up to {MAX_INDEX_WIDTH} wide, these are {index_queries.shape[3]}"
     if 0 in index_queries.shape or 0 in index_keys.shape:
-        return "there is nothing to score"
+        return f"there is nothing to score: index queries are {index_queries.shape}, index keys {index_keys.shape}"
     return None
 
 

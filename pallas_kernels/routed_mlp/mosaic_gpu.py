@@ -466,7 +466,7 @@ def why_not(
     if shared_down is not None and shared_down.shape != (sizes.hidden, sizes.width):
         return f"it takes shared experts as wide as one routed expert, {sizes.width}, not of {shared_down.shape[1]}"
     if sizes.hidden % BLOCK or sizes.width % BLOCK:
-        return f"it takes hidden sizes and widths by {BLOCK}, not {sizes.hidden} and {sizes.width}"
+        return f"it takes hidden sizes and widths in multiples of {BLOCK}, not {sizes.hidden} and {sizes.width}"
     if not all(in_flight_of(sizes, kernel) for kernel in (First, Second)):
         return f"{sizes.rows} rows of {sizes.hidden} and {sizes.width} numbers do not fit shared memory"
     return None

@@ -47,7 +47,7 @@ def route(
       normalised: whether a weight, the sigmoid, is divided by the sum of the row's chosen ones.
       scale: by which weights are multiplied last.
       shared: whether there are shared experts too, to which all rows are given.
-      implementation: "mosaic_gpu" on Hopper, else "xla", the reference; None picks.
+      implementation: "mosaic_gpu" on Hopper, for up to 64 rows, else "xla", the reference; None picks.
 
     Raises:
       ValueError for shapes that do not fit, NotImplementedError where the named implementation cannot serve.

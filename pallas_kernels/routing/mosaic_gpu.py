@@ -165,7 +165,6 @@ def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> st
         return reason
     rows, experts = logits.shape
     if rows > MAX_ROWS or experts > MAX_EXPERTS or experts % 32 or choices > 32:
-        return (
-            f"it takes up to {MAX_ROWS} rows, {MAX_EXPERTS} experts by 32 and 32 choices, not {rows}, {experts} and {choices}"
-        )
+        limits = f"up to {MAX_ROWS} rows, up to {MAX_EXPERTS} experts in multiples of 32, and up to 32 choices"
+        return f"it takes {limits}, not {rows}, {experts} and {choices}"
     return None

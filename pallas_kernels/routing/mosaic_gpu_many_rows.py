@@ -31,7 +31,8 @@ def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> st
         return f"it compares float32 scores, not {logits.dtype} and {bias.dtype}"
     rows, experts = logits.shape
     if rows < FEW or experts > MAX_EXPERTS or experts % 32 or choices > 32:
-        return f"it takes {FEW} rows or more, {MAX_EXPERTS} experts by 32 and 32 choices, not {rows}, {experts} and {choices}"
+        limits = f"{FEW} rows or more, up to {MAX_EXPERTS} experts in multiples of 32, and up to 32 choices"
+        return f"it takes {limits}, not {rows}, {experts} and {choices}"
     return None
 
 

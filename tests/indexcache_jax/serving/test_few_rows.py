@@ -97,6 +97,6 @@ def test_it_says_what_it_cannot_serve(monkeypatch):
         assert reason(x=x_of_rows) == f"they take 2 to 16 rows, not {rows}"
     assert "groups" in reason(config=dataclasses.replace(CONFIG, n_group=4, topk_group=2))
     in_bfloat16 = jax.eval_shape(lambda: made(4, None)[0])
-    assert reason(weights=in_bfloat16) == "they read experts in 8 bits"
+    assert reason(weights=in_bfloat16) == "they read experts in 8 bits, and these are not"
     float32 = jax.eval_shape(lambda: serving.init_cache(CONFIG, SCHEDULE, 4, MAX_LEN, "float32"))
     assert "keeps latents in bfloat16 or float8_e4m3fn" in reason(cache=float32)
