@@ -19,6 +19,12 @@ def num_words(keys: int) -> int:
 DERIVED_SIZES = {"ceil(T / 32)": lambda sizes: num_words(sizes["T"])}  # for check_shapes
 
 
+def check_dtype(operation: str, selection_bits: jax.Array) -> None:
+    """Raises ValueError unless selection_bits, of any shape, are the int32 words that this module makes."""
+    if selection_bits.dtype != jnp.int32:
+        raise ValueError(f"{operation}: selection_bits must be int32, got {selection_bits.dtype}")
+
+
 def pack(indices: jax.Array, keys: int) -> jax.Array:
     """Distinct selected positions [B, S, k] among `keys` keys, -1 where empty -> [B, ceil(keys / 32), S] int32."""
     b, s, _ = indices.shape

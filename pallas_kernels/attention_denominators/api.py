@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import bits, dispatch
 from pallas_kernels.attention_denominators import reference
@@ -48,7 +47,6 @@ def attention_denominators(
     }
     arrays = jax.lax.stop_gradient((queries, keys, selection_bits))
     check_shapes("attention_denominators", expected, (*arrays, q_positions), bits.DERIVED_SIZES)
-    if selection_bits.dtype != jnp.int32:
-        raise ValueError(f"attention_denominators: selection_bits must be int32, got {selection_bits.dtype}")
+    bits.check_dtype("attention_denominators", selection_bits)
     options = {"scale": scale, "q_positions": q_positions}
     return dispatch.call("attention_denominators", BACKENDS, implementation, *arrays, **options)

@@ -52,8 +52,7 @@ def attention_target(
     }
     arrays = jax.lax.stop_gradient((total, queries, keys, lse, selection_bits))
     check_shapes("attention_target", expected, (*arrays, q_positions), bits.DERIVED_SIZES)
-    if selection_bits.dtype != jnp.int32:
-        raise ValueError(f"attention_target: selection_bits must be int32, got {selection_bits.dtype}")
+    bits.check_dtype("attention_target", selection_bits)
     share = jax.lax.stop_gradient(jnp.asarray(share, jnp.float32))
     options = {"scale": scale, "q_positions": q_positions}
     return dispatch.call("attention_target", BACKENDS, implementation, *arrays, share, **options)

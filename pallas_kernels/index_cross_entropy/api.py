@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import bits, dispatch
 from pallas_kernels.index_cross_entropy import reference
@@ -54,6 +53,5 @@ def index_cross_entropy(
     }
     arrays = (index_queries, index_keys, head_weights, *jax.lax.stop_gradient((target, selection_bits)))
     check_shapes("index_cross_entropy", expected, (*arrays, q_positions), bits.DERIVED_SIZES)
-    if selection_bits.dtype != jnp.int32:
-        raise ValueError(f"index_cross_entropy: selection_bits must be int32, got {selection_bits.dtype}")
+    bits.check_dtype("index_cross_entropy", selection_bits)
     return dispatch.call("index_cross_entropy", BACKENDS, implementation, *arrays, q_positions=q_positions)

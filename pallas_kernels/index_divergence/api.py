@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import bits, dispatch
 from pallas_kernels.index_divergence import reference
@@ -57,8 +56,7 @@ def index_divergence(
     }
     arrays = (index_queries, index_keys, head_weights, queries, keys, lse, selection_bits)
     check_shapes("index_divergence", expected, (*arrays, q_positions), bits.DERIVED_SIZES)
-    if selection_bits.dtype != jnp.int32:
-        raise ValueError(f"index_divergence: selection_bits must be int32, got {selection_bits.dtype}")
+    bits.check_dtype("index_divergence", selection_bits)
     constants = jax.lax.stop_gradient(arrays[3:])
     arrays = (*arrays[:3], *constants)
     return dispatch.call("index_divergence", BACKENDS, implementation, *arrays, scale=scale, q_positions=q_positions)

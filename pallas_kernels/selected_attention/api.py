@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import bits, dispatch
 from pallas_kernels.selected_attention import reference
@@ -55,6 +54,5 @@ def selected_attention(
     }
     arrays = (queries, keys, values, selection_bits)
     check_shapes("selected_attention", expected, (*arrays, q_positions), bits.DERIVED_SIZES)
-    if selection_bits.dtype != jnp.int32:
-        raise ValueError(f"selected_attention: selection_bits must be int32, got {selection_bits.dtype}")
+    bits.check_dtype("selected_attention", selection_bits)
     return dispatch.call("selected_attention", BACKENDS, implementation, *arrays, scale=scale, q_positions=q_positions)
