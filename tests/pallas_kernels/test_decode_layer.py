@@ -17,7 +17,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused
 from indexcache_jax.serving import layer as layers
 from pallas_kernels import hopper, quant
-from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts
+from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts, mosaic_gpu_stages
 from pallas_kernels.hopper import ptx
 from tests.support.emulated import lockstep
 from tests.support.serving_cases import in_codes
@@ -51,7 +51,7 @@ class Reference:
 
 
 def emulated_kernel_call(monkeypatch):
-    """Stands for `_call_kernel`: the same arguments, NumPy arrays in place of references."""
+    """Stands for `call_kernel`: the same arguments, NumPy arrays in place of references."""
 
     def words(x):
         return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy()
@@ -83,7 +83,7 @@ def emulated_kernel_call(monkeypatch):
 def emulated(monkeypatch):
     """With fewer SMs than there are, so that they have more work each."""
     monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 17)
-    monkeypatch.setattr(mosaic_gpu, "_call_kernel", emulated_kernel_call(monkeypatch))
+    monkeypatch.setattr(mosaic_gpu, "call_kernel", emulated_kernel_call(monkeypatch))
     for traced in ("_first_queries", "_outputs"):
         monkeypatch.setattr(fused, traced, getattr(fused, traced).__wrapped__)
     monkeypatch.setattr(jax, "new_ref", Reference)
@@ -306,15 +306,17 @@ def test_a_layer_of_codes_before_one_of_bfloat16(emulated, monkeypatch):
         compare(ready, *inputs_in_xla(config, decoded, cache, y, positions, monkeypatch))
 
 
-class ProductOfCodes(mosaic_gpu.Stage):
+class ProductOfCodes(mosaic_gpu_stages.Stage):
     """Rows of a matrix of codes times a bfloat16 vector -> out."""
 
-    def __init__(self, a, thread, shared, rows, width):
-        self.a, self.thread, self.width = a, thread, width
-        self.product = mosaic_gpu.MatrixProduct(shared, width, mosaic_gpu_parts.largest_block_share(rows), codes=True)
-        if a:
-            self.product.of(thread, a["codes"], a["scales"], *mosaic_gpu_parts.block_share(thread, rows))
-            self.prefetches = [lambda: self.product.prefetch(thread)]
+    def __init__(self, shared, rows, width):
+        self.rows, self.width = rows, width
+        self.product = mosaic_gpu_stages.MatrixProduct(shared, width, mosaic_gpu_parts.largest_block_share(rows), codes=True)
+
+    def prepare(self):
+        a, thread = self.a, self.thread
+        self.product.take_rows(thread, a["codes"], a["scales"], *mosaic_gpu_parts.block_share(thread, self.rows))
+        self.prefetches = [lambda: self.product.prefetch(thread)]
 
     def begin(self):
         self.product.begin()
@@ -323,7 +325,7 @@ class ProductOfCodes(mosaic_gpu.Stage):
         sink = self.product.sink(self.thread)
         for i, exists in mosaic_gpu_parts.indices_of_thread(self.thread, self.width // 2):
             sink(i, ptx.load_global(ptx.offset(self.a["vector"], i, 4)), exists)
-        self.product.finish(mosaic_gpu._float32_sink(self.a["out"]))
+        self.product.finish(mosaic_gpu_stages.float32_sink(self.a["out"]))
 
 
 def codes_times_vector(monkeypatch, matrix, vector):
@@ -331,13 +333,13 @@ def codes_times_vector(monkeypatch, matrix, vector):
     rows, width = matrix.shape
     monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 3)
     sizes, out = mosaic_gpu_parts.SharedMemory(), np.zeros(rows, np.int32)
-    ProductOfCodes({}, None, sizes, rows, width)
+    ProductOfCodes(sizes, rows, width)
     arrays = {name: np.asarray(x).view(np.int32).reshape(-1).copy() for name, x in vars(matrix).items()}
     arrays |= {"vector": np.asarray(vector).view(np.int32), "out": out}
 
     def of_block(a, block, shared):
         thread, memory = mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared)
-        return [ProductOfCodes(a, thread, memory, rows, width)]
+        return [ProductOfCodes(memory, rows, width).bound(a, thread)]
 
     lockstep.run_grid(monkeypatch, arrays, 3, mosaic_gpu_parts.THREADS, sizes.used, of_block)
     return out.view(np.float32)
