@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import indexer_topk, select_topk
-from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, reference, triton
+from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, mosaic_gpu_select_problem, reference, triton
 from tests.support import indexer_topk_properties as properties
 from tests.support.emulated.lockstep import GARBAGE, Block, take_turn
 from tests.support.emulated.registers import PURE, arrays, of_registers, put_in_place, registers
@@ -282,7 +282,7 @@ def test_configurations_that_cannot_be_launched():
 def test_default_configurations_fit_a_multiprocessor(rows, k, width):
     config = mosaic_gpu_select.default_config(rows)
     problem = mosaic_gpu_select.Problem(rows, 1, 1, width, width, k, True, True, config)
-    assert config.rows * problem.row_bytes <= mosaic_gpu_select.SHARED_BYTES
+    assert config.rows * problem.row_bytes <= mosaic_gpu_select_problem.SHARED_BYTES
 
 
 @pytest.mark.parametrize("k", range(1, 18))
