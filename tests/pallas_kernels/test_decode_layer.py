@@ -123,7 +123,8 @@ def make(experts=True, full=True, index_dtype=ml_dtypes.float8_e4m3fn, latent_dt
     return config, layer, cache, x
 
 
-def inputs_in_xla(config, layer, cache, x, positions, monkeypatch):
+@functools.partial(jax.jit, static_argnums=0)
+def inputs_in_xla(config, layer, cache, x, positions):
     """What the layer in XLA hands to the selection and to the attention, and its cache."""
     seen = {}
 
@@ -135,15 +136,11 @@ def inputs_in_xla(config, layer, cache, x, positions, monkeypatch):
         seen["queries"] = queries
         return jnp.zeros((*queries.shape[:-1], config.kv_lora_rank), queries.dtype)
 
-    @jax.jit
-    def run(layer, cache, x, positions):
-        _, _, cache = layers.attention(layer, x, jnp.zeros((1, 1, 4), jnp.int32), cache, positions, MAX_LEN, config)
-        return seen, cache
-
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "select", select)
         patch.setattr(ops, "attend", attend)
-        return run(layer, cache, x, positions)
+        _, _, cache = layers.attention(layer, x, jnp.zeros((1, 1, 4), jnp.int32), cache, positions, MAX_LEN, config)
+    return seen, cache
 
 
 def close(ours, exact, what, *, scale=2.0**-7):
@@ -166,11 +163,11 @@ def positions_at(position, config):
         (True, jnp.float8_e4m3fn, False, MAX_LEN),  # one past the end
     ],
 )
-def test_attention_inputs(emulated, monkeypatch, full, index_dtype, interleaved, position):
+def test_attention_inputs(emulated, full, index_dtype, interleaved, position):
     config, layer, cache, x = make(full=full, index_dtype=index_dtype, indexer_rope_interleave=interleaved)
     assert config.index_rope_interleave == interleaved
     positions = positions_at(position, config)
-    exact, new_cache = inputs_in_xla(config, layer, cache, x, positions, monkeypatch)
+    exact, new_cache = inputs_in_xla(config, layer, cache, x, positions)
     given, after = fused.attention_weights(layer, cache, positions, config), fused.output_weights(layer)
     ready, _ = mosaic_gpu.attention_inputs(x, given, after, jnp.zeros((1,), jnp.int32))
     compare(ready, exact, new_cache)
@@ -268,11 +265,11 @@ def test_layer_outputs(emulated, monkeypatch, experts, fields):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_attention_inputs_from_codes_are_those_from_the_same_numbers(emulated, monkeypatch, full):
+def test_attention_inputs_from_codes_are_those_from_the_same_numbers(emulated, full):
     config, layer, cache, x = make(full=full, **CODES)
     layer, decoded = in_codes(layer)
     positions = positions_at(5, config)
-    exact, new_cache = inputs_in_xla(config, decoded, cache, x, positions, monkeypatch)
+    exact, new_cache = inputs_in_xla(config, decoded, cache, x, positions)
     given, after = fused.attention_weights(layer, cache, positions, config), fused.output_weights(layer)
     ready, _ = mosaic_gpu.attention_inputs(x, given, after, jnp.zeros((1,), jnp.int32))
     compare(ready, exact, new_cache)
@@ -295,7 +292,7 @@ def test_layer_outputs_from_codes_are_those_from_the_same_numbers(emulated, monk
     assert (ours != exact).mean() < 0.05
 
 
-def test_a_layer_of_codes_before_one_of_bfloat16(emulated, monkeypatch):
+def test_a_layer_of_codes_before_one_of_bfloat16(emulated):
     config, layer, cache, x = make(**CODES)
     scaled, decoded = in_codes(layer)
     positions, context = positions_at(3, config), context_of(config)
@@ -303,7 +300,7 @@ def test_a_layer_of_codes_before_one_of_bfloat16(emulated, monkeypatch):
         given, after = fused.attention_weights(second, cache, positions, config), fused.output_weights(second)
         y, ready = run_outputs(config, first, x, context, given, after)
         close(y, outputs_in_xla(config, decoded, x, context)[1], "y")
-        compare(ready, *inputs_in_xla(config, decoded, cache, y, positions, monkeypatch))
+        compare(ready, *inputs_in_xla(config, decoded, cache, y, positions))
 
 
 class ProductOfCodes(mosaic_gpu_stages.Stage):
@@ -383,14 +380,14 @@ def test_numbers_that_are_not_finite_make_a_product_of_codes_not_finite(monkeypa
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_two_layers_in_one_kernel(emulated, monkeypatch, full):
+def test_two_layers_in_one_kernel(emulated, full):
     config, layer, _, x = make()
     _, following, cache, _ = make(full=full)
     context, positions = context_of(config), positions_at(3, config)
     given, after = fused.attention_weights(following, cache, positions, config), fused.output_weights(following)
     y, ready = run_outputs(config, layer, x, context, given, after)
     close(y, outputs_in_xla(config, layer, x, context)[1], "y")
-    compare(ready, *inputs_in_xla(config, following, cache, y, positions, monkeypatch))
+    compare(ready, *inputs_in_xla(config, following, cache, y, positions))
 
 
 def test_experts_of_equal_scores_are_those_that_top_k_takes(emulated, monkeypatch):
