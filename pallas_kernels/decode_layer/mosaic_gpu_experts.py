@@ -3,8 +3,8 @@
 Every warp chooses the experts for itself from the router's logits, a lane the scores of every 32nd expert, so that no barrier
 stands between the choice and the loads that depend on it. Matrices are stored [inputs, outputs], so a result is a sum down a
 column. A unit of work is all rows of a few columns: 32 columns of an expert's first matrix, 16 of the second matrices of all
-the token's experts, which are one sum. So narrow are they because there must be more units than thread blocks, and so wide
-because 64 or 32 bytes of a row are read at once.
+the token's experts, which are one sum. They are so narrow because there must be about as many units as thread blocks, or
+more, and so wide because 64 or 32 bytes of a row are read at once.
 
 The second stage multiplies the shared experts' rows that belong to its columns too, and adds the residual.
 """

@@ -118,9 +118,6 @@ class Problem:
         round = 4 * self.config.threads  # all threads read whole rounds
         return max(8 * self.capacity, 4 * -(-values // round) * round)
 
-    # The histogram comes first, then the lines of one word per warp, then the buffer, the list and where chunks under way
-    # arrive.
-
     @property
     def sums(self) -> int:
         return 4 * BINS
