@@ -30,8 +30,6 @@ def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, 
         return "they run on a device that computes alone"
     if not 2 <= x.shape[0] <= ops.routed_mlp.MAX_ROWS:
         return f"they take 2 to {ops.routed_mlp.MAX_ROWS} rows, not {x.shape[0]}"
-    if config.n_group > 1:
-        return f"they choose among all experts, not within {config.n_group} groups"
     for p, layer_cache in zip(weights.layers, cache.layers, strict=True):
         if reason := _why_not_layer(p, x, layer_cache, positions, config):
             return reason
@@ -69,6 +67,8 @@ def _options(m: Experts, config: Config) -> dict[str, Any]:
         "choices": config.num_experts_per_tok,
         "normalised": config.norm_topk_prob,
         "scale": config.routed_scaling_factor,
+        "n_group": config.n_group,
+        "topk_group": config.topk_group,
         "shared": m.shared_down is not None,
     }
 

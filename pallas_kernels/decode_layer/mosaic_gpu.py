@@ -43,6 +43,8 @@ from pallas_kernels.decode_layer.mosaic_gpu_parts import (
 from pallas_kernels.hopper import ptx
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import Scaled
+from pallas_kernels.routing.choice import Choice
+from pallas_kernels.routing.mosaic_gpu_choice import choose
 
 INDEX_WIDTH = 128
 # Thread blocks, counted from the last, that apply rope or make index queries instead of taking rows of a matrix.
@@ -92,20 +94,25 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Sizes of `layer_outputs`. experts 0: a dense layer, whose width is `shared`."""
+    """Sizes of `layer_outputs`. choice None: a dense layer, whose width is `shared`."""
 
     hidden: int
     heads: int
     value: int
     eps: float
     shared: int
-    experts: int = 0
-    num_experts_per_token: int = 0
+    choice: Choice | None = None
     width: int = 0  # of an expert
-    normalised: bool = True
-    scale: float = 1.0
     out_codes: bool = False  # whether the output projection, and the matrices of the MLP, are in 8 bits
     mlp_codes: bool = False
+
+    @property
+    def experts(self) -> int:
+        return self.choice.experts if self.choice else 0
+
+    @property
+    def num_experts_per_token(self) -> int:
+        return self.choice.choices if self.choice else 0
 
     @property
     def first(self) -> int:
@@ -614,25 +621,11 @@ class RoutedExperts:
     """The token's experts and their weights, computed by every warp for itself."""
 
     def __init__(self, p: Outputs, a: Mapping[str, Value], thread: Thread):
-        scores, keys = [], []
-        for start in range(0, p.experts, 32):
-            number = thread.lane + start
-            score = parts.sigmoid(_load_float32(a["first"], number))
-            bias = ptx.float_of(ptx.load_global(ptx.offset(a["router_bias"], number, 4)))
-            scores.append(score)
-            keys.append(parts.sortable_bits(score + bias))
-        self.experts = parts.largest_keys(thread, keys, p.num_experts_per_token)
-        self.weights = []
-        for expert in self.experts:
-            bits = ptx.constant(0)
-            for i, score in enumerate(scores):
-                is_it = (thread.lane + 32 * i).equals(expert)
-                bits = ptx.select(is_it, ptx.bits_of(score), bits)
-            self.weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
-        if p.normalised:
-            total = ptx.total(self.weights) + ptx.number(1e-20)
-            self.weights = [ptx.div_rn(w, total) for w in self.weights]
-        self.weights = [w * p.scale for w in self.weights]
+        def bias(number: Value) -> Value:
+            return ptx.float_of(ptx.load_global(ptx.offset(a["router_bias"], number, 4)))
+
+        assert p.choice is not None
+        self.experts, self.weights = choose(thread, p.choice, lambda number: _load_float32(a["first"], number), bias)
 
 
 def _select_value(number: Value, values: Sequence[Value]) -> Value:
@@ -1127,15 +1120,12 @@ def layer_outputs(
     barrier_count: jax.Array,
     *,
     eps: float,
-    num_experts_per_token: int,
-    normalised: bool,
-    scale: float,
+    choice: Choice | None,
     next_layer: AttentionWeights | None,
     next_outputs: Mapping[str, jax.Array | Scaled] | None,
 ) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
     heads, value, _ = outputs["v_up"].shape
     routed = "gate_up" in outputs
-    experts = outputs["router_bias"].shape[0] if routed else 0
     shared_width = outputs["shared_gate_up"].shape[0] // 2 if "shared_gate_up" in outputs else 0
     mlp_codes = isinstance(outputs["gate_up" if routed else "shared_gate_up"], Scaled)
     width = outputs["expert_down"].shape[2 if mlp_codes else 1] if routed else 0
@@ -1145,11 +1135,8 @@ def layer_outputs(
         value,
         eps,
         shared_width,
-        experts,
-        num_experts_per_token if routed else 0,
+        choice,
         width,
-        normalised,
-        scale,
         out_codes=isinstance(outputs["out"], Scaled),
         mlp_codes=mlp_codes,
     )

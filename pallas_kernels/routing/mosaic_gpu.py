@@ -1,7 +1,7 @@
 """The routes of few rows in one thread block on Hopper, where XLA takes a dozen kernels.
 
-A warp has a row at a time: a lane has the scores of every 32nd expert, and the largest keys are found one after the other by
-reductions over the warp. Then every pair of a row and an expert is written to the tables through shared memory.
+A warp has a row at a time and chooses its experts as mosaic_gpu_choice does. Then every pair of a row and an expert is written
+to the tables through shared memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.hopper import ptx
 from pallas_kernels.routing.arrays import Routes
+from pallas_kernels.routing.choice import Choice
+from pallas_kernels.routing.mosaic_gpu_choice import choose
 
 MAX_ROWS = 64
-MAX_EXPERTS = 512
 
 Value = Any
 _REF = plgpu.RefType()
@@ -29,36 +30,29 @@ _REF = plgpu.RefType()
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """rows: of the step. shared: whether there are shared experts."""
+
     rows: int
-    experts: int
-    choices: int
-    normalised: bool
-    scale: float
+    choice: Choice
     shared: bool
 
+    @property
+    def experts(self) -> int:
+        return self.choice.experts
 
-def choice_of(thread: Any, p: Options, logits: Value, bias: Value, row: Value) -> tuple[list[Value], list[Value]]:
-    """The experts of a row, and their weights, in all lanes of the warp that computes them."""
-    lane = thread.lane
-    scores, keys = [], []
-    for start in range(0, p.experts, 32):
-        number = lane + start
-        at = row * p.experts + number
-        score = parts.sigmoid(ptx.float_of(ptx.load_global(ptx.offset(logits, at, 4))))
-        of_bias = ptx.float_of(ptx.load_global(ptx.offset(bias, number, 4)))
-        scores.append(score)
-        keys.append(parts.sortable_bits(score + of_bias))
-    experts = parts.largest_keys(thread, keys, p.choices)
-    weights = []
-    for expert in experts:
-        bits = ptx.constant(0)
-        for i, score in enumerate(scores):
-            bits = ptx.select((lane + 32 * i).equals(expert), ptx.bits_of(score), bits)
-        weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
-    if p.normalised:
-        total = ptx.total(weights) + ptx.number(1e-20)
-        weights = [ptx.div_rn(w, total) for w in weights]
-    return experts, [w * p.scale for w in weights]
+    @property
+    def choices(self) -> int:
+        return self.choice.choices
+
+
+def choice_of(thread: Any, choice: Choice, logits: Value, bias: Value, row: Value) -> tuple[list[Value], list[Value]]:
+    """The experts of a row of logits [N, E], and their weights, in all lanes of the warp that computes them."""
+
+    def load(base: Value, i: Value) -> Value:
+        return ptx.float_of(ptx.load_global(ptx.offset(base, i, 4)))
+
+    first = row * choice.experts
+    return choose(thread, choice, lambda expert: load(logits, first + expert), lambda expert: load(bias, expert))
 
 
 class Program:
@@ -91,7 +85,7 @@ class Program:
 
     def choose(self, row: Value) -> None:
         p, a, lane = self.p, self.a, self.thread.lane
-        experts, weights = choice_of(self.thread, p, a["logits"], a["bias"], row)
+        experts, weights = choice_of(self.thread, p.choice, a["logits"], a["bias"], row)
         leads = lane.equals(0)
         for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
             place = row * p.choices + j
@@ -131,9 +125,8 @@ def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32)) for name, shape in shapes.items()}
 
 
-def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
-    rows, experts = logits.shape
-    p = Options(rows, experts, choices, normalised, scale, shared)
+def route(logits: jax.Array, bias: jax.Array, *, shared: bool, **of_choice: Any) -> Routes:
+    p = Options(logits.shape[0], Choice(logits.shape[1], **of_choice), shared)
     outs, counted = outputs(p), SharedMemory()
     Program(p, {}, None, counted)
     names = ["logits", "bias", *outs]
@@ -160,11 +153,10 @@ def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool,
     return Routes(**dict(zip(outs, kernel(logits, bias), strict=True)))
 
 
-def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> str | None:
+def why_not(logits: jax.Array, bias: jax.Array, *, shared: bool, **of_choice: Any) -> str | None:
     if reason := hopper.why_not():
         return reason
     rows, experts = logits.shape
-    if rows > MAX_ROWS or experts > MAX_EXPERTS or experts % 32 or choices > 32:
-        limits = f"up to {MAX_ROWS} rows, up to {MAX_EXPERTS} experts in multiples of 32, and up to 32 choices"
-        return f"it takes {limits}, not {rows}, {experts} and {choices}"
-    return None
+    if rows > MAX_ROWS:
+        return f"it takes up to {MAX_ROWS} rows, not {rows}"
+    return Choice(experts, **of_choice).why_not()

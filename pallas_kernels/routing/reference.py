@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.routing.arrays import Routes
 
 
-def choose(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float) -> tuple[jax.Array, jax.Array]:
+def choose(
+    logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, n_group: int, topk_group: int
+) -> tuple[jax.Array, jax.Array]:
     """The experts [N, k] of largest sigmoid(logits) + bias, the lower number first among equals, and their weights [N, k]."""
-    experts = jax.lax.top_k(jax.nn.sigmoid(logits) + bias, choices)[1]
+    choice = jax.nn.sigmoid(logits) + bias
+    if n_group > 1:
+        choice = _in_best_groups(choice, n_group, topk_group)
+    experts = jax.lax.top_k(choice, choices)[1]
     return experts, weights_of(logits, experts, normalised=normalised, scale=scale)
+
+
+def _in_best_groups(choice: jax.Array, n_group: int, topk_group: int) -> jax.Array:
+    """`choice` [N, E] with -inf for experts of the groups that are not among the best."""
+    groups = choice.reshape(choice.shape[0], n_group, -1)
+    quality = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+    kept = jax.lax.top_k(quality, topk_group)[1]
+    is_kept = jnp.any(kept[..., None] == jnp.arange(n_group), axis=-2)
+    return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(choice.shape)
 
 
 def weights_of(logits: jax.Array, experts: jax.Array, *, normalised: bool, scale: float) -> jax.Array:
@@ -41,8 +57,8 @@ def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: 
     return Routes(experts, weights, groups, num_groups, barrier_count, slots)
 
 
-def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
-    experts, weights = choose(logits, bias, choices=choices, normalised=normalised, scale=scale)
+def route(logits: jax.Array, bias: jax.Array, *, shared: bool, **of_choice: Any) -> Routes:
+    experts, weights = choose(logits, bias, **of_choice)
     return tables(experts, weights, logits.shape[1], shared=shared)
 
 

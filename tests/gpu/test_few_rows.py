@@ -24,14 +24,15 @@ pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.
 EXPERTS, CHOICES, HIDDEN, WIDTH = 64, 4, 2048, 1536  # of the 30B shape
 
 
-@pytest.mark.parametrize("rows", [7, 32])
+@pytest.mark.parametrize("rows, experts, groups", [(7, EXPERTS, (1, 1)), (32, 256, (1, 1)), (16, 256, (8, 4))])
 @pytest.mark.parametrize("kind", ["random", "tied", "same"])
-def test_routes_are_those_of_the_reference(rows, kind):
+def test_routes_are_those_of_the_reference(rows, experts, groups, kind):
+    """groups: of experts, and how many of them are kept."""
     random = np.random.default_rng(rows)
-    logits = random.standard_normal((rows, EXPERTS))
+    logits = random.standard_normal((rows, experts))
     logits = {"random": logits, "tied": np.round(logits), "same": np.broadcast_to(logits[:1], logits.shape)}[kind]
-    bias = jnp.asarray(random.standard_normal(EXPERTS) * (kind == "random"), jnp.float32)
-    options = dict(choices=CHOICES, normalised=True, scale=1.8, shared=True)
+    bias = jnp.asarray(random.standard_normal(experts) * (kind == "random"), jnp.float32)
+    options = dict(choices=CHOICES, normalised=True, scale=1.8, n_group=groups[0], topk_group=groups[1], shared=True)
     ours = jax.jit(functools.partial(route, implementation="mosaic_gpu", **options))(jnp.asarray(logits, jnp.float32), bias)
     exact = jax.jit(functools.partial(routing.route, **options))(jnp.asarray(logits, jnp.float32), bias)
     for name, array in vars(exact).items():

@@ -95,7 +95,8 @@ def test_it_says_what_it_cannot_serve(monkeypatch):
     for rows in (1, 17):
         x_of_rows = jax.ShapeDtypeStruct((rows, 1, CONFIG.hidden_size), jnp.bfloat16)
         assert reason(x=x_of_rows) == f"they take 2 to 16 rows, not {rows}"
-    assert "groups" in reason(config=dataclasses.replace(CONFIG, n_group=4, topk_group=2))
+    groups = dataclasses.replace(CONFIG, n_group=4, topk_group=2)
+    assert reason(config=groups) == "it takes up to 32 groups of experts in multiples of 32, not 4 of 8"
     in_bfloat16 = jax.eval_shape(lambda: made(4, None)[0])
     assert reason(weights=in_bfloat16) == "they read experts in 8 bits, and these are not"
     float32 = jax.eval_shape(lambda: serving.init_cache(CONFIG, SCHEDULE, 4, MAX_LEN, "float32"))
