@@ -430,7 +430,7 @@ def sizes_of(rows: jax.Array, routes: Routes, gate_up: Scaled) -> Sizes:
 
 def routed_mlp(
     rows: jax.Array, routes: Routes, gate_up: Scaled, down: Scaled, shared_gate_up: Scaled | None, shared_down: Scaled | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array | None]:
     sizes = sizes_of(rows, routes, gate_up)
     tables = {name: getattr(routes, name) for name in ("groups", "num_groups", "slots", "barrier_count")}
     matrices = _matrices("gate_up", gate_up, shared_gate_up) | _matrices("down", down, shared_down)
@@ -441,8 +441,10 @@ def routed_mlp(
     products = _call(sizes, {"rows": rows, **tables, **matrices}, outs)["out"]
     pairs = sizes.rows * sizes.choices
     of_experts = products[:pairs].reshape(sizes.rows, sizes.choices, -1).astype(jnp.float32)
+    # Of experts that other devices have nothing was written.
+    of_experts = jnp.where((routes.experts >= 0)[..., None], of_experts, 0.0)
     out = jnp.sum(of_experts * routes.weights[..., None], axis=1)
-    return out if shared_down is None else out + products[pairs:].astype(jnp.float32)
+    return out, None if shared_down is None else products[pairs:].astype(jnp.float32)
 
 
 def why_not(

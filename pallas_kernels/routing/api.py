@@ -37,6 +37,7 @@ def route(
     n_group: int = 1,
     topk_group: int = 1,
     shared: bool = False,
+    own: tuple[jax.Array, int] | None = None,
     implementation: str | None = None,
 ) -> Routes:
     """The experts of rows with router logits [N, E] float32, and the tables by which kernels go through them.
@@ -50,6 +51,8 @@ def route(
       normalised: whether a weight, the sigmoid, is divided by the sum of the row's chosen ones.
       scale: by which weights are multiplied last.
       shared: whether there are shared experts too, to which all rows are given.
+      own: where devices split the experts, the number of the first that this one has, int32, and how many it has. Routes then
+        count experts from that first one.
       implementation: "mosaic_gpu" on Hopper, for up to 64 rows, else "xla", the reference; None picks.
 
     Raises:
@@ -58,7 +61,9 @@ def route(
     _check("route", logits, bias, choices, n_group, topk_group)
     of_choice = {"choices": choices, "normalised": normalised, "scale": scale, "n_group": n_group, "topk_group": topk_group}
     arrays = logits.astype(jnp.float32), bias.astype(jnp.float32)
-    return dispatch.call("route", BACKENDS, implementation, *arrays, shared=shared, **of_choice)
+    first, num_own = (0, logits.shape[1]) if own is None else own
+    arrays = *arrays, jnp.asarray(first, jnp.int32).reshape(1)
+    return dispatch.call("route", BACKENDS, implementation, *arrays, num_own=num_own, shared=shared, **of_choice)
 
 
 def _check(operation: str, logits: jax.Array, bias: jax.Array, choices: int, n_group: int, topk_group: int) -> None:

@@ -19,7 +19,7 @@ from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.hopper import ptx
 from pallas_kernels.routing.arrays import Routes
-from pallas_kernels.routing.choice import Choice
+from pallas_kernels.routing.choice import LANES, Choice
 from pallas_kernels.routing.mosaic_gpu_choice import choose
 
 MAX_ROWS = 64
@@ -30,15 +30,12 @@ _REF = plgpu.RefType()
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """rows: of the step. shared: whether there are shared experts."""
+    """rows: of the step. experts: that the device has. shared: whether there are shared ones too."""
 
     rows: int
     choice: Choice
+    experts: int
     shared: bool
-
-    @property
-    def experts(self) -> int:
-        return self.choice.experts
 
     @property
     def choices(self) -> int:
@@ -56,15 +53,16 @@ def choice_of(thread: Any, choice: Choice, logits: Value, bias: Value, row: Valu
 
 
 class Program:
-    """The one thread block. used: [E] words, whether a row chose the expert."""
+    """The one thread block. used: a word for every expert that the device has, padded: whether a row chose it."""
 
     def __init__(self, p: Options, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
         self.p, self.a, self.thread = p, a, thread
-        self.used = shared.allocate(4 * p.experts)
+        self.num_used = -(-p.experts // LANES) * LANES
+        self.used = shared.allocate(4 * self.num_used)
 
     def run(self) -> None:
         p, thread = self.p, self.thread
-        for i, exists in parts.indices_of_thread(thread, p.experts):
+        for i, exists in parts.indices_of_thread(thread, self.num_used):
             with ptx.when(exists):
                 ptx.store_shared(self.used + (i << 2), ptx.constant(0))
         for i, exists in parts.indices_of_thread(thread, p.experts * p.rows):
@@ -86,13 +84,16 @@ class Program:
     def choose(self, row: Value) -> None:
         p, a, lane = self.p, self.a, self.thread.lane
         experts, weights = choice_of(self.thread, p.choice, a["logits"], a["bias"], row)
-        leads = lane.equals(0)
+        leads, first = lane.equals(0), ptx.load_global(a["first"])
         for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            place = row * p.choices + j
-            ptx.store_global(ptx.offset(a["experts"], place, 4), expert, leads)
+            place, expert = row * p.choices + j, expert - first
+            is_own = expert < p.experts  # unsigned: below 0 is far above
+            ptx.store_global(ptx.offset(a["experts"], place, 4), ptx.select(is_own, expert, -1), leads)
+            expert = ptx.select(is_own, expert, 0)
             ptx.store_global(ptx.offset(a["weights"], place, 4), ptx.bits_of(weight), leads)
-            ptx.store_global(ptx.offset(a["slots"], expert * p.rows + row, 4), place, leads)
-            with ptx.when(leads):
+            stores = leads & is_own
+            ptx.store_global(ptx.offset(a["slots"], expert * p.rows + row, 4), place, stores)
+            with ptx.when(stores):
                 ptx.store_shared(self.used + (expert << 2), ptx.constant(1))
 
     def list_groups(self) -> None:
@@ -102,7 +103,7 @@ class Program:
         count = ptx.constant(1 if p.shared else 0)
         if p.shared:
             ptx.store_global(a["groups"], ptx.constant(p.experts), leads)
-        for start in range(0, p.experts, 32):
+        for start in range(0, self.num_used, LANES):
             number = lane + start
             used = ptx.load_shared(self.used + (number << 2))
             at = count + ptx.sum_of_lanes_below(used)
@@ -125,11 +126,11 @@ def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32)) for name, shape in shapes.items()}
 
 
-def route(logits: jax.Array, bias: jax.Array, *, shared: bool, **of_choice: Any) -> Routes:
-    p = Options(logits.shape[0], Choice(logits.shape[1], **of_choice), shared)
+def route(logits: jax.Array, bias: jax.Array, first: jax.Array, *, num_own: int, shared: bool, **of_choice: Any) -> Routes:
+    p = Options(logits.shape[0], Choice(logits.shape[1], **of_choice), num_own, shared)
     outs, counted = outputs(p), SharedMemory()
     Program(p, {}, None, counted)
-    names = ["logits", "bias", *outs]
+    names = ["logits", "bias", "first", *outs]
 
     def routes_of_few_rows(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs))
@@ -150,10 +151,12 @@ def route(logits: jax.Array, bias: jax.Array, *, shared: bool, **of_choice: Any)
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return Routes(**dict(zip(outs, kernel(logits, bias), strict=True)))
+    return Routes(**dict(zip(outs, kernel(logits, bias, first), strict=True)))
 
 
-def why_not(logits: jax.Array, bias: jax.Array, *, shared: bool, **of_choice: Any) -> str | None:
+def why_not(
+    logits: jax.Array, bias: jax.Array, first: jax.Array, *, num_own: int, shared: bool, **of_choice: Any
+) -> str | None:
     if reason := hopper.why_not():
         return reason
     rows, experts = logits.shape

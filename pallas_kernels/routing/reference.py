@@ -11,7 +11,7 @@ from pallas_kernels.routing.arrays import Routes
 
 
 def choose(
-    logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, n_group: int, topk_group: int
+    logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, n_group: int = 1, topk_group: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """The experts [N, k] of largest sigmoid(logits) + bias, the lower number first among equals, and their weights [N, k]."""
     choice = jax.nn.sigmoid(logits) + bias
@@ -41,7 +41,7 @@ def weights_of(logits: jax.Array, experts: jax.Array, *, normalised: bool, scale
 
 
 def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: bool) -> Routes:
-    """The routes of chosen experts [N, k] and their weights."""
+    """The routes of chosen experts [N, k], -1 for those of other devices, and their weights."""
     n, k = experts.shape
     places = jnp.arange(n * k, dtype=jnp.int32).reshape(n, k)
     chosen = experts[None] == jnp.arange(num_experts)[:, None, None]  # [E, N, k]
@@ -57,9 +57,19 @@ def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: 
     return Routes(experts, weights, groups, num_groups, barrier_count, slots)
 
 
-def route(logits: jax.Array, bias: jax.Array, *, shared: bool, **of_choice: Any) -> Routes:
+def route(
+    logits: jax.Array,
+    bias: jax.Array,
+    first: jax.Array | int = 0,
+    *,
+    num_own: int | None = None,
+    shared: bool,
+    **of_choice: Any,
+) -> Routes:
     experts, weights = choose(logits, bias, **of_choice)
-    return tables(experts, weights, logits.shape[1], shared=shared)
+    own, num_own = experts - first, num_own or logits.shape[1]
+    own = jnp.where((own >= 0) & (own < num_own), own, -1)
+    return tables(own, weights, num_own, shared=shared)
 
 
 def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:

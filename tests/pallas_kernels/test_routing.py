@@ -15,12 +15,14 @@ from pallas_kernels.routing.choice import Choice
 from tests.support.emulated import lockstep
 
 
-def emulated(monkeypatch, logits, bias, **options):
+def emulated(monkeypatch, logits, bias, first, **options):
     rows, experts = logits.shape
-    p = mosaic_gpu.Options(rows, Choice(experts, **{k: v for k, v in options.items() if k != "shared"}), options["shared"])
+    choice = {name: x for name, x in options.items() if name not in ("num_own", "shared")}
+    p = mosaic_gpu.Options(rows, Choice(experts, **choice), options["num_own"], options["shared"])
     arrays = {
         name: np.asarray(x, np.float32).reshape(-1).view(np.int32).copy() for name, x in (("logits", logits), ("bias", bias))
     }
+    arrays["first"] = np.array([first], np.int32)
     outs = mosaic_gpu.outputs(p)
     arrays |= {name: np.full(int(np.prod(out.shape)), 0x5A5A5A5A, np.int32) for name, out in outs.items()}
     counted = parts.SharedMemory()
@@ -55,20 +57,23 @@ def bias_of(kind, experts):
 
 
 @pytest.mark.parametrize(
-    "rows,experts,choices,shared,groups",
+    "rows,experts,choices,shared,groups,own",
     [
-        (1, 32, 1, False, (1, 1)),
-        (64, 96, 3, False, (1, 1)),
-        (19, 256, 8, True, (8, 4)),
-        (5, 384, 6, True, (3, 1)),
+        (1, 32, 1, False, (1, 1), (0, 32)),
+        (64, 96, 3, False, (1, 1), (0, 96)),
+        (19, 256, 8, True, (8, 4), (0, 256)),
+        (5, 384, 6, True, (3, 1), (144, 48)),
     ],
 )
 @pytest.mark.parametrize("kind", ["random", "tied", "extreme", "same", "equal", "unwanted"])
-def test_routes_are_those_of_the_reference(monkeypatch, kind, rows, experts, choices, shared, groups):
+def test_routes_are_those_of_the_reference(monkeypatch, kind, rows, experts, choices, shared, groups, own):
+    """groups: of experts, and how many are kept; own: the device's first expert, and how many it has."""
     logits, bias = logits_of(kind, rows, experts), bias_of(kind, experts)
-    n_group, topk_group = groups
-    options = dict(choices=choices, normalised=rows % 2 == 0, scale=1.8, n_group=n_group, topk_group=topk_group, shared=shared)
-    ours, exact = emulated(monkeypatch, logits, bias, **options), vars(reference.route(logits, bias, **options))
+    (n_group, topk_group), (first, num_own) = groups, own
+    options = dict(choices=choices, normalised=rows % 2 == 0, scale=1.8, n_group=n_group, topk_group=topk_group)
+    options |= dict(num_own=num_own, shared=shared)
+    ours = emulated(monkeypatch, logits, bias, first, **options)
+    exact = vars(reference.route(logits, bias, jnp.array([first]), **options))
     for name, array in exact.items():
         if name == "weights":
             np.testing.assert_allclose(ours[name], array, rtol=1e-5, atol=1e-37)
@@ -98,6 +103,17 @@ def test_routes_list_the_groups_that_rows_are_of():
     assert routes.slots.tolist() == [[1, -1], [-1, -1], [-1, 3], [0, 2], [4, 5]]
 
 
+def test_devices_that_split_the_experts_have_the_routes_of_one_between_them():
+    logits, bias = logits_of("tied", 9, 24), bias_of("random", 24)
+    options = dict(choices=4, normalised=True, scale=2.5, shared=True)
+    whole = api.route(logits, bias, **options)
+    parts = [api.route(logits, bias, own=(first, 8), **options) for first in (0, 8, 16)]
+    assert (jnp.concatenate([part.slots[:8] for part in parts]) == whole.slots[:24]).all()
+    assert all((part.slots[8] == whole.slots[24]).all() and (part.weights == whole.weights).all() for part in parts)
+    assert (sum(jnp.where(p.experts < 0, 0, p.experts + 8 * i) for i, p in enumerate(parts)) == whole.experts).all()
+    assert sum(part.num_groups[0] - 1 for part in parts) == whole.num_groups[0] - 1
+
+
 @pytest.mark.parametrize("size,groups", [(0, 3), (1, 1), (50, 7), (200, 64)])
 def test_sorting_by_group_is_stable(size, groups):
     given = np.random.default_rng(size).integers(0, groups + 1, size).astype(np.int32)
@@ -117,9 +133,9 @@ def test_what_does_not_fit_is_named(monkeypatch):
     with pytest.raises(ValueError, match="groups"):
         api.sort_by_group(jnp.zeros((2, 2), jnp.int32), 4)
     monkeypatch.setattr(hopper, "why_not", lambda: None)
-    options = dict(choices=4, normalised=True, scale=1.0, shared=False)
-    assert mosaic_gpu.why_not(jnp.zeros((65, 64)), None, **options) == "it takes up to 64 rows, not 65"
-    assert mosaic_gpu.why_not(jnp.zeros((64, 64)), None, **options) is None
+    options = dict(choices=4, normalised=True, scale=1.0, num_own=64, shared=False)
+    assert mosaic_gpu.why_not(jnp.zeros((65, 64)), None, None, **options) == "it takes up to 64 rows, not 65"
+    assert mosaic_gpu.why_not(jnp.zeros((64, 64)), None, None, **options) is None
 
 
 def test_choices_that_the_kernels_cannot_make_are_named():

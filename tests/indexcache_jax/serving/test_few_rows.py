@@ -57,12 +57,12 @@ def absorbed_queries(product, k_up, cos_sin):
     return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
 
 
-def made(rows, weights="fp8"):
-    given = serving.random_weights(jax.random.key(0), CONFIG, weights=weights)
-    cache = serving.init_cache(CONFIG, SCHEDULE, rows, MAX_LEN, serving.FP8)
-    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, 1, CONFIG.hidden_size)), jnp.bfloat16)
-    positions = make_positions(jnp.arange(rows) % 7, jnp.ones(rows, jnp.int32), 1, CONFIG)
-    return serving.restrict(given, CONFIG, SCHEDULE), x, cache, positions
+def made(rows, weights="fp8", config=CONFIG):
+    given = serving.random_weights(jax.random.key(0), config, weights=weights)
+    cache = serving.init_cache(config, SCHEDULE, rows, MAX_LEN, serving.FP8)
+    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, 1, config.hidden_size)), jnp.bfloat16)
+    positions = make_positions(jnp.arange(rows) % 7, jnp.ones(rows, jnp.int32), 1, config)
+    return serving.restrict(given, config, SCHEDULE), x, cache, positions
 
 
 def test_layers_over_few_rows_are_those_in_xla(monkeypatch):
