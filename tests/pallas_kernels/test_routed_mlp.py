@@ -74,6 +74,29 @@ def test_few_rows_are_multiplied_by_their_experts(emulated, rows, shared):
     check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
 
 
+@pytest.mark.parametrize("rows,parts_of_rows", [(11, 2), (3, 3)])
+def test_rows_may_be_in_shared_memory_in_parts(emulated, monkeypatch, rows, parts_of_rows):
+    """3 + 2 and 2 + 2 + 1 pieces of 128 numbers."""
+    monkeypatch.setattr(mosaic_gpu.Plan, "of", lambda sizes: mosaic_gpu.Plan(2, parts_of_rows, 2))
+    random = np.random.default_rng(rows)
+    x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
+    experts = np.stack([random.permutation(EXPERTS)[:CHOICES] for _ in range(rows)])
+    routes, given = routes_of(experts, random.uniform(0.1, 1, experts.shape)), matrices(random)
+    check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
+
+
+def test_rows_of_the_released_models_fit_shared_memory():
+    """In how many parts the first stage has them."""
+    for hidden, width, rows, parts_of_rows in [
+        (2048, 1536, 16, 1),
+        (6144, 2048, 8, 1),
+        (6144, 2048, 16, 2),
+        (7168, 2048, 16, 2),
+    ]:
+        plan = mosaic_gpu.Plan.of(mosaic_gpu.Sizes(rows, hidden, width, 256, 8))
+        assert plan.parts_of_rows == parts_of_rows and plan.first and plan.second
+
+
 def test_all_rows_may_choose_the_same_experts(emulated):
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((9, HIDDEN)), jnp.bfloat16)
