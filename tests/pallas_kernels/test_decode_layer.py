@@ -252,7 +252,7 @@ def context_of(config):
 @pytest.mark.parametrize(
     "experts,fields",
     [
-        (True, {"n_routed_experts": 96, "n_group": 3, "topk_group": 2}),
+        (True, {"n_routed_experts": 64, "n_group": 2, "topk_group": 1}),
         (True, {"n_shared_experts": 0, "norm_topk_prob": False}),
         (False, {}),
         (True, {"hidden_size": 384}),
