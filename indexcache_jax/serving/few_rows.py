@@ -12,6 +12,7 @@ The shared experts are read once for all rows, and each device takes those of it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -99,7 +100,8 @@ def attention(
         rows = ("batch",)
         on_each = sharding.on_each_device(functools.partial(_latents, config=config), ((), rows, rows, rows), (rows, rows))
         # What is alike on all devices. The other weights are not needed, and some of them are split.
-        norms = p.replace(down=None, up=None, index_up=None, k_up=None, v_up=None, out=None, mlp=None)
+        none = dict.fromkeys(("down", "up", "index_up", "k_up", "v_up", "out"))
+        norms = dataclasses.replace(p, **none, mlp=Dense(None, None))
         q_latent, cache = on_each(norms, product, cache, positions)
         of_heads = ("heads",), ("heads",), rows, rows
         absorbed = sharding.on_each_device(_absorbed, of_heads, ("batch", "queries", "heads"))(

@@ -60,9 +60,8 @@ def route(
     """
     _check("route", logits, bias, choices, n_group, topk_group)
     of_choice = {"choices": choices, "normalised": normalised, "scale": scale, "n_group": n_group, "topk_group": topk_group}
-    arrays = logits.astype(jnp.float32), bias.astype(jnp.float32)
     first, num_own = (0, logits.shape[1]) if own is None else own
-    arrays = *arrays, jnp.asarray(first, jnp.int32).reshape(1)
+    arrays = logits.astype(jnp.float32), bias.astype(jnp.float32), jnp.asarray(first, jnp.int32).reshape(1)
     return dispatch.call("route", BACKENDS, implementation, *arrays, num_own=num_own, shared=shared, **of_choice)
 
 
