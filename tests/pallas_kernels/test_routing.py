@@ -103,15 +103,21 @@ def test_routes_list_the_groups_that_rows_are_of():
     assert routes.slots.tolist() == [[1, -1], [-1, -1], [-1, 3], [0, 2], [4, 5]]
 
 
-def test_devices_that_split_the_experts_have_the_routes_of_one_between_them():
+def test_a_device_has_the_routes_of_its_own_experts():
     logits, bias = logits_of("tied", 9, 24), bias_of("random", 24)
-    options = dict(choices=4, normalised=True, scale=2.5, shared=True)
-    whole = api.route(logits, bias, **options)
-    parts = [api.route(logits, bias, own=(first, 8), **options) for first in (0, 8, 16)]
-    assert (jnp.concatenate([part.slots[:8] for part in parts]) == whole.slots[:24]).all()
-    assert all((part.slots[8] == whole.slots[24]).all() and (part.weights == whole.weights).all() for part in parts)
-    assert (sum(jnp.where(p.experts < 0, 0, p.experts + 8 * i) for i, p in enumerate(parts)) == whole.experts).all()
-    assert sum(part.num_groups[0] - 1 for part in parts) == whole.num_groups[0] - 1
+    options = dict(choices=3, normalised=True, scale=2.5)
+    chosen, weights = (np.asarray(array) for array in reference.choose(logits, bias, **options))
+    routes = api.route(logits, bias, own=(jnp.int32(8), 8), shared=True, **options)
+    own = np.where((chosen >= 8) & (chosen < 16), chosen - 8, -1)
+    np.testing.assert_array_equal(routes.experts, own)
+    np.testing.assert_array_equal(routes.weights, weights)
+    slots = np.full((9, 9), -1)
+    slots[8] = 27 + np.arange(9)
+    for row, pair in zip(*np.nonzero(own >= 0), strict=True):
+        slots[own[row, pair], row] = 3 * row + pair
+    np.testing.assert_array_equal(routes.slots, slots)
+    used = sorted(set(own[own >= 0].tolist()))
+    assert used and routes.groups.tolist() == [8, *used, *[-1] * (8 - len(used))] and routes.num_groups[0] == len(used) + 1
 
 
 @pytest.mark.parametrize("size,groups", [(0, 3), (1, 1), (50, 7), (200, 64)])
