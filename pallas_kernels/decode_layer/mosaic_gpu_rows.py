@@ -18,9 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.arrays import AttentionWeights, latents_of
-from pallas_kernels.decode_layer.mosaic_gpu import INDEX_WIDTH, Inputs, Token, rotate_pair
-from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread, Value
+from pallas_kernels.decode_layer.mosaic_gpu_arrays import INDEX_WIDTH, TokenArrays, TokenSizes
+from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
+from pallas_kernels.decode_layer.mosaic_gpu_token import Token, rotate_pair
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import Latents
 
@@ -31,17 +33,16 @@ ABSORB_BLOCKS = VALUE_DIM // ABSORB_COLUMNS
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
 
 
-class Row:
-    """The row with the number of the thread block: its query latent, and its token in the caches if its position is in them."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class RowArrays(TokenArrays):
+    """Global addresses of what the thread block of a row reads and writes: the row's part of arrays that have one."""
 
-    def __init__(self, p: Inputs, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
-        self.p, self.thread = p, thread
-        self.a = {name: self._of_row(name, address) for name, address in a.items()}
-        self.sums, self.token = shared.allocate(64), Token(p, self.a, thread, shared)
+    # Output
+    q_latents: Any  # [R] bfloat16
 
-    def _of_row(self, name: str, address: Value) -> Value:
-        """Where the row's part of an array begins."""
-        p = self.p
+    @staticmethod
+    def of(p: TokenSizes, addresses: Mapping[str, Address], row: Word) -> RowArrays:
+        """Of all rows' arrays, by name, those of number `row`."""
         key_bytes = INDEX_WIDTH if p.index_scaled else 2 * INDEX_WIDTH
         row_bytes = {
             "down_out": 4 * p.down,
@@ -56,19 +57,27 @@ class Row:
             "index_keys": key_bytes * p.max_len,
             "index_scales": 4 * p.max_len,
         }
-        return ptx.offset(address, self.thread.block, row_bytes[name]) if name in row_bytes else address
+        return RowArrays(**{n: ptx.offset(a, row, row_bytes[n]) if n in row_bytes else a for n, a in addresses.items()})
 
-    def run(self) -> None:
-        p, a, thread = self.p, self.a, self.thread
 
-        def sink(i: Value, word: Value, exists: Value) -> None:
-            ptx.store_global(ptx.offset(a["q_latents"], i, 4), word, exists)
+class Row:
+    """The row with the number of the thread block: its query latent, and its token in the caches if its position is in them."""
 
-        pair = parts.fresh_pair(a["down_out"])
-        parts.normalise(thread, p.q_rank // 2, pair, a["q_norm"], p.latent_eps, self.sums, sink, in_bfloat16=False)
-        position = ptx.load_global(a["position"])
+    def __init__(self, p: TokenSizes, shared: SharedMemory):
+        self.p = p
+        self.sums, self.token = shared.allocate(64), Token(p, shared)
+
+    def run(self, a: RowArrays, thread: Thread) -> None:
+        p = self.p
+
+        def sink(i: Word, word: Word, exists: Predicate) -> None:
+            ptx.store_global(ptx.offset(a.q_latents, i, 4), word, exists)
+
+        pair = parts.fresh_pair(a.down_out)
+        parts.normalise(thread, p.q_rank // 2, pair, a.q_norm, p.latent_eps, self.sums, sink, in_bfloat16=False)
+        position = ptx.load_global(a.position)
         with ptx.when((position.signed >= 0) & (position.signed < p.max_len)):
-            self.token.write(position)
+            self.token.write(a, thread, position)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +93,26 @@ class Absorption:
         return self.nope + ROTARY
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class AbsorptionArrays:
+    """Global addresses of what `absorbed_queries` reads and writes."""
+
+    # Input
+    product: Any  # [N, H (dn + 64)] bfloat16
+    k_up: Any  # [H, 512, dn] bfloat16
+    cos: Any  # [N, 32] float32
+    sin: Any  # [N, 32] float32
+    # Output
+    queries: Any  # [N, H, 576] bfloat16
+
+
 class Absorb:
     """A head's queries [N, 576]: its part without rope times ABSORB_COLUMNS columns of its key matrix; the rotated part.
 
     Thread blocks of a head follow one another, and the first of them has the rotated part too.
     """
 
-    def __init__(self, p: Absorption, a: Mapping[str, Value], thread: Thread):
+    def __init__(self, p: Absorption, a: AbsorptionArrays, thread: Thread):
         self.p, self.a, self.thread = p, a, thread
         self.head, self.part = thread.block // ABSORB_BLOCKS, thread.block % ABSORB_BLOCKS
         self.row_of_8, self.quad_lane = thread.lane >> 2, thread.lane & 3
@@ -110,24 +132,24 @@ class Absorb:
         with ptx.when(self.part.equals(0)):
             self._rotate()
 
-    def _column(self, first: Value, i: int) -> list[Value]:
+    def _column(self, first: Word, i: int) -> list[Word]:
         """Eight numbers of column first + l / 4 of the head's matrix, from number 32 i + 8 (l % 4) on, in lane l."""
         column = self.head * VALUE_DIM + first + self.row_of_8
-        address = ptx.offset(ptx.offset(self.a["k_up"], column, 2 * self.p.nope), self.quad_lane, 16)
+        address = ptx.offset(ptx.offset(self.a.k_up, column, 2 * self.p.nope), self.quad_lane, 16)
         return ptx.load_global_words(ptx.offset(address, ptx.constant(i), 64))
 
-    def _row(self, first: int, i: int) -> list[Value]:
+    def _row(self, first: int, i: int) -> list[Word]:
         """The same numbers of row first + l / 4, zeros where there is no such row."""
         p = self.p
         row = self.row_of_8 + first
         exists = ptx.select(row.signed < p.rows, 1, 0)
         at = ptx.min_s32(row, p.rows - 1) * p.heads + self.head
-        address = ptx.offset(ptx.offset(self.a["product"], at, 2 * p.head_dim), self.quad_lane, 16)
+        address = ptx.offset(ptx.offset(self.a.product, at, 2 * p.head_dim), self.quad_lane, 16)
         return ptx.load_global_words_or_zeros(ptx.offset(address, ptx.constant(i), 64), exists, 4)
 
-    def _store(self, first_row: int, first: Value, pair: Sequence[Value]) -> None:
+    def _store(self, first_row: int, first: Word, pair: Sequence[Float]) -> None:
         p, row = self.p, self.row_of_8 + first_row
-        at = ptx.offset(self.a["queries"], row * p.heads + self.head, 2 * WIDTH)
+        at = ptx.offset(self.a.queries, row * p.heads + self.head, 2 * WIDTH)
         at = ptx.offset(at, (first >> 1) + self.quad_lane, 4)
         ptx.store_global(at, ptx.to_bfloat16_pair(*pair), row.signed < p.rows)
 
@@ -139,23 +161,18 @@ class Absorb:
             exists, i = i.signed < count, ptx.min_s32(i, count - 1)
             row, j = i // (ROTARY // 2), i % (ROTARY // 2)
             at = row * p.heads + self.head
-            word = ptx.load_global(ptx.offset(ptx.offset(a["product"], at, 2 * p.head_dim), j + p.nope // 2, 4))
-            angles = {name: ptx.offset(a[name], row, 2 * ROTARY) for name in ("cos", "sin")}
-            rotated = rotate_pair(angles, j, *ptx.from_bfloat16_pair(word))
-            target = ptx.offset(ptx.offset(a["queries"], at, 2 * WIDTH), j + VALUE_DIM // 2, 4)
+            word = ptx.load_global(ptx.offset(ptx.offset(a.product, at, 2 * p.head_dim), j + p.nope // 2, 4))
+            cos, sin = (ptx.offset(angles, row, 2 * ROTARY) for angles in (a.cos, a.sin))
+            rotated = rotate_pair(cos, sin, j, *ptx.from_bfloat16_pair(word))
+            target = ptx.offset(ptx.offset(a.queries, at, 2 * WIDTH), j + VALUE_DIM // 2, 4)
             ptx.store_global(target, ptx.to_bfloat16_pair(*rotated), exists)
 
 
-def sizes(product: jax.Array, layer: AttentionWeights) -> Inputs:
+def sizes(product: jax.Array, layer: AttentionWeights) -> TokenSizes:
     full, q_rank = layer.index_keys is not None, layer.weights["q_norm"].shape[0]
-    return Inputs(
-        hidden=0,
+    return TokenSizes(
         q_rank=q_rank,
-        heads=0,
-        nope=0,
-        value=0,
         max_len=layer.latents.shape[1],
-        eps=layer.eps,
         latent_eps=layer.latent_eps,
         index_heads=product.shape[-1] - q_rank - WIDTH - INDEX_WIDTH if full else 0,
         index_interleaved=layer.index_interleaved,
@@ -183,16 +200,17 @@ def latents_of_rows(
 ) -> tuple[jax.Array, jax.Array | Latents, jax.Array | None, jax.Array | None]:
     p, given = sizes(product, layer), operands(product, layer)
     counted = SharedMemory()
-    Row(p, {}, None, counted)
+    Row(p, counted)
     names = [*given, "q_latents"]
 
     def latents_of_rows(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs) + (_SCALAR,))
         def program(ctx: Any, *values: Any) -> None:
             *arrays, memory, block = values
-            a = {n: ptx.global_address(v) for n, v in zip(names, arrays, strict=True)}
-            thread = Thread.current(ptx.scalar(block))
-            Row(p, a, thread, SharedMemory(ptx.shared_address(memory))).run()
+            addresses = {n: ptx.global_address(v) for n, v in zip(names, arrays, strict=True)}
+            thread, shared = Thread.current(ptx.scalar(block)), SharedMemory(ptx.shared_address(memory))
+            a = RowArrays.of(p, addresses, thread.block)
+            Row(p, shared).run(a, thread)
 
         program(*refs, jax.lax.axis_index("block"))
 
@@ -214,13 +232,13 @@ def latents_of_rows(
 
 def absorbed_queries(product: jax.Array, k_up: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     rows, (heads, _, nope) = product.shape[0], k_up.shape
-    p, names = Absorption(rows, heads, nope), ("product", "k_up", "cos", "sin", "queries")
+    p = Absorption(rows, heads, nope)
 
     def absorbed_queries_of_rows(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs) + (_SCALAR,))
         def program(ctx: Any, *values: Any) -> None:
             *arrays, block = values
-            a = {n: ptx.global_address(v) for n, v in zip(names, arrays, strict=True)}
+            a = AbsorptionArrays(*map(ptx.global_address, arrays))
             Absorb(p, a, Thread.current(ptx.scalar(block))).run()
 
         program(*refs, jax.lax.axis_index("block"))

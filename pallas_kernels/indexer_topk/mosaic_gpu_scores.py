@@ -42,7 +42,7 @@ from jaxlib.mlir.dialects import vector
 from pallas_kernels import hopper
 from pallas_kernels.hopper import ptx
 from pallas_kernels.indexer_topk import mosaic_gpu_scores_epilogue as epilogue
-from pallas_kernels.indexer_topk.mosaic_gpu_select import BLOCK
+from pallas_kernels.indexer_topk.mosaic_gpu_select_problem import BLOCK
 
 WIDTH = 128  # Di of the kernel
 HEADS = (8, 16, 32, 64)  # Hi of the kernel

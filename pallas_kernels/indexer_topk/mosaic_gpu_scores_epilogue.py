@@ -77,7 +77,7 @@ def sums_of_lane(acc: Any, weights: Any, queries: int, saturate: bool, lane: ptx
     for half in range(2):
         parts = []
         for first in range(queries):
-            total = None
+            total: Any = None
             for tile in range(first, tiles, queries):
                 for e in range(2):
                     x = relu(element(products[tile, half], e), saturate and _saturates(tile))
@@ -166,7 +166,7 @@ def finish(
     query, half = place.query(lane), place.half(lane)
     row = (warp << 4) + (lane >> 2) + (half << 3)
     seen = limit - (first + row)  # keys from this one on that the query sees
-    best = None
+    best: Any = None
     for i, score in enumerate(sums):
         if key_scales is not None:
             low, high = (element(x, 0) for x in key_scales.registers.reshape(2))

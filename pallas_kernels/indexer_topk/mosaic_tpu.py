@@ -16,7 +16,9 @@ What is selected becomes bits, and the bits an ascending list (tpu/sets.py): not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -127,139 +129,215 @@ def _lane_sum(mask: jax.Array) -> jax.Array:
     return total
 
 
-def _kernel(
-    blocks_ref, query_ref, weights_ref, seen_ref, keys_hbm, *given, rows: int, queries: int, k: int, scaled: bool, kept: bool
-):
-    """One block of `rows` queries of one batch row; blocks_ref [B, blocks] says how many key blocks it sees.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Refs:
+    """The kernel's references. H: heads, R: queries of a program, J: key blocks, D: width of keys, padded."""
 
-    kept: all of ordered_ref goes to an array in HBM, of which the blocks that were not scored mean nothing.
+    # Input
+    blocks: Any  # [B, blocks] int32, in SMEM: key blocks that any query of a block sees
+    queries: Any  # [1, 1, H * R, D], head by head
+    weights: Any  # [1, 1, R, >= H] float32
+    seen: Any  # [1, 1, R, LANES] int32: keys that each query sees
+    keys: Any  # [B, J * KEYS, D], in HBM
+    scales: Any  # [B, J, 1, KEYS] float32, in HBM; None for keys without
+    # Output
+    positions: Any  # [1, 1, R, >= k] int32
+    all_ordered: Any  # [B, blocks, J, R, KEYS] int32, in HBM; None where the scores are not asked for
+    # Scratch
+    ordered: Any  # [J, R, KEYS] int32: scores in their order
+    bits: Any  # [>= J, R, LANES] int32: the selection
+    block_keys: Any  # [2, KEYS, D]
+    block_scales: Any  # [2, 1, KEYS] float32, None for keys without
+    semaphores: Any  # [3, 2]: of copied keys, scales, and the scores that are kept
+
+    @staticmethod
+    def of(refs: tuple[Any, ...], *, scaled: bool, kept: bool) -> Refs:
+        """The references in the kernel's order, in which there are none of what is not."""
+        blocks, queries, weights, seen, keys, *others = refs
+        scales, block_scales = (others.pop(0), others.pop(-2)) if scaled else (None, None)
+        all_ordered = others.pop(1) if kept else None
+        positions, ordered, bits, block_keys, semaphores = others
+        inputs, outputs = (blocks, queries, weights, seen, keys, scales), (positions, all_ordered)
+        return Refs(*inputs, *outputs, ordered, bits, block_keys, block_scales, semaphores)
+
+
+def _kernel(*refs: Any, rows: int, queries: int, k: int, scaled: bool, kept: bool) -> None:
+    """One block of `rows` queries of one batch row.
+
+    kept: all of `ordered` goes to HBM, of which the blocks that were not scored mean nothing.
     """
-    refs = list(given)
-    if scaled:
-        scales_hbm, scales_buffer = refs.pop(0), refs.pop(-2)
-    if kept:
-        ordered_hbm = refs.pop(1)
-    out_ref, ordered_ref, bits_ref, keys_buffer, semaphores = refs
+    given = Refs.of(refs, scaled=scaled, kept=kept)
     b, i = pl.program_id(0), pl.program_id(1)
-    blocks = blocks_ref[b, i]
-    seen = seen_ref[0, 0][:, :1]  # [rows, 1] keys that each query sees
+    block = _Block(given, rows, b, given.blocks[b, i], given.seen[0, 0][:, :1])
+    least, most = block.score()
+    if kept:
+        keep = pltpu.make_async_copy(given.ordered, given.all_ordered.at[b, i], given.semaphores.at[2, 0])
+        keep.start()
+    wanted, none = jnp.minimum(block.seen, k), jnp.zeros((rows, 1), jnp.int32)
+    low, at_low, at_high = block.threshold(wanted, least, most, none)
+    block.select(low, block.cut(wanted, low, at_low, at_high, none))
+    block.list_positions(jnp.minimum(rows, queries - i * rows))
+    if kept:
+        keep.wait()
 
-    def copies(j, slot):
-        yield pltpu.make_async_copy(keys_hbm.at[b, pl.ds(j * KEYS, KEYS)], keys_buffer.at[slot], semaphores.at[0, slot])
-        if scaled:
-            yield pltpu.make_async_copy(scales_hbm.at[b, j], scales_buffer.at[slot], semaphores.at[1, slot])
 
-    def fetch(j, slot):
-        for copy in copies(j, slot):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """A block of `rows` queries of batch row `b`, of which any sees `blocks` key blocks and each `seen` [rows, 1] keys."""
+
+    refs: Refs
+    rows: int
+    b: jax.Array
+    blocks: jax.Array
+    seen: jax.Array
+
+    # -- scores
+
+    def copies(self, j: jax.Array | int, slot: jax.Array | int) -> Iterator[Any]:
+        """The copies of a block's keys and scales."""
+        refs, b = self.refs, self.b
+        keys = refs.keys.at[b, pl.ds(j * KEYS, KEYS)]
+        yield pltpu.make_async_copy(keys, refs.block_keys.at[slot], refs.semaphores.at[0, slot])
+        if refs.scales is not None:
+            yield pltpu.make_async_copy(refs.scales.at[b, j], refs.block_scales.at[slot], refs.semaphores.at[1, slot])
+
+    def fetch(self, j: jax.Array | int, slot: jax.Array | int) -> None:
+        for copy in self.copies(j, slot):
             copy.start()
 
-    @pl.when(blocks > 0)
-    def _():
-        fetch(0, 0)
+    def score(self) -> tuple[jax.Array, jax.Array]:
+        """Keeps all scores in their order, and returns each query's least and largest one, [rows, 1] int32 both."""
 
-    def score_block(j, bounds):
-        slot = j % 2
+        @pl.when(self.blocks > 0)
+        def _() -> None:
+            self.fetch(0, 0)
 
-        @pl.when(j + 1 < blocks)
-        def _():
-            fetch(j + 1, (j + 1) % 2)
+        least = jnp.full((self.rows, 1), -(LOWEST + 1), jnp.int32)
+        return jax.lax.fori_loop(0, self.blocks, self.score_block, (least, jnp.full((self.rows, 1), LOWEST, jnp.int32)))
 
-        for copy in copies(j, slot):
+    def score_block(self, j: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        refs, slot = self.refs, j % 2
+
+        @pl.when(j + 1 < self.blocks)
+        def _() -> None:
+            self.fetch(j + 1, (j + 1) % 2)
+
+        for copy in self.copies(j, slot):
             copy.wait()
-        scores = _score(query_ref.at[0, 0], keys_buffer[slot], weights_ref[0, 0], scales_buffer[slot] if scaled else None, rows)
+        keys, weights = refs.block_keys[slot], refs.weights[0, 0]
+        scales = None if refs.scales is None else refs.block_scales[slot]
+        scores = _score(refs.queries.at[0, 0], keys, weights, scales, self.rows)
         scores = jnp.where(scores == 0, 0.0, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
-        visible = j * KEYS + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < seen
+        visible = j * KEYS + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < self.seen
         ordered = jnp.where(visible, _ordered(scores), LOWEST)
-        ordered_ref[j] = ordered
+        refs.ordered[j] = ordered
         least, most = bounds
         least = jnp.minimum(least, jnp.min(jnp.where(visible, ordered, -(LOWEST + 1)), axis=1, keepdims=True))
         return least, jnp.maximum(most, jnp.max(ordered, axis=1, keepdims=True))
 
-    least = jnp.full((rows, 1), -(LOWEST + 1), jnp.int32)
-    least, most = jax.lax.fori_loop(0, blocks, score_block, (least, jnp.full((rows, 1), LOWEST, jnp.int32)))
-    if kept:
-        keep = pltpu.make_async_copy(ordered_ref, ordered_hbm.at[b, i], semaphores.at[2, 0])
-        keep.start()
+    # -- the k-th best, and where those that equal it are cut
 
-    def count(condition):
+    def count(self, condition: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         """How many keys of each query hold it: condition(ordered [rows, KEYS], first position) -> [rows, 1] int32."""
 
-        def add(j, total):
-            return total + _lane_sum(condition(ordered_ref[j], j * KEYS))
+        def add(j: jax.Array, total: jax.Array) -> jax.Array:
+            return total + _lane_sum(condition(self.refs.ordered[j], j * KEYS))
 
-        total = jax.lax.fori_loop(0, blocks, add, jnp.zeros((rows, LANES), jnp.int32))
+        total = jax.lax.fori_loop(0, self.blocks, add, jnp.zeros((self.rows, LANES), jnp.int32))
         return jnp.sum(total.astype(jnp.float32), axis=1, keepdims=True).astype(jnp.int32)  # below 2^24
 
-    wanted = jnp.minimum(seen, k)
+    def threshold(
+        self, wanted: jax.Array, least: jax.Array, most: jax.Array, none: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The k-th best, how many keys are not below it and, where these are more than `wanted`, how many are above it.
 
-    # At least `wanted` keys are >= low, fewer are >= high.
-    def undecided(low, high, at_low):
-        return (at_low != wanted) & (high != low + 1)
+        All [rows, 1] int32; none: zeros.
+        """
 
-    def narrow(state):
-        step, low, high, at_low, at_high, _ = state
-        middle = _halfway(low, high)
-        upper, lower = jnp.log(at_low.astype(jnp.float32)), jnp.log(jnp.maximum(at_high.astype(jnp.float32), 0.5))
-        fraction = (upper - jnp.log(wanted.astype(jnp.float32))) / (upper - lower)
-        guess = _value(low) + (_value(high - 1) - _value(low)) * fraction
-        usable = jnp.abs(guess) < jnp.inf  # also False for NaN
-        guess = _ordered(jnp.where(usable, guess, 0.0))
-        guess = jnp.minimum(jnp.maximum(guess, low + 1), high - 1)
-        guess = jnp.where(usable & (step % 2 == 0), guess, middle)
-        counted = count(lambda ordered, first: ordered >= guess)
-        enough = counted >= wanted
-        going = undecided(low, high, at_low)
-        low, at_low = jnp.where(going & enough, guess, low), jnp.where(going & enough, counted, at_low)
-        high, at_high = jnp.where(going & ~enough, guess, high), jnp.where(going & ~enough, counted, at_high)
-        return step + 1, low, high, at_low, at_high, jnp.max(jnp.where(undecided(low, high, at_low), 1.0, 0.0))
+        # At least `wanted` keys are >= low, fewer are >= high.
+        def undecided(low: jax.Array, high: jax.Array, at_low: jax.Array) -> jax.Array:
+            return (at_low != wanted) & (high != low + 1)
 
-    none = jnp.zeros((rows, 1), jnp.int32)
-    start = jnp.max(jnp.where(undecided(least, most + 1, seen), 1.0, 0.0))
-    _, low, _, at_low, at_high, _ = jax.lax.while_loop(
-        lambda state: state[-1] > 0, narrow, (0, least, most + 1, seen, none, start)
-    )
+        def narrow(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            step, low, high, at_low, at_high, _ = state
+            guess = _guess(step, low, high, at_low, at_high, wanted)
+            counted = self.count(lambda ordered, first: ordered >= guess)
+            enough = counted >= wanted
+            going = undecided(low, high, at_low)
+            low, at_low = jnp.where(going & enough, guess, low), jnp.where(going & enough, counted, at_low)
+            high, at_high = jnp.where(going & ~enough, guess, high), jnp.where(going & ~enough, counted, at_high)
+            return step + 1, low, high, at_low, at_high, jnp.max(jnp.where(undecided(low, high, at_low), 1.0, 0.0))
 
-    # Of the keys equal to `low` the first ones: those before position `cut`.
-    ties = wanted - at_high
-    all_taken = at_low == wanted
+        start = jnp.max(jnp.where(undecided(least, most + 1, self.seen), 1.0, 0.0))
+        _, low, _, at_low, at_high, _ = jax.lax.while_loop(
+            lambda state: state[-1] > 0, narrow, (0, least, most + 1, self.seen, none, start)
+        )
+        return low, at_low, at_high
 
-    def cut_undecided(few, many):
-        return ~all_taken & (many != few + 1)
+    def cut(self, wanted: jax.Array, low: jax.Array, at_low: jax.Array, at_high: jax.Array, none: jax.Array) -> jax.Array:
+        """The position before which the keys equal to `low` are taken: the first ones."""
+        ties = wanted - at_high
+        all_taken = at_low == wanted
 
-    def narrow_cut(state):
-        few, many, _ = state
-        middle = _halfway(few, many)
+        def undecided(few: jax.Array, many: jax.Array) -> jax.Array:
+            return ~all_taken & (many != few + 1)
 
-        def tied(ordered, first):
-            return (ordered == low) & (first + jax.lax.broadcasted_iota(jnp.int32, ordered.shape, 1) < middle)
+        def narrow(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            few, many, _ = state
+            middle = _halfway(few, many)
 
-        enough = count(tied) >= ties
-        few, many = jnp.where(enough, few, middle), jnp.where(enough, middle, many)
-        return few, many, jnp.max(jnp.where(cut_undecided(few, many), 1.0, 0.0))
+            def tied(ordered: jax.Array, first: jax.Array) -> jax.Array:
+                return (ordered == low) & (first + jax.lax.broadcasted_iota(jnp.int32, ordered.shape, 1) < middle)
 
-    start = jnp.max(jnp.where(cut_undecided(none, seen), 1.0, 0.0))
-    _, cut, _ = jax.lax.while_loop(lambda state: state[-1] > 0, narrow_cut, (none, seen, start))
+            enough = self.count(tied) >= ties
+            few, many = jnp.where(enough, few, middle), jnp.where(enough, middle, many)
+            return few, many, jnp.max(jnp.where(undecided(few, many), 1.0, 0.0))
 
-    bits_ref[...] = jnp.zeros_like(bits_ref)
+        start = jnp.max(jnp.where(undecided(none, self.seen), 1.0, 0.0))
+        _, cut, _ = jax.lax.while_loop(lambda state: state[-1] > 0, narrow, (none, self.seen, start))
+        return cut
 
-    def to_bits(j, _):
-        ordered = ordered_ref[j]
-        position = j * KEYS + jax.lax.broadcasted_iota(jnp.int32, ordered.shape, 1)
-        taken = (ordered > low) | ((ordered == low) & (position < cut))
-        bits_ref[j] = sets.pack(taken)
-        return 0
+    # -- the selection
 
-    jax.lax.fori_loop(0, blocks, to_bits, 0)
+    def select(self, low: jax.Array, cut: jax.Array) -> None:
+        """Writes the bits of the keys above `low`, and of those equal to it before `cut`."""
+        refs = self.refs
+        refs.bits[...] = jnp.zeros_like(refs.bits)
 
-    def to_list(row, _):
-        listed, number = sets.positions(bits_ref[:, row], out_ref.shape[-1])
-        place = jax.lax.broadcasted_iota(jnp.int32, listed.shape, 1)
-        out_ref[0, 0, pl.ds(row, 1)] = jnp.where(place < number, listed, -1)
-        return 0
+        def to_bits(j: jax.Array, _: int) -> int:
+            ordered = refs.ordered[j]
+            position = j * KEYS + jax.lax.broadcasted_iota(jnp.int32, ordered.shape, 1)
+            taken = (ordered > low) | ((ordered == low) & (position < cut))
+            refs.bits[j] = sets.pack(taken)
+            return 0
 
-    jax.lax.fori_loop(0, jnp.minimum(rows, queries - i * rows), to_list, 0)
-    if kept:
-        keep.wait()
+        jax.lax.fori_loop(0, self.blocks, to_bits, 0)
+
+    def list_positions(self, count: jax.Array) -> None:
+        """Writes the selections of the first `count` queries as ascending lists, then -1."""
+        refs = self.refs
+
+        def to_list(row: jax.Array, _: int) -> int:
+            listed, number = sets.positions(refs.bits[:, row], refs.positions.shape[-1])
+            place = jax.lax.broadcasted_iota(jnp.int32, listed.shape, 1)
+            refs.positions[0, 0, pl.ds(row, 1)] = jnp.where(place < number, listed, -1)
+            return 0
+
+        jax.lax.fori_loop(0, count, to_list, 0)
+
+
+def _guess(
+    step: jax.Array, low: jax.Array, high: jax.Array, at_low: jax.Array, at_high: jax.Array, wanted: jax.Array
+) -> jax.Array:
+    """Between the bounds: in even steps where the logarithm of the count, interpolated, is that of `wanted`, else halfway."""
+    middle = _halfway(low, high)
+    upper, lower = jnp.log(at_low.astype(jnp.float32)), jnp.log(jnp.maximum(at_high.astype(jnp.float32), 0.5))
+    fraction = (upper - jnp.log(wanted.astype(jnp.float32))) / (upper - lower)
+    guess = _value(low) + (_value(high - 1) - _value(low)) * fraction
+    usable = jnp.abs(guess) < jnp.inf  # also False for NaN
+    guess = _ordered(jnp.where(usable, guess, 0.0))
+    guess = jnp.minimum(jnp.maximum(guess, low + 1), high - 1)
+    return jnp.where(usable & (step % 2 == 0), guess, middle)
 
 
 def _scores_of(positions: jax.Array, ordered: jax.Array) -> jax.Array:

@@ -176,10 +176,10 @@ class Tiles:
         self.first, end = ((thread.block + i) * total // BLOCKS for i in range(2))
         self.count = end - self.first
         ptx.block_barrier()
-        for i in range(self.in_flight):
-            self._copy(ptx.constant(i), ptx.constant(i))
+        for ahead in range(self.in_flight):
+            self._copy(ptx.constant(ahead), ptx.constant(ahead))
 
-    def group_and_tile(self, number: Value) -> tuple[Value, Value]:
+    def group_and_tile(self, number: Value) -> tuple[ptx.Word, ptx.Word]:
         """The group, an expert's number, of this block's tile with that number, and the tile's number in the group."""
         tile = self.first + number
         place = ptx.min_s32(tile // self.of_group, self.sizes.groups - 1)

@@ -17,7 +17,7 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused
 from indexcache_jax.serving import layer as layers
 from pallas_kernels import hopper, quant
-from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts
+from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts, mosaic_gpu_stages
 from pallas_kernels.hopper import ptx
 from tests.support.emulated import lockstep
 from tests.support.serving_cases import in_codes
@@ -51,7 +51,7 @@ class Reference:
 
 
 def emulated_kernel_call(monkeypatch):
-    """Stands for `_call_kernel`: the same arguments, NumPy arrays in place of references."""
+    """Stands for `call_kernel`: the same arguments, NumPy arrays in place of references."""
 
     def words(x):
         return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy()
@@ -83,7 +83,7 @@ def emulated_kernel_call(monkeypatch):
 def emulated(monkeypatch):
     """With fewer SMs than there are, so that they have more work each."""
     monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 17)
-    monkeypatch.setattr(mosaic_gpu, "_call_kernel", emulated_kernel_call(monkeypatch))
+    monkeypatch.setattr(mosaic_gpu, "call_kernel", emulated_kernel_call(monkeypatch))
     for traced in ("_first_queries", "_outputs"):
         monkeypatch.setattr(fused, traced, getattr(fused, traced).__wrapped__)
     monkeypatch.setattr(jax, "new_ref", Reference)
@@ -123,7 +123,8 @@ def make(experts=True, full=True, index_dtype=ml_dtypes.float8_e4m3fn, latent_dt
     return config, layer, cache, x
 
 
-def inputs_in_xla(config, layer, cache, x, positions, monkeypatch):
+@functools.partial(jax.jit, static_argnums=0)
+def inputs_in_xla(config, layer, cache, x, positions):
     """What the layer in XLA hands to the selection and to the attention, and its cache."""
     seen = {}
 
@@ -135,15 +136,11 @@ def inputs_in_xla(config, layer, cache, x, positions, monkeypatch):
         seen["queries"] = queries
         return jnp.zeros((*queries.shape[:-1], config.kv_lora_rank), queries.dtype)
 
-    @jax.jit
-    def run(layer, cache, x, positions):
-        _, _, cache = layers.attention(layer, x, jnp.zeros((1, 1, 4), jnp.int32), cache, positions, MAX_LEN, config)
-        return seen, cache
-
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "select", select)
         patch.setattr(ops, "attend", attend)
-        return run(layer, cache, x, positions)
+        _, _, cache = layers.attention(layer, x, jnp.zeros((1, 1, 4), jnp.int32), cache, positions, MAX_LEN, config)
+    return seen, cache
 
 
 def close(ours, exact, what, *, scale=2.0**-7):
@@ -166,11 +163,11 @@ def positions_at(position, config):
         (True, jnp.float8_e4m3fn, False, MAX_LEN),  # one past the end
     ],
 )
-def test_attention_inputs(emulated, monkeypatch, full, index_dtype, interleaved, position):
+def test_attention_inputs(emulated, full, index_dtype, interleaved, position):
     config, layer, cache, x = make(full=full, index_dtype=index_dtype, indexer_rope_interleave=interleaved)
     assert config.index_rope_interleave == interleaved
     positions = positions_at(position, config)
-    exact, new_cache = inputs_in_xla(config, layer, cache, x, positions, monkeypatch)
+    exact, new_cache = inputs_in_xla(config, layer, cache, x, positions)
     given, after = fused.attention_weights(layer, cache, positions, config), fused.output_weights(layer)
     ready, _ = mosaic_gpu.attention_inputs(x, given, after, jnp.zeros((1,), jnp.int32))
     compare(ready, exact, new_cache)
@@ -271,11 +268,11 @@ def test_layer_outputs(emulated, monkeypatch, experts, fields):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_attention_inputs_from_codes_are_those_from_the_same_numbers(emulated, monkeypatch, full):
+def test_attention_inputs_from_codes_are_those_from_the_same_numbers(emulated, full):
     config, layer, cache, x = make(full=full, **CODES)
     layer, decoded = in_codes(layer)
     positions = positions_at(5, config)
-    exact, new_cache = inputs_in_xla(config, decoded, cache, x, positions, monkeypatch)
+    exact, new_cache = inputs_in_xla(config, decoded, cache, x, positions)
     given, after = fused.attention_weights(layer, cache, positions, config), fused.output_weights(layer)
     ready, _ = mosaic_gpu.attention_inputs(x, given, after, jnp.zeros((1,), jnp.int32))
     compare(ready, exact, new_cache)
@@ -298,7 +295,7 @@ def test_layer_outputs_from_codes_are_those_from_the_same_numbers(emulated, monk
     assert (ours != exact).mean() < 0.05
 
 
-def test_a_layer_of_codes_before_one_of_bfloat16(emulated, monkeypatch):
+def test_a_layer_of_codes_before_one_of_bfloat16(emulated):
     config, layer, cache, x = make(**CODES)
     scaled, decoded = in_codes(layer)
     positions, context = positions_at(3, config), context_of(config)
@@ -306,18 +303,20 @@ def test_a_layer_of_codes_before_one_of_bfloat16(emulated, monkeypatch):
         given, after = fused.attention_weights(second, cache, positions, config), fused.output_weights(second)
         y, ready = run_outputs(config, first, x, context, given, after)
         close(y, outputs_in_xla(config, decoded, x, context)[1], "y")
-        compare(ready, *inputs_in_xla(config, decoded, cache, y, positions, monkeypatch))
+        compare(ready, *inputs_in_xla(config, decoded, cache, y, positions))
 
 
-class ProductOfCodes(mosaic_gpu.Stage):
+class ProductOfCodes(mosaic_gpu_stages.Stage):
     """Rows of a matrix of codes times a bfloat16 vector -> out."""
 
-    def __init__(self, a, thread, shared, rows, width):
-        self.a, self.thread, self.width = a, thread, width
-        self.product = mosaic_gpu.MatrixProduct(shared, width, mosaic_gpu_parts.largest_block_share(rows), codes=True)
-        if a:
-            self.product.of(thread, a["codes"], a["scales"], *mosaic_gpu_parts.block_share(thread, rows))
-            self.prefetches = [lambda: self.product.prefetch(thread)]
+    def __init__(self, shared, rows, width):
+        self.rows, self.width = rows, width
+        self.product = mosaic_gpu_stages.MatrixProduct(shared, width, mosaic_gpu_parts.largest_block_share(rows), codes=True)
+
+    def prepare(self):
+        a, thread = self.a, self.thread
+        self.product.take_rows(thread, a["codes"], a["scales"], *mosaic_gpu_parts.block_share(thread, self.rows))
+        self.prefetches = [lambda: self.product.prefetch(thread)]
 
     def begin(self):
         self.product.begin()
@@ -326,7 +325,7 @@ class ProductOfCodes(mosaic_gpu.Stage):
         sink = self.product.sink(self.thread)
         for i, exists in mosaic_gpu_parts.indices_of_thread(self.thread, self.width // 2):
             sink(i, ptx.load_global(ptx.offset(self.a["vector"], i, 4)), exists)
-        self.product.finish(mosaic_gpu._float32_sink(self.a["out"]))
+        self.product.finish(mosaic_gpu_stages.float32_sink(self.a["out"]))
 
 
 def codes_times_vector(monkeypatch, matrix, vector):
@@ -334,13 +333,13 @@ def codes_times_vector(monkeypatch, matrix, vector):
     rows, width = matrix.shape
     monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 3)
     sizes, out = mosaic_gpu_parts.SharedMemory(), np.zeros(rows, np.int32)
-    ProductOfCodes({}, None, sizes, rows, width)
+    ProductOfCodes(sizes, rows, width)
     arrays = {name: np.asarray(x).view(np.int32).reshape(-1).copy() for name, x in vars(matrix).items()}
     arrays |= {"vector": np.asarray(vector).view(np.int32), "out": out}
 
     def of_block(a, block, shared):
         thread, memory = mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared)
-        return [ProductOfCodes(a, thread, memory, rows, width)]
+        return [ProductOfCodes(memory, rows, width).bound(a, thread)]
 
     lockstep.run_grid(monkeypatch, arrays, 3, mosaic_gpu_parts.THREADS, sizes.used, of_block)
     return out.view(np.float32)
@@ -384,14 +383,14 @@ def test_numbers_that_are_not_finite_make_a_product_of_codes_not_finite(monkeypa
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_two_layers_in_one_kernel(emulated, monkeypatch, full):
+def test_two_layers_in_one_kernel(emulated, full):
     config, layer, _, x = make()
     _, following, cache, _ = make(full=full)
     context, positions = context_of(config), positions_at(3, config)
     given, after = fused.attention_weights(following, cache, positions, config), fused.output_weights(following)
     y, ready = run_outputs(config, layer, x, context, given, after)
     close(y, outputs_in_xla(config, layer, x, context)[1], "y")
-    compare(ready, *inputs_in_xla(config, following, cache, y, positions, monkeypatch))
+    compare(ready, *inputs_in_xla(config, following, cache, y, positions))
 
 
 def test_experts_of_equal_scores_are_those_that_top_k_takes(emulated, monkeypatch):

@@ -1,5 +1,6 @@
 """What stands between the projections down and up of few rows: the kernel for Hopper, run on NumPy, against plain XLA."""
 
+import functools
 import types
 
 import jax
@@ -33,12 +34,13 @@ def emulated(monkeypatch, product, layer):
     given = given | {"q_latents": np.full((rows, 1, p.q_rank), np.nan, ml_dtypes.bfloat16)}
     words = {n: np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy() for n, x in given.items()}
     counted = mosaic_gpu_parts.SharedMemory()
-    mosaic_gpu_rows.Row(p, {}, None, counted)
+    mosaic_gpu_rows.Row(p, counted)
 
     def stages(a, block, shared):
         thread = mosaic_gpu_parts.Thread.current(block)
-        row = mosaic_gpu_rows.Row(p, a, thread, mosaic_gpu_parts.SharedMemory(shared))
-        return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=row.run)]
+        row = mosaic_gpu_rows.Row(p, mosaic_gpu_parts.SharedMemory(shared))
+        run = functools.partial(row.run, mosaic_gpu_rows.RowArrays.of(p, a, block), thread)
+        return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
 
     lockstep.run_grid(monkeypatch, words, rows, mosaic_gpu_parts.THREADS, counted.used, stages)
     made = {n: jnp.asarray(words[n].view(x.dtype).reshape(x.shape)) for n, x in given.items()}
@@ -101,7 +103,7 @@ def test_queries_are_absorbed_and_rotated_as_in_xla(monkeypatch, rows):
     p = mosaic_gpu_rows.Absorption(rows, heads, nope)
 
     def stages(a, block, shared):
-        run = mosaic_gpu_rows.Absorb(p, a, mosaic_gpu_parts.Thread.current(block)).run
+        run = mosaic_gpu_rows.Absorb(p, mosaic_gpu_rows.AbsorptionArrays(**a), mosaic_gpu_parts.Thread.current(block)).run
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
 
     blocks = heads * mosaic_gpu_rows.ABSORB_BLOCKS

@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -6,9 +7,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import indexer_topk, select_topk
-from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, reference, triton
+from pallas_kernels.indexer_topk import mosaic_gpu, mosaic_gpu_select, mosaic_gpu_select_problem, reference, triton
 from tests.support import indexer_topk_properties as properties
-from tests.support.emulated.lockstep import GARBAGE, Block, take_turn
+from tests.support.emulated.lockstep import GARBAGE, Block, turns
 from tests.support.emulated.registers import PURE, arrays, of_registers, put_in_place, registers
 
 FORMATS = list(properties.FORMATS)
@@ -152,16 +153,14 @@ def _emulate(scores, maxima, visible, k, config, kind=Block):
     lengths = np.full(rows, width, np.int32)
     arrays = [scores, scores if maxima is None else maxima, np.asarray(visible - 1, np.int32), lengths, out]
     races = 0
-    for row in range(rows):
-        block, shared = kind(config.threads), np.full(-(-problem.row_bytes // 4), GARBAGE, np.int32)
-        block.count_races(shared)
-
-        def program(block=block, row=row, shared=shared):
-            addresses = mosaic_gpu_select.Arrays(*(registers(block.address(array)) for array in arrays))
-            mosaic_gpu_select.select_rows(problem, registers(block.spread(row)), addresses, registers(block.address(shared)))
-
-        take_turn(pytest.MonkeyPatch(), block, program)
-        races += block.races
+    with turns(pytest.MonkeyPatch(), kind) as take:
+        for row in range(rows):
+            block, shared = kind(config.threads), np.full(-(-problem.row_bytes // 4), GARBAGE, np.int32)
+            block.count_races(shared)
+            addresses = mosaic_gpu_select.Arrays(*(registers(block.global_address(array)) for array in arrays))
+            of_block = problem, registers(block.spread(row)), addresses, registers(block.global_address(shared))
+            take(block, functools.partial(mosaic_gpu_select.select_rows, *of_block))
+            races += block.races
     return out, races
 
 
@@ -282,7 +281,7 @@ def test_configurations_that_cannot_be_launched():
 def test_default_configurations_fit_a_multiprocessor(rows, k, width):
     config = mosaic_gpu_select.default_config(rows)
     problem = mosaic_gpu_select.Problem(rows, 1, 1, width, width, k, True, True, config)
-    assert config.rows * problem.row_bytes <= mosaic_gpu_select.SHARED_BYTES
+    assert config.rows * problem.row_bytes <= mosaic_gpu_select_problem.SHARED_BYTES
 
 
 @pytest.mark.parametrize("k", range(1, 18))

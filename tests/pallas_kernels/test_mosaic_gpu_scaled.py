@@ -12,6 +12,7 @@ from pallas_kernels import hopper, quant
 from pallas_kernels.sparse_mla import mosaic_gpu
 from tests.support.attention_cases import Case, inputs, numpy_attention, relative_error, selections
 from tests.support.emulated import warpgroups
+from tests.support.emulated.registers import PURE
 
 kernel = pytest.importorskip("pallas_kernels.sparse_mla.mosaic_gpu_scaled")
 scaled = pytest.importorskip("pallas_kernels.sparse_mla.mosaic_gpu_scaled_tasks")
@@ -112,8 +113,7 @@ def test_queries_are_sums_of_two_codes_exactly():
     numbers = (rng.uniform(0.25, 448, 512) * rng.choice([-1, 1], 512)).astype(jnp.bfloat16)
     words = [x.astype(np.int64) for x in numbers.view(np.int32).reshape(128 // 2, 4).T]
     high, low = (
-        np.stack(x, 1).astype(np.int32).view(jnp.float8_e4m3fn)
-        for x in warpgroups.PURE["to_e4m3_sum"](words, np.ones(64, np.float32))
+        np.stack(x, 1).astype(np.int32).view(jnp.float8_e4m3fn) for x in PURE["to_e4m3_sum"](words, np.ones(64, np.float32))
     )
     np.testing.assert_array_equal((high.astype(np.float32) + low.astype(np.float32)).reshape(-1), numbers.astype(np.float32))
 

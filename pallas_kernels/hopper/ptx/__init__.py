@@ -115,10 +115,10 @@ from pallas_kernels.hopper.ptx.ld_st import (
 )
 from pallas_kernels.hopper.ptx.registers import (
     Address,
+    Descriptor,
     Float,
     Predicate,
     Signed,
-    Value,
     Word,
     as_float,
     as_value,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pallas_kernels.hopper.ptx.control import when
-from pallas_kernels.hopper.ptx.registers import Predicate, Value, Word, asm, i32
+from pallas_kernels.hopper.ptx.registers import Address, Predicate, Word, asm, i32
 from pallas_kernels.hopper.ptx.warp import thread
 
 
@@ -12,7 +12,7 @@ def block_barrier() -> None:
     asm("bar.sync 0;")
 
 
-def barrier_init(address: Value, arrivals: int) -> None:
+def barrier_init(address: Word, arrivals: int) -> None:
     asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [address], "r")
 
 
@@ -20,7 +20,7 @@ def barrier_init_done() -> None:
     asm("fence.mbarrier_init.release.cluster;")
 
 
-def barrier_arrive(address: Value, predicate: Predicate | None = None) -> None:
+def barrier_arrive(address: Word, predicate: Predicate | None = None) -> None:
     """An arrival of every thread, or of those for which `predicate` holds."""
     arrive = "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];"
     if predicate is None:
@@ -29,12 +29,12 @@ def barrier_arrive(address: Value, predicate: Predicate | None = None) -> None:
         asm(f"@$1 {arrive}", [address, predicate], "r,b")
 
 
-def barrier_arrive_after_copies(address: Value) -> None:
+def barrier_arrive_after_copies(address: Word) -> None:
     """This thread arrives once all its cp.async so far have landed."""
     asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [address], "r")
 
 
-def barrier_wait(address: Value, parity: Value) -> None:
+def barrier_wait(address: Word, parity: Word) -> None:
     asm(
         "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1, 0x989680;\n"
         "@done bra DONE;\nbra WAIT;\nDONE:\n}",
@@ -78,7 +78,7 @@ def barrier_any(identity: int, threads: int, predicate: Predicate) -> Word:
     )
 
 
-def grid_arrive(counter: Value, blocks: int) -> Word:
+def grid_arrive(counter: Address, blocks: int) -> Word:
     """This block has written what others wait for. Returns what `grid_wait` waits for.
 
     The counter is zero when the first grid of a sequence starts, and every grid adds `blocks` to it at each barrier.
@@ -92,7 +92,7 @@ def grid_arrive(counter: Value, blocks: int) -> Word:
     return (old // blocks + 1) * blocks
 
 
-def grid_wait(counter: Value, target: Value) -> None:
+def grid_wait(counter: Address, target: Word) -> None:
     """Waits until all blocks have arrived; what they wrote before is then seen by `load_fresh`."""
     with when(thread().equals(0)):
         asm(

@@ -10,11 +10,11 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
 
-from pallas_kernels.hopper.ptx.registers import Predicate, Value, Word, constant, i32, typed
+from pallas_kernels.hopper.ptx.registers import Predicate, Word, constant, i32, typed
 
 
 @contextlib.contextmanager
-def when(condition: Value) -> Iterator[None]:
+def when(condition: Predicate) -> Iterator[None]:
     """What is inside is for the threads of the condition only. Where it differs within a warp: no barrier, no exchange."""
     with utils.when(condition):
         yield
@@ -26,7 +26,7 @@ def branch(condition: Predicate, body: Callable[[], None]) -> None:
         body()
 
 
-def choose(condition: Value, body: Callable[[], Sequence[Value]], otherwise: Sequence[Value]) -> list[Any]:
+def choose(condition: Predicate, body: Callable[[], Sequence[ir.Value]], otherwise: Sequence[ir.Value]) -> list[Any]:
     """What `body` makes where the condition holds, else `otherwise`."""
     op = scf.IfOp(condition, [value.type for value in otherwise], has_else=True)
     with ir.InsertionPoint(op.then_block):
@@ -36,7 +36,7 @@ def choose(condition: Value, body: Callable[[], Sequence[Value]], otherwise: Seq
     return [typed(x) for x in op.results]
 
 
-def loop(count: Value, carry: Sequence[Value], body: Callable[[Word, list[Any]], Sequence[Value]]) -> list[Any]:
+def loop(count: Word, carry: Sequence[ir.Value], body: Callable[[Word, list[Any]], Sequence[ir.Value]]) -> list[Any]:
     """for i in range(count): carry = body(i, carry)."""
     op = scf.ForOp(constant(0), count, constant(1), list(carry))
     with ir.InsertionPoint(op.body):
@@ -45,7 +45,7 @@ def loop(count: Value, carry: Sequence[Value], body: Callable[[Word, list[Any]],
 
 
 def repeat(
-    carry: Sequence[Value], body: Callable[[list[Any]], tuple[Sequence[Value], Sequence[Word], Predicate]], extras: int
+    carry: Sequence[ir.Value], body: Callable[[list[Any]], tuple[Sequence[ir.Value], Sequence[Word], Predicate]], extras: int
 ) -> list[Any]:
     """carry, extra, more = body(carry) until not more: the last carry and extra (`extras` words)."""
     kinds = [x.type for x in carry]

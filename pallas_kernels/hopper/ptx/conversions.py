@@ -9,10 +9,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.hopper.ptx.arithmetic import max_s32, min_s32
-from pallas_kernels.hopper.ptx.registers import Float, Value, Word, asm, f32, i32
+from pallas_kernels.hopper.ptx.registers import Float, Word, asm, f32, i32
 
 
-def float16_pairs(word: Value) -> list[Value]:
+def float16_pairs(word: Word) -> list[Any]:
     """4 e4m3 numbers as two vectors of two float16."""
     f16 = ir.F16Type.get()
     ptx = "{\n.reg .b16 a0, a1;\nmov.b32 {a0, a1}, $2;\ncvt.rn.f16x2.e4m3x2 $0, a0;\ncvt.rn.f16x2.e4m3x2 $1, a1;\n}"
@@ -24,28 +24,28 @@ def from_bfloat16_pair(word: Word) -> tuple[Float, Float]:
     return float_of(word << 16), float_of(word & -0x10000)
 
 
-def to_bfloat16_pair(low: Value, high: Value) -> Word:
+def to_bfloat16_pair(low: Float, high: Float) -> Word:
     return asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
 
 
-def to_float16_pair(low: Value, high: Value) -> Word:
+def to_float16_pair(low: Float, high: Float) -> Word:
     return asm("cvt.rn.f16x2.f32 $0, $2, $1;", [low, high], "=r,f,f", i32())
 
 
-def bits_of(x: Value) -> Word:
+def bits_of(x: Float) -> Word:
     return Word(arith.bitcast(i32(), x))
 
 
-def float_of(bits: Value) -> Float:
+def float_of(bits: Word) -> Float:
     return Float(arith.bitcast(f32(), bits))
 
 
-def rounded(x: Value) -> Float:
+def rounded(x: Float) -> Float:
     """The nearest bfloat16, as float32."""
     return from_bfloat16_pair(to_bfloat16_pair(x, x))[0]
 
 
-def to_e4m3_word(xs: Sequence[Value]) -> Word:
+def to_e4m3_word(xs: Sequence[Float]) -> Word:
     """Four numbers as e4m3; what is too large becomes the largest."""
     ptx = (
         "{\n.reg .b16 a, b;\ncvt.rn.satfinite.e4m3x2.f32 a, $2, $1;\n"
@@ -54,7 +54,7 @@ def to_e4m3_word(xs: Sequence[Value]) -> Word:
     return asm(ptx, list(xs), "=r,f,f,f,f", i32())
 
 
-def float16_from_e4m3(word: Value) -> list[Any]:
+def float16_from_e4m3(word: Word) -> list[Word]:
     """The first and third of four e4m3 numbers as a pair of float16, exactly, and the second and fourth."""
     ptx = (
         "{\n.reg .b32 t;\n.reg .b16 a, b;\nprmt.b32 t, $2, 0, 0x3120;\nmov.b32 {a, b}, t;\n"
@@ -63,7 +63,7 @@ def float16_from_e4m3(word: Value) -> list[Any]:
     return asm(ptx, [word], "=r,=r,r", i32(), 2)
 
 
-def to_e4m3_sum(words: Sequence[Value], factor: Value) -> tuple[list[Word], list[Word]]:
+def to_e4m3_sum(words: Sequence[Word], factor: Float) -> tuple[list[Word], list[Word]]:
     """8 bfloat16 numbers (four words) times a factor as sums of two e4m3 numbers: two words of the larger, two of the others.
 
     The product is rounded to float16. Where it has at most 8 significant bits and is at least 2**-2, the sum is exact; else
@@ -81,7 +81,7 @@ def to_e4m3_sum(words: Sequence[Value], factor: Value) -> tuple[list[Word], list
     return parts[:2], parts[2:]
 
 
-def magnitude_bits(x: Value) -> Word:
+def magnitude_bits(x: Float) -> Word:
     """The bits of |x|, which are ordered as |x| is."""
     return bits_of(x) & 0x7FFFFFFF
 

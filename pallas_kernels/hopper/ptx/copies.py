@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pallas_kernels.hopper.ptx.registers import Predicate, Value, asm
+from pallas_kernels.hopper.ptx.registers import Address, Predicate, Word, asm
 
 
-def copy_async(target: Value, source: Value, size: Value, pieces: int, target_step: int, source_step: int) -> None:
+def copy_async(target: Word, source: Address, size: Word, pieces: int, target_step: int, source_step: int) -> None:
     """`pieces` cp.async of 16 bytes each; of every source only `size` bytes (16 or 0) are read, the rest becomes zero."""
     lines = [
         f"cp.async.cg.shared.global.L2::128B [$0+{i * target_step}], [$1+{i * source_step}], 16, $2;" for i in range(pieces)
@@ -13,12 +13,12 @@ def copy_async(target: Value, source: Value, size: Value, pieces: int, target_st
     asm("\n".join(lines), [target, source, size], "r,l,r")
 
 
-def copy_async_where(target: Value, source: Value, predicate: Predicate) -> None:
+def copy_async_where(target: Word, source: Address, predicate: Predicate) -> None:
     """Starts one cp.async of 16 bytes, in the threads of the predicate."""
     asm("@$2 cp.async.cg.shared.global [$0], [$1], 16;", [target, source, predicate], "r,l,b")
 
 
-def copy_async_word(target: Value, source: Value, size: Value) -> None:
+def copy_async_word(target: Word, source: Address, size: Word) -> None:
     """A cp.async of 4 bytes, of which `size` (4 or 0) are read; else the word becomes zero."""
     asm("cp.async.ca.shared.global [$0], [$1], 4, $2;", [target, source, size], "r,l,r")
 
@@ -33,11 +33,11 @@ def copies_done(pending: int | None = None) -> None:
     asm("cp.async.wait_all;" if pending is None else f"cp.async.wait_group {pending};")
 
 
-def prefetch(address: Value, size: Value, predicate: Predicate) -> None:
+def prefetch(address: Address, size: Word, predicate: Predicate) -> None:
     """Asks for `size` bytes, a multiple of 16, to be brought to L2; nothing waits for them."""
     asm("@$2 cp.async.bulk.prefetch.L2.global [$0], $1;", [address, size, predicate], "l,r,b")
 
 
-def prefetch_line(address: Value, predicate: Predicate) -> None:
+def prefetch_line(address: Address, predicate: Predicate) -> None:
     """Asks for the 128 bytes around an address to be brought to L2; nothing waits for them."""
     asm("@$1 prefetch.global.L2 [$0];", [address, predicate], "l,b")

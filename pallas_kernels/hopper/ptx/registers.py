@@ -3,7 +3,8 @@
 A `Word` has 32 bits: an integer, a shared-memory address, or narrower numbers packed. Its operators are those of unsigned
 registers; where signs count one writes so: `a.signed < b`, `min_s32`. A `Float` is a float32. Comparisons give a
 `Predicate`, which & and | join. An `Address` of global memory has 64 bits and is moved by `offset`. Python's numbers beside
-a register are constants. All are MLIR values, so what takes those takes them.
+a register are constants. All are MLIR values, so what takes those takes them; what makes them has types only at run time, for
+which `typed` is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-Value = Any  # a register, or an MLIR value of its type
+Descriptor = ir.Value  # of a matrix in shared memory, 64 bits
 
 
 def i32() -> ir.Type:
@@ -32,75 +33,75 @@ def f32() -> ir.Type:
 class Predicate(ir.Value):
     """A condition of this thread."""
 
-    def __and__(self, other: Value) -> Predicate:
+    def __and__(self, other: Predicate) -> Predicate:
         return Predicate(arith.andi(self, other))
 
-    def __or__(self, other: Value) -> Predicate:
+    def __or__(self, other: Predicate) -> Predicate:
         return Predicate(arith.ori(self, other))
 
 
 class Word(ir.Value):
     """A 32-bit register. Arithmetic wraps; division, remainder, >> and comparisons are of unsigned numbers."""
 
-    def __add__(self, other: Value | int) -> Word:
+    def __add__(self, other: Word | int) -> Word:
         return Word(arith.addi(self, as_value(other)))
 
     __radd__ = __add__
 
-    def __sub__(self, other: Value | int) -> Word:
+    def __sub__(self, other: Word | int) -> Word:
         return Word(arith.subi(self, as_value(other)))
 
     def __rsub__(self, other: int) -> Word:
         return Word(arith.subi(as_value(other), self))
 
-    def __mul__(self, other: Value | int) -> Word:
+    def __mul__(self, other: Word | int) -> Word:
         return Word(arith.muli(self, as_value(other)))
 
     __rmul__ = __mul__
 
-    def __floordiv__(self, other: Value | int) -> Word:
+    def __floordiv__(self, other: Word | int) -> Word:
         return Word(arith.divui(self, as_value(other)))
 
-    def __mod__(self, other: Value | int) -> Word:
+    def __mod__(self, other: Word | int) -> Word:
         return Word(arith.remui(self, as_value(other)))
 
-    def __and__(self, other: Value | int) -> Word:
+    def __and__(self, other: Word | int) -> Word:
         return Word(arith.andi(self, as_value(other)))
 
-    def __or__(self, other: Value | int) -> Word:
+    def __or__(self, other: Word | int) -> Word:
         return Word(arith.ori(self, as_value(other)))
 
-    def __xor__(self, other: Value | int) -> Word:
+    def __xor__(self, other: Word | int) -> Word:
         return Word(arith.xori(self, as_value(other)))
 
-    def __lshift__(self, other: Value | int) -> Word:
+    def __lshift__(self, other: Word | int) -> Word:
         return Word(arith.shli(self, as_value(other)))
 
     def __rlshift__(self, other: int) -> Word:
         return Word(arith.shli(as_value(other), self))
 
-    def __rshift__(self, other: Value | int) -> Word:
+    def __rshift__(self, other: Word | int) -> Word:
         return Word(arith.shrui(self, as_value(other)))
 
-    def _compare(self, relation: str, other: Value | int) -> Predicate:
+    def _compare(self, relation: str, other: Word | int) -> Predicate:
         return Predicate(arith.cmpi(getattr(arith.CmpIPredicate, relation), self, as_value(other)))
 
-    def __lt__(self, other: Value | int) -> Predicate:
+    def __lt__(self, other: Word | int) -> Predicate:
         return self._compare("ult", other)
 
-    def __le__(self, other: Value | int) -> Predicate:
+    def __le__(self, other: Word | int) -> Predicate:
         return self._compare("ule", other)
 
-    def __gt__(self, other: Value | int) -> Predicate:
+    def __gt__(self, other: Word | int) -> Predicate:
         return self._compare("ugt", other)
 
-    def __ge__(self, other: Value | int) -> Predicate:
+    def __ge__(self, other: Word | int) -> Predicate:
         return self._compare("uge", other)
 
-    def equals(self, other: Value | int) -> Predicate:
+    def equals(self, other: Word | int) -> Predicate:
         return self._compare("eq", other)
 
-    def differs(self, other: Value | int) -> Predicate:
+    def differs(self, other: Word | int) -> Predicate:
         return self._compare("ne", other)
 
     @property
@@ -114,51 +115,51 @@ class Signed:
     def __init__(self, word: Word):
         self._word = word
 
-    def __lt__(self, other: Value | int) -> Predicate:
+    def __lt__(self, other: Word | int) -> Predicate:
         return self._word._compare("slt", other)
 
-    def __le__(self, other: Value | int) -> Predicate:
+    def __le__(self, other: Word | int) -> Predicate:
         return self._word._compare("sle", other)
 
-    def __gt__(self, other: Value | int) -> Predicate:
+    def __gt__(self, other: Word | int) -> Predicate:
         return self._word._compare("sgt", other)
 
-    def __ge__(self, other: Value | int) -> Predicate:
+    def __ge__(self, other: Word | int) -> Predicate:
         return self._word._compare("sge", other)
 
-    def __rshift__(self, other: Value | int) -> Word:
+    def __rshift__(self, other: Word | int) -> Word:
         return Word(arith.shrsi(self._word, as_value(other)))
 
 
 class Float(ir.Value):
     """A float32 register. Comparisons are false for NaN."""
 
-    def __add__(self, other: Value | float) -> Float:
+    def __add__(self, other: Float | float) -> Float:
         return Float(arith.addf(self, as_float(other)))
 
     __radd__ = __add__
 
-    def __sub__(self, other: Value | float) -> Float:
+    def __sub__(self, other: Float | float) -> Float:
         return Float(arith.subf(self, as_float(other)))
 
-    def __mul__(self, other: Value | float) -> Float:
+    def __mul__(self, other: Float | float) -> Float:
         return Float(arith.mulf(self, as_float(other)))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Value | float) -> Float:
+    def __truediv__(self, other: Float | float) -> Float:
         return Float(arith.divf(self, as_float(other)))
 
     def __rtruediv__(self, other: float) -> Float:
         return Float(arith.divf(as_float(other), self))
 
-    def __gt__(self, other: Value | float) -> Predicate:
+    def __gt__(self, other: Float | float) -> Predicate:
         return Predicate(arith.cmpf(arith.CmpFPredicate.OGT, self, as_float(other)))
 
-    def __ge__(self, other: Value | float) -> Predicate:
+    def __ge__(self, other: Float | float) -> Predicate:
         return Predicate(arith.cmpf(arith.CmpFPredicate.OGE, self, as_float(other)))
 
-    def equals(self, other: Value | float) -> Predicate:
+    def equals(self, other: Float | float) -> Predicate:
         return Predicate(arith.cmpf(arith.CmpFPredicate.OEQ, self, as_float(other)))
 
 
@@ -182,11 +183,11 @@ def number(x: float) -> Float:
     return Float(arith.constant(f32(), x))
 
 
-def as_value(x: Value | int) -> Value:
+def as_value(x: ir.Value | int) -> ir.Value:
     return constant(x) if isinstance(x, int) else x
 
 
-def as_float(x: Value | float) -> Value:
+def as_float(x: ir.Value | float) -> ir.Value:
     return number(x) if isinstance(x, (int, float)) else x
 
 
@@ -195,12 +196,14 @@ def scalar(array) -> Word:
     return Word(array.registers.item())
 
 
-def opaque(x: Value) -> Word:
+def opaque(x: Word) -> Word:
     """x, of which the compiler knows nothing: what is computed from it stays where it is written."""
     return asm("mov.b32 $0, $1;", [x], "=r,r", i32())
 
 
-def asm(ptx: str, arguments: Sequence[Value] = (), constraints: str = "", kind: ir.Type | None = None, count: int = 1) -> Any:
+def asm(
+    ptx: str, arguments: Sequence[ir.Value] = (), constraints: str = "", kind: ir.Type | None = None, count: int = 1
+) -> Any:
     """Inline PTX that is neither moved nor merged. Returns None without `kind`, a register of it, or a list of `count`."""
     if kind is None:
         result = ir.Type.parse("!llvm.void")

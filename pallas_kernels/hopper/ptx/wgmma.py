@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from pallas_kernels.hopper.ptx.registers import Value, Word, asm, constant, f32, i32, i64
+from pallas_kernels.hopper.ptx.registers import Descriptor, Float, Word, asm, constant, f32, i32, i64
 
 # Instructions by the numbers of both matrices: how many of them are 32 bytes, types, and whether lines may lie along either
 # dimension, which takes two more operands.
 _PRODUCTS = {"bf16": (16, "bf16.bf16", True), "e4m3": (32, "e4m3.e4m3", False)}
 
 
-def matrix(address: Value) -> Value:
+def matrix(address: Word) -> Descriptor:
     """The descriptor of a matrix of 128-byte lines in tiles of 8 lines, swizzled, one tile after the other (1024 bytes).
 
     It serves lines along either dimension. `address` is that of the first tile, or up to 96 bytes into its lines.
@@ -23,16 +22,16 @@ def matrix(address: Value) -> Value:
 
 
 def multiply(
-    sums: Sequence[Sequence[Value]],
-    a: Value,
-    b: Value,
+    sums: Sequence[Sequence[Float]],
+    a: Descriptor,
+    b: Descriptor,
     steps: Sequence[tuple[int, int, int]],
     *,
     columns: int,
     transposed: bool,
     fresh: bool,
     kind: str = "bf16",
-) -> list[list[Any]]:
+) -> list[list[Float]]:
     """Starts sums[i] [64, columns] += A [64, 16] B [16, columns] for every (i, bytes into a, bytes into b) of `steps`.
 
     a: descriptor; lines are rows of A, or with `transposed` its columns.
@@ -64,8 +63,8 @@ def multiply(
 
 
 def multiply_fragments(
-    sums: Sequence[Value], fragments: Sequence[Sequence[Value]], b: Value, into_b: Sequence[int], *, columns: int
-) -> list[Any]:
+    sums: Sequence[Float], fragments: Sequence[Sequence[Word]], b: Descriptor, into_b: Sequence[int], *, columns: int
+) -> list[Float]:
     """Starts sums [64, columns] += A [64, 16] B [16, columns] in float16 for every fragment and its bytes into b.
 
     fragments: A, four words a thread: rows g, g + 8, g, g + 8 of a warp's 16, g = lane / 4, and of these columns
@@ -98,7 +97,7 @@ def multiply_wait(pending: int) -> None:
     asm(f"wgmma.wait_group.sync.aligned {pending};")
 
 
-def multiplied(sums: Sequence[Sequence[Value]]) -> list[list[Any]]:
+def multiplied(sums: Sequence[Sequence[Float]]) -> list[list[Float]]:
     """The sums, once everything that was started has ended."""
     flat = [value for values in sums for value in values]
     each, count = len(sums[0]), len(flat)
@@ -107,7 +106,7 @@ def multiplied(sums: Sequence[Sequence[Value]]) -> list[list[Any]]:
     return [ended[i : i + each] for i in range(0, count, each)]
 
 
-def store_shared_transposed(address: Value, words: Sequence[Value]) -> None:
+def store_shared_transposed(address: Word, words: Sequence[Word]) -> None:
     """Two 8 x 8 blocks of 16-bit numbers, a warp's fragments, each column of a block as one line of 16 bytes.
 
     Lanes 0 to 7 have the addresses of the first block's lines, 8 to 15 those of the second's.
@@ -115,7 +114,7 @@ def store_shared_transposed(address: Value, words: Sequence[Value]) -> None:
     asm("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};", [address, *words], "r,r,r")
 
 
-def load_shared_transposed(address: Value) -> list[Any]:
+def load_shared_transposed(address: Word) -> list[Word]:
     """Four 8 x 8 blocks of 16-bit numbers as fragments of their transposes.
 
     Lanes 0 to 7 have the addresses of the first block's lines, the next 8 those of the second's, and so on.
@@ -124,12 +123,12 @@ def load_shared_transposed(address: Value) -> list[Any]:
     return asm(text, [address], "=r,=r,=r,=r,r", i32(), 4)
 
 
-def transposed_block(word: Value) -> Word:
+def transposed_block(word: Word) -> Word:
     """The fragment of the transpose of an 8 x 8 block of 16-bit numbers."""
     return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [word], "=r,r", i32())
 
 
-def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: Sequence[Value]) -> list[Any]:
+def products_of_codes(row: Sequence[Word], other_row: Sequence[Word], vector: Sequence[Word]) -> list[Float]:
     """The products of 16 rows of 64 e4m3 codes with 64 float16 numbers, by tensor cores: of rows l / 4 and l / 4 + 8 in lane l.
 
     row, other_row: 16 codes of each of the two rows, those from 16 (l % 4) on, as four words. vector: the 16 numbers of the
@@ -151,7 +150,7 @@ def products_of_codes(row: Sequence[Value], other_row: Sequence[Value], vector: 
     return asm(text, [*row, *other_row, *vector], "=f,=f" + ",r" * 16, f32(), 2)
 
 
-def add_products(sums: Sequence[Value], row: Sequence[Value], other_row: Sequence[Value], column: Sequence[Value]) -> list[Any]:
+def add_products(sums: Sequence[Float], row: Sequence[Word], other_row: Sequence[Word], column: Sequence[Word]) -> list[Float]:
     """sums + the products of 16 rows and 8 columns of 32 bfloat16 numbers each, by the tensor cores of a warp.
 
     row, other_row, column: of rows l / 4 and l / 4 + 8 and of column l / 4, the 8 numbers from 8 (l % 4) on, four words each.
@@ -168,7 +167,7 @@ def add_products(sums: Sequence[Value], row: Sequence[Value], other_row: Sequenc
     return asm("\n".join(lines), [*sums, *row, *other_row, *column], constraints, f32(), 4)
 
 
-def multiply_codes(codes: Sequence[Sequence[Value]], b: Value, chunk: int, columns: int) -> list[Any]:
+def multiply_codes(codes: Sequence[Sequence[Word]], b: Descriptor, chunk: int, columns: int) -> list[Float]:
     """The product of 64 rows of 128 e4m3 codes and a float16 matrix [128, columns] in shared memory, by a warpgroup.
 
     codes: 16 codes each, as four words, of rows l / 4 and l / 4 + 8 of the warp's 16, for lane l: those from 16 (l % 4) on of

@@ -11,7 +11,6 @@ run side by side and reach one another's shared memory.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
@@ -23,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.support.emulated.registers import PURE, arrays, floats, of_registers, put_in_place, registers, words32
+from tests.support.emulated.registers import floats, of_registers, put_in_place, words32
+from tests.support.emulated.threads import SEGMENT, Memory, Threads, pallas, vocabulary
 
-SEGMENT = 40  # bits of an address below the number of its array; the first ones are the blocks' shared memories
 Name = tuple[int, int]  # of a warpgroup: the rank of its block in the cluster, and its number there
 
 
@@ -51,10 +50,11 @@ class Chip:
 
     def __init__(self, shared_bytes: int, arrays: list[np.ndarray], blocks: int, warpgroups: int, seed: int):
         self.rng, self.blocks = np.random.default_rng(seed), blocks
-        shared = [np.full(shared_bytes, 0xFF, np.uint8) for _ in range(blocks)]  # NaN in either float
-        self.memories = [*shared, *(array.reshape(-1).view(np.uint8) for array in arrays)]
+        self.memory = Memory()
+        for array in (*(np.full(shared_bytes, Warpgroup.NOISE, np.uint8) for _ in range(blocks)), *arrays):
+            self.memory.address(array)
         self.barriers: dict[int, Barrier] = {}
-        self.landing: list[tuple[Name, Callable[[], None]]] = []  # (warpgroup, what happens when its copies land)
+        self.landing: list[Callable[[], None]] = []  # copies that are under way
         self.turn = threading.Condition()
         self.whose: Name | None = None
         self.waiting: dict[Name, Callable[[], bool] | None] = {
@@ -73,7 +73,7 @@ class Chip:
         """Who goes on, after any number of copies have landed."""
         while True:
             while self.landing and self.rng.random() < 0.5:
-                self.landing.pop(self.rng.integers(len(self.landing)))[1]()
+                self.landing.pop(self.rng.integers(len(self.landing)))()
             able = [w for w, condition in self.waiting.items() if condition is None or condition()]
             if able:
                 self.whose = able[self.rng.integers(len(able))]
@@ -83,7 +83,7 @@ class Chip:
                 if self.waiting:
                     self.failure = self.failure or Deadlock(f"warpgroups {sorted(self.waiting)} wait for ever")
                 return
-            self.landing.pop(self.rng.integers(len(self.landing)))[1]()
+            self.landing.pop(self.rng.integers(len(self.landing)))()
 
     def wait(self, warpgroup: Name, condition: Callable[[], bool] | None) -> None:
         with self.turn:
@@ -108,108 +108,39 @@ class Chip:
             del self.waiting[warpgroup]
             rank = warpgroup[0]
             if all(other != rank for other, _ in self.waiting):
-                self.memories[rank][:] = 0xFF  # is no longer the block's
+                self.memory.arrays[rank][:] = Warpgroup.NOISE  # is no longer the block's
             self._pick()
             self.turn.notify_all()
 
 
-class Warpgroup:
-    """128 threads. The names of `ptx` as methods."""
+class Warpgroup(Threads):
+    """128 threads."""
+
+    NOISE = 0xFF  # NaN in any float
 
     def __init__(self, chip: Chip, rank: int, number: int):
-        self.chip, self.rank, self.name = chip, rank, (rank, number)
-        self.threads = 128 * number + np.arange(128)
-        self.active = np.ones(128, bool)
-        self.copies: list[Callable[[], None]] = []  # not yet on their way
+        super().__init__(128 * number + np.arange(128), chip.memory, rank)
+        self.chip, self.name = chip, (rank, number)
         self.group: list[list[bool]] = []  # whether they have landed, of those on their way since the last commit
         self.groups: list[list[list[bool]]] = []
         self.under_way: list[list[Callable[[], None]]] = [[]]  # groups of products
 
-    def spread(self, x):
-        return np.broadcast_to(np.asarray(arrays(x)), (128,))
-
-    def uniform(self, x) -> int:
+    def same(self, x):
         assert self.active.all(), "not all threads take part"
-        (one,) = np.unique(self.spread(x))
-        return one
-
-    # -- memory
+        return super().same(x)
 
     def shared_address(self, place):
-        return np.full(128, (self.rank << SEGMENT) + place, np.int64)
+        """Of a buffer that begins so many bytes after the block's shared memory."""
+        return self.spread((self.rank + 1 << SEGMENT) + place)
 
     def peer_address(self, address, rank):
-        assert (address >> SEGMENT == self.rank).all() and rank < self.chip.blocks
-        return address + (rank - self.rank << SEGMENT)
+        assert 0 <= rank < self.chip.blocks
+        return super().peer_address(address, rank)
 
-    def load_global_words_or_zeros(self, address, predicate, count):
-        with self.when(self.spread(predicate) != 0):
-            return self.load(address, np.int32, count)
+    def cluster_rank(self):
+        return self.spread(self.rank)
 
-    def _places(self, address, size, mask):
-        address = self.spread(address)[mask]
-        assert (address % size == 0).all(), "not aligned"
-        for number in np.unique(address >> SEGMENT):
-            chosen = address >> SEGMENT == number
-            memory = self.chip.memories[number]
-            places = address[chosen] & (1 << SEGMENT) - 1
-            assert (places >= 0).all() and (places + size <= memory.size).all(), "outside the array"
-            yield memory, places[:, None] + np.arange(size), np.flatnonzero(mask)[chosen]
-
-    def load(self, address, dtype, count=1):
-        size = np.dtype(dtype).itemsize
-        out = np.zeros((128, count * size), np.uint8)
-        for memory, places, threads in self._places(address, count * size, self.active):
-            out[threads] = memory[places]
-        words = out.view(dtype)
-        return [words[:, i].astype(np.int64) if dtype == np.int32 else words[:, i] for i in range(count)]
-
-    def store(self, address, values, dtype, predicate=True):
-        words = np.stack([self.spread(x).astype(dtype) for x in values], 1).view(np.uint8)
-        for memory, places, threads in self._places(address, words.shape[1], self.active & self.spread(predicate)):
-            memory[places] = words[threads]
-
-    def copy_async(self, target, source, size, pieces, target_step, source_step):
-        on, size = self.active.copy(), self.spread(size)
-        assert np.isin(size[on], (0, 16)).all()
-        for piece in range(pieces):
-            to, of = self.spread(target + piece * target_step), self.spread(source + piece * source_step)
-            list(self._places(of, 16, on))  # inside also where it is not read
-            for memory, places, _ in self._places(to, 16, on):
-                memory[places] = 0xFF
-
-            def land(to=to, of=of):
-                data = np.zeros((128, 16), np.uint8)
-                for memory, places, threads in self._places(of, 16, on & (size == 16)):
-                    data[threads] = memory[places]
-                for memory, places, threads in self._places(to, 16, on):
-                    memory[places] = data[threads]
-
-            self.copies.append(land)
-
-    def copy_async_word(self, target, source, size):
-        on, size = self.active.copy(), self.spread(size)
-        assert np.isin(size[on], (0, 4)).all()
-        to, of = self.spread(target), self.spread(source)
-        list(self._places(of, 4, on))
-        for memory, places, _ in self._places(to, 4, on):
-            memory[places] = 0xFF
-
-        def land():
-            data = np.zeros((128, 4), np.uint8)
-            for memory, places, threads in self._places(of, 4, on & (size == 4)):
-                data[threads] = memory[places]
-            for memory, places, threads in self._places(to, 4, on):
-                memory[places] = data[threads]
-
-        self.copies.append(land)
-
-    def prefetch(self, address, size, predicate):
-        on = self.active & self.spread(predicate)
-        for at, count in zip(self.spread(address)[on], self.spread(size)[on], strict=True):
-            memory = self.chip.memories[at >> SEGMENT]
-            assert at % 16 == 0 and count % 16 == 0 and count > 0, "not whole pieces of 16 bytes"
-            assert (at & (1 << SEGMENT) - 1) + count <= memory.size, "outside the array"
+    # -- copies
 
     def _copies_so_far(self, then: Callable[[], None]):
         copies, self.copies = self.copies, []
@@ -222,7 +153,7 @@ class Warpgroup:
             landed[0] = True
             then()
 
-        self.chip.landing.append((self.name, land))
+        self.chip.landing.append(land)
 
     def barrier_arrive_after_copies(self, address):
         barrier = self.chip.barrier(address)
@@ -251,7 +182,7 @@ class Warpgroup:
         self.chip.wait(self.name, None)
 
     def barrier_wait(self, address, parity):
-        barrier, parity = self.chip.barrier(address), self.uniform(parity)
+        barrier, parity = self.chip.barrier(address), self.same(parity)
         assert parity in (0, 1)
         self.chip.wait(self.name, lambda: barrier.completed & 1 != parity)
 
@@ -261,17 +192,13 @@ class Warpgroup:
     def cluster_barrier(self):
         self.chip.meet(self.name, "cluster", len(self.chip.waiting))
 
-    # -- matrices
+    def barrier(self, identity, threads):
+        """Of warps that take every step together."""
 
-    def _matrix(self, address, lines: int, length: int, dtype) -> np.ndarray:
-        """[lines, length] numbers at a descriptor's address as float32; lines are 128 bytes, 8 lines 1024."""
-        memory, address = self.chip.memories[self.rank], address - (self.rank << SEGMENT)
-        size = np.dtype(dtype).itemsize
-        line, place = np.arange(lines)[:, None], size * np.arange(length)[None]
-        address = address + line // 8 * 1024 + line % 8 * 128 + place
-        address = address ^ (address >> 7 & 7) << 4
-        assert (address < memory.size).all()
-        return memory.view(dtype)[address // size].astype(np.float32)
+    def barrier_any(self, identity, threads, predicate):
+        return self.spread(int(np.any(predicate)))
+
+    # -- matrices
 
     def _start_product(self, sums, columns, fresh, steps):
         """sums[i] += left() @ right() for (i, left, right) of `steps`, whenever it is made."""
@@ -297,24 +224,24 @@ class Warpgroup:
         return results
 
     def multiply(self, sums, a, b, steps, *, columns, transposed, fresh, kind="bf16"):
-        a, b = int(self.uniform(a)), int(self.uniform(b))
+        a, b = int(self.same(a)), int(self.same(b))
         dtype = {"bf16": jnp.bfloat16, "e4m3": jnp.float8_e4m3fn}[kind]
         depth = 32 // np.dtype(dtype).itemsize
         assert kind == "bf16" or not transposed
 
         def left(into):
             if transposed:
-                return self._matrix(a + into, depth, 64, dtype).T
-            return self._matrix(a + into, 64, depth, dtype)
+                return self.swizzled(a + into, depth, 64, dtype).T
+            return self.swizzled(a + into, 64, depth, dtype)
 
         def right(into):
-            return self._matrix(b + into, columns, depth, dtype).T
+            return self.swizzled(b + into, columns, depth, dtype).T
 
         products = [(i, functools.partial(left, into_a), functools.partial(right, into_b)) for i, into_a, into_b in steps]
         return self._start_product(sums, columns, fresh, products)
 
     def multiply_fragments(self, sums, fragments, b, into_b, *, columns):
-        b = int(self.uniform(b))
+        b = int(self.same(b))
         lane, warp = np.arange(128) % 32, np.arange(128) // 32
 
         def left(fragment):
@@ -325,7 +252,7 @@ class Warpgroup:
             return out
 
         def right(into):
-            return self._matrix(b + into, columns, 16, np.float16).T
+            return self.swizzled(b + into, columns, 16, np.float16).T
 
         products = [
             (0, functools.partial(left, fragment), functools.partial(right, into))
@@ -354,62 +281,19 @@ class Warpgroup:
         return sums
 
     def store_shared_transposed(self, address, words):
-        memory, address = self.chip.memories[self.rank], self.spread(address).reshape(4, 32) - (self.rank << SEGMENT)
-        blocks = [np.asarray(word, np.int64).reshape(4, 32) for word in words]
-        for warp in range(4):
-            for i, block in enumerate(blocks):
-                numbers = block[warp].astype(np.uint32).view(np.uint16).reshape(8, 8)
-                for line in range(8):
-                    at = address[warp, 8 * i + line]
-                    memory[at : at + 16] = np.ascontiguousarray(numbers[:, line]).view(np.uint8)
+        lines = np.zeros((4, 32, 8), np.uint16)  # of a warp's lanes, of which 16 have one
+        for i, word in enumerate(words):
+            lines[:, 8 * i : 8 * i + 8] = words32(word).view(np.uint16).reshape(4, 8, 8).transpose(0, 2, 1)
+        self.store(address, lines.reshape(128, 8).T, np.arange(128) % 32 < 16, np.uint16)
 
     def load_shared_transposed(self, address):
-        memory, address = self.chip.memories[self.rank], self.spread(address).reshape(4, 32) - (self.rank << SEGMENT)
-        assert (address % 16 == 0).all() and (address >= 0).all() and (address + 16 <= memory.size).all()
-        words = []
-        for block in range(4):
-            lines = memory[address[:, 8 * block : 8 * block + 8, None] + np.arange(16)].view(np.uint16)  # [warps, lines, 8]
-            fragment = np.ascontiguousarray(lines.transpose(0, 2, 1)).view(np.int32).reshape(128)
-            words.append(fragment.astype(np.int64))
-        return words
+        lines = np.stack(self.load(address, np.uint16, 8), 1).astype(np.uint16).reshape(4, 4, 8, 8)  # [warps, blocks, lines, 8]
+        words = np.ascontiguousarray(lines.transpose(1, 0, 3, 2)).view(np.int32)
+        return list(words.reshape(4, 128).astype(np.int64))
 
     def transposed_block(self, word):
-        blocks = np.asarray(word, np.int64).astype(np.uint32).view(np.uint16).reshape(4, 8, 8)
+        blocks = words32(word).view(np.uint16).reshape(4, 8, 8)
         return np.ascontiguousarray(blocks.transpose(0, 2, 1)).reshape(-1).view(np.int32).astype(np.int64)
-
-    # -- control flow
-
-    @contextlib.contextmanager
-    def when(self, condition):
-        before, self.active = self.active, self.active & self.spread(condition)
-        yield
-        self.active = before
-
-    def branch(self, condition, body):
-        if self.uniform(condition):
-            body()
-
-    def loop(self, count, carry, body):
-        carry = list(carry)
-        for i in range(int(self.uniform(count))):
-            carry = list(body(registers(self.spread(np.int64(i))), carry))
-        return carry
-
-    def choose(self, condition, body, otherwise):
-        return list(body()) if self.uniform(condition) else list(otherwise)
-
-
-# What needs no memory.
-OF_THREADS: dict[str, Callable] = PURE | {
-    "constant": lambda x: np.full(128, x, np.int64),
-    "number": lambda x: np.full(128, x, np.float32),
-    "scalar": lambda x: np.full(128, x, np.int64),
-    "offset": lambda base, index, scale: base + index * scale,
-    "lane_distant": lambda x, distance: x[np.arange(128) ^ distance],
-    "barrier": lambda identity, threads: None,
-    "uniform": lambda x: np.broadcast_to(x, (128,))[np.arange(128) // 32 * 32],
-    "barrier_any": lambda identity, threads, predicate: np.full(128, int(np.any(predicate)), np.int64),
-}
 
 
 def _floats(function):
@@ -425,64 +309,10 @@ ARITHMETIC = types.SimpleNamespace(
     maximumf=_floats(np.maximum),
 )
 
-# What is done by the warpgroup that asks for it.
-OWN: dict[str, Callable] = {
-    word.__name__: word
-    for word in (
-        Warpgroup.shared_address,
-        Warpgroup.peer_address,
-        Warpgroup.load_global_words_or_zeros,
-        Warpgroup.copy_async,
-        Warpgroup.copy_async_word,
-        Warpgroup.prefetch,
-        Warpgroup.barrier_arrive_after_copies,
-        Warpgroup.copies_commit,
-        Warpgroup.copies_done,
-        Warpgroup.barrier_init,
-        Warpgroup.barrier_arrive,
-        Warpgroup.barrier_wait,
-        Warpgroup.block_barrier,
-        Warpgroup.cluster_barrier,
-        Warpgroup.multiply,
-        Warpgroup.multiply_fragments,
-        Warpgroup.multiply_commit,
-        Warpgroup.multiply_wait,
-        Warpgroup.multiplied,
-        Warpgroup.store_shared_transposed,
-        Warpgroup.load_shared_transposed,
-        Warpgroup.transposed_block,
-    )
-} | {
-    "thread": lambda self: self.threads,
-    "cluster_rank": lambda self: np.full(128, self.rank, np.int64),
-    "load_global": lambda self, address: self.load(address, np.int32)[0],
-    "store_global": lambda self, address, value, predicate: self.store(address, [value], np.int32, predicate),
-    "load_shared": lambda self, address: self.load(address, np.int32)[0],
-    "store_shared": lambda self, address, value: self.store(address, [value], np.int32),
-    "load_peer_float": lambda self, address: self.load(address, np.float32)[0],
-    "load_peer_words": lambda self, address: self.load(address, np.int32, 4),
-    "load_shared_words": lambda self, address: self.load(address, np.int32, 4),
-    "store_shared_words": lambda self, address, words: self.store(address, words, np.int32),
-    "load_global_words": lambda self, address: self.load(address, np.int32, 4),
-    "store_global_words": lambda self, address, words, predicate: self.store(address, words, np.int32, predicate),
-    "store_shared_pair": lambda self, address, words: self.store(address, words, np.int32),
-    "load_shared_float": lambda self, address: self.load(address, np.float32)[0],
-    "load_shared_floats": lambda self, address, count=2: self.load(address, np.float32, count),
-    "store_shared_floats": lambda self, address, pair: self.store(address, pair, np.float32),
-    "global_address": lambda self, number: np.full(128, number << SEGMENT, np.int64),
-}
-
-CONTROL: dict[str, Callable] = {
-    word.__name__: word for word in (Warpgroup.when, Warpgroup.branch, Warpgroup.loop, Warpgroup.choose)
-}
-
 
 def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
     """`function(*arguments)` of a kernel module, whose kernel has one output and buffers of shared memory."""
     here = threading.local()
-
-    def dispatched(word):
-        return lambda *given, **how: word(here.warpgroup, *given, **how)
 
     def kernel(body, *, out_type, scratch_types, grid, num_threads, cluster=(), cluster_names=(), **_):
         def call(*operands):
@@ -500,7 +330,7 @@ def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
                     try:
                         with chip.turn:
                             chip.turn.wait_for(lambda: chip.whose == (rank, number) or chip.failure is not None)
-                        body(*range(blocks, blocks + len(arrays)), *places[:-1])
+                        body(*arrays, *places[:-1])
                     except BaseException as error:  # whatever it is, the others have to stop
                         failure = error
                     chip.leave((rank, number), failure)
@@ -520,19 +350,10 @@ def run(monkeypatch, module, function, *arguments, seed: int = 0, **options):
         return call
 
     fake_pallas = types.SimpleNamespace(when=lambda condition: lambda f: f() if condition else None)
-    fake = types.SimpleNamespace(
-        kernel=kernel,
-        inline_mgpu=lambda arg_types: lambda f: lambda *refs: f(None, *refs),
-        CompilerParams=lambda **_: None,
-        SMEM=lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype),
-        set_max_registers=lambda count, action: None,
-    )
     with monkeypatch.context() as patch:
-        words = OF_THREADS | {name: dispatched(word) for name, word in OWN.items()}
-        words = {name: of_registers(word) for name, word in words.items()}
-        put_in_place(patch, words | {name: dispatched(word) for name, word in CONTROL.items()})
+        put_in_place(patch, vocabulary(Warpgroup, lambda: here.warpgroup))
         patch.setattr(jax.lax, "axis_index", lambda name: here.axes[name])
-        patch.setattr(module, "plgpu", fake)
+        patch.setattr(module, "plgpu", pallas(kernel))
         patch.setattr(module, "pl", fake_pallas, raising=False)
         patch.setattr(module, "arith", ARITHMETIC, raising=False)
         return function(*arguments, **options)
