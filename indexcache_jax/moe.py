@@ -74,27 +74,9 @@ def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Arra
     """`route` from the router's logits [..., E] float32 on, of [B, S] or [N] tokens: experts and weights [..., k]."""
     axes = ("batch", "queries")[: logits.ndim - 1]
     # XLA would gather the logits of all tokens for a top-k.
-    on_each = sharding.on_each_device(functools.partial(_choose, config=config), inputs=(axes, ()), outputs=(axes, axes))
+    on_each = sharding.on_each_device(functools.partial(ops.choose, config=config), inputs=(axes, ()), outputs=(axes, axes))
     experts, weights = on_each(logits, bias)
     return experts, weights
-
-
-def _choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """`choose` for a device's own tokens."""
-    if config.n_group == 1:
-        return ops.choose(logits, bias, config)
-    scores = jax.nn.sigmoid(logits)
-    choice = scores + bias
-    groups = choice.reshape(*choice.shape[:-1], config.n_group, config.n_routed_experts // config.n_group)
-    quality = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
-    kept = jax.lax.top_k(quality, config.topk_group)[1]
-    kept = jnp.any(kept[..., None] == jnp.arange(config.n_group), axis=-2)
-    choice = jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice.shape)
-    experts = jax.lax.top_k(choice, config.num_experts_per_tok)[1]
-    weights = jnp.sum(jax.nn.one_hot(experts, config.n_routed_experts) * scores[..., None, :], axis=-1)
-    if config.norm_topk_prob:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-    return experts, weights * config.routed_scaling_factor
 
 
 def tokens_per_expert(experts: jax.Array, num_experts: int) -> jax.Array:

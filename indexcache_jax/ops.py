@@ -215,13 +215,15 @@ def swiglu(gate_up: jax.Array) -> Scaled:
 
 
 def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """The experts [..., k] of router logits [..., E] float32 of a model without groups of experts, and their weights."""
+    """The experts [..., k] of router logits [..., E] float32 and their weights."""
     experts, weights = routing.choose(
         _flat(logits),
         bias,
         choices=config.num_experts_per_tok,
         normalised=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
     )
     return experts.reshape(*logits.shape[:-1], -1), weights.reshape(*logits.shape[:-1], -1)
 

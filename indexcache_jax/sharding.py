@@ -284,6 +284,13 @@ class Exchange:
         """All devices' rows of x [N, ...], which the tokens' axes split."""
         return jax.lax.all_gather(x, self.tokens, tiled=True) if self.tokens else x
 
+    def own_rows(self, x: jax.Array) -> jax.Array:
+        """This device's rows of what `gather` returns, or was made of it."""
+        if not self.tokens:
+            return x
+        rows = x.shape[0] // jax.lax.axis_size(self.tokens)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.tokens) * rows, rows)
+
     def add_up(self, sums: jax.Array) -> jax.Array:
         """This device's own rows of the sums [N, D] of all devices that split the weights."""
         if self.tokens:

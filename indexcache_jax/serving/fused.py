@@ -3,7 +3,7 @@
 Where `why_not` has nothing against any layer, `model.step` runs a token through these functions instead of `layer.layer`. An
 S layer is then the attention and one kernel of `pallas_kernels.decode_layer`, an F layer has the scores and the selection
 besides; XLA's own kernels for the same work would be 23 and 33. It serves one row on one device, weights in bfloat16 or 8 bits,
-latents and index keys in bfloat16 or 8 bits, no biases of projections, no groups of experts.
+latents and index keys in bfloat16 or 8 bits, no biases of projections.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from indexcache_jax.positions import Positions
 from indexcache_jax.serving.cache import Cache, LayerCache
 from indexcache_jax.serving.weights import Dense, Layer, Weights
 from pallas_kernels.quant import Scaled
+from pallas_kernels.routing.choice import Choice
 
 # Absorbed queries [1, 1, H, C + dr], and of an F layer index queries [1, 1, Hi, Di] and head weights [1, 1, Hi].
 Queries = tuple[jax.Array, jax.Array | None, jax.Array | None]
@@ -55,6 +56,15 @@ def output_weights(p: Layer) -> dict[str, jax.Array | Scaled]:
     return weights if m.shared_down is None else weights | {"shared_gate_up": m.shared_gate_up, "shared_down": m.shared_down}
 
 
+def choice(p: Layer, config: Config) -> Choice | None:
+    """How a layer's experts are chosen, None for a dense layer."""
+    if isinstance(p.mlp, Dense):
+        return None
+    c = config
+    chosen = c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
+    return Choice(c.n_routed_experts, *chosen, n_group=c.n_group, topk_group=c.topk_group)
+
+
 def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, config: Config) -> str | None:
     """Why these kernels cannot serve x [B, S, D] in all layers, None where they can."""
     if sharding.current()[0] is not None:
@@ -63,7 +73,7 @@ def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, 
         if p.down_bias is not None or p.out_bias is not None:
             return "it takes no biases of projections"
         operands = attention_weights(p, layer_cache, positions, config)
-        if reason := decode_layer.why_not(x, operands, output_weights(p), config.n_group):
+        if reason := decode_layer.why_not(x, operands, output_weights(p), choice(p, config)):
             return reason
     return None
 
@@ -114,9 +124,7 @@ def _outputs(
         output_weights(p),
         barrier_count,
         eps=config.rms_norm_eps,
-        num_experts_per_token=config.num_experts_per_tok,
-        normalised=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
+        choice=choice(p, config),
         next_layer=None if following is None else attention_weights(*following, positions, config),
         next_outputs=None if following is None else output_weights(following[0]),
     )

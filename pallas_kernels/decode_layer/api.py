@@ -19,6 +19,7 @@ from pallas_kernels import device, hopper
 from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeights
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import BLOCK, Latents, Scaled
+from pallas_kernels.routing.choice import Choice
 
 MAX_NOPE = 192  # of a head: all its loads are in registers at once
 MAX_HEADS = 128  # a thread block's share of the value and key matrices is of one head or two
@@ -50,9 +51,7 @@ def layer_outputs(
     barrier_count: jax.Array,
     *,
     eps: float,
-    num_experts_per_token: int,
-    normalised: bool,
-    scale: float,
+    choice: Choice | None,
     next_layer: AttentionWeights | None = None,
     next_outputs: Mapping[str, jax.Array | Scaled] | None = None,
 ) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
@@ -67,7 +66,7 @@ def layer_outputs(
         those of the decoded weights in float32.
       barrier_count: as for `attention_inputs`.
       eps: of the norm before the MLP.
-      normalised, scale: whether the weights of a token's experts are made to sum to 1, and what they are multiplied by.
+      choice: how the token's experts are chosen, None in a dense layer.
       next_layer, next_outputs: of the next layer, as for `attention_inputs`.
     """
     from pallas_kernels.decode_layer import mosaic_gpu
@@ -78,9 +77,7 @@ def layer_outputs(
         outputs,
         barrier_count,
         eps=eps,
-        num_experts_per_token=num_experts_per_token,
-        normalised=normalised,
-        scale=scale,
+        choice=choice,
         next_layer=next_layer,
         next_outputs=next_outputs,
     )
@@ -132,11 +129,10 @@ def why_not_rows(layer: AttentionWeights) -> str | None:
     return _why_not_caches(layer)
 
 
-def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array | Scaled], groups: int = 1) -> str | None:
-    """Why these kernels cannot serve a layer, None where they can.
-
-    groups: into how many the experts are divided, of which a token's experts come from a few (n_group).
-    """
+def why_not(
+    x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Array | Scaled], choice: Choice | None
+) -> str | None:
+    """Why these kernels cannot serve a layer, None where they can; arguments are those of `layer_outputs`."""
     weights = {**layer.weights, **outputs}
     if reason := hopper.why_not():
         return reason
@@ -159,17 +155,15 @@ def why_not(x: jax.Array, layer: AttentionWeights, outputs: Mapping[str, jax.Arr
         if width % 32:
             return f"it reads rows in pieces of 32 numbers, the {name} is {width}"
     if "gate_up" in weights:
-        experts, hidden = weights["router_bias"].shape[0], x.shape[2]
+        hidden = x.shape[2]
         width, multiple = (
             (weights["gate_up"].shape[2], BLOCK)
             if isinstance(weights["gate_up"], Scaled)
             else (weights["gate_up"].shape[3], 256)
         )
-        if experts % 32 or width % multiple or hidden % 128:
-            return f"it takes experts by 32, widths by {multiple} and hidden sizes by 128, not {experts}, {width} and {hidden}"
-        if groups > 1:
-            return f"it chooses among all experts, not within {groups} groups"
-    return None
+        if width % multiple or hidden % 128:
+            return f"it takes widths by {multiple} and hidden sizes by 128, not {width} and {hidden}"
+    return None if choice is None else choice.why_not()
 
 
 def _why_not_caches(layer: AttentionWeights) -> str | None:

@@ -36,6 +36,7 @@ from pallas_kernels.decode_layer.mosaic_gpu_stages import Stage, arrays_of, call
 from pallas_kernels.hopper.ptx import Address
 from pallas_kernels.latents import WIDTH
 from pallas_kernels.quant import Scaled
+from pallas_kernels.routing.choice import Choice
 
 
 def _arrays(weights: Mapping[str, jax.Array | Scaled]) -> dict[str, jax.Array]:
@@ -92,14 +93,7 @@ def _inputs(
     return p, operands, outs
 
 
-def _output_sizes(
-    hidden: int,
-    outputs: Mapping[str, jax.Array | Scaled],
-    eps: float,
-    num_experts_per_token: int,
-    normalised: bool,
-    scale: float,
-) -> OutputSizes:
+def _output_sizes(hidden: int, outputs: Mapping[str, jax.Array | Scaled], eps: float, choice: Choice | None) -> OutputSizes:
     heads, value, _ = outputs["v_up"].shape
     routed = "gate_up" in outputs
     mlp_codes = isinstance(outputs["gate_up" if routed else "shared_gate_up"], Scaled)
@@ -109,11 +103,8 @@ def _output_sizes(
         value=value,
         eps=eps,
         shared=outputs["shared_gate_up"].shape[0] // 2 if "shared_gate_up" in outputs else 0,
-        experts=outputs["router_bias"].shape[0] if routed else 0,
-        num_experts_per_token=num_experts_per_token if routed else 0,
+        choice=choice,
         width=outputs["expert_down"].shape[2 if mlp_codes else 1] if routed else 0,
-        normalised=normalised,
-        scale=scale,
         out_codes=isinstance(outputs["out"], Scaled),
         mlp_codes=mlp_codes,
     )
@@ -153,13 +144,11 @@ def layer_outputs(
     barrier_count: jax.Array,
     *,
     eps: float,
-    num_experts_per_token: int,
-    normalised: bool,
-    scale: float,
+    choice: Choice | None,
     next_layer: AttentionWeights | None,
     next_outputs: Mapping[str, jax.Array | Scaled] | None,
 ) -> tuple[jax.Array, AttentionOperands | None, jax.Array]:
-    p = _output_sizes(x.size, outputs, eps, num_experts_per_token, normalised, scale)
+    p = _output_sizes(x.size, outputs, eps, choice)
     operands: dict[str, Any] = {"x": x, "context": context, **_arrays(outputs), "barrier_count": jax.new_ref(barrier_count)}
     outs: dict[str, Any] = {
         "values": jax.ShapeDtypeStruct((p.heads * p.value,), jnp.float32),

@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.latents import ROTARY, WIDTH
+from pallas_kernels.routing.choice import Choice
 
 INDEX_WIDTH = 128
 
@@ -62,20 +63,25 @@ class InputSizes(TokenSizes):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputSizes:
-    """Sizes and formats of the stages after an attention. experts 0: a dense layer, whose width is `shared`."""
+    """Sizes and formats of the stages after an attention. choice None: a dense layer, whose width is `shared`."""
 
     hidden: int
     heads: int
     value: int
     eps: float
     shared: int
-    experts: int = 0
-    num_experts_per_token: int = 0
+    choice: Choice | None = None
     width: int = 0  # of an expert
-    normalised: bool = True
-    scale: float = 1.0
     out_codes: bool = False  # whether the output projection, and the matrices of the MLP, are in 8 bits
     mlp_codes: bool = False
+
+    @property
+    def experts(self) -> int:
+        return self.choice.experts if self.choice else 0
+
+    @property
+    def num_experts_per_token(self) -> int:
+        return self.choice.choices if self.choice else 0
 
     @property
     def first(self) -> int:

@@ -27,6 +27,7 @@ from pallas_kernels.decode_layer.mosaic_gpu_products import (
 from pallas_kernels.decode_layer.mosaic_gpu_stages import Stage, half_of, load_bfloat16, load_float32, write_bfloat16
 from pallas_kernels.hopper import ptx
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
+from pallas_kernels.routing.mosaic_gpu_choice import choose
 
 EXPERT_LANES, OUTPUT_LANES = 4, 2  # lanes across the columns of a unit: 32 of the experts' first, 16 of their second matrix
 
@@ -37,25 +38,11 @@ class RoutedExperts:
     """The token's experts and their weights, computed by every warp for itself."""
 
     def __init__(self, p: OutputSizes, a: OutputArrays, thread: Thread):
-        scores, keys = [], []
-        for start in range(0, p.experts, 32):
-            number = thread.lane + start
-            score = parts.sigmoid(load_float32(a.first, number))
-            bias = ptx.float_of(ptx.load_global(ptx.offset(a.router_bias, number, 4)))
-            scores.append(score)
-            keys.append(parts.sortable_bits(score + bias))
-        self.experts = parts.largest_keys(thread, keys, p.num_experts_per_token)
-        self.weights = []
-        for expert in self.experts:
-            bits = ptx.constant(0)
-            for i, score in enumerate(scores):
-                is_it = (thread.lane + 32 * i).equals(expert)
-                bits = ptx.select(is_it, ptx.bits_of(score), bits)
-            self.weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
-        if p.normalised:
-            total = ptx.total(self.weights) + ptx.number(1e-20)
-            self.weights = [ptx.div_rn(w, total) for w in self.weights]
-        self.weights = [w * p.scale for w in self.weights]
+        def bias(number: Word) -> Float:
+            return ptx.float_of(ptx.load_global(ptx.offset(a.router_bias, number, 4)))
+
+        assert p.choice is not None
+        self.experts, self.weights = choose(thread, p.choice, lambda number: load_float32(a.first, number), bias)
 
 
 def select_value(number: Word, values: Sequence[Register]) -> Register:

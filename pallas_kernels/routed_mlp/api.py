@@ -26,10 +26,11 @@ def routed_mlp(
     shared_down: Scaled | None = None,
     *,
     implementation: str | None = None,
-) -> jax.Array:
-    """The weighted sum over the experts of rows [N, D], plus the shared experts -> [N, D] float32.
+) -> tuple[jax.Array, jax.Array | None]:
+    """The weighted sum over the experts of rows [N, D], and the shared experts of them: [N, D] float32 each, None without.
 
-    An expert is down (silu(gate row) * up row), its hidden numbers rounded to the dtype of the rows.
+    Experts that the routes leave to other devices count for nothing. An expert is down (silu(gate row) * up row), its hidden
+    numbers rounded to the dtype of the rows.
 
     Args:
       routes: of the rows, made with `shared` where there are shared experts.

@@ -13,8 +13,10 @@ memory with a power-of-two factor for every 128 numbers, applied in float32 with
 Every lane copies its own codes to shared memory several pieces of 128 ahead, beyond the end of a tile too, so that memory
 is read at all times.
 
-The first stage has all rows in shared memory from the start. In the second one an expert's rows are what the first one
-made for it; they are written to shared memory before the block's first tile of the expert.
+The first stage has all rows in shared memory from the start. Where their width is too large for that, it has parts of them in
+turn: a block goes through its tiles once for every part, and meanwhile keeps their sums in L2, which are a few hundredths of
+the codes. In the second one an expert's rows are what the first one made for it; they are written to shared memory before the
+block's first tile of the expert.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ WARPGROUPS = parts.THREADS // hopper.WARPGROUP
 TILE = 64  # rows of a matrix
 PIECES_BYTES = WARPGROUPS * TILE * BLOCK  # of the pieces of 128 codes of a tile's rows that the warpgroups have at a time
 IN_FLIGHT = range(2, 7)  # so many of these are copied ahead, at least and at most
+MAX_PARTS = 4  # of the rows, that are in shared memory one after the other
 ROW_LOADS = 2  # of 2 x 16 bytes, by a lane, of the rows
 SHARED_BYTES = 226 * 1024  # Mosaic needs some of a block's 227 KB
 SUMS_PITCH = TILE + 4  # numbers from one column's sums to the next one's: no two lanes use the same bank
@@ -68,6 +71,11 @@ class Sizes:
         return self.experts + 1
 
     @property
+    def most_groups(self) -> int:
+        """How many groups can have rows."""
+        return min(self.experts, self.rows * self.choices) + 1
+
+    @property
     def slots(self) -> int:
         """Pairs of a row and an expert, the shared one included."""
         return self.rows * (self.choices + 1)
@@ -84,16 +92,22 @@ class Rows:
         return ptx.matrix(self.numbers + piece * (2 * BLOCK * self.columns))
 
     def write(
-        self, thread: Thread, source: Callable[[Value], tuple[Value, Value]], load: Callable[[Value], Sequence[Value]]
+        self,
+        thread: Thread,
+        source: Callable[[Value], tuple[Value, Value]],
+        load: Callable[[Value], Sequence[Value]],
+        pieces: int | None = None,
     ) -> None:
         """Writes all rows in the order that `ptx.multiply_codes` reads; load(address): 16 bytes of a row.
 
-        source(row): the address of a row, of some row also where it does not exist, and whether it exists.
+        source(row): the address of a row, of some row also where it does not exist, and whether it exists. pieces: so many
+        of every row, by default all that there is room for.
 
         A warp takes a piece of four rows at a time; eight lanes have 16 bytes each of either 64 numbers of a row.
         """
+        pieces = pieces or self.pieces
         fours = self.columns // 4
-        tasks = fours * self.pieces
+        tasks = fours * pieces
 
         def some(step: Value, _: Sequence[Value]) -> Sequence[Value]:
             starts = [step * (ROW_LOADS * parts.WARPS) + thread.warp + i * parts.WARPS for i in range(ROW_LOADS)]
@@ -101,9 +115,9 @@ class Rows:
             for task in starts:
                 piece, four = task // fours, task % fours
                 row = (four << 2) + (thread.lane >> 3)
-                exists = piece.signed < self.pieces
+                exists = piece.signed < pieces
                 address, has_row = source(row)
-                address = ptx.offset(ptx.offset(address, ptx.min_s32(piece, self.pieces - 1), 2 * BLOCK), thread.lane & 7, 16)
+                address = ptx.offset(ptx.offset(address, ptx.min_s32(piece, pieces - 1), 2 * BLOCK), thread.lane & 7, 16)
                 words = [load(ptx.offset(address, ptx.constant(i), BLOCK)) for i in range(2)]
                 halves = [[ptx.select(has_row, word, 0) for word in half] for half in words]
                 loaded.append((row, piece, exists, halves))
@@ -119,7 +133,8 @@ class Tiles:
     """This thread block's tiles of matrices [E, `rows`, `width`] in codes and of a shared one: `each` goes through them.
 
     Tile t of all is tile t % `of_group` of group number `groups[t / of_group]`. matrix_row(tile, warp): the row of the matrix
-    with which the 16 of one of a warpgroup's warps begin. in_flight: of IN_FLIGHT.
+    with which the 16 of one of a warpgroup's warps begin. in_flight: of IN_FLIGHT. parts: in how many the rows are in shared
+    memory; with several the tiles' sums of parts before are kept in the array `{name}_sums`.
     """
 
     def __init__(
@@ -134,14 +149,17 @@ class Tiles:
         width: int,
         of_group: int,
         matrix_row: Callable[[Value, Value], Value],
+        parts_of_rows: int = 1,
     ):
         self.sizes, self.a, self.thread, self.in_flight = sizes, a, thread, in_flight
         self.name, self.rows, self.width, self.of_group, self.matrix_row = name, rows, width, of_group, matrix_row
-        self.pieces = width // BLOCK
-        self.steps = -(-self.pieces // WARPGROUPS)  # pieces of a tile that a warpgroup has
+        self.pieces, self.parts = width // BLOCK, parts_of_rows
+        self.pieces_of_part = -(-self.pieces // self.parts)
+        self.steps = -(-self.pieces_of_part // WARPGROUPS)  # pieces of a tile that a warpgroup has at a time
         self.codes, self.scales = shared.allocate(in_flight * PIECES_BYTES), shared.allocate(in_flight * 4 * parts.THREADS)
         self.groups = shared.allocate(4 * sizes.groups)
         self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns * WARPGROUPS)
+        self.kept: Value | None = None  # where the sums of the tile at hand over parts before are
         if a:
             self.warpgroup, self.warp_of_tile = thread.warp >> 2, thread.warp & 3
             self.quad_lane, self.row_of_8 = thread.lane & 3, thread.lane >> 2
@@ -174,7 +192,14 @@ class Tiles:
         """Starts copying this lane's codes of the warpgroup's piece i and their scale; zeros where there is none."""
         a, width = self.a, self.width
         number, piece = i // self.steps, self._piece(i % self.steps)
-        exists = (number.signed < self.count) & (piece.signed < self.pieces)
+        exists = piece.signed < self.pieces_of_part
+        for _ in range(1, self.parts):
+            is_later = number.signed >= self.count
+            number, piece = (
+                ptx.select(is_later, number - self.count, number),
+                ptx.select(is_later, piece + self.pieces_of_part, piece),
+            )
+        exists = exists & (number.signed < self.count) & (piece.signed < self.pieces)
         size, piece = ptx.select(exists, 16, 0), ptx.min_s32(piece, self.pieces - 1)
         group, tile = self.group_and_tile(ptx.min_s32(number, ptx.max_s32(self.count - 1, 0)))
         is_shared = group.equals(self.sizes.experts)
@@ -199,23 +224,41 @@ class Tiles:
         rows: Rows,
         start: Callable[[Value, Value], Sequence[Value]],
         end: Callable[[Value, Sequence[Value]], None],
+        write_part: Callable[[int], None] = lambda part: None,
     ) -> None:
         """For every tile start(group, is_new), its sums with all of `rows`, and end(tile, what `start` returned).
 
-        is_new: whether it is another group than the last tile's. `end` finds the sums in shared memory.
+        is_new: whether it is another group than the last tile's. `end` finds the sums by `pair`. write_part(part): brings that
+        part of the rows, of several, to shared memory.
         """
-        columns = self.sizes.columns
+        slot = ptx.constant(0)
+        for part in range(self.parts):
+            write_part(part)
+            slot = self._each_of_part(part, slot, rows, start, end)
+
+    def _each_of_part(
+        self,
+        part: int,
+        slot: Value,
+        rows: Rows,
+        start: Callable[[Value, Value], Sequence[Value]],
+        end: Callable[[Value, Sequence[Value]], None],
+    ) -> Value:
+        """`each` for a part of the rows; `slot`, and what is returned: where the next piece of codes is."""
+        columns, is_last = self.sizes.columns, part + 1 == self.parts
+        pieces = self.pieces_in(part)
 
         def one_tile(number: Value, carry: list[Value]) -> list[Value]:
             last, *carry = carry
             group, tile = self.group_and_tile(number)
-            loaded = start(group, group.differs(last))
+            loaded = start(group, group.differs(last)) if is_last else []
+            following_tiles = number + self.count * part
 
             def one_piece(step: Value, carry: list[Value]) -> list[Value]:
                 slot, *totals = carry
-                piece = ptx.min_s32(self._piece(step), self.pieces - 1)
+                piece = ptx.min_s32(self._piece(step), pieces - 1)
                 totals = self._add_piece(rows, piece, slot, totals)
-                self._copy(number * self.steps + step + self.in_flight, slot)
+                self._copy(following_tiles * self.steps + step + self.in_flight, slot)
                 following = slot + 1
                 return [ptx.select(following.equals(self.in_flight), 0, following), *totals]
 
@@ -227,11 +270,30 @@ class Tiles:
                     column = (self.quad_lane << 1) + (8 * eight + at % 2)
                     ptx.store_shared(self._sum_at(self.warpgroup, row, column), ptx.bits_of(totals[4 * eight + at]))
             ptx.block_barrier()
-            end(tile, loaded)
+            self.kept = self._kept(number) if part else None
+            if is_last:
+                end(tile, loaded)
+            else:
+                self._keep(number)
             ptx.block_barrier()
             return [group, slot]
 
-        ptx.loop(self.count, [ptx.constant(-1), ptx.constant(0)], one_tile)
+        return ptx.loop(self.count, [ptx.constant(-1), slot], one_tile)[1]
+
+    def pieces_in(self, part: int) -> int:
+        return min(self.pieces_of_part, self.pieces - part * self.pieces_of_part)
+
+    def _kept(self, number: Value) -> Value:
+        """Where the sums of this block's tile with that number are kept, those of a column side by side."""
+        return ptx.offset(self.a[f"{self.name}_sums"], self.first + number, 4 * TILE * self.sizes.columns)
+
+    def _keep(self, number: Value) -> None:
+        """Stores a tile's sums so far, four of a column by a thread."""
+        fours = TILE // 4
+        for i, exists in parts.indices_of_thread(self.thread, self.sizes.rows * fours):
+            column, row = i // fours, (i % fours) << 2
+            words = [ptx.bits_of(x) for two in range(2) for x in self.pair(row + 2 * two, column)]
+            ptx.store_global_words(ptx.offset(self._kept(number), column * TILE + row, 4), words, exists)
 
     def _sum_at(self, warpgroup: Value | int, row: Value, column: Value) -> Value:
         """Where the sum of one of the tile's rows and a column over a warpgroup's pieces is in shared memory."""
@@ -239,8 +301,11 @@ class Tiles:
         return self.sums + ((columns * SUMS_PITCH + row) << 2)
 
     def pair(self, row: Value, column: Value) -> list[Value]:
-        """The sums of a row and the next one."""
+        """The sums of a row and the next one, with those of parts before."""
         pairs = [ptx.load_shared_floats(self._sum_at(ptx.constant(i), row, column)) for i in range(WARPGROUPS)]
+        if self.kept is not None:
+            kept = ptx.load_fresh_pair(ptx.offset(self.kept, column * TILE + row, 4))
+            pairs.insert(0, [ptx.float_of(word) for word in kept])
         return [ptx.total(sums) for sums in zip(*pairs, strict=True)]
 
     def _add_piece(self, rows: Rows, piece: Value, slot: Value, totals: list[Value]) -> list[Value]:
@@ -263,7 +328,9 @@ class Tiles:
 class First:
     """silu(gate) * up of every row and its experts -> hidden [slots, I] bfloat16. Half of a tile's rows are of the gate."""
 
-    def __init__(self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory, in_flight: int):
+    def __init__(
+        self, sizes: Sizes, a: Mapping[str, Value], thread: Any, shared: SharedMemory, in_flight: int, parts_of_rows: int
+    ):
         self.sizes, self.a, self.thread = sizes, a, thread
         half = TILE // 2
 
@@ -271,21 +338,26 @@ class First:
             part, within = warp >> 1, warp & 1
             return part * sizes.width + tile * half + (within << 4)
 
-        self.rows = Rows(shared, sizes.columns, sizes.hidden // BLOCK)
-        of_group = sizes.width // half
-        self.tiles = Tiles(sizes, a, thread, shared, in_flight, "gate_up", 2 * sizes.width, sizes.hidden, of_group, matrix_row)
+        self.rows = Rows(shared, sizes.columns, -(-sizes.hidden // BLOCK // parts_of_rows))
+        tiles, shape = sizes.width // half, (2 * sizes.width, sizes.hidden)
+        self.tiles = Tiles(sizes, a, thread, shared, in_flight, "gate_up", *shape, tiles, matrix_row, parts_of_rows)
 
     def run(self) -> None:
         sizes, a = self.sizes, self.a
         self.tiles.begin()
 
-        def source(row: Value) -> tuple[Value, Value]:
-            return ptx.offset(a["rows"], ptx.min_s32(row, sizes.rows - 1), 2 * sizes.hidden), row.signed < sizes.rows
+        def write(part: int) -> None:
+            before = 2 * BLOCK * self.rows.pieces * part
 
-        self.rows.write(self.thread, source, ptx.load_global_words)
-        ptx.proxy_fence()
-        ptx.block_barrier()
-        self.tiles.each(self.rows, lambda group, is_new: _slots(sizes, a, self.thread, group, TILE // 4), self.store)
+            def source(row: Value) -> tuple[Value, Value]:
+                address = ptx.offset(a["rows"], ptx.min_s32(row, sizes.rows - 1), 2 * sizes.hidden)
+                return ptx.offset(address, ptx.constant(before), 1), row.signed < sizes.rows
+
+            self.rows.write(self.thread, source, ptx.load_global_words, self.tiles.pieces_in(part))
+            ptx.proxy_fence()
+            ptx.block_barrier()
+
+        self.tiles.each(self.rows, lambda group, is_new: _slots(sizes, a, self.thread, group, TILE // 4), self.store, write)
         ptx.copies_done()  # those of no tile write zeros to what the next stage uses otherwise
 
     def store(self, tile: Value, slots: Sequence[Value]) -> None:
@@ -359,25 +431,44 @@ def _pairs(sizes: Sizes, thread: Thread, pairs: int, slots: Sequence[Value]) -> 
 # ---- the kernel
 
 
-def _shared_bytes(sizes: Sizes, stage: type[First] | type[Second], in_flight: int) -> int:
+def _shared_bytes(stage: Callable[..., First | Second], *sizes: Any) -> int:
+    """The shared memory that a stage of these `sizes` needs. They follow the arguments that all stages have."""
     counted = SharedMemory()
-    stage(sizes, {}, None, counted, in_flight)
+    of_step, *others = sizes
+    stage(of_step, {}, None, counted, *others)
     return counted.used + 1024  # for the rows to begin at a multiple of 1024
 
 
-def in_flight_of(sizes: Sizes, stage: type[First] | type[Second]) -> int:
+def _in_flight(stage: Callable[..., First | Second], sizes: Sizes, *parts_of_rows: int) -> int:
     """The most of IN_FLIGHT for which there is shared memory, 0 for none."""
-    return max((n for n in IN_FLIGHT if _shared_bytes(sizes, stage, n) <= SHARED_BYTES), default=0)
+    return max((n for n in IN_FLIGHT if _shared_bytes(stage, sizes, n, *parts_of_rows) <= SHARED_BYTES), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What of IN_FLIGHT the stages have, 0 where one does not fit, and how many parts of the rows the first one has."""
+
+    first: int
+    parts_of_rows: int
+    second: int
+
+    @staticmethod
+    def of(sizes: Sizes) -> Plan:
+        by_parts = {n: _in_flight(First, sizes, n) for n in range(1, MAX_PARTS + 1)}
+        parts_of_rows = next((n for n, in_flight in by_parts.items() if in_flight), 1)
+        return Plan(by_parts[parts_of_rows], parts_of_rows, _in_flight(Second, sizes))
 
 
 def shared_bytes(sizes: Sizes) -> int:
-    return max(_shared_bytes(sizes, stage, in_flight_of(sizes, stage)) for stage in (First, Second))
+    p = Plan.of(sizes)
+    return max(_shared_bytes(First, sizes, p.first, p.parts_of_rows), _shared_bytes(Second, sizes, p.second))
 
 
 def stages(sizes: Sizes, a: Mapping[str, Value], thread: Thread, memory: Value) -> tuple[First, Second]:
     """Both use the same shared memory, one after the other."""
-    first = First(sizes, a, thread, aligned(memory), in_flight_of(sizes, First))
-    return first, Second(sizes, a, thread, aligned(memory), in_flight_of(sizes, Second))
+    p = Plan.of(sizes)
+    first = First(sizes, a, thread, aligned(memory), p.first, p.parts_of_rows)
+    return first, Second(sizes, a, thread, aligned(memory), p.second)
 
 
 def _call(sizes: Sizes, operands: Mapping[str, jax.Array], outs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
@@ -430,7 +521,7 @@ def sizes_of(rows: jax.Array, routes: Routes, gate_up: Scaled) -> Sizes:
 
 def routed_mlp(
     rows: jax.Array, routes: Routes, gate_up: Scaled, down: Scaled, shared_gate_up: Scaled | None, shared_down: Scaled | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array | None]:
     sizes = sizes_of(rows, routes, gate_up)
     tables = {name: getattr(routes, name) for name in ("groups", "num_groups", "slots", "barrier_count")}
     matrices = _matrices("gate_up", gate_up, shared_gate_up) | _matrices("down", down, shared_down)
@@ -438,11 +529,16 @@ def routed_mlp(
         "hidden": jax.ShapeDtypeStruct((sizes.slots, sizes.width), jnp.bfloat16),
         "out": jax.ShapeDtypeStruct((sizes.slots, sizes.hidden), jnp.bfloat16),
     }
+    if Plan.of(sizes).parts_of_rows > 1:
+        tiles = sizes.most_groups * 2 * sizes.width // TILE
+        outs["gate_up_sums"] = jax.ShapeDtypeStruct((tiles, sizes.columns, TILE), jnp.float32)
     products = _call(sizes, {"rows": rows, **tables, **matrices}, outs)["out"]
     pairs = sizes.rows * sizes.choices
     of_experts = products[:pairs].reshape(sizes.rows, sizes.choices, -1).astype(jnp.float32)
+    # Of experts that other devices have nothing was written.
+    of_experts = jnp.where((routes.experts >= 0)[..., None], of_experts, 0.0)
     out = jnp.sum(of_experts * routes.weights[..., None], axis=1)
-    return out if shared_down is None else out + products[pairs:].astype(jnp.float32)
+    return out, None if shared_down is None else products[pairs:].astype(jnp.float32)
 
 
 def why_not(
@@ -467,6 +563,7 @@ def why_not(
         return f"it takes shared experts as wide as one routed expert, {sizes.width}, not of {shared_down.shape[1]}"
     if sizes.hidden % BLOCK or sizes.width % BLOCK:
         return f"it takes hidden sizes and widths in multiples of {BLOCK}, not {sizes.hidden} and {sizes.width}"
-    if not all(in_flight_of(sizes, kernel) for kernel in (First, Second)):
+    plan = Plan.of(sizes)
+    if not (plan.first and plan.second):
         return f"{sizes.rows} rows of {sizes.hidden} and {sizes.width} numbers do not fit shared memory"
     return None

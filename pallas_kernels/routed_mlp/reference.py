@@ -18,7 +18,7 @@ def _swiglu(rows: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
 
 def routed_mlp(
     rows: jax.Array, routes: Routes, gate_up: Scaled, down: Scaled, shared_gate_up: Scaled | None, shared_down: Scaled | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array | None]:
     experts = jnp.arange(gate_up.shape[0])
     gates = jnp.sum(jnp.where(routes.experts[None] == experts[:, None, None], routes.weights, 0.0), axis=-1)  # [E, N]
 
@@ -28,6 +28,6 @@ def routed_mlp(
 
     out = jax.lax.scan(add, jnp.zeros(rows.shape, jnp.float32), (gates, gate_up, down))[0]
     if shared_gate_up is None or shared_down is None:
-        return out
+        return out, None
     matrix = dequantise(shared_gate_up, rows.dtype)
-    return out + _swiglu(rows, matrix.reshape(2, -1, matrix.shape[1]), dequantise(shared_down, rows.dtype))
+    return out, _swiglu(rows, matrix.reshape(2, -1, matrix.shape[1]), dequantise(shared_down, rows.dtype))

@@ -1,7 +1,7 @@
 """The routes of few rows in one thread block on Hopper, where XLA takes a dozen kernels.
 
-A warp has a row at a time: a lane has the scores of every 32nd expert, and the largest keys are found one after the other by
-reductions over the warp. Then every pair of a row and an expert is written to the tables through shared memory.
+A warp has a row at a time and chooses its experts as mosaic_gpu_choice does. Then every pair of a row and an expert is written
+to the tables through shared memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.hopper import ptx
 from pallas_kernels.routing.arrays import Routes
+from pallas_kernels.routing.choice import LANES, Choice
+from pallas_kernels.routing.mosaic_gpu_choice import choose
 
 MAX_ROWS = 64
-MAX_EXPERTS = 512
 
 Value = Any
 _REF = plgpu.RefType()
@@ -29,48 +30,39 @@ _REF = plgpu.RefType()
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """rows: of the step. experts: that the device has. shared: whether there are shared ones too."""
+
     rows: int
+    choice: Choice
     experts: int
-    choices: int
-    normalised: bool
-    scale: float
     shared: bool
 
+    @property
+    def choices(self) -> int:
+        return self.choice.choices
 
-def choice_of(thread: Any, p: Options, logits: Value, bias: Value, row: Value) -> tuple[list[Value], list[Value]]:
-    """The experts of a row, and their weights, in all lanes of the warp that computes them."""
-    lane = thread.lane
-    scores, keys = [], []
-    for start in range(0, p.experts, 32):
-        number = lane + start
-        at = row * p.experts + number
-        score = parts.sigmoid(ptx.float_of(ptx.load_global(ptx.offset(logits, at, 4))))
-        of_bias = ptx.float_of(ptx.load_global(ptx.offset(bias, number, 4)))
-        scores.append(score)
-        keys.append(parts.sortable_bits(score + of_bias))
-    experts = parts.largest_keys(thread, keys, p.choices)
-    weights = []
-    for expert in experts:
-        bits = ptx.constant(0)
-        for i, score in enumerate(scores):
-            bits = ptx.select((lane + 32 * i).equals(expert), ptx.bits_of(score), bits)
-        weights.append(ptx.float_of(ptx.reduce_warp("or", bits)))
-    if p.normalised:
-        total = ptx.total(weights) + ptx.number(1e-20)
-        weights = [ptx.div_rn(w, total) for w in weights]
-    return experts, [w * p.scale for w in weights]
+
+def choice_of(thread: Any, choice: Choice, logits: Value, bias: Value, row: Value) -> tuple[list[Value], list[Value]]:
+    """The experts of a row of logits [N, E], and their weights, in all lanes of the warp that computes them."""
+
+    def load(base: Value, i: Value) -> Value:
+        return ptx.float_of(ptx.load_global(ptx.offset(base, i, 4)))
+
+    first = row * choice.experts
+    return choose(thread, choice, lambda expert: load(logits, first + expert), lambda expert: load(bias, expert))
 
 
 class Program:
-    """The one thread block. used: [E] words, whether a row chose the expert."""
+    """The one thread block. used: a word for every expert that the device has, padded: whether a row chose it."""
 
     def __init__(self, p: Options, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
         self.p, self.a, self.thread = p, a, thread
-        self.used = shared.allocate(4 * p.experts)
+        self.num_used = -(-p.experts // LANES) * LANES
+        self.used = shared.allocate(4 * self.num_used)
 
     def run(self) -> None:
         p, thread = self.p, self.thread
-        for i, exists in parts.indices_of_thread(thread, p.experts):
+        for i, exists in parts.indices_of_thread(thread, self.num_used):
             with ptx.when(exists):
                 ptx.store_shared(self.used + (i << 2), ptx.constant(0))
         for i, exists in parts.indices_of_thread(thread, p.experts * p.rows):
@@ -91,14 +83,17 @@ class Program:
 
     def choose(self, row: Value) -> None:
         p, a, lane = self.p, self.a, self.thread.lane
-        experts, weights = choice_of(self.thread, p, a["logits"], a["bias"], row)
-        leads = lane.equals(0)
+        experts, weights = choice_of(self.thread, p.choice, a["logits"], a["bias"], row)
+        leads, first = lane.equals(0), ptx.load_global(a["first"])
         for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            place = row * p.choices + j
-            ptx.store_global(ptx.offset(a["experts"], place, 4), expert, leads)
+            place, expert = row * p.choices + j, expert - first
+            is_own = expert < p.experts  # unsigned: below 0 is far above
+            ptx.store_global(ptx.offset(a["experts"], place, 4), ptx.select(is_own, expert, -1), leads)
+            expert = ptx.select(is_own, expert, 0)
             ptx.store_global(ptx.offset(a["weights"], place, 4), ptx.bits_of(weight), leads)
-            ptx.store_global(ptx.offset(a["slots"], expert * p.rows + row, 4), place, leads)
-            with ptx.when(leads):
+            stores = leads & is_own
+            ptx.store_global(ptx.offset(a["slots"], expert * p.rows + row, 4), place, stores)
+            with ptx.when(stores):
                 ptx.store_shared(self.used + (expert << 2), ptx.constant(1))
 
     def list_groups(self) -> None:
@@ -108,7 +103,7 @@ class Program:
         count = ptx.constant(1 if p.shared else 0)
         if p.shared:
             ptx.store_global(a["groups"], ptx.constant(p.experts), leads)
-        for start in range(0, p.experts, 32):
+        for start in range(0, self.num_used, LANES):
             number = lane + start
             used = ptx.load_shared(self.used + (number << 2))
             at = count + ptx.sum_of_lanes_below(used)
@@ -131,12 +126,11 @@ def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32)) for name, shape in shapes.items()}
 
 
-def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
-    rows, experts = logits.shape
-    p = Options(rows, experts, choices, normalised, scale, shared)
+def route(logits: jax.Array, bias: jax.Array, first: jax.Array, *, num_own: int, shared: bool, **of_choice: Any) -> Routes:
+    p = Options(logits.shape[0], Choice(logits.shape[1], **of_choice), num_own, shared)
     outs, counted = outputs(p), SharedMemory()
     Program(p, {}, None, counted)
-    names = ["logits", "bias", *outs]
+    names = ["logits", "bias", "first", *outs]
 
     def routes_of_few_rows(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(_REF,) * len(refs))
@@ -157,14 +151,15 @@ def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )
-    return Routes(**dict(zip(outs, kernel(logits, bias), strict=True)))
+    return Routes(**dict(zip(outs, kernel(logits, bias, first), strict=True)))
 
 
-def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> str | None:
+def why_not(
+    logits: jax.Array, bias: jax.Array, first: jax.Array, *, num_own: int, shared: bool, **of_choice: Any
+) -> str | None:
     if reason := hopper.why_not():
         return reason
     rows, experts = logits.shape
-    if rows > MAX_ROWS or experts > MAX_EXPERTS or experts % 32 or choices > 32:
-        limits = f"up to {MAX_ROWS} rows, up to {MAX_EXPERTS} experts in multiples of 32, and up to 32 choices"
-        return f"it takes {limits}, not {rows}, {experts} and {choices}"
-    return None
+    if rows > MAX_ROWS:
+        return f"it takes up to {MAX_ROWS} rows, not {rows}"
+    return Choice(experts, **of_choice).why_not()

@@ -19,60 +19,60 @@ import jax.numpy as jnp
 from pallas_kernels.hopper import ptx
 from pallas_kernels.hopper.lanes import THREADS, WARPS, Thread, Value, call_kernel
 from pallas_kernels.routing import reference
-from pallas_kernels.routing.mosaic_gpu import MAX_EXPERTS, Options, choice_of
+from pallas_kernels.routing.choice import Choice
+from pallas_kernels.routing.mosaic_gpu import choice_of
 
 MAX_GROUPS = 1023  # their counts, and those of pairs of no group, fit the shared memory that needs no opt-in
 MAX_BLOCKS = 1024  # whose counts XLA compares block by block
 FEW = 256  # rows, or pairs: below, XLA's own are as fast
 
 
-def why_not(logits: jax.Array, bias: jax.Array, *, choices: int, **_: Any) -> str | None:
+def why_not(logits: jax.Array, bias: jax.Array, **of_choice: Any) -> str | None:
     if any(x.dtype != jnp.float32 for x in (logits, bias)):
         return f"it compares float32 scores, not {logits.dtype} and {bias.dtype}"
     rows, experts = logits.shape
-    if rows < FEW or experts > MAX_EXPERTS or experts % 32 or choices > 32:
-        limits = f"{FEW} rows or more, up to {MAX_EXPERTS} experts in multiples of 32, and up to 32 choices"
-        return f"it takes {limits}, not {rows}, {experts} and {choices}"
-    return None
+    if rows < FEW:
+        return f"it takes {FEW} rows or more, not {rows}"
+    return Choice(experts, **of_choice).why_not()
 
 
-def choose(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float) -> tuple[jax.Array, jax.Array]:
-    rows, experts = logits.shape
-    return _choose(logits, bias, Options(rows, experts, choices, normalised, scale, shared=False))
+def choose(logits: jax.Array, bias: jax.Array, **of_choice: Any) -> tuple[jax.Array, jax.Array]:
+    return _choose(logits, bias, Choice(logits.shape[1], **of_choice))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _choose(logits: jax.Array, bias: jax.Array, p: Options) -> tuple[jax.Array, jax.Array]:
-    outputs = [jax.ShapeDtypeStruct((p.rows, p.choices), dtype) for dtype in (jnp.int32, jnp.float32)]
-    experts, weights = call_kernel(choose_program(p), [logits, bias], outputs, -(-p.rows // WARPS))
+def _choose(logits: jax.Array, bias: jax.Array, choice: Choice) -> tuple[jax.Array, jax.Array]:
+    rows = logits.shape[0]
+    outputs = [jax.ShapeDtypeStruct((rows, choice.choices), dtype) for dtype in (jnp.int32, jnp.float32)]
+    experts, weights = call_kernel(choose_program(rows, choice), [logits, bias], outputs, -(-rows // WARPS))
     return experts, weights
 
 
-def _choose_and_keep(logits: jax.Array, bias: jax.Array, p: Options) -> Any:
-    experts, weights = _choose(logits, bias, p)
+def _choose_and_keep(logits: jax.Array, bias: jax.Array, choice: Choice) -> Any:
+    experts, weights = _choose(logits, bias, choice)
     return (experts, weights), (logits, bias, experts)
 
 
-def _backward(p: Options, residuals: Any, cotangents: Any) -> tuple[jax.Array, jax.Array]:
+def _backward(choice: Choice, residuals: Any, cotangents: Any) -> tuple[jax.Array, jax.Array]:
     logits, bias, experts = residuals
-    weights = functools.partial(reference.weights_of, experts=experts, normalised=p.normalised, scale=p.scale)
+    weights = functools.partial(reference.weights_of, experts=experts, normalised=choice.normalised, scale=choice.scale)
     return *jax.vjp(weights, logits)[1](cotangents[1]), jnp.zeros_like(bias)
 
 
 _choose.defvjp(_choose_and_keep, _backward)
 
 
-def choose_program(p: Options) -> Callable[..., None]:
+def choose_program(rows: int, choice: Choice) -> Callable[..., None]:
     """The kernel of `choose`, a warp for every row."""
 
     def choose_experts(logits: Value, bias: Value, out_experts: Value, out_weights: Value, block: Value) -> None:
         thread = Thread.current()
         row = block * WARPS + thread.warp
-        exists = row.signed < p.rows
-        experts, weights = choice_of(thread, p, logits, bias, ptx.min_s32(row, p.rows - 1))
+        exists = row.signed < rows
+        experts, weights = choice_of(thread, choice, logits, bias, ptx.min_s32(row, rows - 1))
         writes = exists & thread.lane.equals(0)
         for j, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-            place = row * p.choices + j
+            place = row * choice.choices + j
             ptx.store_global(ptx.offset(out_experts, place, 4), expert, writes)
             ptx.store_global(ptx.offset(out_weights, place, 4), ptx.bits_of(weight), writes)
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.routing.arrays import Routes
 
 
-def choose(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float) -> tuple[jax.Array, jax.Array]:
+def choose(
+    logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, n_group: int = 1, topk_group: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """The experts [N, k] of largest sigmoid(logits) + bias, the lower number first among equals, and their weights [N, k]."""
-    experts = jax.lax.top_k(jax.nn.sigmoid(logits) + bias, choices)[1]
+    choice = jax.nn.sigmoid(logits) + bias
+    if n_group > 1:
+        choice = _in_best_groups(choice, n_group, topk_group)
+    experts = jax.lax.top_k(choice, choices)[1]
     return experts, weights_of(logits, experts, normalised=normalised, scale=scale)
+
+
+def _in_best_groups(choice: jax.Array, n_group: int, topk_group: int) -> jax.Array:
+    """`choice` [N, E] with -inf for experts of the groups that are not among the best."""
+    groups = choice.reshape(choice.shape[0], n_group, -1)
+    quality = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+    kept = jax.lax.top_k(quality, topk_group)[1]
+    is_kept = jnp.any(kept[..., None] == jnp.arange(n_group), axis=-2)
+    return jnp.where(is_kept[..., None], groups, -jnp.inf).reshape(choice.shape)
 
 
 def weights_of(logits: jax.Array, experts: jax.Array, *, normalised: bool, scale: float) -> jax.Array:
@@ -25,7 +41,7 @@ def weights_of(logits: jax.Array, experts: jax.Array, *, normalised: bool, scale
 
 
 def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: bool) -> Routes:
-    """The routes of chosen experts [N, k] and their weights."""
+    """The routes of chosen experts [N, k], -1 for those of other devices, and their weights."""
     n, k = experts.shape
     places = jnp.arange(n * k, dtype=jnp.int32).reshape(n, k)
     chosen = experts[None] == jnp.arange(num_experts)[:, None, None]  # [E, N, k]
@@ -41,9 +57,19 @@ def tables(experts: jax.Array, weights: jax.Array, num_experts: int, *, shared: 
     return Routes(experts, weights, groups, num_groups, barrier_count, slots)
 
 
-def route(logits: jax.Array, bias: jax.Array, *, choices: int, normalised: bool, scale: float, shared: bool) -> Routes:
-    experts, weights = choose(logits, bias, choices=choices, normalised=normalised, scale=scale)
-    return tables(experts, weights, logits.shape[1], shared=shared)
+def route(
+    logits: jax.Array,
+    bias: jax.Array,
+    first: jax.Array | int = 0,
+    *,
+    num_own: int | None = None,
+    shared: bool,
+    **of_choice: Any,
+) -> Routes:
+    experts, weights = choose(logits, bias, **of_choice)
+    own, num_own = experts - first, num_own or logits.shape[1]
+    own = jnp.where((own >= 0) & (own < num_own), own, -1)
+    return tables(own, weights, num_own, shared=shared)
 
 
 def sort_by_group(groups: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:

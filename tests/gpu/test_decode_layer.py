@@ -118,9 +118,18 @@ def test_latents_in_8_bits_are_the_quantised_ones_in_bfloat16_bit_for_bit(weight
 
 # As wide as GLM-5, with few of its experts.
 GLM_5 = preset("glm-5") | {"n_routed_experts": 32, "first_k_dense_replace": 1, "num_hidden_layers": 3, "vocab_size": 512}
+# As wide as DeepSeek-V3.2, with two of its groups of experts.
+DEEPSEEK = preset("deepseek-v3.2") | {
+    **{"n_routed_experts": 64, "n_group": 2, "topk_group": 1},
+    **{"first_k_dense_replace": 1, "num_hidden_layers": 3, "vocab_size": 512, "bos_token_id": None},
+}
 
 
-@pytest.mark.parametrize("fields", [FIELDS, GLM_5 | {"eos_token_id": None, "pad_token_id": None}], ids=["30B", "GLM-5"])
+@pytest.mark.parametrize(
+    "fields",
+    [FIELDS, *(shape | {"eos_token_id": None, "pad_token_id": None} for shape in (GLM_5, DEEPSEEK))],
+    ids=["30B", "GLM-5", "DeepSeek-V3.2"],
+)
 def test_layers_in_8_bits_compute_what_the_same_numbers_in_bfloat16_do(fields):
     config = Config.from_hf(fields)
     weights = experts_by_bias(serving.restrict(serving.random_weights(jax.random.key(0), config), config, SCHEDULE))

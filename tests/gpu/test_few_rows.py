@@ -24,43 +24,54 @@ pytestmark = pytest.mark.skipif(hopper.why_not() is not None, reason=str(hopper.
 EXPERTS, CHOICES, HIDDEN, WIDTH = 64, 4, 2048, 1536  # of the 30B shape
 
 
-@pytest.mark.parametrize("rows", [7, 32])
+@pytest.mark.parametrize(
+    "rows, experts, groups, own", [(7, EXPERTS, (1, 1), None), (32, 256, (1, 1), None), (16, 256, (8, 4), (96, 32))]
+)
 @pytest.mark.parametrize("kind", ["random", "tied", "same"])
-def test_routes_are_those_of_the_reference(rows, kind):
+def test_routes_are_those_of_the_reference(rows, experts, groups, own, kind):
+    """groups: of experts, and how many of them are kept; own: the device's first expert, and how many it has."""
     random = np.random.default_rng(rows)
-    logits = random.standard_normal((rows, EXPERTS))
+    logits = random.standard_normal((rows, experts))
     logits = {"random": logits, "tied": np.round(logits), "same": np.broadcast_to(logits[:1], logits.shape)}[kind]
-    bias = jnp.asarray(random.standard_normal(EXPERTS) * (kind == "random"), jnp.float32)
-    options = dict(choices=CHOICES, normalised=True, scale=1.8, shared=True)
+    bias = jnp.asarray(random.standard_normal(experts) * (kind == "random"), jnp.float32)
+    options = dict(choices=CHOICES, normalised=True, scale=1.8, n_group=groups[0], topk_group=groups[1], shared=True, own=own)
     ours = jax.jit(functools.partial(route, implementation="mosaic_gpu", **options))(jnp.asarray(logits, jnp.float32), bias)
-    exact = jax.jit(functools.partial(routing.route, **options))(jnp.asarray(logits, jnp.float32), bias)
+    exact = jax.jit(functools.partial(route, implementation="xla", **options))(jnp.asarray(logits, jnp.float32), bias)
     for name, array in vars(exact).items():
         np.testing.assert_allclose(vars(ours)[name], array, rtol=1e-5 if name == "weights" else 0, err_msg=name)
 
 
 @functools.cache
-def matrices():
+def matrices(experts=EXPERTS, hidden=HIDDEN, width=WIDTH):
     def codes(key, *shape):
         made = jax.jit(lambda key: quant.quantise_matrix(jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5))
         return made(jax.random.key(key))
 
-    routed = codes(0, EXPERTS, 2, WIDTH, HIDDEN), codes(1, EXPERTS, HIDDEN, WIDTH)
-    return *routed, codes(2, 2 * WIDTH, HIDDEN), codes(3, HIDDEN, WIDTH)
+    routed = codes(0, experts, 2, width, hidden), codes(1, experts, hidden, width)
+    return *routed, codes(2, 2 * width, hidden), codes(3, hidden, width)
 
 
-@pytest.mark.parametrize("rows,alike", [(2, False), (9, True), (16, False)])
-def test_few_rows_are_multiplied_by_their_experts(rows, alike):
-    """alike: all rows choose the same experts."""
-    random = np.random.default_rng(rows)
-    x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
-    experts = np.stack([np.random.default_rng(0 if alike else n).permutation(EXPERTS)[:CHOICES] for n in range(rows)])
+SHAPE, GLM_5, DEEPSEEK = (EXPERTS, HIDDEN, WIDTH), (16, 6144, 2048), (16, 7168, 2048)  # the wide ones with few experts
+
+
+@pytest.mark.parametrize(
+    "rows,alike,shape", [(2, False, SHAPE), (9, True, SHAPE), (16, False, SHAPE), (16, False, GLM_5), (11, False, DEEPSEEK)]
+)
+def test_few_rows_are_multiplied_by_their_experts(rows, alike, shape):
+    """alike: all rows choose the same experts. Wide rows are in shared memory in parts."""
+    random, count = np.random.default_rng(rows), shape[0]
+    x = jnp.asarray(random.standard_normal((rows, shape[1])), jnp.bfloat16)
+    experts = np.stack([np.random.default_rng(0 if alike else n).permutation(count)[:CHOICES] for n in range(rows)])
+    # A quarter of the pairs is another device's.
+    experts = np.where(random.uniform(size=experts.shape) < 0.25, -1, experts)
     weights = jnp.asarray(random.uniform(0.1, 1, experts.shape), jnp.float32)
-    routes = routing.tables(jnp.asarray(experts, jnp.int32), weights, EXPERTS, shared=True)
+    routes = routing.tables(jnp.asarray(experts, jnp.int32), weights, count, shared=True)
+    given = matrices(*shape)
     kernel = jax.jit(functools.partial(routed_mlp, implementation="mosaic_gpu"))
-    ours = np.asarray(kernel(x, routes, *matrices()))
+    ours = np.asarray(sum(kernel(x, routes, *given)))
     for _ in range(3):
-        assert (np.asarray(kernel(x, routes, *matrices())) == ours).all()
-    exact = np.asarray(jax.jit(functools.partial(routed_mlp, implementation="xla"))(x, routes, *matrices()))
+        assert (np.asarray(sum(kernel(x, routes, *given))) == ours).all()
+    exact = np.asarray(sum(jax.jit(functools.partial(routed_mlp, implementation="xla"))(x, routes, *given)))
     errors = np.linalg.norm(ours - exact, axis=1) / np.linalg.norm(exact, axis=1)
     assert errors.max() < 0.006, errors
 

@@ -15,16 +15,25 @@ from tests.support.attention_cases import relative_error
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu" or hopper.why_not() is not None, reason=str(hopper.why_not()))
 
 
-@pytest.mark.parametrize("rows, experts, choices", [(256, 64, 4), (1000, 256, 8), (10240, 64, 4)])
-def test_choices_are_those_of_the_reference_but_for_near_ties(rows, experts, choices):
+@pytest.mark.parametrize(
+    "rows, experts, choices, groups", [(256, 64, 4, 1), (1000, 256, 8, 1), (10240, 64, 4, 1), (4096, 256, 8, 8)]
+)
+def test_choices_are_those_of_the_reference_but_for_near_ties(rows, experts, choices, groups):
+    """groups: of experts, half of which are kept."""
     logits, bias = jax.random.normal(jax.random.key(rows), (rows, experts)), jax.random.normal(jax.random.key(1), (experts,))
-    options = {"choices": choices, "normalised": True, "scale": 1.8}
+    options = dict(choices=choices, normalised=True, scale=1.8, n_group=groups, topk_group=-(-groups // 2))
     (chosen, weights), (expected, exact) = (
         jax.jit(lambda a, b, name=name: api.choose(a, b, implementation=name, **options))(logits, bias)
         for name in ("mosaic_gpu", "xla")
     )
-    scores = np.sort(np.asarray(jax.nn.sigmoid(logits) + bias), axis=1)[:, -choices - 1 :]
-    clear = np.diff(scores, axis=1).min(axis=1) > 1e-6
+    scores = np.asarray(jax.nn.sigmoid(logits) + bias).reshape(rows, groups, -1)
+    quality = np.sort(scores, axis=2)[..., -2:].sum(axis=2)
+    kept = np.argsort(quality, axis=1)[:, groups // 2 :]
+    best = np.sort(np.take_along_axis(scores, kept[..., None], axis=1).reshape(rows, -1), axis=1)[:, -choices - 1 :]
+    clear = np.diff(best, axis=1).min(axis=1) > 1e-6
+    if groups > 1:
+        border = np.sort(quality, axis=1)[:, groups // 2 - 1 : groups // 2 + 1]
+        clear &= np.diff(border, axis=1)[:, 0] > 1e-6
     assert clear.mean() > 0.95
     np.testing.assert_array_equal(np.asarray(chosen)[clear], np.asarray(expected)[clear])
     np.testing.assert_allclose(np.asarray(weights)[clear], np.asarray(exact)[clear], rtol=1e-5)

@@ -235,9 +235,7 @@ def run_outputs(config, layer, x, context, following=None, after=None):
         fused.output_weights(layer),
         jnp.zeros((1,), jnp.int32),
         eps=config.rms_norm_eps,
-        num_experts_per_token=config.num_experts_per_tok,
-        normalised=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
+        choice=fused.choice(layer, config),
         next_layer=following,
         next_outputs=after,
     )
@@ -250,11 +248,16 @@ def context_of(config):
 
 @pytest.mark.parametrize(
     "experts,fields",
-    [(True, {}), (True, {"n_shared_experts": 0, "norm_topk_prob": False}), (False, {}), (True, {"hidden_size": 384})],
-    ids=["experts", "unshared", "dense", "wide"],
+    [
+        (True, {"n_routed_experts": 64, "n_group": 2, "topk_group": 1}),
+        (True, {"n_shared_experts": 0, "norm_topk_prob": False}),
+        (False, {}),
+        (True, {"hidden_size": 384}),
+    ],
+    ids=["groups", "unshared", "dense", "wide"],
 )
 def test_layer_outputs(emulated, monkeypatch, experts, fields):
-    """`wide`: more units of 16 columns than SMs."""
+    """`groups`: of experts; `wide`: more units of 16 columns than SMs."""
     config, layer, cache, x = make(experts=experts, **fields)
     context = context_of(config)
     middle, exact = outputs_in_xla(config, layer, x, context)
@@ -429,7 +432,7 @@ def why_not(layer, cache, x, config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(hopper, "why_not", lambda: None)
         given = fused.attention_weights(layer, cache, positions_at(0, config), config)
-        return api.why_not(x, given, fused.output_weights(layer))
+        return api.why_not(x, given, fused.output_weights(layer), fused.choice(layer, config))
 
 
 def test_matrices_in_8_bits_are_served_where_their_scales_are_of_whole_blocks(monkeypatch):

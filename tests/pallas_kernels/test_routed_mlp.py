@@ -54,27 +54,67 @@ def routes_of(experts, weights, shared=True):
     return routing.tables(jnp.asarray(experts, jnp.int32), jnp.asarray(weights, jnp.float32), EXPERTS, shared=shared)
 
 
+def added(results):
+    out, of_shared = results
+    return out if of_shared is None else out + of_shared
+
+
 def check(ours, exact):
     ours, exact = np.asarray(ours, np.float64), np.asarray(exact, np.float64)
     assert np.abs(exact).max() > 0
     assert np.abs(ours - exact).max() <= 2.0**-7 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("rows,shared", [(1, True), (2, False), (5, True), (11, False), (16, True)])
+@pytest.mark.parametrize("rows,shared", [(1, True), (5, False), (16, True)])
 def test_few_rows_are_multiplied_by_their_experts(emulated, rows, shared):
     random = np.random.default_rng(rows)
     x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
     experts = np.stack([random.permutation(EXPERTS)[:CHOICES] for _ in range(rows)])
     routes, given = routes_of(experts, random.uniform(0.1, 1, experts.shape), shared), matrices(random, shared)
-    check(mosaic_gpu.routed_mlp(x, routes, *given), reference.routed_mlp(x, routes, *given))
+    check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_all_rows_may_choose_the_same_experts(emulated, shared):
+@pytest.mark.parametrize("rows,parts_of_rows", [(11, 2), (3, 3)])
+def test_rows_may_be_in_shared_memory_in_parts(emulated, monkeypatch, rows, parts_of_rows):
+    """3 + 2 and 2 + 2 + 1 pieces of 128 numbers."""
+    monkeypatch.setattr(mosaic_gpu.Plan, "of", lambda sizes: mosaic_gpu.Plan(2, parts_of_rows, 2))
+    random = np.random.default_rng(rows)
+    x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
+    experts = np.stack([random.permutation(EXPERTS)[:CHOICES] for _ in range(rows)])
+    routes, given = routes_of(experts, random.uniform(0.1, 1, experts.shape)), matrices(random)
+    check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
+
+
+def test_rows_of_the_released_models_fit_shared_memory():
+    """In how many parts the first stage has them."""
+    for hidden, width, rows, parts_of_rows in [
+        (2048, 1536, 16, 1),
+        (6144, 2048, 8, 1),
+        (6144, 2048, 16, 2),
+        (7168, 2048, 16, 2),
+    ]:
+        plan = mosaic_gpu.Plan.of(mosaic_gpu.Sizes(rows, hidden, width, 256, 8))
+        assert plan.parts_of_rows == parts_of_rows and plan.first and plan.second
+
+
+def test_all_rows_may_choose_the_same_experts(emulated):
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((9, HIDDEN)), jnp.bfloat16)
-    routes, given = routes_of(np.full((9, CHOICES), [6, 1]), np.full((9, CHOICES), 0.5), shared), matrices(random, shared)
-    check(mosaic_gpu.routed_mlp(x, routes, *given), reference.routed_mlp(x, routes, *given))
+    routes, given = routes_of(np.full((9, CHOICES), [6, 1]), np.full((9, CHOICES), 0.5)), matrices(random)
+    check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
+
+
+def test_experts_of_other_devices_count_for_nothing(emulated):
+    """Nothing is written for them, and what is not written is NaN here."""
+    random = np.random.default_rng(4)
+    x = jnp.asarray(random.standard_normal((3, HIDDEN)), jnp.bfloat16)
+    given, weights = matrices(random), jnp.asarray([[0.5, 0.25], [1.0, 2.0], [0.5, 0.5]])
+    routes = routes_of([[-1, 3], [-1, -1], [5, 3]], weights)
+    out, of_shared = mosaic_gpu.routed_mlp(x, routes, *given)
+    exact, of_shared_exact = reference.routed_mlp(x, routes, *given)
+    check(out, exact)
+    check(of_shared, of_shared_exact)
+    assert (out[1] == 0).all()
 
 
 def test_rows_and_scales_of_very_different_sizes(emulated):
@@ -83,7 +123,7 @@ def test_rows_and_scales_of_very_different_sizes(emulated):
     routes = routes_of(random.integers(0, EXPERTS, (4, 1)), np.ones((4, 1)))
     given = matrices(random)
     x = jnp.asarray(x, jnp.bfloat16)
-    ours, exact = mosaic_gpu.routed_mlp(x, routes, *given), reference.routed_mlp(x, routes, *given)
+    ours, exact = (added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference))
     for a, b in zip(ours, exact, strict=True):
         check(a, b)
 
@@ -92,8 +132,8 @@ def test_rows_that_are_not_finite_leave_the_others_alone(emulated):
     random = np.random.default_rng(2)
     x = jnp.asarray(random.standard_normal((3, HIDDEN)), jnp.bfloat16)
     routes, given = routes_of([[0, 1], [1, 2], [2, 0]], np.ones((3, 2))), matrices(random)
-    exact = mosaic_gpu.routed_mlp(x, routes, *given)
-    ours = mosaic_gpu.routed_mlp(x.at[1, 7].set(jnp.nan), routes, *given)
+    exact = added(mosaic_gpu.routed_mlp(x, routes, *given))
+    ours = added(mosaic_gpu.routed_mlp(x.at[1, 7].set(jnp.nan), routes, *given))
     assert np.isnan(ours[1]).all()
     assert (ours[jnp.array([0, 2])] == exact[jnp.array([0, 2])]).all()
 
@@ -112,7 +152,7 @@ def test_the_reference_is_the_sum_over_the_chosen_experts():
     for n, row in enumerate(np.asarray(x, np.float64)):
         exact = mlp(row, shared_gate_up.reshape(2, WIDTH, HIDDEN), shared_down)
         exact += sum(w * mlp(row, gate_up[e], down[e]) for e, w in zip(experts[n], weights[n], strict=True))
-        ours = reference.routed_mlp(x, routes_of(experts, weights), *given)[n]
+        ours = added(reference.routed_mlp(x, routes_of(experts, weights), *given))[n]
         np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-4)
 
 

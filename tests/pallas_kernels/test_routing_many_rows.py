@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 
 from pallas_kernels.routing import api, reference
+from pallas_kernels.routing.choice import Choice
 from tests.support.rows import run_program
 
 interpreted = pytest.mark.skipif(jax.version.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
 
 @interpreted
-@pytest.mark.parametrize("rows, experts, choices, tied", [(19, 64, 4, False), (9, 256, 8, True), (8, 96, 3, True)])
-def test_hoppers_choice_is_that_of_the_reference(monkeypatch, rows, experts, choices, tied):
+@pytest.mark.parametrize(
+    "rows, experts, choices, tied, groups",
+    [(19, 64, 4, False, (1, 1)), (9, 256, 8, True, (8, 4)), (8, 96, 3, True, (1, 1))],
+)
+def test_hoppers_choice_is_that_of_the_reference(monkeypatch, rows, experts, choices, tied, groups):
     from pallas_kernels.routing import mosaic_gpu_many_rows as many
-    from pallas_kernels.routing.mosaic_gpu import Options
 
     random = np.random.default_rng(rows)
     logits, bias = (
@@ -23,9 +26,10 @@ def test_hoppers_choice_is_that_of_the_reference(monkeypatch, rows, experts, cho
         random.standard_normal(experts).astype(np.float32),
     )
     logits, bias = (np.round(x) for x in (logits, bias)) if tied else (logits, bias)
-    options = {"choices": choices, "normalised": rows % 2 == 1, "scale": 1.8}
+    n_group, topk_group = groups
+    options = dict(choices=choices, normalised=rows % 2 == 1, scale=1.8, n_group=n_group, topk_group=topk_group)
     outputs = [np.zeros(rows * choices, np.int32) for _ in range(2)]
-    program = many.choose_program(Options(rows, experts, shared=False, **options))
+    program = many.choose_program(rows, Choice(experts, **options))
     chosen, weights = run_program(monkeypatch, program, -(-rows // 8), [logits, bias], outputs)
     expected = reference.choose(jnp.asarray(logits), jnp.asarray(bias), **options)
     np.testing.assert_array_equal(chosen.reshape(rows, choices), expected[0])
@@ -62,10 +66,11 @@ def test_weights_have_a_gradient():
 def test_what_hoppers_kernels_do_not_take():
     from pallas_kernels.routing import mosaic_gpu_many_rows as many
 
-    assert many.why_not(jnp.zeros((256, 64)), jnp.zeros(64), choices=4) is None
-    assert "not 255, 64 and 4" in many.why_not(jnp.zeros((255, 64)), jnp.zeros(64), choices=4)
-    assert "not 256, 40 and 4" in many.why_not(jnp.zeros((256, 40)), jnp.zeros(40), choices=4)
-    assert "not bfloat16" in many.why_not(jnp.zeros((256, 64), jnp.bfloat16), jnp.zeros(64), choices=4)
+    options = {"choices": 4, "normalised": True, "scale": 1.0}
+    assert many.why_not(jnp.zeros((256, 64)), jnp.zeros(64), **options) is None
+    assert "not 255" in many.why_not(jnp.zeros((255, 64)), jnp.zeros(64), **options)
+    assert "not 40 and 4" in many.why_not(jnp.zeros((256, 40)), jnp.zeros(40), **options)
+    assert "not bfloat16" in many.why_not(jnp.zeros((256, 64), jnp.bfloat16), jnp.zeros(64), **options)
     assert many.why_not_sort(jnp.zeros(256, jnp.int32), 64) is None
     assert "not 255 of 64" in many.why_not_sort(jnp.zeros(255, jnp.int32), 64)
     assert "of 1024" in many.why_not_sort(jnp.zeros(256, jnp.int32), 1024)

@@ -57,12 +57,12 @@ def absorbed_queries(product, k_up, cos_sin):
     return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
 
 
-def made(rows, weights="fp8"):
-    given = serving.random_weights(jax.random.key(0), CONFIG, weights=weights)
-    cache = serving.init_cache(CONFIG, SCHEDULE, rows, MAX_LEN, serving.FP8)
-    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, 1, CONFIG.hidden_size)), jnp.bfloat16)
-    positions = make_positions(jnp.arange(rows) % 7, jnp.ones(rows, jnp.int32), 1, CONFIG)
-    return serving.restrict(given, CONFIG, SCHEDULE), x, cache, positions
+def made(rows, weights="fp8", config=CONFIG):
+    given = serving.random_weights(jax.random.key(0), config, weights=weights)
+    cache = serving.init_cache(config, SCHEDULE, rows, MAX_LEN, serving.FP8)
+    x = jnp.asarray(np.random.default_rng(rows).standard_normal((rows, 1, config.hidden_size)), jnp.bfloat16)
+    positions = make_positions(jnp.arange(rows) % 7, jnp.ones(rows, jnp.int32), 1, config)
+    return serving.restrict(given, config, SCHEDULE), x, cache, positions
 
 
 def test_layers_over_few_rows_are_those_in_xla(monkeypatch):
@@ -95,7 +95,8 @@ def test_it_says_what_it_cannot_serve(monkeypatch):
     for rows in (1, 17):
         x_of_rows = jax.ShapeDtypeStruct((rows, 1, CONFIG.hidden_size), jnp.bfloat16)
         assert reason(x=x_of_rows) == f"they take 2 to 16 rows, not {rows}"
-    assert "groups" in reason(config=dataclasses.replace(CONFIG, n_group=4, topk_group=2))
+    groups = dataclasses.replace(CONFIG, n_group=4, topk_group=2)
+    assert reason(config=groups) == "it takes up to 32 groups of experts in multiples of 32, not 4 of 8"
     in_bfloat16 = jax.eval_shape(lambda: made(4, None)[0])
     assert reason(weights=in_bfloat16) == "they read experts in 8 bits, and these are not"
     float32 = jax.eval_shape(lambda: serving.init_cache(CONFIG, SCHEDULE, 4, MAX_LEN, "float32"))
