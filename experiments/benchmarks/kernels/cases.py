@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from pallas_kernels import hopper
 
 L2_BYTES = 50 * 2**20  # of an H100 and an H200
@@ -94,6 +96,23 @@ def on_hopper() -> bool:
 def without(kernel: Callable[..., Any], stages: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
     """The variants of a Case: the kernel with each of these stages left out, by what that is called."""
     return {name: functools.partial(kernel, leave_out=stage) for name, stage in stages.items()}
+
+
+def passes(
+    sizes: Sizes,
+    operation: Callable[..., Any],
+    arguments: Callable[[Sizes, int], Arguments],
+    moved: Callable[[Arguments], float],
+) -> Case:
+    """An operation that is bound by the `moved` bytes of arguments, as one that goes through them once is."""
+    count = moved(arguments(sizes, 0))
+    sets = [arguments(sizes, seed) for seed in sizes.seeds(count)]
+    reference = (functools.partial(operation, implementation="xla"), sets[0], 1) if on_hopper() else None
+    return Case(operation, sets, bytes=count, reference=reference)
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
 def row(

@@ -6,7 +6,17 @@ Published figures are those of one H200 with the L2 cache flushed, by CUDA event
 from __future__ import annotations
 
 from experiments.benchmarks.kernels.cases import Row, Sizes
-from experiments.benchmarks.kernels.rows import indexer_topk, products, quantised, sparse_mla
+from experiments.benchmarks.kernels.rows import (
+    decode_layer,
+    indexer_topk,
+    latent_cache,
+    permuted,
+    products,
+    quantised,
+    routed_mlp,
+    routing,
+    sparse_mla,
+)
 
 # In the order of the report.
 PARTS = (
@@ -17,6 +27,11 @@ PARTS = (
     sparse_mla.decode_attention_rows,
     products.expert_rows,
     quantised.activation_rows,
+    permuted.permuted_rows,
+    latent_cache.latent_cache_rows,
+    routing.routing_rows,
+    routed_mlp.routed_mlp_rows,
+    decode_layer.decode_layer_rows,
 )
 
 
