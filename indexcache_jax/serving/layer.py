@@ -173,15 +173,26 @@ def attention(
         cache = append(cache, latents, None, positions.queries)
     assert indices is not None  # the first layer is F
 
-    return attend(p, x, absorbed, indices, cache, kv_length, c), indices, cache
+    return attend(p, x, absorbed, indices, cache, kv_length, c, positions), indices, cache
 
 
 def attend(
-    p: Layer, x: jax.Array, absorbed: jax.Array, indices: jax.Array, cache: LayerCache, kv_length: int, config: Config
+    p: Layer,
+    x: jax.Array,
+    absorbed: jax.Array,
+    indices: jax.Array,
+    cache: LayerCache,
+    kv_length: int,
+    config: Config,
+    positions: Positions | None = None,
 ) -> jax.Array:
-    """x + the output of attention with absorbed queries [B, S, H, C + dr] to selected latents."""
+    """x + the output of attention with absorbed queries [B, S, H, C + dr] to selected latents.
+
+    positions: of the queries, where the indices are what these select.
+    """
     with jax.named_scope("attend"):
-        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, config)
+        latents = jax.tree.map(lambda x: x[:, :kv_length], cache.latents)
+        context = ops.attend(absorbed, latents, indices, config, positions)
         split = "batch", "queries", "heads"
         heads = sharding.on_each_device(by_head, (split, ("heads",)), split)(context, p.v_up)
         out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")
