@@ -76,7 +76,7 @@ def _absorb(
     With one token a row a single product is cut into its parts. With many tokens the absorbing product leaves room for the
     rope part, which then is written into it: cutting and joining the queries themselves are two passes over them and a
     transposition. Slicing the weights is cheaper too. But a matrix in 8 bits is not cut, since parts of heads begin within its
-    blocks: there the absorbing product takes whole heads, and brings the rope part to its place by a block of ones.
+    blocks: there the absorbing product takes whole heads, and multiplies their rope parts by zeros.
     """
     c, (b, s, _), heads = config, q_latent.shape, k_up.shape[0]
     if s == 1:
@@ -85,14 +85,12 @@ def _absorb(
         product = linear(q_latent, up).reshape(b, s, heads, c.qk_head_dim)
         nope, rope = finish_queries(product, cos_sin, c)
         return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
-    wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
+    wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, c.qk_rope_head_dim if isinstance(up, Scaled) else 0)))
     tokens = jax.tree.map(lambda x: x.reshape(b * s, -1), q_latent)
     if isinstance(up, Scaled):
-        ones = jnp.eye(c.latent_dim, c.qk_rope_head_dim, -c.kv_lora_rank, dtype=k_up.dtype)
-        wide = jnp.concatenate([wide, jnp.broadcast_to(ones, (heads, *ones.shape))], axis=-1)
         product = linear(tokens, up).reshape(b * s, heads, -1)
         absorbed = jnp.einsum("thd,hcd->thc", product, wide).reshape(b, s, heads, -1)
-        rope = absorbed[..., c.kv_lora_rank :]
+        rope = product[..., c.qk_nope_head_dim :].reshape(b, s, heads, -1)
     else:
         matrices = up.reshape(heads, c.qk_head_dim, -1)
         nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
