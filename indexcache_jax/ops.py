@@ -88,19 +88,32 @@ def select(
     return on_each_device(run, inputs, QUERIES)(*arguments)
 
 
-def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, config: Config) -> jax.Array:
+def attend(
+    queries: jax.Array,
+    latents: jax.Array | quant.Latents,
+    indices: jax.Array,
+    config: Config,
+    positions: Positions | None = None,
+) -> jax.Array:
     """Attention of absorbed queries [B, S, H, C + dr] to the selected latents [B, T, C + dr]: context [B, S, H, C].
 
-    indices [B, S, k] int32, -1 for none.
+    indices [B, S, k] int32, -1 for none. positions: where `select` made the indices from these, which tell how many a list has.
     """
 
-    def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, return_lse: bool = False) -> Any:
+    def attend(
+        queries: jax.Array,
+        latents: jax.Array | quant.Latents,
+        indices: jax.Array,
+        lengths: jax.Array | None = None,
+        return_lse: bool = False,
+    ) -> Any:
         return pallas_kernels.sparse_mla(
             queries,
             latents,
             indices,
             scale=config.attention_scale,
             value_dim=config.kv_lora_rank,
+            lengths=lengths,
             return_lse=return_lse,
         )
 
@@ -109,6 +122,10 @@ def attend(queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.
     run: Callable[..., jax.Array] = attend
     if devices is not None:
         cached, run = TOKENS, functools.partial(split_cache.attend, functools.partial(attend, return_lse=True), devices)
+    elif positions is not None:
+        visible = jnp.minimum(positions.queries + 1, positions.kv_lengths[:, None])
+        lengths = jnp.clip(visible, 0, min(indices.shape[2], latents.shape[1])).astype(jnp.int32)
+        return on_each_device(run, (HEADS, cached, QUERIES, QUERIES), HEADS)(queries, latents, indices, lengths)
     return on_each_device(run, (HEADS, cached, QUERIES), HEADS)(queries, latents, indices)
 
 

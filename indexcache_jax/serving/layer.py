@@ -76,7 +76,7 @@ def _absorb(
     With one token a row a single product is cut into its parts. With many tokens the absorbing product leaves room for the
     rope part, which then is written into it: cutting and joining the queries themselves are two passes over them and a
     transposition. Slicing the weights is cheaper too. But a matrix in 8 bits is not cut, since parts of heads begin within its
-    blocks: there the absorbing product takes whole heads, and brings the rope part to its place by a block of ones.
+    blocks: there the absorbing product takes whole heads, and multiplies their rope parts by zeros.
     """
     c, (b, s, _), heads = config, q_latent.shape, k_up.shape[0]
     if s == 1:
@@ -85,14 +85,12 @@ def _absorb(
         product = linear(q_latent, up).reshape(b, s, heads, c.qk_head_dim)
         nope, rope = finish_queries(product, cos_sin, c)
         return jnp.concatenate([by_head(nope, k_up), rope], axis=-1)
-    wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, 0)))
+    wide = jnp.pad(k_up, ((0, 0), (0, c.qk_rope_head_dim), (0, c.qk_rope_head_dim if isinstance(up, Scaled) else 0)))
     tokens = jax.tree.map(lambda x: x.reshape(b * s, -1), q_latent)
     if isinstance(up, Scaled):
-        ones = jnp.eye(c.latent_dim, c.qk_rope_head_dim, -c.kv_lora_rank, dtype=k_up.dtype)
-        wide = jnp.concatenate([wide, jnp.broadcast_to(ones, (heads, *ones.shape))], axis=-1)
         product = linear(tokens, up).reshape(b * s, heads, -1)
         absorbed = jnp.einsum("thd,hcd->thc", product, wide).reshape(b, s, heads, -1)
-        rope = absorbed[..., c.kv_lora_rank :]
+        rope = product[..., c.qk_nope_head_dim :].reshape(b, s, heads, -1)
     else:
         matrices = up.reshape(heads, c.qk_head_dim, -1)
         nope = linear(tokens, matrices[:, : c.qk_nope_head_dim].reshape(-1, tokens.shape[1]))
@@ -173,15 +171,26 @@ def attention(
         cache = append(cache, latents, None, positions.queries)
     assert indices is not None  # the first layer is F
 
-    return attend(p, x, absorbed, indices, cache, kv_length, c), indices, cache
+    return attend(p, x, absorbed, indices, cache, kv_length, c, positions), indices, cache
 
 
 def attend(
-    p: Layer, x: jax.Array, absorbed: jax.Array, indices: jax.Array, cache: LayerCache, kv_length: int, config: Config
+    p: Layer,
+    x: jax.Array,
+    absorbed: jax.Array,
+    indices: jax.Array,
+    cache: LayerCache,
+    kv_length: int,
+    config: Config,
+    positions: Positions | None = None,
 ) -> jax.Array:
-    """x + the output of attention with absorbed queries [B, S, H, C + dr] to selected latents."""
+    """x + the output of attention with absorbed queries [B, S, H, C + dr] to selected latents.
+
+    positions: of the queries, where the indices are what these select.
+    """
     with jax.named_scope("attend"):
-        context = ops.attend(absorbed, jax.tree.map(lambda x: x[:, :kv_length], cache.latents), indices, config)
+        latents = jax.tree.map(lambda x: x[:, :kv_length], cache.latents)
+        context = ops.attend(absorbed, latents, indices, config, positions)
         split = "batch", "queries", "heads"
         heads = sharding.on_each_device(by_head, (split, ("heads",)), split)(context, p.v_up)
         out = linear(heads.reshape(*x.shape[:2], -1), p.out, inputs="heads")

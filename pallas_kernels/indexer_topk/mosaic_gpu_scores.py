@@ -41,6 +41,7 @@ from jaxlib.mlir.dialects import vector
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import ptx
+from pallas_kernels.indexer_topk import mosaic_gpu_scores_columns as of_codes
 from pallas_kernels.indexer_topk import mosaic_gpu_scores_epilogue as epilogue
 from pallas_kernels.indexer_topk.mosaic_gpu_select_problem import BLOCK
 
@@ -515,16 +516,10 @@ def scores(
     """
     (b, s, heads, _), t = queries.shape, keys.shape[1]
     config = config or default_config(b, s, heads, t, queries.dtype)
-    if config.saturate:  # saturation makes 0 of a NaN
-        is_nan = jnp.any(lax.bitcast_convert_type(queries, jnp.uint8) & 0x7F == 0x7F, axis=-1)
-        head_weights = jnp.where(is_nan, jnp.nan, head_weights)
     kernel = _kernel(Problem(b, s, heads, t, queries.dtype, take_all, config))
-    arguments = (
-        epilogue.in_columns(queries, config.queries, config.tiles),
-        keys,
-        epilogue.in_columns(head_weights, config.queries, config.tiles),
-        q_positions,
-        kv_lengths,
-        *((key_scales,) if key_scales is not None else ()),
-    )
-    return kernel(*arguments)
+    if config.saturate:  # makes 0 of a NaN, so that the weights have to say where one is
+        queries, head_weights = of_codes.in_columns(queries, head_weights, config.queries, config.tiles)
+    else:
+        queries, head_weights = (epilogue.in_columns(x, config.queries, config.tiles) for x in (queries, head_weights))
+    scales = () if key_scales is None else (key_scales,)
+    return kernel(queries, keys, head_weights, q_positions, kv_lengths, *scales)

@@ -19,8 +19,15 @@ from pallas_kernels.sparse_mla import gradient, reference
 
 
 def _reference(
-    queries: jax.Array, latents: jax.Array | quant.Latents, indices: jax.Array, *, return_lse: bool, **options: Any
+    queries: jax.Array,
+    latents: jax.Array | quant.Latents,
+    indices: jax.Array,
+    *,
+    lengths: jax.Array | None,
+    return_lse: bool,
+    **options: Any,
 ) -> Any:
+    del lengths  # every entry is looked at
     if isinstance(latents, quant.Latents) or return_lse:
         return reference.sparse_mla(queries, latents, indices, **options, return_lse=return_lse)
     return gradient.differentiable(reference.sparse_mla)(queries, latents, indices, options["scale"], options["value_dim"])
@@ -41,6 +48,7 @@ def sparse_mla(
     *,
     scale: float,
     value_dim: int,
+    lengths: jax.Array | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Any:
@@ -53,6 +61,8 @@ def sparse_mla(
       indices: [B, S, k] int32 positions in T; -1 marks an empty entry. The caller makes them causal.
       scale: of the logits.
       value_dim: C.
+      lengths: [B, S] int32, where the caller knows how many entries of a query's list come before its empty tail: entries from
+        there on must be -1. A kernel then need not read the lists to find out; None where it has to.
       implementation: None picks the best for the backend; "mosaic_tpu" is for TPUs, "mosaic_gpu" for Hopper, "triton" for
         older GPUs, "xla" runs anywhere and is the reference.
       return_lse: also give the log-sum-exp of the logits, which attention to parts of the latents is merged by. For inference.
@@ -70,6 +80,8 @@ def sparse_mla(
         raise ValueError(f"sparse_mla: expected queries [B, S, H, C+R], latents [B, T, C+R], indices [B, S, k], got {shapes}")
     if (queries.shape[0], queries.shape[3]) != (latents.shape[0], latents.shape[2]) or queries.shape[:2] != indices.shape[:2]:
         raise ValueError(f"sparse_mla: B, S or C+R differ between {shapes}")
+    if lengths is not None and lengths.shape != indices.shape[:2]:
+        raise ValueError(f"sparse_mla: lengths must be {indices.shape[:2]}, one a query, got {lengths.shape}")
     if not 1 <= value_dim <= latents.shape[2]:
         raise ValueError(f"sparse_mla: value_dim {value_dim} is not between 1 and the latents' width {latents.shape[2]}")
     if isinstance(latents, quant.Latents):
@@ -94,5 +106,6 @@ def sparse_mla(
         indices.astype(jnp.int32),
         scale=scale,
         value_dim=value_dim,
+        lengths=lengths,
         return_lse=return_lse,
     )

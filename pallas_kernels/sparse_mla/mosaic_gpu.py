@@ -40,6 +40,7 @@ def why_not(
     *,
     scale: float,
     value_dim: int,
+    lengths: jax.Array | None = None,
     return_lse: bool = False,
 ) -> str | None:
     if reason := hopper.why_not():
@@ -110,6 +111,11 @@ def blocks_to_visit(indices: jax.Array, size: int) -> jax.Array:
     return jnp.max(jnp.where(indices >= 0, block, 1), axis=1)
 
 
+def blocks_of(lengths: jax.Array, size: int) -> jax.Array:
+    """lengths [lists] int32 of lists that are set up to there -> [lists] int32, as `blocks_to_visit` of the lists."""
+    return jnp.maximum(1, (lengths + size - 1) // size)
+
+
 def _in_blocks(indices: jax.Array, size: int) -> jax.Array:
     """[lists, k] -> [lists, blocks * size], filled up with -1."""
     return jnp.pad(indices, ((0, 0), (0, -indices.shape[1] % size)), constant_values=-1)
@@ -131,8 +137,10 @@ def _one_by_one(queries: jax.Array, latents: jax.Array, indices: jax.Array, *, s
     return mosaic_gpu_few_heads.attend(*flat, tasks, scale=scale).reshape(b, s, h, VALUE_DIM)
 
 
-def _in_8_bits(queries: jax.Array, latents: quant.Latents, indices: jax.Array, *, scale: float) -> jax.Array:
-    """`forward` for latents in 8 bits."""
+def _in_8_bits(
+    queries: jax.Array, latents: quant.Latents, indices: jax.Array, lengths: jax.Array | None, *, scale: float
+) -> jax.Array:
+    """`forward` for latents in 8 bits; lengths [B, S] of the lists, None where they are not known."""
     from pallas_kernels.hopper.columns import KEYS
     from pallas_kernels.sparse_mla import mosaic_gpu_scaled
     from pallas_kernels.sparse_mla import mosaic_gpu_scaled_tasks as scaled
@@ -142,7 +150,12 @@ def _in_8_bits(queries: jax.Array, latents: quant.Latents, indices: jax.Array, *
     blocks = lists.shape[1] // KEYS
     splits = scaled.splits_of(b * s * -(-h // scaled.MAX_COLUMNS), blocks)
     # A decode step has full lists or short contexts, and another kernel would cost more than it saves.
-    counts = blocks_to_visit(lists, KEYS) if s > 1 and splits == 1 else None
+    if s == 1 or splits > 1:
+        counts = None
+    elif lengths is not None:
+        counts = blocks_of(lengths.reshape(-1), KEYS)
+    else:
+        counts = blocks_to_visit(lists, KEYS)
     tasks = scaled.Tasks(b, s, h, t, blocks, splits)
     codes, rotary, scales = (x.reshape(b * t, *x.shape[2:]) for x in (latents.codes, latents.rotary, latents.scales))
     flat = queries.reshape(b * s * h, width), codes, rotary, scales, lists, counts
@@ -204,10 +217,11 @@ def sparse_mla(
     *,
     scale: float,
     value_dim: int,
+    lengths: jax.Array | None = None,
     return_lse: bool = False,  # `why_not` refuses it
 ) -> jax.Array:
     if isinstance(latents, quant.Latents):
-        return _in_8_bits(queries, latents, indices, scale=scale)
+        return _in_8_bits(queries, latents, indices, lengths, scale=scale)
     from pallas_kernels.sparse_mla import mosaic_gpu_gradient
 
     return gradient.differentiable(forward, mosaic_gpu_gradient.pull)(queries, latents, indices, scale, value_dim)

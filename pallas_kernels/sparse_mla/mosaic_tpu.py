@@ -50,6 +50,7 @@ def why_not(
     *,
     scale: float,
     value_dim: int,
+    lengths: jax.Array | None = None,
     return_lse: bool = False,
 ) -> str | None:
     if reason := tpu.why_not():
@@ -403,6 +404,7 @@ def sparse_mla(
     *,
     scale: float,
     value_dim: int,
+    lengths: jax.Array | None = None,  # the lists themselves are read
     return_lse: bool = False,
 ) -> Any:
     if isinstance(latents, quant.Latents):

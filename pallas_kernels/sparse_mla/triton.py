@@ -35,6 +35,7 @@ def why_not(
     *,
     scale: float,
     value_dim: int,
+    lengths: jax.Array | None = None,
     return_lse: bool = False,
 ) -> str | None:
     if device.platform() != "gpu":
@@ -122,6 +123,7 @@ def sparse_mla(
     *,
     scale: float,
     value_dim: int,
+    lengths: jax.Array | None = None,  # the lists themselves are read
     return_lse: bool = False,  # `why_not` refuses it
 ) -> jax.Array:
     if isinstance(latents, quant.Latents):

@@ -233,6 +233,7 @@ def eight_bits(**parts):
         (dict(latents=jnp.zeros((2, 8, 24))), "differ"),
         (dict(indices=jnp.zeros((1, 3, 4), jnp.int32)), "differ"),
         (dict(value_dim=25), "value_dim 25"),
+        (dict(lengths=jnp.zeros((2, 1), jnp.int32)), r"lengths must be \(1, 2\)"),
         (dict(latents=jnp.zeros((1, 8, 24), jnp.float8_e4m3fn)), "have scales"),
         (dict(latents=eight_bits(codes=jnp.zeros((1, 8, 16)))), "not float32, bfloat16, float32"),
         (dict(latents=eight_bits(scales=jnp.zeros((1, 9)))), "of different tokens"),
@@ -250,6 +251,13 @@ def test_wrong_arguments_are_named(change, message):
     )
     with pytest.raises(ValueError, match=message):
         sparse_mla(**(good | change))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_lengths_tell_hoppers_kernels_what_the_lists_would(size):
+    lengths, k = np.array([0, 1, 63, 64, 65, 128, 150, 200], np.int32), 200
+    lists = np.where(np.arange(k) < lengths[:, None], np.arange(k), -1)
+    np.testing.assert_array_equal(mosaic_gpu.blocks_of(lengths, size), mosaic_gpu.blocks_to_visit(lists, size))
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="they may serve there")

@@ -58,6 +58,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "through all schedules, as far as --
 _FULL = flags.DEFINE_list("full_lengths", [], "lengths at which the full cache is measured too; default all of --lengths")
 _ROWS = flags.DEFINE_integer("full_rows", 0, "rows of the full cache; default as many as fit", lower_bound=0)
 _RUN = flags.DEFINE_integer("token_run", 1, "times that each random token of a prompt stands in a row: neighbours select alike")
+_KERNEL_BY_KERNEL = flags.DEFINE_bool(
+    "kernel_by_kernel", False, "prefill also with its kernels launched one by one, in turn with the usual CUDA graphs of them"
+)
 _PRICE = flags.DEFINE_float("gpu_hour_price", 3.0, "of one device, for the cost of a million tokens", lower_bound=0)
 
 # What --schedule and --chunk are by default.
@@ -196,7 +199,7 @@ def measure(given: Inputs, reporter: Reporter, deadline: float, seed: int) -> Ro
     bench.compile(_ROWS.value)
     seconds = reporter.about["seconds_to_compile"] = round(time.perf_counter() - start, 1)
     print(f"{len(bench.decode_one) + len(bench.decode_full)} decode programs, {seconds} s", flush=True)
-    measured = Rounds(bench, given.prompt, deadline, reporter.price, reporter.write)
+    measured = Rounds(bench, given.prompt, deadline, reporter.price, reporter.write, _KERNEL_BY_KERNEL.value)
     reporter.about["rounds"] = measured.run(given.rounds)
     if not any(row.prefill for row in measured.rows.values()):
         raise ValueError(f"--time_limit={options.seconds_to_spend(SECONDS):g}: over before the first prefill")

@@ -45,9 +45,16 @@ class Rounds:
     """The rounds of a run, and the rows they fill. update: called with this object whenever a row has changed."""
 
     def __init__(
-        self, bench: Bench, prompt: np.ndarray, deadline: float, price: float, update: Callable[[Rounds], None]
+        self,
+        bench: Bench,
+        prompt: np.ndarray,
+        deadline: float,
+        price: float,
+        update: Callable[[Rounds], None],
+        kernel_by_kernel: bool = False,
     ) -> None:
         self.bench, self.deadline, self.price, self.update = bench, deadline, price, update
+        self.kernel_by_kernel = kernel_by_kernel
         self.rows = {(p, n): Row(p, n) for p in bench.weights for n in bench.sizes.lengths}
         for (pattern, length), row in self.rows.items():
             row.cache_bytes = int(bench.bytes_per_token(pattern) * length * bench.model.scale)
@@ -62,7 +69,12 @@ class Rounds:
         return self.prompt[:, end - self.bench.sizes.chunk : end]
 
     def one_schedule(self, pattern: str, first: bool) -> None:
-        """A prefill with its decodes; in the first round the full cache too."""
+        """A prefill with its decodes, and where asked for one without CUDA graphs; in the first round the full cache too."""
+        if self.kernel_by_kernel:
+            if first:
+                self.launch_one_by_one(pattern, self.bench.sizes.chunk)  # compiles the programs
+            row = self.rows[pattern, self.bench.sizes.lengths[-1]]
+            row.kernel_by_kernel.append(self.launch_one_by_one(pattern, row.length))
         cache = self.prefill(pattern)
         if first:
             stats = jax.devices()[0].memory_stats() or {}
@@ -88,6 +100,17 @@ class Rounds:
                 cache = self.decode_one(row, cache)
                 self.show(row)
         return cache
+
+    def launch_one_by_one(self, pattern: str, length: int) -> float:
+        """Seconds of a prefill of so many tokens whose kernels are launched one by one, as `prefill` times it otherwise."""
+        bench, total = self.bench, 0.0
+        cache = bench.cache(pattern, 1, bench.sizes.max_len)
+        for end in range(bench.sizes.chunk, length + 1, bench.sizes.chunk):
+            began = time.perf_counter()
+            logits, cache = bench.prefill_chunk(pattern, self.chunk_at(end), cache, profiled_layer)
+            logits.block_until_ready()
+            total += time.perf_counter() - began
+        return total
 
     def decode_one(self, row: Row, cache: serving.Cache) -> serving.Cache:
         bench, times = self.bench, []

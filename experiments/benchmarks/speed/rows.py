@@ -37,6 +37,7 @@ class Row:
     pattern: str
     length: int
     prefill: list[float] = dataclasses.field(default_factory=list)
+    kernel_by_kernel: list[float] = dataclasses.field(default_factory=list)  # prefill without CUDA graphs, where asked for
     step: list[float] = dataclasses.field(default_factory=list)
     full_step: float | None = None
     full_rows: int = 0
@@ -62,6 +63,7 @@ def record(row: Row, model: Model, price: float) -> dict[str, Any]:
         "scaled": model.scale != 1,
         "prefill_seconds": prefill,
         "prefill_rounds": [t * model.scale for t in row.prefill],
+        "prefill_kernel_by_kernel_rounds": [t * model.scale for t in row.kernel_by_kernel],
         "decode_one": one,
         "decode_one_rounds": [1 / (t * model.scale) for t in row.step],
         "decode_full": full,

@@ -17,7 +17,7 @@ from experiments.benchmarks.speed.bench import MARGIN, ROWS_WITHOUT_MEMORY_FIGUR
 from experiments.benchmarks.speed.models import SEARCHED, model
 from experiments.benchmarks.speed.rounds import PAIRS, Rounds, neighbours_overlap, random_prompt
 from experiments.benchmarks.speed.rows import PUBLISHED, PUBLISHED_LENGTHS, Row, published, record
-from experiments.benchmarks.speed.tables import HEADER, cells, savings, shares_table
+from experiments.benchmarks.speed.tables import HEADER, cells, notes, savings, shares_table
 from experiments.common import inputs
 from indexcache_jax import serving
 from indexcache_jax.schedule import Schedule
@@ -217,6 +217,29 @@ def test_the_layer_that_is_profiled_computes_the_same():
     expected, _ = bench.prefill_chunk("all F", tokens, empty())
     logits, _ = bench.prefill_chunk("all F", tokens, empty(), profiled_layer)
     np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_prefill_without_graphs_is_timed_in_turn(monkeypatch):
+    measured = demo_run([64, 128])
+    measured.kernel_by_kernel = True
+    layers = []
+
+    def chunk(pattern, tokens, cache, layer=None):
+        layers.append(layer)
+        return jnp.zeros((1, 8)), cache
+
+    monkeypatch.setattr(measured.bench, "prefill_chunk", chunk)
+    monkeypatch.setattr(measured, "decode_one", lambda row, cache: cache)
+    monkeypatch.setattr(measured, "decode_full", lambda *_: None)
+    for first in (True, False):
+        measured.one_schedule("all F", first)
+    one_by_one, graphs = [profiled_layer] * 2, [None] * 2
+    assert layers == [profiled_layer, *one_by_one, *graphs, *one_by_one, *graphs]  # the first of all compiles
+    found = record(measured.rows["all F", 128], model("demo", 2), 3.0)
+    assert len(found["prefill_kernel_by_kernel_rounds"]) == len(found["prefill_rounds"]) == 2
+    (note,) = notes(found)
+    assert note.startswith("prefill with its kernels launched one by one") and notes(found | {"notes": ["a"]}) == ["a", note]
+    assert notes(record(Row("all F", 64), model("demo", 2), 3.0)) == []
 
 
 def test_tokens_of_a_prompt_stand_in_runs():
