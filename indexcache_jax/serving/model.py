@@ -194,6 +194,8 @@ def prefill(
     check_cache(cache, tokens.shape[0], config, schedule)
     lengths = jnp.asarray(arguments.lengths(lengths, *tokens.shape), jnp.int32)
     _check_room(cache, lengths)
+    if tokens.shape[1] == 1:  # the cache drops no single token, and in a row of length 0 this one is padding
+        tokens = jnp.pad(jnp.asarray(tokens), ((0, 0), (0, 1)))
     layer = run_layer_in_place if donate else run_layer
     x, cache = prefill_chunk(weights, jnp.asarray(tokens), lengths, cache, config, layer=layer)
     return last_logits(weights, last_hidden(x, lengths, jnp.zeros_like(x[:, 0])), config), cache
