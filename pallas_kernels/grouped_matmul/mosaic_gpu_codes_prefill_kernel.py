@@ -1,7 +1,8 @@
 """The kernel of mosaic_gpu_codes_prefill, where its algorithm is told: what the three warpgroups of a block do.
 
-One copies, by `Work` of mosaic_gpu_prefill; each of the two others multiplies a half of a tile's rows and stores the result: by
-way of shared memory, or where it is an activation (`gated`) straight from registers, whose shared memory the stages then have.
+One copies, by `Work` of mosaic_gpu_prefill_kernel; each of the two others multiplies a half of a tile's rows and stores the
+result: by way of shared memory, or where it is an activation (`gated`) straight from registers, whose shared memory the stages
+then have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import mosaic_gpu_registers as registers
 from pallas_kernels.grouped_matmul.mosaic_gpu_codes_prefill import BLOCK_K, CODES, PIECE, WAVE, WAVES, Problem
-from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF, REGISTERS, Work
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill_kernel import REGISTERS, Work
 from pallas_kernels.quant import Scaled, row_scales
 
 
