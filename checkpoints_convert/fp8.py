@@ -52,16 +52,25 @@ def dequantise(codes: np.ndarray, scale: np.ndarray, first_row: int, block: tupl
     return values
 
 
-def quantise(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+def scales_are_powers_of_two(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a quantization_config says so (scale_fmt ue8m0): engines may then keep a scale's exponent alone."""
+    return quantization is not None and quantization.get("scale_fmt") == "ue8m0"
+
+
+def quantise(values: np.ndarray, name: str, powers_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """e4m3 codes and float32 scales of float32 rows [n, in] that begin with a block: as `quant.quantise_matrix` does.
 
-    ValueError, with the name of the tensor that they are of, where some are NaN or infinite: they would spoil their block.
+    powers_of_two: scales are rounded up to powers of two. ValueError, with the name of the tensor that the rows are of, where
+    some numbers are NaN or infinite: they would spoil their block.
     """
     rows, columns = (np.arange(0, size, BLOCK) for size in values.shape)
     largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), rows, axis=0), columns, axis=1)
     if not np.isfinite(largest).all():
         raise ValueError(f"tensor {name}: holds NaN or infinity, which cannot be written in FP8")
     scales = np.where(largest == 0, np.float32(1), largest / np.float32(E4M3_MAX))
+    if powers_of_two:
+        mantissas, exponents = np.frexp(scales)
+        scales = np.ldexp(np.float32(1), exponents - (mantissas == 0.5))
     codes = np.empty(values.shape, ml_dtypes.float8_e4m3fn)
     for scale, row in zip(scales, rows, strict=True):
         block = values[row : row + BLOCK] / np.repeat(scale, BLOCK)[: values.shape[1]]

@@ -142,7 +142,8 @@ class Recoded:
     def _quantise(self, name: str, rows: Bounds, columns: Bounds) -> tuple[np.ndarray, np.ndarray]:
         """Codes and float32 scales of a region of whole blocks of a matrix that is held decoded."""
         shape = self.stored.matrix(name)
-        codes, scales = fp8.quantise(self._read(as_stored(name, shape), "weights", rows, columns, np.float32), name)
+        decoded = self._read(as_stored(name, shape), "weights", rows, columns, np.float32)
+        codes, scales = fp8.quantise(decoded, name, fp8.scales_are_powers_of_two(self.stored.quantization))
         known = self._quantised.setdefault(name, np.full(fp8.scale_shape(shape, fp8.DEFAULT_BLOCK), np.nan, np.float32))
         known[_blocks(rows, columns)] = scales
         return codes, scales

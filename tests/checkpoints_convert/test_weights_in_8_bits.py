@@ -150,6 +150,9 @@ def test_indexers_trained_on_a_base_in_8_bits_are_quantised_when_written(tmp_pat
     assert isinstance(base.attention.out, Scaled) and base.indexer.queries.dtype == jnp.float32
     save(tmp_path / "out", base, config, schedule)
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)  # nothing was trained
+    save(tmp_path / "beside", base, config, schedule, companions_of=source)  # whose config.json says ue8m0
+    scales = [e.rows(0, e.shape[0]) for name, e in read_directory(tmp_path / "beside").items() if "wk.weight_scale" in name]
+    assert scales and all(np.all(np.frexp(x)[0] == 0.5) for x in scales)
 
 
 def test_layers_one_at_a_time(checkpoint):
