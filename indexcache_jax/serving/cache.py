@@ -65,7 +65,13 @@ class Cache:
 
     @property
     def max_len(self) -> int:
+        """T, the tokens that a row has room for."""
         return self.layers[0].latents.shape[1]
+
+    @property
+    def format(self) -> CacheFormat:
+        """The dtypes that it is kept in."""
+        return CacheFormat(self.layers[0].latents.dtype, self.layers[0].index_keys.dtype)  # layer 0 is F
 
 
 def abstract(config: Config, schedule: Schedule, batch: int, max_len: int, dtype: Any | CacheFormat = jnp.bfloat16) -> Cache:

@@ -239,10 +239,17 @@ def _check_options(rows: int, stop_tokens: Any, cache_len: Any, ids: Any, chunk:
         arguments.integer("ids", number, -arguments.INT32_MAX - 1, arguments.INT32_MAX)
 
 
-def _document_tokens(document: Sequence[int] | Cache, config: Config, schedule: Schedule) -> int:
-    """How many tokens a document has, or the cache of one, once it is seen to be one."""
+def _document_tokens(
+    document: Sequence[int] | Cache, config: Config, schedule: Schedule, cache_format: CacheFormat | None
+) -> int:
+    """How many tokens a document has, or the cache of one, once it is checked.
+
+    cache_format: what the rows' caches are to be kept in. ValueError where a document's cache is kept in another one.
+    """
     if isinstance(document, Cache):
         check_cache(document, 1, config, schedule)
+        if cache_format is not None and document.format != cache_format:
+            raise ValueError(f"cache_format: {cache_format}, but the document's cache has {document.format}")
         return int(document.lengths[0])
     if arguments.is_text(document) or not hasattr(document, "__len__") or len(document):
         _check("document", document, config)
@@ -336,7 +343,7 @@ def generate(
       ending: ends rows by what else their tokens are, such as the text that they decode to.
       cache_len: tokens a row has room for, at least those of the document, the longest prompt and the most new ones;
         default that.
-      cache_format: what the cache is kept in; default the dtype of the weights.
+      cache_format: what the cache is kept in; default that of the document's cache, else the dtype of the weights.
       document: tokens before every prompt. They are prefilled once and their cache is copied to every row; a caller with
         several batches does it once for all with `prefill_document`, whose cache stays as it is.
       ids: the numbers that requests are drawn by; default their indices in `prompts`.
@@ -361,7 +368,7 @@ def generate(
     if rows == 0:
         return []
     check_prompts(prompts, config)
-    before, longest, most = _document_tokens(document, config, schedule), max(map(len, prompts)), max(limits)
+    before, longest, most = _document_tokens(document, config, schedule, cache_format), max(map(len, prompts)), max(limits)
     cache_len = _room_for(before, longest, most, cache_len, config)
     check_prompts(prompts, config, cache_len - most - before)
     weights = weights_for(params, config, schedule)
