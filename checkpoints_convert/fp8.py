@@ -8,7 +8,7 @@ it `weight_scale_inv`. Blocks are cut from the top left, so the last ones may be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -78,14 +78,16 @@ def quantise(values: np.ndarray, name: str, powers_of_two: bool = False) -> tupl
     return codes, scales
 
 
-def config_of(config: Config) -> dict[str, Any]:
+def config_of(config: Config, copied: Iterable[str] = ()) -> dict[str, Any]:
     """The quantization_config of a checkpoint whose matrices are quantised here.
 
-    It names what stays as it is beside embedding and norms, for engines that would look for scales of every matrix.
+    It names what stays as it is beside embedding and norms, for engines that would look for scales of every matrix. copied:
+    the names of stored matrices that are no part of the model, such as those of multi-token prediction, and not in FP8.
     """
     layers = range(config.num_layers)
     kept = [f"model.layers.{i}.mlp.gate" for i in config.expert_layers]
     kept += [f"model.layers.{i}.self_attn.indexer.weights_proj" for i in layers]
+    kept += [name.removesuffix(".weight") for name in copied]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -318,7 +318,10 @@ def _write(
     tree = abstract(config, schedule, new.weights)
     checkpoint.check(tree)
     dtypes = {path: _written_dtype(checkpoint, tensor, new.dtype, new.weights) for path, tensor in leaves(tree)}
-    quantization = None if new.weights is None else checkpoint.stored.quantization or fp8.config_of(config)
+    quantization = None
+    if new.weights is not None:
+        copied = [spec.name for spec, _ in new.copies if len(spec.shape) == 2 and spec.dtype != "F8_E4M3"]
+        quantization = checkpoint.stored.quantization or fp8.config_of(config, copied)
     fields = written_fields(config, schedule, dtypes["embedding"].name, new.mtp_layers, new.origin, quantization)
     with new_directory(new.directory) as partial:
         if new.format == "orbax":

@@ -172,6 +172,17 @@ def test_copies_keep_their_codes(tmp_path):
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)
 
 
+def test_copies_in_16_bits_beside_quantised_matrices_are_named(tmp_path):
+    """Engines look for the scales of every matrix that quantization_config does not name."""
+    numbers = files.quantised(RAGGED)[1]
+    mtp = {name.replace("layers.2.", "layers.3."): tensor for name, tensor in numbers.items() if "layers.2." in name}
+    source = files.write_checkpoint(tmp_path / "hf", files.config_fields(RAGGED), numbers | mtp)
+    convert(source, tmp_path / "out", format="safetensors", weights="fp8", keep_mtp=True)
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    matrices = {name.removesuffix(".weight") for name, tensor in mtp.items() if tensor.ndim == 2}
+    assert matrices <= set(named) and "model.layers.2.self_attn.o_proj" not in named
+
+
 def test_scales_of_several_types_become_float32(tmp_path):
     stored, numbers = files.quantised(RAGGED)
     name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
