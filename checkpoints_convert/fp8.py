@@ -20,6 +20,7 @@ from pallas_kernels.quant import BLOCK, E4M3_MAX
 
 SUFFIX = SCALES
 DEFAULT_BLOCK = (BLOCK, BLOCK)
+_LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "ignore")  # fields that list what is not in FP8
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # a table is five times faster
 
 
@@ -78,20 +79,34 @@ def quantise(values: np.ndarray, name: str, powers_of_two: bool = False) -> tupl
     return codes, scales
 
 
-def config_of(config: Config, copied: Iterable[str] = ()) -> dict[str, Any]:
-    """The quantization_config of a checkpoint whose matrices are quantised here.
+def config_of(config: Config, copied: Iterable[str] = (), origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The quantization_config of a checkpoint whose matrices are all in FP8, of which some were quantised here.
 
     It names what stays as it is beside embedding and norms, for engines that would look for scales of every matrix. copied:
     the names of stored matrices that are no part of the model, such as those of multi-token prediction, and not in FP8.
+    origin: the quantization_config of the checkpoint that it comes from, whose other fields are kept.
     """
     layers = range(config.num_layers)
     kept = [f"model.layers.{i}.mlp.gate" for i in config.expert_layers]
     kept += [f"model.layers.{i}.self_attn.indexer.weights_proj" for i in layers]
     kept += [name.removesuffix(".weight") for name in copied]
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(DEFAULT_BLOCK),
-        "modules_to_not_convert": ["lm_head", *kept],
-    }
+    if origin is None:
+        origin = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(DEFAULT_BLOCK),
+        }
+    field = "ignore" if origin.get("quant_method") == "compressed-tensors" else _LEFT_OUT[0]
+    return {name: value for name, value in origin.items() if name not in _LEFT_OUT} | {field: ["lm_head", *kept]}
+
+
+def leaves_out(quantization: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a quantization_config says of any of these stored matrices, or of what they are parts of, that it is not in FP8.
+
+    An entry that is a pattern ("re:...") counts as one that does.
+    """
+    lists = [value for name in _LEFT_OUT if isinstance(value := quantization.get(name), list)]
+    entries = [entry for entries in lists for entry in entries if isinstance(entry, str)]
+    modules = [f".{name.removesuffix('.weight')}." for name in names]
+    return bool(modules) and any(entry.startswith("re:") or any(f".{entry}." in m for m in modules) for entry in entries)

@@ -183,6 +183,21 @@ def test_copies_in_16_bits_beside_quantised_matrices_are_named(tmp_path):
     assert matrices <= set(named) and "model.layers.2.self_attn.o_proj" not in named
 
 
+def test_what_was_left_in_16_bits_and_is_quantised_is_no_longer_named(tmp_path):
+    stored, numbers = files.quantised(RAGGED)
+    name = "model.layers.0.self_attn.indexer.wk.weight"
+    del stored[f"{name}_scale_inv"]
+    left_out = {"modules_to_not_convert": ["lm_head", "model.layers.0.self_attn.indexer"]}
+    fields = files.config_fields(RAGGED, quantization_config=QUANTISATION | left_out)
+    source = files.write_checkpoint(tmp_path / "hf", fields, stored | {name: numbers[name].astype(ml_dtypes.bfloat16)})
+    convert(source, tmp_path / "out", format="safetensors")
+    assert read_directory(tmp_path / "out")[name].dtype == "F8_E4M3"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    named = written.pop("modules_to_not_convert")
+    assert written == QUANTISATION and "model.layers.0.self_attn.indexer.weights_proj" in named
+    assert not any("wk" in module or module.endswith("indexer") for module in named)
+
+
 def test_scales_of_several_types_become_float32(tmp_path):
     stored, numbers = files.quantised(RAGGED)
     name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
