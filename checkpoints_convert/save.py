@@ -282,7 +282,10 @@ def convert(
         Origin(checkpoint.fields, checkpoint.config),
         mtp_layers,
     )
-    _write(new, Recoded(checkpoint), checkpoint.config, schedule, progress)
+    recoded = Recoded(checkpoint)
+    if form is not None:
+        report += recoded.notes(abstract(checkpoint.config, schedule, form))
+    _write(new, recoded, checkpoint.config, schedule, progress)
     return report
 
 
@@ -333,9 +336,7 @@ def _quantization(
 ) -> dict[str, Any]:
     """The quantization_config of a tree in 8 bits: the checkpoint's own, unless that leaves out what is quantised here."""
     origin = checkpoint.stored.quantization
-    in_codes = (tensor for _, tensor in leaves(tree) if tensor.kind == "codes")
-    names = {source.name for tensor in in_codes for layer in tensor.every_layer for source in tensor.stored(layer)}
-    if origin is not None and not fp8.leaves_out(origin, [n for n in names if checkpoint.stored.scales_of(n) is None]):
+    if origin is not None and not fp8.leaves_out(origin, checkpoint.quantised(tree)):
         return origin
     copied = [spec.name for spec, _ in copies if len(spec.shape) == 2 and spec.dtype != "F8_E4M3"]
     return fp8.config_of(config, copied, origin)

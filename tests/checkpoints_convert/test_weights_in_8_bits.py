@@ -190,7 +190,11 @@ def test_what_was_left_in_16_bits_and_is_quantised_is_no_longer_named(tmp_path):
     left_out = {"modules_to_not_convert": ["lm_head", "model.layers.0.self_attn.indexer"]}
     fields = files.config_fields(RAGGED, quantization_config=QUANTISATION | left_out)
     source = files.write_checkpoint(tmp_path / "hf", fields, stored | {name: numbers[name].astype(ml_dtypes.bfloat16)})
-    convert(source, tmp_path / "out", format="safetensors")
+    assert convert(source, tmp_path / "out", format="safetensors") == [
+        f"quantised 1 matrices that are not in FP8 there: {name}"
+    ]
+    with pytest.warns(UserWarning, match=f"quantised 1 matrices that are not in FP8 there: {name}"):
+        load(source, weights="stored")
     assert read_directory(tmp_path / "out")[name].dtype == "F8_E4M3"
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     named = written.pop("modules_to_not_convert")
