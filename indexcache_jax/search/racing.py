@@ -36,7 +36,7 @@ class Race:
     growth: how many times more sequences each comparison has than the one before. With a model that is streamed every
         comparison takes another pass over its weights.
 
-    Raises ValueError unless 0 < error < 1 and growth > 1.
+    Raises ValueError unless 0 < error < 1 and 1 < growth < infinity.
     """
 
     error: float = 0.05
@@ -45,8 +45,8 @@ class Race:
     def __post_init__(self) -> None:
         if not (is_real(self.error) and 0 < self.error < 1):
             raise ValueError(f"error: {self.error!r} is not between 0 and 1")
-        if not (is_real(self.growth) and self.growth > 1):
-            raise ValueError(f"growth: {self.growth!r} is not above 1")
+        if not (is_real(self.growth) and 1 < self.growth < math.inf):
+            raise ValueError(f"growth: {self.growth!r} is not a finite number above 1")
 
     def comparisons(self, batches: int, rows: int) -> list[int]:
         """After how many of so many batches schedules are compared; the last comparison has all of them."""

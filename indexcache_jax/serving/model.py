@@ -187,7 +187,7 @@ def prefill(
 
     Raises:
       ValueError where weights or cache are those of another model or schedule, for numbers that are no tokens of the model,
-      and for lengths that do not fit tokens or exceed the cache. Within a traced function only shapes and dtypes are looked at.
+      and for lengths that do not fit tokens or exceed the cache. Within a traced function only shapes and dtypes are checked.
     """
     weights = weights_for(params, config, schedule)
     tokens = arguments.tokens("tokens", tokens, config.vocab_size)
@@ -218,7 +218,7 @@ def decode_step(
     """Appends one token [B] a row: logits [B, V] float32 of the next, and the cache; arguments and errors as of `prefill`.
 
     One program for all layers. `generate` runs many such steps without returning to the host between them. Numbers on an
-    accelerator are not looked at, so that a step does not wait for the one before.
+    accelerator are not checked, so that a step does not wait for the one before.
     """
     weights = weights_for(params, config, schedule)
     token = arguments.tokens("token", token, config.vocab_size, ("B",), wait=False)
