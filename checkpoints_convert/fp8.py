@@ -8,7 +8,7 @@ it `weight_scale_inv`. Blocks are cut from the top left, so the last ones may be
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -20,6 +20,7 @@ from pallas_kernels.quant import BLOCK, E4M3_MAX
 
 SUFFIX = SCALES
 DEFAULT_BLOCK = (BLOCK, BLOCK)
+_LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "ignore")  # fields that list what is not in FP8
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)  # a table is five times faster
 
 
@@ -52,16 +53,25 @@ def dequantise(codes: np.ndarray, scale: np.ndarray, first_row: int, block: tupl
     return values
 
 
-def quantise(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+def scales_are_powers_of_two(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a quantization_config says so (scale_fmt ue8m0): engines may then keep a scale's exponent alone."""
+    return quantization is not None and quantization.get("scale_fmt") == "ue8m0"
+
+
+def quantise(values: np.ndarray, name: str, powers_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """e4m3 codes and float32 scales of float32 rows [n, in] that begin with a block: as `quant.quantise_matrix` does.
 
-    ValueError, with the name of the tensor that they are of, where some are NaN or infinite: they would spoil their block.
+    powers_of_two: scales are rounded up to powers of two. ValueError, with the name of the tensor that the rows are of, where
+    some numbers are NaN or infinite: they would spoil their block.
     """
     rows, columns = (np.arange(0, size, BLOCK) for size in values.shape)
     largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), rows, axis=0), columns, axis=1)
     if not np.isfinite(largest).all():
         raise ValueError(f"tensor {name}: holds NaN or infinity, which cannot be written in FP8")
     scales = np.where(largest == 0, np.float32(1), largest / np.float32(E4M3_MAX))
+    if powers_of_two:
+        mantissas, exponents = np.frexp(scales)
+        scales = np.ldexp(np.float32(1), exponents - (mantissas == 0.5))
     codes = np.empty(values.shape, ml_dtypes.float8_e4m3fn)
     for scale, row in zip(scales, rows, strict=True):
         block = values[row : row + BLOCK] / np.repeat(scale, BLOCK)[: values.shape[1]]
@@ -69,18 +79,34 @@ def quantise(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     return codes, scales
 
 
-def config_of(config: Config) -> dict[str, Any]:
-    """The quantization_config of a checkpoint whose matrices are quantised here.
+def config_of(config: Config, copied: Iterable[str] = (), origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The quantization_config of a checkpoint whose matrices are all in FP8, of which some were quantised here.
 
-    It names what stays as it is beside embedding and norms, for engines that would look for scales of every matrix.
+    It names what stays as it is beside embedding and norms, for engines that would look for scales of every matrix. copied:
+    the names of stored matrices that are no part of the model, such as those of multi-token prediction, and not in FP8.
+    origin: the quantization_config of the checkpoint that it comes from, whose other fields are kept.
     """
     layers = range(config.num_layers)
     kept = [f"model.layers.{i}.mlp.gate" for i in config.expert_layers]
     kept += [f"model.layers.{i}.self_attn.indexer.weights_proj" for i in layers]
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(DEFAULT_BLOCK),
-        "modules_to_not_convert": ["lm_head", *kept],
-    }
+    kept += [name.removesuffix(".weight") for name in copied]
+    if origin is None:
+        origin = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(DEFAULT_BLOCK),
+        }
+    field = "ignore" if origin.get("quant_method") == "compressed-tensors" else _LEFT_OUT[0]
+    return {name: value for name, value in origin.items() if name not in _LEFT_OUT} | {field: ["lm_head", *kept]}
+
+
+def leaves_out(quantization: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a quantization_config says of any of these stored matrices, or of what they are parts of, that it is not in FP8.
+
+    An entry that is a pattern ("re:...") counts as one that does.
+    """
+    lists = [value for name in _LEFT_OUT if isinstance(value := quantization.get(name), list)]
+    entries = [entry for entries in lists for entry in entries if isinstance(entry, str)]
+    modules = [f".{name.removesuffix('.weight')}." for name in names]
+    return bool(modules) and any(entry.startswith("re:") or any(f".{entry}." in m for m in modules) for entry in entries)

@@ -97,12 +97,16 @@ class _Arrays(ArraysCheckpoint):
 
 @dataclasses.dataclass(frozen=True)
 class _Replaced:
-    """A stored tensor that is replaced: a layer of a leaf, the old tensor and, where that is FP8, its scales."""
+    """A stored tensor that is replaced: a layer of a leaf, the old tensor and, where that is FP8, its scales.
+
+    powers_of_two: whether the checkpoint says that scales are.
+    """
 
     tensor: Tensor
     layer: int
     old: Entry
     scale: Entry | None
+    powers_of_two: bool = False
 
     @property
     def specs(self) -> list[Spec]:
@@ -120,7 +124,7 @@ class _Replaced:
         stored = np.empty(self.old.shape, decoded)
         (source,) = self.tensor.stored(self.layer)
         source.write(stored, filled[source.at])
-        return [stored] if self.scale is None else list(fp8.quantise(stored, self.old.name))
+        return [stored] if self.scale is None else list(fp8.quantise(stored, self.old.name, self.powers_of_two))
 
 
 def _replaced(base: HuggingFaceCheckpoint, tree: Params) -> Iterator[_Replaced]:
@@ -138,7 +142,7 @@ def _replaced(base: HuggingFaceCheckpoint, tree: Params) -> Iterator[_Replaced]:
                 f"{old.file}: {old.name} has scales {scale.dtype} {list(scale.shape)}; new ones are written in float32, one "
                 f"for each {fp8.BLOCK} x {fp8.BLOCK}"
             )
-        yield _Replaced(tensor, layer, old, scale)
+        yield _Replaced(tensor, layer, old, scale, fp8.scales_are_powers_of_two(base.quantization))
 
 
 def _write(

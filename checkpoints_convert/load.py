@@ -53,7 +53,8 @@ def load(
         rules in force (`indexcache_jax.sharding.use`); without a mesh everything goes to the default device.
       form: "params" for training and the search, "serving" for `serving.Weights`, which inference runs. Either tree is
         filled straight from the files: no other copy of the weights exists.
-      weights: "fp8" keeps matrices in 8 bits, as `quant.Scaled`: those of an FP8 checkpoint bit for bit, others are quantised.
+      weights: "fp8" keeps matrices in 8 bits, as `quant.Scaled`: those of an FP8 checkpoint bit for bit, others are quantised,
+        with a warning where they are a part of one.
         "stored" does so for an FP8 checkpoint alone, None for none. "fp8 base", with form "params", leaves out the indexers,
         which then can be trained.
 
@@ -104,17 +105,18 @@ def opened(
     form: str = "params",
     weights: str | None = None,
 ) -> tuple[Recoded, Schedule, Any]:
-    """(checkpoint, schedule, abstract tree) that `load` reads, all headers checked; warns of what is left out."""
+    """(checkpoint, schedule, abstract tree) that `load` reads, all headers checked; warns of what is left out or quantised."""
     arguments.choice("form", form, FORMS)
     check_dtype(dtype)
     stored = open_checkpoint(directory)
     schedule = resolve_schedule(stored, schedule)
     tree = FORMS[form](stored.config, schedule, resolve_weights(stored, weights))
     stored.check(tree)
+    checkpoint = Recoded(stored)
     if isinstance(stored, HuggingFaceCheckpoint):
-        for line in stored.left_out(schedule):
+        for line in [*stored.left_out(schedule), *checkpoint.notes(tree)]:
             warnings.warn(f"{directory}: {line}", stacklevel=3)
-    return Recoded(stored), schedule, tree
+    return checkpoint, schedule, tree
 
 
 def stored_weights(directory: str | pathlib.Path) -> str | None:

@@ -19,7 +19,7 @@ from checkpoints_convert import fp8
 from checkpoints_convert.huggingface import READERS, SLAB_BYTES
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.tensors import SCALES, Part, Source, Tensor, Window, as_stored, whole
+from indexcache_jax.tensors import SCALES, Part, Source, Tensor, Window, as_stored, leaves, whole
 from pallas_kernels.quant import BLOCK
 
 Bounds = tuple[int, int]  # [start, stop)
@@ -66,6 +66,19 @@ class Recoded:
     @property
     def schedule(self) -> Schedule:
         return self.stored.schedule
+
+    def quantised(self, tree: Any) -> list[str]:
+        """The stored matrices that an abstract tree wants in 8 bits and that are quantised here, in the order of the tree."""
+        in_codes = (tensor for _, tensor in leaves(tree) if tensor.kind == "codes")
+        names = {source.name: None for tensor in in_codes for layer in tensor.every_layer for source in tensor.stored(layer)}
+        return [name for name in names if self.stored.scales_of(name) is None]
+
+    def notes(self, tree: Any) -> list[str]:
+        """A line on what is quantised although the checkpoint is one in FP8: [] where nothing is."""
+        if self.stored.weights is None or not (names := self.quantised(tree)):
+            return []
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return [f"quantised {len(names)} matrices that are not in FP8 there: {some}"]
 
     def dtype_of(self, tensor: Tensor) -> np.dtype:
         """The dtype of a tensor without loss; scales that are stored in several types have float32."""
@@ -142,7 +155,8 @@ class Recoded:
     def _quantise(self, name: str, rows: Bounds, columns: Bounds) -> tuple[np.ndarray, np.ndarray]:
         """Codes and float32 scales of a region of whole blocks of a matrix that is held decoded."""
         shape = self.stored.matrix(name)
-        codes, scales = fp8.quantise(self._read(as_stored(name, shape), "weights", rows, columns, np.float32), name)
+        decoded = self._read(as_stored(name, shape), "weights", rows, columns, np.float32)
+        codes, scales = fp8.quantise(decoded, name, fp8.scales_are_powers_of_two(self.stored.quantization))
         known = self._quantised.setdefault(name, np.full(fp8.scale_shape(shape, fp8.DEFAULT_BLOCK), np.nan, np.float32))
         known[_blocks(rows, columns)] = scales
         return codes, scales

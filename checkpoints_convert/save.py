@@ -282,7 +282,10 @@ def convert(
         Origin(checkpoint.fields, checkpoint.config),
         mtp_layers,
     )
-    _write(new, Recoded(checkpoint), checkpoint.config, schedule, progress)
+    recoded = Recoded(checkpoint)
+    if form is not None:
+        report += recoded.notes(abstract(checkpoint.config, schedule, form))
+    _write(new, recoded, checkpoint.config, schedule, progress)
     return report
 
 
@@ -318,7 +321,7 @@ def _write(
     tree = abstract(config, schedule, new.weights)
     checkpoint.check(tree)
     dtypes = {path: _written_dtype(checkpoint, tensor, new.dtype, new.weights) for path, tensor in leaves(tree)}
-    quantization = None if new.weights is None else checkpoint.stored.quantization or fp8.config_of(config)
+    quantization = None if new.weights is None else _quantization(checkpoint, tree, config, new.copies)
     fields = written_fields(config, schedule, dtypes["embedding"].name, new.mtp_layers, new.origin, quantization)
     with new_directory(new.directory) as partial:
         if new.format == "orbax":
@@ -326,6 +329,17 @@ def _write(
         else:
             _write_safetensors(partial, checkpoint, tree, dtypes, new.max_shard_bytes, new.copies, progress)
         finish(partial, new.companions, fields)
+
+
+def _quantization(
+    checkpoint: Recoded, tree: Params, config: Config, copies: Sequence[tuple[Spec, Iterator[np.ndarray]]]
+) -> dict[str, Any]:
+    """The quantization_config of a tree in 8 bits: the checkpoint's own, unless that leaves out what is quantised here."""
+    origin = checkpoint.stored.quantization
+    if origin is not None and not fp8.leaves_out(origin, checkpoint.quantised(tree)):
+        return origin
+    copied = [spec.name for spec, _ in copies if len(spec.shape) == 2 and spec.dtype != "F8_E4M3"]
+    return fp8.config_of(config, copied, origin)
 
 
 def finish(directory: pathlib.Path, companions: Iterable[pathlib.Path], fields: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What a caller gives, checked before anything runs: a ValueError of one sentence names the argument and shows its value.
 
-Types, shapes and dtypes are always looked at, numbers where they are at hand: not within a function that is traced, not in
+Types, shapes and dtypes are always checked, numbers where they are at hand: not within a function that is traced, not in
 arrays on devices of other processes, and for what runs once a token not in those that an accelerator would have to finish
 first. A check is therefore no part of any compiled program.
 """

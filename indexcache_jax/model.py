@@ -166,7 +166,7 @@ def forward(
     """Logits [B, S, V] float32 of right-padded tokens [B, S]; lengths [B] defaults to S everywhere.
 
     ValueError for tokens that the model does not have, lengths that are not between 0 and S, and params of another model or
-    schedule. Numbers are looked at before anything runs; within a traced function shapes and dtypes alone are.
+    schedule. Numbers are checked before anything runs; within a traced function only shapes and dtypes are.
     """
     tokens, lengths = _checked(params, tokens, config, schedule, lengths)
     return _forward(params, tokens, config, schedule, lengths)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from indexcache_jax import arguments, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.schedule import Schedule, check_is_schedule
-from indexcache_jax.tensors import Source, Tensor, as_stored
+from indexcache_jax.tensors import Axes, Source, Tensor, as_stored
 from pallas_kernels.quant import Scaled, dequantise
 
 FP8_BASE = "fp8 base"
 DTYPES = ("float32", "bfloat16", "float16")
+LAYER = "model.layers.{layer}"  # what the names of a layer's stored tensors begin with
 
 
 @flax.struct.dataclass
@@ -105,105 +106,144 @@ def abstract(config: Config, schedule: Schedule, weights: str | None = None) -> 
     if weights == FP8_BASE:
         indexers = abstract(config, schedule).indexer
         return dataclasses.replace(abstract(config, schedule, "fp8"), indexer=indexers)
-    c = config
-    D, H, R, C = c.hidden_size, c.num_heads, c.q_lora_rank, c.kv_lora_rank
-    dn, dr, dv, dq = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.qk_head_dim
-    Hi, Di, E, I, V = c.index_n_heads, c.index_head_dim, c.n_routed_experts, c.moe_intermediate_size, c.vocab_size
-    every, dense, moe = tuple(range(c.num_layers)), c.dense_layers, c.expert_layers
-    matrix = tensors.storing(weights)
+    c, stacks = config, _Stacks(config, weights)
+    D, V, every = c.hidden_size, c.vocab_size, tuple(range(c.num_layers))
+    embedding = stacks.tensor(None, (V, D), ("vocab", "embed"), [as_stored("model.embed_tokens.weight", (V, D))])
+    return Params(
+        embedding=dataclasses.replace(embedding, init="embedding", scale=c.initializer_range),
+        input_norm=stacks.vector(every, f"{LAYER}.input_layernorm.weight", D, "embed"),
+        mlp_norm=stacks.vector(every, f"{LAYER}.post_attention_layernorm.weight", D, "embed"),
+        attention=stacks.attention(every),
+        indexer=stacks.indexer(schedule.full_layers),
+        dense=stacks.swiglu(c.dense_layers, f"{LAYER}.mlp", c.intermediate_size) if c.dense_layers else None,
+        moe=stacks.moe(c.expert_layers) if c.expert_layers else None,
+        final_norm=stacks.vector(None, "model.norm.weight", D, "embed"),
+        head=None if c.tie_word_embeddings else stacks.linear(None, "lm_head.weight", D, V, ("embed", "vocab")),
+        full_layers=schedule.full_layers,
+    )
 
-    def tensor(layers, shape, axes, sources, init="normal", fan_in=1, dtype=None):
+
+@dataclasses.dataclass(frozen=True)
+class _Stacks:
+    """The stacked tensors of a model, as `abstract` describes them, with matrices in the form that `weights` names.
+
+    layers: those that a stack runs over, None for a tensor that belongs to none. Names are stored ones, shapes and axes of one
+    layer.
+    """
+
+    config: Config
+    weights: str | None
+
+    def tensor(
+        self,
+        layers: tuple[int, ...] | None,
+        shape: tuple[int, ...],
+        axes: Axes,
+        sources: Sequence[Source],
+        init: str = "normal",
+        fan_in: int = 1,
+        dtype: str | None = None,
+    ) -> Tensor:
         if layers is not None:
             shape, axes = (len(layers), *shape), ("layer", *axes)
-        scale = c.initializer_range if init == "embedding" else fan_in**-0.5
-        return Tensor(shape, axes, init, scale, tuple(sources), layers, layers is not None, dtype)
+        return Tensor(shape, axes, init, fan_in**-0.5, tuple(sources), layers, layers is not None, dtype)
 
-    def vector(layers, name, size, axis=None, init="ones", dtype=None):
-        return tensor(layers, (size,), (axis,), [as_stored(name, (size,))], init, dtype=dtype)
+    def vector(
+        self,
+        layers: tuple[int, ...] | None,
+        name: str,
+        size: int,
+        axis: str | None = None,
+        init: str = "ones",
+        dtype: str | None = None,
+    ) -> Tensor:
+        return self.tensor(layers, (size,), (axis,), [as_stored(name, (size,))], init, dtype=dtype)
 
-    def linear(layers, name, fan_in, fan_out, axes):  # stored [out, in], used [in, out]
+    def linear(self, layers: tuple[int, ...] | None, name: str, fan_in: int, fan_out: int, axes: Axes) -> Tensor:
+        """A stored matrix [out, in] as [in, out], in 8 bits nowhere."""
         source = Source(name, (fan_out, fan_in), (fan_out, fan_in), (1, 0))
-        return tensor(layers, (fan_in, fan_out), axes, [source], fan_in=fan_in)
+        return self.tensor(layers, (fan_in, fan_out), axes, [source], fan_in=fan_in)
 
-    def projection(layers, name, inputs, outputs, axes):
+    def matrix(self, tensor: Tensor) -> Any:
+        """A matrix that FP8 checkpoints hold in 8 bits."""
+        return tensors.storing(self.weights)(tensor)
+
+    def projection(
+        self, layers: tuple[int, ...], name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], axes: Axes
+    ) -> Any:
         """A stored matrix [out, in] as [*inputs, *outputs], whose axes are given so; in 8 bits as it is stored."""
         fan_in, fan_out = math.prod(inputs), math.prod(outputs)
-        if weights is not None:
-            first, second = axes[: len(inputs)], axes[len(inputs) :]
-            stored = tensor(
-                layers, (fan_out, fan_in), (second[0], first[0]), [as_stored(name, (fan_out, fan_in))], fan_in=fan_in
-            )
-            return matrix(stored)
+        if self.weights is not None:
+            of_stored, source = (axes[len(inputs)], axes[0]), as_stored(name, (fan_out, fan_in))
+            return self.matrix(self.tensor(layers, (fan_out, fan_in), of_stored, [source], fan_in=fan_in))
         view = (*outputs, *inputs)
         perm = (*range(len(outputs), len(view)), *range(len(outputs)))
-        return tensor(layers, (*inputs, *outputs), axes, [Source(name, (fan_out, fan_in), view, perm)], fan_in=fan_in)
+        return self.tensor(layers, (*inputs, *outputs), axes, [Source(name, (fan_out, fan_in), view, perm)], fan_in=fan_in)
 
-    def swiglu(layers, prefix, width, axis):
-        names = [(at, f"{prefix}.{name}.weight") for at, name in enumerate(("gate_proj", "up_proj"))]
-        if weights is None:
-            halves = [Source(name, (width, D), (width, D), (1, 0), at=(slice(None), at)) for at, name in names]
-            gate_up = tensor(layers, (D, 2, width), ("embed", None, axis), halves, fan_in=D)
+    def attention(self, layers: tuple[int, ...]) -> Attention:
+        c, name = self.config, f"{LAYER}.self_attn"
+        D, H, R, C = c.hidden_size, c.num_heads, c.q_lora_rank, c.kv_lora_rank
+        dn, dr, dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+
+        def of_heads(first: int, last: int, transposed: bool) -> Any:
+            """Rows of every head in kv_b_proj, which holds a head's key rows and then its value rows."""
+            perm, rows = (0, 2, 1) if transposed else (0, 1, 2), (slice(None), slice(first, last))
+            source = Source(f"{name}.kv_b_proj.weight", (H * (dn + dv), C), (H, dn + dv, C), perm, take=rows)
+            shape = (H, C, last - first) if transposed else (H, last - first, C)
+            return self.matrix(self.tensor(layers, shape, ("heads", None, None), [source], fan_in=C))
+
+        def bias(of: str, size: int, axis: str | None) -> Tensor | None:
+            return self.vector(layers, f"{name}.{of}.bias", size, axis, "zeros") if c.attention_bias else None
+
+        return Attention(
+            q_down=self.projection(layers, f"{name}.q_a_proj.weight", (D,), (R,), ("embed", "q_latent")),
+            q_norm=self.vector(layers, f"{name}.q_a_layernorm.weight", R, "q_latent"),
+            q_up=self.projection(layers, f"{name}.q_b_proj.weight", (R,), (H, dn + dr), ("q_latent", "heads", None)),
+            kv_down=self.projection(layers, f"{name}.kv_a_proj_with_mqa.weight", (D,), (C + dr,), ("embed", None)),
+            kv_norm=self.vector(layers, f"{name}.kv_a_layernorm.weight", C),
+            k_up=of_heads(0, dn, transposed=False),
+            v_up=of_heads(dn, dn + dv, transposed=self.weights is None),
+            out=self.projection(layers, f"{name}.o_proj.weight", (H, dv), (D,), ("heads", None, "embed")),
+            q_down_bias=bias("q_a_proj", R, "q_latent"),
+            kv_down_bias=bias("kv_a_proj_with_mqa", C + dr, None),
+            out_bias=bias("o_proj", D, "embed"),
+        )
+
+    def indexer(self, layers: tuple[int, ...]) -> Indexer:
+        c, name = self.config, f"{LAYER}.self_attn.indexer"
+        D, R, Hi, Di = c.hidden_size, c.q_lora_rank, c.index_n_heads, c.index_head_dim
+        return Indexer(
+            queries=self.projection(layers, f"{name}.wq_b.weight", (R,), (Hi, Di), ("q_latent", "index_heads", None)),
+            keys=self.projection(layers, f"{name}.wk.weight", (D,), (Di,), ("embed", None)),
+            key_norm=self.vector(layers, f"{name}.k_norm.weight", Di),
+            key_norm_bias=self.vector(layers, f"{name}.k_norm.bias", Di, init="zeros"),
+            head_weights=self.linear(layers, f"{name}.weights_proj.weight", D, Hi, ("embed", "index_heads")),
+        )
+
+    def swiglu(self, layers: tuple[int, ...], name: str, width: int) -> MLP:
+        """A dense MLP, or the shared experts, of this width."""
+        D = self.config.hidden_size
+        halves = [(half, f"{name}.{of}.weight") for half, of in enumerate(("gate_proj", "up_proj"))]
+        if self.weights is None:
+            sources = [Source(of, (width, D), (width, D), (1, 0), at=(slice(None), half)) for half, of in halves]
+            gate_up = self.tensor(layers, (D, 2, width), ("embed", None, "mlp"), sources, fan_in=D)
         else:
-            halves = [as_stored(name, (width, D), (at,)) for at, name in names]
-            gate_up = tensor(layers, (2, width, D), (None, axis, "embed"), halves, fan_in=D)
-        return MLP(
-            gate_up=matrix(gate_up),
-            down=projection(layers, f"{prefix}.down_proj.weight", (width,), (D,), (axis, "embed")),
+            sources = [as_stored(of, (width, D), (half,)) for half, of in halves]
+            gate_up = self.tensor(layers, (2, width, D), (None, "mlp", "embed"), sources, fan_in=D)
+        down = self.projection(layers, f"{name}.down_proj.weight", (width,), (D,), ("mlp", "embed"))
+        return MLP(gate_up=self.matrix(gate_up), down=down)
+
+    def moe(self, layers: tuple[int, ...]) -> MoE:
+        c, name = self.config, f"{LAYER}.mlp"
+        D, E, I = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
+        gate_up, down = routed_experts(c, self.weights)
+        return MoE(
+            router=self.linear(layers, f"{name}.gate.weight", D, E, ("embed", None)),
+            router_bias=self.vector(layers, f"{name}.gate.e_score_correction_bias", E, None, "zeros", "float32"),
+            gate_up=self.matrix(self.tensor(layers, *gate_up, fan_in=D)),
+            down=self.matrix(self.tensor(layers, *down, fan_in=I)),
+            shared=self.swiglu(layers, f"{name}.shared_experts", c.n_shared_experts * I) if c.n_shared_experts else None,
         )
-
-    layer = "model.layers.{layer}"
-    attn = f"{layer}.self_attn"
-
-    def kv_b(first, last, transposed):  # one tensor holds every head's key and value rows
-        perm, rows = (0, 2, 1) if transposed else (0, 1, 2), (slice(None), slice(first, last))
-        source = Source(f"{attn}.kv_b_proj.weight", (H * (dn + dv), C), (H, dn + dv, C), perm, take=rows)
-        shape = (H, C, last - first) if transposed else (H, last - first, C)
-        return matrix(tensor(every, shape, ("heads", None, None), [source], fan_in=C))
-
-    attention = Attention(
-        q_down=projection(every, f"{attn}.q_a_proj.weight", (D,), (R,), ("embed", "q_latent")),
-        q_norm=vector(every, f"{attn}.q_a_layernorm.weight", R, "q_latent"),
-        q_up=projection(every, f"{attn}.q_b_proj.weight", (R,), (H, dq), ("q_latent", "heads", None)),
-        kv_down=projection(every, f"{attn}.kv_a_proj_with_mqa.weight", (D,), (C + dr,), ("embed", None)),
-        kv_norm=vector(every, f"{attn}.kv_a_layernorm.weight", C),
-        k_up=kv_b(0, dn, False),
-        v_up=kv_b(dn, dn + dv, weights is None),
-        out=projection(every, f"{attn}.o_proj.weight", (H, dv), (D,), ("heads", None, "embed")),
-        q_down_bias=vector(every, f"{attn}.q_a_proj.bias", R, "q_latent", "zeros") if c.attention_bias else None,
-        kv_down_bias=vector(every, f"{attn}.kv_a_proj_with_mqa.bias", C + dr, None, "zeros") if c.attention_bias else None,
-        out_bias=vector(every, f"{attn}.o_proj.bias", D, "embed", "zeros") if c.attention_bias else None,
-    )
-    full = schedule.full_layers
-    idx = f"{attn}.indexer"
-    indexer = Indexer(
-        queries=projection(full, f"{idx}.wq_b.weight", (R,), (Hi, Di), ("q_latent", "index_heads", None)),
-        keys=projection(full, f"{idx}.wk.weight", (D,), (Di,), ("embed", None)),
-        key_norm=vector(full, f"{idx}.k_norm.weight", Di),
-        key_norm_bias=vector(full, f"{idx}.k_norm.bias", Di, init="zeros"),
-        head_weights=linear(full, f"{idx}.weights_proj.weight", D, Hi, ("embed", "index_heads")),
-    )
-    mlp = f"{layer}.mlp"
-    gate_up, down = routed_experts(c, weights)
-    return Params(
-        embedding=tensor(None, (V, D), ("vocab", "embed"), [as_stored("model.embed_tokens.weight", (V, D))], "embedding"),
-        input_norm=vector(every, f"{layer}.input_layernorm.weight", D, "embed"),
-        mlp_norm=vector(every, f"{layer}.post_attention_layernorm.weight", D, "embed"),
-        attention=attention,
-        indexer=indexer,
-        dense=swiglu(dense, mlp, c.intermediate_size, "mlp") if dense else None,
-        moe=MoE(
-            router=linear(moe, f"{mlp}.gate.weight", D, E, ("embed", None)),
-            router_bias=vector(moe, f"{mlp}.gate.e_score_correction_bias", E, None, "zeros", "float32"),
-            gate_up=matrix(tensor(moe, *gate_up, fan_in=D)),
-            down=matrix(tensor(moe, *down, fan_in=I)),
-            shared=swiglu(moe, f"{mlp}.shared_experts", c.n_shared_experts * I, "mlp") if c.n_shared_experts else None,
-        )
-        if moe
-        else None,
-        final_norm=vector(None, "model.norm.weight", D, "embed"),
-        head=None if c.tie_word_embeddings else linear(None, "lm_head.weight", D, V, ("embed", "vocab")),
-        full_layers=full,
-    )
 
 
 def weights_of(params: Params) -> str | None:
@@ -213,13 +253,13 @@ def weights_of(params: Params) -> str | None:
     return "fp8" if isinstance(params.indexer.queries, Scaled) else FP8_BASE
 
 
-Description = tuple[tuple[int, ...], tuple[str | None, ...], list[Source]]  # shape, axes and sources of a tensor
+Description = tuple[tuple[int, ...], Axes, list[Source]]  # shape, axes and sources of a tensor
 
 
 def routed_experts(config: Config, weights: str | None) -> tuple[Description, Description]:
     """What one layer's matrices of routed experts are made of, gate_up and down: [in, out], or in 8 bits [out, in]."""
     D, E, I = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-    experts = "model.layers.{layer}.mlp.experts"
+    experts = f"{LAYER}.mlp.experts"
 
     def source(expert: int, name: str, shape: tuple[int, int], half: int | None = None) -> Source:
         stored = f"{experts}.{expert}.{name}.weight"

@@ -20,11 +20,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from indexcache_jax.tensors import Tensor, leaves, matrices
+from indexcache_jax.tensors import Axes, Tensor, leaves, matrices
 from pallas_kernels.quant import BLOCK, Scaled
 
 MeshAxes = str | tuple[str, ...] | None  # one axis of the mesh, several together, or none: replicated
-Axes = tuple[str | None, ...]  # the logical axes of an array's dimensions, None for a dimension that is never split
 
 # Rows of a batch (and, in training, weights); queries of a prompt; attention heads.
 DATA, CONTEXT, TENSOR = AXES = ("data", "context", "tensor")

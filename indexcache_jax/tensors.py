@@ -25,6 +25,7 @@ SCALES = "_scale_inv"  # what follows a stored matrix's name in that of its scal
 CODE = "float8_e4m3fn"
 RANDOM_CODE = 64.0  # the standard deviation of random codes: the largest draw is below the largest code
 
+Axes = tuple[str | None, ...]  # the logical axes of an array's dimensions, None for a dimension that is never split
 Part = Sequence[slice]  # a slice for every axis of a layer's tensor, step 1
 
 
@@ -142,7 +143,7 @@ class Tensor:
     """
 
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: Axes
     init: str  # "normal", "embedding", "constant", "ones" or "zeros"
     scale: float
     sources: tuple[Source, ...]

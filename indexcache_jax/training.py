@@ -39,8 +39,9 @@ class Stage:
     kind: "dense" (everything but the indexers, dense attention), "warmup" (the indexers alone, dense attention) or
         "sparse" (everything, attention over what the indexers select). The router's bias is never trained.
     rows, context, accumulate: an update sees `accumulate` micro-batches of `rows` sequences of `context` tokens.
-    model_learning_rate, indexer_learning_rate: the peaks of the two learning rates. A rate rises linearly over
-        `lr_warmup_steps` (at most a fifth of the stage) and falls along a cosine to `final_lr_fraction` of its peak.
+    model_learning_rate, indexer_learning_rate: the peaks of the two learning rates. A rate is 0 at the first update, rises
+        linearly over `lr_warmup_steps` (at least 1, at most a fifth of the stage) and falls along a cosine to
+        `final_lr_fraction` of its peak. A stage of one update therefore changes nothing.
     clip_norm: largest norm of the gradient, of the model's and of the indexers' apart.
     weight_decay: of matrices; not of norms, biases and the embedding.
     balance_speed: by how much an update moves the router's bias towards equally loaded experts; 0 leaves it as it is.
@@ -220,7 +221,8 @@ def step(
 
     The metrics are means over the micro-batches, of the params before the update. `params` (float32) and `state` are
     donated: their buffers are used again. ValueError for params that the stage trains and that are in 8 bits, for those of
-    another model or schedule, and for tokens of another shape. That they are tokens of the model the caller sees to.
+    another model or schedule, and for tokens with other axes or another number of micro-batches. The caller makes sure that
+    they are tokens of the model, in the stage's rows and context.
 
     steps, traced: the stage's length and the schedule to train for, as data. With `stage.program`, one compiled step serves
     stages of any length; with `traced`, params that have all indexers are trained for any schedule by it.

@@ -45,7 +45,7 @@ class Step:
     def within_noise(self, error: float) -> dict[str, Margin]:
         """The rivals that on all text may be better than what the step took, the closest first.
 
-        error: the probability, at most, that one which is better is not among them.
+        error: the probability, at most, that the best of all schedules tried is neither what the step took nor among them.
         """
         level = error / max(1, len(self.rivals))
         close = {pattern: margin for pattern, margin in self.rivals.items() if not margin.is_above_noise(level)}

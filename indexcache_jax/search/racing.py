@@ -36,7 +36,7 @@ class Race:
     growth: how many times more sequences each comparison has than the one before. With a model that is streamed every
         comparison takes another pass over its weights.
 
-    Raises ValueError unless 0 < error < 1 and growth > 1.
+    Raises ValueError unless 0 < error < 1 and 1 < growth < infinity.
     """
 
     error: float = 0.05
@@ -45,8 +45,8 @@ class Race:
     def __post_init__(self) -> None:
         if not (is_real(self.error) and 0 < self.error < 1):
             raise ValueError(f"error: {self.error!r} is not between 0 and 1")
-        if not (is_real(self.growth) and self.growth > 1):
-            raise ValueError(f"growth: {self.growth!r} is not above 1")
+        if not (is_real(self.growth) and 1 < self.growth < math.inf):
+            raise ValueError(f"growth: {self.growth!r} is not a finite number above 1")
 
     def comparisons(self, batches: int, rows: int) -> list[int]:
         """After how many of so many batches schedules are compared; the last comparison has all of them."""
@@ -105,14 +105,16 @@ def challenge(
 ) -> list[Outcome]:
     """The best of each group that is better than its first schedule, the incumbent, beyond noise; else the incumbent.
 
-    As `contest`, whose arguments it takes. A challenger is also dropped once it is not likely to end above noise (with the
-    probability race.error that it does), since with what differs by noise alone nothing is gained.
+    As `contest`, whose arguments it takes. NOISE_ERROR is shared by all challengers: it is the probability, at most, that
+    where none is better on all text one displaces an incumbent. A challenger is also dropped once it is not likely to end
+    above noise (with the probability race.error that it does), since with what differs by noise alone nothing is gained.
     """
     total, level = oracle.num_batches * oracle.rows, _level(oracle, groups, race, error)
+    noise_level = NOISE_ERROR / max(1, sum(len(group) - 1 for group in groups))
 
     def drop(group: Sequence[Schedule], losses: Mapping[Schedule, np.ndarray]) -> list[Schedule]:
         assert race is not None, "without a race there is a single comparison"
-        likely = [schedule for schedule in group[1:] if _can_displace(schedule, group[0], losses, total, race.error)]
+        likely = [s for s in group[1:] if _can_displace(s, group[0], losses, total, race.error, noise_level)]
         best = _that_can_win([group[0], *likely], losses, total, level)
         return best if best[0] == group[0] else [group[0], *best]
 
@@ -122,7 +124,7 @@ def challenge(
         better = [
             schedule
             for schedule in challengers
-            if Margin.between(losses[incumbent], losses[schedule]).is_above_noise(NOISE_ERROR)
+            if Margin.between(losses[incumbent], losses[schedule]).is_above_noise(noise_level)
         ]
         winners.append(_leader(better, losses) if better else incumbent)
     return _outcomes(oracle, base, groups, winners, losses)
@@ -197,10 +199,18 @@ def _that_can_win(group: Sequence[Schedule], losses: Mapping[Schedule, np.ndarra
 
 
 def _can_displace(
-    schedule: Schedule, incumbent: Schedule, losses: Mapping[Schedule, np.ndarray], total: int, error: float
+    schedule: Schedule,
+    incumbent: Schedule,
+    losses: Mapping[Schedule, np.ndarray],
+    total: int,
+    error: float,
+    noise_level: float,
 ) -> bool:
-    """Whether over `total` sequences a schedule can be better beyond noise; wrongly False with about this probability."""
+    """Whether a schedule can be better than the incumbent beyond noise (`noise_level`) over `total` sequences.
+
+    Wrongly False with about the probability `error`.
+    """
     margin = Margin.between(losses[incumbent], losses[schedule])
     highest = margin.mean + t_quantile(error, margin.sequences) * margin.error * math.sqrt(1 - margin.sequences / total)
     error_of_all = margin.error * math.sqrt(margin.sequences / total)
-    return highest >= t_quantile(NOISE_ERROR, total) * error_of_all
+    return highest >= t_quantile(noise_level, total) * error_of_all

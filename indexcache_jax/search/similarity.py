@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from indexcache_jax import arguments
@@ -47,10 +48,11 @@ def similarities(
         for source in range(num_layers):
             state = layerwise.advance(params, state, np.int32(source), np.bool_(True), config, schedule)
             sums[source, source] += 1.0
-            above = state
+            above, cosines = state, []
             for layer in range(source + 1, num_layers):
                 above, cosine = layerwise.compare(params, above, np.int32(layer), state.indices, config, schedule)
-                sums[layer, source] += float(cosine)
+                cosines.append(cosine)
+            sums[source + 1 :, source] += jax.device_get(cosines)  # once for all layers, which are queued meanwhile
             progress(num_layers - source)
     return sums / len(batches)
 

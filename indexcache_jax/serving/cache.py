@@ -65,7 +65,13 @@ class Cache:
 
     @property
     def max_len(self) -> int:
+        """T, the tokens that a row has room for."""
         return self.layers[0].latents.shape[1]
+
+    @property
+    def format(self) -> CacheFormat:
+        """The dtypes that it is kept in."""
+        return CacheFormat(self.layers[0].latents.dtype, self.layers[0].index_keys.dtype)  # layer 0 is F
 
 
 def abstract(config: Config, schedule: Schedule, batch: int, max_len: int, dtype: Any | CacheFormat = jnp.bfloat16) -> Cache:
@@ -178,11 +184,13 @@ def fork(cache: Cache, copies: int, max_len: int | None = None) -> Cache:
     """Every row `copies` times, next to each other: one prefilled document, many questions. `cache` stays as it is.
 
     `max_len`: tokens that a row has room for, at least those it holds; default as in `cache`. Raises ValueError for
-    fewer than one copy, and for tokens that the devices which split them do not divide.
+    fewer than one copy, for less room than a row needs, and for tokens that the devices which split them do not divide.
     """
     _check_is_cache(cache)
     arguments.integer("copies", copies, 1)
     max_len = cache.max_len if max_len is None else arguments.integer("max_len", max_len, 1)
+    if max_len < cache.max_len and (lengths := arguments.numbers_of(cache.lengths)) is not None and lengths.max() > max_len:
+        raise ValueError(f"max_len: {max_len} is below the {lengths.max()} tokens of row {lengths.argmax()}")
     _check_divided("fork", max_len)
     layers = jax.tree.map(lambda x: row_major(_repeat(x, copies, max_len)), cache.layers)
     return Cache(layers, jnp.repeat(cache.lengths, copies))
@@ -198,9 +206,9 @@ def _repeat(x: jax.Array, copies: int, max_len: int) -> jax.Array:
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Puts new [B, S, ...] at positions [B, S] of buffer [B, T, ...]; those outside 0 .. T-1 are dropped.
 
-    A negative position marks padding, so what stands there never reaches the cache. With a single token in all, one past
-    the end takes the last position: dropping it would need another kernel. Every device that holds a row is given all of
-    the row's new tokens, and keeps those of its part of the T positions.
+    A negative position marks padding, so what stands there never reaches the cache. A single token in all is never dropped,
+    which would need another kernel: it takes the last position if it has one past the end, and may not be padding. Every
+    device that holds a row is given all of the row's new tokens, and keeps those of its part of the T positions.
     """
     part = sharding.exchange(buffer.shape, ("batch",), "tokens", buffer.shape[1])
     inputs = ("batch", "tokens"), ("batch",), ("batch",)

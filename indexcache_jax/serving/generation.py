@@ -204,13 +204,6 @@ def prefill_document(
     return prefill_prompts(weights, [np.asarray(document)], cache, config, chunk=chunk, progress=progress)[1]
 
 
-def _check_drawn(tokens: Sequence[int], request: int, weights: Weights) -> None:
-    """ValueError where no token could be drawn for a request."""
-    if NO_TOKEN in tokens:
-        why = f"the weights hold NaN or infinity, or {weights.embedding.dtype} arithmetic overflows"
-        raise ValueError(f"request {request}: the model's logits are not finite: {why}")
-
-
 def _of_rows(name: str, value: Any, rows: int) -> list[Any]:
     """One value a row, of those or of one for all. ValueError, naming the argument, for another number of them."""
     values = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", None) else [value] * rows
@@ -246,14 +239,76 @@ def _check_options(rows: int, stop_tokens: Any, cache_len: Any, ids: Any, chunk:
         arguments.integer("ids", number, -arguments.INT32_MAX - 1, arguments.INT32_MAX)
 
 
-def _document_tokens(document: Sequence[int] | Cache, config: Config, schedule: Schedule) -> int:
-    """How many tokens a document has, or the cache of one, once it is seen to be one."""
+def _document_tokens(
+    document: Sequence[int] | Cache, config: Config, schedule: Schedule, cache_format: CacheFormat | None
+) -> int:
+    """How many tokens a document has, or the cache of one, once it is checked.
+
+    cache_format: what the rows' caches are to be kept in. ValueError where a document's cache is kept in another one.
+    """
     if isinstance(document, Cache):
         check_cache(document, 1, config, schedule)
+        if cache_format is not None and document.format != cache_format:
+            raise ValueError(f"cache_format: {cache_format}, but the document's cache has {document.format}")
         return int(document.lengths[0])
     if arguments.is_text(document) or not hasattr(document, "__len__") or len(document):
         _check("document", document, config)
     return len(document)
+
+
+def _room_for(before: int, longest: int, most: int, cache_len: int | None, config: Config) -> int:
+    """Positions a row of the cache gets for a document of `before` tokens, the longest prompt and the most new ones.
+
+    cache_len: how many the caller asks for, None for as many as are needed. ValueError where the model has not so many
+    positions, and where cache_len has no room for a prompt.
+    """
+    if before + longest + most > config.max_position_embeddings:
+        raise ValueError(
+            f"a document of {before} tokens, a prompt of {longest} and {most} new ones exceed the "
+            f"model's {config.max_position_embeddings} positions (max_position_embeddings)"
+        )
+    if cache_len is None:
+        return cache_length(before + longest + most)
+    if cache_len - most - before < 1:
+        raise ValueError(f"cache_len: {cache_len} leaves no room for a prompt beside {before} and {most} tokens")
+    return cache_len
+
+
+class _Completions:
+    """The tokens that each row has drawn so far, and which rows are done.
+
+    limits: the most tokens of each row. stops: the tokens after which a row is done. ending: as of `generate`. ids, dtype: of
+    the requests and the weights, which an error names.
+    """
+
+    def __init__(
+        self, limits: Sequence[int], stops: frozenset[int], ending: Ending | None, ids: np.ndarray, dtype: Any
+    ) -> None:
+        self._limits, self._stops, self._ending, self._ids, self._dtype = limits, stops, ending, ids, dtype
+        self.tokens: list[list[int]] = [[] for _ in limits]
+        self.done = [False] * len(limits)
+
+    def add(self, drawn: np.ndarray) -> int:
+        """Adds new tokens [B, N] to the rows that are not done; how many of them are kept.
+
+        ValueError where no token could be drawn for a row.
+        """
+        so_far = sum(map(len, self.tokens))
+        for row, new in enumerate(drawn.tolist()):
+            if self.done[row]:
+                continue
+            tokens = self.tokens[row]
+            new = new[: self._limits[row] - len(tokens)]
+            new = new[: next((i + 1 for i, t in enumerate(new) if t in self._stops), len(new))]
+            if NO_TOKEN in new:
+                why = f"the weights hold NaN or infinity, or {self._dtype} arithmetic overflows"
+                raise ValueError(f"request {self._ids[row]}: the model's logits are not finite: {why}")
+            tokens += new
+            end = None if self._ending is None else self._ending(row, tokens)
+            if end is not None:
+                del tokens[end:]
+            self.done[row] = end is not None or tokens[-1] in self._stops or len(tokens) == self._limits[row]
+        return sum(map(len, self.tokens)) - so_far
 
 
 def generate(
@@ -288,7 +343,7 @@ def generate(
       ending: ends rows by what else their tokens are, such as the text that they decode to.
       cache_len: tokens a row has room for, at least those of the document, the longest prompt and the most new ones;
         default that.
-      cache_format: what the cache is kept in; default the dtype of the weights.
+      cache_format: what the cache is kept in; default that of the document's cache, else the dtype of the weights.
       document: tokens before every prompt. They are prefilled once and their cache is copied to every row; a caller with
         several batches does it once for all with `prefill_document`, whose cache stays as it is.
       ids: the numbers that requests are drawn by; default their indices in `prompts`.
@@ -313,20 +368,10 @@ def generate(
     if rows == 0:
         return []
     check_prompts(prompts, config)
-    before = _document_tokens(document, config, schedule)
-    filled, most = before + max(map(len, prompts)), max(limits)
-    if filled + most > config.max_position_embeddings:
-        raise ValueError(
-            f"a document of {before} tokens, a prompt of {max(map(len, prompts))} and {most} new ones exceed the "
-            f"model's {config.max_position_embeddings} positions (max_position_embeddings)"
-        )
-    if cache_len is None:
-        cache_len = cache_length(filled + most)
-    if (room := cache_len - most - before) < 1:
-        raise ValueError(f"cache_len: {cache_len} leaves no room for a prompt beside {before} and {most} tokens")
-    check_prompts(prompts, config, room)
+    before, longest, most = _document_tokens(document, config, schedule, cache_format), max(map(len, prompts)), max(limits)
+    cache_len = _room_for(before, longest, most, cache_len, config)
+    check_prompts(prompts, config, cache_len - most - before)
     weights = weights_for(params, config, schedule)
-    stops = {int(token) for token in stop_tokens}
 
     # The prompts, after the document that all of them share.
     cache_format = cache_format or CacheFormat.of(weights.embedding.dtype)
@@ -345,38 +390,21 @@ def generate(
     drawn_by = np.asarray(range(rows) if ids is None else ids, np.int32)
     draw = {"sampling": settings, "seed": np.asarray(seeds, np.int32), "ids": drawn_by}
     token = _first_tokens(logits, draw["seed"], drawn_by, settings)
-    completions: list[list[int]] = [[] for _ in range(rows)]
-    done = [False] * rows
-
-    def append(drawn: np.ndarray) -> int:
-        """Adds a row of new tokens to every completion that is not done; how many tokens of them are kept."""
-        so_far = sum(map(len, completions))
-        for row, new in enumerate(drawn.tolist()):
-            if done[row]:
-                continue
-            new = new[: limits[row] - len(completions[row])]
-            new = new[: next((i + 1 for i, t in enumerate(new) if t in stops), len(new))]
-            _check_drawn(new, drawn_by[row], weights)
-            completions[row] += new
-            end = None if ending is None else ending(row, completions[row])
-            if end is not None:
-                del completions[row][end:]
-            done[row] = end is not None or completions[row][-1] in stops or len(completions[row]) == limits[row]
-        return sum(map(len, completions)) - so_far
-
-    append(sharding.to_host(token)[:, None])
+    stops = frozenset(int(token) for token in stop_tokens)
+    completions = _Completions(limits, stops, ending, drawn_by, weights.embedding.dtype)
+    completions.add(sharding.to_host(token)[:, None])
     count = 1
     if progress is not None:
         progress("decode", rows)
 
     # The others, `steps` at a time, until every row is done.
     steps = power_of_two(most, 1, STEPS)  # few different numbers, because each is a program
-    while not all(done):
-        kv_length = padded_kv_length(min(filled + count - 1 + steps, cache_len), cache_len)
+    while not all(completions.done):
+        kv_length = padded_kv_length(min(before + longest + count - 1 + steps, cache_len), cache_len)
         drawn, cache = decode(weights, token, cache, config, steps=steps, kv_length=kv_length, count=count, **draw)
         token = drawn[:, -1]
-        kept = append(sharding.to_host(drawn))
+        kept = completions.add(sharding.to_host(drawn))
         count += steps
         if progress is not None:
             progress("decode", kept)
-    return completions
+    return completions.tokens

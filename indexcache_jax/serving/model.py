@@ -187,13 +187,15 @@ def prefill(
 
     Raises:
       ValueError where weights or cache are those of another model or schedule, for numbers that are no tokens of the model,
-      and for lengths that do not fit tokens or exceed the cache. Within a traced function only shapes and dtypes are looked at.
+      and for lengths that do not fit tokens or exceed the cache. Within a traced function only shapes and dtypes are checked.
     """
     weights = weights_for(params, config, schedule)
     tokens = arguments.tokens("tokens", tokens, config.vocab_size)
     check_cache(cache, tokens.shape[0], config, schedule)
     lengths = jnp.asarray(arguments.lengths(lengths, *tokens.shape), jnp.int32)
     _check_room(cache, lengths)
+    if tokens.shape[1] == 1:  # the cache drops no single token, and in a row of length 0 this one is padding
+        tokens = jnp.pad(jnp.asarray(tokens), ((0, 0), (0, 1)))
     layer = run_layer_in_place if donate else run_layer
     x, cache = prefill_chunk(weights, jnp.asarray(tokens), lengths, cache, config, layer=layer)
     return last_logits(weights, last_hidden(x, lengths, jnp.zeros_like(x[:, 0])), config), cache
@@ -216,7 +218,7 @@ def decode_step(
     """Appends one token [B] a row: logits [B, V] float32 of the next, and the cache; arguments and errors as of `prefill`.
 
     One program for all layers. `generate` runs many such steps without returning to the host between them. Numbers on an
-    accelerator are not looked at, so that a step does not wait for the one before.
+    accelerator are not checked, so that a step does not wait for the one before.
     """
     weights = weights_for(params, config, schedule)
     token = arguments.tokens("token", token, config.vocab_size, ("B",), wait=False)

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from indexcache_jax import arguments, sharding, tensors
 from indexcache_jax.config import Config
 from indexcache_jax.params import (
+    LAYER,
     MLP,
     MoE,
     Params,
@@ -45,7 +46,7 @@ from indexcache_jax.params import (
     slots,
 )
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.tensors import Source, Tensor, as_stored
+from indexcache_jax.tensors import Axes, Source, Tensor, as_stored
 from pallas_kernels.quant import BLOCK, Scaled
 
 
@@ -145,7 +146,7 @@ def _abstract(config: Config, schedule: Schedule, weights: str | None) -> Weight
 def _tensor(
     layer: int | None,
     shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    axes: Axes,
     sources: list[Source],
     scale: float = 1.0,
     init: str = "normal",
@@ -161,7 +162,7 @@ def _vector(
     return _tensor(layer, (size,), (axis,), [as_stored(name, (size,))], init=init, dtype=dtype)
 
 
-def _rows(layer: int, parts: list[tuple[str, int]], *inputs: int, axes: tuple[str | None, ...], init: str = "normal") -> Tensor:
+def _rows(layer: int, parts: list[tuple[str, int]], *inputs: int, axes: Axes, init: str = "normal") -> Tensor:
     """Stored tensors [out, *inputs], given as (name, out), one below the other."""
     sources, start = [], 0
     for name, out in parts:
@@ -181,7 +182,7 @@ def _layer(config: Config, layer: int, full: bool, weights: str | None) -> Layer
         c.index_n_heads,
         c.index_head_dim,
     )
-    attn, idx = "model.layers.{layer}.self_attn", "model.layers.{layer}.self_attn.indexer"
+    attn, idx = f"{LAYER}.self_attn", f"{LAYER}.self_attn.indexer"
     down = [(f"{attn}.q_a_proj.weight", R), (f"{attn}.kv_a_proj_with_mqa.weight", C + dr)]
     if full:
         down += [(f"{idx}.wk.weight", Di), (f"{idx}.weights_proj.weight", Hi)]
@@ -192,7 +193,7 @@ def _layer(config: Config, layer: int, full: bool, weights: str | None) -> Layer
         return [Source(f"{attn}.kv_b_proj.weight", (H * (dn + dv), C), (H, dn + dv, C), perm, take=rows)]
 
     return Layer(
-        norm=_vector(layer, "model.layers.{layer}.input_layernorm.weight", D, "embed"),
+        norm=_vector(layer, f"{LAYER}.input_layernorm.weight", D, "embed"),
         down=_rows(layer, down, D, axes=(None, "embed")),
         down_bias=_rows(layer, bias, axes=(None,), init="zeros") if c.attention_bias else None,
         q_norm=_vector(layer, f"{attn}.q_a_layernorm.weight", R, "q_latent"),
@@ -205,7 +206,7 @@ def _layer(config: Config, layer: int, full: bool, weights: str | None) -> Layer
         v_up=_tensor(layer, (H, dv, C), ("heads", None, None), kv_b((0, 1, 2), dn, dn + dv), C**-0.5),
         out=matrix(_rows(layer, [(f"{attn}.o_proj.weight", D)], H * dv, axes=("embed", "heads"))),
         out_bias=_vector(layer, f"{attn}.o_proj.bias", D, "embed", "zeros") if c.attention_bias else None,
-        mlp_norm=_vector(layer, "model.layers.{layer}.post_attention_layernorm.weight", D, "embed"),
+        mlp_norm=_vector(layer, f"{LAYER}.post_attention_layernorm.weight", D, "embed"),
         mlp=_experts(c, layer, weights)
         if c.moe_layers[layer]
         else Dense(*map(matrix, _swiglu(c, layer, "", c.intermediate_size))),
@@ -214,13 +215,13 @@ def _layer(config: Config, layer: int, full: bool, weights: str | None) -> Layer
 
 def _swiglu(config: Config, layer: int, prefix: str, width: int) -> tuple[Tensor, Tensor]:
     """Gate and up in one matrix, and down."""
-    mlp, D = f"model.layers.{{layer}}.mlp{prefix}", config.hidden_size
+    mlp, D = f"{LAYER}.mlp{prefix}", config.hidden_size
     gate_up = _rows(layer, [(f"{mlp}.gate_proj.weight", width), (f"{mlp}.up_proj.weight", width)], D, axes=("mlp", "embed"))
     return gate_up, _rows(layer, [(f"{mlp}.down_proj.weight", D)], width, axes=("embed", "mlp"))
 
 
 def _experts(config: Config, layer: int, weights: str | None) -> Experts:
-    c, mlp, matrix = config, "model.layers.{layer}.mlp", tensors.storing(weights)
+    c, mlp, matrix = config, f"{LAYER}.mlp", tensors.storing(weights)
     D, E, I = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
     gate_up, down = routed_experts(c, weights)
     shared = c.n_shared_experts * I

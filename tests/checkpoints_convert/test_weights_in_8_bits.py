@@ -150,6 +150,9 @@ def test_indexers_trained_on_a_base_in_8_bits_are_quantised_when_written(tmp_pat
     assert isinstance(base.attention.out, Scaled) and base.indexer.queries.dtype == jnp.float32
     save(tmp_path / "out", base, config, schedule)
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)  # nothing was trained
+    save(tmp_path / "beside", base, config, schedule, companions_of=source)  # whose config.json says ue8m0
+    scales = [e.rows(0, e.shape[0]) for name, e in read_directory(tmp_path / "beside").items() if "wk.weight_scale" in name]
+    assert scales and all(np.all(np.frexp(x)[0] == 0.5) for x in scales)
 
 
 def test_layers_one_at_a_time(checkpoint):
@@ -167,6 +170,36 @@ def test_copies_keep_their_codes(tmp_path):
     source = write(tmp_path / "hf", stored | mtp)
     convert(source, tmp_path / "out", format="safetensors", keep_mtp=True)
     assert stored_bytes(tmp_path / "out") == stored_bytes(source)
+
+
+def test_copies_in_16_bits_beside_quantised_matrices_are_named(tmp_path):
+    """Engines look for the scales of every matrix that quantization_config does not name."""
+    numbers = files.quantised(RAGGED)[1]
+    mtp = {name.replace("layers.2.", "layers.3."): tensor for name, tensor in numbers.items() if "layers.2." in name}
+    source = files.write_checkpoint(tmp_path / "hf", files.config_fields(RAGGED), numbers | mtp)
+    convert(source, tmp_path / "out", format="safetensors", weights="fp8", keep_mtp=True)
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    matrices = {name.removesuffix(".weight") for name, tensor in mtp.items() if tensor.ndim == 2}
+    assert matrices <= set(named) and "model.layers.2.self_attn.o_proj" not in named
+
+
+def test_what_was_left_in_16_bits_and_is_quantised_is_no_longer_named(tmp_path):
+    stored, numbers = files.quantised(RAGGED)
+    name = "model.layers.0.self_attn.indexer.wk.weight"
+    del stored[f"{name}_scale_inv"]
+    left_out = {"modules_to_not_convert": ["lm_head", "model.layers.0.self_attn.indexer"]}
+    fields = files.config_fields(RAGGED, quantization_config=QUANTISATION | left_out)
+    source = files.write_checkpoint(tmp_path / "hf", fields, stored | {name: numbers[name].astype(ml_dtypes.bfloat16)})
+    assert convert(source, tmp_path / "out", format="safetensors") == [
+        f"quantised 1 matrices that are not in FP8 there: {name}"
+    ]
+    with pytest.warns(UserWarning, match=f"quantised 1 matrices that are not in FP8 there: {name}"):
+        load(source, weights="stored")
+    assert read_directory(tmp_path / "out")[name].dtype == "F8_E4M3"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    named = written.pop("modules_to_not_convert")
+    assert written == QUANTISATION and "model.layers.0.self_attn.indexer.weights_proj" in named
+    assert not any("wk" in module or module.endswith("indexer") for module in named)
 
 
 def test_scales_of_several_types_become_float32(tmp_path):

@@ -73,7 +73,15 @@ def test_comparisons_grow_and_end_with_all():
     assert search.Race().comparisons(batches=1, rows=8) == [1]
 
 
-@pytest.mark.parametrize("options, named", [({"error": 0}, "error: 0"), ({"error": 1.0}, "1.0"), ({"growth": 1}, "growth: 1")])
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"error": 0}, "error: 0"),
+        ({"error": 1.0}, "1.0"),
+        ({"growth": 1}, "growth: 1"),
+        ({"growth": float("inf")}, "growth: inf"),
+    ],
+)
 def test_settings_out_of_range_are_named(options, named):
     with pytest.raises(ValueError, match=named):
         search.Race(**options)

@@ -49,6 +49,8 @@ def test_a_fork_leaves_the_cache_it_was_made_of():
     assert again[0].tolist() == first[1].tolist() and cache.lengths.tolist() == [40]
     with pytest.raises(ValueError, match="copies: 0 is not"):
         serving.fork(cache, 0)
+    with pytest.raises(ValueError, match="max_len: 39 is below the 40 tokens of row 0"):
+        serving.fork(cache, 2, max_len=39)
 
 
 def test_cache_sizes_of_the_30b_shape():

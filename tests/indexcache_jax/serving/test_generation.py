@@ -55,6 +55,8 @@ def test_a_document_shared_by_all_prompts_is_as_if_it_stood_in_each(case_name="g
     again = functools.partial(run, case, document=cache, progress=lambda phase, tokens: told.append((phase, tokens)))
     assert again(questions[:1]) + again(questions[1:], cache_len=49) == expected  # less room than the document's own cache
     assert sum(tokens for phase, tokens in told if phase == "prefill") == sum(map(len, questions))
+    with pytest.raises(ValueError, match="cache_format: .*float8_e4m3fn.*document's cache has .*float32"):
+        again(questions, cache_format="float8_e4m3fn")
 
 
 def test_logits_that_are_not_finite_are_reported_not_drawn_from():

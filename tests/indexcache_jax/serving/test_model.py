@@ -10,7 +10,7 @@ from indexcache_jax.config import Config
 from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from tests.support import recordings
-from tests.support.tiny_models import CASES, RECORDED
+from tests.support.tiny_models import CASES, GLM_FIELDS, RECORDED
 
 ATOL = 5e-5  # of logits of size 4, in float32
 FORMS = {
@@ -41,6 +41,14 @@ def test_chunked_prefill_equals_one_pass(name, form, reference):
             assert not np.any(layer.latents[row, length:])
             assert layer.index_keys is None or not np.any(layer.index_keys[row, length:])
             assert np.all(np.any(layer.latents[row, :length], axis=-1))
+
+
+def test_a_row_without_new_tokens_leaves_a_full_cache_as_it_is():
+    config, schedule = Config.from_hf(GLM_FIELDS | {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}), Schedule("F")
+    weights = serving.random_weights(jax.random.key(0), config, jnp.float32)
+    cache = jax.tree.map(lambda x: x + 3, init_cache(config, schedule, 1, 3, jnp.float32))
+    _, after = prefill(weights, np.array([[5]]), np.array([0]), cache, config, schedule)
+    jax.tree.map(np.testing.assert_array_equal, after, cache)
 
 
 @pytest.mark.parametrize(("name", "form"), [("glm-ragged", "serving"), ("deepseek-mixed-ragged", "params")])
