@@ -100,6 +100,10 @@ class Meter:
         self.seconds[phase] += now - self._last
         self._last = now
         self.tokens[phase] += tokens
+        self.say()
+
+    def say(self) -> None:
+        """Writes how many prompts are done, the rates, and the time that is left, over what was written before."""
         rates = ", ".join(f"{name} {self.rate(name):.1f} tok/s" for name in self.tokens)
         if processes.is_main():
             print(f"\r{self.done}/{self.total} prompts, {rates}{self._left()}", end="", file=sys.stderr, flush=True)
@@ -155,6 +159,14 @@ def stop_tokens(config: Config) -> tuple[int, ...]:
         if not value.isdecimal() or int(value) >= config.vocab_size:
             raise ValueError(f"--stop_tokens={value}: not one of the model's {config.vocab_size} tokens")
     return tuple(int(value) for value in _STOP.value)
+
+
+def sampling() -> Sampling:
+    """How tokens are drawn where a line says nothing else. ValueError that names the flag."""
+    try:
+        return Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    except ValueError as error:  # names the field, as which the flag is called
+        raise ValueError(f"--{error}") from None
 
 
 def check_files() -> None:
@@ -268,7 +280,7 @@ def room_for(tokens: int, settings: Settings) -> int:
 def read_inputs(seed: int, output_dir: str) -> Iterator[tuple[Inputs, Output]]:
     """All that is read, checked before anything takes long, and the output folder. The file of requests is open within."""
     check_files()
-    drawing = Drawing(Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value), _NEW.value)
+    drawing = Drawing(sampling(), _NEW.value)
     checkpoint = inputs.checkpoint()
     config, schedule = inputs.described(checkpoint.directory)
     encoder = text.tokenizer(checkpoint.directory, config.vocab_size)
@@ -362,6 +374,7 @@ def complete_window(
             written.add(request.line, completion(request, said, tokens, finish, prompt_tokens))
             new_tokens += len(tokens) if request.line in missing else 0
         meter.done += len(missing)
+        meter.say()
         written.write()
     written.write()
     return new_tokens

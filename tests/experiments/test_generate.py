@@ -263,7 +263,7 @@ def run(tmp_path, *flags):
         (["--prompts=/dev/null"], "--prompts=/dev/null: is no regular file; - reads standard input"),
         (["--prompts=-", "--completions=-", "--resume"], "--resume: what --completions=- wrote is not there to go on from"),
         (["--prompts=nowhere.jsonl"], "--prompts=nowhere.jsonl: no such file"),
-        (["--prompts={p}", "--top_p=2"], "top_p: 2.0"),
+        (["--prompts={p}", "--top_p=2"], "--top_p: 2.0"),
         (["--prompts={p}", "--stop_tokens=9999"], "--stop_tokens=9999"),
         (["--prompts={p}", "--cache_len=10"], "--cache_len=10: no room"),
         (["--prompts={p}", "--cache_len=4097"], "--cache_len=4097: the model has 4096 positions"),

@@ -64,10 +64,10 @@ def parsed(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--time_limit=5"], "error: --time_limit: search does not read it; "),
-        (["--num_layers=4"], "error: --num_layers: search does not read it; "),
+        (["--time_limit=5"], "error: --time_limit: search does not read it; speed, kernels, pretrain, quality do; "),
+        (["--max_new_tokns=4"], "error: --max_new_tokns: no flag of search; python -m"),
         (["--experiment=generate", "--retention=1/4"], "error: --retention: generate does not read it; "),
-        (["--experiment=generate", "--loss_budget=1"], "error: --loss_budget: generate does not read it; "),
+        (["--experiment=generate", "--loss_budget=1"], "error: --loss_budget: generate does not read it; search does; "),
         (["--sequence=4"], "error: --sequence: no flag of search; the nearest is --sequences; "),
         (["--zzzz=4"], "error: --zzzz: no flag of search; python -m experiments.run search --help shows"),
         (["--sequences=four"], "error: flag --sequences=four"),
