@@ -34,6 +34,7 @@ COMPILING = ("compile", "plan")
 
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results
+MOST = 2**31 - 1  # of a size: rows and positions are counted in 32 bits
 
 # ---- the model and its schedule
 
@@ -174,8 +175,13 @@ def refuse(why: str, *names: str) -> None:
 
 
 def check_positive(*names: str) -> None:
-    """ValueError for the first of these flags whose value is below 1. None passes: it is the experiment's own default."""
+    """ValueError for the first of these flags whose value is below 1, or above what a size can be.
+
+    None passes: it is the experiment's own default.
+    """
     for name in names:
         value = flags.FLAGS[name].value
         if value is not None and value < 1:
             raise ValueError(f"--{name}={value}: must be at least 1")
+        if value is not None and value > MOST:
+            raise ValueError(f"--{name}={value}: must be at most {MOST}")
