@@ -170,9 +170,11 @@ def _not_read(flag: str, name: str, readers: Sequence[str]) -> str:
 
 
 def check_read(name: str) -> None:
-    """ValueError for a flag that was given and that the verb does not read: it would count for nothing."""
+    """ValueError for a flag that was given and that the verb does not read, which would count for nothing, or that is NaN."""
     read = _read_by(name)
     for module, found in flags.FLAGS.flags_by_module_dict().items():
         for flag in found if module.startswith("experiments.") else ():
             if flag.present and flag.name not in read:
                 raise ValueError(_not_read(flag.name, name, _readers(flag.name)))
+            if flag.value != flag.value:  # absl lets NaN pass whatever the bounds
+                raise ValueError(f"--{flag.name}={flag.value}: not a number")

@@ -227,7 +227,7 @@ def test_a_length_that_the_model_does_not_reach_is_refused(with_flags):
         (["--context=100"], "--context=100: must be above index_topk = 128"),
         (["--sequences=0"], "--sequences=0"),
         (["--blocks=0"], "--blocks=0: must be at least 1"),
-        (["--loss_budget=nan"], "--loss_budget=nan: must be at least 0"),
+        (["--loss_budget=-1"], "--loss_budget=-1.0: must be at least 0"),
         (["--batch_size=4", "--sequences=6"], "--batch_size=4: does not divide"),
         (["--stream", "--strategy=similarity"], "--strategy=similarity: needs the whole model in memory"),
         (["--blocks=2", "--strategy=floating"], "--blocks=2: --strategy=floating has no blocks"),

@@ -71,6 +71,7 @@ def parsed(monkeypatch):
         (["--sequence=4"], "error: --sequence: no flag of search; the nearest is --sequences; "),
         (["--zzzz=4"], "error: --zzzz: no flag of search; python -m experiments.run search --help shows"),
         (["--sequences=four"], "error: flag --sequences=four"),
+        (["--loss_budget=nan"], "error: --loss_budget=nan: not a number; "),
         (["--stream=maybe"], "error: flag --stream=maybe: neither true nor false ('maybe'); "),
         (["glm-5"], "error: 'glm-5' is no flag; flags look like --checkpoint=DIR; "),
     ],

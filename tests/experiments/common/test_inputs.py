@@ -1,5 +1,7 @@
 """What experiments read: shares and schedules, the context, and the two sides of a text."""
 
+import math
+
 import numpy as np
 import pytest
 from absl import flags
@@ -110,6 +112,8 @@ def test_sizes_that_cannot_be_are_named():
     options.check_positive("batch_size", "chunk")  # whose default is None
     with flagsaver.flagsaver(sequences=0), pytest.raises(ValueError, match="--sequences=0: must be at least 1"):
         options.check_positive("batch_size", "sequences")
+    with flagsaver.flagsaver(stream_memory=math.inf), pytest.raises(ValueError, match="--stream_memory=inf: no host"):
+        options.stream_memory()
     with flagsaver.flagsaver(chunk=2**31), pytest.raises(ValueError, match="--chunk=2147483648: must be at most 2147483647"):
         options.check_positive("chunk")
 
