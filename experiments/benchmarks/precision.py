@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -229,7 +230,8 @@ def read_inputs(seed: int) -> Inputs:
     check_memory(config, schedule, checkpoint.dtype)
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
     config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
-    in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
+    with warnings.catch_warnings(action="ignore"):  # they came with the same files
+        in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
     given = options.HELD_OUT.value
     documents = text.documents(given, "held_out") if given else inputs.split("", given, "held_out").held_out
     cuts = reader.draw(documents, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
