@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import glob
 import os
 import pathlib
@@ -50,7 +51,10 @@ _PASSED_OVER = ("site-packages", "dist-packages", "__pycache__", "node_modules")
 HELD_OUT_SHARE = 10  # every tenth file by the hash of its name, so that a file keeps its side in every Python version
 
 
-@dataclasses.dataclass(frozen=True)
+_resolved = functools.lru_cache(maxsize=64)(pathlib.Path.resolve)  # the lines of a file are documents of one path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Document:
     """A text file, or a line of a JSONL file: the `size` bytes from `start` on.
 
@@ -71,7 +75,7 @@ class Document:
     @property
     def key(self) -> tuple[pathlib.Path, int]:
         """What tells it from other documents, whatever they are called."""
-        return self.path.resolve(), self.start
+        return _resolved(self.path), self.start
 
     def content(self) -> bytes:
         """Its text in UTF-8. ValueError that names the file, and the line, for what is no text."""
