@@ -433,6 +433,8 @@ def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goa
     strategy = "similarity" if goal.strategy == "similarity" else "searched"
     named = [(options.ALL_F if base.num_full == base.num_layers else "as shipped", base)]
     for size in goal.sizes(base):
+        if size == base.num_full:  # nothing is to be searched
+            continue
         uniform = Schedule.uniform(base.num_layers, size)
         if all(base.is_full[layer] for layer in uniform.full_layers):
             named.append((f"{goal.label(base, size)} uniform", uniform))

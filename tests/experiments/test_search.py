@@ -68,6 +68,7 @@ def test_every_size_that_was_asked_for_is_reached_exactly(blocks):
     assert search.choose(steps, sizes, base, goal).num_full == 3
     named = dict(search.compared(sizes, base, sizes[3], goal))
     assert [named[f"{share} searched"].num_full for share in ("1/2", "1/4")] == [6, 3]
+    assert search.compared({12: base}, base, base, goal_of(retentions=("1",), target="1")) == [("all F", base)]
 
 
 def test_a_loss_budget_ends_the_search_where_it_is_exceeded():
