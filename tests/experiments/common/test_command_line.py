@@ -1,6 +1,7 @@
 """Verbs, help, and flags that a verb does not read."""
 
 import importlib
+import io
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from absl import flags
 
 import indexcache_jax
+from experiments import run as run_module
 from experiments.common import command_line
 from experiments.common.options import EXPERIMENTS
 
@@ -110,6 +112,13 @@ def test_help_behind_the_word_help_and_a_version():
     assert command_line.with_flag(["help", "distill"]) == ["--experiment=distill", "--help"]
     assert command_line.with_flag(["help"]) == ["help"] and command_line.wants_help(["help"])
     assert command_line.wants_version(["--version"]) and not command_line.wants_version(["search", "version"])
+
+
+def test_a_terminal_shows_what_it_can_of_a_report():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    run_module.replace_what_it_lacks(stream)
+    print("+1 ± 2 %", file=stream, flush=True)
+    assert stream.buffer.getvalue() == b"+1 ? 2 %\n"
 
 
 def test_help_from_the_command_line():
