@@ -167,7 +167,7 @@ def read_question(topology: Topology) -> Question:
         raise ValueError(f"--preset={options.PRESET.value}: counts for nothing beside --checkpoint={directory}; leave one out")
     dtype = options.DTYPE.value or ("float32" if topology.platform == "cpu" else "bfloat16")
     if directory:
-        name, weights = directory, inputs.Checkpoint(directory, dtype).weights
+        name, weights = directory, dataclasses.replace(inputs.checkpoint(), dtype=dtype).weights
         config, base = inputs.described(directory)
     else:
         name, weights = options.PRESET.value, inputs.made_weights()

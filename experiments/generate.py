@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import re
 import sys
 import time
 import zlib
@@ -87,7 +88,7 @@ def batches(window: Sequence[Request], rows: int, room: int) -> Iterator[list[Re
 
 
 class Meter:
-    """Progress on the terminal: tokens a second of prompts and of completions."""
+    """Progress on the terminal: tokens a second of prompts and of completions. Its line ends where a block with it ends."""
 
     def __init__(self, total: int, done: int = 0) -> None:
         self.total, self.done, self._before = total, done, done
@@ -100,6 +101,17 @@ class Meter:
         self.seconds[phase] += now - self._last
         self._last = now
         self.tokens[phase] += tokens
+        self.say()
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if processes.is_main():
+            print(file=sys.stderr, flush=True)
+
+    def say(self) -> None:
+        """Writes how many prompts are done, the rates, and the time that is left, over what was written before."""
         rates = ", ".join(f"{name} {self.rate(name):.1f} tok/s" for name in self.tokens)
         if processes.is_main():
             print(f"\r{self.done}/{self.total} prompts, {rates}{self._left()}", end="", file=sys.stderr, flush=True)
@@ -155,6 +167,14 @@ def stop_tokens(config: Config) -> tuple[int, ...]:
         if not value.isdecimal() or int(value) >= config.vocab_size:
             raise ValueError(f"--stop_tokens={value}: not one of the model's {config.vocab_size} tokens")
     return tuple(int(value) for value in _STOP.value)
+
+
+def sampling() -> Sampling:
+    """How tokens are drawn where a line says nothing else. ValueError that names the flag."""
+    try:
+        return Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    except ValueError as error:  # names the field, as which the flag is called
+        raise ValueError(f"--{error}") from None
 
 
 def check_files() -> None:
@@ -268,7 +288,7 @@ def room_for(tokens: int, settings: Settings) -> int:
 def read_inputs(seed: int, output_dir: str) -> Iterator[tuple[Inputs, Output]]:
     """All that is read, checked before anything takes long, and the output folder. The file of requests is open within."""
     check_files()
-    drawing = Drawing(Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value), _NEW.value)
+    drawing = Drawing(sampling(), _NEW.value)
     checkpoint = inputs.checkpoint()
     config, schedule = inputs.described(checkpoint.directory)
     encoder = text.tokenizer(checkpoint.directory, config.vocab_size)
@@ -337,13 +357,11 @@ def complete_all(given: Inputs, output: Output, resume: bool, stream: RawIOBase 
             chunk=settings.chunk,
             progress=meter,
         )
-    with answers:
+    with answers, meter:
         done_of_window = answers.done % size
         for window in requests.windows(answers.done // size):
             new_tokens += complete_window(window, InOrder(answers, window[done_of_window:]), given, document, meter)
             done_of_window = 0
-    if processes.is_main():
-        print(file=sys.stderr)
     return Result(answers.where, str(answers.errors_path), answers.done, new_tokens, meter, time.perf_counter() - began)
 
 
@@ -362,6 +380,7 @@ def complete_window(
             written.add(request.line, completion(request, said, tokens, finish, prompt_tokens))
             new_tokens += len(tokens) if request.line in missing else 0
         meter.done += len(missing)
+        meter.say()
         written.write()
     written.write()
     return new_tokens
@@ -378,11 +397,15 @@ def ended(request: Request, tokens: Sequence[int], given: Inputs) -> tuple[str, 
 
 @contextlib.contextmanager
 def naming(batch: Sequence[Request]) -> Iterator[None]:
-    """Puts the lines of a batch before what is wrong with it, such as logits that are not finite."""
+    """Puts the line of a request before what is wrong with it, such as logits that are not finite, or those of the batch."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"lines {', '.join(str(r.line) for r in batch)}: {error}") from None
+        request = re.match(r"request (\d+): ", str(error))
+        if request is None:
+            raise ValueError(f"lines {', '.join(str(line) for line in sorted(r.line for r in batch))}: {error}") from None
+        line = batch[min(int(request[1]), len(batch) - 1)].line  # what fills up a batch are copies of its last request
+        raise ValueError(f"line {line}: {str(error)[request.end() :]}") from None
 
 
 def complete(batch: Sequence[Request], given: Inputs, document: serving.Cache | None, meter: Meter) -> list[list[int]]:

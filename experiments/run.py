@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
 import warnings
 from types import FrameType, ModuleType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
 
@@ -76,8 +77,15 @@ def _say(text: str) -> NoReturn:
     sys.exit(0)
 
 
+def replace_what_it_lacks(stream: TextIO) -> None:
+    """Has a terminal whose encoding lacks a character of a report, such as ±, show another instead of ending the run."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+
 def command() -> None:
     """What `indexcache` and `python -m experiments.run` do."""
+    replace_what_it_lacks(sys.stdout)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _ended_early)
     if sys.argv[1:2] == [command_line.CONVERT]:

@@ -277,6 +277,7 @@ def read_inputs(seed: int) -> Inputs:
     options.check_positive("sequences", "held_out_sequences", "blocks")
     checkpoint = inputs.checkpoint()
     config, base = inputs.described(checkpoint.directory)
+    reader = inputs.reader(checkpoint.directory, config)
     goal = read_goal(base)
     if serving_length() > config.max_position_embeddings:
         raise ValueError(f"--serving_length={serving_length()}: the model's longest is {config.max_position_embeddings}")
@@ -289,7 +290,6 @@ def read_inputs(seed: int) -> Inputs:
     print(search_cost.counted(searching + evaluating, rows, context, weights))
     print(search_cost.estimated(searching + evaluating, config, rows, context, weights), flush=True)
     check_memory(checkpoint, config, base, searching + evaluating)
-    reader = inputs.reader(checkpoint.directory, config)
     sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     calibration = reader.draw(sides.train, "text", options.calibration_sequences(), seed)
     held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
@@ -433,6 +433,8 @@ def compared(by_size: dict[int, Schedule], base: Schedule, chosen: Schedule, goa
     strategy = "similarity" if goal.strategy == "similarity" else "searched"
     named = [(options.ALL_F if base.num_full == base.num_layers else "as shipped", base)]
     for size in goal.sizes(base):
+        if size == base.num_full:  # nothing is to be searched
+            continue
         uniform = Schedule.uniform(base.num_layers, size)
         if all(base.is_full[layer] for layer in uniform.full_layers):
             named.append((f"{goal.label(base, size)} uniform", uniform))

@@ -187,6 +187,7 @@ def read_inputs() -> Inputs:
     chunk = CHUNK if options.CHUNK.value is None else options.CHUNK.value
     if asked > layers:
         raise ValueError(f"--num_layers={asked}: the model has {layers}")
+    options.check_positive("tokens")
     if not 1 <= chunk <= options.TOKENS.value:
         raise ValueError(f"--chunk={chunk} is not between 1 and --tokens={options.TOKENS.value}")
     topology = options.TOPOLOGY.value or TOPOLOGIES[0]

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -224,13 +225,15 @@ def read_inputs(seed: int) -> Inputs:
     """All that is read; without --held_out a tenth of the standard library's sources."""
     options.check_positive("held_out_sequences")
     checkpoint = inputs.checkpoint()
-    check_memory(*inputs.described(checkpoint.directory), checkpoint.dtype)
+    config, schedule = inputs.described(checkpoint.directory)
+    reader = inputs.reader(checkpoint.directory, config)
+    check_memory(config, schedule, checkpoint.dtype)
     asked: dict[str, Any] = {"dtype": checkpoint.dtype, "form": "serving"}
     config, schedule, weights = checkpoints_convert.load(checkpoint.directory, **asked)
-    in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
-    reader = inputs.reader(checkpoint.directory, config)
+    with warnings.catch_warnings(action="ignore"):  # they came with the same files
+        in_8_bits = checkpoints_convert.load(checkpoint.directory, **asked, weights="fp8")[2]
     given = options.HELD_OUT.value
-    documents = text.documents(given) if given else inputs.split("", given, "held_out").held_out
+    documents = text.documents(given, "held_out") if given else inputs.split("", given, "held_out").held_out
     cuts = reader.draw(documents, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     about = f"{schedule.pattern}; {len(cuts)} x {reader.context} tokens; {checkpoint.dtype} on {device()['kind']}"
     print(f"{checkpoint.name}: {about}")

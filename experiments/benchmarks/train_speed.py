@@ -137,6 +137,9 @@ def read_inputs(rows: int) -> Inputs:
     layers, context, topk = options.NUM_LAYERS.value or LAYERS, _CONTEXT.value, _TOPK.value
     if unknown := [kind for kind in _STAGES.value if kind not in ("sparse", "warmup")]:
         raise ValueError(f"--train_stages={unknown[0]}: not sparse or warmup")
+    if not _STAGES.value:
+        raise ValueError("--train_stages=: name sparse, warmup or both")
+    options.check_positive("train_context")
     if topk >= context:
         raise ValueError(f"--train_topk={topk}: must be below --train_context={context}")
     entry = inputs.only_schedule()

@@ -6,12 +6,14 @@ What is kept of a file is a byte a line, where every window begins and, while it
 from __future__ import annotations
 
 import array
+import codecs
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from checkpoints_convert.ending import writing
+from experiments.common import text
 from experiments.common.batch_requests import Reader, Request
 from experiments.common.report import progress
 from indexcache_jax.foreign import shown
@@ -80,16 +83,29 @@ class Scan:
         return sum(self.bad)
 
 
+def check_jsonl(file: BinaryIO, name: str) -> None:
+    """ValueError, with `name`, for a file that begins as one of another format does: every line of it would be an error."""
+    file.seek(0)
+    start = file.read(64)
+    text.check_format(start, name)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{name}: is UTF-16; convert it, as by iconv -f utf-16 -t utf-8")
+    if re.match(rb"\s*\[\s*(\{|$)", start.removeprefix(MARK)):  # any other array may be one bad line
+        raise ValueError(f"{name}: begins a JSON array; what is read has an object in every line (JSONL)")
+
+
 class RequestFile:
     """The requests of an open file, in its order, `window` at a time.
 
-    `scan` tells what is in it. ValueError, with `name`, for a file without lines, for one that changes while it is read, and
-    for one in which two requests of OpenAI's format have the same custom_id, by which their answers are told apart.
+    `scan` tells what is in it. ValueError, with `name`, for a file of another format or without lines, for one that changes
+    while it is read, and for one in which two requests of OpenAI's format have the same custom_id, by which their answers are
+    told apart.
     """
 
     def __init__(self, file: BinaryIO, name: str, reader: Reader, window: int) -> None:
         self.name = name
         self._file, self._reader, self._window = file, reader, window
+        check_jsonl(file, name)
         self._state = self._now()
         self._starts, self._numbers = array.array("q"), array.array("q")  # of the first line of every window
         self.scan = self._read_through()

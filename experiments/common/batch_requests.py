@@ -129,14 +129,18 @@ class Reader:
             found = dataclasses.replace(found, drawing=_drawing(body, self.defaults))
             return dataclasses.replace(found, tokens=self._tokens(body, found.drawing.max_new_tokens))
         except ValueError as error:
-            return dataclasses.replace(found, error=str(error).removeprefix("prompt 0: "))
+            return dataclasses.replace(found, error=str(error))
 
     def _tokens(self, body: Mapping[str, Any], new: int) -> np.ndarray:
         room = self.cache_len - self.document - new
         if room < 1:
             raise ValueError(f"max_tokens: {shown(new)} leave no room for a prompt in the {self.cache_len} tokens of the cache")
         tokens = self.prompt(body)
-        check_prompts([tokens], self.config, room)
+        try:
+            check_prompts([tokens], self.config, room)
+        except ValueError as error:
+            field = next(name for name in PROMPTS if name in body)
+            raise ValueError(f"{field}: {str(error).removeprefix('prompt 0: ')}") from None
         return np.asarray(tokens, np.int32)
 
     def prompt(self, body: Mapping[str, Any]) -> np.ndarray | list[int]:

@@ -27,7 +27,7 @@ _OF_EVERY_VERB = "experiments.run"
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.57)
     return f"; the nearest is {found[0]}" if found else ""
 
 
@@ -138,8 +138,11 @@ def parse(argv: list[str]) -> list[str]:
 def _said(error: Exception, name: str) -> int:
     text = str(error).replace("('Non-boolean argument to boolean flag', ", "neither true nor false (")
     if isinstance(error, flags.UnrecognizedFlagError):
-        known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
-        text = f"--{error.flagname}: no flag of {name}{_nearest(f'--{error.flagname}', {f'--{flag}' for flag in known})}"
+        if others := _readers(error.flagname.removeprefix("no")) or _readers(error.flagname):
+            text = _not_read(error.flagname, name, others)
+        else:
+            known = [f"--{flag}" for flag in _read_by(name)]
+            text = f"--{error.flagname}: no flag of {name}{_nearest(f'--{error.flagname}', known)}"
     print(f"error: {text}; {command()} {name} --help shows what it reads", file=sys.stderr)
     return USAGE_ERROR
 
@@ -150,10 +153,28 @@ def _every_verbs() -> set[str]:
     return {flag.name for where in (_OF_EVERY_VERB, sys.argv[0]) for flag in by_module.get(where, [])}
 
 
+def _read_by(name: str) -> set[str]:
+    """The flags that a verb reads. Its module has been imported."""
+    return {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
+
+
+def _readers(flag: str) -> list[str]:
+    """The verbs that read a flag. Their modules are imported, which takes a moment: for an error."""
+    for module in EXPERIMENTS.values():
+        importlib.import_module(module)
+    return [name for name in EXPERIMENTS if flag in _read_by(name)]
+
+
+def _not_read(flag: str, name: str, readers: Sequence[str]) -> str:
+    return f"--{flag}: {name} does not read it; {', '.join(readers)} {'does' if len(readers) == 1 else 'do'}"
+
+
 def check_read(name: str) -> None:
-    """ValueError for a flag that was given and that the verb does not read: it would count for nothing."""
-    read = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(EXPERIMENTS[name])} | _every_verbs()
+    """ValueError for a flag that was given and that the verb does not read, which would count for nothing, or that is NaN."""
+    read = _read_by(name)
     for module, found in flags.FLAGS.flags_by_module_dict().items():
         for flag in found if module.startswith("experiments.") else ():
             if flag.present and flag.name not in read:
-                raise ValueError(f"--{flag.name}: {name} does not read it")
+                raise ValueError(_not_read(flag.name, name, _readers(flag.name)))
+            if flag.value != flag.value:  # absl lets NaN pass whatever the bounds
+                raise ValueError(f"--{flag.name}={flag.value}: not a number")

@@ -34,7 +34,7 @@ def settings(schedule: Schedule, checkpoint: str, config: Config) -> list[Settin
             "transformers": f"AutoModelForCausalLM.from_pretrained({checkpoint!r}, **{fields!r})",
             "sglang": f"python -m sglang.launch_server --model-path {path} --json-model-override-args {pasted}",
             "vllm": f"vllm serve {path} --hf-overrides {pasted}",
-            "tensorrt-llm": f"in {checkpoint}/config.json: {json.dumps(fields)[1:-1]}",
+            "tensorrt-llm": f"in {pathlib.Path(checkpoint) / 'config.json'}: {json.dumps(fields)[1:-1]}",
         }[engine]
         if engine == "transformers" and config.family != GLM:
             usage = f"not supported: transformers runs every layer of a {ARCHITECTURES[config.family]} as full"

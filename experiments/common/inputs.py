@@ -10,6 +10,7 @@ import fractions
 import functools
 import math
 import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -31,6 +32,8 @@ from indexcache_jax.sharding import SERVING
 from indexcache_jax.training import Stage
 
 CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's flags may say
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 SHARE = "1/4"  # of layers that are F, where neither --schedule nor the model says
 
@@ -57,9 +60,21 @@ class Checkpoint:
 
 
 def checkpoint() -> Checkpoint:
-    """--checkpoint and --dtype, or what stands for them where they are not given."""
+    """--checkpoint and --dtype, or what stands for them where they are not given. ValueError for what is no directory."""
+    directory = options.CHECKPOINT.value or str(options.DEMO)
+    if not pathlib.Path(directory).is_dir():
+        raise ValueError(f"--checkpoint={directory}: {_instead_of_a_directory(directory)}")
     dtype = options.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return Checkpoint(options.CHECKPOINT.value or str(options.DEMO), dtype)
+    return Checkpoint(directory, dtype)
+
+
+def _instead_of_a_directory(given: str) -> str:
+    """What --checkpoint names where it is no directory: a file, or maybe a model of the Hub, which is not downloaded here."""
+    if pathlib.Path(given).exists():
+        return "is a file; name the directory that holds config.json and the weights"
+    if _HUB_NAME.fullmatch(given):
+        return f"no such directory; if that is a model of the Hub, get it first: hf download {given} --local-dir DIR"
+    return "no such directory"
 
 
 def made_weights() -> str | None:
@@ -174,9 +189,9 @@ def split(patterns: str, held_out: str | None, flag: str = "text") -> Sides:
 
     Without `held_out`, a share of the files by their names' hash; None: the experiment has no --held_out.
     """
-    documents = text.documents(patterns)
+    documents = text.documents(patterns, flag)
     if held_out:
-        kept_apart = text.documents(held_out)
+        kept_apart = text.documents(held_out, "held_out")
         keys = {d.key for d in kept_apart}
         if not (rest := [d for d in documents if d.key not in keys]):
             raise ValueError(f"--{flag}={patterns}: --held_out={held_out} names all of its files, none is left")

@@ -34,6 +34,8 @@ COMPILING = ("compile", "plan")
 
 DEMO = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 ALL_F = "all F"  # what the schedule without S layers is called in flags, tables and results
+MOST_LAYERS = 10_000
+MOST = 2**31 - 1  # of a size: rows and positions are counted in 32 bits
 
 # ---- the model and its schedule
 
@@ -51,7 +53,7 @@ WEIGHTS = flags.DEFINE_enum(
     "them, and bf16 where weights are made",
 )
 NUM_LAYERS = flags.DEFINE_integer(
-    "num_layers", 0, "cut the model to so many layers; 0 is the experiment's own choice", lower_bound=0
+    "num_layers", 0, "cut the model to so many layers; 0 is the experiment's own choice", 0, MOST_LAYERS
 )
 SCHEDULE = flags.DEFINE_list(
     "schedule",
@@ -159,6 +161,8 @@ def calibration_sequences(default: int = 2) -> int:
 
 def stream_memory() -> int:
     """Bytes of --stream_memory; where it is not given, at most half of what the host has left."""
+    if STREAM_MEMORY.value > MOST:
+        raise ValueError(f"--stream_memory={STREAM_MEMORY.value}: no host has so many GB")
     size = int(1e9 * STREAM_MEMORY.value)
     from indexcache_jax import host_memory  # here, since it brings JAX along: a signal or --help would wait for that
 
@@ -174,8 +178,13 @@ def refuse(why: str, *names: str) -> None:
 
 
 def check_positive(*names: str) -> None:
-    """ValueError for the first of these flags whose value is below 1. None passes: it is the experiment's own default."""
+    """ValueError for the first of these flags whose value is below 1, or above what a size can be.
+
+    None passes: it is the experiment's own default.
+    """
     for name in names:
         value = flags.FLAGS[name].value
         if value is not None and value < 1:
             raise ValueError(f"--{name}={value}: must be at least 1")
+        if value is not None and value > MOST:
+            raise ValueError(f"--{name}={value}: must be at most {MOST}")

@@ -27,7 +27,7 @@ from experiments.common import processes
 from experiments.common.devices import Layout
 from experiments.common.journal import replacing
 from experiments.common.lock import Lock, hold
-from experiments.common.options import EXPERIMENTS
+from experiments.common.options import EXPERIMENTS, RESUME
 
 # Environment variables that change a measurement; they are no flags of ours.
 VARIABLES = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -127,6 +127,8 @@ class Output:
 
         def make() -> None:
             nonlocal lock
+            if flags.FLAGS[RESUME.name].value and not path.exists():
+                print(f"note: --resume: {directory} is not there, so there is nothing to go on from", file=sys.stderr)
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 lock = hold(path)

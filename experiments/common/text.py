@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import glob
 import os
 import pathlib
@@ -50,7 +51,10 @@ _PASSED_OVER = ("site-packages", "dist-packages", "__pycache__", "node_modules")
 HELD_OUT_SHARE = 10  # every tenth file by the hash of its name, so that a file keeps its side in every Python version
 
 
-@dataclasses.dataclass(frozen=True)
+_resolved = functools.lru_cache(maxsize=64)(pathlib.Path.resolve)  # the lines of a file are documents of one path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Document:
     """A text file, or a line of a JSONL file: the `size` bytes from `start` on.
 
@@ -71,7 +75,7 @@ class Document:
     @property
     def key(self) -> tuple[pathlib.Path, int]:
         """What tells it from other documents, whatever they are called."""
-        return self.path.resolve(), self.start
+        return _resolved(self.path), self.start
 
     def content(self) -> bytes:
         """Its text in UTF-8. ValueError that names the file, and the line, for what is no text."""
@@ -108,9 +112,7 @@ _MARKS = {
 
 def _as_text(content: bytes, path: pathlib.Path) -> bytes:
     """UTF-8 of a file's content. ValueError, naming what it is, for content that is no text."""
-    for start, what in _OTHERS.items():
-        if content.startswith(start):
-            raise ValueError(f"{path}: is {what}, not text")
+    check_format(content, path)
     for mark, encoding in _MARKS.items():
         if content.startswith(mark):
             try:
@@ -122,6 +124,13 @@ def _as_text(content: bytes, path: pathlib.Path) -> bytes:
     if path.suffix.lower() == ".json" and content.lstrip().startswith(b"["):
         raise ValueError(f"{path}: is a JSON array, not text; what is read has an object in every line (JSONL)")
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def check_format(start: bytes, path: pathlib.Path | str) -> None:
+    """ValueError, naming what it is, for a file that begins as one of another format does."""
+    for mark, what in _OTHERS.items():
+        if start.startswith(mark):
+            raise ValueError(f"{path}: is {what}, not text")
 
 
 def _check_utf_8(content: bytes, path: pathlib.Path) -> None:
@@ -302,12 +311,12 @@ def _matching(pattern: str) -> list[Document]:
 SOURCES = {"standard-library": standard_library, "installed-code": installed_code, "installed-prose": installed_prose}
 
 
-def documents(patterns: str) -> list[Document]:
+def documents(patterns: str, flag: str = "text") -> list[Document]:
     """The files of globs such as 'docs/*.txt,*.md', of a source of SOURCES, or the text files of a folder.
 
-    "" is the standard library. Every line of a JSONL file is a document. A pattern that finds nothing is a ValueError. A
-    file that several patterns find counts once, under the first one's name: with two names it could be trained on and held
-    out as well.
+    "" is the standard library. Every line of a JSONL file is a document. A pattern that finds nothing is a ValueError, which
+    names `flag`. A file that several patterns find counts once, under the first one's name: with two names it could be trained
+    on and held out as well.
     """
     found: dict[tuple[pathlib.Path, int], Document] = {}
     for pattern in (patterns or "standard-library").split(","):
@@ -319,10 +328,12 @@ def documents(patterns: str) -> list[Document]:
             if is_folder:
                 suffixes = ", ".join(TEXT_SUFFIXES[:4])
                 raise ValueError(
-                    f"{pattern!r}: a folder without files called as text is ({suffixes}, ...); name others, as "
+                    f"--{flag}={pattern}: a folder without files called as text is ({suffixes}, ...); name others, as "
                     f"{pattern.rstrip('/')}/**/*.log"
                 )
-            raise ValueError(f"{pattern!r}: no such file, and nothing matches it")
+            if not pattern:
+                raise ValueError(f"--{flag}={patterns}: holds an empty name")
+            raise ValueError(f"--{flag}={pattern}: no such file, and nothing matches it")
         for file in some:
             if named:
                 found.setdefault(file.key, dataclasses.replace(file, named=False))

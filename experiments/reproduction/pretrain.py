@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 import checkpoints_convert
-from experiments.common import data, devices, journal, options, processes, runs, text
+from experiments.common import data, devices, inputs, journal, options, processes, runs, text
 from experiments.common.report import Output, command, device, markdown_table, versions
 from experiments.common.runs import Saving, TrainingRun
 from experiments.reproduction import ngram, retrieval, scoring
@@ -41,7 +41,7 @@ from indexcache_jax.training import Stage
 from pallas_kernels.indexer_topk.reference import select
 
 _RECIPE = flags.DEFINE_enum("recipe", "demo", ["demo", "medium", "deep"], "the model and how it is trained")
-_SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps")
+_SCALE = flags.DEFINE_float("steps_scale", 1.0, "multiplies every stage's number of steps", 0.0, 1000.0)
 for _name in ("text", "woven", "resume", "time_limit", "mesh"):
     flags.declare_key_flag(_name)
 
@@ -234,10 +234,9 @@ class Data:
     held_out_tokens: int
 
 
-def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
-    """The corpus, encoded and split. What is made of it is kept in the output's folder."""
-    documents = text.documents(options.TEXT.value or recipe.corpus)
-    train_files, held_out_files = [d for d in documents if not d.held_out], [d for d in documents if d.held_out]
+def prepare(recipe: Recipe, sides: inputs.Sides, config: Config, output: Output, seed: int) -> Data:
+    """The corpus, encoded. What is made of it is kept in the output's folder."""
+    train_files, held_out_files = sides.train, sides.held_out
     encoder: text.Bytes | text.FromFile = text.Bytes()
     if recipe.vocabulary is not None:
         path = output.directory / "tokenizer.json"
@@ -255,6 +254,8 @@ def prepare(recipe: Recipe, config: Config, output: Output, seed: int) -> Data:
     enough = None if recipe.vocabulary is None else 4 * recipe.held_out * context
     held_out = text.stream(held_out_files if enough is None else shuffled, encoder, recipe.separator, enough)
     print(f"{len(train_files)} training files, {tokens.size:,} tokens; {len(held_out_files)} held out, {held_out.size:,}")
+    if held_out.size <= context:
+        raise ValueError(f"--text: {held_out.size} held-out tokens are less than a sequence of {context}; give more text")
     cuts = text.sequences(held_out, min(recipe.held_out, (held_out.size - 1) // context), context, seed)
     return Data(encoder, tokens, cuts, held_out.size)
 
@@ -383,10 +384,10 @@ def alike(params: Params) -> Params:
     return dataclasses.replace(params, attention=attention, indexer=indexer)
 
 
-def read_inputs(recipe: Recipe, output: Output, seed: int) -> Inputs:
+def read_inputs(recipe: Recipe, sides: inputs.Sides, output: Output, seed: int) -> Inputs:
     """Reads and encodes the text, and makes the weights."""
     config, schedule = recipe.shape()
-    found = prepare(recipe, config, output, seed)
+    found = prepare(recipe, sides, config, output, seed)
     params = init(jax.random.key(seed), config, schedule, jnp.float32)
     if recipe.alike:
         params = alike(params)
@@ -456,13 +457,14 @@ def run(output_dir: str, seed: int) -> None:
     output = Output.create(output_dir)
     runs.check_free(output.directory, options.RESUME.value)
     recipe = RECIPES[_RECIPE.value]
+    sides = inputs.split(options.TEXT.value or recipe.corpus, None)  # before programs compile, which a thread ends with
     layout = training_layout(recipe)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # programs compile while the text is read
         with devices.in_force(layout, TRAINING):
             compile_steps = runs.in_a_thread(runs.compile_steps)
         steps = pool.submit(compile_steps, plan(recipe), *recipe.shape())
         evaluation = pool.submit(compile_evaluation, recipe)
-        given = read_inputs(recipe, output, seed)
+        given = read_inputs(recipe, sides, output, seed)
         steps.result()
         print(f"text and programs ready after {time.perf_counter() - began:.0f} s")
         result = pretrain(given, evaluation, output, layout, deadline, seed)

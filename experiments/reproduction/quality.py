@@ -137,7 +137,7 @@ def names_of(way: str) -> list[str]:
 
 def check_flags() -> None:
     """ValueError for what would else come to light when the searches are done."""
-    options.check_positive("batch_size", "held_out_sequences", "sequences")
+    options.check_positive("batch_size", "held_out_sequences", "sequences", "blocks")
     inputs.share("retention", options.RETENTION.value)
     retentions, batch_size = options.RETENTIONS.value, options.BATCH_SIZE.value
     for retention in retentions:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from checkpoints_convert import __main__ as convert
 from checkpoints_convert import load
 from tests.checkpoints_convert import files
 from tests.support.tiny_models import CASES
@@ -52,7 +53,27 @@ def test_bad_input_is_one_line_and_an_exit_code(tmp_path, source, flags, message
     assert not list(tmp_path.iterdir())
 
 
-def test_flags_and_arguments_are_checked(tmp_path, source):
-    assert "format" in run(source, tmp_path / "out", "--format=gguf").stderr
-    wrong = run(source)
-    assert wrong.returncode != 0 and "expected SRC and DST" in wrong.stderr + wrong.stdout
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b", "--format=gguf"], "flag --format=gguf: value should be one of "),
+        (["a", "b", "--shard=5GB"], "--shard: no such flag; "),
+        (["a"], "expected SRC and DST, got 1 arguments: a; "),
+        ([], "expected SRC and DST, got 0 arguments; "),
+        (["a", "b", "c"], "expected SRC and DST, got 3 arguments: a b c; "),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        convert.parse(["convert", *arguments])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}") and line.endswith("--help shows what there is")
+
+
+def test_help_is_on_standard_output(monkeypatch, capsys):
+    monkeypatch.setattr(convert.sys, "argv", ["convert", "a", "--help"])
+    monkeypatch.setattr(convert.signal, "signal", lambda *_: None)
+    convert.command()
+    said = capsys.readouterr()
+    assert "DST must not exist or be empty" in said.out and "--[no]keep_mtp: " in said.out and not said.err

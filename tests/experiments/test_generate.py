@@ -210,13 +210,15 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, prompts, 
     assert complete(prompts, tmp_path / "out", resume=True).done_before == 40
 
 
-def test_where_the_model_fails_the_lines_are_named(tmp_path, prompts, monkeypatch):
-    def failing_generate(*arguments, **options):
+def test_where_the_model_fails_its_line_is_named_on_a_line_of_its_own(tmp_path, prompts, monkeypatch, capsys):
+    def failing_generate(*arguments, progress, **options):
+        progress("prefill", 1)
         raise ValueError("request 0: the model's logits are not finite")
 
     monkeypatch.setattr(generate, "generate", failing_generate)
-    with pytest.raises(ValueError, match=r"lines \d+, \d+: request 0: the model's logits are not finite"):
+    with pytest.raises(ValueError, match=r"^line \d+: the model's logits are not finite"):
         complete(prompts, tmp_path / "out")
+    assert capsys.readouterr().err.endswith("\n")
 
 
 def test_completions_for_standard_output_are_those_of_a_file(tmp_path, prompts):
@@ -263,7 +265,7 @@ def run(tmp_path, *flags):
         (["--prompts=/dev/null"], "--prompts=/dev/null: is no regular file; - reads standard input"),
         (["--prompts=-", "--completions=-", "--resume"], "--resume: what --completions=- wrote is not there to go on from"),
         (["--prompts=nowhere.jsonl"], "--prompts=nowhere.jsonl: no such file"),
-        (["--prompts={p}", "--top_p=2"], "top_p: 2.0"),
+        (["--prompts={p}", "--top_p=2"], "--top_p: 2.0"),
         (["--prompts={p}", "--stop_tokens=9999"], "--stop_tokens=9999"),
         (["--prompts={p}", "--cache_len=10"], "--cache_len=10: no room"),
         (["--prompts={p}", "--cache_len=4097"], "--cache_len=4097: the model has 4096 positions"),

@@ -68,6 +68,7 @@ def test_every_size_that_was_asked_for_is_reached_exactly(blocks):
     assert search.choose(steps, sizes, base, goal).num_full == 3
     named = dict(search.compared(sizes, base, sizes[3], goal))
     assert [named[f"{share} searched"].num_full for share in ("1/2", "1/4")] == [6, 3]
+    assert search.compared({12: base}, base, base, goal_of(retentions=("1",), target="1")) == [("all F", base)]
 
 
 def test_a_loss_budget_ends_the_search_where_it_is_exceeded():
@@ -227,7 +228,7 @@ def test_a_length_that_the_model_does_not_reach_is_refused(with_flags):
         (["--context=100"], "--context=100: must be above index_topk = 128"),
         (["--sequences=0"], "--sequences=0"),
         (["--blocks=0"], "--blocks=0: must be at least 1"),
-        (["--loss_budget=nan"], "--loss_budget=nan: must be at least 0"),
+        (["--loss_budget=-1"], "--loss_budget=-1.0: must be at least 0"),
         (["--batch_size=4", "--sequences=6"], "--batch_size=4: does not divide"),
         (["--stream", "--strategy=similarity"], "--strategy=similarity: needs the whole model in memory"),
         (["--blocks=2", "--strategy=floating"], "--blocks=2: --strategy=floating has no blocks"),

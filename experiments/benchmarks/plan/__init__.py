@@ -101,6 +101,9 @@ def read_inputs() -> Inputs:
     topology = topologies.topology(options.TOPOLOGY.value or topologies.LOCAL)
     count, text = topology.num_devices, options.MESH.value
     layout = devices.parse(text, count) if text else devices.suited(rows, count)
+    if options.TOKENS.present and length > config.max_position_embeddings:
+        raise ValueError(f"--tokens={length}: {name} has {config.max_position_embeddings} positions")
+    length = min(length, config.max_position_embeddings)
     chunk = options.CHUNK.value or min(length, CHUNK * layout.context)
     if chunk > length:
         raise ValueError(f"--chunk={chunk}: is more than --tokens={length}")

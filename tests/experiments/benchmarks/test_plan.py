@@ -121,6 +121,7 @@ def test_half_as_many_devices_do_not_hold_it(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--tokens=0"], "--tokens=0: must be at least 1"),
+        (["--preset=demo", "--tokens=5000"], "--tokens=5000: demo has 4096 positions"),
         (["--tokens=64", "--chunk=65"], "--chunk=65: is more than --tokens=64"),
         (["--topology=h200:8", "--mesh=context=4"], "--mesh=context=4: .* is not the number of devices, 8"),
     ],

@@ -55,7 +55,11 @@ def test_it_writes_what_it_measured(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "wrong, message",
-    [({"train_stages": ["dense"]}, "--train_stages=dense"), ({"train_topk": 128, "train_context": 128}, "--train_topk=128")],
+    [
+        ({"train_stages": ["dense"]}, "--train_stages=dense"),
+        ({"train_stages": []}, "--train_stages=: name sparse"),
+        ({"train_topk": 128, "train_context": 128}, "--train_topk=128"),
+    ],
 )
 def test_wrong_flags_are_named(wrong, message, tmp_path):
     with flagsaver.flagsaver(**wrong), pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """A file of requests is read a window at a time, and what it holds is known before."""
 
+import gzip
 import io
 import json
 import types
@@ -42,7 +43,7 @@ def test_what_a_file_holds_is_known_before_it_is_read(tmp_path):
     ]
     found = opened(tmp_path, b"\n".join(lines))
     assert list(found.scan.bad) == [0, 1, 1, 0, 1] and (found.scan.requests, found.scan.failed) == (5, 3)
-    assert list(found.scan.errors) == [3, 4, 6] and found.scan.errors[3] == "is empty"
+    assert list(found.scan.errors) == [3, 4, 6] and found.scan.errors[3] == "prompt: is empty"
     assert (found.scan.longest, found.scan.most_new) == (4, 9)
     assert list(found.numbers()) == [(1, False), (3, True), (4, True), (5, False), (6, True)]
     assert [[r.line for r in window] for window in found.windows(0)] == [[1, 3], [4, 5], [6]]
@@ -76,6 +77,20 @@ def test_a_file_without_lines_and_one_that_changes_are_refused(tmp_path):
         file.write(b"more\n")
     with pytest.raises(ValueError, match=r"prompts\.jsonl: was changed while it was read"):
         next(found.windows(0))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"prompt": "a"}'), "prompts.jsonl: is compressed by gzip"),
+        ('{"prompt": "a"}'.encode("utf-16"), "prompts.jsonl: is UTF-16; convert it"),
+        (b'[\n{"prompt": "a"}\n]', "prompts.jsonl: begins a JSON array; what is read has an object in every line"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_whole(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, content)
+    assert opened(tmp_path, b'[1]\n{"prompt": "a"}').scan.failed == 1
 
 
 def test_few_errors_are_kept_however_many_there_are(tmp_path):

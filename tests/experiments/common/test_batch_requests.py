@@ -48,11 +48,11 @@ def call(url="/v1/completions", custom_id="a", **body):
         ({"prompt": ["a", "b"]}, "prompt: ['a', 'b'] is neither a string"),
         ({"tokens": "abc"}, "tokens: 'abc' is not a list of token numbers"),
         ({"tokens": [1, True]}, "tokens: [1, True] is not a list"),
-        ({"tokens": [999]}, "token 999 is not one of the model's"),
-        ({"tokens": [2**70]}, "an array of shape [1] and dtype object"),
-        ({"prompt": ""}, "is empty"),
-        ({"prompt": "a" * 95}, "95 tokens are more than the 94"),
-        ({"prompt": "a" * 95, "max_tokens": 6}, "95 tokens are more than the 94"),
+        ({"tokens": [999]}, "tokens: token 999 is not one of the model's"),
+        ({"tokens": [2**70]}, "tokens: an array of shape [1] and dtype object"),
+        ({"prompt": ""}, "prompt: is empty"),
+        ({"prompt": "a" * 95}, "prompt: 95 tokens are more than the 94"),
+        ({"prompt": "a" * 95, "max_tokens": 6}, "prompt: 95 tokens are more than the 94"),
         ({"prompt": "a", "max_tokens": 100}, "max_tokens: 100 leave no room for a prompt in the 100 tokens"),
         ({"prompt": "a", "id": [1]}, "id: [1] is neither a string nor an integer"),
         ({"prompt": "a", "topp": 5}, "topp: is no parameter that is read of a line"),
@@ -151,7 +151,7 @@ def test_messages_are_written_by_the_template_with_what_the_line_tells_it():
 
 def test_a_document_takes_its_part_of_the_room():
     assert read({"prompt": "a" * 64}, document=30).error == ""
-    assert read({"prompt": "a" * 65}, document=30).error.startswith("65 tokens are more than the 64")
+    assert read({"prompt": "a" * 65}, document=30).error.startswith("prompt: 65 tokens are more than the 64")
 
 
 def test_bytes_that_are_no_text_are_said_and_not_replaced():

@@ -1,6 +1,7 @@
 """Verbs, help, and flags that a verb does not read."""
 
 import importlib
+import io
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from absl import flags
 
 import indexcache_jax
+from experiments import run as run_module
 from experiments.common import command_line
 from experiments.common.options import EXPERIMENTS
 
@@ -64,13 +66,14 @@ def parsed(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--time_limit=5"], "error: --time_limit: search does not read it; "),
-        (["--num_layers=4"], "error: --num_layers: search does not read it; "),
+        (["--time_limit=5"], "error: --time_limit: search does not read it; speed, kernels, pretrain, quality do; "),
+        (["--max_new_tokns=4"], "error: --max_new_tokns: no flag of search; python -m"),
         (["--experiment=generate", "--retention=1/4"], "error: --retention: generate does not read it; "),
-        (["--experiment=generate", "--loss_budget=1"], "error: --loss_budget: generate does not read it; "),
+        (["--experiment=generate", "--loss_budget=1"], "error: --loss_budget: generate does not read it; search does; "),
         (["--sequence=4"], "error: --sequence: no flag of search; the nearest is --sequences; "),
         (["--zzzz=4"], "error: --zzzz: no flag of search; python -m experiments.run search --help shows"),
         (["--sequences=four"], "error: flag --sequences=four"),
+        (["--loss_budget=nan"], "error: --loss_budget=nan: not a number; "),
         (["--stream=maybe"], "error: flag --stream=maybe: neither true nor false ('maybe'); "),
         (["glm-5"], "error: 'glm-5' is no flag; flags look like --checkpoint=DIR; "),
     ],
@@ -109,6 +112,13 @@ def test_help_behind_the_word_help_and_a_version():
     assert command_line.with_flag(["help", "distill"]) == ["--experiment=distill", "--help"]
     assert command_line.with_flag(["help"]) == ["help"] and command_line.wants_help(["help"])
     assert command_line.wants_version(["--version"]) and not command_line.wants_version(["search", "version"])
+
+
+def test_a_terminal_shows_what_it_can_of_a_report():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    run_module.replace_what_it_lacks(stream)
+    print("+1 ± 2 %", file=stream, flush=True)
+    assert stream.buffer.getvalue() == b"+1 ? 2 %\n"
 
 
 def test_help_from_the_command_line():

@@ -18,8 +18,9 @@ def test_settings_are_what_each_engine_reads():
         assert "my dir/glm" in words
         assert json.loads(words[words.index(flag) + 1])["index_topk_pattern"] == "FFSFS"
     assert "indexer_types" in found["transformers"] and '"index_topk_pattern": "FFSFS"' in found["tensorrt-llm"]
-    deepseek = {s.engine: s.usage for s in engines.settings(Schedule("FFSFS"), "x", Config.from_hf(DEEPSEEK_FIELDS))}
+    deepseek = {s.engine: s.usage for s in engines.settings(Schedule("FFSFS"), "x/", Config.from_hf(DEEPSEEK_FIELDS))}
     assert deepseek["transformers"].startswith("not supported")
+    assert deepseek["tensorrt-llm"].startswith("in x/config.json: ")
 
 
 def test_engines_are_given_safetensors(tmp_path):

@@ -1,5 +1,7 @@
 """What experiments read: shares and schedules, the context, and the two sides of a text."""
 
+import math
+
 import numpy as np
 import pytest
 from absl import flags
@@ -106,10 +108,27 @@ def test_batches_divide_the_sequences():
             inputs.batches(np.zeros((3, 9)))
 
 
-def test_values_below_one_are_named():
+def test_sizes_that_cannot_be_are_named():
     options.check_positive("batch_size", "chunk")  # whose default is None
     with flagsaver.flagsaver(sequences=0), pytest.raises(ValueError, match="--sequences=0: must be at least 1"):
         options.check_positive("batch_size", "sequences")
+    with flagsaver.flagsaver(stream_memory=math.inf), pytest.raises(ValueError, match="--stream_memory=inf: no host"):
+        options.stream_memory()
+    with flagsaver.flagsaver(chunk=2**31), pytest.raises(ValueError, match="--chunk=2147483648: must be at most 2147483647"):
+        options.check_positive("chunk")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("zai-org/GLM-5", "no such directory; .* hf download zai-org/GLM-5 --local-dir DIR"),
+        ("/nowhere/GLM-5", "no such directory$"),
+        (__file__, "is a file; name the directory"),
+    ],
+)
+def test_a_checkpoint_that_is_no_directory_is_named(given, message):
+    with flagsaver.flagsaver(checkpoint=given), pytest.raises(ValueError, match=f"--checkpoint={given}: {message}"):
+        inputs.checkpoint()
 
 
 def test_a_cache_is_kept_in_what_the_flags_say():

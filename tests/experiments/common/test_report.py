@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from matplotlib.figure import Figure
 
 from experiments import run as _run  # they define the flags that results.json records
@@ -21,6 +22,14 @@ def parsed(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["run.py"])
+
+
+def test_a_folder_to_be_resumed_that_is_not_there_is_said(tmp_path, capsys):
+    with flagsaver.flagsaver(resume=True):
+        report.Output.create(str(tmp_path / "typo"))
+        assert "--resume: " in (said := capsys.readouterr().err) and "typo is not there" in said
+        report.Output.create(str(tmp_path))
+    assert not capsys.readouterr().err
 
 
 def test_results_say_what_was_run_on_what(tmp_path):

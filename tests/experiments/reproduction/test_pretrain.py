@@ -92,6 +92,13 @@ def test_a_resumed_run_keeps_to_the_steps_it_began_with(tmp_path, monkeypatch):
     assert plan.read_text() == "of that run"
 
 
+def test_text_that_is_not_there_is_said_before_anything_compiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain.runs, "in_a_thread", None)
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(text="nowhere.py"), pytest.raises(ValueError, match="--text=nowhere.py: no such file"):
+        pretrain.run(str(tmp_path), 0)
+
+
 @pytest.mark.slow
 def test_a_run_trains_all_stages_and_leaves_a_checkpoint_with_its_card(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
