@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from indexcache_jax import indexer_training
-from indexcache_jax.indexer_training import Run
+from indexcache_jax.indexer_training import Run, step
 from indexcache_jax.layers import Resident
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
@@ -31,18 +31,18 @@ def of_layer(groups):
 
 
 def test_groups_train_at_the_same_time_and_become_what_they_become_on_one_device(monkeypatch):
-    schedule, used, both, step = Schedule("FSFSS"), {}, threading.Barrier(2, timeout=300), indexer_training._step
+    schedule, used, both, take_step = Schedule("FSFSS"), {}, threading.Barrier(2, timeout=300), step.take_step
 
     def after_both_have_begun(*arguments):
         if threading.get_ident() not in used:
             both.wait()
-        result = step(*arguments)
+        result = take_step(*arguments)
         used.setdefault(threading.get_ident(), set()).update(jax.tree.leaves(result)[0].devices())
         return result
 
     expected = of_layer(indexer_training.train(run(0, schedule)))
     with monkeypatch.context() as patch:
-        patch.setattr(indexer_training, "_step", after_both_have_begun)
+        patch.setattr(step, "take_step", after_both_have_begun)
         found = of_layer(indexer_training.train(run(2, schedule)))
     assert sorted(map(str, used.values())) == [str({device}) for device in jax.devices()[:2]]
     assert_same(found, expected)
