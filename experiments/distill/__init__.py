@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from experiments.common import devices, options, processes
+from experiments.common import devices, options
 from experiments.distill import everything, goal, indexers
 from indexcache_jax.sharding import TRAINING
 
@@ -54,9 +54,7 @@ def run(output_dir: str, seed: int) -> None:
         options.refuse(needs_all, "warmup_learning_rate", "indexer_learning_rate", "model_learning_rate")
         if goal.SPANS.value is not None and not goal.CROSS_LAYER.value:
             raise ValueError(f"--spans={goal.SPANS.value}: teaches other layers too, so not with --nocross_layer")
-        options.refuse("needs --train=all; --train=indexers trains a group on each device that this machine has", "mesh")
-        if processes.count() > 1:
-            raise NotImplementedError("--train=indexers: runs in one process, on all devices of one machine")
+        options.refuse("needs --train=all; --train=indexers has sequences, and groups of layers, on every device", "mesh")
         indexers.run(output_dir, seed)
         return
     options.refuse("needs --train=indexers", "steps", "learning_rate", "sequences", "spans", "stream", "stream_memory")

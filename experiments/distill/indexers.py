@@ -16,21 +16,25 @@ from absl import flags
 import checkpoints_convert
 from checkpoints_convert.orbax_io import is_orbax
 from experiments.common import (
+    devices,
     fit,
     indexer_runs,
     inputs,
     journal,
     options,
     plots,
+    processes,
     search_noise,
 )
+from experiments.common.devices import Layout
 from experiments.common.report import Output, device, markdown_table, progress, text_table
 from experiments.distill import export, goal
-from indexcache_jax import indexer_training
+from indexcache_jax import indexer_training, memory
 from indexcache_jax.layers import Layers, Resident
 from indexcache_jax.params import FP8_BASE, Indexer, Params, abstract
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search.streamed import StreamedEvaluator
+from indexcache_jax.sharding import SERVING
 from indexcache_jax.training import Stage
 
 SEQUENCES = 32  # by default, with --train=indexers
@@ -44,12 +48,12 @@ _LEARNING_RATE = flags.DEFINE_float(
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A checkpoint whose indexers train, and text. cuts: batches [1, S+1] to evaluate on."""
+    """A checkpoint whose indexers train, and text. cuts [N, S+1]: sequences to evaluate on."""
 
     output: Output
     checkpoint: inputs.Checkpoint
     training: indexer_training.Run
-    cuts: list[np.ndarray]
+    cuts: np.ndarray
 
 
 def form_of_layers(checkpoint: inputs.Checkpoint) -> dict[str, Any]:
@@ -57,12 +61,25 @@ def form_of_layers(checkpoint: inputs.Checkpoint) -> dict[str, Any]:
     return {"dtype": checkpoint.dtype, "weights": checkpoint.weights and FP8_BASE}
 
 
+def layout_of(checkpoint: inputs.Checkpoint) -> Layout:
+    """Sequences over all devices of all processes, with the weights that run whole on each, so that devices exchange nothing.
+
+    Where these do not fit, the experts, which are most of them, are split over all devices.
+    """
+    config, base = inputs.described(checkpoint.directory)
+    whole = Layout(data=jax.device_count())
+    asked = form_of_layers(checkpoint)
+    need = fit.search_need(config, base, rows=whole.data, stream=options.STREAM.value, **asked)
+    found = need(options.CONTEXT.value, whole.abstract_mesh, whole.rules(SERVING))
+    return whole if found.total <= memory.available() else dataclasses.replace(whole, expert=whole.data)
+
+
 def open_layers(checkpoint: inputs.Checkpoint) -> Layers:
     """The checkpoint's layers, in memory or, with --stream, read as they are needed; ValueError where memory is too small."""
     asked = form_of_layers(checkpoint)
     if options.STREAM.value:
         return checkpoints_convert.Layers(checkpoint.directory, **asked)
-    fit.search(*inputs.described(checkpoint.directory), rows=1, context=options.CONTEXT.value, **asked)
+    fit.search(*inputs.described(checkpoint.directory), rows=jax.device_count(), context=options.CONTEXT.value, **asked)
     return Resident(*checkpoints_convert.load(checkpoint.directory, **asked))
 
 
@@ -78,10 +95,8 @@ def indexer_stage(context: int, dtype: str) -> Stage:
     )
 
 
-def read_frozen(output_dir: str, seed: int) -> Frozen:
+def read_frozen(checkpoint: inputs.Checkpoint, output_dir: str, seed: int) -> Frozen:
     """All that training indexers reads, checked before anything takes long."""
-    options.check_positive("held_out_sequences", "sequences", "batch_size")
-    checkpoint = inputs.checkpoint()
     config, base = inputs.described(checkpoint.directory)
     goal.target_schedule(base)
     orbax = is_orbax(pathlib.Path(checkpoint.directory))
@@ -97,31 +112,22 @@ def read_frozen(output_dir: str, seed: int) -> Frozen:
     export.check_free(output)
     indexer_runs.check_free(output.directory, options.RESUME.value)
     layers = open_layers(checkpoint)
-    local = jax.local_devices()
-    training = indexer_training.Run(
-        layers,
-        goal.target_schedule(layers.schedule),
-        tokens,
-        stage,
-        seed,
-        goal.SPANS.value,
-        devices=tuple(local) if len(local) > 1 else (),
-    )
-    training, memory = indexer_runs.within(training, options.stream_memory(), output.directory)
+    training = indexer_training.Run(layers, goal.target_schedule(layers.schedule), tokens, stage, seed, goal.SPANS.value)
+    training, kept = indexer_runs.within(training, options.stream_memory(), output.directory)
     if options.STREAM.value:
         fit.indexers(training)
     of_all, trained = indexer_training.sizes(training)
     print(f"{checkpoint.directory}: {base.pattern} -> {aim(training)}; {checkpoint.dtype} on {device()['kind']}")
-    print(f"{len(tokens)} sequences of {reader.context} tokens to train on, {len(cuts)} to evaluate on; {memory}")
-    if training.side_by_side > 1:
-        print(f"{training.side_by_side} groups at a time, each on a device of its own")
+    print(f"{len(tokens)} sequences of {reader.context} tokens to train on, {len(cuts)} to evaluate on; {kept}")
+    if (count := jax.device_count()) > 1:
+        print(f"{count} devices: each takes its own sequences through the layers, and trains groups of its own")
     one = trained // training.schedule.num_full
     print(
         f"{trained:,} of {of_all:,} weights train, {one:,} at a time: {12 * one / 1e6:.1f} MB of float32 weights and optimiser "
         "state; the others have neither gradient nor optimiser state",
         flush=True,
     )
-    return Frozen(output, checkpoint, training, [cut[None] for cut in cuts])
+    return Frozen(output, checkpoint, training, cuts)
 
 
 def aim(training: indexer_training.Run) -> str:
@@ -130,17 +136,19 @@ def aim(training: indexer_training.Run) -> str:
     return pattern if training.spans is None else f"{pattern}, to serve up to {training.spans} layers each"
 
 
-def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: list[np.ndarray]) -> list[list[float]]:
-    """The losses of a model under schedules, for every sequence, in nats a token."""
-    total = len(schedules) * len(cuts) * layers.config.num_layers
+def held_out_losses(layers: Layers, schedules: list[Schedule], cuts: np.ndarray) -> list[list[float]]:
+    """The losses of a model under schedules, for every sequence, in nats a token: one at a time, or one on each device."""
+    devices = jax.device_count()
+    batches = np.split(cuts, len(cuts) // devices if len(cuts) % devices == 0 else len(cuts))
+    total = len(schedules) * len(batches) * layers.config.num_layers
     with progress(total=total, unit="layer", desc="held-out") as bar:
-        losses = StreamedEvaluator(layers, cuts, progress=bar.update).sequence_losses(schedules)
+        losses = StreamedEvaluator(layers, batches, progress=bar.update).sequence_losses(schedules)
         bar.total = bar.n  # schedules share layers
     return losses.tolist()
 
 
 def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
-    """Writes the checkpoint with its new indexers and schedule."""
+    """Writes the checkpoint with its new indexers and schedule, once for all processes."""
     training, source, folder = given.training, given.checkpoint.directory, export.folder_of(given.output)
     config, schedule = training.config, training.schedule
     journal.remove(folder)  # of an earlier --resume
@@ -152,13 +160,24 @@ def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
         return
     nothing: Params = jax.tree.map(lambda _: None, abstract(config, schedule))
     alone = dataclasses.replace(nothing, indexer=indexer_training.stacked(indexers, schedule))
-    for note in checkpoints_convert.save_indexers(folder, alone, config, schedule, source, link):
+    notes = processes.from_main(lambda: checkpoints_convert.save_indexers(folder, alone, config, schedule, source, link))
+    for note in notes:
         print(f"note: {note}")
 
 
 def run(output_dir: str, seed: int) -> None:
     """Trains a frozen model's indexers for a schedule, writes the checkpoint that results, and evaluates it."""
-    given = read_frozen(output_dir, seed)
+    options.check_positive("held_out_sequences", "sequences", "batch_size")
+    checkpoint = inputs.checkpoint()
+    layout = layout_of(checkpoint)
+    with devices.in_force(layout, SERVING):
+        given = read_frozen(checkpoint, output_dir, seed)
+        groups, evaluated, seconds = distil(given)
+    report(given, groups, evaluated, seconds, layout)
+
+
+def distil(given: Frozen) -> tuple[list[indexer_runs.Group], list[Evaluated], float]:
+    """The trained groups; the rows of the table, the last of the checkpoint that was written; the seconds of training."""
     layers, schedule = given.training.layers, given.training.schedule
     began = time.perf_counter()
     groups = indexer_runs.train(given.training, given.output, options.RESUME.value)
@@ -172,7 +191,7 @@ def run(output_dir: str, seed: int) -> None:
     losses = held_out_losses(layers, list(before.values()), given.cuts) + held_out_losses(written, [schedule], given.cuts)
     rows = [*before.items(), ("distilled", schedule)]
     evaluated = [Evaluated(name, of.num_full, by_sequence) for (name, of), by_sequence in zip(rows, losses, strict=True)]
-    report_indexers(given, groups, evaluated, seconds)
+    return groups, evaluated, seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +207,7 @@ class Evaluated:
         return statistics.fmean(self.losses)
 
 
-def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: list[Evaluated], seconds: float) -> None:
+def report(given: Frozen, groups: list[indexer_runs.Group], evaluated: list[Evaluated], seconds: float, layout: Layout) -> None:
     """Writes the plot, results.json and report.md, and prints the tables."""
     output, schedule, training = given.output, given.training.schedule, given.training
     curves = {f"layer {group.layer}": list(enumerate(group.divergence)) for group in groups}
@@ -220,7 +239,7 @@ def report_indexers(given: Frozen, groups: list[indexer_runs.Group], evaluated: 
     }
     text = f"# Indexers for `{aim(training)}`\n\n{markdown_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n"
     after = export.what_to_do_with(output, schedule, training.config, to_be_searched=training.spans is not None)
-    output.finish("distill", metrics, f"{text}![training](training.png)\n\n{after}\n")
+    output.finish("distill", metrics, f"{text}![training](training.png)\n\n{after}\n", layout)
     print(f"\n{text_table(header, cells)}\n\n{note}\n\n{of_groups}\n\n{after}\n\nwritten to {output.directory}/")
 
 

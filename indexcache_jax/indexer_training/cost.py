@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from indexcache_jax import tensors, training
 from indexcache_jax.indexer_training.run import Run
+from indexcache_jax.indexer_training.share import Share
 from indexcache_jax.memory import ROW_TARGET_BYTES
 from indexcache_jax.params import abstract
 
@@ -22,13 +23,14 @@ class Need:
 
 
 def need(run: Run) -> Need:
-    """What a run keeps on the host at most, of all groups that are trained side by side."""
+    """What a process of a run keeps on the host at most, under the mesh in force, of all groups that are there at once."""
     count, length = run.tokens.shape
     size = jnp.dtype(run.stage.compute_dtype).itemsize
     longest = max(map(len, run.groups)) + 1
     indices = 0 if all(run.layers.schedule.is_full) else 4 * min(run.config.index_topk, length)
     states = count * length * (longest * run.config.hidden_size * size + 2 * indices)
-    return Need(run.side_by_side * states, run.side_by_side * count * length * length * size)
+    at_once = Share.in_force().at_once(run.schedule.num_full)
+    return Need(at_once * states, at_once * count * length * length * size)
 
 
 def sizes(run: Run) -> tuple[int, int]:
@@ -76,9 +78,15 @@ def last_layer(groups: list[tuple[int, ...]]) -> int:
     return max(group[-1] for group in groups)
 
 
+def pass_work(run: Run) -> float:
+    """Floating-point operations of a layer for the sequences of this process, under the mesh in force."""
+    return layer_work(run) * len(run.tokens) / Share.in_force().processes
+
+
 def work(run: Run, finished: Collection[int] = ()) -> float:
-    """Floating-point operations of the rest of a run, as `train` reports them."""
+    """Floating-point operations of the rest of a run in this process, as `train` reports them under the mesh in force."""
     if not (groups := unfinished(run, finished)):
         return 0.0
-    of_groups = sum(run.stage.steps * step_work(run, len(group)) for group in groups)
-    return len(run.tokens) * (last_layer(groups) * layer_work(run) + sum(map(len, groups)) * target_work(run)) + of_groups
+    own = Share.in_force().of(groups)
+    of_groups = sum(run.stage.steps * step_work(run, len(group)) for group in own)
+    return last_layer(groups) * pass_work(run) + len(run.tokens) * sum(map(len, own)) * target_work(run) + of_groups

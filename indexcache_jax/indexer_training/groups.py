@@ -1,8 +1,8 @@
 """Groups trained as the layers pass by: side by side on several devices, or one after the other.
 
 A group's result depends on the seed, its F layer and the text alone, not on which groups were trained before. So groups train
-side by side, on as many devices as there are, and devices exchange nothing: a thread for each takes a group's hidden states,
-attention weights and indexer, while the layers after the group run on the default device.
+side by side, on as many devices as there are, and devices exchange nothing for it: a thread for each takes a group's hidden
+states, attention weights and indexer. Between the steps of its group a device takes sequences through the next layers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 
 from indexcache_jax import tensors
 from indexcache_jax.indexer_training import step
-from indexcache_jax.indexer_training.cost import last_layer, layer_work, step_work, unfinished
-from indexcache_jax.indexer_training.hidden_states import advanced, embedded
+from indexcache_jax.indexer_training.cost import last_layer, pass_work, step_work, unfinished
+from indexcache_jax.indexer_training.hidden_states import advanced, embedded, held
 from indexcache_jax.indexer_training.rows import rows_on_device, states_of
 from indexcache_jax.indexer_training.run import Run, Trained
+from indexcache_jax.indexer_training.share import Share
 from indexcache_jax.indexer_training.targets import kept_targets, recomputed_targets
-from indexcache_jax.layers import in_order
+from indexcache_jax.layers import in_order, shardings_in_force
 from indexcache_jax.model import AttentionLayer
 from indexcache_jax.params import Indexer, at_layer
 
@@ -39,7 +40,10 @@ def see_nothing(work: float, what: str) -> None:
 
 @dataclasses.dataclass
 class Gathered:
-    """What a group is trained from: its indexer, and by layer its attention weights and the hidden states before it."""
+    """What a group is trained from: its indexer, and by layer its attention weights and the hidden states before it.
+
+    Weights are stacks of one layer.
+    """
 
     indexer: Indexer
     layers: list[AttentionLayer] = dataclasses.field(default_factory=list)
@@ -49,12 +53,15 @@ class Gathered:
 def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> Iterator[Trained]:
     """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
 
-    Groups on several devices come in the order in which they end. see: called with the floating-point operations done since its
-    last call, of `work` altogether, and what is being done; by one thread at a time. ValueError where a divergence or a trained
-    weight is not finite.
+    Under a mesh in force groups train side by side on its devices and come in the order in which they end. Of several
+    processes, which all call this with the same arguments, each has those groups that it trained; it ends once all have.
+    see: called with the floating-point operations done since its last call, of `work` altogether, and what is being done; by
+    one thread at a time. ValueError where a divergence or a trained weight is not finite, or the mesh has another axis than
+    data.
     """
-    if not run.devices:
-        yield from (train_on(None) for train_on in _jobs(run, finished, see))
+    share = Share.in_force()
+    if not share.devices:
+        yield from (train_on(None) for train_on in _jobs(run, share, finished, see))
         return
     lock, ended = threading.Lock(), threading.Event()
 
@@ -64,47 +71,53 @@ def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> I
                 raise InterruptedError("the run has ended")  # in a thread whose result nobody waits for
             see(work, what)
 
-    free = list(run.devices)
+    free = list(share.devices)
 
     def train_on_a_free_device(job: Job) -> Trained:
-        device = free.pop()  # the first one, on which layers run too, is taken last
+        device = free.pop()
         try:
             return job(device)
         finally:
             free.append(device)
 
     running: set[futures.Future[Trained]] = set()
-    with futures.ThreadPoolExecutor(run.side_by_side) as pool:
+    with futures.ThreadPoolExecutor(len(share.devices)) as pool:
         try:
-            for job in _jobs(run, finished, see_in_turn):
+            for job in _jobs(run, share, finished, see_in_turn):
+                # The layers of the next group have run while all devices train: other processes' groups needed them.
+                patience = None if len(running) == len(share.devices) else 0
+                ended_now, running = futures.wait(running, patience, futures.FIRST_COMPLETED)
+                yield from (future.result() for future in ended_now)
                 running.add(pool.submit(train_on_a_free_device, job))
-                if len(running) == run.side_by_side:
-                    ended_now, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
-                    yield from (future.result() for future in ended_now)
             yield from (future.result() for future in futures.as_completed(running))
         finally:
             ended.set()  # so that an error or an interrupt waits for a step of the others, not for all of them
+    share.meet()
 
 
-def _jobs(run: Run, finished: Collection[int], see: See) -> Iterator[Job]:
-    """What trains each unfinished group, made once the layers of the group have run."""
+def _jobs(run: Run, share: Share, finished: Collection[int], see: See) -> Iterator[Job]:
+    """What trains each unfinished group of this process, made once the layers of the group have run."""
     if not (groups := unfinished(run, finished)):
         return
-    states, reading, last = embedded(run), in_order(run.layers), last_layer(groups)
+    taught = {layer for group in groups for layer in group}
+    own, last = share.of(groups), last_layer(groups)
+    states, reading = embedded(run), in_order(run.layers, shardings_in_force(run.layers))
     gathered: dict[int, Gathered] = {}
     for layer in range(last + 1):
         _, params = next(reading)
-        taught_by_it = [group for group in groups if layer in group]
+        taught_by_it = [group for group in own if layer in group]
         if taught_by_it:
-            attention_layer = AttentionLayer(params.input_norm[0], at_layer(params.attention, 0), None)
+            stacked = AttentionLayer(held(params.input_norm), held(params.attention), None)
         for first, *_ in taught_by_it:
             if layer == first:
-                gathered[first] = Gathered(at_layer(params.indexer, 0))
-            gathered[first].layers.append(attention_layer)
+                gathered[first] = Gathered(held(params.indexer))
+            gathered[first].layers.append(stacked)
             gathered[first].x.append(states.x)
         if layer != last:
-            states = advanced(run, params, layer, states, in_place=not taught_by_it)
-            see(layer_work(run) * len(run.tokens), f"layer {layer}")
+            share.meet()
+            whole = layer + 1 in taught
+            states = advanced(run, params, layer, states, in_place=not taught_by_it, whole=whole)
+            see(pass_work(run), f"layer {layer}")
         del params
         for group in taught_by_it:
             if layer == group[-1]:
@@ -123,18 +136,19 @@ def _steps(
     run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, see: See
 ) -> tuple[Indexer, np.ndarray]:
     """The indexer and its divergence at every step."""
-    gathered.layers[:] = jax.device_put(gathered.layers, device)
+    layers = [at_layer(stacked, 0) for stacked in jax.device_put(gathered.layers, device)]
+    gathered.layers.clear()
     share = [jnp.float32(share) for share in run.shares(group[0]).values()]
     kept = rows_on_device(device, run, len(group))
     make = kept_targets if run.keeps_targets else recomputed_targets
-    first, inputs = gathered.layers[0], states_of(gathered.x[0], kept)
+    first, inputs = layers[0], states_of(gathered.x[0], kept)
     others = (states_of(x, 0 if run.keeps_targets else kept) for x in gathered.x[1:])
     states = [inputs, *others]
     gathered.x.clear()
-    targets_of = make(run, gathered.layers[:], states, share, kept, lambda work: see(work, f"layer {group[0]}: targets"))
-    gathered.layers.clear()
+    targets_of = make(run, layers, states, share, kept, lambda work: see(work, f"layer {group[0]}: targets"))
+    del layers
     states.clear()  # targets that are kept need no hidden states but the first layer's
-    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), jax.device_put(gathered.indexer, device))
+    p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), at_layer(jax.device_put(gathered.indexer, device), 0))
     state = step.optimiser(run.stage, run.config).init(p)
     steps, cost = jnp.int32(run.stage.steps), step_work(run, len(group))
     values: list[jax.Array] = []

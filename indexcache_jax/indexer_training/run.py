@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from indexcache_jax.config import Config
@@ -32,8 +31,7 @@ class Run:
     text. stage: of kind "warmup"; a step sees `stage.sequences` of the N rows, and every group takes `stage.steps` steps.
     spans: instead of the layers that an F layer serves under `schedule`, teach its indexer every number of layers, up to this
     one, that it serves under some schedule searched from `schedule`. keeps_targets: compute every target once. allocate:
-    makes the arrays of shape and dtype that are kept on the host. devices: those that groups train on side by side; by
-    default one after the other on the default device.
+    makes the arrays of shape and dtype that are kept on the host.
 
     ValueError where an F layer has no indexer, the stage has another kind or its compute_dtype is not that of the weights, the
     tokens are not of its context, or there are spans below 1 or of a stage that teaches own layers alone.
@@ -47,7 +45,6 @@ class Run:
     spans: int | None = None
     keeps_targets: bool = True
     allocate: Allocate = np.empty
-    devices: tuple[jax.Device, ...] = ()
 
     def __post_init__(self) -> None:
         base = self.layers.schedule
@@ -82,11 +79,6 @@ class Run:
             served = len(self.schedule.serves(layer)) if self.stage.cross_layer else 1
             found = [1 / served] * served
         return dict(enumerate(found, start=layer))
-
-    @property
-    def side_by_side(self) -> int:
-        """How many groups are held on the host and trained at once."""
-        return max(1, min(len(self.devices), self.schedule.num_full))
 
     def rows(self, layer: int) -> np.ndarray:
         """Which rows [steps, sequences] the steps of the group of F layer `layer` see: all in turn, in random orders."""
