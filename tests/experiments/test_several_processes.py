@@ -132,7 +132,7 @@ def test_indexers_that_lost_a_process_go_on_to_what_one_process_trains_bit_for_b
     assert two["device"]["mesh"] == "data=4, experts whole, of 4 cpu" and one["device"]["mesh"] == "1 cpu"
     for ours, wanted in zip(two["metrics"]["groups"], one["metrics"]["groups"], strict=True):
         assert ours["divergence"] == wanted["divergence"]
-    written = [tmp_path / name / "checkpoint/model-indexers.safetensors" for name in ("two", "one")]
+    written = [tmp_path / name / "checkpoint/model-00002-of-00002.safetensors" for name in ("two", "one")]
     assert written[0].read_bytes() == written[1].read_bytes()
     for ours, wanted in zip(*(found["metrics"]["held_out"].values() for found in (two, one)), strict=True):
         assert ours == pytest.approx(wanted, abs=1e-5)
