@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +20,8 @@ from indexcache_jax.config import Config
 from indexcache_jax.indexer_training.run import Run
 from indexcache_jax.params import Params
 from indexcache_jax.sharding import constrain
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ def _after(params: Params, x: jax.Array, indices: jax.Array | None, config: Conf
     return constrain(x, "batch", None, None), constrain(indices, "batch", None, None)
 
 
-def held(tree: Params) -> Params:
+def held(tree: T) -> T:
     """Of arrays that every device holds whole the copy of this process's first device."""
     return jax.tree.map(lambda a: a.addressable_data(0) if isinstance(a, jax.Array) else a, tree)
 
@@ -100,4 +103,5 @@ def _on_devices(array: np.ndarray, rows: np.ndarray) -> jax.Array | np.ndarray:
 def _keep_own(array: np.ndarray, rows: np.ndarray, computed: jax.Array) -> None:
     """Puts the rows [B, ...] that this process's devices computed where they belong in an array [N, ...]."""
     for shard in computed.addressable_shards:
+        assert shard.index is not None  # it says which rows they are
         array[rows[shard.index[0]]] = np.asarray(shard.data)
