@@ -97,11 +97,15 @@ def _on_devices(array: np.ndarray, rows: np.ndarray) -> jax.Array | np.ndarray:
     at = sharding.fitting(shape, ("batch", *(None for _ in shape[1:])))
     if at is None:
         return array[rows[0] : rows[0] + 1]
-    return jax.make_array_from_callback(shape, at, lambda index: array[rows[index[0]]])
+    return jax.make_array_from_callback(shape, at, lambda index: array[rows[_first(index)]])
 
 
 def _keep_own(array: np.ndarray, rows: np.ndarray, computed: jax.Array) -> None:
     """Puts the rows [B, ...] that this process's devices computed where they belong in an array [N, ...]."""
     for shard in computed.addressable_shards:
-        assert shard.index is not None  # it says which rows they are
-        array[rows[shard.index[0]]] = np.asarray(shard.data)
+        array[rows[_first(shard.index)]] = np.asarray(shard.data)
+
+
+def _first(index: tuple[slice, ...] | None) -> slice:
+    """Which rows of a batch a part of it holds; None stands for all of it."""
+    return slice(None) if index is None else index[0]
