@@ -1,8 +1,8 @@
 """The hidden states of the text before every layer, which run as the model itself runs them, each with its own indexer.
 
 On a mesh every device takes one sequence at a time through a layer. A process keeps on its host what its own devices computed,
-and gets the others' sequences where indexers learn from them. Its arrays have room for all sequences: host memory, or a file,
-takes none for what is not written.
+and gets the others' sequences where indexers learn from them. Its arrays have room for all sequences, which memory takes for
+those alone that are written.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def advanced(run: Run, params: Params, layer: int, before: States, *, in_place: 
         indices = run.allocate((*x.shape[:2], min(config.index_topk, x.shape[1])), np.int32)
 
     def keep(rows: np.ndarray, after: tuple[jax.Array, jax.Array]) -> None:
-        if whole:
+        if whole and not after[0].is_fully_addressable:
             x[rows] = sharding.to_host(after[0])
         else:
             _keep_own(x, rows, after[0])
