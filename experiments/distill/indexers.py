@@ -64,14 +64,15 @@ def form_of_layers(checkpoint: inputs.Checkpoint) -> dict[str, Any]:
 def layout_of(checkpoint: inputs.Checkpoint) -> Layout:
     """Sequences over all devices of all processes, with the weights that run whole on each, so that devices exchange nothing.
 
-    Where these do not fit, the experts, which are most of them, are split over all devices.
+    Where these do not fit, by what process 0 has, the experts, which are most of them, are split over all devices.
     """
     config, base = inputs.described(checkpoint.directory)
     whole = Layout(data=jax.device_count())
     asked = form_of_layers(checkpoint)
     need = fit.search_need(config, base, rows=whole.data, stream=options.STREAM.value, **asked)
     found = need(options.CONTEXT.value, whole.abstract_mesh, whole.rules(SERVING))
-    return whole if found.total <= memory.available() else dataclasses.replace(whole, expert=whole.data)
+    fits = processes.from_main(lambda: found.total <= memory.available())
+    return whole if fits else dataclasses.replace(whole, expert=whole.data)
 
 
 def open_layers(checkpoint: inputs.Checkpoint) -> Layers:

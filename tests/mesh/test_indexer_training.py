@@ -6,8 +6,14 @@ import threading
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
-from indexcache_jax import indexer_training, sharding
+import checkpoints_convert
+from experiments import run as command  # noqa: F401  (defines flags that every experiment has)
+from experiments.common import inputs
+from experiments.common.devices import Layout
+from experiments.distill import indexers
+from indexcache_jax import indexer_training, memory, sharding
 from indexcache_jax.indexer_training import Run, step
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import abstract
@@ -129,6 +135,16 @@ def test_an_error_of_one_group_is_the_run_s():
     layers = Resident(CASE.config, CASE.schedule, dataclasses.replace(CASE.params, indexer=indexers))
     with pytest.raises(ValueError, match="layer 1: its divergence at step 0 is not finite"):
         on_mesh(2, run(layers=layers, stage=dataclasses.replace(STAGE, steps=8)))
+
+
+def test_experts_are_whole_on_each_device_where_these_fit(tmp_path, monkeypatch):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    checkpoints_convert.save(tmp_path / "model", CASE.params, CASE.config, CASE.schedule)
+    given = inputs.Checkpoint(str(tmp_path / "model"), "float32")
+    assert indexers.layout_of(given) == Layout(data=8)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    assert indexers.layout_of(given) == Layout(data=8, expert=8)
 
 
 def test_a_mesh_that_splits_more_than_rows_is_refused():
