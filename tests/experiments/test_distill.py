@@ -169,12 +169,19 @@ def environment(cache):
     }
 
 
-def kill_at(command, made, counts, options):
-    """Starts a command for every count and kills it once it has `made()` so much. How many had not ended by then."""
+def made(path):
+    """How many lines a log has, or how many files a folder."""
+    if path.is_dir():
+        return len(list(path.iterdir()))
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def kill_at(command, path, counts, options):
+    """Starts a command for every count and kills it once it has `made` so much there. How many had not ended by then."""
     kills = 0
     for count in counts:
         process = subprocess.Popen(command, **options)
-        while process.poll() is None and made() < count:
+        while process.poll() is None and made(path) < count:
             time.sleep(0.002)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -196,7 +203,7 @@ def test_killed_again_and_again_it_ends_where_the_uninterrupted_run_ends(checkpo
     log = tmp_path / "killed" / runs.LOG
     command = arguments(checkpoint, texts, tmp_path / "killed", *EVERYTHING, "--resume")
     # Before and after stages end, while checkpoints are being written.
-    kills = kill_at(command, lambda: len(log.read_bytes().splitlines()) if log.exists() else 0, (1, 13, 37, 50), options)
+    kills = kill_at(command, log, (1, 13, 37, 50), options)
     last = subprocess.run(command, timeout=600, **options)
     assert last.returncode == 0, last.stderr
     assert kills >= 2
@@ -422,7 +429,7 @@ def test_killed_at_any_moment_it_ends_where_the_uninterrupted_run_ends(checkpoin
     assert whole.returncode == 0, whole.stderr
     folder = tmp_path / "killed" / indexer_runs.FOLDER
     command = arguments(checkpoint, texts, tmp_path / "killed", *more, "--resume")
-    kills = kill_at(command, lambda: len(list(folder.glob("*"))), (1, 2, 2, 3), options)  # one says what the run is about
+    kills = kill_at(command, folder, (1, 2, 2, 3), options)  # one file says what the run is about
     last = subprocess.run(command, timeout=600, **options)
     assert last.returncode == 0, last.stderr
     assert kills >= 3
