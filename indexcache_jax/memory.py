@@ -218,11 +218,14 @@ def streamed_indexers_need(
     dtype: Any,
     keeps_targets: bool,
     weights: str | None = None,
+    mesh: Devices | None = None,
+    rules: Rules = sharding.SERVING,
 ) -> Need:
     """What `indexer_training` needs of one device for a model of `schedule` whose weights are read layer by layer.
 
     group: layers of the largest group. rows, length: a step's sequences, and their tokens, which run one after the other.
-    keeps_targets: a step reads its targets. weights: as of `params.abstract`.
+    keeps_targets: a step reads its targets. weights: as of `params.abstract`. mesh: of the axis data alone, whose devices take
+    a sequence each through a layer; by default there is one device.
 
     Weights are exact: two layers, of which one is read while the other runs; the attention weights of the group; its indexer,
     in float32 with gradient and moments. Temporaries are an estimate: the largest of what a layer's program holds, what a
@@ -238,7 +241,10 @@ def streamed_indexers_need(
     every = range(c.num_layers)
     indexer = sum(math.prod(tensor.layer_shape) for _, tensor in tensors.leaves(tree.indexer))
     attention = max(size((tree.attention, tree.input_norm), layer) for layer in every)
-    layer = prefill_temporaries(config, schedule, 1, length, length, dtype, mesh_of(), sharding.SERVING)
+    mesh = mesh or mesh_of()
+    layer = prefill_temporaries(config, schedule, mesh.size, length, length, dtype, mesh, rules)
+    if jax.process_count() > 1:  # all devices' sequences are gathered on each, on their way to all processes
+        layer += mesh.size * length * c.hidden_size * s
     heads = length * c.num_heads * (2 * c.qk_head_dim + c.v_head_dim) * s
     if weights is not None:
         layer += decoded_layer(config, schedule, dtype)
@@ -253,7 +259,7 @@ def streamed_indexers_need(
         step += 10 * length**2 if 4 * length**2 <= ROW_TARGET_BYTES else 0
     return Need(
         {
-            "layers": 2 * max(size(tree, layer) for layer in every),
+            "layers": 2 * layer_bytes(tree, dtype, mesh, rules)[0],
             "group": group * attention + 16 * indexer,
             "temporaries": max(layer, target, step),
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from typing import Any
@@ -150,13 +151,14 @@ def measure(run: Run) -> dict[str, Any]:
 def whole_hours(found: dict[str, Any], layers: int, group: int, devices: int) -> float:
     """Hours for a whole model of so many layers, reading its weights not counted.
 
-    Its layers run on one device, one after the other; groups train on as many devices as there are.
+    Devices take sequences in turn through its layers, and groups in turn: the most that one of them has decides.
     """
     sequences, steps = WHOLE
     again = found["targets_kept"] and not found["all_targets_fit"]
     step = found["seconds_per_step"] + (group * found["seconds_per_target"] if again else 0.0)
-    of_groups = layers * sequences * found["seconds_per_target"] + layers / group * steps * step
-    return (layers * sequences * found["seconds_per_layer"] + of_groups / devices) / 3600
+    of_group = group * sequences * found["seconds_per_target"] + steps * step
+    of_layers = layers * math.ceil(sequences / devices) * found["seconds_per_layer"]
+    return (of_layers + math.ceil(layers / group / devices) * of_group) / 3600
 
 
 def run(output_dir: str, seed: int) -> None:

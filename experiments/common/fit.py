@@ -177,6 +177,8 @@ def indexers(run: Run) -> None:
             dtype=stage.compute_dtype,
             keeps_targets=run.keeps_targets,
             weights=layers.weights,
+            mesh=mesh,
+            rules=rules,
         )
 
     _check(need, stage.context, stage.sequences, SERVING, f"--context={stage.context}", 1)

@@ -1,7 +1,7 @@
 """Training the indexers of a frozen model, group by group, with what a killed run needs to go on.
 
-A group's indexer is written when it is trained. A killed run goes on with the next group: the hidden states before it are
-computed again from the text, which takes a small part of the time that training takes.
+A group is a file, which the process that trained it writes as soon as it is. A killed run goes on with the groups that have
+none: the hidden states before them are computed again from the text, which takes a small part of the time that training takes.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import math
 import os
 import pathlib
 import tempfile
+import zipfile
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.common import journal
+from experiments.common import journal, processes
 from experiments.common.journal import Journal, check_resumed, replacing
 from experiments.common.report import Output, progress
 from indexcache_jax import indexer_training, search, tensors
 from indexcache_jax.indexer_training import Run, Trained
-from indexcache_jax.layers import Layers
+from indexcache_jax.layers import Layers, shardings_in_force
 from indexcache_jax.params import Indexer, abstract
 from indexcache_jax.schedule import Schedule
 
-LOG = "groups.jsonl"
-FOLDER = "indexers"
+FOLDER = "indexers"  # of the output folder
+ABOUT = "about.json"  # in it, what the groups there depend on
 KEPT, COMPUTED = "kept", "computed at every step"
 BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}"  # work has no unit that a reader would want
 
@@ -48,8 +49,8 @@ class Group:
 
 def fingerprint(layers: Layers, tokens: np.ndarray) -> dict[str, Any]:
     """What tells weights and text apart: the first and the last layer speak for all, of which a large model has too many."""
-    ends, last = layers.ends(), layers.config.num_layers - 1
-    return search.fingerprint((ends, layers.layer(0), layers.layer(last)), [tokens])
+    at, last = shardings_in_force(layers), layers.config.num_layers - 1
+    return search.fingerprint((layers.ends(at), layers.layer(0, at), layers.layer(last, at)), [tokens])
 
 
 def about(run: Run) -> dict[str, Any]:
@@ -69,10 +70,11 @@ def about(run: Run) -> dict[str, Any]:
 def within(run: Run, memory: float, folder: pathlib.Path) -> tuple[Run, str]:
     """The run with at most `memory` bytes of what it keeps in host memory, and what that means, for a reader.
 
-    Targets are kept where there is room for them, and where an earlier run, whose log `folder` holds, kept them: how much
-    memory is free may have changed since, and a run that goes on does as it began. What has no room lies in files of `folder`.
+    Targets are kept where there is room for them, and where an earlier run in the output folder `folder` kept them: how much
+    memory is free may have changed since, and a run that goes on does as it began. What has no room lies in files there.
+    Process 0's memory decides for all.
     """
-    need = indexer_training.need(run)
+    need, memory = indexer_training.need(run), processes.from_main(lambda: memory)
     keeps = began_with_targets(folder)
     if keeps is None:
         keeps = indexer_training.can_keep_targets(run) and need.states + need.targets <= memory
@@ -83,8 +85,8 @@ def within(run: Run, memory: float, folder: pathlib.Path) -> tuple[Run, str]:
 
 
 def began_with_targets(folder: pathlib.Path) -> bool | None:
-    """Whether the run whose log is in a folder keeps its targets; None where there is none. ValueError for another log."""
-    heading = journal.heading(folder / LOG)
+    """Whether the run in an output folder keeps its targets; None where there is none. ValueError for no JSON."""
+    heading = journal.heading(folder / FOLDER / ABOUT)
     return None if heading is None else heading.get("targets") == KEPT
 
 
@@ -103,7 +105,8 @@ def _on_disk(folder: pathlib.Path) -> indexer_training.Allocate:
 
 def check_free(directory: pathlib.Path, resume: bool) -> None:
     """ValueError where an output folder holds an earlier run that is not to be resumed."""
-    check_resumed(directory / LOG, (directory / LOG).exists(), resume)
+    path = directory / FOLDER / ABOUT
+    check_resumed(path, path.exists(), resume)
 
 
 def train(run: Run, output: Output, resume: bool) -> list[Group]:
@@ -112,47 +115,52 @@ def train(run: Run, output: Output, resume: bool) -> list[Group]:
     ValueError for an output folder that holds another run, or one and not `resume`.
     """
     folder = output.directory / FOLDER
-    with Journal(output.directory / LOG, about(run), fields={"layer": int, "divergence": list}, resume=resume) as log:
-        folder.mkdir(exist_ok=True)
-        done = {entry["layer"]: _read(folder, entry, run) for entry in log.entries}
-        total = indexer_training.work(run, done)
-        with progress(total=total / 1e9, desc="indexers", smoothing=0.05, bar_format=BAR) as bar:
+    processes.from_main(lambda: folder.mkdir(exist_ok=True))
+    with Journal(folder / ABOUT, about(run), resume=resume):  # says what the files are about, and has no entries
+        pass
+    done = processes.from_main(lambda: trained_in(folder, run))
+    total = indexer_training.work(run, done)
+    with progress(total=total / 1e9, desc="indexers", smoothing=0.05, bar_format=BAR) as bar:
 
-            def see(work: float, what: str) -> None:
-                bar.set_postfix_str(what, refresh=False)
-                bar.update(min(work / 1e9, max(total / 1e9 - bar.n, 0)))  # the whole is an estimate
+        def see(work: float, what: str) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update(min(work / 1e9, max(total / 1e9 - bar.n, 0)))  # the whole is an estimate
 
-            for trained in indexer_training.train(run, done, see):
-                done[trained.layer] = _write(folder, log, trained)
-                first, last = done[trained.layer].ends
-                bar.write(f"layer {trained.layer}: divergence {first:.3f} -> {last:.3f}, {trained.seconds:.0f} s")
-    return [done[group[0]] for group in run.groups]
+        for trained in indexer_training.train(run, done, see):
+            _write(folder, trained)
+            first, last = Group(trained.layer, trained.indexer, trained.divergence.tolist(), trained.seconds).ends
+            bar.write(f"layer {trained.layer}: divergence {first:.3f} -> {last:.3f}, {trained.seconds:.0f} s")
+    return [_read(folder, group[0], run) for group in run.groups]
+
+
+def trained_in(folder: pathlib.Path, run: Run) -> list[int]:
+    """The F layers of the groups that a folder holds. ValueError for a file that holds something else."""
+    found = [layer for layer in run.schedule.full_layers if _file(folder, layer).exists()]
+    return [_read(folder, layer, run).layer for layer in found]
 
 
 def _file(folder: pathlib.Path, layer: int) -> pathlib.Path:
     return folder / f"layer-{layer}.npz"
 
 
-def _write(folder: pathlib.Path, log: Journal, trained: Trained) -> Group:
-    """Keeps a group: its indexer first, so that the log names none that is not there."""
+def _write(folder: pathlib.Path, trained: Trained) -> None:
+    """Keeps a group, whole or not at all."""
+    arrays = dict(tensors.leaves(trained.indexer))
     with replacing(_file(folder, trained.layer)) as file:
-        np.savez(file, **dict(tensors.leaves(trained.indexer)))
-    entry = {"layer": trained.layer, "divergence": trained.divergence.tolist(), "seconds": trained.seconds}
-    log.append(entry)
-    return Group(trained.layer, trained.indexer, entry["divergence"], trained.seconds)
+        np.savez(file, **arrays, divergence=trained.divergence, seconds=np.float64(trained.seconds))
 
 
-def _read(folder: pathlib.Path, entry: dict[str, Any], run: Run) -> Group:
-    """A group that `_write` kept. ValueError for a file that is not there or holds something else."""
-    layer = entry["layer"]
+def _read(folder: pathlib.Path, layer: int, run: Run) -> Group:
+    """A group that `_write` kept. ValueError for a file that holds something else."""
     path, tree = _file(folder, layer), abstract(run.config, Schedule.all_full(run.config.num_layers)).indexer
+    shapes = {name: tensor.layer_shape for name, tensor in tensors.leaves(tree)} | {"divergence": (run.stage.steps,)}
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name, _ in tensors.leaves(tree)}
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read, though {LOG} names layer {layer} ({error}); remove that line") from None
-    for name, tensor in tensors.leaves(tree):
-        if found[name].shape != tensor.layer_shape or found[name].dtype != np.float32:
-            raise ValueError(f"{path}: {name} is {found[name].dtype} {list(found[name].shape)}, not {list(tensor.layer_shape)}")
+            found, seconds = {name: arrays[name] for name in shapes}, float(arrays["seconds"])
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: holds no trained indexer ({error}); remove it") from None
+    for name, shape in shapes.items():
+        if found[name].shape != shape or found[name].dtype != np.float32:
+            raise ValueError(f"{path}: {name} is {found[name].dtype} {list(found[name].shape)}, not {list(shape)}; remove it")
     indexer = jax.tree.unflatten(jax.tree.structure(tree), [found[name] for name, _ in tensors.leaves(tree)])
-    return Group(layer, indexer, entry["divergence"], entry.get("seconds", 0.0))
+    return Group(layer, indexer, found["divergence"].tolist(), seconds)

@@ -22,6 +22,7 @@ import checkpoints_convert
 from checkpoints_convert.safetensors_io import read_header
 from experiments import distill, run  # noqa: F401  (run defines flags that every experiment has)
 from experiments.common import indexer_runs, inputs, runs
+from experiments.distill import everything, export, goal
 from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
@@ -61,7 +62,7 @@ def trained_indexers():
 
 def test_the_export_is_the_checkpoint_with_the_schedule_and_its_indexers(checkpoint, tmp_path):
     params = trained_indexers()
-    distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
+    export.write(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
     config, schedule, found = checkpoints_convert.load(tmp_path / "out")
     assert schedule == TARGET.schedule and config == BASE.config
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -76,7 +77,7 @@ def test_the_export_is_the_checkpoint_with_the_schedule_and_its_indexers(checkpo
 @pytest.mark.parametrize("link", [True, False])
 def test_where_indexers_alone_train_the_export_is_links_or_copies_beside_them(checkpoint, tmp_path, link):
     params = trained_indexers()
-    distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint, link)
+    export.write(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint, link)
     jax.tree.map(np.testing.assert_array_equal, checkpoints_convert.load(tmp_path / "out")[2], params)
     assert [path.is_symlink() for path in sorted((tmp_path / "out").glob("*.safetensors"))] == [link, False]
 
@@ -84,23 +85,23 @@ def test_where_indexers_alone_train_the_export_is_links_or_copies_beside_them(ch
 @pytest.mark.parametrize("steps, rate, expected", [(0, 1e-5, True), (5, 0.0, True), (5, 1e-5, None)])
 def test_links_are_for_runs_that_train_indexers_alone(checkpoint, tmp_path, monkeypatch, steps, rate, expected):
     stages = [Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-3), Stage("sparse", "sparse", steps, 1, 24, rate, 1e-3)]
-    monkeypatch.setattr(distill, "_EXPORT", types.SimpleNamespace(value="linked"))
+    monkeypatch.setattr(export, "EXPORT", types.SimpleNamespace(value="linked"))
     if expected:
-        assert distill.link_or_copy(stages, str(checkpoint)) is True
+        assert export.link_or_copy(stages, str(checkpoint)) is True
         checkpoints_convert.convert(checkpoint, tmp_path / "orbax")
         with pytest.raises(ValueError, match="--export=linked: .*orbax checkpoint"):
-            distill.link_or_copy(stages, str(tmp_path / "orbax"))
+            export.link_or_copy(stages, str(tmp_path / "orbax"))
     else:
         with pytest.raises(ValueError, match="--export=linked: the sparse stage trains all weights"):
-            distill.link_or_copy(stages, str(checkpoint))
-    monkeypatch.setattr(distill, "_EXPORT", types.SimpleNamespace(value="full"))
-    assert distill.link_or_copy(stages, str(checkpoint)) is (False if expected else None)
+            export.link_or_copy(stages, str(checkpoint))
+    monkeypatch.setattr(export, "EXPORT", types.SimpleNamespace(value="full"))
+    assert export.link_or_copy(stages, str(checkpoint)) is (False if expected else None)
 
 
 def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):
     params = trained_indexers()
     like = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    distill.export(tmp_path / "out", params, like, BASE.config, TARGET.schedule, checkpoint)
+    export.write(tmp_path / "out", params, like, BASE.config, TARGET.schedule, checkpoint)
     found = checkpoints_convert.load(tmp_path / "out")[2]
     assert found.indexer.keys.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found.attention.out, like.attention.out)
@@ -112,16 +113,16 @@ def test_only_the_warm_up_trains_on_a_base_in_8_bits(checkpoint, tmp_path):
     checkpoints_convert.convert(checkpoint, tmp_path / "fp8", format="safetensors", weights="fp8")
     given = inputs.Checkpoint(str(tmp_path / "fp8"), "float32")
     with flagsaver.flagsaver(sparse_steps=0):
-        assert distill.form_to_train(given) == "fp8 base"
-        assert distill.form_to_train(inputs.Checkpoint(str(checkpoint), "float32")) is None
+        assert everything.form_to_train(given) == "fp8 base"
+        assert everything.form_to_train(inputs.Checkpoint(str(checkpoint), "float32")) is None
     with flagsaver.flagsaver(sparse_steps=1):
-        assert distill.form_to_train(given) is None
+        assert everything.form_to_train(given) is None
     asked = inputs.Checkpoint(str(checkpoint), "float32")
     with (
         flagsaver.flagsaver(sparse_steps=1, weights="fp8"),
         pytest.raises(ValueError, match="--weights=fp8: only with --sparse"),
     ):
-        distill.form_to_train(asked)
+        everything.form_to_train(asked)
 
 
 def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
@@ -130,7 +131,7 @@ def test_transformers_computes_the_same_from_the_export(checkpoint, tmp_path):
     from tests.support import oracle
 
     params = trained_indexers()
-    distill.export(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
+    export.write(tmp_path / "out", params, params, BASE.config, TARGET.schedule, checkpoint)
     logits, indices = oracle.record(oracle.load(tmp_path / "out"), TARGET)
     ours = np.asarray(forward(params, TARGET.tokens, BASE.config, TARGET.schedule))
     assert len(indices) == 2
@@ -168,12 +169,19 @@ def environment(cache):
     }
 
 
-def kill_at(command, log, counts, options):
-    """Starts a command for every count and kills it once its log has so many lines. How many had not ended by then."""
+def made(path):
+    """How many lines a log has, or how many files a folder."""
+    if path.is_dir():
+        return len(list(path.iterdir()))
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def kill_at(command, path, counts, options):
+    """Starts a command for every count and kills it once it has `made` so much there. How many had not ended by then."""
     kills = 0
     for count in counts:
         process = subprocess.Popen(command, **options)
-        while process.poll() is None and not (log.exists() and len(log.read_bytes().splitlines()) >= count):
+        while process.poll() is None and made(path) < count:
             time.sleep(0.002)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -379,7 +387,7 @@ def test_the_schedule_may_be_the_one_that_a_search_chose(checkpoint, texts, tmp_
     def chosen(**found):
         path.write_text(json.dumps(results | found))
         with flags_of(checkpoint, texts, schedule=[], schedule_from=str(tmp_path)):
-            return distill.target_schedule(BASE.schedule)
+            return goal.target_schedule(BASE.schedule)
 
     assert chosen() == Schedule("FFS")
     with pytest.raises(ValueError, match=f"--schedule_from={tmp_path}: the experiment of .* is 'distill', not 'search'"):
@@ -393,7 +401,7 @@ def test_the_schedule_may_be_the_one_that_a_search_chose(checkpoint, texts, tmp_
         flags_of(checkpoint, texts, schedule_from=str(tmp_path)),
         pytest.raises(ValueError, match="results.json: no such file"),
     ):
-        distill.target_schedule(BASE.schedule)
+        goal.target_schedule(BASE.schedule)
 
 
 @contextlib.contextmanager
@@ -419,9 +427,9 @@ def test_killed_at_any_moment_it_ends_where_the_uninterrupted_run_ends(checkpoin
     more = "--sequences=4", "--steps=300", "--stream"
     whole = subprocess.run(arguments(checkpoint, texts, tmp_path / "whole", *more), timeout=600, **options)
     assert whole.returncode == 0, whole.stderr
-    log = tmp_path / "killed" / indexer_runs.LOG
+    folder = tmp_path / "killed" / indexer_runs.FOLDER
     command = arguments(checkpoint, texts, tmp_path / "killed", *more, "--resume")
-    kills = kill_at(command, log, (1, 2, 2, 3), options)  # the first line says what the run is about
+    kills = kill_at(command, folder, (1, 2, 2, 3), options)  # one file says what the run is about
     last = subprocess.run(command, timeout=600, **options)
     assert last.returncode == 0, last.stderr
     assert kills >= 3

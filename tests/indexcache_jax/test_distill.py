@@ -12,7 +12,7 @@ import pytest
 
 from indexcache_jax import attention, distill, indexer, model, ops
 from indexcache_jax.config import Config
-from indexcache_jax.distill import averaged_divergence, divergence, losses
+from indexcache_jax.distill import averaged_divergence, divergence, formulas, losses
 from indexcache_jax.norm import rms_norm
 from indexcache_jax.params import Params, at_layer, shape_structs, slots
 from indexcache_jax.positions import whole_rows
@@ -211,7 +211,7 @@ def test_attention_by_bits_gives_the_same(sparse, monkeypatch):
 def test_causal_parts_do_not_change_the_result(sparse, monkeypatch):
     """25 queries in parts of 6, 6, 6 and 7, each with the keys up to its end."""
     whole = blockwise("glm", sparse)
-    monkeypatch.setattr(distill, "CAUSAL_FROM", 25)
+    monkeypatch.setattr(formulas, "CAUSAL_FROM", 25)
     cut = blockwise.__wrapped__("glm", sparse)
     np.testing.assert_allclose((cut.language, cut.indexer), (whole.language, whole.indexer), rtol=1e-5)
     assert_close(cut.of_language, whole.of_language)
@@ -224,8 +224,8 @@ def test_blocks_do_not_change_the_result(sparse, monkeypatch):
     case, whole = CASES["glm"], blockwise("glm", sparse)
     b, s = case.tokens.shape[0], case.tokens.shape[1] - 1
     row = 4 * s * (case.config.num_heads + case.config.index_n_heads)
-    monkeypatch.setattr(distill, "SCORE_BYTES", 4 * b * row)
-    assert block_rows(s, b * row, distill.SCORE_BYTES) == 4
+    monkeypatch.setattr(formulas, "SCORE_BYTES", 4 * b * row)
+    assert block_rows(s, b * row, formulas.SCORE_BYTES) == 4
     cut = blockwise.__wrapped__("glm", sparse)
     np.testing.assert_allclose((cut.language, cut.indexer), (whole.language, whole.indexer), rtol=1e-5)
     assert_close(cut.of_language, whole.of_language)

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from indexcache_jax import distill, indexer_training, memory, training
-from indexcache_jax.indexer_training import Run, distil_indexers
+from indexcache_jax import distill, indexer_training, memory, ops, training
+from indexcache_jax.indexer_training import Run, distil_indexers, groups, step, targets
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
@@ -90,10 +90,10 @@ def gradients(monkeypatch):
             for layer, group in trained(given).items()
         }
 
-    monkeypatch.setattr(indexer_training, "optimiser", lambda *_: optax.sgd(1.0))
-    indexer_training._step.clear_cache()
+    monkeypatch.setattr(step, "optimiser", lambda *_: optax.sgd(1.0))
+    step.take_step.clear_cache()
     yield of
-    indexer_training._step.clear_cache()
+    step.take_step.clear_cache()
 
 
 def assert_same_gradients(found, expected):
@@ -113,12 +113,12 @@ def test_the_gradient_of_a_group_is_that_of_the_whole_model_s_divergence(keeps_t
 
 def test_what_hoppers_kernels_are_given_has_the_same_gradient(gradients, monkeypatch):
     """Here with their references: targets layer by layer, then what the scores miss of their sum."""
-    monkeypatch.setattr(indexer_training.ops, "distils_by_kernels", lambda *_: True)
-    indexer_training._add_target.clear_cache()
+    monkeypatch.setattr(ops, "distils_by_kernels", lambda *_: True)
+    targets.add_target.clear_cache()
     try:
         found = gradients(run())
     finally:
-        indexer_training._add_target.clear_cache()
+        targets.add_target.clear_cache()
     of_first = jax.tree.map(lambda a: a[0], gradient_of_the_whole_model())
     assert_same_gradients(found[TARGET.full_layers[0]], of_first)
 
@@ -127,7 +127,7 @@ def test_what_hoppers_kernels_are_given_has_the_same_gradient(gradients, monkeyp
 def test_rows_on_the_device_are_those_on_the_host(keeps_targets, monkeypatch):
     given = run(keeps_targets=keeps_targets, stage=dataclasses.replace(STAGE, rows=2))
     on_host = trained(given)
-    monkeypatch.setattr(indexer_training, "rows_on_device", lambda *_: 2)
+    monkeypatch.setattr(groups, "rows_on_device", lambda *_: 2)
     on_both = trained(given)
     for layer in TARGET.full_layers:
         assert_same(on_both[layer].indexer, on_host[layer].indexer)
@@ -240,14 +240,14 @@ def test_what_is_kept_is_what_was_announced(changes):
 
 @pytest.mark.parametrize("keeps_targets", [True, False], ids=["kept targets", "computed at every step"])
 def test_a_step_s_program_needs_no_more_memory_than_was_announced(keeps_targets, monkeypatch):
-    programs, step = [], indexer_training._step
+    programs, take_step = [], step.take_step
 
     def compiled(*arguments):
         if not programs:
-            programs.append(step.lower(*arguments).compile().memory_analysis())
-        return step(*arguments)
+            programs.append(take_step.lower(*arguments).compile().memory_analysis())
+        return take_step(*arguments)
 
-    monkeypatch.setattr(indexer_training, "_step", compiled)
+    monkeypatch.setattr(step, "take_step", compiled)
     given = run(keeps_targets=keeps_targets, stage=dataclasses.replace(STAGE, steps=1))
     trained(given)
     need = memory.streamed_indexers_need(

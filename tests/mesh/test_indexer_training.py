@@ -6,11 +6,19 @@ import threading
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
-from indexcache_jax import indexer_training
-from indexcache_jax.indexer_training import Run
+import checkpoints_convert
+from experiments import run as command  # noqa: F401  (defines flags that every experiment has)
+from experiments.common import inputs
+from experiments.common.devices import Layout
+from experiments.distill import indexers
+from indexcache_jax import indexer_training, memory, sharding
+from indexcache_jax.indexer_training import Run, step
 from indexcache_jax.layers import Resident
+from indexcache_jax.params import abstract
 from indexcache_jax.schedule import Schedule
+from indexcache_jax.sharding import SERVING
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
@@ -18,12 +26,25 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 LENGTH = 24
 CASE = Case(GLM_FIELDS, "FFFFF", 2, (LENGTH,) * 3)
+WHOLE = SERVING.whole_experts()
 STAGE = Stage("indexers", "warmup", 3, 1, LENGTH, 0.0, 3e-3, compute_dtype="float32")
 
 
-def run(devices, schedule=CASE.schedule, **changes):
+def run(schedule=CASE.schedule, **changes):
     changes = {"layers": Resident(CASE.config, CASE.schedule, CASE.params), "stage": STAGE} | changes
-    return Run(schedule=schedule, tokens=CASE.tokens, devices=tuple(jax.devices()[:devices]), **changes)
+    return Run(schedule=schedule, tokens=CASE.tokens, **changes)
+
+
+def use(devices, rules=WHOLE):
+    return sharding.use(sharding.make_mesh(data=devices, devices=jax.devices()[:devices]), rules)
+
+
+def on_mesh(devices, given, finished=(), rules=WHOLE):
+    """The groups of a run whose weights lie on a mesh of so many devices, by layer."""
+    with use(devices, rules):
+        params = sharding.put(given.layers.params, abstract(CASE.config, CASE.schedule))
+        given = dataclasses.replace(given, layers=dataclasses.replace(given.layers, params=params))
+        return of_layer(indexer_training.train(given, finished))
 
 
 def of_layer(groups):
@@ -31,19 +52,20 @@ def of_layer(groups):
 
 
 def test_groups_train_at_the_same_time_and_become_what_they_become_on_one_device(monkeypatch):
-    schedule, used, both, step = Schedule("FSFSS"), {}, threading.Barrier(2, timeout=300), indexer_training._step
+    """The sequences, which two devices do not divide, run through the layers on both."""
+    schedule, used, both, take_step = Schedule("FSFSS"), {}, threading.Barrier(2, timeout=300), step.take_step
 
     def after_both_have_begun(*arguments):
         if threading.get_ident() not in used:
             both.wait()
-        result = step(*arguments)
+        result = take_step(*arguments)
         used.setdefault(threading.get_ident(), set()).update(jax.tree.leaves(result)[0].devices())
         return result
 
-    expected = of_layer(indexer_training.train(run(0, schedule)))
+    expected = of_layer(indexer_training.train(run(schedule)))
     with monkeypatch.context() as patch:
-        patch.setattr(indexer_training, "_step", after_both_have_begun)
-        found = of_layer(indexer_training.train(run(2, schedule)))
+        patch.setattr(step, "take_step", after_both_have_begun)
+        found = on_mesh(2, run(schedule))
     assert sorted(map(str, used.values())) == [str({device}) for device in jax.devices()[:2]]
     assert_same(found, expected)
 
@@ -52,11 +74,45 @@ def test_groups_train_at_the_same_time_and_become_what_they_become_on_one_device
     "keeps_targets", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept targets", "computed at every step"]
 )
 def test_more_groups_than_devices_take_turns(keeps_targets):
-    one, two = (of_layer(indexer_training.train(run(n, spans=2, keeps_targets=keeps_targets))) for n in (0, 2))
+    given = run(spans=2, keeps_targets=keeps_targets)
+    one, two = of_layer(indexer_training.train(given)), on_mesh(2, given)
     assert list(one) == [0, 1, 2, 3, 4]
     assert_same(two, one)
-    rest = of_layer(indexer_training.train(run(2, spans=2, keeps_targets=keeps_targets), finished={0, 3}))
+    rest = on_mesh(2, given, finished={0, 3})
     assert_same(rest, {layer: group for layer, group in one.items() if layer not in (0, 3)})
+
+
+@pytest.mark.slow
+def test_hidden_states_on_eight_devices_are_those_of_one_bit_for_bit():
+    """Of a model with S layers of its own, which reuse indices that stay with their sequences."""
+    case = Case(GLM_FIELDS, "FFSFS", 2, (LENGTH,) * 11)
+    tokens, made = case.tokens, {}
+
+    def states(devices):
+        arrays = made.setdefault(devices, [])
+
+        def allocate(shape, dtype):
+            arrays.append(np.zeros(shape, dtype))
+            return arrays[-1]
+
+        with use(devices):
+            params = sharding.put(case.params, abstract(case.config, case.schedule))
+            layers = Resident(case.config, case.schedule, params)
+            given = Run(layers, Schedule("FSSFS"), tokens, STAGE, allocate=allocate)
+            list(indexer_training.train(given))
+        return [array for array in arrays if array.shape[-1] in (case.config.hidden_size, case.config.index_topk)]
+
+    one, eight = states(1), states(8)
+    assert len(one) == len(eight) and len(one) >= case.config.num_layers + 2
+    for a, b in zip(one, eight, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_experts_that_no_device_holds_whole_are_split_and_give_the_same_to_rounding():
+    found, expected = on_mesh(4, run(), rules=SERVING), of_layer(indexer_training.train(run()))
+    for layer, group in found.items():
+        np.testing.assert_allclose(group.divergence, expected[layer].divergence, rtol=1e-4)
 
 
 def assert_same(found, expected):
@@ -66,26 +122,46 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(group.divergence, expected[layer].divergence)
 
 
-def test_as_much_is_kept_on_the_host_as_for_so_many_groups():
-    one, five = indexer_training.need(run(1)), indexer_training.need(run(8))
-    assert (five.states, five.targets) == (5 * one.states, 5 * one.targets)
+def test_as_much_is_kept_on_the_host_as_for_the_groups_that_train_and_the_next_one():
+    one = indexer_training.need(run())
+    for devices, groups in ((2, 3), (8, 5)):
+        with use(devices):
+            several = indexer_training.need(run())
+        assert (several.states, several.targets) == (groups * one.states, groups * one.targets)
 
 
 def test_an_error_of_one_group_is_the_run_s():
     indexers = jax.tree.map(lambda a: a.at[1].set(np.nan), CASE.params.indexer)
     layers = Resident(CASE.config, CASE.schedule, dataclasses.replace(CASE.params, indexer=indexers))
-    given = run(2, layers=layers, stage=dataclasses.replace(STAGE, steps=8))
     with pytest.raises(ValueError, match="layer 1: its divergence at step 0 is not finite"):
-        list(indexer_training.train(given))
+        on_mesh(2, run(layers=layers, stage=dataclasses.replace(STAGE, steps=8)))
+
+
+def test_experts_are_whole_on_each_device_where_these_fit(tmp_path, monkeypatch):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    checkpoints_convert.save(tmp_path / "model", CASE.params, CASE.config, CASE.schedule)
+    given = inputs.Checkpoint(str(tmp_path / "model"), "float32")
+    assert indexers.layout_of(given) == Layout(data=8)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    assert indexers.layout_of(given) == Layout(data=8, expert=8)
+
+
+def test_a_mesh_that_splits_more_than_rows_is_refused():
+    with sharding.use(sharding.make_mesh(data=4, context=2)), pytest.raises(ValueError, match="whose only axis is data"):
+        next(indexer_training.train(run()))
 
 
 def test_a_run_that_is_left_ends_its_threads():
     before, steps = threading.active_count(), []
-    given = indexer_training.train(
-        run(2, stage=dataclasses.replace(STAGE, steps=100_000)), see=lambda work, what: _left_after(20, steps, what)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        next(given)
+    with use(2):
+        params = sharding.put(CASE.params, abstract(CASE.config, CASE.schedule))
+        given = indexer_training.train(
+            run(layers=Resident(CASE.config, CASE.schedule, params), stage=dataclasses.replace(STAGE, steps=100_000)),
+            see=lambda work, what: _left_after(20, steps, what),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            list(given)
     assert threading.active_count() == before
 
 

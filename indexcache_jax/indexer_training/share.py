@@ -1,0 +1,61 @@
+"""How devices and processes share a run: its sequences over all devices, its groups over the devices of each process.
+
+Sequences are independent of each other, so on a mesh each device takes its own through a layer, which it holds whole but for
+experts where the rules split them. Groups are independent too, so each is trained on one device. Only the hidden states before
+a group's layers have to come together in the process that trains it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TypeVar
+
+import jax
+from jax._src import distributed  # its barrier leaves devices alone; those of jax.experimental run on them
+
+from indexcache_jax import sharding
+
+T = TypeVar("T")
+
+MEETING_HOURS = 24 * 7  # that a process waits for the others at most; one that is lost is missed much sooner
+_meetings = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """This process's part in a run: its devices on the mesh, none without a mesh, and which process of how many it is."""
+
+    devices: tuple[jax.Device, ...] = ()
+    process: int = 0
+    processes: int = 1
+
+    @classmethod
+    def in_force(cls) -> Share:
+        """That of the mesh in force. ValueError for a mesh that splits anything but rows, and experts."""
+        mesh, _ = sharding.current()
+        if mesh is None:
+            return cls()
+        if sharding.devices_along("batch") != mesh.size:
+            raise ValueError(f"mesh {dict(mesh.shape)}: indexers of a frozen model train on a mesh whose only axis is data")
+        devices = jax.sharding.get_mesh().devices.ravel()
+        processes, this = sorted({device.process_index for device in devices}), jax.process_index()
+        own = tuple(device for device in devices if device.process_index == this)
+        return cls(own, processes.index(this), len(processes))
+
+    def of(self, groups: list[T]) -> list[T]:
+        """The groups that this process trains: processes take turns, so that all have some as the layers pass by."""
+        return groups[self.process :: self.processes]
+
+    def at_once(self, groups: int) -> int:
+        """How many groups, of so many in a run, a process has on its host at once: one a device, and the one that is next."""
+        return max(1, min(len(self.devices) + 1, -(-groups // self.processes))) if self.devices else 1
+
+    def meet(self) -> None:
+        """Waits for the other processes, on the hosts alone: what devices are doing goes on.
+
+        Without it devices would wait, in the first operation that needs all of them, and could train nothing meanwhile.
+        """
+        if self.processes > 1:
+            assert distributed.global_state.client is not None  # a mesh of several processes has one
+            distributed.global_state.client.wait_at_barrier(f"indexers {next(_meetings)}", MEETING_HOURS * 3600 * 1000)
