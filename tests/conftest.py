@@ -1,4 +1,4 @@
-"""What every test runs under: full float32 products, and no look-ups on a model hub."""
+"""What every test runs under: full float32 products, programs that compile quickly, no look-ups on a model hub."""
 
 import functools
 import os
@@ -30,12 +30,12 @@ def reference() -> Callable[[str], numpy_reference.Trace]:
     return trace
 
 
-@pytest.fixture(scope="module")
-def quick_to_compile() -> Iterator[None]:
-    """For modules whose tests compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="session", autouse=True)
+def quick_to_compile() -> None:
+    """Compiles without most optimisations on a CPU, where tests compile for longer than they run; so do their commands."""
+    if jax.default_backend() == "cpu":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 MEMORY_MAPS = pathlib.Path("/proc/self/maps")

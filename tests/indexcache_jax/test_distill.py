@@ -20,8 +20,6 @@ from indexcache_jax.schedule import Schedule
 from pallas_kernels.blocks import block_rows
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 # Two runs each: compiling gradients is what these tests spend their time on.
 CASES = {
     "glm": Case(GLM_FIELDS | {"num_hidden_layers": 4}, "FFSS", 2, (26, 26)),

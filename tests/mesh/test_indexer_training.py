@@ -14,8 +14,6 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 LENGTH = 24
 CASE = Case(GLM_FIELDS, "FFFFF", 2, (LENGTH,) * 3)
 STAGE = Stage("indexers", "warmup", 3, 1, LENGTH, 0.0, 3e-3, compute_dtype="float32")

@@ -17,8 +17,6 @@ from indexcache_jax.training import Stage
 from tests.support import meshes
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, UNUSUAL, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 # S layers with experts above an F layer without.
 CASES = {
     "glm": Case(GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 1}, "FSS", 2),
