@@ -1,8 +1,10 @@
-"""What every test runs under: full float32 products, programs that compile quickly, no look-ups on a model hub."""
+"""What every test runs under: full float32 products, programs that compile quickly and once, no look-ups on a model hub."""
 
 import functools
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
@@ -28,6 +30,20 @@ def reference() -> Callable[[str], numpy_reference.Trace]:
         return numpy_reference.forward(case.state, case.fields, case.schedule.is_full, case.tokens, case.lengths)
 
     return trace
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs in one folder for all workers, and for the commands that tests start, as long as they run.
+
+    Where JAX_COMPILATION_CACHE_DIR names one, that is it: `.ci/run` has one for all its parts.
+    """
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="indexcache-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    seconds = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 @pytest.fixture(scope="session", autouse=True)
