@@ -1,10 +1,5 @@
 """Losses by layers that are read when they are needed: those of the whole model, from as few passes as memory allows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -161,24 +156,3 @@ def test_params_of_fewer_indexers_are_judged_as_they_are():
     layers = OneByOne(schedule=schedule, params=with_schedule(CASE.params, CASE.schedule, schedule))
     found = streamed.StreamedEvaluator(layers, batches()).loss(Schedule("FSSSS"))
     assert found == pytest.approx(whole().loss(Schedule("FSSSS")), abs=1e-5)
-
-
-TWO_DEVICES = """
-import jax, numpy as np
-from indexcache_jax.search import streamed
-from tests.indexcache_jax.search.test_streamed import CASE, SCHEDULES, OneByOne, batches, whole
-
-assert len(jax.devices()) == 2
-for rows, devices in ((4, 2), (3, 1)):
-    evaluator = streamed.StreamedEvaluator(OneByOne(), batches(rows=rows))
-    assert evaluator._mesh.size == devices
-    expected = type(whole())(CASE.params, CASE.config, CASE.schedule, batches(rows=rows)).losses(SCHEDULES)
-    np.testing.assert_allclose(evaluator.losses(SCHEDULES), expected, atol=1e-5)
-"""
-
-
-def test_devices_share_the_rows():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", TWO_DEVICES], capture_output=True, text=True, cwd=root, env=environment)
-    assert done.returncode == 0, done.stderr
