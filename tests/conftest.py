@@ -16,6 +16,11 @@ from tests.support.tiny_models import CASES
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is installed to compile with, no TPU is expected
 
+# Most of the time of compiling for a CPU goes into XLA's newer way to emit fused loops, so tests have the older one.
+OLDER_EMITTER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+if OLDER_EMITTER not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLDER_EMITTER}"
+
 # The oracle multiplies in float32; accelerators and some CPU builds would otherwise multiply in less.
 jax.config.update("jax_default_matmul_precision", "highest")
 
