@@ -1,8 +1,10 @@
-"""What every test runs under: full float32 products, and no look-ups on a model hub."""
+"""What every test runs under: full float32 products, programs that compile quickly and once, no look-ups on a model hub."""
 
 import functools
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,6 +15,11 @@ from tests.support.tiny_models import CASES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is installed to compile with, no TPU is expected
+
+# Most of the time of compiling for a CPU goes into XLA's newer way to emit fused loops, so tests have the older one.
+OLDER_EMITTER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+if OLDER_EMITTER not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLDER_EMITTER}"
 
 # The oracle multiplies in float32; accelerators and some CPU builds would otherwise multiply in less.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -30,12 +37,26 @@ def reference() -> Callable[[str], numpy_reference.Trace]:
     return trace
 
 
-@pytest.fixture(scope="module")
-def quick_to_compile() -> Iterator[None]:
-    """For modules whose tests compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs in one folder for all workers, and for the commands that tests start, as long as they run.
+
+    Where JAX_COMPILATION_CACHE_DIR names one, that is it: `.ci/run` has one for all its parts.
+    """
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="indexcache-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    seconds = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_to_compile() -> None:
+    """Compiles without most optimisations on a CPU, where tests compile for longer than they run; so do their commands."""
+    if jax.default_backend() == "cpu":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 MEMORY_MAPS = pathlib.Path("/proc/self/maps")

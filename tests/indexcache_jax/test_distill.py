@@ -20,13 +20,13 @@ from indexcache_jax.schedule import Schedule
 from pallas_kernels.blocks import block_rows
 from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 # Two runs each: compiling gradients is what these tests spend their time on.
 CASES = {
     "glm": Case(GLM_FIELDS | {"num_hidden_layers": 4}, "FFSS", 2, (26, 26)),
     "deepseek": Case(DEEPSEEK_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 1}, "FSS", 0, (26, 26)),
 }
+# One schedule among others that may be given as data, and alone.
+WHOLE, PART = (Case(GLM_FIELDS | {"num_hidden_layers": 3}, pattern, 2, (26, 26)) for pattern in ("FFF", "FSF"))
 both_stages = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 
 
@@ -353,23 +353,26 @@ def test_sparse_needs_indexers():
         losses(case.params, case.tokens, case.config, case.schedule, indexers=False, sparse=True)
 
 
-@both_stages
-@pytest.mark.parametrize("cross_layer", [True, False])
+@functools.cache
+def gradient_of_any_schedule(sparse):
+    """One program for every schedule that is given as data."""
+
+    def total(params, traced):
+        found = ours(params, WHOLE, sparse, traced=traced)
+        return found.language + found.indexer, found
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+@pytest.mark.parametrize("sparse, cross_layer", [(False, True), (True, True), (True, False)])
 def test_a_traced_schedule_is_the_schedule_compiled_in(sparse, cross_layer):
-    fields = CASES["glm"].fields | {"num_hidden_layers": 3}
-    whole, part = (Case(fields, pattern, 2, (26, 26)) for pattern in ("FFF", "FSF"))
-    traced = jax.tree.map(jnp.asarray, distill.traced_schedule(part.schedule, cross_layer))
+    def total(params):
+        found = ours(params, PART, sparse, cross_layer=cross_layer)
+        return found.language + found.indexer, found
 
-    def gradient(case, **options):
-        def total(params):
-            found = ours(params, case, sparse, **options)
-            return found.language + found.indexer, found
-
-        (_, found), of = jax.jit(jax.value_and_grad(total, has_aux=True))(case.params)
-        return found, of
-
-    found, of = gradient(whole, traced=traced)
-    expected, of_expected = gradient(part, cross_layer=cross_layer)
+    (_, expected), of_expected = jax.jit(jax.value_and_grad(total, has_aux=True))(PART.params)
+    traced = jax.tree.map(jnp.asarray, distill.traced_schedule(PART.schedule, cross_layer))
+    (_, found), of = gradient_of_any_schedule(sparse)(WHOLE.params, traced)
     np.testing.assert_allclose((found.language, found.indexer), (expected.language, expected.indexer), rtol=1e-5)
     assert float(expected.indexer) > 1e-3
     assert all(float(jnp.abs(leaf[1]).max()) == 0 for leaf in jax.tree.leaves(of.indexer))

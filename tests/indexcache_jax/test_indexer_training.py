@@ -18,8 +18,6 @@ from indexcache_jax.search import layerwise
 from indexcache_jax.tensors import leaves
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 LENGTH = 25
 # Every key is selected, so that a model with all layers F runs as under dense attention, as in a warm-up.
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 4, "index_topk": 32}

@@ -10,7 +10,7 @@ from indexcache_jax.params import abstract, at_layer, init, shape_structs, slots
 from indexcache_jax.presets import preset
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.tensors import count, leaves
-from tests.support.tiny_models import CASES, GLM_FIELDS, UNUSUAL, checkpoint_shapes, to_params
+from tests.support.tiny_models import CASES, GLM_FIELDS, UNUSUAL, checkpoint_shapes, state, to_params
 
 CONFIG = Config.from_hf(GLM_FIELDS)
 MIXED = Schedule("FFSFS")
@@ -147,7 +147,7 @@ def test_layers_are_sliced_by_number_or_by_tracer():
 def test_a_schedules_params_are_the_indexers_of_its_own_layers():
     base, schedule = Schedule("FFSF"), Schedule("FSSF")
     config = Config.from_hf(GLM_FIELDS | {"num_hidden_layers": 4})
-    params = init(jax.random.key(0), config, base)
+    params = to_params(state(config, base, 0), config, base)
     kept = with_schedule(params, base, schedule)
     np.testing.assert_array_equal(kept.indexer.keys, params.indexer.keys[np.array([0, 2])])
     assert kept.full_layers == (0, 3)

@@ -15,8 +15,6 @@ from indexcache_jax.params import abstract, with_schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 258}, "FS", 0)
 WITH_EXPERTS = Case(GLM_FIELDS | {"num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 258}, "F", 0)
 WARMUP = Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-2, lr_warmup_steps=1, compute_dtype="float32")

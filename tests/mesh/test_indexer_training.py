@@ -22,8 +22,6 @@ from indexcache_jax.sharding import SERVING
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 LENGTH = 24
 CASE = Case(GLM_FIELDS, "FFFFF", 2, (LENGTH,) * 3)
 WHOLE = SERVING.whole_experts()

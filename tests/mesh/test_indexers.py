@@ -11,8 +11,6 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import TRAINING
 from tests.experiments.reproduction.test_indexers import CASE, STAGE
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.mark.slow
 def test_indexers_are_those_of_one_device():

@@ -9,8 +9,6 @@ from tests.checkpoints_convert import files
 from tests.support import meshes
 from tests.support.eight_bits import ALIGNED
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.mark.slow
 def test_measures_are_those_of_one_device(tmp_path):

@@ -14,8 +14,6 @@ from indexcache_jax.sharding import TRAINING
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 1}, "FS", 2)
 TOKENS = np.random.default_rng(0).integers(0, 97, 4000).astype(np.int32)
 WARMUP = Stage("warm-up", "warmup", 4, 4, 32, 0.0, 1e-2, lr_warmup_steps=1, compute_dtype="float32")

@@ -11,7 +11,6 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.sharding import TRAINING
 from tests.experiments.reproduction.test_scoring import BASE
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SCHEDULE = Schedule("FSF")
 
 

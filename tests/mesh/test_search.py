@@ -57,14 +57,14 @@ def assert_same(found, expected):
     np.testing.assert_allclose(losses, expected[1], atol=1e-5, rtol=0)
 
 
-def every_mesh(*fast):
-    """All meshes and models; those that are not `fast` are slow."""
-    pairs = [(mesh, name) for mesh in MESHES for name in CASES]
+def every_mesh(*fast, others):
+    """One model on every mesh, the others on those of `others`; pairs that are not `fast` are slow."""
+    pairs = [(mesh, name) for mesh in MESHES for name in CASES if name == "glm" or mesh in others]
     marked = [pytest.param(*pair, marks=() if pair in fast else pytest.mark.slow) for pair in pairs]
     return pytest.mark.parametrize("mesh, name", marked)
 
 
-@every_mesh(("all", "deepseek"))
+@every_mesh(("all", "deepseek"), others=("tensor", "context, expert", "all"))
 def test_a_model_in_memory(mesh, name):
     case = CASES[name]
     with meshes.use(mesh):
@@ -73,7 +73,7 @@ def test_a_model_in_memory(mesh, name):
         assert evaluator.advice() == []
 
 
-@every_mesh(("context, expert", "glm"))
+@every_mesh(("context, expert", "glm"), others=("all",))  # the layers are those of a model in memory
 def test_a_model_that_is_streamed(mesh, name):
     case = CASES[name]
     with meshes.use(mesh):
@@ -94,6 +94,12 @@ def test_rows_that_devices_do_not_divide(mesh, at_once):
         evaluator = resident(case, placed(case), batches(rows))
         assert_same((search.greedy_search(evaluator, case.schedule), evaluator.losses(SCHEDULES)), expected("glm", rows))
         assert bool(evaluator.advice()) == (at_once == 1)
+
+
+def test_without_a_mesh_as_many_devices_as_divide_the_rows_share_a_streamed_model():
+    evaluator = streamed(CASES["glm"], batches(rows=3))
+    assert evaluator._mesh.size == 3
+    np.testing.assert_allclose(evaluator.losses(SCHEDULES), expected("glm", 3)[1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

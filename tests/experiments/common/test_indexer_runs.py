@@ -17,8 +17,6 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 LENGTH = 24
 BASE = Case(GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2}, "FFF", 0, (LENGTH,) * 3)
 TARGET = Schedule("FSF")

@@ -23,8 +23,6 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 CASE = Case(GLM_FIELDS | {"num_hidden_layers": 2, "first_k_dense_replace": 2, "vocab_size": 258}, "FS", 0)
 TOKENS = np.random.default_rng(0).integers(0, 256, 2000).astype(np.int32)
 WARMUP = Stage("warm-up", "warmup", 3, 1, 24, 0.0, 1e-2, lr_warmup_steps=1, compute_dtype="float32")

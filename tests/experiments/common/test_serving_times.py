@@ -12,7 +12,6 @@ from indexcache_jax.schedule import Schedule
 from tests.support.tiny_models import CASES
 
 CASE = CASES["glm-mixed"]  # two dense layers, then three with experts
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SCHEDULES = [Schedule(pattern) for pattern in ("FFFFF", "FSFSS", "FSSSS")]
 
 

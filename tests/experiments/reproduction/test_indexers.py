@@ -14,8 +14,6 @@ from indexcache_jax.params import at_layer
 from indexcache_jax.schedule import Schedule
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 4, "index_topk": 8}
 CASE = Case(FIELDS, "FFFF", 2, (26,) * 3)
 STAGE = indexer_stage(25, "float32", steps=5, rows=2, learning_rate=1e-2)

@@ -23,8 +23,6 @@ from indexcache_jax.tensors import count
 from indexcache_jax.training import Stage
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 FIELDS = GLM_FIELDS | {
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,

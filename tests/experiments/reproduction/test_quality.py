@@ -16,8 +16,6 @@ from experiments.reproduction import quality, retrieval
 from experiments.reproduction.quality_tables import WAYS
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 ROOT = pathlib.Path(__file__).parents[3]
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2, "vocab_size": 258, "eos_token_id": 256}
 BASE = Case(FIELDS, "FFF", 0)
@@ -103,7 +101,6 @@ def test_a_run_in_small(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -10,8 +10,6 @@ from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
 from tests.support.tiny_models import GLM_FIELDS, Case
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 FIELDS = GLM_FIELDS | {"num_hidden_layers": 3, "first_k_dense_replace": 2, "vocab_size": 258, "eos_token_id": 256}
 BASE = Case(FIELDS, "FFF", 0)
 

@@ -9,7 +9,7 @@ import pytest
 
 from indexcache_jax import model, search
 from indexcache_jax.config import Config
-from indexcache_jax.params import init, with_schedule
+from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.search import layerwise
 from tests.support import numpy_reference
@@ -116,7 +116,7 @@ def test_finds_planted_layers_that_need_no_indexer_of_their_own(params):
 def test_compiles_three_programs_for_twelve_layers():
     config = Config.from_hf(GLM_FIELDS | {"num_hidden_layers": 12})
     base = Schedule.all_full(12)
-    evaluator = search.Evaluator(init(jax.random.key(0), config, base), config, base, [tokens(0), tokens(1)])
+    evaluator = search.Evaluator(to_params(state(config, base, 3), config, base), config, base, [tokens(0), tokens(1)])
     programs = (layerwise.start, layerwise.advance, layerwise.finish)
     before = sum(p._cache_size() for p in programs)
     search.greedy_search(evaluator, base, num_full=11)

@@ -82,12 +82,13 @@ def test_what_8_bits_change(form, most, least_shared):
     """
     case = model("glm", "FSSSS")
     weights = serving.from_params(case.params, case.config, case.schedule)
+    first = jax.jit(layer, static_argnames="kv_length")
 
     def through(form):
         """The first layer's selection and the logits after the prompt."""
         cache = serving.init_cache(case.config, case.schedule, 3, 64, form)
         x, positions = serving.embed(weights.embedding, case.tokens, cache.lengths, jnp.array(LENGTHS), case.config)
-        _, indices, _ = layer(weights.layers[0], x, None, cache.layers[0], positions, 64, case.config)
+        _, indices, _ = first(weights.layers[0], x, None, cache.layers[0], positions, 64, case.config)
         x, cache = prefill_chunk(weights, case.tokens, jnp.array(LENGTHS), cache, case.config)
         return np.asarray(indices), np.asarray(serving.logits(weights, x, case.config))[case.is_valid], cache
 
