@@ -73,13 +73,13 @@ def _random(config: Config, weights: str | None, seed: int, stacked: bool) -> Pa
 
 
 class Clock:
-    """The seconds between calls of `see`, by what was done: "layer", "targets" or "step"."""
+    """The seconds between calls of `progress`, by what was done: "layer", "targets" or "step"."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
         self._last = time.perf_counter()
 
-    def see(self, work: float, what: str) -> None:
+    def progress(self, work: float, what: str) -> None:
         now = time.perf_counter()
         kind = next((kind for kind in ("targets", "step") if kind in what), "layer")
         self.seconds.setdefault(kind, []).append(now - self._last)
@@ -126,7 +126,7 @@ def measure(run: Run) -> dict[str, Any]:
     """Seconds of a step, of a layer and of its target for one sequence, and what follows from them."""
     matmul = None if jax.default_backend() == "cpu" else runs.matmul_rate()
     group, clock = run.groups[0], Clock()
-    trained = next(indexer_training.train(run, see=clock.see))
+    trained = next(indexer_training.train(run, progress=clock.progress))
     step, target = clock.median("step", UNTIMED), clock.median("targets", 1) / len(group)
     layer = clock.median("layer", 1) / len(run.tokens)
     work = indexer_training.step_work(run, len(group))

@@ -122,11 +122,11 @@ def train(run: Run, output: Output, resume: bool) -> list[Group]:
     total = indexer_training.work(run, done)
     with progress(total=total / 1e9, desc="indexers", smoothing=0.05, bar_format=BAR) as bar:
 
-        def see(work: float, what: str) -> None:
+        def move_on(work: float, what: str) -> None:
             bar.set_postfix_str(what, refresh=False)
             bar.update(min(work / 1e9, max(total / 1e9 - bar.n, 0)))  # the whole is an estimate
 
-        for trained in indexer_training.train(run, done, see):
+        for trained in indexer_training.train(run, done, move_on):
             _write(folder, trained)
             first, last = Group(trained.layer, trained.indexer, trained.divergence.tolist(), trained.seconds).ends
             bar.write(f"layer {trained.layer}: divergence {first:.3f} -> {last:.3f}, {trained.seconds:.0f} s")

@@ -31,10 +31,10 @@ from indexcache_jax.model import AttentionLayer
 from indexcache_jax.params import Indexer, at_layer
 
 Job = Callable[[jax.Device | None], Trained]  # trains a group on a device
-See = Callable[[float, str], object]
+Progress = Callable[[float, str], object]
 
 
-def see_nothing(work: float, what: str) -> None:
+def no_progress(work: float, what: str) -> None:
     """Progress that nobody follows."""
 
 
@@ -50,26 +50,26 @@ class Gathered:
     x: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
-def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> Iterator[Trained]:
+def train(run: Run, finished: Collection[int] = (), progress: Progress = no_progress) -> Iterator[Trained]:
     """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
 
     Under a mesh in force groups train side by side on its devices and come in the order in which they end. Of several
     processes, which all call this with the same arguments, each has those groups that it trained; it ends once all have.
-    see: called with the floating-point operations done since its last call, of `work` altogether, and what is being done; by
-    one thread at a time. ValueError where a divergence or a trained weight is not finite, or the mesh has another axis than
+    progress: called by one thread at a time with the floating-point operations done since its last call, of `work` altogether,
+    and what is being done. ValueError where a divergence or a trained weight is not finite, or the mesh has another axis than
     data.
     """
     share = Share.in_force()
     if not share.devices:
-        yield from (train_on(None) for train_on in _jobs(run, share, finished, see))
+        yield from (train_on(None) for train_on in _jobs(run, share, finished, progress))
         return
     lock, ended = threading.Lock(), threading.Event()
 
-    def see_in_turn(work: float, what: str) -> None:
+    def progress_in_turn(work: float, what: str) -> None:
         with lock:
             if ended.is_set():
                 raise InterruptedError("the run has ended")  # in a thread whose result nobody waits for
-            see(work, what)
+            progress(work, what)
 
     free = list(share.devices)
 
@@ -83,7 +83,7 @@ def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> I
     running: set[futures.Future[Trained]] = set()
     with futures.ThreadPoolExecutor(len(share.devices)) as pool:
         try:
-            for job in _jobs(run, share, finished, see_in_turn):
+            for job in _jobs(run, share, finished, progress_in_turn):
                 # The layers of the next group have run while all devices train: other processes' groups needed them.
                 patience = None if len(running) == len(share.devices) else 0
                 ended_now, running = futures.wait(running, patience, futures.FIRST_COMPLETED)
@@ -92,10 +92,10 @@ def train(run: Run, finished: Collection[int] = (), see: See = see_nothing) -> I
             yield from (future.result() for future in futures.as_completed(running))
         finally:
             ended.set()  # so that an error or an interrupt waits for a step of the others, not for all of them
-    share.meet()
+    share.wait_for_others()
 
 
-def _jobs(run: Run, share: Share, finished: Collection[int], see: See) -> Iterator[Job]:
+def _jobs(run: Run, share: Share, finished: Collection[int], progress: Progress) -> Iterator[Job]:
     """What trains each unfinished group of this process, made once the layers of the group have run."""
     if not (groups := unfinished(run, finished)):
         return
@@ -114,26 +114,28 @@ def _jobs(run: Run, share: Share, finished: Collection[int], see: See) -> Iterat
             gathered[first].layers.append(stacked)
             gathered[first].x.append(states.x)
         if layer != last:
-            share.meet()
+            share.wait_for_others()
             whole = layer + 1 in taught
             states = advanced(run, params, layer, states, in_place=not taught_by_it, whole=whole)
-            see(pass_work(run), f"layer {layer}")
+            progress(pass_work(run), f"layer {layer}")
         del params
         for group in taught_by_it:
             if layer == group[-1]:
-                yield functools.partial(_train_group, run, group, gathered.pop(group[0]), see=see)
+                yield functools.partial(_train_group, run, group, gathered.pop(group[0]), progress=progress)
 
 
-def _train_group(run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, see: See) -> Trained:
+def _train_group(
+    run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, progress: Progress
+) -> Trained:
     """The indexer of a group, trained on a device. `gathered` loses its hidden states as soon as nothing needs them."""
     began = time.perf_counter()
     with jax.default_device(device):
-        p, divergence = _steps(run, group, gathered, device, see)
+        p, divergence = _steps(run, group, gathered, device, progress)
     return _checked(Trained(group[0], p, divergence, time.perf_counter() - began))
 
 
 def _steps(
-    run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, see: See
+    run: Run, group: tuple[int, ...], gathered: Gathered, device: jax.Device | None, progress: Progress
 ) -> tuple[Indexer, np.ndarray]:
     """The indexer and its divergence at every step."""
     layers = [at_layer(stacked, 0) for stacked in jax.device_put(gathered.layers, device)]
@@ -145,7 +147,7 @@ def _steps(
     others = (states_of(x, 0 if run.keeps_targets else kept) for x in gathered.x[1:])
     states = [inputs, *others]
     gathered.x.clear()
-    targets_of = make(run, layers, states, share, kept, lambda work: see(work, f"layer {group[0]}: targets"))
+    targets_of = make(run, layers, states, share, kept, lambda work: progress(work, f"layer {group[0]}: targets"))
     del layers
     states.clear()  # targets that are kept need no hidden states but the first layer's
     p = jax.tree.map(lambda a: jnp.array(a, jnp.float32), at_layer(jax.device_put(gathered.indexer, device), 0))
@@ -160,7 +162,7 @@ def _steps(
         values.append(value)
         if number >= 2:
             shown = f", divergence {float(values[number - 2]):.4f}"  # of an earlier step, so that devices are not waited for
-        see(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}{shown}")
+        progress(cost, f"layer {group[0]}: step {number + 1}/{run.stage.steps}{shown}")
     return jax.device_get(p), np.array(values, np.float32)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from indexcache_jax import arguments
 from indexcache_jax.config import Config
-from indexcache_jax.indexer_training.groups import See, see_nothing, train
+from indexcache_jax.indexer_training.groups import Progress, no_progress, train
 from indexcache_jax.indexer_training.run import LEARNING_RATE, STEPS, Run, indexer_stage
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import FP8_BASE, Indexer, Params, check_schedule, with_schedule
@@ -32,13 +32,13 @@ def distil_indexers(
     batch_size: int = 1,
     seed: int = 0,
     keeps_targets: bool = True,
-    see: See = see_nothing,
+    progress: Progress = no_progress,
 ) -> Params:
     """The params for `target`, with its indexers trained on tokens [N, S]; nothing else of them changes.
 
     schedule: the params' own. A step sees batch_size of the N sequences; every indexer takes `steps` of them, with a learning
     rate that peaks at `learning_rate`, in the arithmetic of the params' dtype. spans and keeps_targets, which takes N S S
-    numbers of host memory, are as of `Run`; see as of `train`.
+    numbers of host memory, are as of `Run`; progress as of `train`.
 
     ValueError where an argument does not fit the model, indexers are in 8 bits, or training gives what is not finite.
     """
@@ -52,7 +52,7 @@ def distil_indexers(
     dtype = str(params.embedding.dtype)
     stage = indexer_stage(rows.shape[1], dtype, steps=steps, rows=batch_size, learning_rate=learning_rate)
     run = Run(layers, target, rows, stage, seed, spans, keeps_targets)
-    return with_indexers(params, schedule, target, {group.layer: group.indexer for group in train(run, see=see)})
+    return with_indexers(params, schedule, target, {group.layer: group.indexer for group in train(run, progress=progress)})
 
 
 def stacked(indexers: Mapping[int, Indexer], schedule: Schedule) -> Indexer:

@@ -18,8 +18,8 @@ from indexcache_jax import sharding
 
 T = TypeVar("T")
 
-MEETING_HOURS = 24 * 7  # that a process waits for the others at most; one that is lost is missed much sooner
-_meetings = itertools.count()
+BARRIER_HOURS = 24 * 7  # that a process waits for the others at most; one that is lost is missed much sooner
+_barriers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Share:
         """How many groups, of so many in a run, a process has on its host at once: one a device, and the one that is next."""
         return max(1, min(len(self.devices) + 1, -(-groups // self.processes))) if self.devices else 1
 
-    def meet(self) -> None:
+    def wait_for_others(self) -> None:
         """Waits for the other processes, on the hosts alone: what devices are doing goes on.
 
         Without it devices would wait, in the first operation that needs all of them, and could train nothing meanwhile.
         """
         if self.processes > 1:
             assert distributed.global_state.client is not None  # a mesh of several processes has one
-            distributed.global_state.client.wait_at_barrier(f"indexers {next(_meetings)}", MEETING_HOURS * 3600 * 1000)
+            distributed.global_state.client.wait_at_barrier(f"indexers {next(_barriers)}", BARRIER_HOURS * 3600 * 1000)

@@ -134,7 +134,7 @@ def kept_targets(
     states: list[Rows],
     share: list[jax.Array],
     on_device: int,
-    see: Callable[[float], object],
+    progress: Callable[[float], object],
 ) -> TargetsOf:
     (count, length), dtype = run.tokens.shape, states[0].on_host.dtype
     kept, entropies = Rows([], run.allocate((count - on_device, length, length), dtype)), np.empty(count, np.float32)
@@ -144,7 +144,7 @@ def kept_targets(
             target, entropy = add_target(target, entropy, layer, x.of([row]), weight, run.config)
         kept.put(row, target.astype(dtype), on_device)
         entropies[row] = np.asarray(entropy[0])
-        see(target_work(run) * len(layers))
+        progress(target_work(run) * len(layers))
     return lambda rows: Kept(kept.of(rows), jnp.asarray(entropies[rows]))
 
 
@@ -154,7 +154,7 @@ def recomputed_targets(
     states: list[Rows],
     share: list[jax.Array],
     on_device: int,
-    see: Callable[[float], object],
+    progress: Callable[[float], object],
 ) -> TargetsOf:
     count, length = run.tokens.shape
     lse = [Rows([], np.empty((count - on_device, run.config.num_heads, length), np.float32)) for _ in layers]
@@ -162,7 +162,7 @@ def recomputed_targets(
     for row in range(count):
         for layer, x, kept in zip(layers, states, lse, strict=True):
             kept.put(row, denominators(layer, x.of([row]), run.config), on_device)
-        see(target_work(run) * len(layers))
+        progress(target_work(run) * len(layers))
     return lambda rows: Recomputed(
         tuple(layers), tuple(x.of(rows) for x in states), tuple(kept.of(rows) for kept in lse), tuple(share)
     )

@@ -64,8 +64,8 @@ def columns_program(batch: int, queries: int, heads: int, tile: int, columns: in
                 nan = nan | (((word & 0x7F7F7F7F) + 0x01010101) & 0x80808080)
             for distance in (1, 2, 4):
                 nan = nan | ptx.bits_of(ptx.lane_distant(ptx.float_of(nan), distance))
-            weight = ptx.select(nan.equals(0), ptx.bits_of(weight), NAN_BITS)
+            weight_bits = ptx.select(nan.equals(0), ptx.bits_of(weight), NAN_BITS)
             ptx.store_global_words(ptx.offset(ptx.offset(out_codes, column, WIDTH), at_byte, 1), words, exists)
-            ptx.store_global(ptx.offset(out_weights, column, 4), weight, exists & at_byte.equals(0))
+            ptx.store_global(ptx.offset(out_weights, column, 4), weight_bits, exists & at_byte.equals(0))
 
     return scores_columns, -(-total // (WARPS * STEPS * of_step))

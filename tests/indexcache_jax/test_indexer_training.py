@@ -355,7 +355,7 @@ def test_a_divergence_that_is_not_finite_is_named():
 @pytest.mark.parametrize("changes", [{}, {"schedule": ALL_FULL, "spans": 2}], ids=["a schedule's", "spans"])
 def test_the_work_that_is_reported_is_the_work_that_was_announced(changes):
     given, done = run(**changes), []
-    list(indexer_training.train(given, see=lambda work, what: done.append(work)))
+    list(indexer_training.train(given, progress=lambda work, what: done.append(work)))
     np.testing.assert_allclose(sum(done), indexer_training.work(given), rtol=1e-9)
     done.clear()
     list(indexer_training.train(given, {0}, lambda work, what: done.append(work)))

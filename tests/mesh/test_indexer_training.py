@@ -156,7 +156,7 @@ def test_a_run_that_is_left_ends_its_threads():
         params = sharding.put(CASE.params, abstract(CASE.config, CASE.schedule))
         given = indexer_training.train(
             run(layers=Resident(CASE.config, CASE.schedule, params), stage=dataclasses.replace(STAGE, steps=100_000)),
-            see=lambda work, what: _left_after(20, steps, what),
+            progress=lambda work, what: _left_after(20, steps, what),
         )
         with pytest.raises(KeyboardInterrupt):
             list(given)
