@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from tests.checkpoints_convert import files
+from tests.support import meshes
 
 
 def run_two(program: str, *arguments: str) -> list[str]:
@@ -13,7 +14,7 @@ def run_two(program: str, *arguments: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | meshes.simulated(4)
     started = [
         subprocess.Popen(
             [sys.executable, "-c", program, address, str(number), *arguments],

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from tests.checkpoints_convert import files
+from tests.support import meshes
 
 PROGRAM = r"""
 import sys
@@ -65,7 +66,7 @@ with jax.set_mesh(mesh):
 
 
 def test_eight_devices(source):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | meshes.simulated(8)
     command = [sys.executable, "-c", PROGRAM, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=files.ROOT, env=environment)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import pytest
 
 from checkpoints_convert import load
 from tests.checkpoints_convert import files
+from tests.support import meshes
 from tests.support.tiny_models import CASES
 
 MIXED = CASES["glm-mixed"]
@@ -54,7 +55,7 @@ jax.tree.map(np.testing.assert_array_equal, load(sys.argv[2])[2], case.params)
 
 
 def test_four_devices(source, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | meshes.simulated(4)
     command = [sys.executable, "-c", PROGRAM, str(source), str(tmp_path / "saved")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=files.ROOT, env=environment)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from tests.checkpoints_convert import files
+from tests.support import meshes
 
 PROGRAM = r"""
 import importlib, json, math, sys, tracemalloc
@@ -67,7 +68,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("staging"))]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = meshes.simulated(4)
     done = subprocess.run(command, capture_output=True, text=True, cwd=files.ROOT, env=os.environ | flags)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

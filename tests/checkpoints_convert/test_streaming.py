@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from tests.checkpoints_convert import files
+from tests.support import meshes
 
 pytestmark = pytest.mark.skipif(
     not pathlib.Path("/proc/self/clear_refs").exists(), reason="measures peak memory through Linux's /proc"
@@ -75,7 +76,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("streaming"))]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = meshes.simulated(2)
     done = subprocess.run(command, capture_output=True, text=True, cwd=files.ROOT, env=os.environ | flags)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

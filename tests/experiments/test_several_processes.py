@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from tests.support import meshes
+
 ROOT = pathlib.Path(__file__).parents[2]
 SEARCH = ["--retentions=1/2", "--retention=1/2", "--sequences=2", "--batch_size=2", "--held_out_sequences=2", "--context=256"]
 DISTILL = [
@@ -27,11 +29,7 @@ DISTILL += ["--held_out_sequences=2", "--text=indexcache_jax"]
 
 def started(output_dir, *arguments, count, devices_each=1):
     """The processes of a command; one is alone."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | meshes.simulated(devices_each) | {"PYTHONPATH": str(ROOT)}
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]

@@ -1,5 +1,6 @@
-"""The meshes of eight devices that results are compared on, and the rules in force on each."""
+"""The meshes of eight devices that results are compared on, the rules in force on each, and how processes get devices."""
 
+import os
 from typing import Any
 
 from indexcache_jax import sharding
@@ -21,3 +22,9 @@ def use(name: str, rules: Rules | None = None) -> Any:
     """The context in which a mesh by its name is in force, with its own rules or others."""
     sizes, own = MESHES[name]
     return sharding.use(sharding.make_mesh(**sizes), rules or own)
+
+
+def simulated(devices: int) -> dict[str, str]:
+    """The environment in which a process has so many CPU devices, beside the XLA flags of this one."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from experiments.common import processes
+from tests.support import meshes
 
 ROOT = pathlib.Path(__file__).parents[3]
 START = """
@@ -37,11 +38,7 @@ def free_port():
 def started(program, count, tmp_path, devices_each=1):
     """The processes of a program, each with a folder of its own."""
     coordinator = f"localhost:{free_port()}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | meshes.simulated(devices_each) | {"PYTHONPATH": str(ROOT)}
     return [
         subprocess.Popen(
             [sys.executable, "-c", START + program, coordinator, str(count), str(i), str(tmp_path / str(i))],

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from tests.support import meshes
+
 PROGRAM = r"""
 import pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -48,7 +50,7 @@ for saved in ("data=4", "one device"):
 
 
 def test_saved_on_one_mesh_and_resumed_on_another(tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | meshes.simulated(8)
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[3], env=environment)
     assert done.returncode == 0, done.stderr
