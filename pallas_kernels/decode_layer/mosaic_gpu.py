@@ -15,7 +15,7 @@ the order in which they run.
 
 From here on: `mosaic_gpu_stages` (what a stage is, and the kernel around them), `mosaic_gpu_arrays` (sizes, and every array
 with its shape), `mosaic_gpu_inputs` and `mosaic_gpu_token`, `mosaic_gpu_outputs` and the two of experts, and below them
-`mosaic_gpu_products` and `mosaic_gpu_codes` (a matrix times a vector) and `mosaic_gpu_parts`.
+`mosaic_gpu_products` and `mosaic_gpu_codes` (a matrix times a vector) and `hopper.persistent`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pallas_kernels.decode_layer.arrays import AttentionOperands, AttentionWeigh
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import INDEX_WIDTH, InputArrays, InputSizes, OutputArrays, OutputSizes
 from pallas_kernels.decode_layer.mosaic_gpu_inputs import input_stages
 from pallas_kernels.decode_layer.mosaic_gpu_outputs import output_stages
-from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.decode_layer.mosaic_gpu_stages import Stage, arrays_of, call_kernel
+from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address
 from pallas_kernels.latents import WIDTH
 from pallas_kernels.quant import Scaled

@@ -16,9 +16,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
-from pallas_kernels.decode_layer.mosaic_gpu_parts import WARPS, Emit, SharedMemory, Sink, Thread
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import WARPS, Emit, SharedMemory, Sink, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 
 SCALE_BLOCK = 128  # rows and columns of codes that share a scale

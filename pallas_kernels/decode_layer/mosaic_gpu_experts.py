@@ -14,9 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import OutputArrays, OutputSizes
-from pallas_kernels.decode_layer.mosaic_gpu_parts import Pair, SharedMemory, Thread
 from pallas_kernels.decode_layer.mosaic_gpu_products import (
     Columns,
     Product,
@@ -25,7 +23,9 @@ from pallas_kernels.decode_layer.mosaic_gpu_products import (
     store_column_sums,
 )
 from pallas_kernels.decode_layer.mosaic_gpu_stages import Stage, half_of, load_bfloat16, load_float32, write_bfloat16
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import Pair, SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.routing.mosaic_gpu_choice import choose
 

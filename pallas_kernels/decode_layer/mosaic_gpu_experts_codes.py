@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import OutputArrays, OutputSizes
 from pallas_kernels.decode_layer.mosaic_gpu_codes import (
     PIECES_IN_FLIGHT,
@@ -24,9 +23,10 @@ from pallas_kernels.decode_layer.mosaic_gpu_codes import (
     to_groups,
 )
 from pallas_kernels.decode_layer.mosaic_gpu_experts import RoutedExperts, activated, hidden_of_experts, select_value
-from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory
 from pallas_kernels.decode_layer.mosaic_gpu_stages import Stage, float32_sink, load_bfloat16, write_bfloat16
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import SharedMemory
 from pallas_kernels.hopper.ptx import Address, Word
 
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import functools
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import INDEX_WIDTH, InputArrays, InputSizes
 from pallas_kernels.decode_layer.mosaic_gpu_codes import Codes
-from pallas_kernels.decode_layer.mosaic_gpu_parts import BlockRows, SharedMemory, Thread
 from pallas_kernels.decode_layer.mosaic_gpu_products import Product
 from pallas_kernels.decode_layer.mosaic_gpu_stages import (
     MatrixProduct,
@@ -27,7 +25,9 @@ from pallas_kernels.decode_layer.mosaic_gpu_stages import (
     write_bfloat16,
 )
 from pallas_kernels.decode_layer.mosaic_gpu_token import Token, rotate_front, rotate_pair, store_index_vector
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import BlockRows, SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 

@@ -16,13 +16,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import InputArrays, InputSizes, OutputArrays, OutputSizes
 from pallas_kernels.decode_layer.mosaic_gpu_codes import Codes, CodesProduct, GroupedVector, TileSplit, to_groups
 from pallas_kernels.decode_layer.mosaic_gpu_experts import ExpertsFirst, ExpertsSecond, activated
 from pallas_kernels.decode_layer.mosaic_gpu_experts_codes import ExpertsFirstInCodes, ExpertsSecondInCodes
 from pallas_kernels.decode_layer.mosaic_gpu_inputs import Absorb, Down, Up, input_stages, input_vectors
-from pallas_kernels.decode_layer.mosaic_gpu_parts import BlockRows, SharedMemory, Thread
 from pallas_kernels.decode_layer.mosaic_gpu_products import Product
 from pallas_kernels.decode_layer.mosaic_gpu_stages import (
     MatrixProduct,
@@ -32,7 +30,9 @@ from pallas_kernels.decode_layer.mosaic_gpu_stages import (
     load_bfloat16,
     write_bfloat16,
 )
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import BlockRows, SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Float, Predicate, Word
 from pallas_kernels.latents import VALUE_DIM
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
-from pallas_kernels.decode_layer.mosaic_gpu_parts import THREADS, WARPS, Emit, Thread
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import THREADS, WARPS, Emit, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Word
 
 LOADS_IN_FLIGHT = 20  # of 16 bytes, by a lane: 80 of its 128 registers

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.arrays import AttentionWeights, latents_of
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import INDEX_WIDTH, TokenArrays, TokenSizes
-from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.decode_layer.mosaic_gpu_token import Token, rotate_pair
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 from pallas_kernels.quant import Latents

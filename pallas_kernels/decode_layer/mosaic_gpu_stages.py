@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_codes import Codes, CodesProduct, GroupedVector, TileSplit, to_groups
-from pallas_kernels.decode_layer.mosaic_gpu_parts import Emit, Pair, SharedMemory, Sink, Thread
 from pallas_kernels.decode_layer.mosaic_gpu_products import Product
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import Emit, Pair, SharedMemory, Sink, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 
 _REF, _SCALAR = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pallas_kernels import quant
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import INDEX_WIDTH, TokenArrays, TokenSizes
-from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
 

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import device, hopper
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
-from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
 from pallas_kernels.hopper import float16_rows, ptx
+from pallas_kernels.hopper import persistent as parts
+from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.quant import BLOCK, Scaled, float_scales
 from pallas_kernels.routed_mlp.api import MAX_ROWS
 from pallas_kernels.routing.arrays import Routes

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
-from pallas_kernels.decode_layer.mosaic_gpu_parts import SharedMemory, Thread
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.routing.arrays import Routes
 from pallas_kernels.routing.choice import LANES, Choice
 from pallas_kernels.routing.mosaic_gpu_choice import choose

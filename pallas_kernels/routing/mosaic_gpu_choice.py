@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.hopper import ptx
 from pallas_kernels.routing.choice import LANES, Choice
 

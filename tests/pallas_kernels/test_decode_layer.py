@@ -17,8 +17,8 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused
 from indexcache_jax.serving import layer as layers
 from pallas_kernels import hopper, quant
-from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_parts, mosaic_gpu_stages
-from pallas_kernels.hopper import ptx
+from pallas_kernels.decode_layer import api, mosaic_gpu, mosaic_gpu_stages
+from pallas_kernels.hopper import persistent, ptx
 from tests.support.emulated import lockstep
 from tests.support.serving_cases import in_codes
 
@@ -57,7 +57,7 @@ def emulated_kernel_call(monkeypatch):
         return np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy()
 
     def call_kernel(name, stages, operands, outs):
-        counted = mosaic_gpu_parts.SharedMemory()
+        counted = persistent.SharedMemory()
         stages({}, None, counted)
         references = {n: x for n, x in operands.items() if isinstance(x, Reference)}
         operands = operands | {n: x.value for n, x in references.items()}
@@ -68,9 +68,9 @@ def emulated_kernel_call(monkeypatch):
             arrays[n] = np.full(size, 0x7FC07FC0, np.int32)  # NaN until written
 
         def of_block(addresses, block, shared):
-            return stages(addresses, mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared))
+            return stages(addresses, persistent.Thread.current(block), persistent.SharedMemory(shared))
 
-        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu_parts.BLOCKS, mosaic_gpu_parts.THREADS, counted.used, of_block)
+        lockstep.run_grid(monkeypatch, arrays, persistent.BLOCKS, persistent.THREADS, counted.used, of_block)
         made = {n: jnp.asarray(arrays[n].view(kind).reshape(shape)) for n, (shape, kind) in shapes.items()}
         for n, reference in references.items():
             reference.value = made[n]
@@ -82,7 +82,7 @@ def emulated_kernel_call(monkeypatch):
 @pytest.fixture
 def emulated(monkeypatch):
     """With fewer SMs than there are, so that they have more work each."""
-    monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 17)
+    monkeypatch.setattr(persistent, "BLOCKS", 17)
     monkeypatch.setattr(mosaic_gpu, "call_kernel", emulated_kernel_call(monkeypatch))
     for traced in ("_first_queries", "_outputs"):
         monkeypatch.setattr(fused, traced, getattr(fused, traced).__wrapped__)
@@ -311,11 +311,11 @@ class ProductOfCodes(mosaic_gpu_stages.Stage):
 
     def __init__(self, shared, rows, width):
         self.rows, self.width = rows, width
-        self.product = mosaic_gpu_stages.MatrixProduct(shared, width, mosaic_gpu_parts.largest_block_share(rows), codes=True)
+        self.product = mosaic_gpu_stages.MatrixProduct(shared, width, persistent.largest_block_share(rows), codes=True)
 
     def prepare(self):
         a, thread = self.a, self.thread
-        self.product.take_rows(thread, a["codes"], a["scales"], *mosaic_gpu_parts.block_share(thread, self.rows))
+        self.product.take_rows(thread, a["codes"], a["scales"], *persistent.block_share(thread, self.rows))
         self.prefetches = [lambda: self.product.prefetch(thread)]
 
     def begin(self):
@@ -323,7 +323,7 @@ class ProductOfCodes(mosaic_gpu_stages.Stage):
 
     def run(self):
         sink = self.product.sink(self.thread)
-        for i, exists in mosaic_gpu_parts.indices_of_thread(self.thread, self.width // 2):
+        for i, exists in persistent.indices_of_thread(self.thread, self.width // 2):
             sink(i, ptx.load_global(ptx.offset(self.a["vector"], i, 4)), exists)
         self.product.finish(mosaic_gpu_stages.float32_sink(self.a["out"]))
 
@@ -331,17 +331,17 @@ class ProductOfCodes(mosaic_gpu_stages.Stage):
 def codes_times_vector(monkeypatch, matrix, vector):
     """The product of a `Scaled` [N, K] and a bfloat16 vector [K] by three thread blocks: [N] float32."""
     rows, width = matrix.shape
-    monkeypatch.setattr(mosaic_gpu_parts, "BLOCKS", 3)
-    sizes, out = mosaic_gpu_parts.SharedMemory(), np.zeros(rows, np.int32)
+    monkeypatch.setattr(persistent, "BLOCKS", 3)
+    sizes, out = persistent.SharedMemory(), np.zeros(rows, np.int32)
     ProductOfCodes(sizes, rows, width)
     arrays = {name: np.asarray(x).view(np.int32).reshape(-1).copy() for name, x in vars(matrix).items()}
     arrays |= {"vector": np.asarray(vector).view(np.int32), "out": out}
 
     def of_block(a, block, shared):
-        thread, memory = mosaic_gpu_parts.Thread.current(block), mosaic_gpu_parts.SharedMemory(shared)
+        thread, memory = persistent.Thread.current(block), persistent.SharedMemory(shared)
         return [ProductOfCodes(memory, rows, width).bound(a, thread)]
 
-    lockstep.run_grid(monkeypatch, arrays, 3, mosaic_gpu_parts.THREADS, sizes.used, of_block)
+    lockstep.run_grid(monkeypatch, arrays, 3, persistent.THREADS, sizes.used, of_block)
     return out.view(np.float32)
 
 

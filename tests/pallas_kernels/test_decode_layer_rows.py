@@ -19,7 +19,8 @@ from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import CacheFormat, fused, init_cache
 from indexcache_jax.serving.cache import append
 from indexcache_jax.serving.weights import abstract
-from pallas_kernels.decode_layer import arrays, mosaic_gpu_parts, mosaic_gpu_rows
+from pallas_kernels.decode_layer import arrays, mosaic_gpu_rows
+from pallas_kernels.hopper import persistent
 from tests.support.emulated import lockstep
 
 CONFIG = Config.from_hf(preset("30b") | {"num_hidden_layers": 1, "q_lora_rank": 96, "index_n_heads": 4, "hidden_size": 64})
@@ -33,16 +34,16 @@ def emulated(monkeypatch, product, layer):
     rows = product.shape[0]
     given = given | {"q_latents": np.full((rows, 1, p.q_rank), np.nan, ml_dtypes.bfloat16)}
     words = {n: np.ascontiguousarray(np.asarray(x)).reshape(-1).view(np.int32).copy() for n, x in given.items()}
-    counted = mosaic_gpu_parts.SharedMemory()
+    counted = persistent.SharedMemory()
     mosaic_gpu_rows.Row(p, counted)
 
     def stages(a, block, shared):
-        thread = mosaic_gpu_parts.Thread.current(block)
-        row = mosaic_gpu_rows.Row(p, mosaic_gpu_parts.SharedMemory(shared))
+        thread = persistent.Thread.current(block)
+        row = mosaic_gpu_rows.Row(p, persistent.SharedMemory(shared))
         run = functools.partial(row.run, mosaic_gpu_rows.RowArrays.of(p, a, block), thread)
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
 
-    lockstep.run_grid(monkeypatch, words, rows, mosaic_gpu_parts.THREADS, counted.used, stages)
+    lockstep.run_grid(monkeypatch, words, rows, persistent.THREADS, counted.used, stages)
     made = {n: jnp.asarray(words[n].view(x.dtype).reshape(x.shape)) for n, x in given.items()}
     caches = {n: made[n] for n in layer.caches()}
     return made["q_latents"], arrays.latents_of(caches), caches.get("index_keys"), caches.get("index_scales")
@@ -103,7 +104,7 @@ def test_queries_are_absorbed_and_rotated_as_in_xla(monkeypatch, rows):
     p = mosaic_gpu_rows.Absorption(rows, heads, nope)
 
     def stages(a, block, shared):
-        run = mosaic_gpu_rows.Absorb(p, mosaic_gpu_rows.AbsorptionArrays(**a), mosaic_gpu_parts.Thread.current(block)).run
+        run = mosaic_gpu_rows.Absorb(p, mosaic_gpu_rows.AbsorptionArrays(**a), persistent.Thread.current(block)).run
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=run)]
 
     blocks = heads * mosaic_gpu_rows.ABSORB_BLOCKS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper, quant
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.routed_mlp import api, mosaic_gpu, reference
 from pallas_kernels.routing import reference as routing
 from tests.support.emulated import lockstep

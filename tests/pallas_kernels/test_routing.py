@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from pallas_kernels.decode_layer import mosaic_gpu_parts as parts
+from pallas_kernels.hopper import persistent as parts
 from pallas_kernels.routing import api, mosaic_gpu, reference
 from pallas_kernels.routing.choice import Choice
 from tests.support.emulated import lockstep

@@ -1,4 +1,4 @@
-"""What the decode kernels are made of: which thread this is, shared memory, shares of rows, sums over a block, a norm.
+"""What kernels of one large thread block an SM are made of: this thread, shared memory, shares of rows, sums, a norm.
 
 All threads of a thread block, or of a warp, do these things together. Thread blocks of 16 warps take even shares of a matrix's
 rows; their threads take the indices of a vector in turn. A sum over a block is one over each warp by shuffles, then over the
