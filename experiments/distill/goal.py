@@ -50,8 +50,10 @@ def schedule_of_search(folder: str, num_layers: int) -> Schedule:
 
 
 def check_schedule_flags() -> None:
-    """ValueError for flags that name a schedule beside --spans or --schedule_from, where they would count for nothing."""
+    """ValueError for a flag that names a schedule beside another one that does, where it would count for nothing."""
     if SPANS.value is not None:
         options.refuse(f"counts for nothing beside --spans={SPANS.value}; leave one out", "schedule_from", *SCHEDULE_FLAGS)
     if SCHEDULE_FROM.value:
         options.refuse(f"counts for nothing beside --schedule_from={SCHEDULE_FROM.value}; leave one out", *SCHEDULE_FLAGS)
+    if (entry := inputs.only_schedule()) is not None:
+        options.refuse(f"counts for nothing beside --schedule={entry}; leave one out", "retention")

@@ -353,6 +353,7 @@ def test_an_orbax_checkpoint_is_written_whole(checkpoint, texts, trained, tmp_pa
         ({"mesh": "data=2"}, "--mesh=data=2: needs --train=all"),
         ({"spans": 2, "schedule_from": "out"}, "--schedule_from=out: counts for nothing beside --spans=2"),
         ({"schedule_from": "out", "retention": "1/2"}, "--retention=1/2: counts for nothing beside --schedule_from=out"),
+        ({"schedule": ["FSF"], "retention": "1/2"}, "--retention=1/2: counts for nothing beside --schedule=FSF"),
         ({"spans": 2, "cross_layer": False}, "--spans=2: teaches other layers too, so not with --nocross_layer"),
         ({"schedule": ["FS"]}, "--schedule=FS"),
         ({"sequences": 0}, "--sequences=0"),
