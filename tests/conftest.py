@@ -53,9 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_to_compile() -> None:
-    """Compiles without most optimisations on a CPU, where tests compile for longer than they run; so do their commands."""
+    """Compiles without most optimisations on a CPU, where tests compile for longer than they run.
+
+    Commands that tests start compile as users do, unless a test says otherwise: some run whole models.
+    """
     if jax.default_backend() == "cpu":
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
 
 
