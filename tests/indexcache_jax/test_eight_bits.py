@@ -16,7 +16,7 @@ from indexcache_jax.sharding import SERVING
 from pallas_kernels.quant import Scaled, dequantise, quantise_matrix, quantise_rows
 from tests.checkpoints_convert import files
 from tests.support import numpy_reference
-from tests.support.eight_bits import RAGGED
+from tests.support.eight_bits import RAGGED, RAGGED_DEEPSEEK
 from tests.support.tiny_models import to_params
 
 CONFIG, SCHEDULE = RAGGED.config, RAGGED.schedule
@@ -57,6 +57,23 @@ def test_inference_gives_the_same_logits(stored, expected):
     logits, cache = serving.prefill(weights, before[:1], jnp.array([before.shape[1]]), cache, CONFIG, SCHEDULE)
     np.testing.assert_allclose(logits[0], expected.logits[0, -2], atol=ATOL, rtol=0)
     logits, _ = serving.decode_step(weights, last, cache, CONFIG, SCHEDULE)
+    np.testing.assert_allclose(logits[0], expected.logits[0, -1], atol=ATOL, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_other_familys_logits_are_those_of_the_float64_forward_too(tmp_path):
+    case = RAGGED_DEEPSEEK
+    in_codes, numbers = files.quantised(case)
+    folder = files.write_checkpoint(tmp_path, files.config_fields(case), in_codes)
+    expected = numpy_reference.forward(numbers, case.fields, case.schedule.is_full, case.tokens, case.lengths)
+    assert min(expected.index_gap, expected.expert_gap) > numpy_reference.MIN_GAP
+    trained, served = (loaded(folder, form, "fp8") for form in ("params", "serving"))
+    found = forward(trained, case.tokens, case.config, case.schedule, jnp.array(case.lengths))
+    np.testing.assert_allclose(np.asarray(found)[case.is_valid], expected.logits[case.is_valid], atol=ATOL, rtol=0)
+    cache = serving.init_cache(case.config, case.schedule, 1, 64, jnp.float32)
+    logits, cache = serving.prefill(served, case.tokens[:1, :-1], jnp.array([39]), cache, case.config, case.schedule)
+    np.testing.assert_allclose(logits[0], expected.logits[0, -2], atol=ATOL, rtol=0)
+    logits, _ = serving.decode_step(served, case.tokens[:1, -1], cache, case.config, case.schedule)
     np.testing.assert_allclose(logits[0], expected.logits[0, -1], atol=ATOL, rtol=0)
 
 

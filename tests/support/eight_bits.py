@@ -12,27 +12,23 @@ from indexcache_jax import serving
 from indexcache_jax.config import Config
 from indexcache_jax.params import Params, decoded
 from pallas_kernels.quant import Scaled, dequantise
-from tests.support.tiny_models import GLM_FIELDS, Case
+from tests.support.tiny_models import DEEPSEEK_FIELDS, GLM_FIELDS, Case
 
 # kv_a_proj has 576 rows, kv_b_proj blocks across heads, and gate and up of an MLP 160 rows, so that the blocks of those that
 # are joined do not line up.
-RAGGED = Case(
-    GLM_FIELDS
-    | {
-        "hidden_size": 192,
-        "num_hidden_layers": 3,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 160,
-        "kv_lora_rank": 512,
-        "qk_rope_head_dim": 64,
-        "index_head_dim": 96,
-        "intermediate_size": 160,
-        "moe_intermediate_size": 160,
-    },
-    "FSF",
-    6,
-    (40, 23),
-)
+_RAGGED = {
+    "hidden_size": 192,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 160,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "index_head_dim": 96,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 160,
+}
+RAGGED = Case(GLM_FIELDS | _RAGGED, "FSF", 6, (40, 23))
+RAGGED_DEEPSEEK = Case(DEEPSEEK_FIELDS | _RAGGED, "FSF", 1, (40, 23))
 
 
 # Heads of 128 numbers, so that a mesh that splits four heads or the hidden size over two devices splits between blocks.
