@@ -61,15 +61,6 @@ def quick_to_compile() -> None:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture
-def optimised(quick_to_compile: None) -> Iterator[None]:
-    """For a test that runs for longer than it compiles."""
-    quick = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", quick)
-
-
 MEMORY_MAPS = pathlib.Path("/proc/self/maps")
 MANY_MAPS = 20_000  # of the 65,530 that Linux gives a process by default; every compiled program takes a few
 

@@ -195,7 +195,7 @@ def test_the_quick_lane_names_tests_that_exist():
         assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), f"make quick: {test} is not there"
 
 
-def test_the_readmes_python_runs(monkeypatch, capsys, optimised):
+def test_the_readmes_python_runs(monkeypatch, capsys):
     """As it stands, from the top of the repository; it loads, generates, searches and distils on the shipped model."""
     (source,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(ROOT)
