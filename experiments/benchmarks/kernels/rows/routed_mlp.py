@@ -1,4 +1,4 @@
-"""routed_mlp: the experts of a decode step's few rows in the 30B shape, matrices in 8 bits."""
+"""routed_mlp: the experts of a decode step's few rows, in the 30B shape and as wide as GLM-5's, matrices in 8 bits."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from experiments.benchmarks.kernels.cases import Case, Row, Sizes, bytes_of, on_
 from pallas_kernels import routed_mlp
 from pallas_kernels.routing import reference
 
-EXPERTS, CHOICES, WIDTH, HIDDEN = 64, 4, 2048, 1536
+EXPERTS = 64
 
 
-def few_rows(sizes: Sizes, rows: int) -> Case:
+def few_rows(sizes: Sizes, rows: int, choices: int, width: int, hidden: int) -> Case:
     """Random routes: of the experts those are read that a row chose, and the shared one."""
-    width, hidden = sizes.width(WIDTH), sizes.width(HIDDEN)
+    width, hidden = sizes.width(width), sizes.width(hidden)
     matrices = (scaled_normal((EXPERTS, 2, hidden, width)), scaled_normal((EXPERTS, width, hidden)))
     shared = scaled_normal((2 * hidden, width)), scaled_normal((width, hidden))
-    make_routes = functools.partial(reference.route, choices=CHOICES, normalised=True, scale=1.8, shared=True)
+    make_routes = functools.partial(reference.route, choices=choices, normalised=True, scale=1.8, shared=True)
 
     def one(seed: int) -> tuple[Any, ...]:
         logits, bias = normal((rows, EXPERTS), jnp.float32, seed), jnp.zeros(EXPERTS)
@@ -39,4 +39,6 @@ def few_rows(sizes: Sizes, rows: int) -> Case:
 def routed_mlp_rows(sizes: Sizes) -> Iterator[Row]:
     """routed_mlp; the bytes are those of the experts that the first call's rows chose."""
     for rows in (2, 8, 16):
-        yield row(sizes, f"routed MLP, fp8, decode, {rows} rows, 4 of 64 experts", few_rows, rows)
+        yield row(sizes, f"routed MLP, fp8, decode, {rows} rows, 4 of 64 experts", few_rows, rows, 4, 2048, 1536)
+    for rows in (8, 16):
+        yield row(sizes, f"routed MLP, fp8, decode, {rows} rows of 6144, 8 of 64 experts", few_rows, rows, 8, 6144, 2048)
