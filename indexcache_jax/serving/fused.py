@@ -20,7 +20,6 @@ from indexcache_jax.positions import Positions
 from indexcache_jax.serving.cache import Cache, LayerCache
 from indexcache_jax.serving.weights import Dense, Layer, Weights
 from pallas_kernels.quant import Scaled
-from pallas_kernels.routing.choice import Choice
 
 # Absorbed queries [1, 1, H, C + dr], and of an F layer index queries [1, 1, Hi, Di] and head weights [1, 1, Hi].
 Queries = tuple[jax.Array, jax.Array | None, jax.Array | None]
@@ -56,13 +55,13 @@ def output_weights(p: Layer) -> dict[str, jax.Array | Scaled]:
     return weights if m.shared_down is None else weights | {"shared_gate_up": m.shared_gate_up, "shared_down": m.shared_down}
 
 
-def choice(p: Layer, config: Config) -> Choice | None:
+def choice(p: Layer, config: Config) -> decode_layer.Choice | None:
     """How a layer's experts are chosen, None for a dense layer."""
     if isinstance(p.mlp, Dense):
         return None
     c = config
     chosen = c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
-    return Choice(c.n_routed_experts, *chosen, n_group=c.n_group, topk_group=c.topk_group)
+    return decode_layer.Choice(c.n_routed_experts, *chosen, n_group=c.n_group, topk_group=c.topk_group)
 
 
 def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, config: Config) -> str | None:
