@@ -31,7 +31,7 @@ MESHES = ["data", "context", "tensor", "expert", "all"]
 PAIRS = [*((mesh, "sparse") for mesh in MESHES), ("context", "dense"), ("all", "dense")]
 PAIRS += [(mesh, "warmup") for mesh in ("context", "tensor", "all")]
 FAST = {("all", "sparse"), ("context", "warmup")}
-STEPS = 3  # the first has a rate of 0
+STEPS = 3  # the first has a rate of 0, the third's losses show what the second changed
 
 
 def use(mesh):
@@ -46,39 +46,28 @@ def stage_of(kind, **fields):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Some steps: their metrics, and weights and optimiser state before and after each.
+    """Some steps: their metrics, weights and optimiser state after the second on the host, and after the last on their devices.
 
-    kept: on the host, one more than there are steps; the first step's state after it holds its gradients.
-    last: as the last step left them on its devices.
+    The state holds the gradients.
     """
 
     metrics: np.ndarray
-    kept: list[tuple[Params, Any]]
+    second: tuple[Params, Any]
     last: tuple[Params, Any]
 
 
-def take_steps(case, stage, traced=None, expected=None):
-    """Steps one after the other, or each from where `expected` was before it.
-
-    Differences of rounding do not grow from step to step then, until some token selects another key of nearly the same score.
-    """
+def take_steps(case, stage, traced=None):
     config, schedule = case.config, case.schedule
     weights = jax.tree.map(jnp.copy, sharding.put(case.params, params.abstract(config, schedule)))
     state = training.init_optimiser_state(weights, stage, config, schedule)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (stage.accumulate, stage.rows, stage.context + 1))
     arguments = jnp.asarray(tokens, jnp.int32), config, schedule, stage, None, traced
-    metrics, kept = [], [jax.device_get((weights, state))]
-    for step in range(STEPS):
-        if expected is not None:
-            weights, state = jax.tree.map(place_like, expected.kept[step], (weights, state))
+    metrics, kept = [], []
+    for _ in range(STEPS):
         weights, state, found = training.step(weights, state, *arguments)
         metrics.append(np.asarray(found))
         kept.append(jax.device_get((weights, state)))
-    return Steps(np.array(metrics), kept, (weights, state))
-
-
-def place_like(values, array):
-    return jax.device_put(values, array.sharding)
+    return Steps(np.array(metrics), kept[1], (weights, state))
 
 
 @functools.cache
@@ -87,16 +76,19 @@ def alone(name, stage):
 
 
 def assert_equal(found, expected, stage):
-    """Losses and gradients within rounding, and weights where Adam's division of a gradient by its size does not magnify it."""
-    np.testing.assert_allclose(found.metrics, expected.metrics, rtol=2e-5, atol=1e-6)
+    """Losses, gradients and weights of two steps within rounding, and about the losses of the third.
+
+    Two begin with the same weights on every CPU. Adam then divides gradients by their size, which makes whole steps of rounding
+    where they are nearly 0: a few weights differ, and some token may select another key of nearly the same score.
+    """
+    np.testing.assert_allclose(found.metrics[:2], expected.metrics[:2], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(found.metrics[2], expected.metrics[2], rtol=1e-2)
+    for path, a, b in leaves(found.second[1], expected.second[1]):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.max(np.abs(b), initial=0) + 1e-9, rtol=0, err_msg=path)
     rate = max(stage.model_learning_rate, stage.indexer_learning_rate)
-    for step, (found_kept, expected_kept) in enumerate(zip(found.kept[1:], expected.kept[1:], strict=True), start=1):
-        for path, a, b in leaves(found_kept[1], expected_kept[1]):
-            bound = 2e-5 * np.max(np.abs(b), initial=0) + 1e-9
-            np.testing.assert_allclose(a, b, atol=bound, rtol=0, err_msg=f"step {step}: {path}")
-        for path, a, b in leaves(found_kept[0], expected_kept[0]):
-            moved = np.abs(np.asarray(a) - np.asarray(b)) / rate
-            assert np.mean(moved > 1e-2) < 1e-2, (step, path, np.sort(moved.reshape(-1))[-5:])
+    for path, a, b in leaves(found.second[0], expected.second[0]):
+        moved = np.abs(np.asarray(a) - np.asarray(b)) / rate
+        assert np.mean(moved > 1e-2) < 1e-2, (path, np.sort(moved.reshape(-1))[-5:])
 
 
 def leaves(found, expected):
@@ -111,7 +103,7 @@ def test_steps_are_those_of_one_device(mesh, kind):
     stage = stage_of(kind)
     expected = alone("glm", stage)
     with use(mesh):
-        found = take_steps(CASES["glm"], stage, expected=expected)
+        found = take_steps(CASES["glm"], stage)
     assert_equal(found, expected, stage)
     assert_placed(found, CASES["glm"], mesh)
 
@@ -138,7 +130,7 @@ def test_steps_of_other_models_are_those_of_one_device(mesh, name):
     stage = stage_of("sparse")
     expected = alone(name, stage)
     with use(mesh):
-        found = take_steps(CASES[name], stage, expected=expected)
+        found = take_steps(CASES[name], stage)
     assert_equal(found, expected, stage)
 
 
@@ -147,7 +139,7 @@ def test_accumulated_rows_are_those_of_one_device():
     stage = stage_of("sparse", accumulate=2, rows=4)
     expected = alone("glm", stage)
     with use("all"):
-        found = take_steps(CASES["glm"], stage, expected=expected)
+        found = take_steps(CASES["glm"], stage)
     assert_equal(found, expected, stage)
     assert_placed(found, CASES["glm"], "all")
 
@@ -161,7 +153,7 @@ def test_attention_by_bits_is_that_of_one_device(mesh, kind, monkeypatch):
     expected = alone("glm", stage)
     monkeypatch.setattr(ops, "trains_by_kernels", lambda *_: True)
     with use(mesh):
-        found = take_steps(CASES["glm"], dataclasses.replace(stage, name="by bits"), expected=expected)
+        found = take_steps(CASES["glm"], dataclasses.replace(stage, name="by bits"))
     assert_equal(found, expected, stage)
 
 
@@ -171,7 +163,7 @@ def test_a_length_that_devices_do_not_divide(length):
     stage = stage_of("sparse", context=length, rows=2)
     expected = alone("glm", stage)
     with use("context"):
-        found = take_steps(CASES["glm"], stage, expected=expected)
+        found = take_steps(CASES["glm"], stage)
     assert_equal(found, expected, stage)
 
 
@@ -187,7 +179,7 @@ def test_all_tokens_to_the_experts_of_one_device(monkeypatch):
     stage = stage_of("dense", balance_speed=0.0, rows=16)
     expected = take_steps(case, stage)
     with use("expert"):
-        found = take_steps(case, stage, expected=expected)
+        found = take_steps(case, stage)
     assert_equal(found, expected, stage)
     assert found.metrics[0, 2] == 0.5  # every token chose the last expert, and another one
 
@@ -198,5 +190,5 @@ def test_a_schedule_as_data():
     stage, traced = stage_of("sparse"), distill.traced_schedule(Schedule("FSS"))
     expected = take_steps(case, stage, traced)
     with use("all"):
-        found = take_steps(case, stage, traced, expected)
+        found = take_steps(case, stage, traced)
     assert_equal(found, expected, stage)
