@@ -231,17 +231,20 @@ def swiglu(gate_up: jax.Array) -> Scaled:
     return _on_tokens(pallas_kernels.quantise_swiglu, gate_up)
 
 
+def choice_options(config: Config) -> dict[str, Any]:
+    """How a model chooses a token's experts, in the words of `pallas_kernels.choose` and `route`."""
+    return {
+        "choices": config.num_experts_per_tok,
+        "normalised": config.norm_topk_prob,
+        "scale": config.routed_scaling_factor,
+        "n_group": config.n_group,
+        "topk_group": config.topk_group,
+    }
+
+
 def choose(logits: jax.Array, bias: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """The experts [..., k] of router logits [..., E] float32 and their weights."""
-    experts, weights = routing.choose(
-        _flat(logits),
-        bias,
-        choices=config.num_experts_per_tok,
-        normalised=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
-        n_group=config.n_group,
-        topk_group=config.topk_group,
-    )
+    experts, weights = routing.choose(_flat(logits), bias, **choice_options(config))
     return experts.reshape(*logits.shape[:-1], -1), weights.reshape(*logits.shape[:-1], -1)
 
 

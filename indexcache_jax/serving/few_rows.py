@@ -77,14 +77,7 @@ def _why_not_experts(m: Experts, x: jax.Array, config: Config) -> str | None:
 
 
 def _options(m: Experts, config: Config) -> dict[str, Any]:
-    return {
-        "choices": config.num_experts_per_tok,
-        "normalised": config.norm_topk_prob,
-        "scale": config.routed_scaling_factor,
-        "n_group": config.n_group,
-        "topk_group": config.topk_group,
-        "shared": m.shared_down is not None,
-    }
+    return ops.choice_options(config) | {"shared": m.shared_down is not None}
 
 
 def _exchange(m: Experts, x: jax.Array) -> sharding.Exchange | None:

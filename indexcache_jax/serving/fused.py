@@ -59,9 +59,7 @@ def choice(p: Layer, config: Config) -> decode_layer.Choice | None:
     """How a layer's experts are chosen, None for a dense layer."""
     if isinstance(p.mlp, Dense):
         return None
-    c = config
-    chosen = c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
-    return decode_layer.Choice(c.n_routed_experts, *chosen, n_group=c.n_group, topk_group=c.topk_group)
+    return decode_layer.Choice(config.n_routed_experts, **ops.choice_options(config))
 
 
 def why_not(weights: Weights, x: jax.Array, cache: Cache, positions: Positions, config: Config) -> str | None:
