@@ -86,6 +86,7 @@ def test_a_file_without_lines_and_one_that_changes_are_refused(tmp_path):
         ('{"prompt": "a"}'.encode("utf-16"), "prompts.jsonl: is UTF-16; convert it"),
         (b'[\n{"prompt": "a"}\n]', "prompts.jsonl: begins a JSON array; what is read has an object in every line"),
     ],
+    ids=["gzip", "utf-16", "array"],  # gzip's bytes hold the time, and every worker has to collect the same names
 )
 def test_a_file_of_another_format_is_refused_whole(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
