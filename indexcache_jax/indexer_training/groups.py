@@ -99,9 +99,9 @@ def _jobs(run: Run, share: Share, finished: Collection[int], progress: Progress)
     """What trains each unfinished group of this process, made once the layers of the group have run."""
     if not (groups := unfinished(run, finished)):
         return
-    taught = {layer for group in groups for layer in group}
     own, last = share.of(groups), last_layer(groups)
-    states, reading = embedded(run), in_order(run.layers, shardings_in_force(run.layers))
+    taught, taught_here = ({layer for group in some for layer in group} for some in (groups, own))
+    states, reading = embedded(run, whole=0 in taught_here), in_order(run.layers, shardings_in_force(run.layers))
     gathered: dict[int, Gathered] = {}
     for layer in range(last + 1):
         _, params = next(reading)
@@ -115,8 +115,8 @@ def _jobs(run: Run, share: Share, finished: Collection[int], progress: Progress)
             gathered[first].x.append(states.x)
         if layer != last:
             share.wait_for_others()
-            whole = layer + 1 in taught
-            states = advanced(run, params, layer, states, in_place=not taught_by_it, whole=whole)
+            exchanged, whole = share.processes > 1 and layer + 1 in taught, layer + 1 in taught_here
+            states = advanced(run, params, layer, states, in_place=not taught_by_it, exchanged=exchanged, whole=whole)
             progress(pass_work(run), f"layer {layer}")
         del params
         for group in taught_by_it:

@@ -1,8 +1,9 @@
 """The hidden states of the text before every layer, which run as the model itself runs them, each with its own indexer.
 
 On a mesh every device takes one sequence at a time through a layer. A process keeps on its host what its own devices computed,
-and gets the others' sequences where indexers learn from them. Its arrays have room for all sequences, which memory takes for
-those alone that are written.
+and the others' sequences where it trains an indexer that learns from them. The devices of all processes exchange these, since
+all of them run one program; to the host only the process that learns takes them. The arrays have room for all sequences, which
+memory takes for those alone that are written.
 """
 
 from __future__ import annotations
@@ -38,24 +39,32 @@ def _after(params: Params, x: jax.Array, indices: jax.Array | None, config: Conf
     return constrain(x, "batch", None, None), constrain(indices, "batch", None, None)
 
 
+@jax.jit
+def _gathered(x: jax.Array) -> jax.Array:
+    """The rows [B, S, D] of all devices on each of them."""
+    return constrain(x, None, None, None)
+
+
 def held(tree: T) -> T:
     """Of arrays that every device holds whole the copy of this process's first device."""
     return jax.tree.map(lambda a: a.addressable_data(0) if isinstance(a, jax.Array) else a, tree)
 
 
-def embedded(run: Run) -> States:
-    """The hidden states before layer 0, of all sequences in every process."""
+def embedded(run: Run, *, whole: bool) -> States:
+    """The hidden states before layer 0: of all sequences if `whole`, else of those that this process's devices compute."""
     table = np.asarray(held(run.layers.ends().embedding))
     x = run.allocate((*run.tokens.shape, run.config.hidden_size), table.dtype)
-    for row, tokens in enumerate(run.tokens):
-        x[row] = table[tokens]
+    for row in range(len(x)) if whole else _own(len(x)):
+        x[row] = table[run.tokens[row]]
     return States(x, None)
 
 
-def advanced(run: Run, params: Params, layer: int, before: States, *, in_place: bool, whole: bool) -> States:
+def advanced(
+    run: Run, params: Params, layer: int, before: States, *, in_place: bool, exchanged: bool = False, whole: bool = False
+) -> States:
     """The hidden states after a layer, run as the model itself runs it; in the arrays of those before it if `in_place`.
 
-    whole: those of all sequences in every process, for which all processes must ask.
+    exchanged: whether a process needs what other processes computed, by which all of them go. whole: whether this one does.
     """
     base, config = run.layers.schedule, run.config
     config = dataclasses.replace(config, num_layers=1, moe_layers=config.moe_layers[layer : layer + 1])
@@ -64,23 +73,22 @@ def advanced(run: Run, params: Params, layer: int, before: States, *, in_place: 
     if reused:
         indices = run.allocate((*x.shape[:2], min(config.index_topk, x.shape[1])), np.int32)
 
-    def keep(rows: np.ndarray, after: tuple[jax.Array, jax.Array]) -> None:
-        if whole and not after[0].is_fully_addressable:
-            x[rows] = sharding.to_host(after[0])
+    def keep(rows: np.ndarray, after: tuple[jax.Array, jax.Array], everything: jax.Array | None) -> None:
+        if everything is not None and whole:
+            x[rows] = np.asarray(everything.addressable_data(0))
         else:
             _keep_own(x, rows, after[0])
         if indices is not None:
             _keep_own(indices, rows, after[1])
 
-    running: tuple[np.ndarray, tuple[jax.Array, jax.Array]] | None = None  # taken to the host while devices compute the next
+    running: list[tuple[np.ndarray, tuple[jax.Array, jax.Array], jax.Array | None]] = []
     for rows in _batches(len(x)):
         given = None if before.indices is None or base.is_full[layer] else _on_devices(before.indices, rows)
         after = _after(params, _on_devices(before.x, rows), given, config, base.is_full[layer])
-        if running is not None:
-            keep(*running)
-        running = rows, after
-    assert running is not None  # a run has rows
-    keep(*running)
+        if running:
+            keep(*running.pop())  # takes it to the host while devices compute
+        running.append((rows, after, _gathered(after[0]) if exchanged else None))  # of which devices hold one at a time
+    keep(*running.pop())
     return States(x, indices)
 
 
@@ -89,6 +97,14 @@ def _batches(count: int) -> Iterator[np.ndarray]:
     devices = sharding.devices_along("batch")
     for first in range(0, count, devices):
         yield np.minimum(np.arange(first, first + devices), count - 1)
+
+
+def _own(count: int) -> Iterator[int]:
+    """The numbers of the rows, of so many, that this process's devices compute."""
+    for rows in _batches(count):
+        at = sharding.fitting(rows.shape, ("batch",))
+        for index in [None] if at is None else at.addressable_devices_indices_map(rows.shape).values():
+            yield from rows[_first(index)]
 
 
 def _on_devices(array: np.ndarray, rows: np.ndarray) -> jax.Array | np.ndarray:
