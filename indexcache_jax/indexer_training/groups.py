@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent import futures
 
 import jax
@@ -53,7 +53,8 @@ class Gathered:
 def train(run: Run, finished: Collection[int] = (), progress: Progress = no_progress) -> Iterator[Trained]:
     """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
 
-    Under a mesh in force groups train side by side on its devices and come in the order in which they end. Of several
+    Under a mesh in force groups train side by side on its devices and come in the order in which they end; on CPUs only where
+    jax_cpu_enable_async_dispatch was switched off before JAX was first asked for devices, else one after another. Of several
     processes, which all call this with the same arguments, each has those groups that it trained; it ends once all have.
     progress: called by one thread at a time with the floating-point operations done since its last call, of `work` altogether,
     and what is being done. ValueError where a divergence or a trained weight is not finite, or the mesh has another axis than
@@ -89,10 +90,21 @@ def train(run: Run, finished: Collection[int] = (), progress: Progress = no_prog
                 ended_now, running = futures.wait(running, patience, futures.FIRST_COMPLETED)
                 yield from (future.result() for future in ended_now)
                 running.add(pool.submit(train_on_a_free_device, job))
+                if not _may_train_beside_layers(share.devices):
+                    futures.wait(running)
             yield from (future.result() for future in futures.as_completed(running))
         finally:
             ended.set()  # so that an error or an interrupt waits for a step of the others, not for all of them
     share.wait_for_others()
+
+
+def _may_train_beside_layers(devices: Sequence[jax.Device]) -> bool:
+    """Whether groups may train on the devices while layers run on all of them.
+
+    On CPUs not while JAX dispatches asynchronously, which is its default: XLA then runs what threads dispatch and the parts of
+    a program of several devices in one pool of few threads. Parts that wait for each other take them, and all hang.
+    """
+    return devices[0].platform != "cpu" or not jax.config.read("jax_cpu_enable_async_dispatch")
 
 
 def _jobs(run: Run, share: Share, finished: Collection[int], progress: Progress) -> Iterator[Job]:

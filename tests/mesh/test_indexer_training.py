@@ -14,7 +14,7 @@ from experiments.common import inputs
 from experiments.common.devices import Layout
 from experiments.distill import indexers
 from indexcache_jax import indexer_training, memory, sharding
-from indexcache_jax.indexer_training import Run, step
+from indexcache_jax.indexer_training import Run, groups, step
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import abstract
 from indexcache_jax.schedule import Schedule
@@ -66,6 +66,37 @@ def test_groups_train_at_the_same_time_and_become_what_they_become_on_one_device
         found = on_mesh(2, run(schedule))
     assert sorted(map(str, used.values())) == [str({device}) for device in jax.devices()[:2]]
     assert_same(found, expected)
+
+
+@pytest.fixture
+def asynchronous():
+    """JAX's default on CPUs, which tests on several of them switch off."""
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
+    yield
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def test_on_cpus_that_could_hang_nothing_else_runs_while_a_group_trains(asynchronous, monkeypatch):
+    at_work, steps, take_step = threading.Lock(), [], step.take_step
+
+    def alone(*arguments):
+        assert at_work.acquire(blocking=False)
+        steps.append(take_step(*arguments))
+        at_work.release()
+        return steps[-1]
+
+    def layer(*arguments, **options):
+        assert at_work.acquire(blocking=False)
+        after = advanced(*arguments, **options)
+        at_work.release()
+        return after
+
+    advanced = groups.advanced
+    expected = of_layer(indexer_training.train(run(spans=2)))
+    monkeypatch.setattr(step, "take_step", alone)
+    monkeypatch.setattr(groups, "advanced", layer)
+    assert_same(on_mesh(2, run(spans=2)), expected)
+    assert len(steps) == STAGE.steps * len(expected)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +153,10 @@ def assert_same(found, expected):
 
 def test_as_much_is_kept_on_the_host_as_for_the_groups_that_train_and_the_next_one():
     one = indexer_training.need(run())
-    for devices, groups in ((2, 3), (8, 5)):
+    for devices, kept in ((2, 3), (8, 5)):
         with use(devices):
             several = indexer_training.need(run())
-        assert (several.states, several.targets) == (groups * one.states, groups * one.targets)
+        assert (several.states, several.targets) == (kept * one.states, kept * one.targets)
 
 
 def test_an_error_of_one_group_is_the_run_s():
