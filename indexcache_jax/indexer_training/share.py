@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # its barrier leaves devices alone; those of jax.experimental run on them
 
 from indexcache_jax import sharding
 
@@ -32,7 +32,11 @@ class Share:
 
     @classmethod
     def in_force(cls) -> Share:
-        """That of the mesh in force. ValueError for a mesh that splits anything but rows, and experts."""
+        """That of the mesh in force.
+
+        ValueError for a mesh that splits anything but rows, and experts. NotImplementedError for several processes, where
+        this JAX has no barrier for them.
+        """
         mesh, _ = sharding.current()
         if mesh is None:
             return cls()
@@ -41,6 +45,8 @@ class Share:
         devices = jax.sharding.get_mesh().devices.ravel()
         processes, this = sorted({device.process_index for device in devices}), jax.process_index()
         own = tuple(device for device in devices if device.process_index == this)
+        if len(processes) > 1:
+            _barrier()
         return cls(own, processes.index(this), len(processes))
 
     def of(self, groups: list[T]) -> list[T]:
@@ -57,5 +63,22 @@ class Share:
         Without it devices would wait, in the first operation that needs all of them, and could train nothing meanwhile.
         """
         if self.processes > 1:
-            assert distributed.global_state.client is not None  # a mesh of several processes has one
-            distributed.global_state.client.wait_at_barrier(f"indexers {next(_barriers)}", BARRIER_HOURS * 3600 * 1000)
+            _barrier()(f"indexers {next(_barriers)}", BARRIER_HOURS * 3600 * 1000)
+
+
+def _barrier() -> Callable[[str, int], object]:
+    """Waits on the hosts for all processes to call it with the same name, for so many milliseconds at most.
+
+    It is JAX's own, to which nothing public leads: the barriers of jax.experimental.multihost_utils run on devices.
+    NotImplementedError where this JAX has it elsewhere.
+    """
+    try:
+        from jax._src.distributed import global_state
+
+        client: Any = global_state.client
+        return client.wait_at_barrier
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(
+            f"jax {jax.__version__}: indexers do not train in several processes with this release, which has its barrier "
+            f"elsewhere ({error}); train them in one process"
+        ) from None

@@ -2,11 +2,14 @@
 
 import dataclasses
 import threading
+import types
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
+from jax._src import distributed
+from jax._src.lib import _jax
 
 import checkpoints_convert
 from experiments import run as command  # noqa: F401  (defines flags that every experiment has)
@@ -14,7 +17,7 @@ from experiments.common import inputs
 from experiments.common.devices import Layout
 from experiments.distill import indexers
 from indexcache_jax import indexer_training, memory, sharding
-from indexcache_jax.indexer_training import Run, groups, step
+from indexcache_jax.indexer_training import Run, groups, share, step
 from indexcache_jax.layers import Resident
 from indexcache_jax.params import abstract
 from indexcache_jax.schedule import Schedule
@@ -179,6 +182,20 @@ def test_experts_are_whole_on_each_device_where_these_fit(tmp_path, monkeypatch)
 def test_a_mesh_that_splits_more_than_rows_is_refused():
     with sharding.use(sharding.make_mesh(data=4, context=2)), pytest.raises(ValueError, match="whose only axis is data"):
         next(indexer_training.train(run()))
+
+
+def test_jax_has_the_barrier_at_which_processes_wait_on_their_hosts(monkeypatch):
+    """Nothing public has it, so a release may move it: then several processes are refused with a reason."""
+    assert _jax.DistributedRuntimeClient.wait_at_barrier
+    names = []
+    client = types.SimpleNamespace(wait_at_barrier=lambda name, milliseconds: names.append(name))
+    monkeypatch.setattr(distributed.global_state, "client", client)
+    for _ in range(2):
+        share.Share(processes=2).wait_for_others()
+    assert len(set(names)) == 2
+    monkeypatch.delattr(distributed, "global_state")
+    with pytest.raises(NotImplementedError, match="indexers do not train in several processes with this release"):
+        share.Share(processes=2).wait_for_others()
 
 
 def test_a_run_that_is_left_ends_its_threads():
