@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from checkpoints_convert.ending import writing
 from experiments.common import journal, processes
 from experiments.common.journal import Journal, check_resumed, replacing
 from experiments.common.report import Output, progress
@@ -72,7 +73,7 @@ def within(run: Run, memory: float, folder: pathlib.Path) -> tuple[Run, str]:
 
     Targets are kept where there is room for them, and where an earlier run in the output folder `folder` kept them: how much
     memory is free may have changed since, and a run that goes on does as it began. What has no room lies in files there.
-    Process 0's memory decides for all.
+    Process 0's memory, and what it finds in the folder, decide for all.
     """
     need, memory = indexer_training.need(run), processes.from_main(lambda: memory)
     keeps = began_with_targets(folder)
@@ -95,16 +96,21 @@ def _on_disk(folder: pathlib.Path) -> indexer_training.Allocate:
     killed, and its room is freed with the array."""
 
     def allocate(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))  # OSError now where the disk is full, not a crash later
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        with writing(folder / "temporary file", size), tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))  # DiskFull now, not a crash later
             return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
     return allocate
 
 
 def check_free(directory: pathlib.Path, resume: bool) -> None:
-    """ValueError where an output folder holds an earlier run that is not to be resumed."""
+    """ValueError where an output folder holds an earlier run that is not to be resumed, or this process cannot write to it."""
+    if not os.access(directory, os.W_OK):  # as on a host of its own, where process 0 has made it on another
+        raise ValueError(
+            f"--output_dir={directory}: process {jax.process_index()} does not see it or may not write to it, "
+            "but every process writes the groups that it trains"
+        )
     path = directory / FOLDER / ABOUT
     check_resumed(path, path.exists(), resume)
 

@@ -150,8 +150,14 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
 
     given, _ = indexer_runs.within(run(), 0, tmp_path)
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"{tmp_path}/.*no space left on the disk; it takes [0-9,]+ bytes"):
         list(indexer_training.train(given))
+
+
+def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path):
+    indexer_runs.check_free(tmp_path, resume=False)
+    with pytest.raises(ValueError, match=f"--output_dir={tmp_path}/elsewhere: process 0 does not see it"):
+        indexer_runs.check_free(tmp_path / "elsewhere", resume=False)
 
 
 def test_targets_of_a_row_that_no_device_holds_are_not_kept(tmp_path):
