@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 WORD_BITS = 32  # keys of a word
+MAX_WORDS = 2**31 - 1  # that `pack` finds by one int32 index, which also stands for none
 
 
 def num_words(keys: int) -> int:
@@ -26,9 +27,15 @@ def check_dtype(operation: str, selection_bits: jax.Array) -> None:
 
 
 def pack(indices: jax.Array, keys: int) -> jax.Array:
-    """Distinct selected positions [B, S, k] among `keys` keys, -1 where empty -> [B, ceil(keys / 32), S] int32."""
+    """Distinct selected positions [B, S, k] among `keys` keys, -1 where empty -> [B, ceil(keys / 32), S] int32.
+
+    Raises ValueError where these are more words than 32 bits count.
+    """
     b, s, _ = indices.shape
     count = num_words(keys)
+    if b * count * s > MAX_WORDS:
+        sizes = f"{b} x ceil({keys} / {WORD_BITS}) x {s} are {b * count * s}"
+        raise ValueError(f"pack: a selection has at most {MAX_WORDS} words, {sizes}: give it fewer rows or queries at once")
     row_of_batch, row = (jax.lax.broadcasted_iota(jnp.int32, indices.shape, axis) for axis in (0, 1))
     word = (row_of_batch * count + indices // WORD_BITS) * s + row
     bit = jax.lax.shift_left(jnp.uint32(1), (indices % WORD_BITS).astype(jnp.uint32))
