@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul import mosaic_gpu_registers as registers
 from pallas_kernels.grouped_matmul.mosaic_gpu_codes_prefill import BLOCK_K, CODES, PIECE, WAVE, WAVES, Problem
 from pallas_kernels.grouped_matmul.mosaic_gpu_prefill import HALF
-from pallas_kernels.grouped_matmul.mosaic_gpu_prefill_kernel import REGISTERS, Work
+from pallas_kernels.grouped_matmul.mosaic_gpu_prefill_kernel import Part, Work, call_kernel
 from pallas_kernels.quant import Scaled, row_scales
 
 
@@ -330,33 +330,10 @@ def multiply(
     if tiling.coded:
         out_types.append(jax.ShapeDtypeStruct((p.width // WAVE * p.m,), jnp.float32))
 
-    def grouped_matmul_codes(*references: Any) -> None:
+    def parts(references: tuple[Any, ...], warpgroup: Any) -> tuple[Part, Part]:
         refs = Refs.of(p, references, interpret)
-        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        mine = lax.div(refs.count[0] * p.columns - block + (p.blocks - 1), p.blocks)
-        sizes = p.blocks, tiling.cluster, p.columns, tiling.columns, p.steps, BLOCK_K, tiling.stages
-        work = Work(block, mine, *sizes, refs.tiles, refs.rows, refs.row_lines, refs.full, refs.empty)
+        of_block = p, refs, Work.of(p, refs, tiling.columns, BLOCK_K), warpgroup, interpret
+        return _Copies(*of_block), _Math(*of_block)
 
-        @pl.when(warpgroup == 2)
-        def _copy() -> None:
-            _Copies(p, refs, work, warpgroup, interpret).run()
-
-        @pl.when(warpgroup < 2)
-        def _multiply() -> None:
-            plgpu.set_max_registers(REGISTERS.worker, action="increase")
-            _Math(p, refs, work, warpgroup, interpret).run()
-
-    kernel = plgpu.kernel(
-        grouped_matmul_codes,
-        out_type=tuple(out_types),
-        scratch_types=_scratch(p),
-        grid=(p.blocks,),
-        grid_names=("block",),
-        cluster=(tiling.cluster,) if tiling.cluster > 1 else (),
-        cluster_names=("member",) if tiling.cluster > 1 else (),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        interpret=interpret,
-    )
-    return kernel(tiles, count, rows.codes, rows.scales, matrices.codes, matrices.scales.reshape(-1))
+    operands = tiles, count, rows.codes, rows.scales, matrices.codes, matrices.scales.reshape(-1)
+    return call_kernel("grouped_matmul_codes", p, parts, _scratch(p), tuple(out_types), operands, interpret)

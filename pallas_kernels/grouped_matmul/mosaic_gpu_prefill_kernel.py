@@ -1,14 +1,14 @@
 """The kernel of mosaic_gpu_prefill, where its algorithm is told: what the three warpgroups of a block do.
 
-One copies (`Work`, which the kernel of mosaic_gpu_codes_prefill has too); each of the two others multiplies a half of a tile's
-rows and stores the result by way of shared memory.
+One copies; each of the two others multiplies a half of a tile's rows and stores the result by way of shared memory. `Work` and
+`call_kernel` are those of mosaic_gpu_codes_prefill too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,14 @@ class Work:
     # Barriers, of every stage
     full: Any  # its operands are there
     empty: Any  # both warpgroups have read them
+
+    @staticmethod
+    def of(problem: Any, refs: Any, width: int, depth: int) -> Work:
+        """That of the block that asks; problem, refs: of either kernel."""
+        p, block = problem, lax.axis_index("block")
+        mine = lax.div(refs.count[0] * p.columns - block + (p.blocks - 1), p.blocks)
+        sizes = p.blocks, p.tiling.cluster, p.columns, width, p.steps, depth, p.tiling.stages
+        return Work(block, mine, *sizes, refs.tiles, refs.rows, refs.row_lines, refs.full, refs.empty)
 
     def place(self, i: Any) -> tuple[Any, Any]:
         """The tile of rows of this block's tile i, and its first column."""
@@ -113,6 +121,57 @@ class Work:
             plgpu.barrier_arrive(self.empty.at[slot])
 
         lax.fori_loop(0, self.steps, step, None)
+
+
+class Part(Protocol):
+    """What a warpgroup does."""
+
+    def run(self) -> None: ...
+
+
+def call_kernel(
+    name: str,
+    problem: Any,
+    parts: Callable[[tuple[Any, ...], Any], tuple[Part, Part]],
+    scratch: Sequence[Any],
+    out_type: Any,
+    operands: Sequence[jax.Array],
+    interpret: Any,
+) -> Any:
+    """Calls either kernel for many rows: blocks of three warpgroups, of which the last copies and the others multiply.
+
+    parts(references, warpgroup): the copying and the multiplying part of the warpgroup that asks.
+    """
+    cluster = problem.tiling.cluster
+
+    def body(*references: Any) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+        copies, products = parts(references, warpgroup)
+
+        @pl.when(warpgroup == 2)
+        def _copy() -> None:
+            copies.run()
+
+        @pl.when(warpgroup < 2)
+        def _multiply() -> None:
+            plgpu.set_max_registers(REGISTERS.worker, action="increase")
+            products.run()
+
+    body.__name__ = name
+    kernel = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(problem.blocks,),
+        grid_names=("block",),
+        cluster=(cluster,) if cluster > 1 else (),
+        cluster_names=("member",) if cluster > 1 else (),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        interpret=interpret,
+    )
+    return kernel(*operands)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,35 +348,12 @@ def multiply(
 
     tiles [3 + 2, tiles], count [1]: as `tiles_of` makes them.
     """
-    p, tiling = problem, problem.tiling
+    p = problem
 
-    def grouped_matmul_prefill(*references: Any) -> None:
+    def parts(references: tuple[Any, ...], warpgroup: Any) -> tuple[Part, Part]:
         refs = Refs.of(references, interpret)
-        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        mine = lax.div(refs.count[0] * p.columns - block + (p.blocks - 1), p.blocks)
-        sizes = p.blocks, tiling.cluster, p.columns, tiling.n, p.steps, BLOCK_K, tiling.stages
-        work = Work(block, mine, *sizes, refs.tiles, refs.rows, refs.row_lines, refs.full, refs.empty)
+        of_block = p, refs, Work.of(p, refs, p.tiling.n, BLOCK_K), warpgroup
+        return _Copies(*of_block), _Math(*of_block)
 
-        @pl.when(warpgroup == 2)
-        def _copy() -> None:
-            _Copies(p, refs, work, warpgroup).run()
-
-        @pl.when(warpgroup < 2)
-        def _multiply() -> None:
-            plgpu.set_max_registers(REGISTERS.worker, action="increase")
-            _Math(p, refs, work, warpgroup).run()
-
-    kernel = plgpu.kernel(
-        grouped_matmul_prefill,
-        out_type=jax.ShapeDtypeStruct((p.m, p.width), p.dtype),
-        scratch_types=_scratch(p),
-        grid=(p.blocks,),
-        grid_names=("block",),
-        cluster=(tiling.cluster,) if tiling.cluster > 1 else (),
-        cluster_names=("member",) if tiling.cluster > 1 else (),
-        num_threads=3,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        interpret=interpret,
-    )
-    return kernel(tiles, count, rows, matrices)
+    out_type, operands = jax.ShapeDtypeStruct((p.m, p.width), p.dtype), (tiles, count, rows, matrices)
+    return call_kernel("grouped_matmul_prefill", p, parts, _scratch(p), out_type, operands, interpret)
