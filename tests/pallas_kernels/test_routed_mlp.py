@@ -74,7 +74,7 @@ def test_few_rows_are_multiplied_by_their_experts(emulated, rows, shared):
     check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
 
 
-@pytest.mark.parametrize("rows,parts_of_rows", [(11, 2), (3, 3)])
+@pytest.mark.parametrize("rows,parts_of_rows", [(11, 2), (2, 3)])
 def test_rows_may_be_in_shared_memory_in_parts(emulated, monkeypatch, rows, parts_of_rows):
     """3 + 2 and 2 + 2 + 1 pieces of 128 numbers."""
     monkeypatch.setattr(mosaic_gpu.Plan, "of", lambda sizes: mosaic_gpu.Plan(2, parts_of_rows, 2))
@@ -82,6 +82,16 @@ def test_rows_may_be_in_shared_memory_in_parts(emulated, monkeypatch, rows, part
     x = jnp.asarray(random.standard_normal((rows, HIDDEN)), jnp.bfloat16)
     experts = np.stack([random.permutation(EXPERTS)[:CHOICES] for _ in range(rows)])
     routes, given = routes_of(experts, random.uniform(0.1, 1, experts.shape)), matrices(random)
+    check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
+
+
+def test_blocks_may_have_one_tile_or_none(emulated, monkeypatch):
+    """The shared experts have 12 and 10 tiles, and the rows are in parts."""
+    monkeypatch.setattr(mosaic_gpu, "BLOCKS", 13)
+    monkeypatch.setattr(mosaic_gpu.Plan, "of", lambda sizes: mosaic_gpu.Plan(2, 2, 2))
+    random = np.random.default_rng(5)
+    x = jnp.asarray(random.standard_normal((1, HIDDEN)), jnp.bfloat16)
+    routes, given = routes_of([[-1, -1]], np.ones((1, CHOICES))), matrices(random)
     check(*(added(module.routed_mlp(x, routes, *given)) for module in (mosaic_gpu, reference)))
 
 
@@ -115,6 +125,9 @@ def test_experts_of_other_devices_count_for_nothing(emulated):
     check(out, exact)
     check(of_shared, of_shared_exact)
     assert (out[1] == 0).all()
+    nothing = routes_of(np.full((3, CHOICES), -1), weights, shared=False)
+    out, of_shared = mosaic_gpu.routed_mlp(x, nothing, *given[:2], None, None)
+    assert of_shared is None and (out == 0).all()
 
 
 def test_rows_and_scales_of_very_different_sizes(emulated):

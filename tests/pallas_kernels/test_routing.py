@@ -61,8 +61,8 @@ def bias_of(kind, experts):
     [
         (1, 32, 1, False, (1, 1), (0, 32)),
         (64, 96, 3, False, (1, 1), (0, 96)),
-        (19, 256, 8, True, (8, 4), (0, 256)),
-        (5, 384, 6, True, (3, 1), (144, 48)),
+        (19, 256, 8, True, (8, 4), (64, 160)),
+        (5, 384, 6, False, (3, 1), (144, 48)),
     ],
 )
 @pytest.mark.parametrize("kind", ["random", "tied", "extreme", "same", "equal", "unwanted"])
