@@ -21,6 +21,8 @@ from experiments import doctor, search
 from experiments.common import command_line, inputs, options, search_cost, topologies
 from experiments.common.options import EXPERIMENTS
 from indexcache_jax import memory, params
+from indexcache_jax.config import Config
+from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving.generation import CACHE_MULTIPLE
 from indexcache_jax.sharding import SERVING
 from pallas_kernels import device
@@ -267,6 +269,37 @@ def test_what_a_search_needs_is_what_the_doctor_says():
         assert sentence.format(need.total / 1e9) in text, arguments
 
 
+def cost_of_a_search(given: str, config: Config, base: Schedule) -> search_cost.Cost:
+    """What a dry run counts for these flags and weights in 8 bits."""
+    with given_flags("experiments.search", f"--stream --stream_memory=64 {given}"):
+        counted, table = search.costs(config, base, search.read_goal(base), "bfloat16")
+    return counted + table
+
+
+def size_in_8_bits(config: Config, base: Schedule) -> int:
+    """Bytes of a checkpoint in 8 bits."""
+    return memory.tree_bytes(params.abstract(config, base, "fp8"), "bfloat16", memory.mesh_of(), SERVING)
+
+
+def test_what_a_search_takes_is_what_a_dry_run_says():
+    config, base = inputs.preset_model("glm-5")
+    size = size_in_8_bits(config, base)
+    rows = rows_of("search.md", "What it takes")
+    assert len(rows) == 6
+    for flags_of_row, *said in rows[:-1]:  # the last takes longer to count than the others together
+        given = flags_of_row.strip("`")
+        cost = cost_of_a_search(given, config, base)
+        rate, _ = search_cost.measured(config, 1, int(given.partition("--context=")[2].split()[0]))
+        hours = [cost.seconds(search_cost.Rate(rate.layer, reading)) / 3600 for reading in (0, size / 3e9)]
+        passes = len(cost.passes)
+        counts = f"{cost.steps}", f"{cost.losses:,}", f"{passes:,}", f"{passes * size / 1e12:,.0f}"
+        assert said == [*counts, *(f"{h:.1f}" for h in hours)], given
+    (readme,) = commands(ROOT / "README.md", "python -m experiments.run --checkpoint=GLM-5-FP8")
+    cost = cost_of_a_search(" ".join(flag for flag in readme if not flag.startswith("--text")), config, base)
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"reads the weights {len(cost.passes)} times, {len(cost.passes) * size / 1e12:.0f} TB" in text
+
+
 def test_how_long_a_search_takes_is_what_a_dry_run_says():
     rows = rows_of("recipes.md", "How long a search takes")
     assert len(rows) == 12
@@ -276,12 +309,9 @@ def test_how_long_a_search_takes_is_what_a_dry_run_says():
         preset = {"GLM-5, 5.1": "glm-5", "DeepSeek-V3.2": "deepseek-v3.2"}[name]
         count, context = (int(number.replace(",", "")) for number in sequences.split(" x "))
         config, base = inputs.preset_model(preset)
-        given = f"--stream --stream_memory=64 --retentions=1/4 --blocks={blocks} --sequences={count} --context={context}"
-        with given_flags("experiments.search", given):
-            counted, table = search.costs(config, base, search.read_goal(base), "bfloat16")
-        cost, (rate, source) = counted + table, search_cost.measured(config, 1, context)
-        tree = params.abstract(config, base, "fp8")
-        size = len(cost.passes) * memory.tree_bytes(tree, "bfloat16", memory.mesh_of(), SERVING)
+        given = f"--retentions=1/4 --blocks={blocks} --sequences={count} --context={context}"
+        cost, (rate, source) = cost_of_a_search(given, config, base), search_cost.measured(config, 1, context)
+        size = len(cost.passes) * size_in_8_bits(config, base)
         assert source.device == "NVIDIA H200"
         assert [hours, passes, read] == [f"{cost.seconds(rate) / 3600:.1f}", str(len(cost.passes)), f"{size / 1e12:.0f}"], given
 
