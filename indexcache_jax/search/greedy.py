@@ -126,7 +126,7 @@ def greedy_search(
         if not by_block:
             break
         outcomes = flip_contest(oracle, current, by_block, race, error)
-        best = sorted(outcomes, key=lambda outcome: outcome.loss)[:most_flips]
+        best = sorted(outcomes, key=lambda outcome: outcome.loss)
         step = _commit(oracle, current, best, outcomes)
         if len(best) > 1 and step.loss > max_loss:
             step = _commit(oracle, current, best[:1], outcomes)

@@ -52,6 +52,10 @@ def test_uniform_spreads_any_number_of_full_layers(layers, full):
     assert max(gaps) - min(gaps) <= 1
 
 
+def test_of_gaps_that_differ_the_shorter_come_first():
+    assert Schedule.uniform(5, 3).pattern == "FFSFS"
+
+
 # Who reads whose indices.
 
 
@@ -67,8 +71,8 @@ def test_sources_and_served_layers():
 
 @pytest.mark.parametrize("layer", [1, -1, 6])
 def test_only_full_layers_serve(layer):
-    with pytest.raises(ValueError, match=f"layer {layer} of FSSFFS is not an F layer"):
-        Schedule("FSSFFS").serves(layer)
+    with pytest.raises(ValueError, match=f"layer {layer} of FSSFSF is not an F layer"):
+        Schedule("FSSFSF").serves(layer)
 
 
 def test_a_flip_shares_one_more_layer_but_never_the_first():

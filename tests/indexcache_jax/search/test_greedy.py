@@ -72,3 +72,6 @@ def test_first_step_with_at_most():
     assert search.first_step_with_at_most(steps, 4).schedule.pattern == "FFSFF"
     with pytest.raises(ValueError, match="ended at 3"):
         search.first_step_with_at_most(steps, 2)
+    by_two = search.greedy_search(Table((0,) * 6), Schedule.all_full(6), num_full=2, blocks=2)
+    assert [step.schedule.num_full for step in by_two] == [6, 4, 2]
+    assert search.first_step_with_at_most(by_two, 5) is by_two[1]

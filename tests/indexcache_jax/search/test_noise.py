@@ -59,8 +59,9 @@ def test_as_many_sequences_as_needed_settle_it_and_one_fewer_do_not():
 
 def test_a_step_names_the_rivals_within_noise_the_closest_first():
     spread = np.array([-1.0, 1.0] * 8)
-    table = Table([0, np.ones(16), 1.2 + spread, 1.1 + spread, 9 + spread], sequences=16)
+    table = Table([0, np.ones(16), 1.5 + spread, 1.1 + spread, 9 + spread], sequences=16)
     step = search.greedy_search(table, Schedule.all_full(5), num_full=4)[-1]
+    assert step.rivals["FFSFF"].is_above_noise(0.05)  # alone, but not as one of three rivals
     assert list(step.within_noise(0.05)) == ["FFFSF", "FFSFF"]
     needed = step.sequences_to_settle(0.05)
     assert needed == step.rivals["FFFSF"].sequences_to_settle(0.05 / 3) > 16
