@@ -38,6 +38,8 @@ def attention_inputs(
       outputs: the weights of the same layer that `layer_outputs` takes; the first of them are copied to L2.
       barrier_count: [1] int32, arrivals at the grid barrier so far: zeros for the first call of a sequence, then the value
         that the last call returned.
+
+    Arguments are those that `why_not` has nothing against; they are not checked again.
     """
     from pallas_kernels.decode_layer import mosaic_gpu
 
@@ -68,6 +70,8 @@ def layer_outputs(
       eps: of the norm before the MLP.
       choice: how the token's experts are chosen, None in a dense layer.
       next_layer, next_outputs: of the next layer, as for `attention_inputs`.
+
+    Arguments are those that `why_not` has nothing against; they are not checked again.
     """
     from pallas_kernels.decode_layer import mosaic_gpu
 

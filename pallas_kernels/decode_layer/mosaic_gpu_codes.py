@@ -16,8 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import WARPS, Emit, SharedMemory, Sink, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 
@@ -31,7 +30,7 @@ def prefetch_scales(thread: Thread, scales: Address, row_bytes: int, first: Word
     """Copies the scales of rows first .. end - 1, at most `most`, of a matrix of codes to L2."""
     first_byte = first // SCALE_BLOCK * row_bytes
     end_byte = (end + (SCALE_BLOCK - 1)) // SCALE_BLOCK * row_bytes
-    for i, exists in parts.indices_of_thread(thread, -(-(-(-most // SCALE_BLOCK) + 1) * row_bytes // 128)):
+    for i, exists in persistent.indices_of_thread(thread, -(-(-(-most // SCALE_BLOCK) + 1) * row_bytes // 128)):
         at = first_byte + (i << 7)
         ptx.prefetch_line(ptx.offset(scales, at, 1), exists & (at.signed < end_byte))
 
@@ -89,7 +88,7 @@ class Codes:
 
     def prefetch(self, thread: Thread, first: Word, end: Word, most: int) -> None:
         """Copies rows first .. end - 1, at most `most`, to L2."""
-        parts.prefetch(thread, self.address, self.width, first, end)
+        persistent.prefetch(thread, self.address, self.width, first, end)
         prefetch_scales(thread, self.scales, 4 * self.width // SCALE_BLOCK, first, end, most)
 
 
@@ -212,7 +211,7 @@ class CodesProduct:
     def rows_of_thread(self) -> list[tuple[Word, Predicate]]:
         """(row, whether it exists) of the rows whose sums this thread has at the end."""
         rows = []
-        for i, exists in parts.indices_of_thread(self.thread, TILE_ROWS * self.split.tiles):
+        for i, exists in persistent.indices_of_thread(self.thread, TILE_ROWS * self.split.tiles):
             row = self.first + i
             rows.append((row, exists & (row.signed < self.end)))
         return rows
@@ -231,7 +230,7 @@ class CodesProduct:
                 self._store(tile, totals)
                 totals = [ptx.number(0.0)] * 2
         ptx.block_barrier()
-        return [self._total(i) for i, _ in parts.indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
+        return [self._total(i) for i, _ in persistent.indices_of_thread(self.thread, TILE_ROWS * self.split.tiles)]
 
     def _at(self, tile: Word, warp: Word | int, row: Word) -> Word:
         """Where the sum of a row of a tile over the pieces of one of the warps that share it is kept."""

@@ -23,8 +23,7 @@ from pallas_kernels.decode_layer.mosaic_gpu_products import (
     store_column_sums,
 )
 from pallas_kernels.decode_layer.mosaic_gpu_stages import Stage, half_of, load_bfloat16, load_float32, write_bfloat16
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import Pair, SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.routing.mosaic_gpu_choice import choose
@@ -62,15 +61,15 @@ class ExpertsFirst(Stage):
         self.p, self.vector = p, vector
         self.columns = 8 * EXPERT_LANES
         self.units = p.num_experts_per_token * 2 * p.width // self.columns
-        self.rounds = -(-self.units // parts.BLOCKS)
-        self.sums = shared.allocate(self.rounds * parts.WARPS * 32 * EXPERT_LANES)
+        self.rounds = -(-self.units // persistent.BLOCKS)
+        self.sums = shared.allocate(self.rounds * persistent.WARPS * 32 * EXPERT_LANES)
 
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
         self.routed = RoutedExperts(p, a, thread)
         experts = self.routed.experts
         of_expert, row_bytes = 2 * p.width // self.columns, 2 * 2 * p.width
-        round_bytes = parts.WARPS * 32 * EXPERT_LANES  # bytes of sums
+        round_bytes = persistent.WARPS * 32 * EXPERT_LANES  # bytes of sums
 
         def factor(row: Word) -> Float:
             return half_of(ptx.load_shared(self.vector + ((row >> 1) << 2)), row)
@@ -83,13 +82,13 @@ class ExpertsFirst(Stage):
             store_column_sums(thread, columns.finish(), EXPERT_LANES, sums)
 
         for r in range(self.rounds):
-            unit = thread.block + r * parts.BLOCKS
+            unit = thread.block + r * persistent.BLOCKS
             with ptx.when(unit.signed < self.units):
                 sum_unit(unit, self.sums + r * round_bytes)
         ptx.block_barrier()
-        for column, exists in parts.indices_of_thread(thread, self.rounds * self.columns):
+        for column, exists in persistent.indices_of_thread(thread, self.rounds * self.columns):
             which, local = column // self.columns, column % self.columns
-            unit = thread.block + which * parts.BLOCKS
+            unit = thread.block + which * persistent.BLOCKS
             total = load_column_sum(local, EXPERT_LANES, self.sums + which * round_bytes)
             stores = exists & (unit.signed < self.units)
             at = unit * self.columns + local
@@ -105,10 +104,10 @@ class ExpertsSecond(Stage):
         self.p, self.before = p, experts_first
         self.width = 8 * OUTPUT_LANES
         self.units = p.hidden // self.width
-        self.rounds = -(-self.units // parts.BLOCKS)
+        self.rounds = -(-self.units // persistent.BLOCKS)
         self.vector = shared.allocate(4 * p.num_experts_per_token * p.width)
         self.shared_vector = shared.allocate(2 * max(8, p.shared))
-        self.sums, self.shared_sums = shared.allocate(parts.WARPS * 32 * OUTPUT_LANES), shared.allocate(4 * self.width)
+        self.sums, self.shared_sums = shared.allocate(persistent.WARPS * 32 * OUTPUT_LANES), shared.allocate(4 * self.width)
         self.products: list[Product] = []
 
     def prepare(self) -> None:
@@ -117,11 +116,11 @@ class ExpertsSecond(Stage):
 
     def first(self, r: int) -> Word:
         """The first column of the block's 16 in round r; blocks without any read the last ones."""
-        unit = self.thread.block + r * parts.BLOCKS
+        unit = self.thread.block + r * persistent.BLOCKS
         return ptx.min_s32(unit, self.units - 1) * self.width
 
     def exists(self, r: int) -> Predicate:
-        return (self.thread.block + r * parts.BLOCKS).signed < self.units
+        return (self.thread.block + r * persistent.BLOCKS).signed < self.units
 
     def product(self, r: int) -> Product:
         first = self.first(r)
@@ -151,8 +150,8 @@ class ExpertsSecond(Stage):
         p, a, thread = self.p, self.a, self.thread
         if p.shared:
             gate = ptx.offset(a.first, ptx.constant(p.experts), 4)
-            write_bfloat16(thread, p.shared // 2, activated(gate, p.shared), parts.to_shared(self.shared_vector))
-        for i, exists in parts.indices_of_thread(thread, p.num_experts_per_token * p.width // 4):
+            write_bfloat16(thread, p.shared // 2, activated(gate, p.shared), persistent.to_shared(self.shared_vector))
+        for i, exists in persistent.indices_of_thread(thread, p.num_experts_per_token * p.width // 4):
             slot, hidden = hidden_of_experts(p, a, i)
             weight = select_value(slot, self.before.routed.weights)
             words = [ptx.bits_of(x * weight) for x in hidden]
@@ -197,15 +196,15 @@ def hidden_of_experts(p: OutputSizes, a: OutputArrays, i: Word) -> tuple[Word, l
     gates = [ptx.rounded(ptx.float_of(word)) for word in ptx.load_fresh_words(at)]
     words = ptx.load_fresh_words(ptx.offset(at, ptx.constant(1), 4 * p.width))
     ups = [ptx.rounded(ptx.float_of(word)) for word in words]
-    return slot, [ptx.rounded(parts.silu(g) * u) for g, u in zip(gates, ups, strict=True)]
+    return slot, [ptx.rounded(persistent.silu(g) * u) for g, u in zip(gates, ups, strict=True)]
 
 
 def activated(gate: Address, width: int) -> Pair:
     """pair(i) is silu(gate) * up at 2 i and 2 i + 1; `up` lies `width` float32 numbers after `gate`."""
 
     def pair(i: Word) -> tuple[Float, Float]:
-        gates, ups = parts.fresh_pair(gate)(i), parts.fresh_pair(ptx.offset(gate, ptx.constant(width), 4))(i)
-        low, high = (parts.silu(ptx.rounded(g)) * ptx.rounded(u) for g, u in zip(gates, ups, strict=True))
+        gates, ups = persistent.fresh_pair(gate)(i), persistent.fresh_pair(ptx.offset(gate, ptx.constant(width), 4))(i)
+        low, high = (persistent.silu(ptx.rounded(g)) * ptx.rounded(u) for g, u in zip(gates, ups, strict=True))
         return low, high
 
     return pair

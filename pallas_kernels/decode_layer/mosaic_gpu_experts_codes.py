@@ -24,8 +24,7 @@ from pallas_kernels.decode_layer.mosaic_gpu_codes import (
 )
 from pallas_kernels.decode_layer.mosaic_gpu_experts import RoutedExperts, activated, hidden_of_experts, select_value
 from pallas_kernels.decode_layer.mosaic_gpu_stages import Stage, float32_sink, load_bfloat16, write_bfloat16
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import SharedMemory
 from pallas_kernels.hopper.ptx import Address, Word
 
@@ -65,14 +64,14 @@ class ExpertsFirstInCodes(Stage):
     def __init__(self, p: OutputSizes, shared: SharedMemory, vector: GroupedVector):
         self.p, self.vector = p, vector
         self.rows = p.num_experts_per_token * 2 * p.width
-        self.split = TileSplit(p.hidden, parts.largest_block_share(self.rows))
+        self.split = TileSplit(p.hidden, persistent.largest_block_share(self.rows))
         self.sums = shared.allocate(self.split.sums_bytes)
 
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
         self.routed = RoutedExperts(p, a, thread)
         matrices = RowsOfExperts(Codes(a.gate_up, a.gate_up_scales, p.hidden), 2 * p.width, self.routed.experts)
-        product = CodesProduct(thread, matrices, self.split, *parts.block_share(thread, self.rows), self.sums)
+        product = CodesProduct(thread, matrices, self.split, *persistent.block_share(thread, self.rows), self.sums)
         product.begin()
         product.finish(self.vector, float32_sink(a.hidden))
 
@@ -84,7 +83,7 @@ class ExpertsSecondInCodes(Stage):
 
     def __init__(self, p: OutputSizes, shared: SharedMemory, experts_first: ExpertsFirstInCodes):
         self.p, self.before = p, experts_first
-        most = parts.largest_block_share(p.hidden)
+        most = persistent.largest_block_share(p.hidden)
         self.split = TileSplit(p.num_experts_per_token * p.width, most)
         self.vector, self.sums = GroupedVector.allocate(shared, self.split.width), shared.allocate(self.split.sums_bytes)
         self.of_shared: CodesProduct | None = None
@@ -95,7 +94,7 @@ class ExpertsSecondInCodes(Stage):
 
     def prepare(self) -> None:
         p, a, thread = self.p, self.a, self.thread
-        self.first, self.end = parts.block_share(thread, p.hidden)
+        self.first, self.end = persistent.block_share(thread, p.hidden)
         if p.shared:
             matrix = Codes(a.shared_down, a.shared_down_scales, p.shared)
             self.of_shared = CodesProduct(thread, matrix, self.shared_split, self.first, self.end, self.shared_sums)
@@ -128,7 +127,7 @@ class ExpertsSecondInCodes(Stage):
     def write_hidden(self) -> None:
         """silu(gate) * up of the experts, one after the other, each multiplied by the expert's weight: by its factors."""
         p, thread = self.p, self.thread
-        for i, exists in parts.indices_of_thread(thread, self.split.width // 4):
+        for i, exists in persistent.indices_of_thread(thread, self.split.width // 4):
             slot, hidden = hidden_of_experts(p, self.a, i)
             top = functools.reduce(ptx.max_s32, map(ptx.magnitude_bits, hidden))
             scale, factor = ptx.float16_scale(ptx.reduce_warp("max", top))

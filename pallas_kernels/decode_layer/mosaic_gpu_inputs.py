@@ -25,8 +25,7 @@ from pallas_kernels.decode_layer.mosaic_gpu_stages import (
     write_bfloat16,
 )
 from pallas_kernels.decode_layer.mosaic_gpu_token import Token, rotate_front, rotate_pair, store_index_vector
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import BlockRows, SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
@@ -46,8 +45,8 @@ class Down(Stage):
 
     def prepare(self) -> None:
         count = self.p.down
-        first, end = parts.block_share(self.thread, count)
-        most = parts.largest_block_share(count)
+        first, end = persistent.block_share(self.thread, count)
+        most = persistent.largest_block_share(count)
         self.product = Product(self.thread, self.a.down, self.p.hidden, first, end, most)
 
     def begin(self) -> None:
@@ -55,9 +54,9 @@ class Down(Stage):
 
     def run(self) -> None:
         pair = bfloat16_pair(self.a.x, ptx.load_fresh)
-        sink = parts.to_shared(self.vector)
+        sink = persistent.to_shared(self.vector)
         eps = self.p.eps
-        parts.normalise(self.thread, self.p.hidden // 2, pair, self.a.norm, eps, self.sums, sink, in_bfloat16=True)
+        persistent.normalise(self.thread, self.p.hidden // 2, pair, self.a.norm, eps, self.sums, sink, in_bfloat16=True)
         ptx.block_barrier()
         self.product.finish(lambda row: self.vector, float32_sink(self.a.down_out))
 
@@ -70,7 +69,7 @@ class Up(Stage):
     def __init__(self, p: InputSizes, shared: SharedMemory):
         self.p = p
         self.counts = [count for count in (p.heads * p.head_dim, p.index_heads * INDEX_WIDTH) if count]
-        most = max(parts.largest_block_shares(self.counts, ROPE_BLOCK))
+        most = max(persistent.largest_block_shares(self.counts, ROPE_BLOCK))
         self.product = MatrixProduct(shared, p.q_rank, most, codes=p.codes)
         self.sums, self.token = shared.allocate(64), Token(p, shared)
 
@@ -87,8 +86,8 @@ class Up(Stage):
 
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
-        pair, sink = parts.fresh_pair(a.down_out), self.product.sink(thread)
-        parts.normalise(thread, p.q_rank // 2, pair, a.q_norm, p.latent_eps, self.sums, sink, in_bfloat16=False)
+        pair, sink = persistent.fresh_pair(a.down_out), self.product.sink(thread)
+        persistent.normalise(thread, p.q_rank // 2, pair, a.q_norm, p.latent_eps, self.sums, sink, in_bfloat16=False)
         ptx.block_barrier()
         self.product.finish(rounded_sink(ptx.offset(a.up_out, self.rows.offset, 4)))
         with ptx.when(thread.is_block_from_end(ROPE_BLOCK)):
@@ -106,8 +105,8 @@ class Absorb(Stage):
 
     def prepare(self) -> None:
         rows = self.p.heads * VALUE_DIM
-        self.first, end = parts.block_share(self.thread, rows, INDEX_BLOCK)
-        most = parts.largest_block_share(rows, INDEX_BLOCK)
+        self.first, end = persistent.block_share(self.thread, rows, INDEX_BLOCK)
+        most = persistent.largest_block_share(rows, INDEX_BLOCK)
         self.product = Product(self.thread, self.a.k_up, self.p.nope, self.first, end, most)
 
     def begin(self) -> None:
@@ -121,9 +120,9 @@ class Absorb(Stage):
 
         def pair(i: Word) -> tuple[Float, Float]:
             which = ptx.min_s32(head + i // pairs, p.heads - 1)
-            return parts.fresh_pair(a.up_out)(which * (p.head_dim // 2) + i % pairs)
+            return persistent.fresh_pair(a.up_out)(which * (p.head_dim // 2) + i % pairs)
 
-        write_bfloat16(thread, 2 * pairs, pair, parts.to_shared(self.vectors))
+        write_bfloat16(thread, 2 * pairs, pair, persistent.to_shared(self.vectors))
         ptx.block_barrier()
 
         def vector(row: Word) -> Word:
@@ -143,10 +142,10 @@ class Absorb(Stage):
 
     def rotate(self) -> None:
         p, a = self.p, self.a
-        for i, exists in parts.indices_of_thread(self.thread, p.heads * ROTARY // 2):
+        for i, exists in persistent.indices_of_thread(self.thread, p.heads * ROTARY // 2):
             head, j = i >> 5, i & 31
             source = head * (p.head_dim // 2) + p.nope // 2 + j
-            rotated_pair = rotate_pair(a.cos, a.sin, j, *parts.fresh_pair(a.up_out)(source))
+            rotated_pair = rotate_pair(a.cos, a.sin, j, *persistent.fresh_pair(a.up_out)(source))
             target = head * (WIDTH // 2) + VALUE_DIM // 2 + j
             ptx.store_global(ptx.offset(a.queries, target, 4), ptx.to_bfloat16_pair(*rotated_pair), exists)
 
@@ -155,8 +154,8 @@ class Absorb(Stage):
         p, a, thread = self.p, self.a, self.thread
         queries = ptx.offset(a.up_out, ptx.constant(p.heads * p.head_dim), 4)
         weights = ptx.offset(a.down_out, ptx.constant(p.latent_end + INDEX_WIDTH), 4)
-        for r in range(-(-p.index_heads // parts.WARPS)):
-            head = thread.warp + r * parts.WARPS
+        for r in range(-(-p.index_heads // persistent.WARPS)):
+            head = thread.warp + r * persistent.WARPS
             with ptx.when(head.signed < p.index_heads):
                 at = ptx.offset(ptx.offset(queries, head, 4 * INDEX_WIDTH), thread.lane, 16)
                 query = [ptx.float_of(word) for word in ptx.load_fresh_words(at)]
@@ -172,17 +171,20 @@ class Absorb(Stage):
 def input_stages(
     p: InputSizes, a: InputArrays | None, thread: Thread | None, shared: SharedMemory, *, is_first_kernel: bool
 ) -> list[Down | Up | Absorb]:
-    """`is_first_kernel`: no earlier layer's stages have prefetched the matrices."""
+    """The stages before an attention, with what they prefetch once arrays and thread are known.
+
+    is_first_kernel: no earlier layer's stages have prefetched the matrices.
+    """
     down, up = Down(p, shared).bound(a, thread), Up(p, shared).bound(a, thread)
     absorb = Absorb(p, shared).bound(a, thread)
     if a is not None and thread is not None:
         if is_first_kernel:
-            vectors = functools.partial(parts.prefetch_vectors, thread, input_vectors(p, a))
+            vectors = functools.partial(persistent.prefetch_vectors, thread, input_vectors(p, a))
             down.prefetches = [vectors, lambda: up.product.prefetch(thread), lambda: absorb.product.prefetch(thread)]
         # The attention between the kernels leaves SMs idle: meanwhile its outputs' first matrices stream to L2.
-        share = functools.partial(parts.block_share, thread)
+        share = functools.partial(persistent.block_share, thread)
         absorb.prefetches = [
-            lambda: parts.prefetch(thread, a.next_v_up, 2 * VALUE_DIM, *share(p.heads * p.value)),
+            lambda: persistent.prefetch(thread, a.next_v_up, 2 * VALUE_DIM, *share(p.heads * p.value)),
             functools.partial(_prefetch_out, p, a, thread),
         ]
     return [down, up, absorb]
@@ -198,9 +200,9 @@ def input_vectors(p: InputSizes, a: InputArrays) -> list[tuple[Address, int]]:
 
 
 def _prefetch_out(p: InputSizes, a: InputArrays, thread: Thread) -> None:
-    first, end = parts.block_share(thread, p.hidden)
+    first, end = persistent.block_share(thread, p.hidden)
     width = p.heads * p.value
     if a.next_out_scales is not None:
-        Codes(a.next_out, a.next_out_scales, width).prefetch(thread, first, end, parts.largest_block_share(p.hidden))
+        Codes(a.next_out, a.next_out_scales, width).prefetch(thread, first, end, persistent.largest_block_share(p.hidden))
     else:
-        parts.prefetch(thread, a.next_out, 2 * width, first, end)
+        persistent.prefetch(thread, a.next_out, 2 * width, first, end)

@@ -30,8 +30,7 @@ from pallas_kernels.decode_layer.mosaic_gpu_stages import (
     load_bfloat16,
     write_bfloat16,
 )
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import BlockRows, SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Float, Predicate, Word
 from pallas_kernels.latents import VALUE_DIM
@@ -51,8 +50,8 @@ class Values(Stage):
 
     def prepare(self) -> None:
         rows = self.p.heads * self.p.value
-        self.first, end = parts.block_share(self.thread, rows)
-        self.product = Product(self.thread, self.a.v_up, VALUE_DIM, self.first, end, parts.largest_block_share(rows))
+        self.first, end = persistent.block_share(self.thread, rows)
+        self.product = Product(self.thread, self.a.v_up, VALUE_DIM, self.first, end, persistent.largest_block_share(rows))
 
     def begin(self) -> None:
         self.product.begin()
@@ -62,8 +61,8 @@ class Values(Stage):
         # A share has at most `value` rows, so it is of one head or two.
         head = ptx.min_s32(self.first // p.value, p.heads - 1)
         last = p.heads * VALUE_DIM // 2 - 1
-        sink = parts.to_shared(self.vectors)
-        for i, exists in parts.indices_of_thread(self.thread, VALUE_DIM):
+        sink = persistent.to_shared(self.vectors)
+        for i, exists in persistent.indices_of_thread(self.thread, VALUE_DIM):
             word = ptx.min_s32(head * (VALUE_DIM // 2) + i, last)
             sink(i, ptx.load_global(ptx.offset(self.a.context, word, 4)), exists)
         ptx.block_barrier()
@@ -82,19 +81,19 @@ class Out(Stage):
 
     def __init__(self, p: OutputSizes, shared: SharedMemory):
         self.p = p
-        most = parts.largest_block_share(p.hidden)
+        most = persistent.largest_block_share(p.hidden)
         self.product = MatrixProduct(shared, p.heads * p.value, most, codes=p.out_codes)
 
     def prepare(self) -> None:
         a, thread = self.a, self.thread
-        self.product.take_rows(thread, a.out, a.out_scales, *parts.block_share(thread, self.p.hidden))
+        self.product.take_rows(thread, a.out, a.out_scales, *persistent.block_share(thread, self.p.hidden))
 
     def begin(self) -> None:
         self.product.begin()
 
     def run(self) -> None:
         p, a = self.p, self.a
-        write_bfloat16(self.thread, p.heads * p.value // 2, parts.fresh_pair(a.values), self.product.sink(self.thread))
+        write_bfloat16(self.thread, p.heads * p.value // 2, persistent.fresh_pair(a.values), self.product.sink(self.thread))
         ptx.block_barrier()
 
         def load(row: Word) -> Float:
@@ -118,7 +117,7 @@ class First(Stage):
         self.sums = shared.allocate(64)
         self.groups = GroupedVector.allocate(shared, p.hidden) if p.mlp_codes else None
         self.row_bytes = (2 * p.hidden, p.hidden) if p.mlp_codes else (1, 1)
-        self.most = parts.largest_block_shares(self.counts, row_bytes=self.row_bytes)
+        self.most = persistent.largest_block_shares(self.counts, row_bytes=self.row_bytes)
         self.split = TileSplit(p.hidden, self.most[-1]) if p.mlp_codes and p.shared else None
         self.codes_sums: Any = shared.allocate(self.split.sums_bytes) if self.split else None
 
@@ -147,7 +146,7 @@ class First(Stage):
 
     def run(self) -> None:
         p, a, thread = self.p, self.a, self.thread
-        sinks = [] if self.vector is None else [parts.to_shared(self.vector)]
+        sinks = [] if self.vector is None else [persistent.to_shared(self.vector)]
         if self.groups is not None:
             sinks.append(to_groups(thread, self.groups))
 
@@ -156,7 +155,7 @@ class First(Stage):
                 keep(i, word, exists)
 
         pair = bfloat16_pair(a.middle, ptx.load_fresh)
-        parts.normalise(thread, p.hidden // 2, pair, a.mlp_norm, p.eps, self.sums, sink, in_bfloat16=True)
+        persistent.normalise(thread, p.hidden // 2, pair, a.mlp_norm, p.eps, self.sums, sink, in_bfloat16=True)
         ptx.block_barrier()
         emit = float32_sink(ptx.offset(a.first, self.rows.offset, 4))
         is_first = self.rows.is_first
@@ -177,11 +176,11 @@ class DenseSecond(Stage):
 
     def __init__(self, p: OutputSizes, shared: SharedMemory):
         self.p = p
-        self.product = MatrixProduct(shared, p.shared, parts.largest_block_share(p.hidden), codes=p.mlp_codes)
+        self.product = MatrixProduct(shared, p.shared, persistent.largest_block_share(p.hidden), codes=p.mlp_codes)
 
     def prepare(self) -> None:
         a, thread = self.a, self.thread
-        self.product.take_rows(thread, a.shared_down, a.shared_down_scales, *parts.block_share(thread, self.p.hidden))
+        self.product.take_rows(thread, a.shared_down, a.shared_down_scales, *persistent.block_share(thread, self.p.hidden))
 
     def begin(self) -> None:
         self.product.begin()
@@ -219,7 +218,7 @@ def output_stages(
         if next_sizes is not None and next_arrays is not None:
             vectors += input_vectors(next_sizes, next_arrays)
         values.prefetches = [functools.partial(product.prefetch, thread) for product in (*first.products, *products)]
-        values.prefetches.append(functools.partial(parts.prefetch_vectors, thread, vectors))
+        values.prefetches.append(functools.partial(persistent.prefetch_vectors, thread, vectors))
         # While the experts are being chosen nothing of this layer can stream.
         mlp[0].prefetches = [functools.partial(stage.product.prefetch, thread) for stage in inputs]
     return [values, out, first, *mlp, *inputs]

@@ -14,8 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import THREADS, WARPS, Emit, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Word
 
@@ -71,7 +70,7 @@ class Product:
 
     def prefetch(self, thread: Thread) -> None:
         """Copies the rows to L2, where a later `begin` finds them."""
-        parts.prefetch(thread, self.matrix, 2 * self.width, self.first, self.end)
+        persistent.prefetch(thread, self.matrix, 2 * self.width, self.first, self.end)
 
     def finish(self, vector: Callable[[Word], Word], emit: Emit) -> None:
         """Sums the rows' products and passes them on.
@@ -90,7 +89,7 @@ class Product:
                 total = ptx.add_dot(total, piece, ptx.load_shared_words(at))
                 if chunk == self.chunks - 1:
                     stores = leads & ptx.select(row.signed < self.end, 1, 0)
-                    emit(row, parts.warp_sum(total, self.lanes), stores.differs(0))
+                    emit(row, persistent.warp_sum(total, self.lanes), stores.differs(0))
         self.in_flight = []
 
 

@@ -19,8 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_layer.arrays import AttentionWeights, latents_of
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import INDEX_WIDTH, TokenArrays, TokenSizes
 from pallas_kernels.decode_layer.mosaic_gpu_token import Token, rotate_pair
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
@@ -73,8 +72,8 @@ class Row:
         def sink(i: Word, word: Word, exists: Predicate) -> None:
             ptx.store_global(ptx.offset(a.q_latents, i, 4), word, exists)
 
-        pair = parts.fresh_pair(a.down_out)
-        parts.normalise(thread, p.q_rank // 2, pair, a.q_norm, p.latent_eps, self.sums, sink, in_bfloat16=False)
+        pair = persistent.fresh_pair(a.down_out)
+        persistent.normalise(thread, p.q_rank // 2, pair, a.q_norm, p.latent_eps, self.sums, sink, in_bfloat16=False)
         position = ptx.load_global(a.position)
         with ptx.when((position.signed >= 0) & (position.signed < p.max_len)):
             self.token.write(a, thread, position)
@@ -221,7 +220,7 @@ def latents_of_rows(
         scratch_types=(plgpu.SMEM((counted.used // 4,), jnp.int32),),
         grid=(rows,),
         grid_names=("block",),
-        num_threads=parts.THREADS // 128,
+        num_threads=persistent.THREADS // 128,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )

@@ -21,8 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_layer.mosaic_gpu_codes import Codes, CodesProduct, GroupedVector, TileSplit, to_groups
 from pallas_kernels.decode_layer.mosaic_gpu_products import Product
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import Emit, Pair, SharedMemory, Sink, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 
@@ -63,7 +62,7 @@ Stages = Callable[[Mapping[str, Address], Thread | None, SharedMemory], Sequence
 
 def _run_in_sequence(stages: Sequence[Stage], barrier_count: Address) -> None:
     for i, stage in enumerate(stages):
-        target = ptx.grid_arrive(barrier_count, parts.BLOCKS) if i else None
+        target = ptx.grid_arrive(barrier_count, persistent.BLOCKS) if i else None
         stage.begin()
         for prefetch in stage.prefetches:
             prefetch()
@@ -105,9 +104,9 @@ def call_kernel(
         body,
         out_type=tuple(outs.values()),
         scratch_types=(plgpu.SMEM((counted.used // 4,), jnp.int32),),
-        grid=(parts.BLOCKS,),
+        grid=(persistent.BLOCKS,),
         grid_names=("block",),
-        num_threads=parts.THREADS // 128,
+        num_threads=persistent.THREADS // 128,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
@@ -148,7 +147,7 @@ def load_float32(base: Address, i: Word) -> Float:
 
 def write_bfloat16(thread: Thread, pairs: int, pair: Pair, sink: Sink) -> None:
     """Passes the pairs of a vector to `sink` as bfloat16."""
-    for i, exists in parts.indices_of_thread(thread, pairs):
+    for i, exists in persistent.indices_of_thread(thread, pairs):
         sink(i, ptx.to_bfloat16_pair(*pair(i)), exists)
 
 
@@ -178,7 +177,7 @@ class MatrixProduct:
 
     def sink(self, thread: Thread) -> Sink:
         """What receives the vector as pairs of bfloat16."""
-        return to_groups(thread, self.vector) if self.codes else parts.to_shared(self.vector)
+        return to_groups(thread, self.vector) if self.codes else persistent.to_shared(self.vector)
 
     def begin(self) -> None:
         self.product.begin()

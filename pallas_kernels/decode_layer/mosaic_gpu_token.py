@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 from pallas_kernels import quant
 from pallas_kernels.decode_layer.mosaic_gpu_arrays import INDEX_WIDTH, TokenArrays, TokenSizes
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.hopper.ptx import Address, Float, Predicate, Word
 from pallas_kernels.latents import ROTARY, VALUE_DIM, WIDTH
@@ -31,13 +30,13 @@ class Token:
     def write(self, a: TokenArrays, thread: Thread, position: Word) -> None:
         """Stores the rows at `position` of the caches; all threads of the block take part."""
         p = self.p
-        pair = parts.fresh_pair(ptx.offset(a.down_out, ptx.constant(p.q_rank), 4))
+        pair = persistent.fresh_pair(ptx.offset(a.down_out, ptx.constant(p.q_rank), 4))
         words: list[tuple[Word, Word, Predicate]] = []  # (i, numbers 2 i and 2 i + 1, whether it exists) of this thread
 
         def sink(i: Word, word: Word, exists: Predicate) -> None:
             words.append((i, word, exists))
 
-        parts.normalise(thread, VALUE_DIM // 2, pair, a.kv_norm, p.latent_eps, self.sums, sink, in_bfloat16=False)
+        persistent.normalise(thread, VALUE_DIM // 2, pair, a.kv_norm, p.latent_eps, self.sums, sink, in_bfloat16=False)
         scale = self._write_codes(a, thread, words, position) if p.latents_scaled else None
         if scale is None:
             row, rotary = ptx.offset(a.latents, position, 2 * WIDTH), VALUE_DIM // 2
@@ -54,7 +53,7 @@ class Token:
             at = ptx.offset(row, thread.lane + rotary, 4)
             ptx.store_global(at, word, thread.lane.signed >= 0)
         if p.index_heads:
-            with ptx.when(thread.warp.equals(parts.WARPS - 1)):
+            with ptx.when(thread.warp.equals(persistent.WARPS - 1)):
                 write_index_key(p, a, thread.lane, position)
 
     def _write_codes(
@@ -63,7 +62,7 @@ class Token:
         """Stores a latent's first 512 numbers and its scale as quant.quantise_latents makes them; returns the scale."""
         assert self.sizes is not None
         pairs = [ptx.from_bfloat16_pair(word) for _, word, _ in words]
-        largest = parts.block_maximum(thread, [x for pair in pairs for x in pair], self.sizes)
+        largest = persistent.block_maximum(thread, [x for pair in pairs for x in pair], self.sizes)
         # XLA multiplies by the inverse of a constant that it divides by.
         scale = ptx.max_nan_f32(largest, ptx.number(quant.MIN_MAGNITUDE)) * (1 / quant.E4M3_MAX)
         is_even = (thread.lane & 1).equals(0)
@@ -83,10 +82,10 @@ def write_index_key(p: TokenSizes, a: TokenArrays, lane: Word, position: Word) -
     """Stores the token's index key: layer norm, rope."""
     at = ptx.offset(ptx.offset(a.down_out, ptx.constant(p.latent_end), 4), lane, 16)
     key = [ptx.float_of(word) for word in ptx.load_fresh_words(at)]
-    mean = parts.warp_sum(ptx.total(key)) * (1 / INDEX_WIDTH)
+    mean = persistent.warp_sum(ptx.total(key)) * (1 / INDEX_WIDTH)
     key = [x - mean for x in key]
     squares = ptx.total(x * x for x in key)
-    variance = parts.warp_sum(squares) * (1 / INDEX_WIDTH)
+    variance = persistent.warp_sum(squares) * (1 / INDEX_WIDTH)
     factor = ptx.rsqrt(variance + 1e-6)
     weights, biases = _load_lane_values(a.key_norm, lane), _load_lane_values(a.key_norm_bias, lane)
     key = [x * factor * w + b for x, w, b in zip(key, weights, biases, strict=True)]

@@ -64,7 +64,7 @@ class Row:
         return ptx.select(self.lane < self.warps, stored, 0)
 
     def before_and_total(self, line: Word, mine: Word) -> tuple[Word, Word]:
-        """Each warp brings a number: the sum of the earlier warps', and of all. One barrier."""
+        """The sum of `mine`, a number of each warp, over the earlier warps of the row, and over all; it passes one barrier."""
         with ptx.when(self.lane.equals(0)):
             ptx.store_shared(line + (self.warp << 2), mine)
         self.barrier()

@@ -30,15 +30,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import device, hopper
-from pallas_kernels.hopper import float16_rows, ptx
-from pallas_kernels.hopper import persistent as parts
+from pallas_kernels.hopper import float16_rows, persistent, ptx
 from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.quant import BLOCK, Scaled, float_scales
 from pallas_kernels.routed_mlp.api import MAX_ROWS
 from pallas_kernels.routing.arrays import Routes
 
 BLOCKS = hopper.NUM_SMS
-WARPGROUPS = parts.THREADS // hopper.WARPGROUP
+WARPGROUPS = persistent.THREADS // hopper.WARPGROUP
 TILE = 64  # rows of a matrix
 PIECES_BYTES = WARPGROUPS * TILE * BLOCK  # of the pieces of 128 codes of a tile's rows that the warpgroups have at a time
 IN_FLIGHT = range(2, 7)  # so many of these are copied ahead, at least and at most
@@ -110,7 +109,7 @@ class Rows:
         tasks = fours * pieces
 
         def some(step: Value, _: Sequence[Value]) -> Sequence[Value]:
-            starts = [step * (ROW_LOADS * parts.WARPS) + thread.warp + i * parts.WARPS for i in range(ROW_LOADS)]
+            starts = [step * (ROW_LOADS * persistent.WARPS) + thread.warp + i * persistent.WARPS for i in range(ROW_LOADS)]
             loaded = []
             for task in starts:
                 piece, four = task // fours, task % fours
@@ -126,15 +125,16 @@ class Rows:
                     float16_rows.write_piece(thread.lane, row, piece, halves, self.columns, self.numbers, self.factors)
             return []
 
-        ptx.loop(ptx.constant(-(-tasks // (ROW_LOADS * parts.WARPS))), [], some)
+        ptx.loop(ptx.constant(-(-tasks // (ROW_LOADS * persistent.WARPS))), [], some)
 
 
 class Tiles:
     """This thread block's tiles of matrices [E, `rows`, `width`] in codes and of a shared one: `each` goes through them.
 
     Tile t of all is tile t % `of_group` of group number `groups[t / of_group]`. matrix_row(tile, warp): the row of the matrix
-    with which the 16 of one of a warpgroup's warps begin. in_flight: of IN_FLIGHT. parts: in how many the rows are in shared
-    memory; with several the tiles' sums of parts before are kept in the array `{name}_sums`.
+    with which the 16 of one of a warpgroup's warps begin. in_flight: of IN_FLIGHT. parts_of_rows: in how many parts, one after
+    the other, the rows are in shared memory; with several the tiles' sums over the parts so far are kept in the array
+    `{name}_sums`.
     """
 
     def __init__(
@@ -156,10 +156,10 @@ class Tiles:
         self.pieces, self.parts = width // BLOCK, parts_of_rows
         self.pieces_of_part = -(-self.pieces // self.parts)
         self.steps = -(-self.pieces_of_part // WARPGROUPS)  # pieces of a tile that a warpgroup has at a time
-        self.codes, self.scales = shared.allocate(in_flight * PIECES_BYTES), shared.allocate(in_flight * 4 * parts.THREADS)
+        self.codes, self.scales = shared.allocate(in_flight * PIECES_BYTES), shared.allocate(in_flight * 4 * persistent.THREADS)
         self.groups = shared.allocate(4 * sizes.groups)
         self.sums = shared.allocate(4 * SUMS_PITCH * sizes.columns * WARPGROUPS)
-        self.kept: Value | None = None  # where the sums of the tile at hand over parts before are
+        self.kept: Value | None = None  # where the current tile's sums over earlier parts of the rows are
         if a:
             self.warpgroup, self.warp_of_tile = thread.warp >> 2, thread.warp & 3
             self.quad_lane, self.row_of_8 = thread.lane & 3, thread.lane >> 2
@@ -169,7 +169,7 @@ class Tiles:
     def begin(self) -> None:
         """Starts the first copies."""
         a, thread = self.a, self.thread
-        for i, exists in parts.indices_of_thread(thread, self.sizes.groups):
+        for i, exists in persistent.indices_of_thread(thread, self.sizes.groups):
             with ptx.when(exists):
                 ptx.store_shared(self.groups + (i << 2), ptx.load_global(ptx.offset(a["groups"], i, 4)))
         total = ptx.load_global(a["num_groups"]) * self.of_group
@@ -216,7 +216,7 @@ class Tiles:
             own = ptx.offset(source, ptx.constant(1), 8 * other * width + half * BLOCK // 2)
             ptx.copy_async(target + 512 * quarter, own, size, 1, 0, 0)
         scale = ptx.offset(ptx.offset(scales, first // BLOCK, 4 * self.pieces), piece, 4)
-        ptx.copy_async_word(self.own_scales + slot * (4 * parts.THREADS), scale, size >> 2)
+        ptx.copy_async_word(self.own_scales + slot * (4 * persistent.THREADS), scale, size >> 2)
         ptx.copies_commit()
 
     def each(
@@ -228,8 +228,8 @@ class Tiles:
     ) -> None:
         """For every tile start(group, is_new), its sums with all of `rows`, and end(tile, what `start` returned).
 
-        is_new: whether it is another group than the last tile's. `end` finds the sums by `pair`. write_part(part): brings that
-        part of the rows, of several, to shared memory.
+        is_new: whether it is another group than the last tile's. `end` reads the sums by `pair`. write_part(part): writes that
+        part of the rows to shared memory, where they have several.
         """
         slot = ptx.constant(0)
         for part in range(self.parts):
@@ -290,7 +290,7 @@ class Tiles:
     def _keep(self, number: Value) -> None:
         """Stores a tile's sums so far, four of a column by a thread."""
         fours = TILE // 4
-        for i, exists in parts.indices_of_thread(self.thread, self.sizes.rows * fours):
+        for i, exists in persistent.indices_of_thread(self.thread, self.sizes.rows * fours):
             column, row = i // fours, (i % fours) << 2
             words = [ptx.bits_of(x) for two in range(2) for x in self.pair(row + 2 * two, column)]
             ptx.store_global_words(ptx.offset(self._kept(number), column * TILE + row, 4), words, exists)
@@ -301,7 +301,7 @@ class Tiles:
         return self.sums + ((columns * SUMS_PITCH + row) << 2)
 
     def pair(self, row: Value, column: Value) -> list[Value]:
-        """The sums of a row and the next one, with those of parts before."""
+        """The sums of a row of the tile and of the next one, those over earlier parts of the rows added."""
         pairs = [ptx.load_shared_floats(self._sum_at(ptx.constant(i), row, column)) for i in range(WARPGROUPS)]
         if self.kept is not None:
             kept = ptx.load_fresh_pair(ptx.offset(self.kept, column * TILE + row, 4))
@@ -313,7 +313,7 @@ class Tiles:
         ptx.copies_done(self.in_flight - 1)
         own_codes = self.own_codes + slot * PIECES_BYTES
         codes = [ptx.load_shared_words(own_codes + 512 * quarter) for quarter in range(4)]
-        scale = ptx.float_of(ptx.load_shared(self.own_scales + slot * (4 * parts.THREADS)))
+        scale = ptx.float_of(ptx.load_shared(self.own_scales + slot * (4 * persistent.THREADS)))
         sums = ptx.multiply_codes(codes, rows.operand(piece), BLOCK * columns, columns)
         factors_at = rows.factors + piece * (4 * columns) + (self.quad_lane << 3)
         new = []
@@ -364,7 +364,7 @@ class First:
         width, half = self.sizes.width, TILE // 2
         for column, row, slot, stores in _pairs(self.sizes, self.thread, half // 2, slots):
             gates, ups = (self.tiles.pair(row + part * half, column) for part in range(2))
-            word = ptx.to_bfloat16_pair(*(parts.silu(g) * u for g, u in zip(gates, ups, strict=True)))
+            word = ptx.to_bfloat16_pair(*(persistent.silu(g) * u for g, u in zip(gates, ups, strict=True)))
             at = slot * width + tile * half + row
             ptx.store_global(ptx.offset(self.a["hidden"], at, 2), word, stores)
 
@@ -416,13 +416,13 @@ def _slot(sizes: Sizes, a: Mapping[str, Value], group: Value, row: Value) -> Val
 
 def _slots(sizes: Sizes, a: Mapping[str, Value], thread: Thread, group: Value, pairs: int) -> list[Value]:
     """The number of the pair of a row and the group, for each column of which this thread has one of `pairs` pairs of rows."""
-    return [_slot(sizes, a, group, i // pairs) for i, _ in parts.indices_of_thread(thread, sizes.rows * pairs)]
+    return [_slot(sizes, a, group, i // pairs) for i, _ in persistent.indices_of_thread(thread, sizes.rows * pairs)]
 
 
 def _pairs(sizes: Sizes, thread: Thread, pairs: int, slots: Sequence[Value]) -> list[tuple[Value, Value, Value, Value]]:
     """(column, first row of a pair, number of the column's pair, whether it exists) of this thread's pairs of rows."""
     found = []
-    for (i, exists), slot in zip(parts.indices_of_thread(thread, sizes.rows * pairs), slots, strict=True):
+    for (i, exists), slot in zip(persistent.indices_of_thread(thread, sizes.rows * pairs), slots, strict=True):
         stores = exists & (slot.signed >= 0)
         found.append((i // pairs, (i % pairs) << 1, ptx.max_s32(slot, 0), stores))
     return found

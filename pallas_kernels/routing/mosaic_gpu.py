@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.hopper.persistent import SharedMemory, Thread
 from pallas_kernels.routing.arrays import Routes
 from pallas_kernels.routing.choice import LANES, Choice
@@ -53,7 +52,10 @@ def choice_of(thread: Any, choice: Choice, logits: Value, bias: Value, row: Valu
 
 
 class Program:
-    """The one thread block. used: a word for every expert that the device has, padded: whether a row chose it."""
+    """What the kernel's one thread block does. a: addresses of the inputs and of `outputs`, by name.
+
+    used: shared memory with a word for every expert that the device has, padded to whole warps: whether a row chose it.
+    """
 
     def __init__(self, p: Options, a: Mapping[str, Value], thread: Any, shared: SharedMemory):
         self.p, self.a, self.thread = p, a, thread
@@ -62,22 +64,22 @@ class Program:
 
     def run(self) -> None:
         p, thread = self.p, self.thread
-        for i, exists in parts.indices_of_thread(thread, self.num_used):
+        for i, exists in persistent.indices_of_thread(thread, self.num_used):
             with ptx.when(exists):
                 ptx.store_shared(self.used + (i << 2), ptx.constant(0))
-        for i, exists in parts.indices_of_thread(thread, p.experts * p.rows):
+        for i, exists in persistent.indices_of_thread(thread, p.experts * p.rows):
             ptx.store_global(ptx.offset(self.a["slots"], i, 4), ptx.constant(-1), exists)
-        for i, exists in parts.indices_of_thread(thread, p.experts + 1):
+        for i, exists in persistent.indices_of_thread(thread, p.experts + 1):
             ptx.store_global(ptx.offset(self.a["groups"], i, 4), ptx.constant(-1), exists)
         ptx.block_barrier()
-        for start in range(0, p.rows, parts.WARPS):
+        for start in range(0, p.rows, persistent.WARPS):
             row = thread.warp + start
             with ptx.when(row.signed < p.rows):
                 self.choose(row)
         ptx.block_barrier()
         with ptx.when(thread.warp.equals(0)):
             self.list_groups()
-        for i, exists in parts.indices_of_thread(thread, p.rows):
+        for i, exists in persistent.indices_of_thread(thread, p.rows):
             place = i + p.rows * p.choices if p.shared else ptx.constant(-1)
             ptx.store_global(ptx.offset(self.a["slots"], i + p.experts * p.rows, 4), place, exists)
 
@@ -114,6 +116,7 @@ class Program:
 
 
 def outputs(p: Options) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of `Routes`, by the names of its fields."""
     shapes = {
         "experts": (p.rows, p.choices),
         "weights": (p.rows, p.choices),
@@ -147,7 +150,7 @@ def route(logits: jax.Array, bias: jax.Array, first: jax.Array, *, num_own: int,
         scratch_types=(plgpu.SMEM((counted.used // 4,), jnp.int32),),
         grid=(1,),
         grid_names=("block",),
-        num_threads=parts.THREADS // hopper.WARPGROUP,
+        num_threads=persistent.THREADS // hopper.WARPGROUP,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )

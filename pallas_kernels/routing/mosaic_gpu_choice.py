@@ -12,8 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pallas_kernels.hopper import persistent as parts
-from pallas_kernels.hopper import ptx
+from pallas_kernels.hopper import persistent, ptx
 from pallas_kernels.routing.choice import LANES, Choice
 
 Value = Any
@@ -27,12 +26,12 @@ def choose(
     scores, keys = [], []
     for start in range(0, choice.experts, LANES):
         number = thread.lane + start
-        score = parts.sigmoid(logit(number))
+        score = persistent.sigmoid(logit(number))
         scores.append(score)
-        keys.append(parts.sortable_bits(score + bias(number)))
+        keys.append(persistent.sortable_bits(score + bias(number)))
     if choice.n_group > 1:
         keys = _in_best_groups(thread, choice, keys)
-    experts = parts.largest_keys(thread, keys, choice.choices)
+    experts = persistent.largest_keys(thread, keys, choice.choices)
     weights = []
     for expert in experts:
         bits = ptx.constant(0)
@@ -50,9 +49,9 @@ def _in_best_groups(thread: Any, choice: Choice, keys: Sequence[Value]) -> list[
     of_group = len(keys) // choice.n_group
     quality = ptx.constant(0)  # below every key, in lanes of no group
     for group in range(choice.n_group):
-        key = parts.sortable_bits(_two_largest(thread, keys[group * of_group : (group + 1) * of_group]))
+        key = persistent.sortable_bits(_two_largest(thread, keys[group * of_group : (group + 1) * of_group]))
         quality = ptx.select(thread.lane.equals(group), key, quality)
-    kept = parts.largest_keys(thread, [quality], choice.topk_group)
+    kept = persistent.largest_keys(thread, [quality], choice.topk_group)
     masked = []
     for i, key in enumerate(keys):
         is_kept = functools.reduce(lambda a, b: a | b, (group.equals(i // of_group) for group in kept))
@@ -73,5 +72,5 @@ def _two_largest(thread: Any, keys: Sequence[Value]) -> Value:
 
 
 def _float_of_key(key: Value) -> Value:
-    """The float32 whose `parts.sortable_bits` the key is."""
+    """The float32 whose `persistent.sortable_bits` the key is."""
     return ptx.float_of(ptx.select(key.signed < 0, key ^ -0x80000000, key ^ -1))

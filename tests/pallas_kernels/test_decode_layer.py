@@ -256,7 +256,7 @@ def context_of(config):
     ],
     ids=["groups", "unshared", "dense", "wide"],
 )
-def test_layer_outputs(emulated, monkeypatch, experts, fields):
+def test_layer_outputs(emulated, experts, fields):
     """`groups`: of experts; `wide`: more units of 16 columns than SMs."""
     config, layer, cache, x = make(experts=experts, **fields)
     context = context_of(config)
@@ -283,7 +283,7 @@ def test_attention_inputs_from_codes_are_those_from_the_same_numbers(emulated, f
     [(True, {}), (True, {"n_shared_experts": 0}), (False, {"intermediate_size": 384}), (True, {"hidden_size": 640})],
     ids=["experts", "unshared", "dense", "wide"],
 )
-def test_layer_outputs_from_codes_are_those_from_the_same_numbers(emulated, monkeypatch, experts, fields):
+def test_layer_outputs_from_codes_are_those_from_the_same_numbers(emulated, experts, fields):
     """`wide`: several tiles of 16 rows for every SM. The kernels round the same numbers, so only orders of sums differ."""
     config, layer, cache, x = make(experts=experts, **CODES, **fields)
     layer, decoded = in_codes(layer)
@@ -393,7 +393,7 @@ def test_two_layers_in_one_kernel(emulated, full):
     compare(ready, *inputs_in_xla(config, following, cache, y, positions))
 
 
-def test_experts_of_equal_scores_are_those_that_top_k_takes(emulated, monkeypatch):
+def test_experts_of_equal_scores_are_those_that_top_k_takes(emulated):
     config, layer, cache, x = make()
     router = jnp.broadcast_to(layer.mlp.router[3], layer.mlp.router.shape)  # all logits equal
     bias = jnp.zeros_like(layer.mlp.router_bias).at[jnp.array([7, 30])].set(0.5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper, quant
-from pallas_kernels.hopper import persistent as parts
+from pallas_kernels.hopper import persistent
 from pallas_kernels.routed_mlp import api, mosaic_gpu, reference
 from pallas_kernels.routing import reference as routing
 from tests.support.emulated import lockstep
@@ -30,13 +30,13 @@ def emulated(monkeypatch):
         arrays |= {n: words(np.full(like.shape, np.nan, like.dtype)) for n, like in outs.items()}
 
         def stages(a, block, shared):
-            first, second = mosaic_gpu.stages(sizes, a, parts.Thread.current(block), shared)
+            first, second = mosaic_gpu.stages(sizes, a, persistent.Thread.current(block), shared)
             return [
                 types.SimpleNamespace(begin=lambda: None, prefetches=(), run=first.run),
                 types.SimpleNamespace(begin=second.begin, prefetches=(), run=second.run),
             ]
 
-        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, parts.THREADS, mosaic_gpu.shared_bytes(sizes), stages)
+        lockstep.run_grid(monkeypatch, arrays, mosaic_gpu.BLOCKS, persistent.THREADS, mosaic_gpu.shared_bytes(sizes), stages)
         return {n: jnp.asarray(arrays[n].view(like.dtype).reshape(like.shape)) for n, like in outs.items()}
 
     monkeypatch.setattr(mosaic_gpu, "_call", call)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import persistent as parts
+from pallas_kernels.hopper import persistent
 from pallas_kernels.routing import api, mosaic_gpu, reference
 from pallas_kernels.routing.choice import Choice
 from tests.support.emulated import lockstep
@@ -25,14 +25,14 @@ def emulated(monkeypatch, logits, bias, first, **options):
     arrays["first"] = np.array([first], np.int32)
     outs = mosaic_gpu.outputs(p)
     arrays |= {name: np.full(int(np.prod(out.shape)), 0x5A5A5A5A, np.int32) for name, out in outs.items()}
-    counted = parts.SharedMemory()
+    counted = persistent.SharedMemory()
     mosaic_gpu.Program(p, {}, None, counted)
 
     def stages(a, block, shared):
-        program = mosaic_gpu.Program(p, a, parts.Thread.current(block), parts.SharedMemory(shared))
+        program = mosaic_gpu.Program(p, a, persistent.Thread.current(block), persistent.SharedMemory(shared))
         return [types.SimpleNamespace(begin=lambda: None, prefetches=(), run=program.run)]
 
-    lockstep.run_grid(monkeypatch, arrays, 1, parts.THREADS, counted.used, stages)
+    lockstep.run_grid(monkeypatch, arrays, 1, persistent.THREADS, counted.used, stages)
     return {n: arrays[n].view(out.dtype).reshape(out.shape) for n, out in outs.items()}
 
 
