@@ -184,7 +184,7 @@ def test_an_export_that_transformers_runs_wrongly_is_reported(tmp_path):
     assert convert(source, tmp_path / "orbax") == []
 
 
-def test_what_goes_along(tmp_path, source):
+def test_what_goes_along(tmp_path):
     directory = files.write_checkpoint(tmp_path / "hf", files.config_fields(MIXED), MIXED.state)
     (directory / "tokenizer.json").write_text("a tokenizer")
     (directory / "generation_config.json").write_text("{}")

@@ -159,7 +159,7 @@ def test_a_gpu_that_jax_does_not_use_is_a_warning(monkeypatch, tmp_path):
     assert ("warning: there is an NVIDIA GPU here that JAX does not use" in doctor.about_devices()) is expected
 
 
-def test_where_programs_are_kept(monkeypatch, tmp_path):
+def test_where_programs_are_kept(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))

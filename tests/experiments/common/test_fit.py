@@ -65,7 +65,7 @@ def test_a_model_that_does_not_fit_is_told_the_smallest_mesh_that_does(there):
     assert need.total <= H200
 
 
-def test_a_cache_that_does_not_fit_is_told_the_longest_that_does(there, capsys):
+def test_a_cache_that_does_not_fit_is_told_the_longest_that_does(there):
     config = Config.from_hf(preset("30b"))
     schedule = Schedule.uniform(config.num_layers, 12)
     there(80_000_000_000)

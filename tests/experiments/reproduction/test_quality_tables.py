@@ -131,7 +131,7 @@ def test_rows_survive_a_kill_and_are_not_made_twice(tmp_path):
     assert len(path.read_text().splitlines()) == 3
 
 
-def test_nothing_is_begun_after_the_deadline(tmp_path, capsys):
+def test_nothing_is_begun_after_the_deadline(tmp_path):
     rows = Rows(tmp_path / "rows.jsonl", {}, False, time.perf_counter() - 1)
     assert rows.once("free", 0, "FF", lambda: pytest.fail("begun")) is None and rows.skipped == 1
     rows.close()

@@ -28,7 +28,7 @@ def in_8_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["dense", "experts"])
-def test_mlp_quantises_what_products_would(weights, monkeypatch, request, number):
+def test_mlp_quantises_what_products_would(weights, request, number):
     p, x = weights.layers[number], jax.random.normal(jax.random.key(1), (2, 5, CONFIG.hidden_size))
     with ops.rounded_rows():
         expected = layer.mlp(p, x, CONFIG) - x
