@@ -61,6 +61,7 @@ def open_checkpoint(directory: str | pathlib.Path) -> HuggingFaceCheckpoint | or
 
 
 def resolve_schedule(checkpoint: Checkpoint, schedule: Schedule | str | None) -> Schedule:
+    """The schedule that a caller asks for, by a pattern or itself; the checkpoint's own for None."""
     if schedule is None:
         return checkpoint.schedule
     return schedule if isinstance(schedule, Schedule) else Schedule.parse(schedule, checkpoint.config.num_layers)

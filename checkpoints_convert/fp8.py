@@ -36,6 +36,7 @@ def block_size(fields: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the scales of codes of this shape, one a block."""
     return tuple(math.ceil(size / side) for size, side in zip(shape, block, strict=True))
 
 

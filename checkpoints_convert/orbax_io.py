@@ -41,6 +41,7 @@ PENDING_CHUNKS = 2  # being compressed and written; each takes about three times
 
 
 def is_orbax(directory: pathlib.Path) -> bool:
+    """Whether a directory holds an orbax checkpoint of params."""
     return (directory / PARAMS / "_METADATA").exists()
 
 

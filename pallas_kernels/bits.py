@@ -14,6 +14,7 @@ MAX_WORDS = 2**31 - 1  # that `pack` finds by one int32 index, which also stands
 
 
 def num_words(keys: int) -> int:
+    """How many words the bits of so many keys take."""
     return -(-keys // WORD_BITS)
 
 

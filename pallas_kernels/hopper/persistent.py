@@ -105,6 +105,7 @@ class BlockRows:
 
 
 def largest_block_share(count: int, spared: int = 0) -> int:
+    """The most rows of `count` that a thread block takes of those that `block_share` deals out."""
     return -(-count // (BLOCKS - spared))
 
 
@@ -216,10 +217,12 @@ def fresh_pair(base: Address) -> Pair:
 
 
 def silu(x: Float) -> Float:
+    """x sigmoid(x), in float32."""
     return x * sigmoid(x)
 
 
 def sigmoid(x: Float) -> Float:
+    """1 / (1 + exp(-x)), in float32; the division is rounded to nearest."""
     powers = ptx.exp2(x * -1.4426950408889634)
     return ptx.div_rn(ptx.number(1.0), powers + 1.0)
 

@@ -26,22 +26,27 @@ TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def smem(*shape: int) -> Any:
+    """Shared memory for bfloat16 tiles of this shape, in the layout that wgmma reads."""
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED)
 
 
 def streamed(rows: int, width: int, index_map: Any) -> Any:
+    """Blocks [rows, width] that `stream` copies to shared memory, in the layout that wgmma reads."""
     return plgpu.BlockSpec((rows, width), index_map, transforms=TILED)
 
 
 def by_row(vector: jax.Array, columns: int) -> jax.Array:
+    """A number for each row, [ROWS], in all columns of a tile [ROWS, columns]."""
     return lax.broadcast_in_dim(vector, (ROWS, columns), [0])
 
 
 def by_column(vector: jax.Array) -> jax.Array:
+    """A number for each column, [columns], in all rows of a tile [ROWS, columns]."""
     return lax.broadcast_in_dim(vector, (ROWS, vector.shape[0]), [1])
 
 
 def filled(shape: tuple[int, ...], value: float, layout: Any = WGMMA) -> jax.Array:
+    """A float32 array in registers that holds one value, by default in the layout of an accumulator."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 

@@ -27,7 +27,7 @@ def _reference(
     return_lse: bool,
     **options: Any,
 ) -> Any:
-    del lengths  # every entry is looked at
+    del lengths  # the reference reads every entry of a list
     if isinstance(latents, quant.Latents) or return_lse:
         return reference.sparse_mla(queries, latents, indices, **options, return_lse=return_lse)
     return gradient.differentiable(reference.sparse_mla)(queries, latents, indices, options["scale"], options["value_dim"])

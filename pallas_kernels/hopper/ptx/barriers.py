@@ -13,10 +13,12 @@ def block_barrier() -> None:
 
 
 def barrier_init(address: Word, arrivals: int) -> None:
+    """Makes an mbarrier of so many arrivals at a shared address; `barrier_init_done` follows the last one."""
     asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", [address], "r")
 
 
 def barrier_init_done() -> None:
+    """Makes the mbarriers that this thread has initialised visible to the cluster."""
     asm("fence.mbarrier_init.release.cluster;")
 
 
@@ -35,6 +37,7 @@ def barrier_arrive_after_copies(address: Word) -> None:
 
 
 def barrier_wait(address: Word, parity: Word) -> None:
+    """Waits until the mbarrier has completed its phase of this parity: 0 for the first, 1 for the second, and so on in turn."""
     asm(
         "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1, 0x989680;\n"
         "@done bra DONE;\nbra WAIT;\nDONE:\n}",
@@ -64,7 +67,7 @@ def barrier(identity: int, threads: int) -> None:
 
 
 def barrier_aligned(identity: Word, threads: int) -> None:
-    """The same with a number from a register, which whole warps take together."""
+    """As `barrier`, with its number in a register; the threads of a warp pass it together."""
     asm(f"bar.sync $0, {threads};", [identity], "r")
 
 
