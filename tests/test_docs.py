@@ -219,6 +219,15 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def test_what_8_bits_change_is_what_the_report_says():
+    """Columns of the report that the page leaves out aside."""
+    report = (ROOT / "results" / "precision" / "report.md").read_text(encoding="utf-8")
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.split("\n") if line[:1] == "|"]
+    left_out = {header.index("KL of predictions"), header.index("worst layer")}
+    kept = [[cell for i, cell in enumerate(row) if i not in left_out] for row in rows]
+    assert rows_of("results.md", "8 bits in caches and weights") == kept
+
+
 @contextlib.contextmanager
 def given_flags(module: str, arguments: str) -> Iterator[None]:
     """Within, an experiment's flags are those of a command; afterwards as they were."""
