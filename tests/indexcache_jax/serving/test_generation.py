@@ -9,7 +9,7 @@ import pytest
 
 from indexcache_jax import forward, serving
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.serving import Sampling, generate, prefill_document, prefill_prompts
+from indexcache_jax.serving import Sampling, generate, generation, prefill_document, prefill_prompts
 from indexcache_jax.serving.generation import padded_chunk, padded_kv_length
 from tests.support.serving_cases import CHUNK, MODELS, NEW, greedy_by_forwards, model, prompts_of, run
 
@@ -57,6 +57,21 @@ def test_a_document_shared_by_all_prompts_is_as_if_it_stood_in_each(case_name="g
     assert sum(tokens for phase, tokens in told if phase == "prefill") == sum(map(len, questions))
     with pytest.raises(ValueError, match="cache_format: .*float8_e4m3fn.*document's cache has .*float32"):
         again(questions, cache_format="float8_e4m3fn")
+
+
+def test_a_program_reads_what_is_cached_and_what_it_appends(monkeypatch):
+    """More than these positions is read only because few different numbers are compiled, 512 at least."""
+    case, needed = model("glm", "FSFSF"), []
+
+    def padded(filled, max_len):
+        needed.append(filled)
+        return max_len
+
+    monkeypatch.setattr(generation, "padded_kv_length", padded)
+    document = prompts_of(case)[0]
+    run(case, [[3, 1, 4], [1, 5, 9, 2, 6, 5], [3]], document=document)
+    assert len(document) == 37 and NEW == 6
+    assert needed == [16, 32, 37, 37 + 6, 37 + 6 + 8]  # chunks of the document, the longest prompt, eight steps
 
 
 def test_logits_that_are_not_finite_are_reported_not_drawn_from():
