@@ -98,8 +98,7 @@ def config_of(config: Config, copied: Iterable[str] = (), origin: Mapping[str, A
             "activation_scheme": "dynamic",
             "weight_block_size": list(DEFAULT_BLOCK),
         }
-    field = "ignore" if origin.get("quant_method") == "compressed-tensors" else _LEFT_OUT[0]
-    return {name: value for name, value in origin.items() if name not in _LEFT_OUT} | {field: ["lm_head", *kept]}
+    return {name: value for name, value in origin.items() if name not in _LEFT_OUT} | {_LEFT_OUT[0]: ["lm_head", *kept]}
 
 
 def leaves_out(quantization: Mapping[str, Any], names: Iterable[str]) -> bool:

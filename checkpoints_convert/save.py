@@ -235,7 +235,8 @@ def convert(
     """Converts one checkpoint directory into another, without ever holding the model. Returns what was left out, and warnings.
 
     format: None takes the one that `source` is not. schedule, dtype and weights are as in `load`, the rest as in `save`.
-    An FP8 checkpoint stays one unless weights is None; codes, scales and its quantization_config are written back as they are.
+    An FP8 checkpoint stays one unless weights is None; codes, scales and its quantization_config are written back as they are,
+    but what compressed-tensors wrote, which names scales otherwise, becomes quant_method "fp8".
     keep_mtp, keep_shared_indexers: copy these tensors as they are stored (FP8 ones as dtype unless the result is FP8) into a
     safetensors directory; they have no place in params. Those of multi-token prediction may lie in a file beside the ones that
     the index names. Tokenizer, chat template and generation config go along, and config.json, but for what has changed.
@@ -334,8 +335,13 @@ def _write(
 def _quantization(
     checkpoint: Recoded, tree: Params, config: Config, copies: Sequence[tuple[Spec, Iterator[np.ndarray]]]
 ) -> dict[str, Any]:
-    """The quantization_config of a tree in 8 bits: the checkpoint's own, unless that leaves out what is quantised here."""
+    """The quantization_config of a tree in 8 bits: the checkpoint's own, unless that leaves out what is quantised here.
+
+    Another method than "fp8", such as compressed-tensors, has another name for the scales than they are written under.
+    """
     origin = checkpoint.stored.quantization
+    if origin is not None and origin.get("quant_method") not in (None, "fp8"):
+        origin = None
     if origin is not None and not fp8.leaves_out(origin, checkpoint.quantised(tree)):
         return origin
     copied = [spec.name for spec, _ in copies if len(spec.shape) == 2 and spec.dtype != "F8_E4M3"]

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints_convert import Layers, convert, load, save, stored_weights
+from checkpoints_convert import Layers, convert, fp8, load, save, stored_weights
 from checkpoints_convert.safetensors_io import read_directory
 from indexcache_jax import params, serving
 from indexcache_jax.tensors import leaves
@@ -200,6 +200,19 @@ def test_what_was_left_in_16_bits_and_is_quantised_is_no_longer_named(tmp_path):
     named = written.pop("modules_to_not_convert")
     assert written == QUANTISATION and "model.layers.0.self_attn.indexer.weights_proj" in named
     assert not any("wk" in module or module.endswith("indexer") for module in named)
+
+
+def test_blocks_of_compressed_tensors_are_written_with_a_config_that_names_scales_as_they_are(tmp_path):
+    stored, _ = files.quantised(RAGGED, files.SCALES["BF16"])
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    quantisation = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}, "ignore": []}
+    renamed = {name.removesuffix("_inv"): tensor for name, tensor in stored.items()}
+    fields = files.config_fields(RAGGED, quantization_config=quantisation)
+    source = files.write_checkpoint(tmp_path / "compressed", fields, renamed)
+    convert(source, tmp_path / "out", format="safetensors")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written == fp8.config_of(CONFIG)
+    assert stored_bytes(tmp_path / "out") == stored_bytes(write(tmp_path / "named fp8", stored))
 
 
 def test_scales_of_several_types_become_float32(tmp_path):
