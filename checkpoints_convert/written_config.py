@@ -51,6 +51,9 @@ def written_fields(
         return said | schedule.to_hf() | {"dtype": dtype} | quantised
     before, fields = origin.config.to_hf(), dict(origin.fields)
     changed = {name: value for name, value in said.items() if value != before[name]}
+    if changed.keys() - {"num_nextn_predict_layers"}:  # beside other values, the default of what is left out may be another
+        left_out = {name for name in said if fields.get(name) is None} | {"rope_parameters"}  # some of whose own may be
+        changed |= {name: said[name] for name in left_out}
     for name in changed:
         for other in _ALSO_SAID_BY.get(name, ()):
             fields.pop(other, None)

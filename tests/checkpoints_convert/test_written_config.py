@@ -101,6 +101,16 @@ def test_a_changed_shape_leaves_no_other_name_for_it():
     assert Config.from_hf(fields) == dataclasses.replace(longer, num_nextn_predict_layers=0)
 
 
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+def test_a_changed_shape_leaves_no_default_that_it_changes(where):
+    """Yarn's factor is max_position_embeddings over the original ones, where config.json has none."""
+    shipped = SHIPPED | {"rope_scaling": None, where: {"type": "yarn"}, "num_nextn_predict_layers": 0}
+    config = Config.from_hf(shipped)
+    longer = dataclasses.replace(config, max_position_embeddings=512)
+    fields = written_fields(longer, Schedule("FFFFF"), "float32", origin=Origin(shipped, config))
+    assert Config.from_hf(fields) == longer
+
+
 @pytest.mark.parametrize("fields", [SHIPPED, dict(DEEPSEEK_FIELDS) | {"rope_interleave": True}], ids=["glm", "deepseek"])
 def test_transformers_reads_the_same_model(tmp_path, fields):
     transformers = pytest.importorskip("transformers", reason="the test extra has it below Python 3.12")
