@@ -206,7 +206,7 @@ def _repeat(x: jax.Array, copies: int, max_len: int) -> jax.Array:
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Puts new [B, S, ...] at positions [B, S] of buffer [B, T, ...]; those outside 0 .. T-1 are dropped.
 
-    A negative position marks padding, so what stands there never reaches the cache. A single token in all is never dropped,
+    A negative position marks padding, so what stands there never reaches the cache. A device's single token is never dropped,
     which would need another kernel: it takes the last position if it has one past the end, and may not be padding. Every
     device that holds a row is given all of the row's new tokens, and keeps those of its part of the T positions.
     """

@@ -99,7 +99,7 @@ def prefill_prompts(
     while start < sizes.max():
         width = padded_chunk(int(sizes.max()) - start, chunk)
         lengths = np.clip(sizes - start, 0, width)
-        tokens = np.zeros((len(sizes), width), np.int32)
+        tokens = np.zeros((len(sizes), max(width, 2)), np.int32)  # a cache drops no single token, which may be padding
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             tokens[row, :length] = prompt[start : start + length]
         kv_length = padded_kv_length(int((filled + np.minimum(sizes, start + width)).max()), cache.max_len)

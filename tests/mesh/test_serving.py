@@ -14,6 +14,7 @@ from indexcache_jax.serving.model import embed, last_hidden, last_logits, prefil
 from indexcache_jax.serving.weights import abstract, from_params
 from tests.support import meshes
 from tests.support.serving_cases import CHUNK, NEW, greedy_by_forwards, model, prompts_of
+from tests.support.tiny_models import GLM_FIELDS, Case
 
 # All meshes for one family; for the others those that split most.
 GLM = ("glm", "FSFSS")
@@ -74,6 +75,17 @@ def test_selections_logits_and_caches_are_those_of_one_device(mesh, rows):
     np.testing.assert_array_equal(selected_on_mesh, selected)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0), cache, one)
+
+
+def test_a_full_row_is_not_written_over_where_devices_have_a_token_each():
+    case = Case(GLM_FIELDS | {"num_hidden_layers": 1}, "F", 0)
+    prompts = [np.array([6, 5]), *[np.array([5])] * 7]
+    with meshes.use("data"):
+        cache = serving.init_cache(case.config, case.schedule, 8, 2, jnp.float32)
+        cache = cache.replace(lengths=jnp.array([0] + [1] * 7, jnp.int32))
+        _, cache = serving.prefill_prompts(on_mesh(case), prompts, cache, case.config, chunk=1)
+    last = np.asarray(cache.layers[0].latents[:, 1])
+    np.testing.assert_array_equal(last, np.broadcast_to(last[0], last.shape))
 
 
 def test_queries_are_dealt_so_that_devices_see_equally_many_keys():
