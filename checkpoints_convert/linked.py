@@ -27,7 +27,7 @@ from checkpoints_convert.companions import find_companions
 from checkpoints_convert.ending import writing
 from checkpoints_convert.huggingface import SLAB_BYTES, HuggingFaceCheckpoint
 from checkpoints_convert.safetensors_io import INDEX, NAMES, NUMPY, Entry, Spec, read_header, write_index, write_shard
-from checkpoints_convert.save import ArraysCheckpoint, copy, finish, host_view, new_directory
+from checkpoints_convert.save import ArraysCheckpoint, copy, finish, new_directory
 from checkpoints_convert.trees import Leaves
 from checkpoints_convert.written_config import Origin, written_fields
 from indexcache_jax import arguments
@@ -91,7 +91,7 @@ class _Arrays(ArraysCheckpoint):
     def __init__(self, params: Params, config: Config, schedule: Schedule, tree: Params) -> None:
         self.config, self.schedule, self.weights = config, schedule, None
         self._form = "params"
-        self._arrays = {path: host_view(array) for path, array in leaves(_indexers(params))}
+        self._take(leaves(_indexers(params)))
         Leaves.__init__(self, tree)
 
 

@@ -55,6 +55,8 @@ class ArraysCheckpoint(Leaves):
     """Params or serving weights in memory as a source of weights, on any devices.
 
     Where some are devices of other processes, process 0 alone may read, while all others are in `help`.
+
+    is_spread: whether devices of several processes hold the arrays, in parts or each of them whole.
     """
 
     quantization: dict[str, Any] | None = None  # of the checkpoint that matrices in 8 bits are from
@@ -64,8 +66,14 @@ class ArraysCheckpoint(Leaves):
         self._form = "params" if isinstance(arrays, Params) else "serving"
         form = weights_of(arrays) if isinstance(arrays, Params) else arrays.format
         self.weights = form and "fp8"  # what is trained on a base in 8 bits is written like the base
-        self._arrays = {path: host_view(array) for path, array in leaves(arrays)}
+        self._take(leaves(arrays))
         super().__init__(FORMS[self._form](config, schedule, form))
+
+    def _take(self, arrays: Iterable[tuple[str, Any]]) -> None:
+        """Keeps the arrays, given by path."""
+        given = dict(arrays)
+        self.is_spread = any(_is_spread(array) for array in given.values())
+        self._arrays = {path: host_view(array) for path, array in given.items()}
 
     def check(self, tree: Any) -> None:
         """ValueError unless the arrays have the shapes that config and schedule give them, whatever tree is asked for."""
@@ -89,11 +97,6 @@ class ArraysCheckpoint(Leaves):
         return np.dtype(self._arrays["embedding" if decoded else path].dtype)
 
     stored_dtype = dtype_of
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether devices of several processes hold the arrays."""
-        return any(_is_spread(array) for array in self._arrays.values())
 
     def read(self, leaf: Leaf, part: Part, out: np.ndarray) -> None:
         array = self._arrays[leaf.path]
@@ -186,9 +189,10 @@ def save(
     The directory appears whole, by a rename, or not at all. ValueError where it exists and is not empty, and, before
     anything is written, where params do not fit config and schedule.
 
-    Arrays may be spread over devices of several processes. Then each of these calls `save` with the same arguments, and
-    process 0 writes: one layer of one leaf at a time is gathered, which every device needs memory for. The others return
-    when it is done, or raise RuntimeError where it fails.
+    Arrays may lie on devices of several processes, spread over them or whole on each. Then each of these calls `save` with the
+    same arguments, and process 0 writes: of what is spread one layer of one leaf at a time is gathered, which every device
+    needs memory for. The others return when it is done, or raise RuntimeError where it fails. Arrays that each process has
+    made for itself, on its own devices, are written by whichever calls `save`: let one do so.
     """
     check_model(config, schedule)
     if not isinstance(params, (Params, Weights)):

@@ -157,14 +157,7 @@ def write_indexers(given: Frozen, indexers: dict[int, Indexer]) -> None:
     if link is None:
         _, base, stored = checkpoints_convert.load(source)
         new = indexer_training.with_indexers(stored, base, schedule, indexers)
-
-        def save() -> None:
-            checkpoints_convert.save(folder, new, config, schedule, companions_of=source)
-
-        if all(array.is_fully_replicated for array in jax.tree.leaves(new)):
-            processes.from_main(save)  # which has all of it
-        else:
-            save()  # to which all processes give their parts
+        checkpoints_convert.save(folder, new, config, schedule, companions_of=source)
         return
     nothing: Params = jax.tree.map(lambda _: None, abstract(config, schedule))
     alone = dataclasses.replace(nothing, indexer=indexer_training.stacked(indexers, schedule))

@@ -23,6 +23,8 @@ for form, rules in (("params", sharding.TRAINING), ("serving", sharding.SERVING)
         config, schedule, weights = load(source, form=form)
         for format in ("safetensors", "orbax"):
             save(f"{out}/{form} {format}", weights, config, schedule, format=format)
+whole = jax.sharding.NamedSharding(sharding.make_mesh(data=8), jax.sharding.PartitionSpec())
+save(f"{out}/whole", load(source, shardings=whole)[2], config, schedule)
 try:
     save(source, weights, config, schedule)
 except ValueError as error:
@@ -38,10 +40,9 @@ def saved(source, tmp_path_factory):
     return folder, processes.run_two(PROGRAM, str(source), str(folder))
 
 
-@pytest.mark.parametrize("form", ["params", "serving"])
-@pytest.mark.parametrize("format", ["safetensors", "orbax"])
-def test_one_process_writes_what_all_hold(saved, form, format):
-    config, schedule, params = load(saved[0] / f"{form} {format}")
+@pytest.mark.parametrize("name", ["params safetensors", "params orbax", "serving safetensors", "serving orbax", "whole"])
+def test_one_process_writes_what_all_hold(saved, name):
+    config, schedule, params = load(saved[0] / name)
     assert (config, schedule) == (MIXED.config, MIXED.schedule)
     jax.tree.map(np.testing.assert_array_equal, params, MIXED.params)
 
