@@ -27,7 +27,7 @@ from experiments.common import processes
 from experiments.common.devices import Layout
 from experiments.common.journal import replacing
 from experiments.common.lock import Lock, hold
-from experiments.common.options import EXPERIMENTS, RESUME
+from experiments.common.options import CHECKPOINT, DEMO, EXPERIMENTS, RESUME
 
 # Environment variables that change a measurement; they are no flags of ours.
 VARIABLES = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -113,6 +113,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+def _check_apart(directory: str) -> None:
+    """ValueError for an output folder that is the checkpoint's: what is written would mix with its files."""
+    checkpoint = flags.FLAGS[CHECKPOINT.name].value or str(DEMO)
+    if os.path.realpath(directory) == os.path.realpath(checkpoint):
+        raise ValueError(f"--output_dir={directory}: is the checkpoint's folder {checkpoint}; choose another")
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
     """An experiment's output folder, which no other run may write into. A file in it appears whole or not at all."""
@@ -122,11 +129,15 @@ class Output:
 
     @classmethod
     def create(cls, directory: str) -> Output:
-        """The folder, made where it is not there; ValueError where it cannot be made, or another run has it."""
+        """The folder, made where it is not there.
+
+        ValueError where it cannot be made, where another run has it, and where it is the checkpoint's.
+        """
         path, lock = pathlib.Path(directory), None
 
         def make() -> None:
             nonlocal lock
+            _check_apart(directory)
             if flags.FLAGS[RESUME.name].value and not path.exists():
                 print(f"note: --resume: {directory} is not there, so there is nothing to go on from", file=sys.stderr)
             try:

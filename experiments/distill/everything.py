@@ -87,7 +87,7 @@ def read_inputs(output_dir: str, seed: int) -> Inputs:
     stored = with_schedule(loaded, base, schedule)
     reader = inputs.reader(checkpoint.directory, config)
     output = Output.create(output_dir)
-    export.check_free(output)
+    export.check_free(output, checkpoint.directory)
     stages = inputs.distillation_stages(reader.context, checkpoint.dtype, goal.CROSS_LAYER.value)
     if not any(stage.steps for stage in stages):
         raise ValueError("--warmup_steps=0 --sparse_steps=0: nothing is trained")

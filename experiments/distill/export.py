@@ -30,9 +30,12 @@ def folder_of(output: Output) -> pathlib.Path:
     return output.directory / "checkpoint"
 
 
-def check_free(output: Output) -> None:
-    """ValueError for a folder that holds an earlier run which is not to be resumed."""
+def check_free(output: Output, source: str) -> None:
+    """ValueError for a folder that holds an earlier run which is not to be resumed, and where `source` would be replaced."""
     folder, resume = folder_of(output), options.RESUME.value
+    read = pathlib.Path(source).resolve()
+    if folder.resolve() in (read, *read.parents):
+        raise ValueError(f"--output_dir={output.directory}: --checkpoint={source} would be replaced; choose another")
     if folder.exists() and not resume:
         raise ValueError(f"{folder}: exists; choose another --output_dir, or --resume")
     runs.check_free(output.directory, resume)

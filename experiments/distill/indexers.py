@@ -110,7 +110,7 @@ def read_frozen(checkpoint: inputs.Checkpoint, output_dir: str, seed: int) -> Fr
     tokens = reader.draw(sides.train, "text", options.calibration_sequences(SEQUENCES), seed)[:, :-1]
     cuts = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     output = Output.create(output_dir)
-    export.check_free(output)
+    export.check_free(output, checkpoint.directory)
     indexer_runs.check_free(output.directory, options.RESUME.value)
     layers = open_layers(checkpoint)
     training = indexer_training.Run(layers, goal.target_schedule(layers.schedule), tokens, stage, seed, goal.SPANS.value)

@@ -27,6 +27,7 @@ from indexcache_jax import forward
 from indexcache_jax.params import with_schedule
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.training import Stage
+from tests.support import command_flags
 from tests.support.tiny_models import GLM_FIELDS, Case
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -94,6 +95,17 @@ def test_links_are_for_runs_that_train_indexers_alone(checkpoint, tmp_path, monk
             export.link_or_copy(stages, str(checkpoint))
     monkeypatch.setattr(export, "EXPORT", types.SimpleNamespace(value="full"))
     assert export.link_or_copy(stages, str(checkpoint)) is (False if expected else None)
+
+
+def test_a_checkpoint_is_not_replaced_by_what_is_made_of_it(tmp_path):
+    source, output = tmp_path / "out" / "checkpoint", export.Output(tmp_path / "out")
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    with command_flags.given("--resume"):
+        for given in (source, tmp_path / "link"):
+            with pytest.raises(ValueError, match=f"--checkpoint={given} would be replaced"):
+                export.check_free(output, str(given))
+        export.check_free(output, str(tmp_path))
 
 
 def test_the_export_keeps_the_dtypes_of_the_checkpoint(tmp_path, checkpoint):

@@ -61,6 +61,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         report.Output.create(str(tmp_path / "file" / "x"))
 
 
+def test_the_checkpoints_own_folder_is_no_output_folder(tmp_path):
+    model, link = tmp_path / "model", tmp_path / "link"
+    model.mkdir()
+    link.symlink_to(model)
+    with flagsaver.flagsaver(checkpoint=str(link)):
+        with pytest.raises(ValueError, match=f"^--output_dir={model}: is the checkpoint's folder {link}; choose another$"):
+            report.Output.create(str(model))
+        assert not list(model.iterdir())
+        for folder in (tmp_path, model / "out" / "search"):  # as of a distillation that made it; as the default in its folder
+            report.Output.create(str(folder))
+
+
 def test_tables():
     assert report.markdown_table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
     assert report.text_table(["a", "bb"], [["ccc", 1]]) == "a    bb\nccc  1"
