@@ -284,13 +284,15 @@ def read_inputs(seed: int) -> Inputs:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}")
         checkpoints_convert.Layers(checkpoint.directory, dtype=checkpoint.dtype, weights=checkpoint.weights)  # its headers
+    sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
+    reader.check_size(sides.train, "text", options.calibration_sequences())
+    reader.check_size(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value)
     searching, evaluating = costs(config, base, goal, checkpoint.dtype)
     rows, context = options.BATCH_SIZE.value, options.CONTEXT.value
     weights = inputs.stored_bytes(checkpoint.directory) if options.STREAM.value else None
     print(search_cost.counted(searching + evaluating, rows, context, weights))
     print(search_cost.estimated(searching + evaluating, config, rows, context, weights), flush=True)
     check_memory(checkpoint, config, base, searching + evaluating)
-    sides = inputs.split(options.TEXT.value, options.HELD_OUT.value)
     calibration = reader.draw(sides.train, "text", options.calibration_sequences(), seed)
     held_out = reader.draw(sides.held_out, "held_out", options.HELD_OUT_SEQUENCES.value, seed)
     about = about_text(sides, reader, calibration, held_out)

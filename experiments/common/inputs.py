@@ -35,6 +35,8 @@ CACHE_DTYPES = {"fp8": FP8, "bf16": jnp.dtype(jnp.bfloat16)}  # what the cache's
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
+MOST_TOKENS = 4  # of a byte of a document, or beside it: some tokenizers write a character as several, or mark both ends
+
 SHARE = "1/4"  # of layers that are F, where neither --schedule nor the model says
 
 # ---- the model and its schedule
@@ -217,6 +219,7 @@ class Reader:
 
         flag: where the documents come from, as ValueErrors name it.
         """
+        self.check_size(documents, flag, count)
         order = np.random.default_rng(seed).permutation(len(documents))
         shuffled = [documents[i] for i in order]
         tokens = text.stream(shuffled, self.encoder, self.separator, limit=2 * count * self.context + 1)
@@ -225,6 +228,15 @@ class Reader:
             return text.sequences(tokens, count, self.context, seed)
         except ValueError as error:
             raise ValueError(f"--{flag}: {error}; give more text, or less --context or fewer sequences") from None
+
+    def check_size(self, documents: list[text.Document], flag: str, count: int) -> None:
+        """ValueError for files that are clearly too small for `count` cuts; nothing of them is read."""
+        size = sum(document.nbytes for document in documents)
+        if MOST_TOKENS * (size + len(documents)) < count * self.context:
+            raise ValueError(
+                f"--{flag}: {size} bytes of text do not hold the {count} sequences of {self.context} tokens that are asked "
+                "for; give more text, or less --context or fewer sequences"
+            )
 
     def check_tokens(self, tokens: np.ndarray, flag: str) -> None:
         """ValueError for a token that the model does not have."""

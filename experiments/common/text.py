@@ -73,6 +73,13 @@ class Document:
         return zlib.crc32(self.name.encode()) % HELD_OUT_SHARE == 0
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the file that it takes; 0 for a file that is not there."""
+        if self.size is not None:
+            return self.size
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @property
     def key(self) -> tuple[pathlib.Path, int]:
         """What tells it from other documents, whatever they are called."""
         return _resolved(self.path), self.start

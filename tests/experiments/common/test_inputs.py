@@ -80,6 +80,18 @@ def test_cuts_are_drawn_by_the_seed_and_a_text_too_short_is_named(tmp_path):
         inputs.Reader(text.Bytes(), 1, 10, 100).draw(documents, "text", 3, 0)
 
 
+def test_files_too_small_for_what_is_asked_for_are_named_before_they_are_read(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"a" * 100)
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n' * 2)
+    documents, reader = text.documents(f"{tmp_path}/*"), inputs.Reader(text.Bytes(), 1, 10, 258)
+    assert [document.nbytes for document in documents] == [100, 14, 14]
+    reader.check_size(documents, "text", 52)  # as many as there could be, with 4 tokens a byte and beside each document
+    monkeypatch.setattr(text.Document, "content", None)
+    message = "--text: 128 bytes of text do not hold the 1000000 sequences of 10 tokens that are asked for; give more text"
+    with pytest.raises(ValueError, match=message):
+        reader.draw(documents, "text", 1_000_000, 0)
+
+
 def test_a_file_that_is_held_out_is_not_searched_on(tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text("word")
