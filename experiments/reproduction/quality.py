@@ -109,13 +109,13 @@ def read_domains() -> dict[str, Domain]:
 
 
 def load(checkpoint: inputs.Checkpoint) -> Model:
-    """ValueError for a checkpoint that lacks the indexer of any layer."""
+    """ValueError for a --context that is not the model's, and for a checkpoint that lacks the indexer of any layer."""
+    reader = inputs.reader(checkpoint.directory, inputs.described(checkpoint.directory)[0])
     config, base, stored = checkpoints_convert.load(checkpoint.directory)
     if base.num_full != base.num_layers:
         raise ValueError(
             f"--checkpoint={checkpoint.directory}: {base.pattern} lacks indexers; the tables start from all of them"
         )
-    reader = inputs.reader(checkpoint.directory, config)
     params = jax.tree.map(lambda a, t: a.astype(t.dtype or checkpoint.dtype), stored, abstract(config, base))
     return Model(config, base, params, stored, reader, checkpoint.dtype)
 

@@ -12,6 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import checkpoints_convert
+from experiments.common import inputs, options
 from experiments.reproduction import quality, retrieval
 from experiments.reproduction.quality_tables import WAYS
 from tests.support.tiny_models import GLM_FIELDS, Case
@@ -41,6 +42,13 @@ def test_flags_are_looked_at_before_anything_takes_long(given, message):
         quality.check_flags()
         quality.overlaps_beside()
     quality.check_flags()
+
+
+def test_a_context_that_the_model_does_not_reach_is_named_before_weights_are_read(monkeypatch):
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(checkpoints_convert, "load", None)
+    with flagsaver.flagsaver(context=4097), pytest.raises(ValueError, match="--context=4097: must be above index_topk"):
+        quality.load(inputs.Checkpoint(str(options.DEMO), "float32"))
 
 
 def test_rows_come_for_all_seeds_before_those_that_train_everything():
