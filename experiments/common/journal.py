@@ -20,6 +20,14 @@ from checkpoints_convert.ending import unfinished, writing
 from experiments.common import processes
 
 MISSING = "(missing)"
+# The flags behind what a checksum tells apart, which says nothing to a reader.
+_DECIDED_BY = {
+    "calibration tokens": "--text, --held_out, --sequences, --context, --seed and what the files hold decide them",
+    "tokens": "--text and the other flags of text decide them",
+    "weights": "--checkpoint and, where it is given, --weights decide them",
+    "prompts": "--prompts names them",
+    "document": "--document names it",
+}
 
 
 class Journal:
@@ -170,7 +178,11 @@ def check_same(there: Mapping[str, Any], here: Mapping[str, Any], path: pathlib.
     """ValueError that names the first difference between what `path` was made with and what this run is made with."""
     if difference := first_difference(there, json.loads(json.dumps(here))):
         name, before, now = difference
-        raise ValueError(f"{path}: was made with another {name}: {before!r} there, {now!r} here")
+        decided = _DECIDED_BY.get(name.partition("[")[0])
+        raise ValueError(
+            f"{path}: was made with another {name}: {before!r} there, {now!r} here"
+            f"{f' ({decided})' if decided else ''}; give what it was made with, or choose another --output_dir"
+        )
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> tuple[str, Any, Any] | None:

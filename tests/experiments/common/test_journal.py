@@ -130,7 +130,7 @@ def refused(path, message, about=ABOUT, **options):
 @pytest.mark.parametrize(
     "about, message",
     [
-        (ABOUT | {"weights": 8}, "was made with another weights: 7 there, 8 here"),
+        (ABOUT | {"weights": 8}, r"was made with another weights: 7 there, 8 here \(--checkpoint .*\); give "),
         (ABOUT | {"flags": {"context": 32, "schedule": []}}, r"was made with another flags\.context: 24 there, 32 here"),
         (
             ABOUT | {"flags": {"context": 24, "schedule": ["F", "F"]}},

@@ -35,6 +35,12 @@ def test_losses_of_something_else_are_refused(tmp_path):
         LossJournal(tmp_path / "log", ABOUT)
 
 
+def test_losses_on_another_text_are_refused_with_the_flags_that_decide_it(tmp_path):
+    LossJournal(tmp_path / "log", search.fingerprint((), BATCHES)).close()
+    with pytest.raises(ValueError, match=r"another calibration tokens: .* \(--text, --held_out, --sequences, .* decide them"):
+        LossJournal(tmp_path / "log", search.fingerprint((), BATCHES[:1]))
+
+
 def test_a_search_cut_off_within_any_line_ends_as_the_whole_one_does(tmp_path):
     def searched():
         with LossJournal(tmp_path / "log", ABOUT) as log:
