@@ -26,7 +26,17 @@ from indexcache_jax.params import Params
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import model
 from indexcache_jax.serving.cache import Cache, CacheFormat, check_cache, fork, formats, init_cache
-from indexcache_jax.serving.sampling import GREEDY, NO_TOKEN, RowSampling, Sampling, by_row, row_keys, sample
+from indexcache_jax.serving.sampling import (
+    GREEDY,
+    NO_TOKEN,
+    RowSampling,
+    Sampling,
+    SharedSampling,
+    by_row,
+    for_all,
+    row_keys,
+    sample,
+)
 from indexcache_jax.serving.weights import Weights, check_weights, weights_for
 
 Tokens = Sequence[int] | np.ndarray  # token numbers
@@ -120,7 +130,7 @@ def _decode(
     *,
     steps: int,
     kv_length: int | None = None,
-    sampling: Sampling | RowSampling = GREEDY,
+    sampling: Sampling | SharedSampling | RowSampling = GREEDY,
     seed: jax.Array | int = 0,
     ids: jax.Array | None = None,
     count: jax.Array | int = 1,
@@ -164,6 +174,8 @@ def decode(
     token = jnp.asarray(arguments.integers("token", token, ("B",)))
     if token.shape != cache.lengths.shape:
         raise ValueError(f"token: {token.shape[0]} rows for a cache of {cache.lengths.shape[0]}")
+    if isinstance(options.get("sampling"), Sampling):
+        options["sampling"] = for_all(options["sampling"])
     return decode_program(formats(cache))(weights, token, cache, config, steps=steps, **options)
 
 
@@ -212,13 +224,13 @@ def _of_rows(name: str, value: Any, rows: int) -> list[Any]:
     return values
 
 
-def _samplings(sampling: Any, rows: int) -> Sampling | RowSampling:
+def _samplings(sampling: Any, rows: int) -> Sampling | SharedSampling | RowSampling:
     """The argument of `generate`, checked: settings for all rows, or of each."""
     each = _of_rows("sampling", sampling, rows)
     for value in each:
         if not isinstance(value, Sampling):
             raise ValueError(f"sampling: {arguments.described(value)} is not a Sampling")
-    return sampling if isinstance(sampling, Sampling) else by_row(each)
+    return for_all(sampling) if isinstance(sampling, Sampling) else by_row(each)
 
 
 def _check_options(rows: int, stop_tokens: Any, cache_len: Any, ids: Any, chunk: Any) -> None:

@@ -49,6 +49,19 @@ class RowSampling:
     top_p: jax.Array | np.ndarray  # [B] float32
 
 
+@flax.struct.dataclass
+class SharedSampling:
+    """A `Sampling` of all rows that is not greedy: one program draws with whatever temperature and top_p.
+
+    A program is compiled for top_k, the number of logits to sort, and for whether top_p is below 1.
+    """
+
+    inverse_temperature: np.float32 | jax.Array  # XLA multiplies by it too where it knows the temperature
+    top_p: np.float32 | jax.Array
+    top_k: int = flax.struct.field(pytree_node=False)
+    nucleus: bool = flax.struct.field(pytree_node=False)
+
+
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _HUGE = float(jnp.finfo(jnp.float32).max)
 GREEDY = Sampling()
@@ -66,7 +79,15 @@ def by_row(samplings: Sequence[Sampling]) -> Sampling | RowSampling:
     )
 
 
-def sample(logits: jax.Array, sampling: Sampling | RowSampling, keys: jax.Array) -> jax.Array:
+def for_all(sampling: Sampling) -> Sampling | SharedSampling:
+    """The settings of all rows of a batch. Greedy ones are `GREEDY`, which needs no random numbers."""
+    if sampling.greedy:
+        return GREEDY
+    inverse_temperature = np.float32(1) / np.float32(min(sampling.temperature, _HUGE))
+    return SharedSampling(inverse_temperature, np.float32(sampling.top_p), sampling.top_k, sampling.top_p < 1)
+
+
+def sample(logits: jax.Array, sampling: Sampling | SharedSampling | RowSampling, keys: jax.Array) -> jax.Array:
     """One token [B] int32 a row, or NO_TOKEN, from logits [B, V] float32; `keys` [B] are the rows' own.
 
     With a `RowSampling` a row's token depends on its own logits, settings and key alone.
@@ -75,13 +96,15 @@ def sample(logits: jax.Array, sampling: Sampling | RowSampling, keys: jax.Array)
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NO_TOKEN)
 
 
-def _drawn(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    if sampling.greedy:
+def _drawn(logits: jax.Array, sampling: Sampling | SharedSampling, keys: jax.Array) -> jax.Array:
+    if isinstance(sampling, Sampling):
+        sampling = for_all(sampling)
+    if isinstance(sampling, Sampling):  # which is greedy
         return _likeliest(logits)
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature  # the best stays finite
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) * sampling.inverse_temperature  # the best stays finite
     vocabulary = logits.shape[-1]
     count = min(sampling.top_k or vocabulary, vocabulary)
-    if count < vocabulary or sampling.top_p < 1:
+    if count < vocabulary or sampling.nucleus:
         logits = jnp.where(logits < _least_kept(jax.lax.top_k(logits, count)[0], count, sampling.top_p), -jnp.inf, logits)
     return _categorical(keys, logits)
 

@@ -1,5 +1,6 @@
 """Generation equals repeated full forwards: ragged, chunked, forked, under every kind of schedule, and in any batch."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from indexcache_jax import forward, serving
 from indexcache_jax.schedule import Schedule
 from indexcache_jax.serving import Sampling, generate, generation, prefill_document, prefill_prompts
-from indexcache_jax.serving.generation import padded_chunk, padded_kv_length
+from indexcache_jax.serving.generation import decode_program, padded_chunk, padded_kv_length
 from tests.support.serving_cases import CHUNK, MODELS, NEW, greedy_by_forwards, model, prompts_of, run
 
 DRAWN = Sampling(temperature=1.3, top_k=20, top_p=0.9)
@@ -126,7 +127,10 @@ def test_what_a_request_draws_does_not_depend_on_its_batch():
     assert together == run(case, sampling=DRAWN, seed=3)
     for i, prompt in enumerate(prompts):
         assert run(case, [prompt], sampling=DRAWN, seed=3, ids=[i]) == [together[i]]
+    programs = decode_program(None)._cache_size()
     assert run(case, sampling=DRAWN, seed=4) != together
+    assert run(case, sampling=dataclasses.replace(DRAWN, temperature=3.0), seed=3) != together
+    assert decode_program(None)._cache_size() == programs  # which read seed and temperature
     same = run(case, [prompts[0]] * 3, sampling=DRAWN, seed=3)
     assert len(set(map(tuple, same))) == 3  # three requests with one prompt draw by three keys
 

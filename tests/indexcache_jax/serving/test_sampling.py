@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from indexcache_jax.serving.sampling import GREEDY, Sampling, by_row, row_keys, sample
+from indexcache_jax.serving.sampling import GREEDY, Sampling, by_row, for_all, row_keys, sample
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,22 @@ def test_rows_with_settings_of_their_own_draw_what_they_draw_where_all_have_them
 
 def test_rows_that_are_all_greedy_need_no_settings_as_arrays():
     assert by_row([GREEDY, Sampling(1e-40, top_k=3)]) is GREEDY
+
+
+def test_one_program_draws_with_every_temperature_and_top_p():
+    """The tokens are those of programs that know the settings when they are compiled."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (500, 40))
+    keys, traced = jax.random.split(jax.random.key(1), 500), []
+
+    @jax.jit
+    def draw(sampling):
+        traced.append(sampling)
+        return sample(logits, sampling, keys)
+
+    for setting in (Sampling(0.7, 20, 0.9), Sampling(1.3, 20, 0.5), Sampling(2.1, 20, 0.99)):
+        np.testing.assert_array_equal(draw(for_all(setting)), draw(setting))
+    assert len(traced) == 1 + 3
+    assert for_all(Sampling(0.0, top_k=20)) is GREEDY
 
 
 def test_a_seed_of_each_row_is_as_if_it_were_that_of_all():
