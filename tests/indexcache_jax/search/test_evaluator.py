@@ -65,7 +65,7 @@ def test_a_schedule_is_found_by_one_call(params):
     assert found == steps[-1].schedule and found.num_full == 4
     for arguments, message in (
         (dict(tokens=tokens(0, rows=3), num_full=4, batch_size=2), "batch_size: 2 does not divide 3 sequences"),
-        (dict(tokens=tokens(0, length=5), num_full=4), "tokens: sequences of 4 tokens; up to index_topk"),
+        (dict(tokens=tokens(0, length=9), num_full=4), "tokens: sequences of 8 tokens; up to index_topk = 8 every"),
         (dict(tokens=tokens(0) + 1000, num_full=4), "is not one of the model's"),
         (dict(tokens=tokens(0), num_full=40), "num_full: 40 is not between"),
     ):
@@ -167,7 +167,7 @@ def test_fingerprints_tell_weights_and_text_apart(params):
     one = search.fingerprint(params, [tokens(0)])
     assert one == search.fingerprint(params, [tokens(0)])
     assert one["calibration tokens"] != search.fingerprint(params, [tokens(1)])["calibration tokens"]
-    changed = params.replace(final_norm=params.final_norm * 1.5)
+    changed = params.replace(final_norm=params.final_norm.at[-1].mul(1.5))
     assert one["weights"] != search.fingerprint(changed, [tokens(0)])["weights"]
 
 

@@ -94,6 +94,17 @@ def test_what_is_better_by_noise_alone_does_not_pay():
             assert steps[-1].schedule.pattern == pattern
 
 
+@pytest.mark.parametrize(
+    "first, spread, others, pattern", [(0.0, 0.3, 0.5, "FSFS"), (1.0, 0.01, -1.0, "FFSS")], ids=["late", "early"]
+)
+def test_what_an_exchange_saves_on_the_first_sequences_does_not_decide_a_race(first, spread, others, pattern):
+    """It pays where it begins with nothing and is clear on the others; not where all but the first sequences lose by it."""
+    saving = np.concatenate([first + spread * np.array([1.0, -1.0] * 2), others + 0.01 * np.array([1.0, -1.0] * 6)])
+    table = Table((0, 2, 1, 1), {(1, 3): -1.0 - saving}, sequences=16)
+    steps = search.floating_search(table, Schedule.all_full(4), num_full=2, race=search.Race())
+    assert steps[-1].schedule.pattern == pattern
+
+
 def test_a_race_spares_most_of_what_changes_that_do_not_pay_would_cost():
     measured = []
     for race in (None, search.Race()):

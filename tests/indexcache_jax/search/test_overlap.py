@@ -6,7 +6,7 @@ import pytest
 
 from indexcache_jax import model
 from indexcache_jax.schedule import Schedule
-from indexcache_jax.search.overlap import intersection_sizes, layer_overlap
+from indexcache_jax.search.overlap import intersection_sizes, layer_overlap, mean_overlap
 from tests.support.tiny_models import RECORDED
 
 
@@ -14,6 +14,11 @@ def test_intersections_count_common_positions_and_no_padding():
     rows = [[[0, 3, 5, 9], [1, 2, -1, -1]], [[3, 4, 5, 6], [2, -1, -1, -1]], [[9, 10, 11, 12], [0, 1, 2, 3]]]  # [N, Q, k]
     expected = [[len(({*a[q]} & {*b[q]}) - {-1}) for a in rows for b in rows] for q in range(2)]
     np.testing.assert_array_equal(intersection_sizes(jnp.array(rows)).reshape(2, 9), expected)
+
+
+def test_the_mean_is_over_the_queries_of_all_batches():
+    alike, others = np.array([[[0, 1]], [[0, 1]]]), np.array([[[0, 1]] * 3, [[2, 3]] * 3])  # [N, Q, k]
+    np.testing.assert_allclose(mean_overlap([alike, others], 2), [[1, 0.25], [0.25, 1]])
 
 
 def test_overlap_of_a_model():

@@ -48,11 +48,20 @@ def test_a_race_is_wrong_no_more_often_than_it_says(error):
 
 
 def test_what_is_dropped_is_measured_on_few_sequences_and_the_winner_on_all():
-    table = Table([0, 1.0, *(2 + np.random.default_rng(i).uniform(-0.1, 0.1, 64) for i in range(3))], sequences=64)
-    step = search.greedy_search(table, Schedule.all_full(5), num_full=4, race=search.Race())[-1]
-    assert step.schedule.pattern == "FSFFF" and step.losses == (1.0,) * 64
+    level = np.repeat([10.0, 0.0], [4, 60])  # of the sequences, whatever the schedule
+    flips = [1 + level, *(2 + level + np.random.default_rng(i).uniform(-0.1, 0.1, 64) for i in range(3))]
+    step = search.greedy_search(Table([0, *flips], sequences=64), Schedule.all_full(5), num_full=4, race=search.Race())[-1]
+    assert step.schedule.pattern == "FSFFF" and step.losses == tuple(1 + level)
     assert [margin.sequences for margin in step.rivals.values()] == [4, 4, 4]
-    assert step.candidates[2] == pytest.approx(2, abs=0.1)
+    assert step.candidates[2] == pytest.approx(2 + level.mean(), abs=0.1)
+
+
+@pytest.mark.parametrize("steps, measured", [(1, 8), (2, 10)])
+def test_a_bound_is_of_what_is_not_measured_yet_and_of_all_steps(steps, measured):
+    """After 8 of 10 sequences a rival is 1.15 standard errors behind: the bound is at 1.06 of them, of two steps at 1.27."""
+    table = Table([0, 1.0, 2 + 2.3 * np.array([1.0, -1.0] * 5)], sequences=10)
+    found = search.greedy_search(table, Schedule.all_full(3), num_full=3 - steps, race=search.Race(growth=2))
+    assert found[1].rivals["FFS"].sequences == measured
 
 
 def test_rows_of_a_batch_are_sequences():

@@ -36,6 +36,7 @@ def test_similarities_compare_a_layers_outputs_with_anothers_indices(params):
     a, b = (np.asarray(model.attention_block(layer, x, theirs, positions, CONFIG, full)[0] - x)[0] for full in (True, False))
     cosines = np.sum(a * b, -1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
     assert found[1, 0] == pytest.approx(cosines.mean(), abs=1e-5) and cosines.mean() < 0.99
+    np.testing.assert_allclose(search.similarities(params, CONFIG, ALL, [batch, batch]), found, atol=1e-12)  # a mean
     with pytest.raises(ValueError, match="indexers of all layers"):
         search.similarities(params, CONFIG, Schedule("FFSFFF"), [batch])
 
@@ -48,5 +49,6 @@ def test_most_similar_equals_trying_all_schedules():
         every = [s for s in every if s.num_full == num_full]
         totals = {s: sum(similarity[i, j] for i, j in enumerate(s.source)) for s in every}
         assert totals[search.most_similar(similarity, num_full)] == pytest.approx(max(totals.values()))
+    assert search.most_similar(np.ones((5, 5)), 2).pattern == "FFSSS"  # of equal sums the one with the lower layers
     with pytest.raises(ValueError, match="num_full: 8"):
         search.most_similar(similarity, 8)

@@ -53,6 +53,21 @@ def test_a_fork_leaves_the_cache_it_was_made_of():
         serving.fork(cache, 2, max_len=39)
 
 
+def test_a_fork_has_the_copies_of_a_row_beside_each_other_and_room_for_what_it_holds():
+    case = model("glm", "FSFSF")
+    cache = serving.init_cache(case.config, case.schedule, 2, 4, jnp.float32)
+    rows = jax.tree.map(lambda x: x + jnp.arange(2.0).reshape(2, *[1] * (x.ndim - 1)), cache.layers)
+    forked = serving.fork(serving.Cache(rows, jnp.array([1, 2])), 2, max_len=2)
+    assert forked.lengths.tolist() == [1, 1, 2, 2]
+    for x in jax.tree.leaves(forked.layers):
+        np.testing.assert_array_equal(x, np.broadcast_to([[[0.0]], [[0.0]], [[1.0]], [[1.0]]], (4, 2, x.shape[-1])))
+
+
+def test_what_stands_at_no_position_of_the_row_is_not_written():
+    written = serving.cache.write(jnp.zeros((1, 4, 1)), jnp.ones((1, 3, 1)), jnp.array([[1, -1, 4]]))
+    assert written.reshape(-1).tolist() == [0, 1, 0, 0]
+
+
 def test_cache_sizes_of_the_30b_shape():
     fields = preset("30b")
     config = Config.from_hf(fields)

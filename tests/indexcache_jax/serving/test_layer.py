@@ -24,7 +24,24 @@ def weights() -> serving.Weights:
 
 @pytest.fixture
 def in_8_bits(monkeypatch):
+    """Products with matrices in 8 bits ask for rows in 8 bits; the names of the operations that made some."""
+    made = set()
+
+    def recorded(name):
+        operation = getattr(ops, name)
+
+        def run(*arguments, **options):
+            result = operation(*arguments, **options)
+            if any(isinstance(x, Scaled) for x in (result if isinstance(result, tuple) else (result,))):
+                made.add(name)
+            return result
+
+        return run
+
+    for name in ("normalise", "swiglu"):
+        monkeypatch.setattr(ops, name, recorded(name))
     monkeypatch.setattr(ops, "quantises", lambda x, matrix, copies=1: isinstance(matrix, Scaled))
+    return made
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["dense", "experts"])
@@ -32,8 +49,9 @@ def test_mlp_quantises_what_products_would(weights, request, number):
     p, x = weights.layers[number], jax.random.normal(jax.random.key(1), (2, 5, CONFIG.hidden_size))
     with ops.rounded_rows():
         expected = layer.mlp(p, x, CONFIG) - x
-    request.getfixturevalue("in_8_bits")
+    made = request.getfixturevalue("in_8_bits")
     found = layer.mlp(p, x, CONFIG) - x  # products of rows in 8 bits are bfloat16
+    assert made == {"normalise", "swiglu"}
     size = float(jnp.max(jnp.abs(expected)))
     assert size > 0.01
     np.testing.assert_allclose(found, expected, atol=0.03 * size)
@@ -48,9 +66,10 @@ def test_attention_quantises_queries_and_latents_where_they_are_made(weights, mo
     arguments = p, x, indices, cache, whole_rows(x, CONFIG), 8, CONFIG
     with ops.rounded_rows():
         expected, _, filled = layer.attention(*arguments)
-    request.getfixturevalue("in_8_bits")
+    made = request.getfixturevalue("in_8_bits")
     monkeypatch.setattr(ops, "appends", lambda *_: True)
     found, _, appended = layer.attention(*arguments)
+    assert made == {"normalise"}
     size = float(jnp.max(jnp.abs(expected - x)))
     assert size > 0.01
     np.testing.assert_allclose(found, expected, atol=0.05 * size)
