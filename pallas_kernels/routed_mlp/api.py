@@ -54,5 +54,12 @@ def routed_mlp(
     if (shared_gate_up is None) != (shared_down is None):
         missing = "shared_gate_up" if shared_gate_up is None else "shared_down"
         raise ValueError(f"routed_mlp: expected shared_gate_up and shared_down together, {missing} is None")
+    if shared_gate_up is not None and shared_down is not None:
+        hidden, width = shared_down.shape if shared_down.ndim == 2 else (0, 0)
+        if hidden != rows.shape[1] or shared_gate_up.shape != (2 * width, hidden):
+            raise ValueError(
+                f"routed_mlp: expected shared_gate_up [2 Is, D] and shared_down [D, Is] for D = {rows.shape[1]}, "
+                f"got {shared_gate_up.shape} and {shared_down.shape}"
+            )
     matrices = gate_up, down, shared_gate_up, shared_down
     return dispatch.call("routed_mlp", BACKENDS, implementation, rows, routes, *jax.lax.stop_gradient(matrices))

@@ -176,6 +176,8 @@ def test_what_does_not_fit_is_named(monkeypatch):
         api.routed_mlp(jnp.zeros((3, HIDDEN)), routes, *given)
     with pytest.raises(ValueError, match="together, shared_down is None"):
         api.routed_mlp(x, routes, *given[:3])
+    with pytest.raises(ValueError, match=r"shared_down \[D, Is\] for D = 640, got"):
+        api.routed_mlp(x, routes, *given[:3], given[2])
     monkeypatch.setattr(hopper, "why_not", lambda: None)
     assert mosaic_gpu.why_not(x, routes, *given) is None
     many = jax.eval_shape(lambda: (jnp.zeros((17, HIDDEN), jnp.bfloat16), routes_of(np.zeros((17, 1)), np.ones((17, 1)))))
