@@ -80,6 +80,9 @@ def abstract(config: Config, schedule: Schedule, batch: int, max_len: int, dtype
     arguments.integer("batch", batch, 1)
     arguments.integer("max_len", max_len, 1)
     form = CacheFormat.of(dtype)
+    if form.index_dtype == FP8 and config.index_head_dim > quant.INDEX_GROUP:
+        most = f"at most {quant.INDEX_GROUP} numbers share a scale, config.index_head_dim is {config.index_head_dim}"
+        raise ValueError(f"index_dtype: index keys in {jnp.dtype(FP8).name} need a scale each, but {most}")
 
     def zeros(kind: Any, *width: tuple[int, str]) -> Tensor:
         sizes, names = zip((batch, "batch"), (max_len, "tokens"), *width, strict=True)
@@ -106,8 +109,8 @@ def init_cache(config: Config, schedule: Schedule, batch: int, max_len: int, dty
     """An empty cache for `batch` rows of at most `max_len` tokens, row-major on every device.
 
     `dtype` is that of the whole cache, or a `CacheFormat`. Under a mesh, rows that its devices do not divide are whole on
-    each of them. Raises ValueError for sizes below 1, a dtype that no cache has, a config and a schedule that do not fit, and
-    for tokens that the devices which split them do not divide.
+    each of them. Raises ValueError for sizes below 1, a dtype that no cache has or the model's index keys cannot have, a config
+    and a schedule that do not fit, and for tokens that the devices which split them do not divide.
     """
     tree = abstract(config, schedule, batch, max_len, dtype)
     _check_divided("init_cache", max_len)

@@ -1,5 +1,7 @@
 """The cache: sizes, forks, 8 bits, and what it holds under a schedule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,14 @@ def test_a_cache_of_no_rows_is_refused():
     case = model("glm", "FSSSS")
     with pytest.raises(ValueError, match="batch: 0 is not an integer of at least 1"):
         serving.init_cache(case.config, case.schedule, 0, 16)
+
+
+def test_index_keys_that_one_scale_cannot_serve_are_refused():
+    case = model("glm", "FSSSS")
+    wide = dataclasses.replace(case.config, index_head_dim=130)
+    with pytest.raises(ValueError, match="index_dtype: .* at most 128 numbers share a scale, config.index_head_dim is 130"):
+        serving.init_cache(wide, case.schedule, 1, 16, FP8)
+    assert serving.init_cache(wide, case.schedule, 1, 16, CacheFormat(FP8, jnp.bfloat16)).format.latent_dtype == FP8
 
 
 def test_a_fork_leaves_the_cache_it_was_made_of():
