@@ -21,10 +21,6 @@ OLDER_EMITTER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters
 if OLDER_EMITTER not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLDER_EMITTER}"
 
-# Threads may dispatch to simulated devices only without it (indexcache_jax.indexer_training.groups).
-if "xla_force_host_platform_device_count" in os.environ["XLA_FLAGS"]:
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
 # The oracle multiplies in float32; accelerators and some CPU builds would otherwise multiply in less.
 jax.config.update("jax_default_matmul_precision", "highest")
 

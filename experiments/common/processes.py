@@ -54,8 +54,6 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         return
     # With it a process would not end at SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
-    # With it threads that train on CPUs could hang the programs of all devices (indexcache_jax.indexer_training.groups).
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     lost_process.in_one_line(go_on)
     jax.distributed.initialize(
         coordinator,

@@ -53,9 +53,9 @@ class Gathered:
 def train(run: Run, finished: Collection[int] = (), progress: Progress = no_progress) -> Iterator[Trained]:
     """The indexers of a run, group after group, but for those of the F layers in `finished`, which are only passed through.
 
-    Under a mesh in force groups train side by side on its devices and come in the order in which they end; on CPUs only where
-    jax_cpu_enable_async_dispatch was switched off before JAX was first asked for devices, else one after another. Of several
-    processes, which all call this with the same arguments, each has those groups that it trained; it ends once all have.
+    Under a mesh in force groups train side by side on its devices and come in the order in which they end; on CPUs one
+    trains after the other. Of several processes, which all call this with the same arguments, each has those groups that it
+    trained; it ends once all have.
     progress: called by one thread at a time with the floating-point operations done since its last call, of `work` altogether,
     and what is being done. ValueError where a divergence or a trained weight is not finite, or the mesh has another axis than
     data.
@@ -101,10 +101,10 @@ def train(run: Run, finished: Collection[int] = (), progress: Progress = no_prog
 def _may_train_beside_layers(devices: Sequence[jax.Device]) -> bool:
     """Whether groups may train on the devices while layers run on all of them.
 
-    On CPUs not while JAX dispatches asynchronously, which is its default: XLA then runs what threads dispatch and the parts of
-    a program of several devices in one pool of few threads. Parts that wait for each other take them, and all hang.
+    Not on CPUs: XLA runs what threads dispatch and the parts of a program of several devices in one pool of few threads. Parts
+    that wait for each other take them, and all hang.
     """
-    return devices[0].platform != "cpu" or not jax.config.read("jax_cpu_enable_async_dispatch")
+    return devices[0].platform != "cpu"
 
 
 def _jobs(run: Run, share: Share, finished: Collection[int], progress: Progress) -> Iterator[Job]:

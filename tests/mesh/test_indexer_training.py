@@ -52,7 +52,13 @@ def of_layer(groups):
     return {group.layer: group for group in groups}
 
 
-def test_groups_train_at_the_same_time_and_become_what_they_become_on_one_device(monkeypatch):
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """As on accelerators. Two of eight simulated devices leave XLA threads enough."""
+    monkeypatch.setattr(groups, "_may_train_beside_layers", lambda devices: True)
+
+
+def test_groups_train_at_the_same_time_and_become_what_they_become_on_one_device(side_by_side, monkeypatch):
     """The sequences, which two devices do not divide, run through the layers on both."""
     schedule, used, both, take_step = Schedule("FSFSS"), {}, threading.Barrier(2, timeout=300), step.take_step
 
@@ -71,15 +77,7 @@ def test_groups_train_at_the_same_time_and_become_what_they_become_on_one_device
     assert_same(found, expected)
 
 
-@pytest.fixture
-def asynchronous():
-    """JAX's default on CPUs, which tests on several of them switch off."""
-    jax.config.update("jax_cpu_enable_async_dispatch", True)
-    yield
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
-def test_on_cpus_that_could_hang_nothing_else_runs_while_a_group_trains(asynchronous, monkeypatch):
+def test_on_cpus_which_could_hang_nothing_else_runs_while_a_group_trains(monkeypatch):
     at_work, steps, take_step = threading.Lock(), [], step.take_step
 
     def alone(*arguments):
@@ -105,7 +103,7 @@ def test_on_cpus_that_could_hang_nothing_else_runs_while_a_group_trains(asynchro
 @pytest.mark.parametrize(
     "keeps_targets", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept targets", "computed at every step"]
 )
-def test_more_groups_than_devices_take_turns(keeps_targets):
+def test_more_groups_than_devices_take_turns(side_by_side, keeps_targets):
     given = run(spans=2, keeps_targets=keeps_targets)
     one, two = of_layer(indexer_training.train(given)), on_mesh(2, given)
     assert list(one) == [0, 1, 2, 3, 4]
@@ -162,7 +160,7 @@ def test_as_much_is_kept_on_the_host_as_for_the_groups_that_train_and_the_next_o
         assert (several.states, several.targets) == (kept * one.states, kept * one.targets)
 
 
-def test_an_error_of_one_group_is_the_run_s():
+def test_an_error_of_one_group_is_the_run_s(side_by_side):
     indexers = jax.tree.map(lambda a: a.at[1].set(np.nan), CASE.params.indexer)
     layers = Resident(CASE.config, CASE.schedule, dataclasses.replace(CASE.params, indexer=indexers))
     with pytest.raises(ValueError, match="layer 1: its divergence at step 0 is not finite"):
@@ -198,7 +196,7 @@ def test_jax_has_the_barrier_at_which_processes_wait_on_their_hosts(monkeypatch)
         share.Share(processes=2).wait_for_others()
 
 
-def test_a_run_that_is_left_ends_its_threads():
+def test_a_run_that_is_left_ends_its_threads(side_by_side):
     before, steps = threading.active_count(), []
     with use(2):
         params = sharding.put(CASE.params, abstract(CASE.config, CASE.schedule))
