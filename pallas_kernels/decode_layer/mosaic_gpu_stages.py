@@ -11,7 +11,7 @@ among all stages, so that none has to wait until another one has left it.
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -73,7 +73,7 @@ def _run_in_sequence(stages: Sequence[Stage], barrier_count: Address) -> None:
 
 def arrays_of(kind: type[Arrays], addresses: Mapping[str, Address]) -> Arrays | None:
     """The record of these of the addresses that it has fields for; None without any addresses."""
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    names = inspect.signature(kind).parameters
     return kind(**{name: addresses[name] for name in names if name in addresses}) if addresses else None
 
 
